@@ -128,7 +128,9 @@ def run_mode(
     }
     assembly.engine = None  # type: ignore[assignment]  # every variant gets an engine and a cache of its own
     results = []
+    engine = draft = None
     for variant in options.trees.split(",") if mode == "subspec" else [None]:
+        engine = draft = None  # its KV cache and graphs go before the next one's come
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
