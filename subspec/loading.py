@@ -1,5 +1,6 @@
 """Bring a run's target onto the machine in the way ``offload`` asks for, and assemble the engine around it."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,13 +119,25 @@ def cap_device(vram_gib: float, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * GIB / total), device)
 
 
+def free_device(device: torch.device) -> None:
+    """Give back what an earlier run of this process left: modules that know each other go only when collected."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _load_streamed(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     offload = config.offload
     assert isinstance(offload, StreamOffloadConfig)
-    cap_device(offload.vram_gib, device)
+    # Planned before the cap: the link's probe is no part of the run, and a budget too small for it deserves the plan's
+    # own refusal.
+    free_device(device)
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
     plan = plan_for(config, source.config, device)
     print_plan(plan, console)
+    cap_device(offload.vram_gib, device)
     assembly = assemble_streamed(config, source, plan, device, note=console.note)
     streamed = assembly.streamed
     assert streamed is not None
@@ -139,6 +152,7 @@ def _load_accelerate(
 ) -> Loaded:
     from subspec.offload.accelerate import AccelerateDecoder
 
+    free_device(device)
     cap_device(offload.vram_gib, device)
     cpu = torch.device("cpu")
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), cpu, note=console.note)

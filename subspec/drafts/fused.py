@@ -17,6 +17,7 @@ from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
+from subspec.kernels.capture import capturing
 from subspec.kernels.ops import LevelLinear
 
 ATTENTION_BLOCK = 64
@@ -197,7 +198,7 @@ class FusedSubstitute:
             self._level(tree, place, width)  # compiles what is not compiled yet
         torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+        with capturing(graph, pool=self._pool, stream=self._side):
             logits = self._level(tree, place, width)
         if self._pool is None:
             self._pool = graph.pool()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels import int4
+from subspec.kernels.capture import capturing
 from subspec.kernels.ops import LevelLinear, MmaInt4, Variant, make_linear
 from subspec.quant.codes import Codes
 
@@ -25,7 +26,7 @@ def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         call()
     graph.replay()
     best = float("inf")

@@ -296,7 +296,8 @@ def _tree_note(nodes: int, rows: int) -> str:
 def _itemsize(config: Config) -> int:
     """Bytes per weight. Streaming is for a GPU, where ``auto`` is bfloat16, also when planned without one."""
     dtype = config.target.dtype
-    if dtype is Dtype.float32 or (dtype is Dtype.auto and config.device is Device.cpu):
+    card = getattr(config.offload, "card", None)
+    if dtype is Dtype.float32 or (dtype is Dtype.auto and config.device is Device.cpu and card is None):
         return 4
     return 2
 

@@ -21,6 +21,7 @@ def measure_link(device: torch.device, repeats: int = 5) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         del target
+        torch.cuda.empty_cache()  # a budget planned from this may be smaller than the probe
         return PROBE_BYTES / sorted(times[1:])[repeats // 2] / 1e9
     finally:
         buffer.close()
