@@ -98,18 +98,36 @@ class NoQuantConfig(QuantConfig):
 
 
 @dataclass
+class BitsByModule:
+    """Bits of classes of Linears, or of single ones; null: as the class, and that as ``quant.bits``."""
+
+    attention: int | None = None
+    mlp: int | None = None
+    lm_head: int | None = None
+    q_proj: int | None = None
+    k_proj: int | None = None
+    v_proj: int | None = None
+    o_proj: int | None = None
+    gate_proj: int | None = None
+    up_proj: int | None = None
+    down_proj: int | None = None
+
+
+@dataclass
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
-    ``cache``: of the quantized substitute on disk (``offload=stream``).
+    ``cache``: of the quantized substitute on disk. ``folder``: keep it there instead, see ``subspec.quant.folder``.
     """
 
     bits: int = 4
+    bits_by: BitsByModule = field(default_factory=BitsByModule)
     group_size: int = 64
     axis: int = 1
     modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     skip_layers: list[int] = field(default_factory=list)
     cache: Cache = Cache.auto
+    folder: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------ tree

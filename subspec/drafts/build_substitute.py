@@ -1,0 +1,148 @@
+"""``draft=subspec``: the target's own layers, quantized, as modules or as a fused level."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+
+from subspec.config import Cache, SubstituteDraftConfig, Unpack
+from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
+from subspec.drafts.fused import FusedSubstitute
+from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_quant import fused_quantization
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.kernels.choose import choose_kernels
+from subspec.kernels.formats import describe
+from subspec.offload.load import StreamedTarget
+from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
+from subspec.quant.build import build_quantizer
+from subspec.quant.code_cache import CachedCodes
+from subspec.quant.folder import open_store
+from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.module_cache import CachedModules
+from subspec.quant.store import SubstituteStore
+from subspec.targets.skeleton import parameter_shapes
+
+
+class SubstituteBuilder:
+    """A :class:`~subspec.drafts.base.DraftBuilder`."""
+
+    def whole(self, context: WholeContext) -> BuiltDraft:
+        draft, quant, decoder = context.config.draft, context.config.quant, context.decoder
+        assert isinstance(draft, SubstituteDraftConfig)
+        # Unpacking trades memory for time: on a CPU hqq unpacks in every forward, on a GPU memory is what is scarce.
+        unpack = draft.unpack is Unpack.always or (
+            draft.unpack is Unpack.auto and decoder.device.type == "cpu"
+        )
+        started = time.perf_counter()
+        substitute = share_parameters(context.target.model)
+        modules, skip = list(getattr(quant, "modules", [])), list(getattr(quant, "skip_layers", []))
+        quantizer = build_quantizer(quant, decoder.dtype, decoder.device, unpack=unpack)
+        cached = _cached_modules(quantizer, context)
+        with cached or nullcontext():
+            report = quantize_model(
+                substitute, cached or quantizer, modules=modules, skip_layers=skip, progress=context.progress
+            )
+        if cached is not None:
+            report.details["cache"] = cached.store.report()
+        report.seconds = time.perf_counter() - started
+        return BuiltDraft(SubstituteDraft(substitute, draft.temperature), report)
+
+    def streamed(self, context: StreamContext) -> "StreamedSubstitute":
+        return StreamedSubstitute(context)
+
+
+class StreamedSubstitute(StreamedBuild):
+    """Kernels are chosen while the device is empty, layers quantized while they pass through it.
+
+    Raises:
+        ConfigError: the quantizer's settings have no kernel.
+    """
+
+    def __init__(self, context: StreamContext) -> None:
+        config, source = context.config, context.source
+        draft = config.draft
+        assert isinstance(draft, SubstituteDraftConfig)
+        self._started = time.perf_counter()
+        self._temperature = draft.temperature
+        self._quantization = quantization = fused_quantization(
+            config.quant,
+            source.layer_shapes(0),
+            (source.config.vocab_size, source.config.hidden_size),
+            kernel=draft.kernel.value,
+        )
+        kernels = choose_kernels(  # by measurement, while the device is still empty
+            quantization.shapes,
+            getattr(context.growth, "width", 1),
+            context.device,
+            formats=quantization.formats,
+            kernel=draft.kernel.value,
+            note=context.note,
+        )
+        self.skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))
+        self._quantizer = CachedCodes(quantization.quantizer, self._open_store(context))
+        self.fuser = LayerFuser(
+            source.config,
+            self._quantizer,
+            formats=quantization.formats,
+            kernel=kernels.variants,
+            keep_exact=quantization.keep_exact,
+        )
+        self._report = QuantReport(config.quant.name, f"fused level, {kernels.summary()}")
+        self._report.details["kernels"] = kernels.to_dict()
+        self._report.details["formats"] = {
+            role: describe(kept) for role, kept in quantization.formats.items()
+        }
+
+    def _open_store(self, context: StreamContext) -> SubstituteStore:
+        """Its results of earlier runs, unless the configuration says otherwise."""
+        source, quant = context.source, context.config.quant
+        facts = {
+            "target": source.identity,
+            "dtype": str(source.dtype),
+            **self._quantization.quantizer.facts,
+        }
+        layers = source.config.num_hidden_layers - len(self.skip_layers)
+        return open_store(
+            getattr(quant, "cache", Cache.off),
+            getattr(quant, "folder", None),
+            facts,
+            self._quantization.stored_bytes(layers),
+            context.note,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._quantizer.close()
+
+    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+        assert streamed.substitute is not None
+        assert self.fuser is not None
+        report, fuser = self._report, self.fuser
+        report.modules, report.weights, report.stored_bytes = fuser.modules, fuser.weights, fuser.stored_bytes
+        report.bits = fuser.bits
+        report.details["cache"] = self._quantizer.report()
+        report.seconds = time.perf_counter() - self._started
+        return BuiltDraft(FusedSubstitute(streamed.substitute, self._temperature), report)
+
+
+def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModules | None:
+    """``quantizer`` with its results of earlier runs; None when it cannot keep them."""
+    quant, target = context.config.quant, context.target
+    if not isinstance(quantizer, HqqQuantizer):
+        return None
+    facts = {"target": f"{target.source}", "dtype": str(target.dtype), **quantizer.facts}
+    config = target.model.config
+    layer, _ = parameter_shapes(config)
+    chosen = linear_names(list(getattr(quant, "modules", [])))
+    layers = config.num_hidden_layers - len(getattr(quant, "skip_layers", ()))
+    expected = layers * sum(
+        quantizer.stored_shape_bytes(shape, name.split(".")[-2])
+        for name, shape in layer.items()
+        if len(shape) == 2 and name.split(".")[-2] in chosen
+    )
+    if HEAD in chosen:
+        expected += quantizer.stored_shape_bytes(torch.Size((config.vocab_size, config.hidden_size)), HEAD)
+    store = open_store(
+        getattr(quant, "cache", Cache.off), getattr(quant, "folder", None), facts, expected, context.note
+    )
+    return CachedModules(quantizer, store)
