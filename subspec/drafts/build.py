@@ -1,12 +1,16 @@
 """From ``draft=...`` to the object that drafts: which builder builds which kind."""
 
-from subspec.config import DraftConfig, SubstituteDraftConfig
+from subspec.config import DraftConfig, LayerSkipDraftConfig, SmallModelDraftConfig, SubstituteDraftConfig
 from subspec.drafts.base import DraftBuilder
+from subspec.drafts.build_layer_skip import LayerSkipBuilder
+from subspec.drafts.build_small_model import SmallModelBuilder
 from subspec.drafts.build_substitute import SubstituteBuilder
 from subspec.errors import ConfigError
 
 BUILDERS: dict[type[DraftConfig], type[DraftBuilder]] = {
     SubstituteDraftConfig: SubstituteBuilder,
+    SmallModelDraftConfig: SmallModelBuilder,
+    LayerSkipDraftConfig: LayerSkipBuilder,
 }
 """By the class of ``draft``'s configuration; ``draft=none`` has nothing to build."""
 
