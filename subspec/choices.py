@@ -75,3 +75,11 @@ class Cache(Enum):
 
     auto = "auto"
     off = "off"
+
+
+class Codec(Enum):
+    """How exact weights cross the link: as they are, or coded by what the substitute on the device knows of them."""
+
+    auto = "auto"
+    none = "none"
+    substitute = "substitute"

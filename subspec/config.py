@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.choices import Cache, Device, Dtype, Kernel, Placement, Profile, Source, Unpack, WandbMode
+from subspec.choices import Cache, Codec, Device, Dtype, Kernel, Placement, Profile, Source, Unpack, WandbMode
 
 # ---------------------------------------------------------------------------------------------- target
 
@@ -240,7 +240,8 @@ class StreamOffloadConfig(OffloadConfig):
     layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers the copies go through.
     ``embedding``: where the embedding table lives. ``link_gb_per_s``: bandwidth to plan with (null: measured on this
     machine, or the card's). ``card``: plan for this card instead of the one in this machine (with ``plan_only``).
-    ``ram_gib``: host memory the run may take (null: what is free).
+    ``ram_gib``: host memory the run may take (null: what is free). ``codec``: whether exact weights are kept and
+    streamed coded by their substitute.
     """
 
     vram_gib: float = 8.0
@@ -250,6 +251,7 @@ class StreamOffloadConfig(OffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    codec: Codec = Codec.auto
 
 
 @dataclass

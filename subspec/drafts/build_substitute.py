@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 
+from subspec.choices import Codec
 from subspec.config import Cache, SubstituteDraftConfig, Unpack
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.fused import FusedSubstitute
@@ -12,6 +13,7 @@ from subspec.drafts.fused_build import LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.choose import choose_kernels
+from subspec.kernels.codec import KERNELS as DECODED_KERNELS
 from subspec.kernels.formats import describe
 from subspec.offload.load import StreamedTarget
 from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
@@ -77,6 +79,7 @@ class StreamedSubstitute(StreamedBuild):
             context.device,
             formats=quantization.formats,
             kernel=draft.kernel.value,
+            allowed=DECODED_KERNELS if context.plan.codec is Codec.substitute else None,
             note=context.note,
         )
         self.skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))

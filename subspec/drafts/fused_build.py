@@ -1,5 +1,6 @@
 """From a target's exact layers to the fused substitute: quantize, pack, and hand to the kernels that were chosen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from subspec.drafts.fused import FusedLayer, FusedModel
 from subspec.errors import ConfigError
 from subspec.kernels.formats import TILES, AffineFormat, Format
 from subspec.kernels.ops import Dense, LevelLinear, Variant
-from subspec.quant.codes import CodeQuantizer, stack_rows
+from subspec.quant.codes import CodeQuantizer, QuantizedWeight, stack_rows
 
 ROLES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -61,6 +62,7 @@ class LayerFuser:
         *,
         exact: bool = False,
         index: int | None = None,
+        keep: dict[str, QuantizedWeight] | None = None,
     ) -> FusedLayer:
         """One layer.
 
@@ -68,6 +70,7 @@ class LayerFuser:
             tensors: the layer's exact parameters by name.
             exact: keep every Linear exact (a layer in ``quant.skip_layers``).
             index: the layer's number, by which a quantizer may remember its codes; None: it is not to.
+            keep: where to put the quantized weights, by parameter name, for whoever needs them besides.
         """
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
@@ -77,7 +80,7 @@ class LayerFuser:
         input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
         assert input_norm is not None
         assert post_norm is not None
-        linears = {role: self._linear(role, tensors, exact, index) for role in ROLES}
+        linears = {role: self._linear(role, tensors, exact, index, keep) for role in ROLES}
         self.quantizer.end_layer()
         layer = FusedLayer(
             **linears,
@@ -92,7 +95,12 @@ class LayerFuser:
         return compact(layer)
 
     def _linear(
-        self, role: str, tensors: Mapping[str, Tensor], exact: bool, index: int | None
+        self,
+        role: str,
+        tensors: Mapping[str, Tensor],
+        exact: bool,
+        index: int | None,
+        keep: dict[str, QuantizedWeight] | None,
     ) -> LevelLinear:
         names = ROLES[role]
         if (role == "out" and "self_attn.o_proj.bias" in tensors) or (
@@ -106,24 +114,30 @@ class LayerFuser:
         if exact or is_kept(role, self.keep_exact):
             rows = stack_rows([weight.to(torch.bfloat16) for weight in weights], swiglu=swiglu)
             return Dense(rows, swiglu=swiglu)
-        return self._quantized(role, weights, [None if index is None else f"{index}.{n}" for n in names])
+        remembered = [None if index is None else f"{index}.{n}" for n in names]
+        codes = self._codes(weights, remembered)
+        if keep is not None:
+            keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
+        return self._quantized(role, codes)
 
     def fuse_head(self, weight: Tensor) -> LevelLinear | None:
         """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's."""
         if "head" not in self.formats:
             return None
-        head = self._quantized("head", [weight], ["head.lm_head"])
+        head = self._quantized("head", self._codes([weight], ["head.lm_head"]))
         self.quantizer.end_layer()
         return head
 
-    def _quantized(self, role: str, weights: list[Tensor], names: Sequence[str | None]) -> LevelLinear:
-        codes = [self.quantizer.codes(weight, name) for weight, name in zip(weights, names, strict=True)]
+    def _codes(self, weights: list[Tensor], names: Sequence[str | None]) -> list[QuantizedWeight]:
+        return [self.quantizer.codes(weight, name) for weight, name in zip(weights, names, strict=True)]
+
+    def _quantized(self, role: str, codes: list[QuantizedWeight]) -> LevelLinear:
         swiglu = role == "gate_up"
+        count, modules = sum(math.prod(own.shape) for own in codes), len(codes)
         stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
         codes.clear()
         linear = self.formats[role].linear(self.kernels[role], stacked, swiglu=swiglu)
-        count = sum(weight.numel() for weight in weights)
-        self.modules += len(weights)
+        self.modules += modules
         self.weights += count
         self.stored_bytes += linear.nbytes
         self.bits[role] = round(8 * linear.nbytes / count, 4)

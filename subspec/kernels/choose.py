@@ -15,7 +15,7 @@ Example::
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -138,6 +138,7 @@ def choose_kernels(
     *,
     formats: Mapping[str, Format] | None = None,
     kernel: str = AUTO,
+    allowed: Collection[str] | None = None,
     note: Note = print_note,
     bench: Bench | None = None,
     folder: Path | None = None,
@@ -149,6 +150,7 @@ def choose_kernels(
         formats: by role; 4 bits in groups of 64 where none is named.
         rows: of a level: the tree's width.
         kernel: ``auto``, or the one to use, whose settings alone are then measured.
+        allowed: kernels that ``auto`` may take; None: all.
         note: told what takes long, and what is wrong with the file.
         bench: the device; this machine's when None.
         folder: of the file; the cache's own when None.
@@ -164,6 +166,8 @@ def choose_kernels(
     folder = folder or cache_root() / "kernels"
     problems, taking_part = {}, []
     known_kernels = dict.fromkeys(name for format_ in formats.values() for name in format_.kernels)
+    if allowed is not None:
+        known_kernels = {name: None for name in known_kernels if name in allowed}
     for name in known_kernels if kernel == AUTO else (kernel,):
         if reason := bench.unavailable(name):
             problems[name] = reason

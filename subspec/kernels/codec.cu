@@ -7,9 +7,10 @@
 // into fused multiply-adds would give other intervals than the encoder's.
 //
 // LAYOUT says how the substitute lies in memory:
-//   0  codes uint8 [n][k], scale and zero float [n][k / group]
 //   1  the draft kernel's own 4-bit order (int4.cu): words, and half pairs of scale and zero; group 64. The rows of a
 //      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's.
+//   2  the Triton kernel's order (wq.py), for other bits and groups: word j of a row holds the inputs j, j + S, ... of
+//      S words; outputs are neighbours. Reads are scattered, as neither order can suit both kernels.
 //
 // The file also compiles as plain C++ (HOST_TEST), so that its arithmetic is tested where there is no GPU.
 
@@ -112,31 +113,7 @@ DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float hal
   return value;
 }
 
-#if LAYOUT == 0
-
-DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned char* q, const float* scale,
-                         const float* zero, unsigned short* out, long long total, int group, float half,
-                         long long chunk) {
-  Bits bits;
-  open_at(bits, stream + starts[chunk]);
-  const long long begin = chunk * CHUNK;
-  const long long end = begin + CHUNK < total ? begin + CHUNK : total;
-  for (long long at = begin; at < end; ++at) {
-    const long long index = at / group;
-    out[at] = (unsigned short)decode_one(bits, q[at], scale[index], zero[index], half);
-  }
-}
-
-#ifndef HOST_TEST
-extern "C" __global__ void __launch_bounds__(128) codec_decode(
-    const unsigned* starts, const unsigned* stream, const unsigned char* q, const float* scale, const float* zero,
-    unsigned short* out, long long total, int group, float half) {
-  const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
-  if (chunk * CHUNK < total) decode_chunk(starts, stream, q, scale, zero, out, total, group, half, chunk);
-}
-#endif
-
-#else
+#if LAYOUT == 1
 
 // words: [blocks][groups][tiles][32][4], meta: [blocks][groups][8][2 * tiles] pairs of half (int4.py).
 DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta,
@@ -176,13 +153,54 @@ DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const u
   }
 }
 
-#ifndef HOST_TEST
+#ifndef HOST_TEST  // the launcher passes integers as int and floats as double
 extern "C" __global__ void __launch_bounds__(128) codec_decode(
     const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta, unsigned short* out,
-    long long total, int groups, int tiles, int row_offset, int interleave, float half) {
+    int total, int groups, int tiles, int row_offset, int interleave, double half) {
   const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
   if (chunk * CHUNK < total)
-    decode_chunk(starts, stream, words, meta, out, total, groups, tiles, row_offset, interleave, half, chunk);
+    decode_chunk(starts, stream, words, meta, out, total, groups, tiles, row_offset, interleave, (float)half, chunk);
 }
 #endif
+
+#elif LAYOUT == 2
+
+// words: [columns / per_word][rows], high: [columns / 16][rows] (3 bits), meta: [2][columns / group][rows] of half.
+DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned* words,
+                         const unsigned short* high, const unsigned short* meta, unsigned short* out, long long total,
+                         int columns, int rows, int width, int group, int row_offset, int interleave, float half,
+                         long long chunk) {
+  Bits bits;
+  open_at(bits, stream + starts[chunk]);
+  const long long begin = chunk * CHUNK;
+  const long long end = begin + CHUNK < total ? begin + CHUNK : total;
+  const int low = width == 3 ? 2 : width, per_word = 32 / low, run = columns / per_word;
+  const long long zeros = (long long)(columns / group) * rows;
+  int row = (int)(begin / columns), column = (int)(begin - (long long)row * columns);
+  int slot = column / run, word = column - slot * run;
+  for (long long at = begin; at < end; ++at) {
+    const int fused = row_offset + (interleave ? (row >> 4) * 32 + (row & 15) : row);
+    const long long place = (long long)word * rows + fused;
+    int q = (int)((words[place] >> (slot * low)) & ((1u << low) - 1u));
+    if (width == 3) q |= ((high[place] >> slot) & 1) << 2;
+    const long long scale = (long long)(column / group) * rows + fused;
+    out[at] = (unsigned short)decode_one(bits, q, half_to_float(meta[scale]), half_to_float(meta[zeros + scale]), half);
+    ++column;
+    if (++word == run) { word = 0; ++slot; }
+    if (column == columns) { column = 0; slot = 0; ++row; }
+  }
+}
+
+#ifndef HOST_TEST
+extern "C" __global__ void __launch_bounds__(128) codec_decode(
+    const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned short* high,
+    const unsigned short* meta, unsigned short* out, int total, int columns, int rows, int width, int group,
+    int row_offset, int interleave, double half) {
+  const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
+  if (chunk * CHUNK < total)
+    decode_chunk(starts, stream, words, high, meta, out, total, columns, rows, width, group, row_offset, interleave,
+                 (float)half, chunk);
+}
+#endif
+
 #endif

@@ -128,16 +128,23 @@ def _word(fields: Tensor, width: int, size: int) -> Tensor:
     return torch.where(word >= 1 << (size - 1), word - (1 << size), word)
 
 
-def unpack(weight: PackedWq) -> Tensor:
-    """The dequantized weight, float32 [out_features, in_features]: the reference of everything here."""
+def unpack_codes(weight: PackedWq) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`pack` was given: uint8 [out_features, in_features], and float32 scales and zeros per group."""
     per = PER_WORD[weight.bits]
     low = 2 if weight.bits == 3 else weight.bits
     fields = torch.arange(per, device=weight.words.device)
     q = (weight.words.t().to(torch.int64).unsqueeze(1) >> (fields * low)[:, None]) & ((1 << low) - 1)
     if weight.bits == 3:
         q += ((weight.high.t().to(torch.int64).unsqueeze(1) >> fields[:, None]) & 1) << 2
-    scale, zero = weight.meta.float().transpose(1, 2).unsqueeze(-1)
-    return (scale * (q.flatten(1).float().unflatten(1, (-1, weight.group)) - zero)).flatten(1)
+    scale, zero = weight.meta.float().transpose(1, 2).contiguous()
+    return q.flatten(1).to(torch.uint8), scale, zero
+
+
+def unpack(weight: PackedWq) -> Tensor:
+    """The dequantized weight, float32 [out_features, in_features]: the reference of everything here."""
+    q, scale, zero = unpack_codes(weight)
+    groups = q.float().unflatten(1, (-1, weight.group))
+    return (scale.unsqueeze(-1) * (groups - zero.unsqueeze(-1))).flatten(1)
 
 
 def reference(weight: PackedWq, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from subspec.errors import ConfigError
 from subspec.offload.layer_bytes import flat_bytes
 from subspec.offload.sizes import (
     ModelShapes,
+    SubstituteSizes,
     kv_bytes,
     level_bytes,
     pass_bytes,
@@ -119,28 +120,31 @@ class SubstitutePieces:
         self._note = quantization.summary()
 
     def device(self, resident: int) -> list[Piece]:
-        skipped = len(self.forced)
-        replaced, sizes = self._layers - skipped, self.sizes
-        return [
-            Piece(
-                "substitute",
-                replaced * sizes.quantized + sizes.head,
-                replaced * sizes.quantized_rounding + sizes.head_rounding,
-                self._note,
-            ),
-            Piece(
-                "exact substitute",
-                replaced * sizes.exact + skipped * sizes.skipped,
-                replaced * sizes.exact_rounding + skipped * sizes.skipped_rounding,
-                "modules not quantized",
-            ),
-        ]
+        return substitute_pieces(self.sizes, self._layers - len(self.forced), len(self.forced), self._note)
 
     def host(self) -> list[Piece]:
         return []
 
     def level_read(self, resident: int) -> int:
         return sum(piece.bytes for piece in self.device(resident)) - self.sizes.head + self._head
+
+
+def substitute_pieces(sizes: SubstituteSizes, replaced: int, skipped: int, note: str) -> list[Piece]:
+    """A fused substitute of ``replaced`` quantized layers and ``skipped`` exact ones."""
+    return [
+        Piece(
+            "substitute",
+            replaced * sizes.quantized + sizes.head,
+            replaced * sizes.quantized_rounding + sizes.head_rounding,
+            note,
+        ),
+        Piece(
+            "exact substitute",
+            replaced * sizes.exact + skipped * sizes.skipped,
+            replaced * sizes.exact_rounding + skipped * sizes.skipped_rounding,
+            "modules not quantized",
+        ),
+    ]
 
 
 class SmallModelPieces:
