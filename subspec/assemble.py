@@ -36,7 +36,7 @@ class Assembly:
 
     Attributes:
         quant: what was quantized for the draft; None: nothing was, whatever ``quant`` says.
-        draft_facts: what the draft is made of (``BuiltDraft.facts``).
+        draft_facts, draft_summary: what the draft is made of (``BuiltDraft.facts``), for records and for people.
     """
 
     engine: Engine
@@ -45,6 +45,7 @@ class Assembly:
     quant: QuantReport | None
     streamed: StreamedTarget | None = None
     draft_facts: dict[str, Any] = field(default_factory=dict)
+    draft_summary: str = ""
 
     def close(self) -> None:
         """Give back page-locked host memory; the engine must not be used any more."""
@@ -152,5 +153,6 @@ def _assembly(
     built: BuiltDraft | None,
     streamed: StreamedTarget | None = None,
 ) -> Assembly:
-    quant, facts = (built.quant, built.facts) if built else (None, {})
-    return Assembly(engine, decoder, sampling, quant, streamed, facts)
+    if built is None:
+        return Assembly(engine, decoder, sampling, None, streamed)
+    return Assembly(engine, decoder, sampling, built.quant, streamed, built.facts, built.summary)

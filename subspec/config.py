@@ -93,6 +93,34 @@ class Eagle2DraftConfig(DraftConfig):
     temperature: float = 1.0
 
 
+@dataclass
+class SmallModelDraftConfig(DraftConfig):
+    """Any causal language model with the target's vocabulary, with a KV cache of its own.
+
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (made-up weights, for planted
+    targets), or null for the small model shipped with the project. ``quantize``: whether ``quant`` is applied to it.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = Dtype.auto
+    temperature: float = 1.0
+    quantize: bool = False
+
+
+@dataclass
+class LayerSkipDraftConfig(DraftConfig):
+    """Some of the target's own decoder layers, with its embeddings, norm, head and KV cache (self-speculation).
+
+    ``layers``: their numbers; ``keep``: their number instead, spread evenly. Both null: half of the layers, or, with
+    ``offload=stream``, the resident ones.
+    """
+
+    temperature: float = 1.0
+    layers: list[int] | None = None
+    keep: int | None = None
+
+
 # ----------------------------------------------------------------------------------------------- quant
 
 
@@ -328,6 +356,8 @@ SCHEMAS: dict[str, type] = {
     "draft/none": NoDraftConfig,
     "draft/subspec": SubstituteDraftConfig,
     "draft/eagle2": Eagle2DraftConfig,
+    "draft/small_model": SmallModelDraftConfig,
+    "draft/layer_skip": LayerSkipDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
     "tree/chain": ChainTreeConfig,

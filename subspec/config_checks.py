@@ -17,13 +17,16 @@ from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
+    Dtype,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     HqqConfig,
     Kernel,
+    LayerSkipDraftConfig,
     NoDraftConfig,
     NoQuantConfig,
     SamplingConfig,
+    SmallModelDraftConfig,
     Source,
     StreamOffloadConfig,
     SubstituteDraftConfig,
@@ -138,7 +141,9 @@ def _check_draft(config: Config) -> None:
             "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
             "or draft=none for plain decoding"
         )
-    if isinstance(config.quant, HqqConfig):
+    if isinstance(config.draft, SmallModelDraftConfig):
+        _check_small_model(config, config.draft)
+    if isinstance(config.quant, HqqConfig) and quantizes(config):
         from subspec.quant.base import linear_names
         from subspec.quant.hqq import check_hqq
 
@@ -179,10 +184,10 @@ def _check_eagle2_tree(config: Config, tree: Eagle2TreeConfig, streamed: bool) -
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    if streamed and isinstance(config.draft, SubstituteDraftConfig):
+    if streamed and not isinstance(config.draft, Eagle2DraftConfig):
         raise ConfigError(
-            "tree=eagle2 goes on from single nodes of a level, and draft=subspec with offload=stream drafts whole "
-            "levels as captured graphs: set tree=beam or tree=adaptive"
+            f"tree=eagle2 goes on from single nodes of a level, and draft={config.draft.name} with offload=stream "
+            "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"
         )
 
 
@@ -193,6 +198,33 @@ def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
         check_default(config.target)
     elif not draft.path.strip():
         raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
+    ahead = getattr(config.tree, "ahead", 0)
+    if ahead:
+        raise ConfigError(
+            f"tree.ahead={ahead} needs a draft whose levels are captured graphs, and draft=eagle2 is not: set "
+            "tree.ahead=0"
+        )
+
+
+def quantizes(config: Config) -> bool:
+    """Whether ``quant`` concerns the draft."""
+    return isinstance(config.draft, SubstituteDraftConfig) or getattr(config.draft, "quantize", False)
+
+
+def _check_small_model(config: Config, draft: SmallModelDraftConfig) -> None:
+    if draft.quantize and isinstance(config.quant, NoQuantConfig):
+        raise ConfigError("draft.quantize=true needs a quantizer: set quant=hqq, or draft.quantize=false")
+    if not isinstance(config.offload, StreamOffloadConfig):
+        return
+    if draft.quantize:
+        raise ConfigError(
+            "draft.quantize=true is not built for offload=stream, which runs a small model in bfloat16: set "
+            "draft.quantize=false, or offload=none"
+        )
+    if draft.dtype not in (Dtype.auto, Dtype.bfloat16):
+        raise ConfigError(
+            f"draft.dtype={draft.dtype.value}: offload=stream runs a small model in bfloat16; leave it at auto"
+        )
 
 
 def _check_lengths(config: Config) -> None:
@@ -249,13 +281,24 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
             f"target {config.target.name} has {kind} rotary embeddings, whose frequencies depend on how far a pass "
             "reaches: a tree would change them, so it cannot be decoded losslessly here; take another target"
         )
+    if isinstance(config.draft, LayerSkipDraftConfig):
+        from subspec.drafts.layer_skip import chosen_layers
+
+        chosen_layers(config.draft, model.num_hidden_layers)
+    quantized = model
+    if isinstance(config.draft, SmallModelDraftConfig):
+        from subspec.drafts.small_model import check_small_model, load_small_config
+
+        quantized = load_small_config(config)
+        check_small_model(config, quantized)
     quant = config.quant
-    if drafting and isinstance(quant, HqqConfig):
-        layers = model.num_hidden_layers
+    if quantizes(config) and isinstance(quant, HqqConfig):
+        layers = quantized.num_hidden_layers
         wrong = [index for index in quant.skip_layers if not 0 <= index < layers]
         if wrong:
             raise ConfigError(
-                f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}"
+                f"quant.skip_layers: no layer {wrong[0]} in a {'target' if quantized is model else 'small model'} "
+                f"with layers 0..{layers - 1}"
             )
 
 

@@ -167,6 +167,8 @@ class _Run:
         )
         if self.loaded.plan is not None:
             _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
+        if self.assembly.draft_summary:
+            console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
         quant = self.assembly.quant
         if quant is not None:
             console.note(

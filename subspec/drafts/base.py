@@ -37,11 +37,13 @@ class BuiltDraft:
     Attributes:
         quant: what was quantized; None: nothing was.
         facts: builtin types for the record (invariant 5): where the draft's weights come from, its layers, its cache.
+        summary: the same on one line for people, without the draft's name; empty: ``quant`` says it all.
     """
 
     draft: Draft
     quant: QuantReport | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,34 @@ workspaces, the norms and biases of the target) is :mod:`subspec.offload.layout`
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from subspec.config import Config, DraftConfig, Eagle2DraftConfig, NoDraftConfig, SubstituteDraftConfig
+from subspec.config import (
+    Config,
+    DraftConfig,
+    Eagle2DraftConfig,
+    LayerSkipDraftConfig,
+    NoDraftConfig,
+    SmallModelDraftConfig,
+    SubstituteDraftConfig,
+)
 from subspec.decoding.growth import Growth
 from subspec.decoding.sampling import Sampling
 from subspec.errors import ConfigError
-from subspec.offload.sizes import ModelShapes, PlainCodec, level_bytes, substitute_sizes
+from subspec.offload.layer_bytes import flat_bytes
+from subspec.offload.sizes import (
+    ModelShapes,
+    PlainCodec,
+    kv_bytes,
+    level_bytes,
+    pass_bytes,
+    rounding,
+    substitute_sizes,
+)
+
+DRAFT_ITEMSIZE = 2
+"""Bytes per weight of a draft with weights of its own: fused levels compute in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class DraftSizes(Protocol):
     """A draft's sizes in bytes.
 
     Attributes:
-        forced: the target's layers that must be resident.
+        forced: the target's layers that must be resident. forced_by: why, before "N layers" in a message.
         shared_rows: rows in the draft region of the target's KV cache; 0 for a draft with a cache of its own.
         level: workspace of a draft level, logits included.
         workspaces: what the draft holds while the target holds nothing (a pass over the prompt, for instance), by
@@ -58,6 +78,7 @@ class DraftSizes(Protocol):
     """
 
     forced: tuple[int, ...]
+    forced_by: str
     shared_rows: int
     level: int
     workspaces: Mapping[str, int]
@@ -82,6 +103,7 @@ class SubstitutePieces:
     """
 
     workspaces: Mapping[str, int] = {}
+    forced_by = "quant.skip_layers keeps"
 
     def __init__(self, situation: Situation) -> None:
         shapes, quant = situation.shapes, situation.config.quant
@@ -116,8 +138,96 @@ class SubstitutePieces:
         return quantized * self.sizes.quantized + exact + self._head
 
 
+class SmallModelPieces:
+    """A small model in bfloat16 with a KV cache of its own; its prompt passes are another workspace."""
+
+    forced: tuple[int, ...] = ()
+    forced_by = ""
+    shared_rows = 0
+
+    def __init__(self, situation: Situation) -> None:
+        # Imported here: the small model's file knows how to fetch and load, which no plan needs otherwise.
+        from subspec.drafts.own_cache import prompt_rows
+        from subspec.drafts.small_model import load_small_config
+
+        model = ModelShapes.of(load_small_config(situation.config))
+        target, width = situation.shapes, situation.width
+        known = min(model.vocab, target.vocab)
+        table = max(model.vocab, target.vocab) * model.hidden * DRAFT_ITEMSIZE
+        head = 0 if model.tied else known * model.hidden * DRAFT_ITEMSIZE
+        layer = flat_bytes(model.layer, DRAFT_ITEMSIZE)
+        length, growth = situation.config.decoding.max_length, situation.growth
+        rows = prompt_rows(length)
+        self._weights = [*[layer] * model.layers, table, head, model.hidden * DRAFT_ITEMSIZE]
+        self._cache = kv_bytes(
+            model,
+            max_length=length,
+            draft_rows=growth.draft_rows,
+            target_rows=rows,
+            itemsize=DRAFT_ITEMSIZE,
+        )
+        self._note = f"{model.layers} layers, {model.vocab} tokens, bfloat16"
+        self._cache_note = f"{growth.draft_rows} + {length} + {rows} rows"
+        self._read = layer * model.layers + known * model.hidden * DRAFT_ITEMSIZE
+        self.level = level_bytes(replace(model, vocab=known), width, situation.sampling, DRAFT_ITEMSIZE)
+        if not situation.sampling.greedy and known < target.vocab:
+            self.level += width * target.vocab * DRAFT_ITEMSIZE  # logits padded to the target's vocabulary
+        self.workspaces: Mapping[str, int] = {
+            f"the small model's prompt, {rows} tokens": pass_bytes(model, rows, length, DRAFT_ITEMSIZE)
+        }
+
+    def device(self, resident: int) -> list[Piece]:
+        return [
+            Piece("small model", sum(self._weights), rounding(self._weights), self._note),
+            Piece("small model's KV", self._cache, rounding([self._cache]), self._cache_note),
+        ]
+
+    def host(self) -> list[Piece]:
+        return []
+
+    def level_read(self, resident: int) -> int:
+        return self._read
+
+
+class LayerSkipPieces:
+    """The target's resident layers draft: nothing but a level's workspace is added.
+
+    Raises:
+        ConfigError: the layers that were chosen are not the target's.
+    """
+
+    workspaces: Mapping[str, int] = {}
+    forced_by = "draft=layer_skip drafts with"
+
+    def __init__(self, situation: Situation) -> None:
+        from subspec.drafts.layer_skip import chosen_layers, spread, usual_layers
+
+        draft, shapes = situation.config.draft, situation.shapes
+        assert isinstance(draft, LayerSkipDraftConfig)
+        self._chosen = chosen_layers(draft, shapes.layers)
+        # Without its first and last layer hardly any model says anything of use.
+        self.forced = self._chosen or spread(shapes.layers, min(2, shapes.layers))
+        self.shared_rows = situation.growth.draft_rows
+        self.level = level_bytes(shapes, situation.width, situation.sampling, situation.itemsize)
+        self._layers, self._usual = shapes.layers, len(usual_layers(shapes.layers))
+        self._layer = flat_bytes(shapes.layer, situation.itemsize)
+        self._head = shapes.vocab * shapes.hidden * situation.itemsize
+
+    def device(self, resident: int) -> list[Piece]:
+        return []
+
+    def host(self) -> list[Piece]:
+        return []
+
+    def level_read(self, resident: int) -> int:
+        drafting = self._usual if resident == self._layers else resident
+        return (len(self._chosen) if self._chosen else drafting) * self._layer + self._head
+
+
 SIZES: dict[type[DraftConfig], type] = {
     SubstituteDraftConfig: SubstitutePieces,
+    SmallModelDraftConfig: SmallModelPieces,
+    LayerSkipDraftConfig: LayerSkipPieces,
 }
 """By the class of ``draft``'s configuration."""
 

@@ -26,6 +26,7 @@ class EaglePieces:
     """
 
     forced: tuple[int, ...] = ()
+    forced_by = ""
     shared_rows = 0
 
     def __init__(self, situation: Situation) -> None:

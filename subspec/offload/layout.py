@@ -81,8 +81,9 @@ class Layout:
 
     Attributes:
         draft: the draft's own sizes; None for plain decoding.
-        forced: layers that must be resident: ``quant.skip_layers`` stay exact in the substitute, which needs them
-            on the device anyway, so streaming them too would only cost link time.
+        forced: layers that must be resident because the draft needs them exact and on the device anyway
+            (``quant.skip_layers`` of a substitute, layers that draft themselves): streaming them too would only cost
+            link time.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
             are rounded up as the engine does on a GPU. Without a draft the tree is its root, in one row.
@@ -142,8 +143,9 @@ class Layout:
         if pinned is not None and not 0 <= pinned <= layers:
             raise ConfigError(f"offload.resident_layers={pinned}: the target has {layers} layers")
         if pinned is not None and pinned < len(self.forced):
+            assert self.draft is not None
             raise ConfigError(
-                f"offload.resident_layers={pinned}, but quant.skip_layers keeps {len(self.forced)} layers exact on "
+                f"offload.resident_layers={pinned}, but {self.draft.forced_by} {len(self.forced)} layers exact on "
                 f"the device: set it to at least {len(self.forced)}, or to null"
             )
         if self.shapes.tied and offload.embedding is Placement.host:
