@@ -133,7 +133,7 @@ def test_on_a_gpu_a_run_passes_the_audit_within_its_budget(tmp_path, offload, tr
     model = MODELS["tiny"]()
     heads, width = model.num_attention_heads, model.hidden_size
     shape = EagleShape(width, heads, heads, width // heads, 2 * width, QWEN2_BIASES)
-    published(tmp_path / "head", shape, vocab_size=model.vocab_size, binary=True)
+    published(tmp_path / "head", shape, vocab_size=model.vocab_size, binary=True, std=0.02)
     folder = tmp_path / "run"
     streaming = ["offload.vram_gib=0.5", "offload.resident_layers=2"] if offload == "stream" else []
     torch.cuda.set_per_process_memory_fraction(1.0)

@@ -79,6 +79,7 @@ def test_the_plan_counts_the_head_and_gives_the_rest_to_layers(head_7b):
     assert items["EAGLE head"].place is Placement.device
     assert items["EAGLE KV cache"].bytes == 2 * 2 * 28 * 128 * (51 + 2048)
     assert items["EAGLE features"].bytes == 2 * 511 * 3584
+    assert items["draft level"].note == "width 10"  # nothing is captured
     assert items["KV cache"].note.startswith("0 + 2048 +")
     assert plan.total(Placement.device) <= plan.budget - plan.headroom
     # A quantized substitute takes several times as much: a head leaves room for more of the target.
