@@ -134,15 +134,15 @@ def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(devi
     from subspec.decoding.audit import Auditor
 
     device = torch.device(device)
-    model, growth = model_of("llama", device, layers=2), Beam(4, 1)
-    levels = FusedSubstitute(fused_model(model, device, (0, 1)), 1.0, attention_splits=4)
+    model, growth = model_of("llama", device, layers=1), Beam(2, 1)
+    levels = FusedSubstitute(fused_model(model, device, (0,)), 1.0, attention_splits=2)
     draft = own_cache(levels, model, growth, 320)
     engine = Engine(Decoder(model), draft, growth, max_length=96, prefill_chunk=16)
-    count = 60 if device.type == "cuda" else 11
-    for _ in range(2):  # on a GPU the second text replays the first one's graphs
+    count = 60 if device.type == "cuda" else 8
+    for _ in range(2 if device.type == "cuda" else 1):  # the second text replays the first one's graphs
         result = engine.generate(PROMPT, max_new_tokens=count)
         assert Auditor(Decoder(model)).audit(PROMPT, result.token_ids).mismatch == 0
-    assert result.stats.iterations < count / 2
+    assert result.stats.iterations < (count - 1) / 2
 
 
 @pytest.mark.gpu
