@@ -16,6 +16,7 @@ from subspec.config import (
     LayerSkipDraftConfig,
     NoLoggerConfig,
     PlantedTargetConfig,
+    SamplingConfig,
     SmallModelDraftConfig,
     StreamOffloadConfig,
 )
@@ -224,4 +225,30 @@ def test_streamed_layers_draft_where_they_lie(chosen):
         assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
     assert fused.embedding.data_ptr() == assembly.decoder.table.data_ptr()
     assert assembly.draft_facts["layers"] == layers
+    assembly.close()
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"),
+        LayerSkipDraftConfig(name="layer_skip", layers=[0, 7]),
+    ],
+    ids=["small_model", "layer_skip"],
+)
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
+    pytest.importorskip("triton")
+    from subspec.decoding.audit import Auditor
+
+    settings = config(draft, depth=2, width=2, resident_layers=3)
+    if sampling:
+        settings.decoding = SamplingConfig(name="sampling", max_length=128, temperature=0.7)
+    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
+    result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=5, seed=3)
+    audit = Auditor(assembly.decoder, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
+    assert audit.mismatch == 0
+    assert result.stats.drafted_nodes > 0
     assembly.close()
