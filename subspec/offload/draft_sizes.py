@@ -151,9 +151,9 @@ class SmallModelPieces:
     def __init__(self, situation: Situation) -> None:
         # Imported here: the small model's file knows how to fetch and load, which no plan needs otherwise.
         from subspec.drafts.own_cache import prompt_rows
-        from subspec.drafts.small_model import load_small_config
+        from subspec.drafts.small_model import small_shapes
 
-        model = ModelShapes.of(load_small_config(situation.config))
+        model = small_shapes(situation.config)
         target, width = situation.shapes, situation.width
         known = min(model.vocab, target.vocab)
         table = max(model.vocab, target.vocab) * model.hidden * DRAFT_ITEMSIZE
