@@ -20,8 +20,7 @@ from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quant
 from subspec.quant.build import build_quantizer
 from subspec.quant.code_cache import CachedCodes
 from subspec.quant.folder import open_store
-from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.module_cache import CachedModules
+from subspec.quant.module_cache import CachedModules, StorableQuantizer
 from subspec.quant.store import SubstituteStore
 from subspec.targets.skeleton import parameter_shapes
 
@@ -131,9 +130,9 @@ class StreamedSubstitute(StreamedBuild):
 def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModules | None:
     """``quantizer`` with its results of earlier runs; None when it cannot keep them."""
     quant, target = context.config.quant, context.target
-    if not isinstance(quantizer, HqqQuantizer):
+    if not isinstance(quantizer, StorableQuantizer):
         return None
-    facts = {"target": f"{target.source}", "dtype": str(target.dtype), **quantizer.facts}
+    facts = {"target": target.source, "dtype": str(target.dtype), **quantizer.facts}
     config = target.model.config
     layer, _ = parameter_shapes(config)
     chosen = linear_names(list(getattr(quant, "modules", [])))

@@ -7,14 +7,16 @@ Example::
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from subspec.quant.base import Quantizer
 from subspec.quant.store import SubstituteStore
 
 
+@runtime_checkable
 class StorableQuantizer(Quantizer, Protocol):
     """A :class:`~subspec.quant.base.Quantizer` whose results can be kept.
 
@@ -24,6 +26,9 @@ class StorableQuantizer(Quantizer, Protocol):
 
     @property
     def facts(self) -> Mapping[str, Any]: ...
+
+    def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
+        """Bytes of a weight's packed form, from its shape alone."""
 
     def pack(self, linear: nn.Linear, name: str) -> nn.Module:
         """The packed form of a Linear, which takes the work."""

@@ -250,9 +250,12 @@ class SubstituteStore:
         """Be the only one who writes here. Whoever had to wait finds what the other has written."""
         assert self.folder is not None
         try:
+            if self.owned:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(build_lock(self.folder, self.note))
         except (SubspecError, OSError) as error:
-            self._give_up(str(error))
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._give_up(reason)
             return
         self._locked = True
         for part in self.folder.glob("*.safetensors.*"):  # of a process that was killed
