@@ -83,6 +83,17 @@ class SubstituteDraftConfig(DraftConfig):
 
 
 @dataclass
+class Eagle2DraftConfig(DraftConfig):
+    """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head; null: the one shipped for the embedded default.
+    """
+
+    path: str | None = None
+    temperature: float = 1.0
+
+
+@dataclass
 class SmallModelDraftConfig(DraftConfig):
     """Any causal language model with the target's vocabulary, with a KV cache of its own.
 
@@ -178,6 +189,17 @@ class AdaptiveTreeConfig(BeamTreeConfig):
     level_cost: float | None = None
     check_every: int = 2
     min_depth: int = 1
+
+
+@dataclass
+class Eagle2TreeConfig(TreeConfig):
+    """EAGLE-2's tree: ``width`` children of each of the best ``width`` nodes of a level, re-ranked at the end.
+
+    ``total_tokens``: most nodes that are verified, root included.
+    """
+
+    width: int = MISSING
+    total_tokens: int = MISSING
 
 
 # -------------------------------------------------------------------------------------------- decoding
@@ -333,6 +355,7 @@ SCHEMAS: dict[str, type] = {
     "target/planted": PlantedTargetConfig,
     "draft/none": NoDraftConfig,
     "draft/subspec": SubstituteDraftConfig,
+    "draft/eagle2": Eagle2DraftConfig,
     "draft/small_model": SmallModelDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
     "quant/none": NoQuantConfig,
@@ -340,6 +363,7 @@ SCHEMAS: dict[str, type] = {
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,
+    "tree/eagle2": Eagle2TreeConfig,
     "decoding/greedy": DecodingConfig,
     "decoding/sampling": SamplingConfig,
     "offload/none": OffloadConfig,

@@ -1,7 +1,14 @@
 """From ``draft=...`` to the object that drafts: which builder builds which kind."""
 
-from subspec.config import DraftConfig, LayerSkipDraftConfig, SmallModelDraftConfig, SubstituteDraftConfig
+from subspec.config import (
+    DraftConfig,
+    Eagle2DraftConfig,
+    LayerSkipDraftConfig,
+    SmallModelDraftConfig,
+    SubstituteDraftConfig,
+)
 from subspec.drafts.base import DraftBuilder
+from subspec.drafts.build_eagle import EagleBuilder
 from subspec.drafts.build_layer_skip import LayerSkipBuilder
 from subspec.drafts.build_small_model import SmallModelBuilder
 from subspec.drafts.build_substitute import SubstituteBuilder
@@ -9,6 +16,7 @@ from subspec.errors import ConfigError
 
 BUILDERS: dict[type[DraftConfig], type[DraftBuilder]] = {
     SubstituteDraftConfig: SubstituteBuilder,
+    Eagle2DraftConfig: EagleBuilder,
     SmallModelDraftConfig: SmallModelBuilder,
     LayerSkipDraftConfig: LayerSkipBuilder,
 }

@@ -102,7 +102,8 @@ class OwnCacheDraft:
         """Keep the accepted nodes' rows; run the last of them if no level did."""
         used = self.levels.rows_used(tree)
         first = self.cache.draft_rows - used
-        holds = self.levels.node_of_row[first:][None, :] == path[:, None]
+        # Rows were noted down by the numbers that nodes had before the growth took some of them out.
+        holds = self.levels.node_of_row[first:][None, :] == tree.drafted_number(path)[:, None]
         has_run = path.numel() - 1 < tree.levels
         if not self.levels.whole_levels:
             # Of a level that was expanded in part the host does not know whether the node was in it: the one

@@ -11,6 +11,7 @@ from typing import Protocol
 from subspec.config import (
     Config,
     DraftConfig,
+    Eagle2DraftConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
     SmallModelDraftConfig,
@@ -71,7 +72,7 @@ class DraftSizes(Protocol):
     Attributes:
         forced: the target's layers that must be resident. forced_by: why, before "N layers" in a message.
         shared_rows: rows in the draft region of the target's KV cache; 0 for a draft with a cache of its own.
-        level: workspace of a draft level, logits included.
+        level: workspace of a draft level, logits included. captured: whether levels are captured as CUDA graphs.
         workspaces: what the draft holds while the target holds nothing (a pass over the prompt, for instance), by
             what it is; of these and the target's own passes only the largest counts.
     """
@@ -80,6 +81,7 @@ class DraftSizes(Protocol):
     forced_by: str
     shared_rows: int
     level: int
+    captured: bool
     workspaces: Mapping[str, int]
 
     def device(self, resident: int) -> list[Piece]:
@@ -103,6 +105,7 @@ class SubstitutePieces:
 
     workspaces: Mapping[str, int] = {}
     forced_by = "quant.skip_layers keeps"
+    captured = True
 
     def __init__(self, situation: Situation) -> None:
         shapes, quant = situation.shapes, situation.config.quant
@@ -142,6 +145,7 @@ class SmallModelPieces:
 
     forced: tuple[int, ...] = ()
     forced_by = ""
+    captured = True
     shared_rows = 0
 
     def __init__(self, situation: Situation) -> None:
@@ -197,6 +201,7 @@ class LayerSkipPieces:
 
     workspaces: Mapping[str, int] = {}
     forced_by = "draft=layer_skip drafts with"
+    captured = True
 
     def __init__(self, situation: Situation) -> None:
         from subspec.drafts.layer_skip import chosen_layers, spread, usual_layers
@@ -240,6 +245,11 @@ def draft_sizes(situation: Situation) -> DraftSizes | None:
     draft = situation.config.draft
     if isinstance(draft, NoDraftConfig):
         return None
+    if isinstance(draft, Eagle2DraftConfig):
+        # Imported here: a head's sizes are in a file of their own, which needs the types of this one.
+        from subspec.offload.eagle_sizes import EaglePieces
+
+        return EaglePieces(situation)
     if type(draft) not in SIZES:
         raise ConfigError(f"offload=stream has no plan for draft={draft.name}: set offload=none")
     return SIZES[type(draft)](situation)
