@@ -69,6 +69,17 @@ class Kernel(Enum):
     gemlite = "gemlite"
 
 
+class HiggsKernel(Enum):
+    """What computes the Linears of ``quant=higgs``; ``auto`` takes the fastest that runs here, and the record says
+    which."""
+
+    auto = "auto"
+    reference = "reference"
+    lut_triton = "lut_triton"
+    lut_mma = "lut_mma"
+    flute = "flute"
+
+
 class Cache(Enum):
     """Whether something that takes long to make is kept on disk: ``auto`` where there is room for it."""
 

@@ -14,7 +14,18 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.choices import Cache, Device, Dtype, Kernel, Placement, Profile, Source, Unpack, WandbMode
+from subspec.choices import (
+    Cache,
+    Device,
+    Dtype,
+    HiggsKernel,
+    Kernel,
+    Placement,
+    Profile,
+    Source,
+    Unpack,
+    WandbMode,
+)
 
 # ---------------------------------------------------------------------------------------------- target
 
@@ -110,6 +121,22 @@ class HqqConfig(QuantConfig):
     modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     skip_layers: list[int] = field(default_factory=list)
     cache: Cache = Cache.auto
+
+
+@dataclass
+class HiggsConfig(QuantConfig):
+    """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
+
+    ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
+    """
+
+    bits: int = 4
+    vector_dim: int = 2
+    group_size: int = 256
+    hadamard_size: int = 512
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    skip_layers: list[int] = field(default_factory=list)
+    kernel: HiggsKernel = HiggsKernel.auto
 
 
 # ------------------------------------------------------------------------------------------------ tree
@@ -307,6 +334,7 @@ SCHEMAS: dict[str, type] = {
     "draft/subspec": SubstituteDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
+    "quant/higgs": HiggsConfig,
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,

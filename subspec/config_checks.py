@@ -17,6 +17,7 @@ from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
+    HiggsConfig,
     HqqConfig,
     Kernel,
     NoDraftConfig,
@@ -141,6 +142,13 @@ def _check_draft(config: Config) -> None:
 
         check_hqq(config.quant.bits, config.quant.group_size, config.quant.axis)
         linear_names(config.quant.modules)
+    if isinstance(config.quant, HiggsConfig):
+        from subspec.quant.base import linear_names
+        from subspec.quant.higgs import check_higgs
+
+        quant = config.quant
+        check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+        linear_names(quant.modules)
     streamed = isinstance(config.offload, StreamOffloadConfig)
     kernel = getattr(config.draft, "kernel", Kernel.auto)
     if kernel is not Kernel.auto and not streamed:
@@ -217,7 +225,7 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
             "reaches: a tree would change them, so it cannot be decoded losslessly here; take another target"
         )
     quant = config.quant
-    if drafting and isinstance(quant, HqqConfig):
+    if drafting and isinstance(quant, HqqConfig | HiggsConfig):
         layers = model.num_hidden_layers
         wrong = [index for index in quant.skip_layers if not 0 <= index < layers]
         if wrong:

@@ -13,7 +13,7 @@ where R rotates the inputs. Like every Linear of a draft level (:mod:`subspec.ke
 Example::
 
     codes = encode(weight, bits=4, dim=2, group_size=256, hadamard_size=512)
-    linear = make_lut_linear(codes, Lut("lut_triton"))
+    linear = make_lut_linear(codes, Variant("lut_triton"))
     y = linear(x).sum(0)     # about functional.linear(x, weight)
 """
 
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from subspec.kernels import lut_mma
 from subspec.kernels.hadamard import rotate
-from subspec.kernels.ops import LevelLinear, _swiglu
+from subspec.kernels.ops import LevelLinear, Variant, _swiglu
 from subspec.quant.higgs_codes import CHUNK, HiggsCodes, pack_pairs, unpack_pairs
 
 MAX_ROWS = 16
@@ -39,36 +39,27 @@ BLOCKS_PER_PROCESSOR = 4
 MOST_SPLITS = 8
 
 
+USUAL_TILES = 4
+"""16-row tiles per block of ``lut_triton`` where a variant names none: 64 rows make the widest instructions."""
+
+
 @dataclass(frozen=True)
-class Lut:
-    """A kernel and its settings; those a kernel does not have are passed over.
+class TritonSettings:
+    """What ``lut_triton`` is compiled with besides its block's outputs.
 
     Attributes:
-        kernel: ``reference``, ``lut_triton``, ``lut_mma`` or ``flute``.
-        splits: slices of the inputs (0: a rule of thumb).
-        outputs: of ``lut_triton``, outputs per block, a power of two.
-        inputs: of ``lut_triton``, inputs per step, a power of two of at least 64 (fewer where groups are smaller).
-        warps, stages: of ``lut_triton``.
-        gather: of ``lut_triton``: look up through shared memory instead of the L1 cache.
-        tiles: of ``lut_mma``, 16-row tiles per block.
+        inputs: per step, a power of two of at least 64 (fewer where groups are smaller).
+        warps, stages: of Triton; the kernel itself loads codes one step ahead, so that stages add only x's.
+        gather: look up through shared memory instead of the L1 cache.
     """
 
-    kernel: str
-    splits: int = 0
-    outputs: int = 64
     inputs: int = 128
     warps: int = 4
     stages: int = 1
     gather: bool = False
-    tiles: int = 2
 
-    def __str__(self) -> str:
-        if self.kernel == TritonLut.kind:
-            how = "gather" if self.gather else "load"
-            return (
-                f"{self.kernel} {self.outputs}x{self.inputs} w{self.warps} s{self.stages} {how} /{self.splits}"
-            )
-        return f"{self.kernel} {self.tiles}x{self.splits}" if self.kernel == MmaLut.kind else self.kernel
+
+USUAL_SETTINGS = TritonSettings()
 
 
 def pair_table(codes: HiggsCodes) -> Tensor:
@@ -104,7 +95,7 @@ class ReferenceLut(LevelLinear):
         return HiggsCodes(pairs, self.scale, self.grid, self.group, self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.codes.dequantize().to(x.dtype)
+        weight = self.codes.rotated().to(x.dtype)
         y = functional.linear(self.rotation(x), weight)
         return _swiglu(y) if self.swiglu else y.unsqueeze(0)
 
@@ -114,12 +105,15 @@ class TritonLut(LevelLinear):
 
     kind = "lut_triton"
 
-    def __init__(self, codes: HiggsCodes, how: Lut, *, swiglu: bool = False) -> None:
+    def __init__(
+        self, codes: HiggsCodes, variant: Variant, settings: TritonSettings, *, swiglu: bool = False
+    ) -> None:
         # Imported here: Triton is not there on machines that only compose configurations or run on a CPU.
         from subspec.kernels import lut_triton
 
         self._kernels = lut_triton
-        self.swiglu, self.how = swiglu, how
+        self.swiglu, self.settings = swiglu, settings
+        self.outputs = 16 * (variant.tiles or USUAL_TILES)
         self.rotation, self.group, self.bits = codes.rotation, codes.group_size, codes.grid.bits
         self.packed = pack_pairs(codes.pairs, self.bits)
         self.scale = codes.scale.contiguous()
@@ -127,8 +121,8 @@ class TritonLut(LevelLinear):
         self.stride = codes.pairs.shape[0]
         self.nbytes = self.packed.numel() + 2 * self.scale.numel()
         # A step lies in one group: groups are multiples of 64 but not always powers of two.
-        self._step = min(how.inputs, self.group & -self.group)
-        self.splits = how.splits or self._usual_splits()
+        self._step = min(settings.inputs, self.group & -self.group)
+        self.splits = variant.splits or self._usual_splits()
         self.splits = max(1, min(self.splits, self.rotation.padded // self._step))
 
     @property
@@ -142,7 +136,7 @@ class TritonLut(LevelLinear):
         if not self.packed.is_cuda:
             return 1
         count = torch.cuda.get_device_properties(self.packed.device).multi_processor_count
-        blocks = -(-self.stride // self.how.outputs)
+        blocks = -(-self.stride // self.outputs)
         return min(MOST_SPLITS, math.ceil(BLOCKS_PER_PROCESSOR * count / blocks))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -155,7 +149,7 @@ class TritonLut(LevelLinear):
         steps = inputs // self._step
         cuda = x.is_cuda
         tl = self._kernels.tl
-        self._kernels.lut_linear[(-(-n // self.how.outputs), self.splits)](
+        self._kernels.lut_linear[(-(-n // self.outputs), self.splits)](
             rotate(x, self.rotation),
             self.packed,
             self.scale,
@@ -168,13 +162,13 @@ class TritonLut(LevelLinear):
             -(-steps // self.splits) * self._step,
             BITS=self.bits,
             GROUP=self.group,
-            N=self.how.outputs,
+            N=self.outputs,
             K=self._step,
             M=MAX_ROWS,
-            GATHER=self.how.gather,
+            GATHER=self.settings.gather,
             OPERAND=tl.bfloat16 if cuda else tl.float32,  # the interpreter multiplies no bfloat16
-            num_warps=self.how.warps,
-            num_stages=self.how.stages,
+            num_warps=self.settings.warps,
+            num_stages=self.settings.stages,
         )
         return self._activation(partial) if self.swiglu else partial
 
@@ -193,13 +187,13 @@ class MmaLut(LevelLinear):
 
     kind = "lut_mma"
 
-    def __init__(self, codes: HiggsCodes, how: Lut, *, swiglu: bool = False) -> None:
+    def __init__(self, codes: HiggsCodes, variant: Variant, *, swiglu: bool = False) -> None:
         self.rotation = codes.rotation
-        self.weight = lut_mma.pack(codes, pair_table(codes), tiles=how.tiles, swiglu=swiglu)
+        self.weight = lut_mma.pack(codes, pair_table(codes), tiles=variant.tiles or 2, swiglu=swiglu)
         if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
             device = self.weight.words.device
             count = torch.cuda.get_device_properties(device).multi_processor_count
-            self.splits = how.splits or lut_mma.splits_for(self.weight, count)
+            self.splits = variant.splits or lut_mma.splits_for(self.weight, count)
         self.stride = self.weight.padded
         self.nbytes = self.weight.nbytes
 
@@ -232,24 +226,32 @@ LUT_KERNELS = (MmaLut.kind, TritonLut.kind, ReferenceLut.kind)
 """What can compute a Linear of ``quant=higgs``, the fastest first."""
 
 
-def make_lut_linear(codes: HiggsCodes, how: Lut, *, swiglu: bool = False) -> LevelLinear:
+def make_lut_linear(
+    codes: HiggsCodes,
+    variant: Variant,
+    *,
+    swiglu: bool = False,
+    settings: TritonSettings = USUAL_SETTINGS,
+) -> LevelLinear:
     """A Linear of ``quant=higgs``.
 
     Args:
+        variant: one of :data:`LUT_KERNELS`, its tiles of 16 outputs per block and its splits (0: usual ones).
         swiglu: the rows are gate and up interleaved 16 by 16, and the result is their activation.
+        settings: of the Triton kernel.
 
     Raises:
         ValueError: there is no such kernel, or rows of gate and up are not whole tiles.
     """
     if swiglu and codes.pairs.shape[0] % 32:
         raise ValueError(f"{codes.pairs.shape[0]} interleaved rows are not a multiple of 32")
-    if how.kernel == ReferenceLut.kind:
+    if variant.kernel == ReferenceLut.kind:
         return ReferenceLut(codes, swiglu=swiglu)
-    if how.kernel == TritonLut.kind:
-        return TritonLut(codes, how, swiglu=swiglu)
-    if how.kernel == MmaLut.kind:
-        return MmaLut(codes, how, swiglu=swiglu)
-    raise ValueError(f"no look-up kernel {how.kernel!r}: use {', '.join(LUT_KERNELS)}")
+    if variant.kernel == TritonLut.kind:
+        return TritonLut(codes, variant, settings, swiglu=swiglu)
+    if variant.kernel == MmaLut.kind:
+        return MmaLut(codes, variant, swiglu=swiglu)
+    raise ValueError(f"no look-up kernel {variant.kernel!r}: use {', '.join(LUT_KERNELS)}")
 
 
 def unavailable(kernel: str, device: torch.device) -> str | None:

@@ -105,7 +105,7 @@ def _words(pairs: Tensor, bits: int) -> Tensor:
 
 
 def unpack(weight: PackedLut) -> Tensor:
-    """The dequantized (still rotated) weight, float32 [out_features, inputs]."""
+    """The rotated weight, float32 [out_features, inputs]."""
     blocks, steps, tiles = weight.words.shape[:3]
     if weight.bits == 4:
         pairs = weight.words.view(torch.uint8).int()
@@ -182,5 +182,15 @@ def linear(weight: PackedLut, x: Tensor, out: Tensor, *, splits: int = 1) -> Non
     kernel(
         grid=(weight.words.shape[0], splits, 1),
         block=(WARPS * 32, 1, 1),
-        args=[weight.words, weight.scale, weight.table, x, out, x.shape[0], weight.padded, steps, -(-steps // splits)],
+        args=[
+            weight.words,
+            weight.scale,
+            weight.table,
+            x,
+            out,
+            x.shape[0],
+            weight.padded,
+            steps,
+            -(-steps // splits),
+        ],
     )

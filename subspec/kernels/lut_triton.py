@@ -60,10 +60,11 @@ def lut_linear(
     x_at = x + row[None, :] * inputs + column[:, None]
     x_exists = (row < rows)[None, :]
     here = line + byte[None, :]
+    zero = tl.zeros([N, 1], dtype=tl.int32)  # makes a mask of a comparison of scalars
 
     # The next step's codes fly while this one's are multiplied.
     at = here + begin // 8 * BITS
-    some = exists[:, None] & (begin < end)
+    some = exists[:, None] & (zero + begin < end)
     first = tl.load(at, mask=some, other=0)
     second, third = first, first
     if BITS < 4:
@@ -73,7 +74,7 @@ def lut_linear(
     total = tl.zeros([N, M], dtype=tl.float32)
     for k in range(begin, end, K):
         at = here + (k + K) // 8 * BITS
-        some = exists[:, None] & (k + K < end)
+        some = exists[:, None] & (zero + (k + K) < end)
         next_first = tl.load(at, mask=some, other=0)
         next_second, next_third = next_first, next_first
         if BITS < 4:

@@ -42,7 +42,7 @@ PLANE = 1601
 """Nodes along each axis by which integrals over the plane are computed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Points to round to.
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from subspec.choices import HiggsKernel
 from subspec.errors import ConfigError
-from subspec.kernels.lut import LUT_KERNELS, Lut, ReferenceLut, make_lut_linear, unavailable
-from subspec.kernels.ops import LevelLinear
+from subspec.kernels.lut import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
+from subspec.kernels.ops import LevelLinear, Variant
 from subspec.quant.grids import BITS, DIMS
 from subspec.quant.hadamard import LEAST_BLOCK, is_power_of_two
 from subspec.quant.higgs_codes import HiggsCodes, encode, higgs_sizes
@@ -53,7 +53,9 @@ def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) 
     if problem is None and asked is not HiggsKernel.reference and dtype is not torch.bfloat16:
         problem = f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if problem is not None:
-        raise ConfigError(f"quant.kernel={asked.value} cannot run here: {problem}; quant.kernel=auto takes what can")
+        raise ConfigError(
+            f"quant.kernel={asked.value} cannot run here: {problem}; quant.kernel=auto takes what can"
+        )
     return asked.value
 
 
@@ -122,11 +124,9 @@ class HiggsQuantizer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return f"unpacked {dtype} Linears" if self.unpack else f"higgs {self.kernel} {dtype}"
 
-    def stored_bytes(self, linear: nn.Linear) -> int:
+    def stored_bytes(self, linear: nn.Linear, name: str = "") -> int:
         return sum(
-            higgs_sizes(
-                linear.out_features, linear.in_features, bits=self.bits, group_size=self.group_size
-            )
+            higgs_sizes(linear.out_features, linear.in_features, bits=self.bits, group_size=self.group_size)
         )
 
     def encode(self, weight: Tensor) -> HiggsCodes:
@@ -142,10 +142,10 @@ class HiggsQuantizer:
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
         codes = self.encode(linear.weight.to(self.device))
         if not self.unpack:
-            return HiggsModule(make_lut_linear(codes, Lut(self.kernel)), linear.out_features, linear.bias)
+            return HiggsModule(make_lut_linear(codes, Variant(self.kernel)), linear.out_features, linear.bias)
         plain = nn.Linear(
             linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
         )
-        plain.weight = nn.Parameter(codes.unrotated().to(self.compute_dtype), requires_grad=False)
+        plain.weight = nn.Parameter(codes.dequantize().to(self.compute_dtype), requires_grad=False)
         plain.bias = linear.bias
         return plain

@@ -4,11 +4,13 @@ Weights are coded in pairs, whatever the grid's dimension: ``2 * bits`` bits nam
 (``Grid.pairs``), so one look-up gives two weights and one kernel serves both dimensions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from subspec.kernels.int4 import interleave
 from subspec.quant.grids import Grid, load_grid
 from subspec.quant.hadamard import LEAST_BLOCK, Rotation
 
@@ -40,15 +42,36 @@ class HiggsCodes:
     group_size: int
     rotation: Rotation
 
-    def dequantize(self) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.pairs.shape[0], self.rotation.in_features
+
+    def rotated(self) -> Tensor:
         """The rotated weight, float32 [n, padded]."""
         values = self.grid.pairs().to(self.pairs.device)[self.pairs.int()].flatten(1)
         groups = values.unflatten(1, (-1, self.group_size))
         return (groups * self.scale.float().unsqueeze(-1)).flatten(1)
 
-    def unrotated(self) -> Tensor:
-        """The weight itself, float32 [n, in_features]."""
-        return self.rotation.inverse(self.dequantize())
+    def dequantize(self) -> Tensor:
+        """The weight itself, rotated back: float32 [n, in_features]."""
+        return self.rotation.inverse(self.rotated())
+
+    def stacked(self, others: Sequence["HiggsCodes"], *, swiglu: bool) -> "HiggsCodes":
+        """Rows below each other, or, with ``swiglu``, of a gate and an up projection, 16 in turn.
+
+        Raises:
+            ValueError: another grid, group size or rotation than this one's.
+        """
+        if any(
+            (o.grid, o.group_size, o.rotation) != (self.grid, self.group_size, self.rotation) for o in others
+        ):
+            raise ValueError("weights of different grids, groups or rotations are not one weight")
+        join = interleave if swiglu else lambda *parts: torch.cat(parts)
+        pairs, scale = (
+            join(*part) for part in zip(*((c.pairs, c.scale) for c in (self, *others)), strict=True)
+        )
+        return HiggsCodes(pairs, scale, self.grid, self.group_size, self.rotation)
 
 
 def group_of(padded: int, group_size: int) -> int:
