@@ -80,6 +80,13 @@ class HiggsKernel(Enum):
     flute = "flute"
 
 
+class Hadamard(Enum):
+    """What rotates the inputs of ``quant=higgs``; ``library`` is ``fast_hadamard_transform``."""
+
+    auto = "auto"
+    library = "library"
+
+
 class Cache(Enum):
     """Whether something that takes long to make is kept on disk: ``auto`` where there is room for it."""
 

@@ -18,6 +18,7 @@ from subspec.choices import (
     Cache,
     Device,
     Dtype,
+    Hadamard,
     HiggsKernel,
     Kernel,
     Placement,
@@ -137,6 +138,7 @@ class HiggsConfig(QuantConfig):
     modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     skip_layers: list[int] = field(default_factory=list)
     kernel: HiggsKernel = HiggsKernel.auto
+    hadamard: Hadamard = Hadamard.auto
 
 
 # ------------------------------------------------------------------------------------------------ tree

@@ -1,18 +1,23 @@
 """The rotation of a Linear's inputs at run time, by what is fastest on the device.
 
-A CPU multiplies by two small matrices (:mod:`subspec.quant.hadamard`); a CUDA device runs one Triton kernel, or
-``fast_hadamard_transform`` where :func:`use_fast_hadamard` has been told to.
+A CPU multiplies by two small matrices (:mod:`subspec.quant.hadamard`); a CUDA device runs one Triton kernel, which
+also changes the signs, or ``fast_hadamard_transform`` where that is asked for.
 """
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.errors import ConfigError
 from subspec.quant.hadamard import Rotation
+
+Rotate = Callable[[Tensor, Rotation], Tensor]
+"""Rotates rows of inputs: :func:`rotate` or another way to do the same."""
 
 LIBRARY = "fast_hadamard_transform"
 
@@ -52,6 +57,22 @@ def rotate_triton(x: Tensor, rotation: Rotation) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def rotate_by(name: str, device: torch.device) -> Rotate:
+    """``auto``: :func:`rotate`; ``library``: :func:`rotate_library`.
+
+    Raises:
+        ConfigError: the library cannot be used here.
+    """
+    if name != "library":
+        return rotate
+    problem = "no CUDA device" if device.type != "cuda" else library_problem()
+    if problem is not None:
+        raise ConfigError(
+            f"quant.hadamard=library cannot run here: {problem}; quant.hadamard=auto needs no library"
+        )
+    return rotate_library
 
 
 def radices(block: int) -> tuple[int, int, int]:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels import lut_mma
-from subspec.kernels.hadamard import rotate
+from subspec.kernels import lut_flute, lut_mma
+from subspec.kernels.hadamard import Rotate, rotate
+from subspec.kernels.lut_flute import FluteLut
 from subspec.kernels.ops import LevelLinear, Variant, _swiglu
 from subspec.quant.higgs_codes import CHUNK, HiggsCodes, pack_pairs, unpack_pairs
 
@@ -106,13 +107,19 @@ class TritonLut(LevelLinear):
     kind = "lut_triton"
 
     def __init__(
-        self, codes: HiggsCodes, variant: Variant, settings: TritonSettings, *, swiglu: bool = False
+        self,
+        codes: HiggsCodes,
+        variant: Variant,
+        settings: TritonSettings = USUAL_SETTINGS,
+        *,
+        swiglu: bool = False,
+        rotate: Rotate = rotate,
     ) -> None:
         # Imported here: Triton is not there on machines that only compose configurations or run on a CPU.
         from subspec.kernels import lut_triton
 
         self._kernels = lut_triton
-        self.swiglu, self.settings = swiglu, settings
+        self.swiglu, self.settings, self._rotate = swiglu, settings, rotate
         self.outputs = 16 * (variant.tiles or USUAL_TILES)
         self.rotation, self.group, self.bits = codes.rotation, codes.group_size, codes.grid.bits
         self.packed = pack_pairs(codes.pairs, self.bits)
@@ -150,7 +157,7 @@ class TritonLut(LevelLinear):
         cuda = x.is_cuda
         tl = self._kernels.tl
         self._kernels.lut_linear[(-(-n // self.outputs), self.splits)](
-            rotate(x, self.rotation),
+            self._rotate(x, self.rotation),
             self.packed,
             self.scale,
             self.table,
@@ -187,8 +194,10 @@ class MmaLut(LevelLinear):
 
     kind = "lut_mma"
 
-    def __init__(self, codes: HiggsCodes, variant: Variant, *, swiglu: bool = False) -> None:
-        self.rotation = codes.rotation
+    def __init__(
+        self, codes: HiggsCodes, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
+    ) -> None:
+        self.rotation, self._rotate = codes.rotation, rotate
         self.weight = lut_mma.pack(codes, pair_table(codes), tiles=variant.tiles or 2, swiglu=swiglu)
         if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
             device = self.weight.words.device
@@ -208,7 +217,7 @@ class MmaLut(LevelLinear):
     def __call__(self, x: Tensor) -> Tensor:
         rows, swiglu = x.shape[0], self.weight.swiglu
         if not x.is_cuda:
-            y = lut_mma.reference(self.weight, rotate(x, self.rotation))
+            y = lut_mma.reference(self.weight, self._rotate(x, self.rotation))
             y = functional.pad(y, (0, (self.stride // 2 if swiglu else self.stride) - y.shape[1]))
             return y.to(torch.bfloat16) if swiglu else y.unsqueeze(0)
         if rows > lut_mma.MAX_ROWS:
@@ -218,12 +227,12 @@ class MmaLut(LevelLinear):
             out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
         else:
             out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
-        lut_mma.linear(self.weight, rotate(x, self.rotation), out, splits=self.splits)
+        lut_mma.linear(self.weight, self._rotate(x, self.rotation), out, splits=self.splits)
         return out
 
 
 LUT_KERNELS = (MmaLut.kind, TritonLut.kind, ReferenceLut.kind)
-"""What can compute a Linear of ``quant=higgs``, the fastest first."""
+"""What can compute a Linear of ``quant=higgs`` and is ours, the fastest first; ``flute`` has to be asked for."""
 
 
 def make_lut_linear(
@@ -232,6 +241,7 @@ def make_lut_linear(
     *,
     swiglu: bool = False,
     settings: TritonSettings = USUAL_SETTINGS,
+    rotate: Rotate = rotate,
 ) -> LevelLinear:
     """A Linear of ``quant=higgs``.
 
@@ -239,6 +249,7 @@ def make_lut_linear(
         variant: one of :data:`LUT_KERNELS`, its tiles of 16 outputs per block and its splits (0: usual ones).
         swiglu: the rows are gate and up interleaved 16 by 16, and the result is their activation.
         settings: of the Triton kernel.
+        rotate: what rotates the inputs (the reference always does it in torch).
 
     Raises:
         ValueError: there is no such kernel, or rows of gate and up are not whole tiles.
@@ -248,10 +259,12 @@ def make_lut_linear(
     if variant.kernel == ReferenceLut.kind:
         return ReferenceLut(codes, swiglu=swiglu)
     if variant.kernel == TritonLut.kind:
-        return TritonLut(codes, variant, settings, swiglu=swiglu)
+        return TritonLut(codes, variant, settings, swiglu=swiglu, rotate=rotate)
     if variant.kernel == MmaLut.kind:
-        return MmaLut(codes, variant, swiglu=swiglu)
-    raise ValueError(f"no look-up kernel {variant.kernel!r}: use {', '.join(LUT_KERNELS)}")
+        return MmaLut(codes, variant, swiglu=swiglu, rotate=rotate)
+    if variant.kernel == FluteLut.kind:
+        return FluteLut(codes, swiglu=swiglu, rotate=rotate)
+    raise ValueError(f"no look-up kernel {variant.kernel!r}: use {', '.join((*LUT_KERNELS, FluteLut.kind))}")
 
 
 def unavailable(kernel: str, device: torch.device) -> str | None:
@@ -262,6 +275,8 @@ def unavailable(kernel: str, device: torch.device) -> str | None:
         return "no CUDA device"
     if kernel == MmaLut.kind:
         return lut_mma.unavailable()
+    if kernel == FluteLut.kind:
+        return lut_flute.unavailable()
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0 (Ampere) or later"
     return None

@@ -38,6 +38,7 @@ def build_quantizer(
             group_size=quant.group_size,
             hadamard_size=quant.hadamard_size,
             kernel=quant.kernel,
+            hadamard=quant.hadamard,
             compute_dtype=dtype,
             device=device,
             unpack=unpack,

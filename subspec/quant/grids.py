@@ -6,7 +6,7 @@ it. Two dimensions, CLVQ (Pagès & Printems 2003), do better at the same number 
 better than squares and because rare pairs need no points of their own.
 
 The points are computed here (:func:`lloyd_max`, :func:`lloyd_plane`) by ``scripts/make_grids.py``, which writes them
-to ``grids.safetensors`` beside this file: two dimensions take a minute.
+to ``grids.safetensors`` beside this file: two dimensions take minutes.
 
 Example::
 
@@ -38,7 +38,7 @@ edge, where one Gaussian number in 5e8 is."""
 CELLS = 1024
 """Cells along that side."""
 
-PLANE = 1601
+PLANE = 801
 """Nodes along each axis by which integrals over the plane are computed."""
 
 
@@ -160,26 +160,35 @@ def _cell_moments(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lloyd_plane(
-    bits: int, *, seed: int = 0, steps: int = 600, tolerance: float = 1e-7, nodes: int = PLANE
+    bits: int,
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    tolerance: float = 1e-6,
+    nodes: int = PLANE,
+    samples: int = 1 << 17,
 ) -> tuple[Tensor, float]:
     """A locally optimal quantizer of the standard normal plane with ``4 ** bits`` points, and its error.
 
-    Lloyd's iteration from seeded random points: first on samples (competitive learning, which finds a good
-    arrangement), then on a fine regular lattice of the plane weighted by the density, so that the result does not
-    depend on samples.
+    Lloyd's iteration from seeded random points: first on samples, whose noise leads to a better arrangement than a
+    start on the lattice would, then on a regular lattice of the plane weighted by the density, so that the result
+    does not depend on samples.
+
+    Args:
+        steps, tolerance: on the lattice: at most so many, until the error shrinks by less than this part.
+        nodes: of the lattice along each axis.
+        samples: of the first iterations.
 
     Returns:
-        points float64 [4 ** bits, 2], ordered by angle and radius of nothing in particular but always the same;
-        mean squared error per coordinate.
+        points float64 [4 ** bits, 2], and the mean squared error per coordinate.
     """
     generator = torch.Generator().manual_seed(seed)
     count = 4**bits
-    samples = torch.randn(1 << 19, 2, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
     # The optimal points follow the density to the power 1/2, a Gaussian with twice the variance.
     points = torch.randn(count, 2, generator=generator, dtype=torch.float64) * math.sqrt(2)
-    weights = torch.ones(len(samples), dtype=torch.float64)
-    for _ in range(60):
-        points, _ = _lloyd_step(points, samples, weights)
+    for _ in range(40):
+        points, _ = _lloyd_step(points, drawn, torch.ones(samples, dtype=torch.float64))
     axis = torch.linspace(-RADIUS, RADIUS, nodes, dtype=torch.float64)
     lattice = torch.cartesian_prod(axis, axis)
     density = torch.exp(-(lattice * lattice).sum(1) / 2)

@@ -8,8 +8,9 @@ usual 4 bits take 4.5, with a smaller error (``experiments/quantizers``).
 import torch
 from torch import Tensor, nn
 
-from subspec.choices import HiggsKernel
+from subspec.choices import Hadamard, HiggsKernel
 from subspec.errors import ConfigError
+from subspec.kernels.hadamard import rotate, rotate_by
 from subspec.kernels.lut import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
 from subspec.kernels.ops import LevelLinear, Variant
 from subspec.quant.grids import BITS, DIMS
@@ -88,7 +89,7 @@ class HiggsQuantizer:
         vector_dim: coordinates per grid point, 1 or 2.
         group_size: weights per scale, at most: the largest multiple of 64 that divides a Linear's inputs.
         hadamard_size: inputs that are rotated together, at most.
-        kernel: what computes the quantized Linears.
+        kernel, hadamard: what computes the quantized Linears and rotates their inputs.
         compute_dtype, device: of the substitute.
         unpack: keep the dequantized values, rotated back, as a plain Linear: the same logits up to rounding, without
             a rotation and a look-up in every forward pass, where memory allows.
@@ -104,6 +105,7 @@ class HiggsQuantizer:
         group_size: int = 256,
         hadamard_size: int = 512,
         kernel: HiggsKernel = HiggsKernel.auto,
+        hadamard: Hadamard = Hadamard.auto,
         compute_dtype: torch.dtype,
         device: torch.device,
         unpack: bool,
@@ -112,12 +114,14 @@ class HiggsQuantizer:
         self.bits, self.vector_dim = bits, vector_dim
         self.group_size, self.hadamard_size = group_size, hadamard_size
         self.compute_dtype, self.device, self.unpack = compute_dtype, device, unpack
-        if unpack and kernel is not HiggsKernel.auto:
+        if unpack and (kernel is not HiggsKernel.auto or hadamard is not Hadamard.auto):
+            key = "kernel" if kernel is not HiggsKernel.auto else "hadamard"
             raise ConfigError(
-                f"quant.kernel={kernel.value} computes nothing when the substitute is unpacked: set "
-                "draft.unpack=never, or leave quant.kernel at auto"
+                f"quant.{key} computes nothing when the substitute is unpacked: set draft.unpack=never, or leave "
+                f"quant.{key} at auto"
             )
         self.kernel = "" if unpack else choose_kernel(kernel, device, compute_dtype)
+        self.rotate = rotate if unpack else rotate_by(hadamard.value, device)
 
     @property
     def backend(self) -> str:
@@ -142,7 +146,8 @@ class HiggsQuantizer:
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
         codes = self.encode(linear.weight.to(self.device))
         if not self.unpack:
-            return HiggsModule(make_lut_linear(codes, Variant(self.kernel)), linear.out_features, linear.bias)
+            look_up = make_lut_linear(codes, Variant(self.kernel), rotate=self.rotate)
+            return HiggsModule(look_up, linear.out_features, linear.bias)
         plain = nn.Linear(
             linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
         )
