@@ -13,7 +13,7 @@
 // and add up in shared memory. A grid with gridDim.y > 1 splits k further; the slices' sums are then added by whoever
 // reads the output (deterministic, unlike atomics).
 
-struct Word4 { unsigned x, y, z, w; };
+struct __align__(16) Word4 { unsigned x, y, z, w; };
 
 #define ENTRIES (1 << (2 * BITS))
 #define SUM_STRIDE 9  // rows of 8 would collide in the banks
