@@ -61,12 +61,15 @@ class Unpack(Enum):
 
 
 class Kernel(Enum):
-    """What computes a draft level's 4-bit Linears; ``auto`` takes what is fastest here, and the record says which."""
+    """What computes a draft level's quantized Linears; ``auto`` takes the fastest here, and the record says which."""
 
     auto = "auto"
     int4_mma = "int4_mma"
     tinygemm = "tinygemm"
     gemlite = "gemlite"
+    triton_wq = "triton_wq"
+    lut_mma = "lut_mma"
+    lut_triton = "lut_triton"
 
 
 class HiggsKernel(Enum):

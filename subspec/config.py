@@ -110,18 +110,36 @@ class NoQuantConfig(QuantConfig):
 
 
 @dataclass
+class BitsByModule:
+    """Bits of classes of Linears, or of single ones; null: as the class, and that as ``quant.bits``."""
+
+    attention: int | None = None
+    mlp: int | None = None
+    lm_head: int | None = None
+    q_proj: int | None = None
+    k_proj: int | None = None
+    v_proj: int | None = None
+    o_proj: int | None = None
+    gate_proj: int | None = None
+    up_proj: int | None = None
+    down_proj: int | None = None
+
+
+@dataclass
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
-    ``cache``: of the quantized substitute on disk (``offload=stream``).
+    ``cache``: of the quantized substitute on disk. ``folder``: keep it there instead, see ``subspec.quant.folder``.
     """
 
     bits: int = 4
+    bits_by: BitsByModule = field(default_factory=BitsByModule)
     group_size: int = 64
     axis: int = 1
     modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     skip_layers: list[int] = field(default_factory=list)
     cache: Cache = Cache.auto
+    folder: str | None = None
 
 
 @dataclass
@@ -129,6 +147,7 @@ class HiggsConfig(QuantConfig):
     """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
 
     ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
+    ``kernel`` is for single modules (``offload=none``); ``offload=stream`` has ``draft.kernel``, and ``cache``.
     """
 
     bits: int = 4
@@ -139,6 +158,7 @@ class HiggsConfig(QuantConfig):
     skip_layers: list[int] = field(default_factory=list)
     kernel: HiggsKernel = HiggsKernel.auto
     hadamard: Hadamard = Hadamard.auto
+    cache: Cache = Cache.auto
 
 
 # ------------------------------------------------------------------------------------------------ tree

@@ -18,6 +18,7 @@ from subspec.config import (
     BeamTreeConfig,
     Config,
     HiggsConfig,
+    HiggsKernel,
     HqqConfig,
     Kernel,
     NoDraftConfig,
@@ -137,11 +138,11 @@ def _check_draft(config: Config) -> None:
             "or draft=none for plain decoding"
         )
     if isinstance(config.quant, HqqConfig):
-        from subspec.quant.base import linear_names
         from subspec.quant.hqq import check_hqq
+        from subspec.quant.module_bits import bits_by_linear
 
         check_hqq(config.quant.bits, config.quant.group_size, config.quant.axis)
-        linear_names(config.quant.modules)
+        bits_by_linear(config.quant.bits, config.quant.bits_by, config.quant.modules)
     if isinstance(config.quant, HiggsConfig):
         from subspec.quant.base import linear_names
         from subspec.quant.higgs import check_higgs
@@ -149,11 +150,16 @@ def _check_draft(config: Config) -> None:
         quant = config.quant
         check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
         linear_names(quant.modules)
+        if quant.kernel is not HiggsKernel.auto and isinstance(config.offload, StreamOffloadConfig):
+            raise ConfigError(
+                f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
+                "leave quant.kernel at auto"
+            )
     streamed = isinstance(config.offload, StreamOffloadConfig)
     kernel = getattr(config.draft, "kernel", Kernel.auto)
     if kernel is not Kernel.auto and not streamed:
         raise ConfigError(
-            f"draft.kernel={kernel.value} chooses the 4-bit kernel of offload=stream: set that, or leave draft.kernel "
+            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
             "at auto"
         )
     tree = config.tree

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from subspec.config import Placement
-from subspec.drafts.fused import FusedLayer, FusedModel
+from subspec.drafts.fused import FusedModel
 from subspec.drafts.fused_build import LayerFuser, fuse_model
 from subspec.offload.layer_bytes import write_layer
 from subspec.offload.pinned import PinnedBuffer
@@ -97,15 +97,14 @@ def load_streamed(
             del tensors
         if progress is not None:
             progress(index + 1, layers)
+    head = None
+    if fuser is not None:
+        head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     exact = {index: dict(source.layer(index, device)) for index in sorted(resident)}
     decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device)
-    substitute = _substitute(source, fused, shared, decoder) if fuser is not None else None
+    substitute = None
+    if fuser is not None:
+        substitute = fuse_model(source.config, fused, shared, decoder.base.rotary_emb, head)
     return StreamedTarget(decoder, substitute, buffers)
-
-
-def _substitute(
-    source: LayerSource, fused: list[FusedLayer], shared: dict[str, torch.Tensor], decoder: StreamedDecoder
-) -> FusedModel:
-    return fuse_model(source.config, fused, shared, decoder.base.rotary_emb)

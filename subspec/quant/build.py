@@ -7,6 +7,7 @@ from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.module_bits import bits_by_linear
 
 
 def build_quantizer(
@@ -25,6 +26,7 @@ def build_quantizer(
     if isinstance(quant, HqqConfig):
         return HqqQuantizer(
             bits=quant.bits,
+            bits_by=bits_by_linear(quant.bits, quant.bits_by, quant.modules),
             group_size=quant.group_size,
             axis=quant.axis,
             compute_dtype=dtype,

@@ -4,14 +4,18 @@ Weights are coded in pairs, whatever the grid's dimension: ``2 * bits`` bits nam
 (``Grid.pairs``), so one look-up gives two weights and one kernel serves both dimensions.
 """
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from subspec.kernels.int4 import interleave
-from subspec.quant.grids import Grid, load_grid
+from subspec.quant.codes import stack_rows
+from subspec.quant.grids import FILE, Grid, load_grid
 from subspec.quant.hadamard import LEAST_BLOCK, Rotation
 
 CHUNK = 64
@@ -67,11 +71,73 @@ class HiggsCodes:
             (o.grid, o.group_size, o.rotation) != (self.grid, self.group_size, self.rotation) for o in others
         ):
             raise ValueError("weights of different grids, groups or rotations are not one weight")
-        join = interleave if swiglu else lambda *parts: torch.cat(parts)
-        pairs, scale = (
-            join(*part) for part in zip(*((c.pairs, c.scale) for c in (self, *others)), strict=True)
-        )
+        parts = zip(*((codes.pairs, codes.scale) for codes in (self, *others)), strict=True)
+        pairs, scale = (stack_rows(part, swiglu=swiglu) for part in parts)
         return HiggsCodes(pairs, scale, self.grid, self.group_size, self.rotation)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``pairs`` (uint8, as many bits as there are) and ``scale`` (float16)."""
+        return {"pairs": pack_pairs(self.pairs, self.grid.bits).cpu(), "scale": self.scale.cpu().contiguous()}
+
+
+class HiggsCodeQuantizer:
+    """A :class:`~subspec.quant.codes.CodeQuantizer` for the fused level.
+
+    Args:
+        bits, dim: of the grid.
+        group_size, hadamard_size: at most.
+    """
+
+    def __init__(self, bits: int = 4, dim: int = 2, group_size: int = 256, hadamard_size: int = 512) -> None:
+        self.bits, self.dim, self.group_size, self.hadamard_size = bits, dim, group_size, hadamard_size
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that codes follow from besides the weight."""
+        return {
+            "quantizer": "higgs",
+            "grids": grids_hash(),
+            "bits": self.bits,
+            "vector_dim": self.dim,
+            "group_size": self.group_size,
+            "hadamard_size": self.hadamard_size,
+        }
+
+    def codes(self, weight: Tensor, name: str | None = None) -> HiggsCodes:
+        """Quantize a weight [n, k]."""
+        return encode(
+            weight,
+            bits=self.bits,
+            dim=self.dim,
+            group_size=self.group_size,
+            hadamard_size=self.hadamard_size,
+        )
+
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
+    ) -> HiggsCodes | None:
+        """What :meth:`HiggsCodes.tensors` made of a weight of this shape; None: these are of another."""
+        n, k = shape
+        rotation = Rotation.of(k, self.hadamard_size)
+        group = group_of(rotation.padded, self.group_size)
+        shapes = {"pairs": (n, rotation.padded * self.bits // 8), "scale": (n, rotation.padded // group)}
+        if any(part not in stored or tuple(stored[part].shape) != size for part, size in shapes.items()):
+            return None
+        pairs = unpack_pairs(stored["pairs"].to(device), self.bits)
+        return HiggsCodes(pairs, stored["scale"].to(device), load_grid(self.bits, self.dim), group, rotation)
+
+    def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """As on the device."""
+        return sum(higgs_sizes(*shape, bits=self.bits, group_size=self.group_size))
+
+    def end_layer(self) -> None:
+        """Nothing is remembered."""
+
+
+@functools.cache
+def grids_hash() -> str:
+    """Twelve hex digits of the grids that codes are numbers of."""
+    return hashlib.sha256(resources.files("subspec.quant").joinpath(FILE).read_bytes()).hexdigest()[:12]
 
 
 def group_of(padded: int, group_size: int) -> int:
