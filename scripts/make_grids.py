@@ -1,6 +1,6 @@
 """Compute the Gaussian grids of ``quant=higgs`` and write them beside the code that reads them.
 
-    python scripts/make_grids.py [--seeds 4] [--output subspec/quant/grids.safetensors]
+    python scripts/make_grids.py [--seeds 3] [--output subspec/quant/grids.safetensors]
 
 A few minutes on a CPU. Two dimensions are started from several seeds, and the best result is kept.
 """
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parents[1] / "subspec" / "quant" / FILE
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=4, help="starts of each two-dimensional grid")
+    parser.add_argument("--seeds", type=int, default=3, help="starts of each two-dimensional grid")
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     stored = {}

@@ -15,7 +15,7 @@ from subspec.kernels.lut import LUT_KERNELS, ReferenceLut, make_lut_linear, unav
 from subspec.kernels.ops import LevelLinear, Variant
 from subspec.quant.grids import BITS, DIMS
 from subspec.quant.hadamard import LEAST_BLOCK, is_power_of_two
-from subspec.quant.higgs_codes import HiggsCodes, encode, higgs_sizes
+from subspec.quant.higgs_codes import encode, higgs_sizes
 
 LARGEST_BLOCK = 1024
 """Inputs that the Triton kernel can rotate together."""
@@ -133,18 +133,14 @@ class HiggsQuantizer:
             higgs_sizes(linear.out_features, linear.in_features, bits=self.bits, group_size=self.group_size)
         )
 
-    def encode(self, weight: Tensor) -> HiggsCodes:
-        """Codes of a weight [n, k]."""
-        return encode(
-            weight.detach(),
+    def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
+        codes = encode(
+            linear.weight.detach().to(self.device),
             bits=self.bits,
             dim=self.vector_dim,
             group_size=self.group_size,
             hadamard_size=self.hadamard_size,
         )
-
-    def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
-        codes = self.encode(linear.weight.to(self.device))
         if not self.unpack:
             look_up = make_lut_linear(codes, Variant(self.kernel), rotate=self.rotate)
             return HiggsModule(look_up, linear.out_features, linear.bias)
