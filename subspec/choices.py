@@ -68,6 +68,26 @@ class Kernel(Enum):
     tinygemm = "tinygemm"
     gemlite = "gemlite"
     triton_wq = "triton_wq"
+    lut_mma = "lut_mma"
+    lut_triton = "lut_triton"
+
+
+class HiggsKernel(Enum):
+    """What computes the Linears of ``quant=higgs``; ``auto`` takes the fastest that runs here, and the record says
+    which."""
+
+    auto = "auto"
+    reference = "reference"
+    lut_triton = "lut_triton"
+    lut_mma = "lut_mma"
+    flute = "flute"
+
+
+class Hadamard(Enum):
+    """What rotates the inputs of ``quant=higgs``; ``library`` is ``fast_hadamard_transform``."""
+
+    auto = "auto"
+    library = "library"
 
 
 class Cache(Enum):

@@ -14,7 +14,20 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.choices import Cache, Codec, Device, Dtype, Kernel, Placement, Profile, Source, Unpack, WandbMode
+from subspec.choices import (
+    Cache,
+    Codec,
+    Device,
+    Dtype,
+    Hadamard,
+    HiggsKernel,
+    Kernel,
+    Placement,
+    Profile,
+    Source,
+    Unpack,
+    WandbMode,
+)
 
 # ---------------------------------------------------------------------------------------------- target
 
@@ -167,6 +180,25 @@ class HqqConfig(QuantConfig):
     skip_layers: list[int] = field(default_factory=list)
     cache: Cache = Cache.auto
     folder: str | None = None
+
+
+@dataclass
+class HiggsConfig(QuantConfig):
+    """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
+
+    ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
+    ``kernel`` is for single modules (``offload=none``); ``offload=stream`` has ``draft.kernel``, and ``cache``.
+    """
+
+    bits: int = 4
+    vector_dim: int = 2
+    group_size: int = 256
+    hadamard_size: int = 512
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    skip_layers: list[int] = field(default_factory=list)
+    kernel: HiggsKernel = HiggsKernel.auto
+    hadamard: Hadamard = Hadamard.auto
+    cache: Cache = Cache.auto
 
 
 # ------------------------------------------------------------------------------------------------ tree
@@ -380,6 +412,7 @@ SCHEMAS: dict[str, type] = {
     "draft/layer_skip": LayerSkipDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
+    "quant/higgs": HiggsConfig,
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,

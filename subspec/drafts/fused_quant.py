@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from subspec.config import HqqConfig, QuantConfig
+from subspec.config import HiggsConfig, HqqConfig, QuantConfig
 from subspec.drafts.fused_build import ROLES, is_kept, role_shapes
 from subspec.errors import ConfigError
 from subspec.kernels.formats import Format, affine_format, describe
+from subspec.kernels.lut_format import LutFormat
 from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
 from subspec.quant.codes import CodeQuantizer, HqqCodes
+from subspec.quant.higgs import check_higgs
+from subspec.quant.higgs_codes import HiggsCodeQuantizer
 from subspec.quant.hqq import check_group_size, check_hqq
 from subspec.quant.module_bits import bits_by_linear
 
@@ -96,7 +99,9 @@ def fused_quantization(
         ConfigError: there is no fused level for it, or its settings do not fit the target.
     """
     if type(quant) not in METHODS:
-        raise ConfigError(f"quant={quant.name} has no fused level for offload=stream: set quant=hqq")
+        raise ConfigError(
+            f"quant={quant.name} has no fused level for offload=stream: set quant=hqq or quant=higgs"
+        )
     return METHODS[type(quant)](quant, layer, head, kernel)
 
 
@@ -140,10 +145,26 @@ def hqq_quantization(
     return FusedQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
 
 
+def higgs_quantization(
+    quant: HiggsConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], kernel: str
+) -> FusedQuantization:
+    """HIGGS: one grid for all roles."""
+    check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+    shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
+    format_ = LutFormat(
+        quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value
+    )
+    for role, (n, k) in shapes.items():
+        if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
+            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
+    quantizer = HiggsCodeQuantizer(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+    return FusedQuantization(quantizer, shapes, dict.fromkeys(shapes, format_), exact, keep_exact)
+
+
 METHODS: dict[
     type[QuantConfig],
     Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int], str], FusedQuantization],
-] = {HqqConfig: hqq_quantization}
+] = {HqqConfig: hqq_quantization, HiggsConfig: higgs_quantization}
 """By the class of ``quant``'s configuration."""
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from subspec.kernels import ops
+from subspec.kernels import lut, ops
 from subspec.kernels.formats import Format
 from subspec.kernels.ops import GemLite, Variant
 from subspec.kernels.timing import variant_time
@@ -55,6 +55,8 @@ class CudaBench:
 
     def unavailable(self, kernel: str) -> str | None:
         with torch.cuda.device(self.device):
+            if kernel in lut.LUT_KERNELS:
+                return lut.unavailable(kernel, self.device)
             return ops.unavailable(kernel, self.device)
 
     def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:

@@ -221,10 +221,17 @@ def candidates(
     return found
 
 
+SOURCES = (
+    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py", "timing.py"),
+    *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
+)
+"""Files whose change makes times out of date."""
+
+
 def source_hash() -> str:
     """Twelve hex digits of the source that times belong to."""
     digest = hashlib.sha256()
-    for name in ("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py", "timing.py"):
+    for name in SOURCES:
         digest.update(resources.files("subspec.kernels").joinpath(name).read_bytes())
     return digest.hexdigest()[:12]
 
