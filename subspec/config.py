@@ -82,6 +82,17 @@ class SubstituteDraftConfig(DraftConfig):
     kernel: Kernel = Kernel.auto
 
 
+@dataclass
+class Eagle2DraftConfig(DraftConfig):
+    """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head; null: the one shipped for the embedded default.
+    """
+
+    path: str | None = None
+    temperature: float = 1.0
+
+
 # ----------------------------------------------------------------------------------------------- quant
 
 
@@ -150,6 +161,17 @@ class AdaptiveTreeConfig(BeamTreeConfig):
     level_cost: float | None = None
     check_every: int = 2
     min_depth: int = 1
+
+
+@dataclass
+class Eagle2TreeConfig(TreeConfig):
+    """EAGLE-2's tree: ``width`` children of each of the best ``width`` nodes of a level, re-ranked at the end.
+
+    ``total_tokens``: most nodes that are verified, root included.
+    """
+
+    width: int = MISSING
+    total_tokens: int = MISSING
 
 
 # -------------------------------------------------------------------------------------------- decoding
@@ -305,11 +327,13 @@ SCHEMAS: dict[str, type] = {
     "target/planted": PlantedTargetConfig,
     "draft/none": NoDraftConfig,
     "draft/subspec": SubstituteDraftConfig,
+    "draft/eagle2": Eagle2DraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,
+    "tree/eagle2": Eagle2TreeConfig,
     "decoding/greedy": DecodingConfig,
     "decoding/sampling": SamplingConfig,
     "offload/none": OffloadConfig,

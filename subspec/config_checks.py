@@ -17,6 +17,9 @@ from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
+    Eagle2DraftConfig,
+    Eagle2TreeConfig,
+    EmbeddedTargetConfig,
     HqqConfig,
     Kernel,
     NoDraftConfig,
@@ -42,6 +45,7 @@ RANGES: list[Check] = [
     ("audit_margin", _NOT_NEGATIVE, "must not be negative (null: by dtype)"),
     ("tree.depth", _AT_LEAST_1, "must be at least 1 (draft=none decodes without a tree)"),
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
+    ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
     ("tree.min_depth", _NOT_NEGATIVE, "must not be negative"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
@@ -157,10 +161,40 @@ def _check_draft(config: Config) -> None:
                 f"tree.ahead={tree.ahead} drafts while the target streams, which needs offload=stream and "
                 "decoding=greedy: set tree.ahead=0"
             )
+    if isinstance(tree, Eagle2TreeConfig):
+        _check_eagle2_tree(config, tree, streamed)
+    if isinstance(config.draft, Eagle2DraftConfig):
+        _check_eagle2_draft(config, config.draft)
     if isinstance(tree, AdaptiveTreeConfig) and tree.min_depth > tree.depth:
         raise ConfigError(
             f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
         )
+
+
+def _check_eagle2_tree(config: Config, tree: Eagle2TreeConfig, streamed: bool) -> None:
+    from subspec.decoding.eagle2 import drafted_nodes
+
+    most = drafted_nodes(tree.depth, tree.width)
+    if tree.total_tokens > most:
+        raise ConfigError(
+            f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
+            f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
+        )
+    if streamed and isinstance(config.draft, SubstituteDraftConfig):
+        raise ConfigError(
+            "tree=eagle2 goes on from single nodes of a level, and draft=subspec with offload=stream drafts whole "
+            "levels as captured graphs: set tree=beam or tree=adaptive"
+        )
+
+
+def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
+    if draft.path is None and not isinstance(config.target, EmbeddedTargetConfig):
+        raise ConfigError(
+            f"draft=eagle2 ships a head for the embedded default target only: for target={config.target.name} set "
+            "draft.path to the folder or hub id of an EAGLE head that was trained for it"
+        )
+    if draft.path is not None and not draft.path.strip():
+        raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
 
 
 def _check_lengths(config: Config) -> None:
@@ -192,9 +226,10 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
 
     drafting = not isinstance(config.draft, NoDraftConfig)
     tree = config.tree
-    if drafting and isinstance(tree, BeamTreeConfig) and tree.width > model.vocab_size:
+    width = getattr(tree, "width", 1)
+    if drafting and width > model.vocab_size:
         raise ConfigError(
-            f"tree.width={tree.width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
+            f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
             f"lower tree.width"
         )
     positions = getattr(model, "max_position_embeddings", None)

@@ -170,7 +170,7 @@ class _Run:
         quant = self.assembly.quant
         if quant is not None:
             console.note(
-                f"substitute: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
+                f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
                 f"({quant.quantizer}), {quant.backend}, quantized in {quant.seconds:.1f} s"
             )
         self.auditor = (

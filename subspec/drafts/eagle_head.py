@@ -234,6 +234,12 @@ class EagleAttention(nn.Module):
         value = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(-2, -3)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
+    def store(self, x: Tensor, cos: Tensor, sin: Tensor, view: KVView) -> None:
+        """Keys and values of [n, hidden] into ``view``."""
+        key = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(0, 1)
+        value = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(0, 1)
+        view.update(rotate(key, cos, sin)[None], value[None], 0)
+
     def cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, view: KVView) -> Tensor:
         """[n, hidden], additive mask [n, rows of ``view``] -> [n, hidden]; the new rows are stored."""
         query, key, value = self.project(x, cos, sin)
@@ -360,6 +366,14 @@ class EagleHead(nn.Module):
         x = self.fc(torch.cat([embeddings, features], dim=-1))
         cos, sin = self.rotary(positions, x.dtype)
         return layer.finish(x, layer.self_attn.cached(x, cos, sin, mask, view))
+
+    def store(self, embeddings: Tensor, features: Tensor, positions: Tensor, view: KVView) -> None:
+        """Keys and values alone, for rows whose predictions nobody asks for; arguments as in :meth:`forward`.
+
+        With a single layer they depend on the row's own input only: no attention, no MLP, no mask.
+        """
+        x = self.fc(torch.cat([embeddings, features], dim=-1))
+        self.layers[0].self_attn.store(x, *self.rotary(positions, x.dtype), view)
 
     def causal(self, embeddings: Tensor, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """Predicted features of whole texts at once, differentiable: what training needs.

@@ -133,7 +133,11 @@ class FusedSubstitute:
         self._length_is_set = False
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        """Logits of the frontier; growth is the caller's (sampling perturbs them first)."""
+        """Logits of the frontier, which is the whole last level; growth is the caller's (sampling perturbs first)."""
+        if frontier.numel() != tree.level_size:
+            raise ValueError(
+                f"captured levels draft whole levels: {frontier.numel()} of {tree.level_size} nodes were asked for"
+            )
         return self._run(tree, frontier.numel(), None)
 
     def level_step(self, growth: Growth) -> Callable[[Tree], None]:

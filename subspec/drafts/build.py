@@ -1,0 +1,22 @@
+"""From ``draft=...`` to the object that drafts: which builder builds which kind."""
+
+from subspec.config import DraftConfig, SubstituteDraftConfig
+from subspec.drafts.base import DraftBuilder
+from subspec.drafts.build_substitute import SubstituteBuilder
+from subspec.errors import ConfigError
+
+BUILDERS: dict[type[DraftConfig], type[DraftBuilder]] = {
+    SubstituteDraftConfig: SubstituteBuilder,
+}
+"""By the class of ``draft``'s configuration; ``draft=none`` has nothing to build."""
+
+
+def draft_builder(draft: DraftConfig) -> DraftBuilder:
+    """The builder of ``draft``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if type(draft) not in BUILDERS:
+        raise ConfigError(f"draft={draft.name}: nothing here builds such a draft")
+    return BUILDERS[type(draft)]()

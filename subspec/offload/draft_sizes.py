@@ -1,0 +1,136 @@
+"""What a draft takes of the device and the host, from shapes alone: what the planner asks of each kind of draft.
+
+Every kind of draft has a class here and an entry in :data:`SIZES`. What all drafts share (the tree, the target's own
+workspaces, the norms and biases of the target) is :mod:`subspec.offload.layout`'s.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from subspec.config import Config, DraftConfig, NoDraftConfig, SubstituteDraftConfig
+from subspec.decoding.growth import Growth
+from subspec.decoding.sampling import Sampling
+from subspec.errors import ConfigError
+from subspec.offload.sizes import ModelShapes, PlainCodec, level_bytes, substitute_sizes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A named part of a draft: ``bytes``, what the allocator adds to them (``rounding``), and what it is made of."""
+
+    name: str
+    bytes: int
+    rounding: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What sizes of a draft depend on besides its own settings.
+
+    Attributes:
+        shapes: of the target.
+        itemsize: bytes per weight of the target.
+    """
+
+    config: Config
+    shapes: ModelShapes
+    itemsize: int
+    growth: Growth
+    sampling: Sampling
+
+    @property
+    def width(self) -> int:
+        """Rows of a draft level."""
+        return getattr(self.growth, "width", 1)
+
+
+class DraftSizes(Protocol):
+    """A draft's sizes in bytes.
+
+    Attributes:
+        forced: the target's layers that must be resident.
+        shared_rows: rows in the draft region of the target's KV cache; 0 for a draft with a cache of its own.
+        level: workspace of a draft level, logits included.
+        workspaces: what the draft holds while the target holds nothing (a pass over the prompt, for instance), by
+            what it is; of these and the target's own passes only the largest counts.
+    """
+
+    forced: tuple[int, ...]
+    shared_rows: int
+    level: int
+    workspaces: Mapping[str, int]
+
+    def device(self, resident: int) -> list[Piece]:
+        """What lies on the device all the time, with ``resident`` of the target's layers on the device."""
+
+    def host(self) -> list[Piece]:
+        """What lies in host memory all the time."""
+
+    def level_read(self, resident: int) -> int:
+        """What one draft level reads of the device's memory: weights and LM head."""
+
+
+class SubstitutePieces:
+    """The quantized substitute: packed weights of every layer but the skipped ones, which are resident.
+
+    Linears that are not quantized are shared with resident layers, and copied for streamed ones.
+
+    Raises:
+        ConfigError: the quantizer is unknown here, or its groups do not divide a Linear.
+    """
+
+    workspaces: Mapping[str, int] = {}
+
+    def __init__(self, situation: Situation) -> None:
+        shapes, quant = situation.shapes, situation.config.quant
+        self.sizes = substitute_sizes(shapes, quant, situation.itemsize)
+        self.forced = tuple(sorted(set(getattr(quant, "skip_layers", ()))))
+        self.shared_rows = situation.growth.draft_rows
+        self.level = level_bytes(shapes, situation.width, situation.sampling, situation.itemsize)
+        self._layers = shapes.layers
+        self._exact_layer = PlainCodec(situation.itemsize).layer_bytes(shapes.layer)
+        self._head = shapes.vocab * shapes.hidden * situation.itemsize
+        self._note = f"{getattr(quant, 'bits', None)} bits, scales and zeros"
+
+    def device(self, resident: int) -> list[Piece]:
+        replaced, streamed = self._layers - len(self.forced), self._layers - resident
+        sizes = self.sizes
+        return [
+            Piece("substitute", replaced * sizes.quantized, replaced * sizes.quantized_rounding, self._note),
+            Piece(
+                "exact substitute",
+                streamed * sizes.exact,
+                streamed * sizes.exact_rounding,
+                "modules not quantized",
+            ),
+        ]
+
+    def host(self) -> list[Piece]:
+        return []
+
+    def level_read(self, resident: int) -> int:
+        quantized = self._layers - len(self.forced)
+        exact = len(self.forced) * self._exact_layer + quantized * self.sizes.exact
+        return quantized * self.sizes.quantized + exact + self._head
+
+
+SIZES: dict[type[DraftConfig], type] = {
+    SubstituteDraftConfig: SubstitutePieces,
+}
+"""By the class of ``draft``'s configuration."""
+
+
+def draft_sizes(situation: Situation) -> DraftSizes | None:
+    """The sizes of a configuration's draft; None without one.
+
+    Raises:
+        ConfigError: such a draft has no plan, or its settings contradict the target.
+    """
+    draft = situation.config.draft
+    if isinstance(draft, NoDraftConfig):
+        return None
+    if type(draft) not in SIZES:
+        raise ConfigError(f"offload=stream has no plan for draft={draft.name}: set offload=none")
+    return SIZES[type(draft)](situation)
