@@ -9,12 +9,14 @@ from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
+    Eagle2TreeConfig,
     NoDraftConfig,
     SamplingConfig,
     TreeConfig,
 )
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.sampling import Sampling
@@ -71,6 +73,8 @@ def build_growth(tree: TreeConfig) -> Growth:
         )
     if isinstance(tree, BeamTreeConfig):
         return Beam(tree.depth, tree.width, tree.ahead)
+    if isinstance(tree, Eagle2TreeConfig):
+        return Eagle2(tree.depth, tree.width, tree.total_tokens)
     return Beam(tree.depth, width=1)
 
 

@@ -19,7 +19,6 @@ from subspec.config import (
     Config,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
-    EmbeddedTargetConfig,
     HqqConfig,
     Kernel,
     NoDraftConfig,
@@ -188,12 +187,11 @@ def _check_eagle2_tree(config: Config, tree: Eagle2TreeConfig, streamed: bool) -
 
 
 def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
-    if draft.path is None and not isinstance(config.target, EmbeddedTargetConfig):
-        raise ConfigError(
-            f"draft=eagle2 ships a head for the embedded default target only: for target={config.target.name} set "
-            "draft.path to the folder or hub id of an EAGLE head that was trained for it"
-        )
-    if draft.path is not None and not draft.path.strip():
+    if draft.path is None:
+        from subspec.drafts.eagle_checkpoint import check_default
+
+        check_default(config.target)
+    elif not draft.path.strip():
         raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
 
 

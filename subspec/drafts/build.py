@@ -1,12 +1,14 @@
 """From ``draft=...`` to the object that drafts: which builder builds which kind."""
 
-from subspec.config import DraftConfig, SubstituteDraftConfig
+from subspec.config import DraftConfig, Eagle2DraftConfig, SubstituteDraftConfig
 from subspec.drafts.base import DraftBuilder
+from subspec.drafts.build_eagle import EagleBuilder
 from subspec.drafts.build_substitute import SubstituteBuilder
 from subspec.errors import ConfigError
 
 BUILDERS: dict[type[DraftConfig], type[DraftBuilder]] = {
     SubstituteDraftConfig: SubstituteBuilder,
+    Eagle2DraftConfig: EagleBuilder,
 }
 """By the class of ``draft``'s configuration; ``draft=none`` has nothing to build."""
 

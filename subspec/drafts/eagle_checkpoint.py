@@ -9,7 +9,7 @@ import functools
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
 from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.errors import ConfigError, SubspecError
 from subspec.network import hub_problem
@@ -82,6 +83,41 @@ class LoadedHead:
 
 
 # ---------------------------------------------------------------------------------------------- finding
+
+
+def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> HeadFiles:
+    """The head that a run asks for: ``draft.path``, or the shipped one.
+
+    Raises:
+        SubspecError: as :func:`locate_head`; or no head ships for the target, or the shipped one is not there.
+    """
+    if draft.path is not None:
+        return locate_head(draft.path, note)
+    check_default(target)
+    if not SHIPPED.is_dir():
+        raise ConfigError(
+            "draft=eagle2: the head for the default target is not in this installation (subspec/drafts/weights/eagle): "
+            "train one with scripts/train_eagle.py and set draft.path to its folder"
+        )
+    return replace(_checked(HeadFiles("the shipped EAGLE head", "", SHIPPED)), source="shipped with subspec")
+
+
+def check_default(target: TargetConfig) -> None:
+    """Refuse to draft with the shipped head for any target but the embedded default.
+
+    Raises:
+        ConfigError: names ``draft.path``.
+    """
+    if not isinstance(target, EmbeddedTargetConfig):
+        raise ConfigError(
+            f"draft=eagle2 ships a head for the embedded default target only: for target={target.name} set "
+            "draft.path to the folder or hub id of an EAGLE head that was trained for it"
+        )
+
+
+def is_local(path: str) -> bool:
+    """Whether ``draft.path`` is a folder on this machine."""
+    return Path(path).expanduser().is_dir()
 
 
 def locate_head(path: str, note: Note, key: str = "draft.path") -> HeadFiles:
@@ -297,13 +333,14 @@ def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def head_shape(files: HeadFiles) -> EagleShape:
-    """Sizes of a head without its weights, for planning.
+def head_shape(files: HeadFiles, hidden: int, target: str) -> EagleShape:
+    """Sizes of a head without its weights, for planning; ``hidden`` and ``target`` as in :func:`load_head`.
 
     Raises:
         SubspecError: as :func:`load_head`.
     """
     tensors, _ = sort_tensors(read_tensors(files, shapes_only=True), files.path)
+    check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
     return EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, read_config(files))
 
 

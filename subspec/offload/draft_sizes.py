@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from subspec.config import Config, DraftConfig, NoDraftConfig, SubstituteDraftConfig
+from subspec.config import Config, DraftConfig, Eagle2DraftConfig, NoDraftConfig, SubstituteDraftConfig
 from subspec.decoding.growth import Growth
 from subspec.decoding.sampling import Sampling
 from subspec.errors import ConfigError
@@ -131,6 +131,11 @@ def draft_sizes(situation: Situation) -> DraftSizes | None:
     draft = situation.config.draft
     if isinstance(draft, NoDraftConfig):
         return None
+    if isinstance(draft, Eagle2DraftConfig):
+        # Imported here: a head's sizes are in a file of their own, which needs the types of this one.
+        from subspec.offload.eagle_sizes import EaglePieces
+
+        return EaglePieces(situation)
     if type(draft) not in SIZES:
         raise ConfigError(f"offload=stream has no plan for draft={draft.name}: set offload=none")
     return SIZES[type(draft)](situation)

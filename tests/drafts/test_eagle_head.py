@@ -4,37 +4,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from subspec.decoding.kv_cache import KVCache
-from subspec.drafts.eagle_head import NORM, OPTIONAL, EagleHead, EagleShape
+from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.errors import ConfigError
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-SHAPES = {
-    "qwen2": EagleShape(
-        64, 4, 4, 16, 128, frozenset(OPTIONAL) - {"layers.0.self_attn.o_proj.bias", "fc.bias"}
-    ),
-    "llama3": EagleShape(64, 8, 2, 8, 96, frozenset({"fc.bias"}), 1e-5, LLAMA3, 131_072),
-    "wide heads": EagleShape(48, 2, 1, 40, 64, frozenset(OPTIONAL)),
-}
-
-
-def head_of(shape, seed=0):
-    head = EagleHead(shape, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            # Norms are not 1 and biases not 0: code that forgets them must not pass by luck.
-            if name == NORM:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.15, generator=generator)
-    return head
+from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES, SHAPES, random_head
 
 
 def inputs(shape, batch, count, seed=0):
@@ -46,7 +18,7 @@ def inputs(shape, batch, count, seed=0):
 def test_the_layer_is_a_llama_layer_without_input_norm(name):
     """The independent reference: transformers' own layer, with the same tensors and its input norm taken out."""
     shape = SHAPES[name]
-    head = head_of(shape)
+    head = random_head(shape)
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -77,7 +49,7 @@ def test_the_layer_is_a_llama_layer_without_input_norm(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_cache_in_pieces_gives_what_one_causal_pass_gives(name):
     shape = SHAPES[name]
-    head = head_of(shape)
+    head = random_head(shape)
     embeddings, features = inputs(shape, 1, 12)
     cache = KVCache(
         layers=1,
@@ -114,7 +86,7 @@ def test_training_reaches_every_parameter():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_read_back_from_the_weights(name):
     shape = SHAPES[name]
-    head = head_of(shape)
+    head = random_head(shape)
     again = EagleHead.from_tensors(head.state_dict(), shape.config())
     assert again.shape.shapes() == shape.shapes()
     assert (again.shape.kv_heads, again.shape.head_dim) == (shape.kv_heads, shape.head_dim)
@@ -125,9 +97,7 @@ def test_shapes_are_read_back_from_the_weights(name):
 
 def test_full_size_shapes_of_published_heads_are_read_from_the_weights_not_the_configuration():
     """Qwen2-7B's head: 28 KV heads in the weights, 4 in the config.json, which is a copy of the target's."""
-    shape = EagleShape(
-        3584, 28, 28, 128, 18944, frozenset(f"layers.0.self_attn.{n}_proj.bias" for n in "qkv")
-    )
+    shape = EagleShape(3584, 28, 28, 128, 18944, QWEN2_BIASES)
     with torch.device("meta"):
         tensors = EagleHead(shape).state_dict()
     assert tensors["layers.0.self_attn.k_proj.weight"].shape == (3584, 3584)
@@ -139,12 +109,12 @@ def test_full_size_shapes_of_published_heads_are_read_from_the_weights_not_the_c
     llama = EagleShape(4096, 32, 8, 128, 14336, frozenset({"fc.bias"}))
     with torch.device("meta"):
         tensors = EagleHead(llama).state_dict()
-    read = EagleHead.from_tensors(tensors, {"num_attention_heads": 32, "rope_scaling": LLAMA3}).shape
-    assert (read.kv_heads, read.rope) == (8, LLAMA3)
+    read = EagleHead.from_tensors(tensors, {"num_attention_heads": 32, "rope_scaling": LLAMA3_ROPE}).shape
+    assert (read.kv_heads, read.rope) == (8, LLAMA3_ROPE)
 
 
 def test_frequencies_stay_float32_when_the_head_does_not():
-    head = head_of(SHAPES["llama3"])
+    head = random_head(SHAPES["llama3"])
     before = head.rotary.inverse_frequency.clone()
     head.to(torch.bfloat16)
     assert torch.equal(head.rotary.inverse_frequency, before)
