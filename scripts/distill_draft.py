@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_target_options(parser)
-    add_training_options(parser, lr=3e-3, rows=64, decay=0.05)
+    add_training_options(parser, lr=3e-3, rows=32, decay=0.05)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=4)
@@ -67,7 +67,7 @@ def main() -> None:
     options = parse()
     schedule = schedule_of(options)
     target = open_target(options.target, options.device, options.dtype)
-    corpus = load_corpus(options.text, held_out=options.held_out, device=target.device)
+    corpus = load_corpus(options.text, held_out=options.held_out)
     print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
     shape = {key: getattr(options, key) for key in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
     counts = torch.bincount(corpus.ids.flatten(), minlength=target.vocab_size)

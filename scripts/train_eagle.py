@@ -74,14 +74,14 @@ def main() -> None:
     options = parse()
     schedule = schedule_of(options)
     target = open_target(options.target, options.device, options.dtype)
-    corpus = load_corpus(options.text, held_out=options.held_out, device=target.device)
+    corpus = load_corpus(options.text, held_out=options.held_out)
     print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
     shape = shape_for(target.model, kv_heads=options.kv_heads, intermediate=options.intermediate)
     head = EagleHead(shape, seed=options.seed).to(target.device)
     settings = {key: getattr(options, key) for key in ("passes", "decay", "regression", "noise")}
     lesson = EagleLesson(target.model, head, **settings, dtype=arithmetic(target))
     with torch.no_grad():
-        some = lesson.features(corpus.held_ids[:8].long()).flatten(0, 1)
+        some = lesson.features(corpus.held_ids[:8].long().to(target.device)).flatten(0, 1)
     balance_inputs(head, target.model.get_input_embeddings().weight, some)
     trainer = Trainer(
         lesson,

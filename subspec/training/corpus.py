@@ -60,8 +60,8 @@ class Corpus:
         return int(self.learn.sum())
 
 
-def load_corpus(folder: Path, *, held_out: int, device: torch.device) -> Corpus:
-    """Read every whole shard; the first ``held_out`` rows of the first one are kept back.
+def load_corpus(folder: Path, *, held_out: int) -> Corpus:
+    """Read every whole shard into memory; the first ``held_out`` rows of the first one are kept back.
 
     Raises:
         SubspecError: no shard, shards of different settings, or too few rows.
@@ -80,7 +80,7 @@ def load_corpus(folder: Path, *, held_out: int, device: torch.device) -> Corpus:
             raise SubspecError(
                 f"--text {folder}: {path.name} was written with other settings than {paths[0].name}"
             )
-    all_ids, all_learn = torch.cat(ids).to(device), torch.cat(learn).to(device)
+    all_ids, all_learn = torch.cat(ids), torch.cat(learn)
     if len(all_ids) <= held_out:
         raise SubspecError(
             f"--text {folder}: {len(all_ids)} rows, of which --held-out takes {held_out}: write more"
@@ -88,6 +88,13 @@ def load_corpus(folder: Path, *, held_out: int, device: torch.device) -> Corpus:
     return Corpus(
         all_ids[held_out:], all_learn[held_out:], all_ids[:held_out], all_learn[:held_out], settings[0]
     )
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for what the device is doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Batches:
@@ -105,11 +112,11 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """ids int64 and mask bool, [rows, length] each."""
+        """ids int64 and mask bool, [rows, length] each, on the CPU."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.corpus.ids), generator=generator)
-            self._epoch, self._order = epoch, order.to(self.corpus.ids.device)
+            self._order = torch.randperm(len(self.corpus.ids), generator=generator)
+            self._epoch = epoch
         index = self._order[batch * self.rows : (batch + 1) * self.rows]
         return self.corpus.ids[index].long(), self.corpus.learn[index]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subspec.drafts.eagle_head import EagleHead, EagleShape
+from subspec.training.corpus import move
 from subspec.training.losses import soft_cross_entropy
 from subspec.training.measures import chain_tau, greedy_ranks
 
@@ -142,16 +143,18 @@ class EagleLesson:
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`subspec.training.trainer.Lesson`."""
+        # Row i is judged by token i+2; the first rows have no input for the later passes. Rows are chosen on the CPU:
+        # the host would have to wait for the device otherwise.
+        judged = learn[:, 2:].clone()
+        judged[:, : self.passes - 1] = False
+        batch, row = (move(index, self.head_weight.device) for index in judged.nonzero(as_tuple=True))
+        ids = move(ids, self.head_weight.device)
         features = self.features(ids)
         noise = None
         if self.noise:
             noise = torch.empty_like(features[:, :-2], dtype=self.dtype)
             noise.uniform_(-self.noise, self.noise, generator=generator)
         predicted = self._predict(ids, features, self.passes, noise)
-        # Row i is judged by token i+2; the first rows have no input for the later passes.
-        judged = learn[:, 2:].clone()
-        judged[:, : self.passes - 1] = False
-        batch, row = judged.nonzero(as_tuple=True)
         mine = torch.stack([out[batch, row] for out in predicted])
         true = features[batch, row + 1]
         cross, right = soft_cross_entropy(mine, self.head_weight, true, self.head_weight, self.dtype)
@@ -169,7 +172,8 @@ class EagleLesson:
         at draft depths 1 and 3, and what a single chain of ``depth`` tokens would gain per pass."""
         ranks, judged = [], []
         for start in range(0, len(ids), rows):
-            part, mask = ids[start : start + rows], learn[start : start + rows, 2:].clone()
+            part = move(ids[start : start + rows], self.head_weight.device)
+            mask = learn[start : start + rows, 2:].clone()
             mask[:, : depth - 1] = False
             features = self.features(part)
             predicted = self._predict(part, features, depth)
@@ -182,7 +186,7 @@ class EagleLesson:
                 )
             )
             judged.append(mask)
-        rank, mask = torch.cat(ranks, dim=1), torch.cat(judged)
+        rank, mask = torch.cat(ranks, dim=1).cpu(), torch.cat(judged)
         figures = {}
         for level in (1, 3):
             at = rank[min(level, depth) - 1][mask]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from subspec.training.corpus import move
 from subspec.training.losses import soft_cross_entropy
 from subspec.training.measures import chain_tau, greedy_ranks
 
@@ -98,7 +99,9 @@ class StudentLesson:
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`subspec.training.trainer.Lesson`."""
-        batch, row = learn[:, 1:].nonzero(as_tuple=True)
+        # Chosen on the CPU: the host would have to wait for the device otherwise.
+        batch, row = (move(index, self.head_weight.device) for index in learn[:, 1:].nonzero(as_tuple=True))
+        ids = move(ids, self.head_weight.device)
         true = self._teacher(ids)[batch, row]
         mine = self._states(ids)[batch, row][None]
         weight = self.module.get_output_embeddings().weight
@@ -112,10 +115,10 @@ class StudentLesson:
         ranks = []
         weight = self.module.get_output_embeddings().weight
         for start in range(0, len(ids), rows):
-            part = ids[start : start + rows]
+            part = move(ids[start : start + rows], self.head_weight.device)
             mine, true = self._states(part)[:, :-1], self._teacher(part)[:, :-1]
             ranks.append(greedy_ranks(mine.to(self.dtype), weight, true, self.head_weight))
-        rank, judged = torch.cat(ranks), learn[:, 1:]
+        rank, judged = torch.cat(ranks).cpu(), learn[:, 1:]
         figures = {f"top{k}": float((rank[judged] < k).float().mean()) for k in (1, 3, 10)}
         figures["chain_tau"] = chain_tau((rank == 0).expand(depth, -1, -1), judged)
         return figures

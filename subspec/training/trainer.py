@@ -37,7 +37,7 @@ class Lesson(Protocol):
     def loss(
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch (int64 and bool [rows, length]), and figures worth a progress line."""
+        """Loss of a batch (int64 and bool [rows, length], on the CPU), and figures worth a progress line."""
 
     def evaluate(self, ids: Tensor, learn: Tensor) -> dict[str, float]:
         """Figures on text that is not trained on."""
@@ -139,6 +139,7 @@ class Trainer:
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95), fused=fused)
         self.step, self.seconds = 0, 0.0
+        self._norm = torch.zeros(())
 
     def resume(self) -> None:
         """Go on from the checkpoint; starts afresh where there is none.
@@ -163,7 +164,14 @@ class Trainer:
         self.note(f"resumed {self.checkpoint} at step {self.step}, after {self.seconds:.0f} s of training")
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, whole or not at all.
+
+        Raises:
+            SubspecError: the weights are spoilt; the checkpoint stays as it was.
+        """
+        # Looked at only now and then: reading it back makes the host wait for the device.
+        if not bool(torch.isfinite(self._norm)):
+            raise SubspecError(f"step {self.step}: the gradient is not finite; lower --lr and start again")
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         state = {
@@ -222,9 +230,7 @@ class Trainer:
         loss, figures = self.lesson.loss(*self.batches[self.step], generator)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, schedule.clip)
-        if not bool(torch.isfinite(norm)):
-            # Stepping would spoil the weights; the last checkpoint is whole.
-            raise SubspecError(f"step {self.step}: the gradient is not finite; lower --lr (checkpoint kept)")
+        self._norm = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.detach(), **figures, "gradient": norm.detach()}

@@ -6,6 +6,7 @@ import torch
 from subspec.training import losses, measures
 from subspec.training.losses import soft_cross_entropy
 from subspec.training.measures import chain_tau, greedy_ranks
+from tests.helpers.tiny import tiny_model
 
 
 def plain(hidden, weight, teacher, teacher_weight):
@@ -56,3 +57,21 @@ def test_a_chain_ends_at_its_first_wrong_token_and_at_the_end_of_the_text():
     judged = torch.tensor([[1, 1, 1, 1, 1, 0]]).bool()
     # From 0 both are right; from 1 the first only; from 2 both; from 3 none; from 4 one, then the text ends.
     assert chain_tau(right, judged) == pytest.approx(1 + (2 + 1 + 2 + 0 + 1) / 5)
+
+
+def test_bf16_arithmetic_gives_nearly_the_same_loss():
+    from tests.training.test_trainer import eagle, student
+
+    target = tiny_model(seed=4, std=0.2)
+    ids = torch.randint(3, 320, (6, 24), generator=torch.Generator().manual_seed(0))
+    learn = torch.ones(6, 24, dtype=torch.bool)
+    for make in (eagle, student):
+        losses_ = []
+        for dtype in (torch.float32, torch.bfloat16):
+            lesson = make(target, dtype=dtype)
+            loss, _ = lesson.loss(ids, learn, torch.Generator())
+            loss.backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in lesson.module.parameters())
+            lesson.evaluate(ids, learn)
+            losses_.append(float(loss.detach()))
+        assert losses_[1] == pytest.approx(losses_[0], rel=0.02)

@@ -147,15 +147,15 @@ def test_shards_come_back_and_mixed_settings_are_refused(corpus, tmp_path):
     for index in range(2):
         write_shard(shard_path(tmp_path, index), corpus.ids, corpus.learn, {"seed": 0})
     (tmp_path / "shard-0002.part").write_bytes(b"half")
-    found = load_corpus(tmp_path, held_out=5, device=torch.device("cpu"))
+    found = load_corpus(tmp_path, held_out=5)
     assert torch.equal(torch.cat([found.held_ids, found.ids]), corpus.ids.repeat(2, 1))
     assert torch.equal(torch.cat([found.held_learn, found.learn]), corpus.learn.repeat(2, 1))
     assert len(found.held_ids) == 5
     assert found.answer_tokens == int(found.learn.sum())
     with pytest.raises(SubspecError, match="--held-out"):
-        load_corpus(tmp_path, held_out=40, device=torch.device("cpu"))
+        load_corpus(tmp_path, held_out=40)
     write_shard(shard_path(tmp_path, 2), corpus.ids, corpus.learn, {"seed": 1})
     with pytest.raises(SubspecError, match="other settings"):
-        load_corpus(tmp_path, held_out=5, device=torch.device("cpu"))
+        load_corpus(tmp_path, held_out=5)
     with pytest.raises(SubspecError, match="generate_text"):
-        load_corpus(tmp_path / "none", held_out=5, device=torch.device("cpu"))
+        load_corpus(tmp_path / "none", held_out=5)
