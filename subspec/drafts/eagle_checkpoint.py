@@ -7,7 +7,6 @@ left over is named, so that a head of another kind (EAGLE-3, Medusa) is refused 
 
 import functools
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,13 +236,13 @@ def read_tensors(files: HeadFiles, *, shapes_only: bool = False) -> dict[str, Te
             return _safetensors(file, shapes_only)
         device = "meta" if shapes_only else "cpu"
         loaded = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (OSError, SafetensorError) as error:
+        raise SubspecError(f"{file} cannot be read ({_line(error)}); fetch or copy it again") from error
+    except Exception as error:  # a damaged pickle may fail in any way
         raise SubspecError(
-            f"{file} is not read: it holds more than tensors or is damaged ({_line(error)}); fetch it again from a "
+            f"{file} is not read: it is damaged or holds more than tensors ({_line(error)}); fetch it again from a "
             "source you trust, or convert it to safetensors"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise SubspecError(f"{file} cannot be read ({_line(error)}); fetch or copy it again") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise SubspecError(f"{file} holds no state dict: pass the weights of an EAGLE head")
     return dict(loaded)
@@ -274,7 +273,7 @@ def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Te
     plain = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     dropped = [key for key in plain if key == EMBEDDING or key.endswith("rotary_emb.inv_freq")]
     missing = [key for key in REQUIRED if key not in plain]
-    surplus = [key for key in plain if key not in {*REQUIRED, *OPTIONAL, *dropped}]
+    surplus = sorted(plain.keys() - {*REQUIRED, *OPTIONAL, *dropped})
     if missing or surplus:
         parts = [
             f"{what} {', '.join(names[:NAMED])}"

@@ -61,7 +61,7 @@ class EagleShape:
     intermediate: int
     biases: frozenset[str] = frozenset()
     eps: float = 1e-6
-    rope: Mapping[str, Any] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     max_positions: int = 2048
 
     @classmethod
@@ -184,7 +184,7 @@ class Rotary(nn.Module):
             num_attention_heads=shape.heads,
             head_dim=shape.head_dim,
             max_position_embeddings=shape.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **shape.rope},
+            rope_parameters=dict(shape.rope),
         )
         with torch.device("cpu"):
             made = LlamaRotaryEmbedding(config=config)

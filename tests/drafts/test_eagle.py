@@ -102,7 +102,7 @@ def test_samples_are_those_of_plain_decoding(model, growth):
 def test_any_prompt_chunk_and_length_and_one_engine_for_many(
     model, prompts, chunk, depth, width, total, count, ends
 ):
-    """Prompts of one token, prompts longer than a chunk, texts that stop in the middle of a block, one after another."""
+    """Prompts of one token, prompts longer than a chunk, texts that stop inside a block, one after another."""
     eos = (hf_greedy(model, prompts[0], count)[count // 2],) if ends else ()
     options = {"prefill_chunk": chunk, "eos_token_ids": eos, "max_length": 64}
     plain = engine_for(model, **options)

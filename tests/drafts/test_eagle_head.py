@@ -27,7 +27,7 @@ def test_the_layer_is_a_llama_layer_without_input_norm(name):
         head_dim=shape.head_dim,
         rms_norm_eps=shape.eps,
         max_position_embeddings=shape.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **shape.rope},
+        rope_parameters=dict(shape.rope),
         attention_bias=True,
         attn_implementation="sdpa",
     )

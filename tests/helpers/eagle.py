@@ -95,7 +95,7 @@ def published(
         save_file(tensors, folder / "model.safetensors")
     rope = dict(shape.rope)
     written = {
-        "architectures": ["Qwen2ForCausalLM" if QWEN2_BIASES <= shape.biases else "LlamaForCausalLM"],
+        "architectures": ["Qwen2ForCausalLM" if shape.biases >= QWEN2_BIASES else "LlamaForCausalLM"],
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_attention_heads": shape.heads,
