@@ -132,8 +132,6 @@ class ChatWriter:
         max_question: int = 96,
         question_temperature: float = 1.0,
     ) -> None:
-        # cuDNN's attention plans anew for every number of keys.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.frame = model, frame
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
         self.device = self.head.weight.device

