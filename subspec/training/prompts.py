@@ -135,6 +135,18 @@ CODE_TASKS = [
 ]
 """How to ask for it."""
 
+CODE_WISHES = [
+    "",
+    " Keep it short.",
+    " Add comments.",
+    " Use only the standard library.",
+    " Handle empty input.",
+    " Then discuss two other ways to do it.",
+    " Show the output for a small example.",
+    " First describe the idea in one paragraph.",
+]
+"""What else to ask for."""
+
 PEOPLE = ["Maria", "Tom", "Aisha", "Ben", "Yuki", "Carlos", "Nina", "Omar", "Lena", "Raj", "Sofia", "Paul"]
 GOODS = [
     "apples",
@@ -200,7 +212,8 @@ def _topic_message(draw: random.Random, index: int) -> str:
 
 def _code_message(draw: random.Random, index: int) -> str:
     task, work = CODE_TASKS[index % len(CODE_TASKS)], CODE[index // len(CODE_TASKS) % len(CODE)]
-    return task.format(c=" ".join(work.split()))
+    wish = CODE_WISHES[index // len(CODE_TASKS) // len(CODE) % len(CODE_WISHES)]
+    return task.format(c=" ".join(work.split())) + wish
 
 
 def _maths_message(draw: random.Random, index: int) -> str:
@@ -216,7 +229,7 @@ def _reading_message(draw: random.Random, index: int) -> str:
 
 KINDS = (
     (_topic_message, len(TASKS) * len(TOPICS), 0.62),
-    (_code_message, len(CODE_TASKS) * len(CODE), 0.12),
+    (_code_message, len(CODE_TASKS) * len(CODE) * len(CODE_WISHES), 0.12),
     (_maths_message, len(MATHS) * 100, 0.16),
     (_reading_message, len(READING) * len(TOPICS), 0.10),
 )
