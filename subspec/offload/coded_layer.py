@@ -138,6 +138,7 @@ class LayerDecoder:
 
     Attributes:
         parameters: views into the buffer by parameter name: the parameters of the layer decoded last.
+        log: takes (layer number, begin, end) of every layer decoded, when it is a list.
     """
 
     def __init__(
@@ -154,9 +155,20 @@ class LayerDecoder:
         ordered = {**first, **{name: shape for name, shape in shapes.items() if name not in first}}
         self.buffer = torch.empty(PlainCodec().layer_bytes(ordered), dtype=torch.uint8, device=device)
         self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
+        self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def decode(self, index: int, flat: Tensor) -> None:
         """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
+        if self.log is None:
+            self._decode(index, flat)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._decode(index, flat)
+        end.record()
+        self.log.append((index, begin, end))
+
+    def _decode(self, index: int, flat: Tensor) -> None:
         layer, substitute = self.layers[index], self.substitute[index]
         self.buffer[: layer.exact_bytes].copy_(flat[: layer.exact_bytes])
         for part in layer.parts:
