@@ -80,8 +80,6 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
         draft=draft,
-        if mode == "subspec"
-        else NoDraftConfig(name="none"),
         quant=HqqConfig(name="hqq"),
         tree=tree,
         decoding=DecodingConfig(

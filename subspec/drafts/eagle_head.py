@@ -250,7 +250,7 @@ class EagleAttention(nn.Module):
         attended = nn.functional.scaled_dot_product_attention(
             grouped, key, value, attn_mask=mask.repeat(groups, 1)[None, None]
         )
-        return self.o_proj(attended.view(self.heads, count, -1).transpose(0, 1).flatten(1))
+        return self.o_proj(attended.reshape(self.heads, count, -1).transpose(0, 1).flatten(1))
 
     def causal(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[batch, n, hidden] -> [batch, n, hidden], differentiable."""
