@@ -163,11 +163,12 @@ class AffineFormat:
             most = 1 if role in WHOLE_SUMS else max(1, 2 * (k // int4.GROUP) // int4.WARPS)
             return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
         if kernel == TritonWq.kind:
+            sizes = (
+                (2, 4) if self.words < 4 else (2, 4, 8)
+            )  # sixteen products unrolled take seconds to compile
             # Slices need a few tiles of words each.
             most = 1 if role in WHOLE_SUMS else max(1, k // wq.PER_WORD[self.words] // wq.TILE // 2)
-            return [
-                Variant(kernel, tiles, splits) for tiles in (2, 4, 8) for splits in SPLITS if splits <= most
-            ]
+            return [Variant(kernel, tiles, splits) for tiles in sizes for splits in SPLITS if splits <= most]
         return [Variant(kernel)]
 
     def reference(self, role: str, n: int, k: int) -> Variant:

@@ -197,4 +197,6 @@ def linear(weight: PackedWq, x: Tensor, out: Tensor, *, tiles: int, splits: int 
         BLOCK=block,
         OPERAND=wq_kernel.tl.bfloat16 if x.is_cuda else wq_kernel.tl.float32,
         num_warps=4,
+        # Loading ahead where every weight has its own scale takes more shared memory than a multiprocessor has.
+        num_stages=3 if weight.whole else 1,
     )
