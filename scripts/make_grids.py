@@ -18,7 +18,9 @@ HERE = Path(__file__).resolve().parents[1] / "subspec" / "quant" / FILE
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="starts of the two-dimensional grids, three times as many below 4 bits")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="starts per grid of the plane; thrice that below 4 bits"
+    )
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     stored = {}
