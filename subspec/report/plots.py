@@ -14,7 +14,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from subspec.report.bootstrap import Interval
 from subspec.report.rows import Row
+from subspec.report.tables import number
 from subspec.tracking.method import method_label
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -32,8 +34,11 @@ BAR = 0.36
 LABEL = 38
 """Characters of a method's label before it is broken onto a second line."""
 
-FOOT = 0.5
+FOOT = 0.45
 """Inches at the bottom for the footnote."""
+
+LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
+"""Inches of a legend's line, and of its frame."""
 
 PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
@@ -56,15 +61,13 @@ def speed(rows: Sequence[Row]) -> Figure | None:
             bar = row.speed
             axis.barh(place, bar.value, height=0.7, color=styles[row.draft][0])
             if bar.low is not None:
-                ends = [[bar.value - bar.low], [bar.high - bar.value]]
-                axis.errorbar(bar.value, place, xerr=ends, fmt="none", ecolor="black", capsize=3, linewidth=1)
-            text = f" {bar.value:.3g}"
+                axis.errorbar(
+                    bar.value, place, xerr=_whiskers(bar), fmt="none", ecolor="black", capsize=3, linewidth=1
+                )
             edge = bar.high if bar.high is not None else bar.value
-            axis.text(edge, place, text, va="center", ha="left", fontsize=8)
+            axis.text(edge, place, f" {number(bar.value)}", va="center", ha="left", fontsize=8)
         axis.set_xlim(0, 1.14 * max((row.speed.high or row.speed.value) for row in members))
-    axes[-1].set_xlabel(
-        "decoding speed (tokens/s); whiskers: 95 % interval over samples"
-    )
+    axes[-1].set_xlabel("decoding speed (tokens/s); whiskers: 95 % interval over samples")
     return _finish(figure, shown)
 
 
@@ -92,15 +95,14 @@ def time_split(rows: Sequence[Row]) -> Figure | None:
                     label=PHASE_NAMES[phase],
                 )
                 left += length
-            axis.text(left, place, f" {left:.3g} ms", va="center", ha="left", fontsize=8)
+            axis.text(left, place, f" {number(left)} ms", va="center", ha="left", fontsize=8)
         axis.set_xlim(0, 1.18 * max(1e3 * sum(row.iteration.values()) for row in members))
     axes[-1].set_xlabel("milliseconds per iteration (one draft tree and one target pass)")
-    _legend(figure, axes, columns=3)
-    return _finish(figure, shown)
+    return _finish(figure, shown, _legend(figure, axes, columns=3))
 
 
 def acceptance(rows: Sequence[Row]) -> Figure | None:
-    """Share of passes that accept at least so many draft tokens, by depth."""
+    """Of the passes that drafted a depth, the share that accepted it. Deep levels of an adaptive tree are few."""
     shown = [row for row in rows if row.totals["drafted_by_depth"]]
     panels = _places(shown)
     if not panels:
@@ -127,13 +129,12 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
             )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("depth (draft tokens)")
-        axis.set_ylabel("share of passes accepting\nat least this depth")
+        axis.set_ylabel("accepted / drafted at this depth")
         axis.set_ylim(0, 1.03)
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    _legend(figure, axes, columns=2)
-    return _finish(figure, shown)
+    return _finish(figure, shown, _legend(figure, axes, columns=2))
 
 
 def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
@@ -163,8 +164,7 @@ def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
         axis.set_ylim(bottom=0)
         axis.margins(x=0.12)
         axis.grid(alpha=0.3)
-    _legend(figure, axes, columns=2)
-    return _finish(figure, shown)
+    return _finish(figure, shown, _legend(figure, axes, columns=2))
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
@@ -179,24 +179,29 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     styles = _styles(sorted({row.method for row in shown}))
     for axis, (title, members) in zip(axes, targets.items(), strict=True):
         most = 1.15 * max(row.totals["tau"] for row in members)
-        for number, (name, seconds) in enumerate(_ceilings(members)):
-            label = f"ceiling, {name}: {1e3 * seconds:.3g} ms a pass"
+        for index, (name, seconds, methods) in enumerate(_ceilings(members)):
+            colour = styles[methods[0]][0] if len(methods) == 1 else "#666666"
+            label = f"ceiling, {name}: {number(1e3 * seconds)} ms a pass"
             axis.plot(
-                [0, most], [0, most / seconds], DASHES[number % len(DASHES)], color="#666666", label=label
+                [0, most],
+                [0, most / seconds],
+                DASHES[index % len(DASHES)],
+                color=colour,
+                linewidth=1.2,
+                alpha=0.8,
+                label=label,
             )
         for row in members:
             colour, _, marker = styles[row.method]
-            low, high = (row.speed.low, row.speed.high)
-            ends = None if low is None else [[row.speed.value - low], [high - row.speed.value]]
             axis.errorbar(
                 row.totals["tau"],
                 row.speed.value,
-                yerr=ends,
+                yerr=_whiskers(row.speed),
                 fmt=marker,
                 color=colour,
                 capsize=3,
                 markersize=7,
-                label=f"{row.method} ({row.benchmark}): {100 * row.totals['roofline_share']:.0f} %",
+                label=row.method,
             )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("tau (tokens per target pass)")
@@ -204,8 +209,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         axis.set_xlim(0, most)
         axis.set_ylim(0, 1.25 * max(row.totals["roofline_tokens_per_s"] for row in members))
         axis.grid(alpha=0.3)
-    _legend(figure, axes, columns=2)
-    return _finish(figure, shown)
+    return _finish(figure, shown, _legend(figure, axes, columns=2))
 
 
 DRAWINGS: dict[str, Drawing] = {
@@ -262,7 +266,7 @@ def _bars(panels: Mapping[str, Sequence[Row]], title: str) -> tuple[Figure, list
     """A column of panels with a labelled place for a bar per row."""
     counts = [len(members) for members in panels.values()]
     heights = [BAR * max(count, 2) + 0.5 for count in counts]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 1.2 + FOOT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, (name, members) in zip(axes, panels.items(), strict=True):
         axis.set_title(name, fontsize=9, loc="left")
@@ -279,7 +283,7 @@ def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """Panels in two columns; one panel takes the whole width."""
     columns = min(count, 2)
     lines = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, 3.6 * lines + 1.4 + FOOT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[count:]:
         axis.set_visible(False)
@@ -287,31 +291,44 @@ def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[:count])
 
 
-def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
-    """One legend below all panels, each entry once."""
+def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> float:
+    """One legend below all panels, each entry once; returns the inches it takes."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = columns if len(entries) > 1 else 1
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries) // columns))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    columns = min(columns, len(entries))
+    height = LEGEND_LINE * -(-len(entries) // columns) + LEGEND_EDGE
+    figure.set_figheight(figure.get_figheight() + height)
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, fontsize=8)
+    return height
 
 
-def _finish(figure: Figure, rows: Sequence[Row]) -> Figure:
-    """Say what must be said, in room of its own."""
+def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
+    """Say what must be said at the bottom, with the legend (``legend`` inches) above it, in room of their own."""
     lines = []
     if any(row.planted for row in rows):
         lines.append(PLANTED)
     if any(row.sample for row in rows):
         lines.append(SAMPLE)
+    foot = FOOT if lines else 0.0
+    figure.set_figheight(figure.get_figheight() + foot)
+    height = figure.get_figheight()
+    share = (foot + legend) / height
+    figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
+    for box in figure.legends:
+        box.set_bbox_to_anchor((0.5, foot / height), figure.transFigure)
     if lines:
-        share = FOOT / figure.get_figheight()
-        figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
-        figure.text(
-            0.01, 0.15 * share, "\n".join(lines), fontsize=7.5, va="bottom", ha="left", color="#8a2b00"
-        )
+        text = "\n".join(lines)
+        figure.text(0.01, 0.1 / height, text, fontsize=7.5, va="bottom", ha="left", color="#8a2b00")
     return figure
+
+
+def _whiskers(interval: Interval) -> list[list[float]] | None:
+    """Lengths below and above; rounding may put an estimate a hair outside its own interval."""
+    if interval.low is None or interval.high is None:
+        return None
+    return [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
 
 
 def _styles(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
@@ -341,10 +358,12 @@ def _without_bits(row: Row) -> str:
     return f"{row.benchmark}: {method_label(config, row.runs[0].facts)}, {quantizer}"
 
 
-def _ceilings(rows: Sequence[Row]) -> list[tuple[str, float]]:
-    """Distinct ceilings, the highest first; rows whose passes take the same time share one."""
-    found: dict[tuple[str, str], tuple[str, float]] = {}
+def _ceilings(rows: Sequence[Row]) -> list[tuple[str, float, list[str]]]:
+    """Distinct ceilings and the methods under each, the highest first; passes that take the same time share one."""
+    found: dict[tuple[str, str], tuple[str, float, list[str]]] = {}
     for row in rows:
         for name, seconds in row.ceilings:
-            found.setdefault((name, f"{seconds:.3g}"), (name, seconds))
+            methods = found.setdefault((name, number(seconds)), (name, seconds, []))[2]
+            if row.method not in methods:
+                methods.append(row.method)
     return sorted(found.values(), key=lambda one: one[1])

@@ -27,7 +27,7 @@ PLOTS = "plots"
 
 CAPTIONS = {
     "speed": "Decoding speed: all tokens over all seconds; whiskers are 95 % bootstrap intervals over samples.",
-    "acceptance": "Share of passes that accept at least so many draft tokens.",
+    "acceptance": "Of the passes that drafted a depth, the share that accepted it.",
     "tau_by_bits": "Tokens per target pass against the bits of the substitute.",
     "time_split": "What an iteration's time goes into, prefill excluded.",
     "roofline": "Speed against tau, under tau / (streamed bytes / measured link bandwidth).",
