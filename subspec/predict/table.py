@@ -17,8 +17,8 @@ PLANTED = (
 def depth_table(prediction: Prediction) -> Table:
     """Tokens per second over tree depths, serial and (right) with levels ahead; ``<`` marks the fastest."""
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    serial = ("depth", "tau", "resident", "draft s", "pass s", "tokens/s  ", "x plain", "of ceiling")
-    for heading in (*serial, "ahead", "tokens/s  ", "x plain"):
+    serial = ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share")
+    for heading in (*serial, "ahead", "tokens/s", "x plain"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = prediction.best[1]
     for one in prediction.depths:
@@ -59,6 +59,7 @@ def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list
     how = f" with {depth.ahead} levels ahead" if way is depth.overlapped else ""
     over = f", {way.tokens_per_s / plain.tokens_per_s:.1f} times plain streaming" if plain else ""
     lines.append(f"best: depth {depth.depth}{how}, {way.tokens_per_s:.1f} tokens/s{over}")
+    lines.append("share: of the link's ceiling at that tau; ahead: levels drafted while the target streams")
     if any(one.extrapolated for one in prediction.depths):
         lines.append(
             f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated"

@@ -140,6 +140,11 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     )
 
 
+def read_optional(file: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; {} when it is not there or cannot be read."""
+    return _mapping(file, [], optional=True)
+
+
 # ------------------------------------------------------------------------------------------------ parts
 
 
