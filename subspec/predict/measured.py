@@ -7,7 +7,7 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.offload.cards import Card, find_card
 from subspec.predict.acceptance import Acceptance
 from subspec.report.collect import RunData, collect
-from subspec.tracking.method import method_label
+from subspec.tracking.method import config_group, method_label
 from subspec.tracking.metrics import summarise
 
 
@@ -60,7 +60,7 @@ def read_measured(place: Path) -> Measured:
     first = runs[0]
     summary = summarise([record for run in runs for record in run.records])
     totals = summary["totals"]
-    tree = first.config.get("tree") or {}
+    tree = config_group(first.config, "tree")
     levels = sum(totals["drafted_by_depth"])
     cuda = summary["context"]["device"] == "cuda"
     serial = not tree.get("ahead") and cuda

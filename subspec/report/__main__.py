@@ -1,14 +1,13 @@
 """``python -m subspec.report FOLDER...``: tables and pictures of the runs below the folders."""
 
 import argparse
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from subspec.errors import ConfigError, SubspecError
+from subspec.command import guarded
+from subspec.errors import ConfigError
 
 HELP = """\
 Tables and pictures of runs, from the records they have written so far.
@@ -53,13 +52,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the module and of the console script ``subspec-report``."""
-    try:
-        _main(sys.argv[1:] if arguments is None else arguments)
-    except SubspecError as error:
-        if os.environ.get("SUBSPEC_DEBUG", "0") not in ("", "0"):
-            traceback.print_exception(error)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(guarded(lambda: _main(arguments)))
 
 
 def _main(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from subspec.report.bootstrap import Interval
 from subspec.report.rows import Row
 from subspec.report.tables import number
-from subspec.tracking.method import method_label
+from subspec.tracking.method import config_group, method_label
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -354,7 +354,7 @@ def _bits(row: Row, stored: bool) -> float:
 def _without_bits(row: Row) -> str:
     """Rows that differ in bits alone make one line."""
     config = {**row.runs[0].config, "quant": {}}
-    quantizer = (row.runs[0].config.get("quant") or {}).get("name")
+    quantizer = config_group(row.runs[0].config, "quant").get("name")
     return f"{row.benchmark}: {method_label(config, row.runs[0].facts)}, {quantizer}"
 
 

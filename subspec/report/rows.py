@@ -16,7 +16,7 @@ from typing import Any
 from subspec.errors import SubspecError
 from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
 from subspec.report.collect import RunData
-from subspec.tracking.method import group_name, is_quantized, method_label
+from subspec.tracking.method import config_group, group_name, is_quantized, method_label
 from subspec.tracking.metrics import summarise
 from subspec.tracking.records import FREE_KEYS
 
@@ -165,7 +165,7 @@ def _identity(run: RunData) -> str:
 def _settings(run: RunData) -> dict[str, Any]:
     """What makes a configuration another one, as ``dotted.key: value``; plain decoding has no quantizer or tree."""
     kept = _kept(run.config)
-    if (run.config.get("draft") or {}).get("name") != PLAIN:
+    if config_group(run.config, "draft").get("name") != PLAIN:
         return kept
     return {key: value for key, value in kept.items() if not key.startswith(("quant.", "tree."))}
 
@@ -191,7 +191,7 @@ def _row(runs: Sequence[RunData]) -> Row:
     context = summary["context"]
     by_sample = _by_sample(records)
     substitute = first.facts.get("substitute")
-    nominal = (first.config.get("quant") or {}).get("bits")
+    nominal = config_group(first.config, "quant").get("bits")
     nominal = nominal if is_quantized(first.config, first.facts) else None
     return Row(
         experiment=group_name(first.config),
@@ -336,7 +336,7 @@ def _decoding(row: Row) -> Any:
 
 
 def _offload(row: Row) -> Any:
-    offload = row.runs[0].config.get("offload") or {}
+    offload = config_group(row.runs[0].config, "offload")
     return offload.get("name"), offload.get("vram_gib")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from subspec.report.bootstrap import Interval
 from subspec.report.collect import RunData, State
 from subspec.report.rows import Row, audit_text, device_name
-from subspec.tracking.method import group_name, method_label
+from subspec.tracking.method import config_group, group_name, method_label
 
 Cells = dict[str, Any]
 
@@ -221,8 +221,7 @@ def _speedup(row: Row) -> str:
 
 
 def _name(run: RunData, group: str) -> str | None:
-    found = run.config.get(group)
-    name = found.get("name") if isinstance(found, Mapping) else None
+    name = config_group(run.config, group).get("name")
     return str(name) if name else None
 
 

@@ -17,16 +17,16 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
         config: the resolved configuration, as in ``config.yaml``; parts that are missing are left out.
         facts: the run's ``facts.json``, which knows whether anything was quantized.
     """
-    draft = _group(config, "draft")
+    draft = config_group(config, "draft")
     name = str(draft.get("name") or "unknown draft")
     if name == "none":
         parts = ["plain decoding"]
     else:
         quant = quant_label(config, facts)
-        parts = [f"{name} {quant}" if quant else name, _tree(_group(config, "tree"))]
-    parts.append(_offload(_group(config, "offload")))
-    if _group(config, "decoding").get("name") == "sampling":
-        parts.append(f"sampling T={_number(_group(config, 'decoding').get('temperature'))}")
+        parts = [f"{name} {quant}" if quant else name, _tree(config_group(config, "tree"))]
+    parts.append(_offload(config_group(config, "offload")))
+    if config_group(config, "decoding").get("name") == "sampling":
+        parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
     return ", ".join(part for part in parts if part)
 
 
@@ -34,7 +34,7 @@ def quant_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = Non
     """``hqq4``; empty when nothing is quantized."""
     if not is_quantized(config, facts):
         return ""
-    quant = _group(config, "quant")
+    quant = config_group(config, "quant")
     name, bits = quant.get("name"), quant.get("bits")
     if name in (None, "none"):
         return ""
@@ -45,13 +45,19 @@ def is_quantized(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     """Whether the draft is a quantized model."""
     if facts and "substitute" in facts:
         return facts["substitute"] is not None
-    return _group(config, "draft").get("name") in QUANTIZED_DRAFTS
+    return config_group(config, "draft").get("name") in QUANTIZED_DRAFTS
 
 
 def group_name(config: Mapping[str, Any]) -> str | None:
     """The experiment a run belongs to; None when it was started without one."""
     experiment = config.get("experiment")
     return str(experiment) if experiment else None
+
+
+def config_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A group of a configuration; empty when a file that somebody has edited holds something else there."""
+    group = config.get(name)
+    return group if isinstance(group, Mapping) else {}
 
 
 def _tree(tree: Mapping[str, Any]) -> str:
@@ -73,8 +79,3 @@ def _offload(offload: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    group = config.get(name)
-    return group if isinstance(group, Mapping) else {}
