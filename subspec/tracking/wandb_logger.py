@@ -160,8 +160,10 @@ class WandbLogger(Logger):
         if self._run is None:
             return
         table = self._wandb.Table(columns=list(COLUMNS), data=[_row(record) for record in records])
-        values = {"samples": table, **self._pictures(records)}
-        self._run.log(values, step=self._take_step(len(records)))
+        self._run.log({"samples": table}, step=self._take_step(len(records)))
+        pictures = self._pictures(records)
+        if pictures:
+            self._run.log(pictures, step=self._take_step(len(records)))
 
     def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
         """Acceptance by depth as a plot, totals into the W&B summary, and the run is closed whatever happens."""
