@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from subspec.report.bootstrap import Interval
@@ -98,7 +99,7 @@ def run_cells(run: RunData) -> Cells:
     git = run.environment.get("git")
     return {
         "run": run.name,
-        "folder": run.folder.as_posix(),
+        "folder": _place(run.folder),
         "state": run.state.value,
         "experiment": group_name(run.config),
         "method": method_label(run.config, run.facts),
@@ -218,6 +219,15 @@ def _speedup(row: Row) -> str:
     return (
         text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"
     )
+
+
+def _place(folder: Path) -> str:
+    """A path as others can read it: below the current folder, or below the home folder as ``~``, where it is."""
+    resolved = folder.resolve()
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if resolved.is_relative_to(base) and base != Path(base.anchor):
+            return f"{prefix}{resolved.relative_to(base).as_posix()}"
+    return folder.as_posix()
 
 
 def _name(run: RunData, group: str) -> str | None:

@@ -75,6 +75,17 @@ def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
     assert runs[2]["damaged_lines"] == "1"
 
 
+def test_folders_are_named_from_where_one_stands(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_report([sweep], tmp_path / "out")
+    assert [row["folder"] for row in cells(tmp_path / "out" / "runs.csv")] == [
+        "sweep/0",
+        "sweep/1",
+        "sweep/2",
+    ]
+    assert str(tmp_path) not in (tmp_path / "out" / "REPORT.md").read_text()
+
+
 def test_every_picture_on_the_page_is_there(sweep, tmp_path):
     report = write_report([sweep], tmp_path / "out")
     page = report.page.read_text(encoding="utf-8")
