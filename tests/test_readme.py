@@ -30,6 +30,24 @@ def test_every_example_composes(command, capsys):
     assert stop.value.code == 0, output.err
 
 
+def commands_of(module):
+    found = re.findall(rf"python -m {module}([^\n#`&]*)", README)
+    return [arguments for arguments in map(shlex.split, found) if arguments]
+
+
+def test_every_prediction_and_report_is_understood():
+    from subspec.predict.__main__ import compose, find
+    from subspec.predict.__main__ import parse as parse_prediction
+    from subspec.report.__main__ import parse as parse_report
+
+    predictions, reports = commands_of("subspec.predict"), commands_of("subspec.report")
+    assert min(len(predictions), len(reports)) >= 2
+    for arguments in predictions:
+        asked = parse_prediction(arguments)
+        assert compose(asked, find(asked)).offload.name == "stream"
+    assert all(parse_report(arguments).folders for arguments in reports)
+
+
 def test_the_table_of_groups_names_every_option():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, re.MULTILINE))
     for group in GROUPS:

@@ -208,6 +208,17 @@ def test_the_speed_up_over_a_baseline(run, plain):
     assert float(found[1]) == pytest.approx(ours / theirs, abs=0.006)
 
 
+def test_the_logger_gets_the_speed_up_and_the_file_depends_on_the_records_alone(run, plain, monkeypatch):
+    from subspec.tracking.logger import NoLogger
+
+    finished = []
+    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
+    _, folder = run("draft=subspec", "seed=0", f"baseline={plain[1]}")
+    (summary,) = finished
+    assert summary["speedup"]["tokens_per_s"] > 0
+    assert "speedup" not in summary_of(folder)
+
+
 def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):
     """The flag may stand anywhere, and one job that cannot run keeps no other from running."""
     sweep = tmp_path / "sweep"
