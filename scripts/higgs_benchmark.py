@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from subspec.kernels.formats import AffineFormat
 from subspec.kernels.hadamard import library_problem, rotate_library, rotate_triton
 from subspec.kernels.lut import (
     MmaLut,
@@ -25,7 +26,7 @@ from subspec.kernels.lut import (
 )
 from subspec.kernels.ops import KERNELS, LevelLinear, Variant
 from subspec.kernels.ops import unavailable as hqq_unavailable
-from subspec.kernels.timing import graph_time, random_linear, rotated_time, rotation
+from subspec.kernels.timing import graph_time, rotated_time, rotation
 from subspec.quant.grids import load_grid
 from subspec.quant.hadamard import Rotation
 from subspec.quant.higgs_codes import HiggsCodes, group_of
@@ -136,7 +137,7 @@ def compare(role: str, n: int, k: int, rows: list[int]) -> list[dict]:
         if hqq_unavailable(kernel, DEVICE):
             continue
         variant = Variant(kernel, 4 if role == "gate_up" else 2, 0)
-        linears = rotation(random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
+        linears = rotation(AffineFormat().random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
         times = {count: rotated_time(linears, inputs(count, k)) * 1e6 for count in rows}
         results.append({"role": role, "setting": f"hqq {variant}", "shape": [n, k], "us": times})
         show(role, f"hqq {variant}", times)
