@@ -14,7 +14,18 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.choices import Cache, Device, Dtype, Kernel, Placement, Profile, Source, Unpack, WandbMode
+from subspec.choices import (
+    Cache,
+    Device,
+    Dtype,
+    Kernel,
+    Objective,
+    Placement,
+    Profile,
+    Source,
+    Unpack,
+    WandbMode,
+)
 
 # ---------------------------------------------------------------------------------------------- target
 
@@ -286,6 +297,7 @@ class Config:
     benchmark: BenchmarkConfig = MISSING
     logger: LoggerConfig = MISSING
     experiment: str | None = None
+    hparams_search: str | None = None
 
     seed: int = 0
     device: Device = Device.auto
@@ -297,6 +309,7 @@ class Config:
     baseline: str | None = None
     plan_only: bool = False
     profile: Profile = Profile.none
+    optimise: Objective | None = None
 
 
 SCHEMAS: dict[str, type] = {
