@@ -93,6 +93,45 @@ class SubstituteDraftConfig(DraftConfig):
     kernel: Kernel = Kernel.auto
 
 
+@dataclass
+class Eagle2DraftConfig(DraftConfig):
+    """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head; null: the one shipped for the embedded default.
+    """
+
+    path: str | None = None
+    temperature: float = 1.0
+
+
+@dataclass
+class SmallModelDraftConfig(DraftConfig):
+    """Any causal language model with the target's vocabulary, with a KV cache of its own.
+
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (made-up weights, for planted
+    targets), or null for the small model shipped with the project. ``quantize``: whether ``quant`` is applied to it.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = Dtype.auto
+    temperature: float = 1.0
+    quantize: bool = False
+
+
+@dataclass
+class LayerSkipDraftConfig(DraftConfig):
+    """Some of the target's own decoder layers, with its embeddings, norm, head and KV cache (self-speculation).
+
+    ``layers``: their numbers; ``keep``: their number instead, spread evenly. Both null: half of the layers, or, with
+    ``offload=stream``, the resident ones.
+    """
+
+    temperature: float = 1.0
+    layers: list[int] | None = None
+    keep: int | None = None
+
+
 # ----------------------------------------------------------------------------------------------- quant
 
 
@@ -161,6 +200,17 @@ class AdaptiveTreeConfig(BeamTreeConfig):
     level_cost: float | None = None
     check_every: int = 2
     min_depth: int = 1
+
+
+@dataclass
+class Eagle2TreeConfig(TreeConfig):
+    """EAGLE-2's tree: ``width`` children of each of the best ``width`` nodes of a level, re-ranked at the end.
+
+    ``total_tokens``: most nodes that are verified, root included.
+    """
+
+    width: int = MISSING
+    total_tokens: int = MISSING
 
 
 # -------------------------------------------------------------------------------------------- decoding
@@ -318,11 +368,15 @@ SCHEMAS: dict[str, type] = {
     "target/planted": PlantedTargetConfig,
     "draft/none": NoDraftConfig,
     "draft/subspec": SubstituteDraftConfig,
+    "draft/eagle2": Eagle2DraftConfig,
+    "draft/small_model": SmallModelDraftConfig,
+    "draft/layer_skip": LayerSkipDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,
+    "tree/eagle2": Eagle2TreeConfig,
     "decoding/greedy": DecodingConfig,
     "decoding/sampling": SamplingConfig,
     "offload/none": OffloadConfig,

@@ -17,11 +17,16 @@ from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
+    Dtype,
+    Eagle2DraftConfig,
+    Eagle2TreeConfig,
     HqqConfig,
     Kernel,
+    LayerSkipDraftConfig,
     NoDraftConfig,
     NoQuantConfig,
     SamplingConfig,
+    SmallModelDraftConfig,
     Source,
     StreamOffloadConfig,
     SubstituteDraftConfig,
@@ -42,6 +47,7 @@ RANGES: list[Check] = [
     ("audit_margin", _NOT_NEGATIVE, "must not be negative (null: by dtype)"),
     ("tree.depth", _AT_LEAST_1, "must be at least 1 (draft=none decodes without a tree)"),
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
+    ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
     ("tree.min_depth", _NOT_NEGATIVE, "must not be negative"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
@@ -135,7 +141,9 @@ def _check_draft(config: Config) -> None:
             "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
             "or draft=none for plain decoding"
         )
-    if isinstance(config.quant, HqqConfig):
+    if isinstance(config.draft, SmallModelDraftConfig):
+        _check_small_model(config, config.draft)
+    if isinstance(config.quant, HqqConfig) and quantizes(config):
         from subspec.quant.base import linear_names
         from subspec.quant.hqq import check_hqq
 
@@ -157,9 +165,65 @@ def _check_draft(config: Config) -> None:
                 f"tree.ahead={tree.ahead} drafts while the target streams, which needs offload=stream and "
                 "decoding=greedy: set tree.ahead=0"
             )
+    if isinstance(tree, Eagle2TreeConfig):
+        _check_eagle2_tree(config, tree, streamed)
+    if isinstance(config.draft, Eagle2DraftConfig):
+        _check_eagle2_draft(config, config.draft)
     if isinstance(tree, AdaptiveTreeConfig) and tree.min_depth > tree.depth:
         raise ConfigError(
             f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
+        )
+
+
+def _check_eagle2_tree(config: Config, tree: Eagle2TreeConfig, streamed: bool) -> None:
+    from subspec.decoding.eagle2 import drafted_nodes
+
+    most = drafted_nodes(tree.depth, tree.width)
+    if tree.total_tokens > most:
+        raise ConfigError(
+            f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
+            f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
+        )
+    if streamed and not isinstance(config.draft, Eagle2DraftConfig):
+        raise ConfigError(
+            f"tree=eagle2 goes on from single nodes of a level, and draft={config.draft.name} with offload=stream "
+            "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"
+        )
+
+
+def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
+    if draft.path is None:
+        from subspec.drafts.eagle_checkpoint import check_default
+
+        check_default(config.target)
+    elif not draft.path.strip():
+        raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
+    ahead = getattr(config.tree, "ahead", 0)
+    if ahead:
+        raise ConfigError(
+            f"tree.ahead={ahead} needs a draft whose levels are captured graphs, and draft=eagle2 is not: set "
+            "tree.ahead=0"
+        )
+
+
+def quantizes(config: Config) -> bool:
+    """Whether ``quant`` concerns the draft."""
+    return isinstance(config.draft, SubstituteDraftConfig) or getattr(config.draft, "quantize", False)
+
+
+def _check_small_model(config: Config, draft: SmallModelDraftConfig) -> None:
+    if draft.quantize and isinstance(config.quant, NoQuantConfig):
+        raise ConfigError("draft.quantize=true needs a quantizer: set quant=hqq, or draft.quantize=false")
+    if not isinstance(config.offload, StreamOffloadConfig):
+        return
+    if draft.quantize:
+        raise ConfigError(
+            "draft.quantize=true is not built for offload=stream, which runs a small model in bfloat16: set "
+            "draft.quantize=false, or offload=none"
+        )
+    if draft.dtype not in (Dtype.auto, Dtype.bfloat16):
+        raise ConfigError(
+            f"draft.dtype={draft.dtype.value}: offload=stream runs a small model in bfloat16; leave it at auto"
         )
 
 
@@ -192,9 +256,10 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
 
     drafting = not isinstance(config.draft, NoDraftConfig)
     tree = config.tree
-    if drafting and isinstance(tree, BeamTreeConfig) and tree.width > model.vocab_size:
+    width = getattr(tree, "width", 1)
+    if drafting and width > model.vocab_size:
         raise ConfigError(
-            f"tree.width={tree.width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
+            f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
             f"lower tree.width"
         )
     positions = getattr(model, "max_position_embeddings", None)
@@ -216,13 +281,24 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
             f"target {config.target.name} has {kind} rotary embeddings, whose frequencies depend on how far a pass "
             "reaches: a tree would change them, so it cannot be decoded losslessly here; take another target"
         )
+    if isinstance(config.draft, LayerSkipDraftConfig):
+        from subspec.drafts.layer_skip import chosen_layers
+
+        chosen_layers(config.draft, model.num_hidden_layers)
+    quantized = model
+    if isinstance(config.draft, SmallModelDraftConfig):
+        from subspec.drafts.small_model import check_small_model, load_small_config
+
+        quantized = load_small_config(config)
+        check_small_model(config, quantized)
     quant = config.quant
-    if drafting and isinstance(quant, HqqConfig):
-        layers = model.num_hidden_layers
+    if quantizes(config) and isinstance(quant, HqqConfig):
+        layers = quantized.num_hidden_layers
         wrong = [index for index in quant.skip_layers if not 0 <= index < layers]
         if wrong:
             raise ConfigError(
-                f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}"
+                f"quant.skip_layers: no layer {wrong[0]} in a {'target' if quantized is model else 'small model'} "
+                f"with layers 0..{layers - 1}"
             )
 
 

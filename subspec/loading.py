@@ -51,6 +51,8 @@ class Loaded:
             facts["link_gb_per_s"] = self.link.gb_per_s if self.link else None
             facts["prefill_chunk"] = self.plan.prefill_chunk
         draft = self.assembly.engine.draft
+        if self.assembly.draft_facts:
+            facts["draft"] = self.assembly.draft_facts
         if hasattr(draft, "graphs_captured"):
             facts["graphs_captured"] = draft.graphs_captured
         for name in ("modules_on_device", "modules_offloaded"):
@@ -110,7 +112,7 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     if isinstance(offload, AccelerateOffloadConfig):
         return _load_accelerate(config, offload, device, console)
     target = load_target(config.target, device, note=console.note)
-    return Loaded(target, assemble(config, target))
+    return Loaded(target, assemble(config, target, note=console.note))
 
 
 def cap_device(vram_gib: float, device: torch.device) -> None:

@@ -171,10 +171,12 @@ class _Run:
         )
         if self.loaded.plan is not None:
             _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
+        if self.assembly.draft_summary:
+            console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
         quant = self.assembly.quant
         if quant is not None:
             console.note(
-                f"substitute: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
+                f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
                 f"({quant.quantizer}), {quant.backend}, quantized in {quant.seconds:.1f} s"
             )
         self.auditor = (

@@ -304,7 +304,7 @@ def test_a_disk_that_refuses_the_folder(places, tmp_path, monkeypatch):
 def test_memory_that_does_not_suffice(places, tmp_path, monkeypatch):
     for error, kind in ((MemoryError(), "host"), (torch.OutOfMemoryError(), "device")):
 
-        def assemble(*arguments, error=error):
+        def assemble(*arguments, error=error, **options):
             raise error
 
         monkeypatch.setattr(subspec.loading, "assemble", assemble)

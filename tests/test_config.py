@@ -19,7 +19,11 @@ from subspec.paths import conf_dir
 
 CONF = conf_dir()
 OPTIONS = [(group, name) for group in GROUPS for name, _ in options(CONF, group)]
-NEEDS = {("target", "hub"): ["target.path=ORG/NAME"], ("quant", "none"): ["draft=none"]}
+NEEDS = {
+    ("target", "hub"): ["target.path=ORG/NAME"],
+    ("quant", "none"): ["draft=none"],
+    ("draft", "small_model"): ["draft.path=planted:tiny_draft"],
+}
 """What an option cannot do without."""
 
 

@@ -79,6 +79,10 @@ class Decoder:
         cache.extend(count)
         return hidden
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedding rows of ``tokens`` [n] -> [n, hidden]."""
+        return self.model.get_input_embeddings()(tokens)
+
     def additive_mask(self, visible: Tensor) -> Tensor:
         """bool [n, rows] -> [1, 1, n, rows] in the model's dtype: 0 where visible, else the lowest number."""
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)

@@ -81,6 +81,8 @@ class Engine:
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
         # A draft that can do a whole level in one launch; samples need the noise added in between.
         fused = getattr(draft, "level_step", None) if self.sampler.sampling.greedy else None
+        if growth is not None and not growth.whole_levels:
+            fused = None
         self._level_step: Callable[[Tree], None] | None = fused(growth) if fused else None
         self.cache = target.new_cache(
             max_length=max_length,
@@ -117,6 +119,8 @@ class Engine:
         frontier = self.tree.plant(root)
         while self.growth is not None and self.tree.levels < self.growth.max_depth + self._ahead:
             frontier = self._level(frontier)
+        if self.growth is not None:
+            self.growth.finish(self.tree)
 
     @torch.inference_mode()
     def generate(
@@ -180,14 +184,15 @@ class Engine:
             with clock.phase("verify"):
                 hidden, verdict = self._verify(size, levels)
             with clock.waiting("wait for the verdict"):
-                accepted, emitted = verdict.read()  # the iteration's one synchronisation
+                # The iteration's one synchronisation.
+                accepted, emitted, depth = verdict.read_with_depth()
             with clock.phase("commit"):
                 self._commit(verdict, len(accepted), levels, hidden)
             root = verdict.bonus
             stats.iterations += 1
             stats.verified_tokens += emit(emitted)
             seconds = time.perf_counter() - iteration_started
-            self._account(stats, levels, size, len(accepted) - 1)
+            self._account(stats, depth, size, len(accepted) - 1)
             self._learn(stats, clock, IterationOutcome(drafted, size, len(accepted) - 1, 0.0, seconds))
         stats.decode_s = time.perf_counter() - first_token_at
         _add_phases(stats, clock.drain())
@@ -245,6 +250,7 @@ class Engine:
         before = self.tree.levels
         while self.tree.levels < most_levels and self.growth.wants_level(self.tree):
             frontier = self._level(frontier)
+        self.growth.finish(self.tree)
         return self.tree.levels - before
 
     def _level(self, frontier: Tensor) -> Tensor:

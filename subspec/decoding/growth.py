@@ -40,6 +40,8 @@ class Growth(ABC):
         capacity: most nodes, the levels ahead included.
         pass_nodes: most nodes of a verification pass.
         draft_rows: most nodes the draft itself runs on.
+        whole_levels: whether a level's nodes, all of them and in order, are the next frontier (what a draft with
+            captured levels needs).
     """
 
     max_depth: int
@@ -47,6 +49,7 @@ class Growth(ABC):
     capacity: int
     pass_nodes: int
     draft_rows: int
+    whole_levels: bool = True
 
     @abstractmethod
     def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -68,6 +71,9 @@ class Growth(ABC):
     def wants_level(self, tree: Tree) -> bool:
         """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
         return tree.levels < self.max_depth
+
+    def finish(self, tree: Tree) -> None:  # noqa: B027 (a hook, not a duty)
+        """The tree is drafted and about to be verified: the last chance to take nodes out."""
 
     def learn(self, outcome: IterationOutcome) -> None:  # noqa: B027 (a hook, not a duty)
         """Take note of how the last tree fared. Static shapes ignore it."""

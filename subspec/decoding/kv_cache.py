@@ -107,3 +107,11 @@ class KVCache:
         # index_select copies before the slice is written, so overlapping source and destination are safe.
         self.rows[:, :, :, start : start + count] = self.rows.index_select(3, path + start)
         self.extend(count)
+
+    def adopt(self, rows: Tensor) -> None:
+        """Commit copies of the draft-region rows ``rows`` (int64 [n]), in order: for a draft with a cache of its own,
+        whose rows are as exact as they get."""
+        count = rows.numel()
+        start = self.draft_rows + self.length
+        self.rows[:, :, :, start : start + count] = self.rows.index_select(3, rows)
+        self.extend(count)

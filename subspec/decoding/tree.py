@@ -19,7 +19,7 @@ class Tree:
         alive: bool [capacity]; False for padding that a re-rooted tree keeps in its levels.
         size: number of nodes; known on the host because growth is a static schedule.
         levels: number of levels below the root.
-        level_size: nodes of the deepest level.
+        level_size: nodes of the deepest level (0 once nodes were taken out: the tree then grows no further).
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -35,12 +35,14 @@ class Tree:
         self.size = 0
         self.levels = 0
         self.level_size = 0
+        self._kept: Tensor | None = None
 
     def plant(self, root: Tensor) -> Tensor:
         """Start a new tree from the token ``root`` (int64 [1]); returns the root's node number [1]."""
         self.tokens[0:1] = root
         self.alive.fill_(True)
         self.size, self.levels, self.level_size = 1, 0, 1
+        self._kept = None
         return self._slots[:1]
 
     def append(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> Tensor:
@@ -73,6 +75,28 @@ class Tree:
         self.size, self.levels = 1 + levels * width, levels
         self.level_size = width if levels else 1
         self.alive[self.size :] = True  # whatever is appended there lives
+
+    def keep(self, nodes: Tensor) -> None:
+        """Take out all other nodes; those kept move up, in order. ``levels`` stays the number that was drafted.
+
+        Args:
+            nodes: int64 [n], ascending, the root first; with a node its parent. Not checked, which would read it back.
+        """
+        count = nodes.numel()
+        number = torch.zeros_like(self._slots).scatter_(0, nodes, self._slots[:count])
+        for values in (self.tokens, self.depths, self.scores, self.alive):
+            values[:count] = values.index_select(0, nodes)
+        self.parents[:count] = number.index_select(0, self.parents.index_select(0, nodes))
+        block = self.ancestors.index_select(0, nodes).index_select(1, nodes)
+        # Whole rows: a pass rounds its rows up, and what lies behind the last node must stay unseen.
+        self.ancestors[:count] = False
+        self.ancestors[:count, :count] = block
+        self.alive[count:] = True
+        self.size, self.level_size, self._kept = count, 0, nodes
+
+    def drafted_number(self, nodes: Tensor) -> Tensor:
+        """The numbers that ``nodes`` (int64 [n]) had while the tree grew, which a draft may have noted down."""
+        return nodes if self._kept is None else self._kept.index_select(0, nodes)
 
     @property
     def last_level(self) -> Tensor:

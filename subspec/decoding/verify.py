@@ -20,9 +20,10 @@ class Verdict:
     """Result of a verification, on the device.
 
     Attributes:
-        packed: int64 [1 + 2 * (levels + 1)]: number of accepted nodes with the root, then their node numbers
-            in order, then the token the target emits after each; entries past the number are meaningless.
-        path_room: levels + 1.
+        packed: int64 [2 + 2 * path_room]: number of accepted nodes with the root, then their node numbers
+            in order, then the token the target emits after each (entries past the number are meaningless), and
+            the depth of the deepest node there was.
+        path_room: levels + 1, or the number of nodes if that is less.
         bonus: int64 [1], the target's token after the deepest accepted node: the next root.
     """
 
@@ -31,10 +32,19 @@ class Verdict:
     bonus: Tensor
 
     def read(self) -> tuple[list[int], list[int]]:
-        """(accepted node numbers with the root, emitted tokens). The iteration's only device-to-host copy."""
+        """(accepted node numbers with the root, emitted tokens). A device-to-host copy, the only one to make."""
+        return self.read_with_depth()[:2]
+
+    def read_with_depth(self) -> tuple[list[int], list[int], int]:
+        """As :meth:`read`, in the same copy also the levels that the verified nodes really made up (a tree that nodes
+        were taken out of may lack its deepest levels)."""
         values = self.packed.tolist()
         count = values[0]
-        return values[1 : 1 + count], values[1 + self.path_room : 1 + self.path_room + count]
+        return (
+            values[1 : 1 + count],
+            values[1 + self.path_room : 1 + self.path_room + count],
+            values[-1],
+        )
 
     def path(self, count: int) -> Tensor:
         """Accepted node numbers with the root, int64 [count], still on the device."""
@@ -62,9 +72,10 @@ def verify(tree: Tree, chosen: Tensor, levels: int | None = None) -> Verdict:
     # Node numbers grow along a path, so sorting them with non-members pushed to the end yields the path.
     numbers = torch.arange(size, device=chosen.device)
     on_path = ancestors.index_select(0, deepest)[0]
-    room = levels + 1
+    room = min(levels + 1, size)
     path = torch.where(on_path, numbers, size).sort().values[:room]
     emitted = chosen.index_select(0, path.clamp(max=size - 1))
     count = depths.index_select(0, deepest) + 1
     bonus = chosen.index_select(0, deepest)
-    return Verdict(torch.cat([count, path, emitted]), room, bonus)
+    deepest_drafted = depths.max().view(1)
+    return Verdict(torch.cat([count, path, emitted, deepest_drafted]), room, bonus)

@@ -29,7 +29,10 @@ USUAL_ROWS = 8
 
 @dataclass
 class FusedLayer:
-    """One decoder layer of the substitute; Linears as :class:`~subspec.kernels.ops.LevelLinear`."""
+    """One decoder layer of the draft; Linears as :class:`~subspec.kernels.ops.LevelLinear`.
+
+    ``cache_layer``: the layer of the KV cache it writes and reads; None: its place among the draft's layers.
+    """
 
     qkv: LevelLinear
     out: LevelLinear
@@ -40,6 +43,7 @@ class FusedLayer:
     post_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    cache_layer: int | None = None
 
 
 @dataclass
@@ -106,12 +110,13 @@ class FusedSubstitute:
         self.device = model.head.device
         self._length = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._cache: KVCache | None = None
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: tuple[int, int] | None = None
         self._logits: Tensor | None = None
         self._side: torch.cuda.Stream | None = None
         self._node_of_row = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._length_is_set = False
+        self._scratch = Tree(1, self.device)
 
     @property
     def graphs_captured(self) -> int:
@@ -133,8 +138,39 @@ class FusedSubstitute:
     def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
         self._length_is_set = False
 
+    # ------------------------------------------------------ what a draft with a cache of its own asks besides
+
+    whole_levels = True
+    """A frontier is always the whole last level."""
+
+    @property
+    def node_of_row(self) -> Tensor:
+        """Node number of each row of the draft region, int64; right for the rows that are in use."""
+        return self._node_of_row
+
+    def rows_used(self, tree: Tree) -> int:
+        """Rows of the draft region that ``tree`` has filled: those of all levels but the last."""
+        return tree.size - tree.level_size
+
+    def reserve(self, rows: int) -> None:
+        """Make room for levels of ``rows`` nodes, before anything is captured."""
+        self._logits_of(rows)
+
+    def append(self, tokens: Tensor) -> None:
+        """Run one token (int64 [1]) behind the prefix and commit its row: a level of its own, replayed as one."""
+        cache = self._cache
+        assert cache is not None
+        self._length_is_set = False
+        self.expand(self._scratch, self._scratch.plant(tokens))
+        self._length_is_set = False
+        cache.adopt(torch.full_like(tokens, cache.draft_rows - 1))
+
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        """Logits of the frontier; growth is the caller's (sampling perturbs them first)."""
+        """Logits of the frontier, which is the whole last level; growth is the caller's (sampling perturbs first)."""
+        if frontier.numel() != tree.level_size:
+            raise ValueError(
+                f"captured levels draft whole levels: {frontier.numel()} of {tree.level_size} nodes were asked for"
+            )
         return self._run(tree, frontier.numel(), None)
 
     def level_step(self, growth: Growth) -> Callable[[Tree], None]:
@@ -182,14 +218,14 @@ class FusedSubstitute:
         place = self._place(tree, rows)
         if self.device.type != "cuda":
             return self._level(tree, place, width)
-        key = (tree.levels, width is not None)
+        key = (id(tree), tree.levels, width is not None)  # a graph holds its tree's addresses
         if key not in self._graphs:
             self._capture(key, tree, place, width)
         graph, logits = self._graphs[key]
         graph.replay()
         return logits
 
-    def _capture(self, key: tuple[int, bool], tree: Tree, place: _Level, width: int | None) -> None:
+    def _capture(self, key: tuple[int, int, bool], tree: Tree, place: _Level, width: int | None) -> None:
         if self._side is None:
             # One stream for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has met.
             self._side = torch.cuda.Stream()
@@ -214,7 +250,8 @@ class FusedSubstitute:
         block = _power_of_two(model.hidden)
         self.kernels.embed_rows[(rows,)](model.embedding, tokens, residual, model.hidden, BLOCK=block)
         partial: Tensor | None = None
-        for index, layer in enumerate(model.layers):
+        for place_among, layer in enumerate(model.layers):
+            index = place_among if layer.cache_layer is None else layer.cache_layer
             x = self._norm(residual, partial, layer.input_norm)
             attended = self._attention(index, layer, layer.qkv(x), tree, nodes, depths, place)
             x = self._norm(residual, layer.out(attended), layer.post_norm)

@@ -28,6 +28,9 @@ class SubstituteDraft:
     Args:
         substitute: a graph made by :func:`share_parameters` whose decoder Linears were quantized.
         temperature: of the draft distribution (paper: 0.2).
+
+    Attributes:
+        whole_levels: whether every frontier of this tree so far was the whole last level.
     """
 
     needs_features = False
@@ -41,10 +44,11 @@ class SubstituteDraft:
         self._cache: KVCache | None = None
         self._used = 0
         self._node_of_row = torch.empty(0, dtype=torch.int64)
+        self.whole_levels = True
 
     def begin(self, cache: KVCache) -> None:
         self._cache = cache
-        self._used = 0
+        self._used, self.whole_levels = 0, True
         if self._node_of_row.numel() != cache.draft_rows:
             self._node_of_row = torch.zeros(cache.draft_rows, dtype=torch.int64, device=self.decoder.device)
 
@@ -67,8 +71,25 @@ class SubstituteDraft:
             view,
         )
         self._used += new
+        self.whole_levels = self.whole_levels and new == tree.level_size
         return self.decoder.logits(hidden)
 
     def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
         """The draft's approximate rows are dropped; the target has written exact ones for the accepted nodes."""
-        self._used = 0
+        self._used, self.whole_levels = 0, True
+
+    # ------------------------------------------------------ what a draft with a cache of its own asks besides
+
+    @property
+    def node_of_row(self) -> Tensor:
+        """Node number of each row of the draft region, int64; right for the rows that are in use."""
+        return self._node_of_row
+
+    def rows_used(self, tree: Tree) -> int:
+        """Rows of the draft region that ``tree`` has filled."""
+        return self._used
+
+    def append(self, tokens: Tensor) -> None:
+        """Run ``tokens`` (int64 [n]) behind the prefix and commit their rows."""
+        assert self._cache is not None
+        self.decoder.append(tokens, self._cache)

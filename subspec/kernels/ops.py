@@ -175,18 +175,27 @@ class GemLite(LevelLinear):
 
 
 class Dense(LevelLinear):
-    """An exact or dequantized weight in bfloat16: what has no 4-bit kernel."""
+    """An exact or dequantized weight in bfloat16: what has no 4-bit kernel.
+
+    Args:
+        swiglu: rows are gate and up, interleaved 16 by 16 or, with ``interleaved`` False, one after the other.
+    """
 
     kind = "dense"
 
-    def __init__(self, weight: Tensor, *, swiglu: bool = False) -> None:
-        self.weight, self.swiglu = weight, swiglu
+    def __init__(self, weight: Tensor, *, swiglu: bool = False, interleaved: bool = True) -> None:
+        self.weight, self.swiglu, self.interleaved = weight, swiglu, interleaved
         self.stride = weight.shape[0]
         self.nbytes = weight.numel() * weight.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         y = functional.linear(x, self.weight)
-        return _swiglu(y) if self.swiglu else y.unsqueeze(0)
+        if not self.swiglu:
+            return y.unsqueeze(0)
+        if self.interleaved:
+            return _swiglu(y)
+        gate, up = y.chunk(2, dim=-1)
+        return functional.silu(gate) * up
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from subspec.config import (
     Placement,
     SamplingConfig,
     StreamOffloadConfig,
-    SubstituteDraftConfig,
 )
 from subspec.decoding.engine import ROW_MULTIPLE, padded
 from subspec.decoding.sampling import Sampling
 from subspec.errors import ConfigError
+from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes
 from subspec.offload.sizes import (
     ALLOCATOR_BYTES,
     GIB,
@@ -29,12 +29,9 @@ from subspec.offload.sizes import (
     LayerCodec,
     ModelShapes,
     PlainCodec,
-    SubstituteSizes,
     kv_bytes,
-    level_bytes,
     pass_bytes,
     rounding,
-    substitute_sizes,
     tree_bytes,
     verify_bytes,
 )
@@ -83,8 +80,10 @@ class Layout:
     """A configuration's pieces.
 
     Attributes:
-        forced: layers that must be resident: ``quant.skip_layers`` stay exact in the substitute, which needs them
-            on the device anyway, so streaming them too would only cost link time.
+        draft: the draft's own sizes; None for plain decoding.
+        forced: layers that must be resident because the draft needs them exact and on the device anyway
+            (``quant.skip_layers`` of a substitute, layers that draft themselves): streaming them too would only cost
+            link time.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
             are rounded up as the engine does on a GPU. Without a draft the tree is its root, in one row.
@@ -106,26 +105,23 @@ class Layout:
         self.table_bytes = shapes.vocab * shapes.hidden * self.itemsize
         self.sampling = _sampling(config)
 
-        self.substitute: SubstituteSizes | None = None
+        self.draft: DraftSizes | None = None
         self.forced: tuple[int, ...] = ()
         self.nodes = self.capacity = self.pass_rows = 1
         self.draft_rows, self.width, self.levels = 0, 0, 0
-        if isinstance(config.draft, SubstituteDraftConfig):
+        if not isinstance(config.draft, NoDraftConfig):
             # Imported here: assembling a run may itself want a plan.
             from subspec.assemble import build_growth
 
-            self.substitute = substitute_sizes(shapes, config.quant, self.itemsize)
-            self.forced = tuple(sorted(set(getattr(config.quant, "skip_layers", ()))))
             growth = build_growth(config.tree)
-            self.nodes, self.draft_rows = growth.capacity, growth.draft_rows
+            self.draft = draft = draft_sizes(Situation(config, shapes, self.itemsize, growth, self.sampling))
+            assert draft is not None
+            self.forced, self.draft_rows = draft.forced, draft.shared_rows
+            self.nodes = growth.capacity
             self.capacity = padded(growth.capacity, ROW_MULTIPLE)
             # A tree that is drafted ahead holds more nodes than a pass verifies.
             self.pass_rows = padded(growth.pass_nodes, ROW_MULTIPLE)
             self.width, self.levels = getattr(growth, "width", 1), growth.max_depth
-        elif not isinstance(config.draft, NoDraftConfig):
-            raise ConfigError(
-                f"offload=stream has no plan for draft={config.draft.name}: set draft=subspec or none"
-            )
         length = config.decoding.max_length
         self.most_chunk = length
         self.least_chunk = min(config.decoding.prefill_chunk, length)
@@ -147,8 +143,9 @@ class Layout:
         if pinned is not None and not 0 <= pinned <= layers:
             raise ConfigError(f"offload.resident_layers={pinned}: the target has {layers} layers")
         if pinned is not None and pinned < len(self.forced):
+            assert self.draft is not None
             raise ConfigError(
-                f"offload.resident_layers={pinned}, but quant.skip_layers keeps {len(self.forced)} layers exact on "
+                f"offload.resident_layers={pinned}, but {self.draft.forced_by} {len(self.forced)} layers exact on "
                 f"the device: set it to at least {len(self.forced)}, or to null"
             )
         if self.shapes.tied and offload.embedding is Placement.host:
@@ -186,12 +183,9 @@ class Layout:
         slots = self.ring_slots(resident)
         scratch = self.scratch_bytes if streamed else 0
         own_table = choice.embedding is Placement.device and not shapes.tied
-        quantized = exact = rounded = level = 0
-        if (substitute := self.substitute) is not None:
-            replaced = layers - len(self.forced)
-            quantized, exact = replaced * substitute.quantized, streamed * substitute.exact
-            rounded = replaced * substitute.quantized_rounding + streamed * substitute.exact_rounding
-            level = level_bytes(shapes, self.width, self.sampling, itemsize)
+        drafting = self.draft.device(resident) if self.draft is not None else []
+        level = self.draft.level if self.draft is not None else 0
+        rounded = sum(piece.rounding for piece in drafting)
         vectors = layers * shapes.vector_sizes(itemsize) + [shapes.hidden * itemsize]
         target_rows = max(self.pass_rows, choice.chunk)
         cache = kv_bytes(
@@ -212,10 +206,8 @@ class Layout:
             *[scratch, cache, tree, workspace, level, audit],
         ]
         head = "embedding and LM head" if shapes.tied else "LM head"
-        bits = getattr(self.config.quant, "bits", None)
         return [
-            ("substitute", quantized, f"{bits} bits, scales and zeros"),
-            ("exact substitute", exact, "modules not quantized"),
+            *_named(drafting),
             ("norms and biases", sum(vectors), ""),
             (head, self.table_bytes, f"{shapes.vocab} x {shapes.hidden}"),
             ("embedding", self.table_bytes * own_table, f"{shapes.vocab} x {shapes.hidden}"),
@@ -240,6 +232,8 @@ class Layout:
             f"pass over {rows} rows": pass_bytes(shapes, rows, length + rows, itemsize),
             f"logits of {rows} rows": verify_bytes(shapes, rows, self.levels, self.sampling, itemsize),
         }
+        if self.draft is not None:
+            passes |= self.draft.workspaces
         return max(passes.items(), key=lambda named: named[1])
 
     def _audit_bytes(self, workspace: int) -> int:
@@ -258,6 +252,7 @@ class Layout:
         loading = LOADING_LAYERS * self.resident_bytes + PROCESS_BYTES
         return [
             ("streamed layers", streamed * self.layer_bytes, f"{streamed} layers, pinned"),
+            *_named(self.draft.host() if self.draft is not None else []),
             ("embedding table", table, "pinned; only looked up"),
             (
                 "loading and process",
@@ -286,6 +281,10 @@ class Layout:
         """
         offload = replace(self.offload, resident_layers=None)
         return Layout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
+
+
+def _named(pieces: list[Piece]) -> list[tuple[str, int, str]]:
+    return [(piece.name, piece.bytes, piece.note) for piece in pieces]
 
 
 def _tree_note(nodes: int, rows: int) -> str:

@@ -6,14 +6,14 @@ itself stays inside the budget.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from subspec.config import Placement
 from subspec.drafts.fused import FusedLayer, FusedModel
 from subspec.drafts.fused_build import LayerFuser, fuse_model
-from subspec.offload.layer_bytes import write_layer
+from subspec.offload.layer_bytes import flat_layer, write_layer
 from subspec.offload.pinned import PinnedBuffer
 from subspec.offload.plan import Plan
 from subspec.offload.sizes import PlainCodec
@@ -28,13 +28,18 @@ class StreamedTarget:
 
     Attributes:
         decoder: the target.
-        substitute: the fused substitute, or None for plain decoding.
+        substitute: the fused substitute, or None without one.
         buffers: page-locked memory.
+        resident: parameters of each resident layer by layer number, laid out by
+            :func:`subspec.offload.layer_bytes.flat_views`.
+        shared: embedding, final norm and, unless tied, LM head, wherever they live.
     """
 
     decoder: StreamedDecoder
     substitute: FusedModel | None
     buffers: list[PinnedBuffer]
+    resident: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def close(self) -> None:
         """Unlock the host memory, once nothing runs any more."""
@@ -99,10 +104,12 @@ def load_streamed(
             progress(index + 1, layers)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    exact = {index: dict(source.layer(index, device)) for index in sorted(resident)}
+    # By way of the host: a layer on its way would need room on the device beside its place.
+    cpu = torch.device("cpu")
+    exact = {index: flat_layer(source.layer(index, cpu), source.dtype, device) for index in sorted(resident)}
     decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device)
     substitute = _substitute(source, fused, shared, decoder) if fuser is not None else None
-    return StreamedTarget(decoder, substitute, buffers)
+    return StreamedTarget(decoder, substitute, buffers, exact, shared)
 
 
 def _substitute(

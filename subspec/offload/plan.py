@@ -63,7 +63,7 @@ class Plan:
         streamed_bytes_per_pass: what crosses the link for one target pass.
         plain_bytes_per_pass: the same for plain decoding in this budget (None: it does not fit).
         plain_resident: resident layers of plain decoding in this budget.
-        level_read_bytes: what one draft level reads of the device's memory (substitute and LM head; 0: no draft).
+        level_read_bytes: what one draft level reads of the device's memory (its weights and LM head; 0: no draft).
         link: bandwidth of the predictions; None: not known.
         notes: what a reader should know, one line each.
     """
@@ -189,8 +189,8 @@ def plan_run(
         notes.append("every layer fits on the device: nothing is streamed, and the link limits nothing")
     if host_limit is None:
         notes.append("host memory is not checked: set offload.ram_gib to check it")
-    plain_layout = layout if layout.substitute is None else layout.without_draft(model)
-    plain = choice if layout.substitute is None else choose(plain_layout, budget)
+    plain_layout = layout if layout.draft is None else layout.without_draft(model)
+    plain = choice if layout.draft is None else choose(plain_layout, budget)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -207,7 +207,7 @@ def plan_run(
         streamed_bytes_per_pass=len(streamed) * layout.layer_bytes,
         plain_bytes_per_pass=plain and (layout.shapes.layers - plain.resident) * plain_layout.layer_bytes,
         plain_resident=plain and plain.resident,
-        level_read_bytes=_level_read_bytes(layout),
+        level_read_bytes=layout.draft.level_read(choice.resident) if layout.draft else 0,
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
     )
@@ -278,11 +278,3 @@ def _link(configured: float | None, measured: float | None, card: Card | None) -
         estimated = "measured on one" if card.measured_link else "estimated"
         return Link(card.link_gb_per_s, f"{card.name}, {estimated}")
     return None
-
-
-def _level_read_bytes(layout: Layout) -> int:
-    if layout.substitute is None:
-        return 0
-    quantized = layout.shapes.layers - len(layout.forced)
-    exact = len(layout.forced) * layout.resident_bytes + quantized * layout.substitute.exact
-    return quantized * layout.substitute.quantized + exact + layout.table_bytes

@@ -12,7 +12,6 @@ from subspec.config import (
     Config,
     NoDraftConfig,
     Placement,
-    SubstituteDraftConfig,
 )
 from subspec.errors import ConfigError
 from subspec.offload.layout import CHUNK_STEP, Choice, Item, Layout
@@ -143,7 +142,7 @@ def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
         length = int(decoding.max_length * share) // CHUNK_STEP * CHUNK_STEP
         if length >= shortest:
             yield changed("decoding", max_length=length)
-    if isinstance(config.draft, SubstituteDraftConfig):
+    if not isinstance(config.draft, NoDraftConfig):
         for share in (0.75, 0.5, 0.25):
             depth = int(tree.depth * share)
             if depth >= SHALLOWEST:
@@ -156,7 +155,7 @@ def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
     if offload.ring_slots > 1:
         text, other = changed("offload", ring_slots=1)
         yield f"{text} (slower: copies then wait for the layer being computed)", other
-    if isinstance(config.draft, SubstituteDraftConfig):
+    if not isinstance(config.draft, NoDraftConfig):
         yield "set draft=none (plain decoding)", replace(config, draft=NoDraftConfig(name="none"))
 
 

@@ -274,6 +274,14 @@ def level_bytes(shapes: ModelShapes, width: int, sampling: Sampling, itemsize: i
     return itemsize * max(width, USUAL_ROWS) * shapes.vocab + width * (activations + growing)
 
 
+def growing_bytes(shapes: ModelShapes, rows: int, sampling: Sampling, itemsize: int) -> int:
+    """Logits of a level that no kernel grows in one go, and what growing from them takes.
+
+    rows * vocab * (itemsize + 12 + b), b as above: float32 copies while scaling and summing, and the sample's noise.
+    """
+    return rows * shapes.vocab * (itemsize + PER_LOGIT_DRAFT + _per_logit(sampling))
+
+
 def _per_logit(sampling: Sampling) -> int:
     if sampling.greedy:
         return PER_LOGIT_GREEDY

@@ -27,6 +27,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder has a tokenizer if it has one of these."""
+
 _EXACT = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -179,7 +182,7 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
     Raises:
         ConfigError: there is none, it cannot be read, or it has ids beyond the model's vocabulary.
     """
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ConfigError(
             f"{name} has no tokenizer (tokenizer.json); save the model's own beside its weights"
         )

@@ -38,7 +38,8 @@ WANTED = (
 )
 """Files of a repository that a target needs; other formats of the same weights stay where they are."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""ORG/NAME."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def locate(config: HubTargetConfig, note: Note, *, weights: bool = True) -> Loca
         raise ConfigError(
             f"target.path={config.path} is a file; pass the checkpoint folder (config.json, safetensors, tokenizer)"
         )
-    if not _HUB_ID.fullmatch(config.path):
+    if not HUB_ID.fullmatch(config.path):
         raise ConfigError(f"target.path={config.path}: no such folder, and not a hub id (ORG/NAME)")
     with quiet_libraries(bars=True):
         return _from_hub(config, note, weights=weights)
@@ -87,7 +88,7 @@ def _from_hub(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
         except SubspecError:
             raise
         except Exception as error:
-            trouble = _explain(config, error)
+            trouble = explain_hub_error(error, config.path, config.revision)
             if cached is None or isinstance(trouble, ConfigError):
                 raise trouble from error
     if cached is None:
@@ -117,14 +118,15 @@ def _fetch(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
         _check_files(config.path, list(sizes), names)
         needed = sum(sizes[name] for name in names if not (folder / name).exists())
         if needed:
-            _require_space(config.path, needed)
+            require_space(config.path, needed)
             note(f"fetching {config.path}@{info.sha[:12]} ({needed / 1e9:.2f} GB) into the hub cache")
         huggingface_hub.snapshot_download(**where, revision=info.sha, allow_patterns=names)
-        _remember_branch(config, folder)
+        remember_branch(folder, config.revision)
     return Located(folder, f"{config.path}@{info.sha}")
 
 
-def _require_space(path: str, needed: int) -> None:
+def require_space(path: str, needed: int) -> None:
+    """Refuse to fetch ``needed`` bytes of ``path`` into a hub cache without room for them."""
     cache = Path(constants.HF_HUB_CACHE)
     free = free_space(cache)
     if free < needed:
@@ -145,15 +147,15 @@ def _cached(config: HubTargetConfig, *, weights: bool) -> Path | None:
     return folder
 
 
-def _remember_branch(config: HubTargetConfig, folder: Path) -> None:
-    """Note in the hub's cache which commit a branch points to.
+def remember_branch(folder: Path, revision: str | None) -> None:
+    """Note in the hub's cache which commit a branch points to: that of the snapshot ``folder``.
 
     Everything is fetched by commit, which leaves no such note, and the note is written last: an interrupted
     update of a branch leaves its older, complete snapshot in use without a network.
     """
-    if config.revision == folder.name:
+    if revision == folder.name:
         return
-    ref = folder.parent.parent / "refs" / (config.revision or constants.DEFAULT_REVISION)
+    ref = folder.parent.parent / "refs" / (revision or constants.DEFAULT_REVISION)
     ref.parent.mkdir(parents=True, exist_ok=True)
     partial = ref.with_name(f"{ref.name}.{os.getpid()}.part")
     partial.write_text(folder.name, encoding="utf-8")
@@ -172,9 +174,10 @@ def _check_files(path: str, present: list[str], wanted: list[str]) -> None:
         raise ConfigError(f"{path} holds no tokenizer; a target needs its own")
 
 
-def _explain(config: HubTargetConfig, error: Exception) -> SubspecError:
-    """One line for what the hub client raised."""
-    path = config.path
+def explain_hub_error(
+    error: Exception, path: str, revision: str | None = None, key: str = "target.path"
+) -> SubspecError:
+    """One line for what the hub client raised; ``key``: of the configuration that asked for ``path``."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return SubspecError(
@@ -182,10 +185,12 @@ def _explain(config: HubTargetConfig, error: Exception) -> SubspecError:
             "then set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return ConfigError(f"target.revision={config.revision}: {path} has no such branch, tag or commit")
+        return ConfigError(
+            f"{key.replace('path', 'revision')}={revision}: {path} has no such branch, tag or commit"
+        )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return ConfigError(
-            f"target.path={path}: no such folder, and no such model on the hub for this account; "
+            f"{key}={path}: no such folder, and no such model on the hub for this account; "
             "check the spelling, or set HF_TOKEN if it is private"
         )
     if is_full_disk(error):

@@ -64,10 +64,19 @@ CHUNK_ROWS = 4096
 _NO_SPECIALS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Qwen2Config:
+def _qwen2(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    vocab: int = 152064,
+    tied: bool = False,
+) -> Qwen2Config:
     """A published Qwen2.5 configuration (7B and larger: untied, padded vocabulary of 152064)."""
     return Qwen2Config(
-        vocab_size=152064,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -77,7 +86,7 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         use_sliding_window=False,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         **_NO_SPECIALS,
     )
 
@@ -105,14 +114,14 @@ def _llama3_1_8b() -> LlamaConfig:
     )
 
 
-def _tiny() -> Qwen2Config:
+def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: int = 8) -> Qwen2Config:
     """Grouped attention with biases, in 25 MB; wider weights make its few layers quantize as badly as 7B's many."""
     return Qwen2Config(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         rms_norm_eps=1e-6,
@@ -122,6 +131,11 @@ def _tiny() -> Qwen2Config:
         tie_word_embeddings=False,
         **_NO_SPECIALS,
     )
+
+
+def _tiny_draft() -> Qwen2Config:
+    """A small model for ``tiny``: its vocabulary in a third of its weights."""
+    return _tiny(hidden=128, intermediate=256, layers=2, heads=4)
 
 
 def _tiny_tied() -> LlamaConfig:
@@ -146,11 +160,18 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_5_7b": lambda: _qwen2(3584, 18944, 28, 28, 4),
     "qwen2_5_14b": lambda: _qwen2(5120, 13824, 48, 40, 8),
     "qwen2_5_32b": lambda: _qwen2(5120, 27648, 64, 40, 8),
+    "qwen2_5_1_5b": lambda: _qwen2(1536, 8960, 28, 12, 2, vocab=151936, tied=True),
+    "qwen2_5_1_5b_untied": lambda: _qwen2(1536, 8960, 28, 12, 2),
     "llama3_1_8b": _llama3_1_8b,
     "tiny": _tiny,
+    "tiny_draft": _tiny_draft,
     "tiny_tied": _tiny_tied,
 }
-"""Configurations by name: the published ``config.json`` of the Instruct models, and two tiny ones for tests."""
+"""Configurations by name: the published ``config.json`` of the Instruct models, and tiny ones for tests.
+
+Those of small models are for ``draft.path=planted:SHAPE``. A small model with the target's seed and an LM head of its
+own plants the target's map (if the vocabularies are equal) and so agrees on easy tokens; a tied one agrees on none.
+"""
 
 
 def planted_config(config: PlantedTargetConfig) -> PretrainedConfig:

@@ -8,7 +8,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from subspec.config import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError
-from subspec.targets.checkpoint import Weights, check_folder_config, load_tokenizer, read_headers
+from subspec.targets.checkpoint import (
+    TOKENIZER_FILES,
+    Weights,
+    check_folder_config,
+    load_tokenizer,
+    read_headers,
+)
 from subspec.targets.console import Note
 from subspec.targets.embedded import SMOLLM2_135M, prepare
 from subspec.targets.hub import Located, locate
@@ -67,6 +73,32 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
     tokenizer = load_tokenizer(folder, name, model_config.vocab_size)
     eos = _eos_ids(_generation_config(folder, model_config), model_config, tokenizer)
     return PreparedCheckpoint(name, folder, located.source, model_config, tokenizer, weights, eos)
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint(PreparedCheckpoint):
+    """A checkpoint that drafts: it may come without a tokenizer, and nobody reads its prompts or its endings."""
+
+    tokenizer: PreTrainedTokenizerBase | None  # type: ignore[assignment]
+
+    def remarks(self, dtype: torch.dtype) -> list[str]:
+        """Nothing about it touches the output."""
+        return []
+
+
+def prepare_draft(config: HubTargetConfig, note: Note) -> DraftCheckpoint:
+    """Find and check the checkpoint of a model that drafts, fetching it first if need be.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
+    located = locate(config, note)
+    folder, name = located.folder, config.name
+    model_config = check_folder_config(folder, name)
+    weights = read_headers(folder, name)
+    has_one = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(folder, name, model_config.vocab_size) if has_one else None
+    return DraftCheckpoint(name, folder, located.source, model_config, tokenizer, weights, ())
 
 
 def hub_config(config: TargetConfig) -> HubTargetConfig:

@@ -16,6 +16,10 @@ SAMPLE_PROMPTS = "note: packaged sample prompts, not the benchmark: compare no f
 PLANTED_WEIGHTS = (
     "planted weights: real speed, but no language model; acceptance comes from quantization noise"
 )
+PLANTED_DRAFT = (
+    "planted weights: real speed, but no language model; how much of this draft is accepted is planted too and "
+    "means nothing"
+)
 ON_CPU = (
     "note: on a CPU there is no link to hide behind, so a substitute brings no speed here: "
     "acceptance and losslessness are what to look at"
@@ -46,7 +50,9 @@ def banners(summary: Summary) -> list[str]:
     if "sample" in _values(context["source"]):
         lines.append(SAMPLE_PROMPTS)
     if True in _values(context["planted"]):
-        lines.append(PLANTED_WEIGHTS)
+        # Only a substitute differs from its target by quantization noise.
+        other = set(_values(context["draft"])) - {"none", "subspec"}
+        lines.append(PLANTED_DRAFT if other else PLANTED_WEIGHTS)
     if "cpu" in _values(context["device"]) and set(_values(context["draft"])) - {"none"}:
         lines.append(ON_CPU)
     audit = summary["audit"]

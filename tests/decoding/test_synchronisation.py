@@ -10,11 +10,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import PositionNoise, Sampling
+from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from tests.helpers.drafts import engine_for
+from tests.helpers.eagle import SHAPES, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
 SAMPLINGS = [Sampling(), Sampling(0.8, 5, 0.9)]
@@ -48,6 +51,25 @@ def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, monkey
         assert engine.cache.length == 15
 
 
+@pytest.mark.parametrize("growth", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
+def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampling, growth, monkeypatch):
+    monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
+    head = random_head(SHAPES["qwen2"])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        decoder = Decoder(model)
+        draft = EagleDraft(head, decoder, growth)
+        engine = Engine(decoder, draft, growth, sampling=sampling, max_length=64, prefill_chunk=4)
+        root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])
+        for accepted in (3, 1):
+            engine._draft(root, most_levels=10)
+            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            assert hidden.shape == (growth.pass_nodes, 64)
+            engine._commit(verdict, accepted, engine.tree.levels, hidden)
+            root = verdict.bonus
+        assert draft.cache.length == engine.cache.length - 1 == 12
+
+
 def test_the_check_notices_a_read_back(model):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         engine = fake_engine(model, SAMPLINGS[0])
@@ -67,8 +89,7 @@ class OperationCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(width, sampling):
-    engine = engine_for(tiny_model("llama"), Beam(4, width), sampling=sampling)
+def operations(engine):
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])
         engine._draft(root, 10)
@@ -78,21 +99,30 @@ def operations(width, sampling):
             engine._draft(root, 10)
         with OperationCount() as verifying:
             engine._verify(engine.tree.size, engine.tree.levels)[1].read()
-    assert engine.tree.size == 1 + 4 * width
+    assert engine.tree.size == engine.growth.pass_nodes
     return drafting.count, verifying.count
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
 def test_the_number_of_operations_does_not_depend_on_the_number_of_nodes(sampling):
-    assert operations(2, sampling) == operations(12, sampling)
+    few, many = (engine_for(tiny_model("llama"), Beam(4, w), sampling=sampling) for w in (2, 12))
+    assert operations(few) == operations(many)
+    few, many = (eagle_engine(tiny_model("llama"), Eagle2(4, w, 5 * w), sampling=sampling) for w in (2, 12))
+    assert operations(few) == operations(many)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("growth", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])
+@pytest.mark.parametrize("kind", ["substitute", "eagle"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
-def test_no_synchronisation_on_a_gpu(sampling):
+def test_no_synchronisation_on_a_gpu(sampling, kind, growth):
     model = tiny_model("llama").cuda().bfloat16()
-    draft = SubstituteDraft(share_parameters(model))
-    engine = Engine(Decoder(model), draft, Beam(4, 3), sampling=sampling, max_length=64, prefill_chunk=8)
+    decoder = Decoder(model)
+    if kind == "eagle":
+        draft = EagleDraft(random_head(SHAPES["qwen2"]).cuda().bfloat16(), decoder, growth)
+    else:
+        draft = SubstituteDraft(share_parameters(model))
+    engine = Engine(decoder, draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])
         engine._draft(root, 10)

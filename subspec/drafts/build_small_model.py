@@ -1,0 +1,138 @@
+"""``draft=small_model``: another, smaller model on a cache of its own, as modules or as a fused level."""
+
+import time
+
+from transformers import PreTrainedModel
+
+from subspec.config import Config, SmallModelDraftConfig
+from subspec.decoding.decoder import Decoder
+from subspec.decoding.growth import Growth
+from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
+from subspec.drafts.fused import FusedSubstitute
+from subspec.drafts.fused_build import fuse_model
+from subspec.drafts.fused_dense import check_fused, dense_layer
+from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.small_model import (
+    Vocabulary,
+    check_vocabularies,
+    layer_views,
+    load_small_model,
+    open_small_model,
+    small_dtype,
+)
+from subspec.drafts.substitute import SubstituteDraft
+from subspec.offload.load import StreamedTarget
+from subspec.quant.base import QuantReport, quantize_model
+from subspec.quant.build import build_quantizer
+from subspec.targets.device import check_memory
+from subspec.targets.skeleton import count_parameters
+from subspec.targets.source import LayerSource
+
+
+class SmallModelBuilder:
+    """A :class:`~subspec.drafts.base.DraftBuilder`."""
+
+    def whole(self, context: WholeContext) -> BuiltDraft:
+        config, target, decoder = context.config, context.target, context.decoder
+        draft = config.draft
+        assert isinstance(draft, SmallModelDraftConfig)
+        dtype = small_dtype(draft, target.dtype)
+        source = open_small_model(config, dtype, decoder.device, context.note)
+        known = Vocabulary(target.name, decoder.vocab_size, target.tokenizer)
+        check_vocabularies(Vocabulary(source.name, source.config.vocab_size, source.tokenizer), known)
+        check_memory(
+            count_parameters(source.config) * dtype.itemsize, decoder.device, f"small model {source.name}"
+        )
+        model = load_small_model(source, decoder.vocab_size, decoder.device)
+        report = _quantized(model, config, source.name) if draft.quantize else None
+        levels = SubstituteDraft(model, draft.temperature)
+        own = _own_cache(levels, levels.decoder, config, context.growth, decoder.vocab_size)
+        return _built(own, source, report, "modules")
+
+    def streamed(self, context: StreamContext) -> "StreamedSmallModel":
+        return StreamedSmallModel(context)
+
+
+class StreamedSmallModel(StreamedBuild):
+    """Loaded before the target's layers; its fused levels and its prompt pass read the same bytes.
+
+    Raises:
+        ConfigError: another vocabulary, or a shape the fused level does not know.
+    """
+
+    def __init__(self, context: StreamContext) -> None:
+        config, draft, target = context.config, context.config.draft, context.source
+        assert isinstance(draft, SmallModelDraftConfig)
+        dtype = small_dtype(draft, target.dtype)
+        source = open_small_model(config, dtype, context.device, context.note)
+        check_fused(source.config, dtype, f"draft.path={source.name}")
+        vocab_size = target.config.vocab_size
+        check_vocabularies(
+            Vocabulary(source.name, source.config.vocab_size, source.tokenizer),
+            Vocabulary(target.name, vocab_size, target.tokenizer),
+        )
+        model = load_small_model(source, vocab_size, context.device)
+        decoder = Decoder(model)
+        layers = [dense_layer(layer_views(layer)) for layer in model.get_decoder().layers]
+        shared = {
+            "model.embed_tokens.weight": model.get_input_embeddings().weight.data,
+            "model.norm.weight": model.get_decoder().norm.weight.data,
+            "lm_head.weight": model.get_output_embeddings().weight.data,
+        }
+        fused = fuse_model(source.config, layers, shared, model.get_decoder().rotary_emb)
+        levels = FusedSubstitute(fused, draft.temperature)
+        own = _own_cache(levels, decoder, config, context.growth, vocab_size)
+        self._built = _built(own, source, None, "fused, bfloat16")
+
+    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+        return self._built
+
+
+def _own_cache(
+    levels: SubstituteDraft | FusedSubstitute,
+    decoder: Decoder,
+    config: Config,
+    growth: Growth,
+    vocab_size: int,
+) -> OwnCacheDraft:
+    return OwnCacheDraft(
+        levels,
+        decoder,
+        max_length=config.decoding.max_length,
+        draft_rows=growth.draft_rows,
+        vocab_size=vocab_size,
+        width=getattr(growth, "width", 1),
+    )
+
+
+def _quantized(model: PreTrainedModel, config: Config, name: str) -> QuantReport:
+    """Quantize the small model in place."""
+    quant, weight = config.quant, model.get_input_embeddings().weight
+    started = time.perf_counter()
+    unpack = weight.device.type == "cpu"
+    report = quantize_model(
+        model,
+        build_quantizer(quant, weight.dtype, weight.device, unpack=unpack, what=f"the small model {name}"),
+        modules=list(getattr(quant, "modules", [])),
+        skip_layers=list(getattr(quant, "skip_layers", [])),
+    )
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _built(draft: OwnCacheDraft, source: LayerSource, quant: QuantReport | None, levels: str) -> BuiltDraft:
+    parameters = count_parameters(source.config)
+    dtype = str(source.dtype).removeprefix("torch.")
+    facts = {
+        "source": source.source,
+        "planted": source.planted,
+        "dtype": dtype,
+        "layers": source.config.num_hidden_layers,
+        "vocabulary": source.config.vocab_size,
+        "parameters": parameters,
+        "kv_cache_bytes": draft.cache.nbytes,
+        "levels": levels,
+    }
+    return BuiltDraft(
+        draft, quant, facts, f"{source.source}, {parameters / 1e6:.1f} M parameters, {dtype}, {levels}"
+    )

@@ -1,0 +1,216 @@
+"""The small model of ``draft=small_model``: where it comes from, whether its tokens are the target's, its weights.
+
+Any checkpoint that can be a target can be a draft, through the same doors (:mod:`subspec.targets`); it only needs no
+tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond either are never drafted.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from subspec.config import (
+    Config,
+    Dtype,
+    HubTargetConfig,
+    PlantedTargetConfig,
+    SmallModelDraftConfig,
+    TargetConfig,
+)
+from subspec.config_checks import MOVING_ROPE, rope_kind
+from subspec.errors import ConfigError, SubspecError
+from subspec.offload.layer_bytes import flat_layer
+from subspec.targets.checkpoint import check_folder_config
+from subspec.targets.console import Note
+from subspec.targets.hub import locate
+from subspec.targets.layers import CheckpointSource
+from subspec.targets.planted import SHAPES, PlantedSource, planted_config
+from subspec.targets.prepared import prepare_draft
+from subspec.targets.skeleton import empty_model, fill
+from subspec.targets.source import LayerSource
+from subspec.targets.target import attention_window
+
+SHIPPED = "weights/small_model"
+"""Folder of the small model that ships with the project, in ``subspec/drafts``."""
+
+PLANTED = "planted:"
+
+EXTRA_SHARE = 0.01
+"""Share of tokens that only one of two otherwise equal vocabularies may have: special tokens added later."""
+
+
+def small_model_config(config: Config) -> TargetConfig:
+    """The small model as a target's configuration.
+
+    Raises:
+        ConfigError: ``draft.path`` names nothing.
+    """
+    draft = config.draft
+    assert isinstance(draft, SmallModelDraftConfig)
+    if draft.path is None:
+        folder = Path(str(resources.files("subspec.drafts").joinpath(SHIPPED)))
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"draft.path is not set and no small model is shipped here ({folder}): set draft.path to a folder or "
+                "hub id of a small model with the target's vocabulary"
+            )
+        return HubTargetConfig(name="the shipped small model", dtype=draft.dtype, path=str(folder))
+    if draft.path.startswith(PLANTED):
+        shape = draft.path.removeprefix(PLANTED)
+        if shape not in SHAPES:
+            raise ConfigError(f"draft.path={draft.path}: no such planted shape; use {', '.join(SHAPES)}")
+        # The target's seed plants the target's own next-token map.
+        seed = getattr(config.target, "seed", 0)
+        return PlantedTargetConfig(name=draft.path, dtype=draft.dtype, shape=shape, seed=seed)
+    return HubTargetConfig(name=draft.path, dtype=draft.dtype, path=draft.path, revision=draft.revision)
+
+
+def load_small_config(config: Config) -> PretrainedConfig:
+    """The small model's own configuration, without its weights.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
+    named = small_model_config(config)
+    key = (named.path, named.revision) if isinstance(named, HubTargetConfig) else ("", None)
+    return _read_config(*key) if key[0] else planted_config(named)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(path: str, revision: str | None) -> PretrainedConfig:
+    """A plan is laid out many times over; the folder is looked up once."""
+    with _about_draft():
+        named = HubTargetConfig(name=path, path=path, revision=revision)
+        return check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
+
+
+def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, note: Note) -> LayerSource:
+    """The small model's weights, fetched first if need be.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
+    named = small_model_config(config)
+    if isinstance(named, PlantedTargetConfig):
+        return PlantedSource(named, dtype, device)
+    with _about_draft():
+        source = CheckpointSource(prepare_draft(named, note), dtype)
+    for line in source.notes:
+        note(line)
+    return source
+
+
+def small_dtype(draft: SmallModelDraftConfig, target: torch.dtype) -> torch.dtype:
+    """The small model's type; ``auto`` is the target's."""
+    return target if draft.dtype is Dtype.auto else getattr(torch, draft.dtype.value)
+
+
+def check_small_model(config: Config, model: PretrainedConfig) -> None:
+    """What the small model's configuration rules out as a draft.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    name, length = small_model_config(config).name, config.decoding.max_length
+    positions = getattr(model, "max_position_embeddings", None)
+    limit = min(limit for limit in (positions, attention_window(model), length) if limit)
+    if limit < length:
+        raise ConfigError(
+            f"decoding.max_length={length} exceeds the {limit} tokens that the small model {name} attends to: lower "
+            f"decoding.max_length to {limit}, or set draft.path to another model"
+        )
+    kind = rope_kind(model)
+    if kind in MOVING_ROPE:
+        raise ConfigError(
+            f"draft.path={name} has {kind} rotary embeddings, whose frequencies depend on how far a pass reaches: "
+            "take another small model"
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's vocabulary: its name for messages, the width of its logits, its tokenizer if it has one."""
+
+    name: str
+    size: int
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def check_vocabularies(draft: Vocabulary, target: Vocabulary) -> None:
+    """Whether the draft's ids mean the target's tokens, as far as both have them.
+
+    With both tokenizers, every id that both define must be the same token, and nearly all must be defined by both:
+    logits beyond the tokens are padding. Without one of them, the logits must be equally wide.
+
+    Raises:
+        ConfigError: they are different vocabularies.
+    """
+    remedy = "set draft.path to a model with the target's tokenizer"
+    both = f"draft.path={draft.name} ({draft.size} tokens) and target {target.name} ({target.size} tokens)"
+    if draft.tokenizer is None or target.tokenizer is None:
+        if draft.size != target.size:
+            raise ConfigError(f"{both} have different vocabularies: {remedy}")
+        return
+    ours, theirs = (
+        {number: token for token, number in tokenizer.get_vocab().items()}
+        for tokenizer in (draft.tokenizer, target.tokenizer)
+    )
+    common = ours.keys() & theirs.keys()
+    alone = len(ours) + len(theirs) - 2 * len(common)
+    different = [number for number in common if ours[number] != theirs[number]]
+    if not different and alone > EXTRA_SHARE * len(theirs):
+        raise ConfigError(f"{both} have different vocabularies ({alone} tokens that only one has): {remedy}")
+    if different:
+        first = min(different)
+        raise ConfigError(
+            f"{both} number their tokens differently ({len(different)} ids, for instance {first}: {ours[first]!r} and "
+            f"{theirs[first]!r}): {remedy}"
+        )
+
+
+def load_small_model(source: LayerSource, vocab_size: int, device: torch.device) -> PreTrainedModel:
+    """The small model on ``device``, every layer in one allocation laid out for the fused level.
+
+    Args:
+        vocab_size: of the target. A wider LM head is cut to it; a narrower embedding table gets zero rows, so that
+            every token of the target can be looked up.
+    """
+    config, tied = source.config, source.config.tie_word_embeddings
+    model = empty_model(config, source.dtype, device)
+    shared = dict(source.shared(device))
+    table, head = shared["model.embed_tokens.weight"], shared.get("lm_head.weight")
+    known = table.shape[0]
+    if known < vocab_size:
+        table = torch.cat([table, table.new_zeros(vocab_size - known, table.shape[1])])
+    head = table[: min(known, vocab_size)] if tied or head is None else _cut(head, vocab_size)
+    fill(model, {"model.embed_tokens.weight": table, "model.norm.weight": shared["model.norm.weight"]})
+    del shared
+    model.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
+    for index, layer in enumerate(model.get_decoder().layers):
+        fill(layer, flat_layer(source.layer(index, device), source.dtype, device))
+    return model
+
+
+def layer_views(layer: nn.Module) -> dict[str, Tensor]:
+    """A loaded layer's parameters by name."""
+    return {name: parameter.data for name, parameter in layer.named_parameters()}
+
+
+def _cut(head: Tensor, vocab_size: int) -> Tensor:
+    return head if head.shape[0] <= vocab_size else head[:vocab_size].clone()
+
+
+@contextmanager
+def _about_draft() -> Iterator[None]:
+    """The doors to checkpoints speak of targets; here they are asked for a draft."""
+    try:
+        yield
+    except SubspecError as error:
+        text = str(error).replace("target.path", "draft.path").replace("target.revision", "draft.revision")
+        raise type(error)(text if "draft." in text else f"draft.path: {text}") from error

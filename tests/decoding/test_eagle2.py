@@ -1,0 +1,213 @@
+"""EAGLE-2's tree against naive references: expansion, re-ranking, and verification of what was kept."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspec.decoding.eagle2 import Eagle2, drafted_nodes
+from subspec.decoding.engine import Engine
+from subspec.decoding.tree import Tree
+from subspec.decoding.verify import verify
+from tests.decoding.test_tree import path_to
+from tests.helpers.drafts import RandomDraft, engine_for
+from tests.helpers.tiny import tiny_model
+
+CPU = torch.device("cpu")
+VOCAB = 9
+
+
+def expanded(growth, seed, logits_of=None):
+    """A tree grown from random logits (or from ``logits_of(rows)``), before re-ranking."""
+    generator = torch.Generator().manual_seed(seed)
+    tree = Tree(growth.capacity, CPU)
+    frontier = tree.plant(torch.tensor([seed % VOCAB]))
+    while growth.wants_level(tree):
+        rows = frontier.numel()
+        logits = logits_of(rows) if logits_of else torch.randn(rows, VOCAB, generator=generator) * 2
+        frontier = growth.grow(tree, frontier, logits, 1.0)
+    return tree
+
+
+def described(tree):
+    """Path of tokens -> cumulative log-probability, for every node."""
+    parents = tree.parents[: tree.size].tolist()
+    tokens = tree.tokens[: tree.size].tolist()
+    return {
+        tuple(tokens[step] for step in path_to(parents, node)): float(tree.scores[node])
+        for node in range(tree.size)
+    }
+
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(2, 40), st.integers(0, 2**31))
+
+
+@settings(max_examples=40)
+@given(shapes)
+def test_every_frontier_node_gets_its_best_children_and_the_best_of_these_go_on(made):
+    depth, width, total, seed = made
+    growth = Eagle2(depth, width, total)
+    generator = torch.Generator().manual_seed(seed)
+    tree = Tree(growth.capacity, CPU)
+    frontier = tree.plant(torch.tensor([0]))
+    rows = 0
+    for level in range(depth):
+        logits = torch.randn(frontier.numel(), VOCAB, generator=generator) * 2
+        rows += frontier.numel()
+        log_probs = logits.double().log_softmax(-1)
+        expected = {
+            (int(node), token): float(tree.scores[node].double() + log_probs[row, token])
+            for row, node in enumerate(frontier)
+            for token in log_probs[row].topk(width).indices.tolist()
+        }
+        frontier = growth.grow(tree, frontier, logits, 1.0)
+        new = range(tree.size - len(expected), tree.size)
+        got = {(int(tree.parents[n]), int(tree.tokens[n])): float(tree.scores[n]) for n in new}
+        assert got.keys() == expected.keys()
+        for key, score in got.items():
+            assert score == pytest.approx(expected[key], abs=1e-4)
+        best = sorted((float(tree.scores[n]) for n in new), reverse=True)[:width]
+        assert tree.scores[frontier].tolist() == best
+        assert tree.depths[frontier].tolist() == [level + 1] * width
+    assert tree.size == growth.capacity == drafted_nodes(depth, width)
+    assert rows == growth.draft_rows
+    assert not growth.wants_level(tree)
+
+
+@settings(max_examples=60)
+@given(shapes)
+def test_re_ranking_keeps_the_best_nodes_and_renumbers_them(made):
+    depth, width, total, seed = made
+    growth = Eagle2(depth, width, total)
+    tree = expanded(growth, seed)
+    before, size = described(tree), tree.size
+    tokens, parents = tree.tokens[:size].clone(), tree.parents[:size].tolist()
+    growth.finish(tree)
+    # The root scores 0, every other node less or as much with a larger number.
+    best = sorted(range(size), key=lambda node: (-list(before.values())[node], node))[:total]
+    kept = sorted(best)
+    assert tree.size == len(kept) == min(total, size) == growth.pass_nodes
+    assert tree.tokens[: tree.size].tolist() == tokens[kept].tolist()
+    assert tree.drafted_number(torch.arange(tree.size)).tolist() == kept
+    assert [kept[parent] for parent in tree.parents[: tree.size].tolist()] == [parents[node] for node in kept]
+    after = described(tree)
+    assert after.items() <= before.items()
+    rows = tree.ancestors[: tree.size]
+    for node in range(tree.size):
+        path = path_to(tree.parents.tolist(), node)
+        assert rows[node].nonzero()[:, 0].tolist() == path
+        assert int(tree.depths[node]) == len(path) - 1
+    assert tree.last_level.numel() == (0 if total < size else width ** min(depth, 2))
+
+
+@pytest.mark.parametrize("logit", [0.0, 60.0])
+@pytest.mark.parametrize("total", range(2, 20))
+def test_between_equal_scores_ancestors_are_kept(total, logit):
+    """One certain token (60: a probability of 1 in float32, so a chain of equal scores), or none preferred at all."""
+    growth = Eagle2(4, 3, total)
+
+    def logits_of(rows):
+        logits = torch.zeros(rows, VOCAB)
+        logits[:, 4] = logit
+        return logits
+
+    tree = expanded(growth, 0, logits_of)
+    if logit:
+        assert float(tree.scores.max()) == 0 == float(tree.scores[tree.size - 9 : tree.size].max())
+    growth.finish(tree)
+    assert tree.size == total
+    kept = tree.drafted_number(torch.arange(tree.size)).tolist()
+    assert kept == sorted(set(kept))
+    assert kept[0] == 0
+    parents = tree.parents[:total].tolist()
+    assert all(parents[node] < node for node in range(1, total))
+    for node in range(total):
+        assert int(tree.depths[node]) == len(path_to(parents, node)) - 1
+
+
+def test_no_child_scores_higher_than_its_parent_however_it_is_rounded():
+    growth = Eagle2(5, 3, 30)
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-6, 1.0, 30.0, 1e4):
+        tree = expanded(growth, 0, lambda rows, s=scale: torch.randn(rows, VOCAB, generator=generator) * s)
+        assert (tree.scores[: tree.size] <= tree.scores[tree.parents[: tree.size]]).all()
+
+
+@settings(max_examples=40)
+@given(shapes, st.integers(0, 2**31))
+def test_verification_of_what_was_kept_is_a_walk_through_it(made, choice_seed):
+    depth, width, total, seed = made
+    growth = Eagle2(depth, width, total)
+    tree = expanded(growth, seed)
+    levels = tree.levels
+    growth.finish(tree)
+    parents, tokens = tree.parents[: tree.size].tolist(), tree.tokens[: tree.size].tolist()
+    chosen = torch.randint(0, VOCAB, (tree.size,), generator=torch.Generator().manual_seed(choice_seed))
+    node, path, emitted = 0, [0], []
+    while True:
+        emitted.append(int(chosen[node]))
+        children = [c for c in range(1, tree.size) if parents[c] == node and tokens[c] == emitted[-1]]
+        if not children:
+            break
+        node = children[0]
+        path.append(node)
+    verdict = verify(tree, chosen, levels)
+    deepest = max(len(path_to(parents, n)) - 1 for n in range(tree.size))
+    assert verdict.read_with_depth() == (path, emitted, deepest)
+    assert verdict.bonus.tolist() == emitted[-1:]
+    assert verdict.path(len(path)).tolist() == path
+
+
+def test_a_new_tree_has_nothing_of_one_that_was_re_ranked():
+    growth = Eagle2(3, 3, 6)
+    tree = expanded(growth, 1)
+    growth.finish(tree)
+    fresh = expanded(growth, 2)
+    frontier = tree.plant(torch.tensor([2]))
+    generator = torch.Generator().manual_seed(2)
+    while growth.wants_level(tree):
+        logits = torch.randn(frontier.numel(), VOCAB, generator=generator) * 2
+        frontier = growth.grow(tree, frontier, logits, 1.0)
+    for name in ("tokens", "parents", "depths", "scores", "ancestors", "alive"):
+        assert torch.equal(getattr(tree, name), getattr(fresh, name))
+    assert torch.equal(tree.drafted_number(frontier), frontier)
+
+
+def test_rows_behind_the_kept_nodes_are_not_seen_by_them():
+    """A pass rounds its rows up on a GPU: it then takes leftovers of the larger tree along."""
+    growth = Eagle2(4, 3, 10)
+    tree = expanded(growth, 3)
+    growth.finish(tree)
+    assert not tree.ancestors[:10, 10:].any()
+
+
+def test_a_tree_cut_short_by_the_length_limit_is_re_ranked_too():
+    model = tiny_model("llama")
+    plain = engine_for(model).generate([1, 2, 3], max_new_tokens=12).token_ids
+    engine = Engine(engine_for(model).target, RandomDraft(320), Eagle2(6, 3, 8), max_length=64)
+    assert engine.generate([1, 2, 3], max_new_tokens=12).token_ids == plain
+
+
+def test_levels_that_were_re_ranked_away_are_not_counted_as_drafted():
+    model = tiny_model("llama")
+
+    class Flat(RandomDraft):
+        """Nothing is likelier than anything else: deep nodes never make it."""
+
+        def expand(self, tree, frontier):
+            return torch.zeros(frontier.numel(), 320)
+
+    engine = Engine(engine_for(model).target, Flat(320), Eagle2(5, 4, 5), max_length=64)
+    stats = engine.generate([1, 2, 3], max_new_tokens=10).stats
+    assert stats.drafted_by_depth == [
+        stats.iterations - 1
+    ]  # the last pass wants one token, so the root alone
+    assert stats.drafted_nodes == 4 * (stats.iterations - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((0, 2, 5), "depth"), ((2, 0, 5), "width"), ((2, 2, 1), "total_tokens")]
+)
+def test_shapes_that_make_no_tree_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Eagle2(*arguments)

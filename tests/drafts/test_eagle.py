@@ -1,0 +1,223 @@
+"""Drafting with an EAGLE head: the text is the target's own, and the head's state is what it should be."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.decoder import Decoder
+from subspec.decoding.eagle2 import Eagle2
+from subspec.decoding.engine import Engine
+from subspec.decoding.growth import Beam
+from subspec.decoding.sampling import Sampling
+from subspec.drafts.eagle import EagleDraft
+from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy
+from tests.helpers.eagle import SHAPES, eagle_engine, random_head
+from tests.helpers.tiny import tiny_model
+
+PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
+GROWTHS = {
+    "chain": lambda: Beam(6, 1),
+    "beam": lambda: Beam(5, 4),
+    "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
+    "eagle2": lambda: Eagle2(5, 4, 20),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("qwen2", layers=3)
+
+
+class Teacher(EagleDraft):
+    """A head whose guesses are nudged towards a known text, so that random weights get tokens accepted.
+
+    Its state is what the head computes; only the logits it hands over are changed, but for every fourth position.
+    ``seen`` holds the head's own logits of each branch of the last tree.
+    """
+
+    def __init__(self, *arguments, future):
+        super().__init__(*arguments)
+        self.future = future
+        self.seen = {}
+
+    def expand(self, tree, frontier):
+        logits = super().expand(tree, frontier)
+        for node, row in zip(frontier.tolist(), logits.clone(), strict=True):
+            self.seen[tuple(tree.tokens[tree.ancestors[node].nonzero()[:, 0]].tolist())] = row
+        at = self.cache.length + 2 + tree.levels
+        if at % 4 and at < len(self.future):
+            logits[:, self.future[at]] += 100.0
+        return logits
+
+
+def taught(model, growth, prompt, count, shape="qwen2", std=0.15, **options):
+    text = prompt + hf_greedy(model, prompt, count + 12)
+    decoder = Decoder(model)
+    draft = Teacher(random_head(SHAPES[shape], std=std), decoder, growth, future=text)
+    options = {"max_length": 256, "prefill_chunk": 4, **options}
+    return Engine(decoder, draft, growth, **options), text
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama", "llama3"), ("qwen2", "qwen2"), ("qwen3", "wide heads")]
+)
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_greedy_text_is_transformers_own_for_every_tree(family, shape, growth):
+    model = tiny_model(family, layers=2)
+    engine = eagle_engine(model, GROWTHS[growth](), shape, prefill_chunk=4)
+    assert engine.generate(PROMPT, max_new_tokens=40).token_ids == hf_greedy(model, PROMPT, 40)
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_greedy_text_is_transformers_own_when_much_is_accepted(model, growth):
+    engine, text = taught(model, GROWTHS[growth](), PROMPT, 48)
+    result = engine.generate(PROMPT, max_new_tokens=48)
+    assert result.token_ids == text[len(PROMPT) :][:48]
+    assert result.stats.iterations < 30
+    assert sum(result.stats.accepted_by_depth) > 0
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_samples_are_those_of_plain_decoding(model, growth):
+    sampling = Sampling(0.9, 20, 0.95)
+    plain = engine_for(model, sampling=sampling)
+    engine = eagle_engine(model, GROWTHS[growth](), sampling=sampling)
+    for seed in (0, 1):
+        expected = plain.generate(PROMPT, max_new_tokens=30, seed=seed)
+        assert engine.generate(PROMPT, max_new_tokens=30, seed=seed).token_ids == expected.token_ids
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 319), min_size=1, max_size=20), min_size=1, max_size=3),
+    chunk=st.integers(1, 24),
+    depth=st.integers(1, 4),
+    width=st.integers(1, 4),
+    total=st.integers(2, 60),
+    count=st.integers(1, 25),
+    ends=st.booleans(),
+)
+def test_any_prompt_chunk_and_length_and_one_engine_for_many(
+    model, prompts, chunk, depth, width, total, count, ends
+):
+    """Prompts of one token, prompts longer than a chunk, texts that stop inside a block, one after another."""
+    eos = (hf_greedy(model, prompts[0], count)[count // 2],) if ends else ()
+    options = {"prefill_chunk": chunk, "eos_token_ids": eos, "max_length": 64}
+    plain = engine_for(model, **options)
+    engine = eagle_engine(model, Eagle2(depth, width, total), **options)
+    for prompt in prompts:
+        expected = plain.generate(prompt, max_new_tokens=count)
+        got = engine.generate(prompt, max_new_tokens=count)
+        assert (got.token_ids, got.finish_reason) == (expected.token_ids, expected.finish_reason)
+
+
+# --------------------------------------------------------------------------------------- the head's state
+
+
+def true_features(model, text):
+    with torch.no_grad():
+        return model.model(torch.tensor([text])).last_hidden_state[0]
+
+
+def reference_cache(model, draft, text):
+    """Keys and values of one causal pass of the head over ``text`` with the target's own features."""
+    layer = draft.head.layers[0]
+    embeddings = model.get_input_embeddings()(torch.tensor(text[1:]))
+    x = draft.head.fc(torch.cat([embeddings, true_features(model, text)[:-1]], dim=-1))
+    cos, sin = draft.head.rotary(torch.arange(len(text) - 1), x.dtype)
+    _, key, value = layer.self_attn.project(x, cos, sin)
+    return key, value
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("growth", ["beam", "eagle2"])
+def test_after_many_iterations_the_heads_rows_are_those_of_one_pass_with_true_features(model, growth, shape):
+    engine, _ = taught(model, GROWTHS[growth](), PROMPT, 40, shape)
+    for prompt in (PROMPT, PROMPT[3:5], PROMPT[:1]):
+        result = engine.generate(prompt, max_new_tokens=33)
+        draft, length = engine.draft, engine.cache.length
+        text = (prompt + result.token_ids)[:length]
+        assert draft.cache.length == length - 1
+        key, value = reference_cache(model, draft, text)
+        start = draft.cache.draft_rows
+        rows = draft.cache.rows[0, :, :, start : start + length - 1]
+        torch.testing.assert_close(rows[0], key, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(rows[1], value, rtol=1e-3, atol=1e-4)
+        waiting = true_features(model, text)[-1:]
+        torch.testing.assert_close(draft._waiting, waiting, rtol=1e-3, atol=1e-4)
+    assert result.stats.iterations > 3
+
+
+def branch_logits(model, draft, text, branch):
+    """A node's logits, its branch drafted alone: each token is paired with what the head predicted one step before."""
+    embed = model.get_input_embeddings()
+    features = list(true_features(model, text))
+    for count in range(1, len(branch) + 1):
+        tokens = torch.tensor((text + branch[:count])[1:])
+        predicted = draft.head.causal(embed(tokens)[None], torch.stack(features)[None])[0, -1]
+        features.append(predicted)
+    return model.lm_head(features[-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_every_level_is_fed_its_own_parents_features(model, growth, shape):
+    """Each node's logits against its branch from scratch, before and after tokens were accepted."""
+    # A head that amplifies less: rounding errors grow with every feature that is made of the last one.
+    engine, _ = taught(model, GROWTHS[growth](), PROMPT, 30, shape, std=0.08)
+    draft, text = engine.draft, list(PROMPT)
+    with torch.inference_mode():
+        root = engine._prefill(PROMPT)
+        accepted_any = 0
+        for _ in range(3):
+            draft.seen.clear()
+            engine._draft(root, 10)
+            branches = sorted(draft.seen.items(), key=lambda item: len(item[0]))
+            assert len(branches[-1][0]) > 3
+            for path, logits in branches[:: max(1, len(branches) // 9)]:
+                expected = branch_logits(model, draft, text, list(path))
+                torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
+            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            accepted, _ = verdict.read()
+            text += engine.tree.tokens[accepted].tolist()
+            engine._commit(verdict, len(accepted), engine.tree.levels, hidden)
+            root = verdict.bonus
+            accepted_any += len(accepted) - 1
+    assert accepted_any > 1
+
+
+def test_drafting_the_same_tree_twice_gives_the_same_tree(model):
+    engine = eagle_engine(model, Eagle2(4, 3, 15))
+    with torch.inference_mode():
+        root = engine._prefill(PROMPT)
+        engine._draft(root, 10)
+        first = engine.tree.tokens[: engine.tree.size].clone()
+        engine._draft(root, 10)
+        assert torch.equal(engine.tree.tokens[: engine.tree.size], first)
+
+
+def test_a_longer_context_takes_a_new_cache(model):
+    growth = Beam(3, 2)
+    decoder = Decoder(model)
+    draft = EagleDraft(random_head(SHAPES["qwen2"]), decoder, growth)
+    for length in (40, 64):
+        engine = Engine(decoder, draft, growth, max_length=length)
+        assert engine.generate(PROMPT).token_ids == hf_greedy(model, PROMPT, length - len(PROMPT))
+        assert draft.cache.max_length == length
+
+
+def test_a_draft_needs_a_positive_temperature(model):
+    with pytest.raises(ValueError, match=r"draft\.temperature"):
+        EagleDraft(random_head(SHAPES["qwen2"]), Decoder(model), Beam(2, 2), 0.0)
+
+
+def test_a_perfect_draft_is_accepted_whole_through_the_re_ranking(model):
+    reference = hf_greedy(model, PROMPT, 40)
+    draft = OracleDraft(320, reference)
+    engine = Engine(Decoder(model), draft, Eagle2(7, 3, 12), max_length=256, prefill_chunk=4)
+    result = engine.generate(PROMPT, max_new_tokens=1 + 3 * 8)
+    assert result.token_ids == reference[:25]
+    assert result.stats.iterations == 3
+    assert result.stats.accepted_by_depth == [3] * 7

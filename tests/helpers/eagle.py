@@ -1,0 +1,112 @@
+"""EAGLE heads with random weights, as modules and as folders in the published format."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subspec.decoding.decoder import Decoder
+from subspec.decoding.engine import Engine
+from subspec.decoding.growth import Growth
+from subspec.decoding.sampling import Sampling
+from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.eagle_head import NORM, OPTIONAL, EagleHead, EagleShape
+
+QWEN2_BIASES = frozenset(f"layers.0.self_attn.{name}_proj.bias" for name in "qkv")
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+SHAPES = {
+    # As many KV heads as heads, where the tiny target has 2: as the published heads for Qwen2.
+    "qwen2": EagleShape(64, 4, 4, 16, 128, QWEN2_BIASES),
+    "llama3": EagleShape(64, 8, 2, 8, 96, frozenset({"fc.bias"}), 1e-5, LLAMA3_ROPE, 131_072),
+    "wide heads": EagleShape(64, 2, 1, 40, 64, frozenset(OPTIONAL)),
+}
+"""Heads for targets of hidden size 64, by what they look like."""
+
+
+def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHead:
+    """Random weights; norms are not 1 and biases not 0, so that code that forgets them does not pass by luck."""
+    head = EagleHead(shape)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name == NORM:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+    return head.eval().requires_grad_(False)
+
+
+def eagle_engine(
+    model: PreTrainedModel,
+    growth: Growth,
+    shape: str = "qwen2",
+    *,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    **options: object,
+) -> Engine:
+    """An engine that drafts with a random head."""
+    decoder = Decoder(model)
+    draft = EagleDraft(random_head(SHAPES[shape], seed), decoder, growth)
+    options = {"max_length": 256, "prefill_chunk": 16, **options}
+    return Engine(decoder, draft, growth, sampling=sampling, **options)
+
+
+def published(
+    folder: Path,
+    shape: EagleShape,
+    *,
+    vocab_size: int = 320,
+    binary: bool = False,
+    prefix: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    drop: tuple[str, ...] = (),
+    extra: dict[str, Tensor] | None = None,
+    **config: object,
+) -> Path:
+    """Write a head as its authors publish them: with a copy of the embedding table, and a target's config.json.
+
+    Args:
+        binary: ``pytorch_model.bin`` instead of ``model.safetensors``.
+        drop, extra: tensors left out and added.
+        config: keys changed in the config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(dtype) for name, tensor in random_head(shape, seed).state_dict().items()}
+    tensors["embed_tokens.weight"] = torch.randn(vocab_size, shape.hidden).to(dtype)
+    tensors |= extra or {}
+    tensors = {prefix + name: tensor for name, tensor in tensors.items() if name not in drop}
+    if binary:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    rope = dict(shape.rope)
+    written = {
+        "architectures": ["Qwen2ForCausalLM" if shape.biases >= QWEN2_BIASES else "LlamaForCausalLM"],
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.eps,
+        "max_position_embeddings": shape.max_positions,
+        "rope_theta": rope.pop("rope_theta", 10_000.0),
+        "rope_scaling": rope or None,
+        "vocab_size": vocab_size,
+    }
+    (folder / "config.json").write_text(json.dumps(written | config))
+    return folder
