@@ -264,7 +264,7 @@ class JobProcess:
             self._process.stdin.close()
         if code == 0:
             status, reason = OK, ""
-        elif code == INTERRUPT_EXIT:
+        elif code in (INTERRUPT_EXIT, -signal.SIGINT):  # the latter: while the interpreter was leaving
             status, reason = INTERRUPTED, "interrupted; it continues when the sweep is run again"
         else:
             status, reason = FAILED, end_reason(code, self._log_text())

@@ -97,15 +97,17 @@ def print_rows(console: RunConsole, rows: Sequence[Row], summaries: Sequence[Map
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("job", justify="right")
-    table.add_column("what", overflow="fold", ratio=2)
+    table.add_column("what", overflow="fold")
     table.add_column("status")
     for name in ("samples", "tokens/s", "tau", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", ratio=2)
     for row in rows:
         style = None if row.status == OK else "yellow"
         table.add_row(*(one_line(cell) for cell in _cells(row)), style=style)
     console.rich.print(table)
+    for row in rows:
+        if row.reason and row.status != OK:
+            console.warn(f"job {row.job} {row.status}: {row.reason} (log: {row.job}/{LOG})")
     for line in dict.fromkeys(line for summary in summaries for line in banners(summary)):
         console.note(line)
 
@@ -153,7 +155,6 @@ def _cells(row: Row) -> list[str]:
         number(row.tokens_per_s),
         number(row.tau),
         clock(row.seconds),
-        row.reason if row.status == OK or not row.reason else f"{row.reason} ({row.job}/{LOG})",
     ]
 
 
