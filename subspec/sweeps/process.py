@@ -135,6 +135,7 @@ class JobProcess:
     tau: float | None = None
     outcome: Outcome | None = None
     _sums: dict[str, float] = field(default_factory=dict)
+    _samples: set[str] = field(default_factory=set)
     _read: int = 0
     _log_start: int = 0
     _log_read: int = 0
@@ -250,6 +251,7 @@ class JobProcess:
         return whole.splitlines()
 
     def _count(self, record: Mapping[str, Any]) -> None:
+        self._samples.add(str(record.get("sample_id")))
         for name in ("verified_tokens", "iterations", "decode_s"):
             self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
         self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
@@ -260,6 +262,8 @@ class JobProcess:
     def _ended(self, code: int) -> Outcome:
         assert self.outcome is not None
         assert self._process is not None
+        if self.total is None:  # it had been finished before
+            self.done = self.total = len(self._samples)
         if self._process.stdin is not None:
             self._process.stdin.close()
         if code == 0:

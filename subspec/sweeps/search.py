@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -104,11 +105,12 @@ class SearchSweeper(Sweeper):
             measured = self._prepare_study()
             if measured:
                 console.note(f"continuing: {measured} of {self.n_trials} trials were measured before")
-            # Each one tells the progress what is left of the whole search.
+            left = self.n_trials - measured
+            keys = self._searched(arguments)
             launcher = ResumableLauncher(
-                engine.launcher, self.hydra_context, self.config, folder, total=self.n_trials - measured
+                engine.launcher, self.hydra_context, self.config, folder, total=left, keys=keys
             )
-            engine.n_trials = max(self.n_trials - measured, 0)
+            engine.n_trials = max(left, 0)
             engine.n_jobs = self.n_jobs or getattr(engine.launcher, "width", lambda: 1)()
             engine.launcher = launcher
             try:
@@ -119,7 +121,7 @@ class SearchSweeper(Sweeper):
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(continued_by(folder)) from stop
             finally:
-                rows = self._show(console, folder, optimise.value)
+                rows = self._show(console, folder, optimise.value, keys)
             folder.write(finished=True)
         best = rows[0] if rows and rows[0].value is not None else None
         if best is None:
@@ -162,9 +164,14 @@ class SearchSweeper(Sweeper):
         study = optuna.load_study(study_name=TABLE, storage=self.storage)
         return any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.get_trials())
 
-    def _show(self, console: RunConsole, folder: SweepFolder, optimise: str) -> list[Row]:
+    def _searched(self, arguments: Sequence[str]) -> set[str]:
+        """The keys whose values are proposed."""
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
+        return {*self.params, *(one.get_key_element() for one in parsed if one.is_sweep_override())}
+
+    def _show(self, console: RunConsole, folder: SweepFolder, optimise: str, keys: set[str]) -> list[Row]:
         jobs = list(folder.jobs.values())
-        rows = ranked(job_rows(folder, jobs, optimise))
+        rows = ranked(job_rows(folder, jobs, optimise, keys))
         found = [read_summary(folder.job_folder(job)) for job in jobs]
         summaries: Sequence[dict[str, Any]] = [summary for summary in found if summary is not None]
         print_rows(console, rows, summaries)

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,42 @@ class Row:
     parameters: dict[str, str] = field(default_factory=dict)
 
 
-def labels(jobs: Sequence[Job]) -> dict[int, str]:
-    """What tells the jobs of a sweep from each other: the overrides in which they differ, by job number."""
+def labels(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[int, str]:
+    """What to call the jobs of a sweep, by job number. ``keys``: as for :func:`varying`."""
     return {
         number: " ".join(f"{key}={value}" for key, value in parameters.items()) or "(as configured)"
-        for number, parameters in varying(jobs).items()
+        for number, parameters in varying(jobs, keys).items()
     }
 
 
-def varying(jobs: Sequence[Job]) -> dict[int, dict[str, str]]:
-    """The overrides in which the jobs of a sweep differ, by job number; all of them when there is one job."""
+def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[int, dict[str, str]]:
+    """What tells the jobs of a sweep from each other: overrides by job number.
+
+    Args:
+        keys: the overrides that count; None: those in which the jobs differ, all of them when there is one job.
+    """
     parsed = {job.number: dict(text.partition("=")[::2] for text in job.overrides) for job in jobs}
-    keys = dict.fromkeys(key for values in parsed.values() for key in values)
-    kept = [key for key in keys if len(jobs) == 1 or len({values.get(key) for values in parsed.values()}) > 1]
+    known = dict.fromkeys(key for values in parsed.values() for key in values)
+    if keys is not None:
+        kept = [key for key in known if key in keys]
+    else:
+        kept = [
+            key for key in known if len(jobs) == 1 or len({values.get(key) for values in parsed.values()}) > 1
+        ]
     return {
         number: {key.lstrip("+"): _bare(values[key]) for key in kept if key in values}
         for number, values in parsed.items()
     }
 
 
-def job_rows(folder: SweepFolder, jobs: Sequence[Job], optimise: str | None = None) -> list[Row]:
-    """A row per job, read from the jobs' folders."""
-    named, parameters = labels(jobs), varying(jobs)
+def job_rows(
+    folder: SweepFolder,
+    jobs: Sequence[Job],
+    optimise: str | None = None,
+    keys: Collection[str] | None = None,
+) -> list[Row]:
+    """A row per job, read from the jobs' folders. ``keys``: as for :func:`varying`."""
+    named, parameters = labels(jobs, keys), varying(jobs, keys)
     return [
         _row(folder.job_folder(job), job.number, named[job.number], parameters[job.number], optimise)
         for job in jobs
