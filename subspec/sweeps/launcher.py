@@ -36,15 +36,19 @@ class ProcessLauncher(Launcher):
     """
 
     def __init__(self, jobs: int | None = None) -> None:
-        if jobs is not None and jobs < 1:
-            raise ConfigError(f"hydra.launcher.jobs={jobs} must be at least 1 (null: one per GPU)")
         self.jobs = jobs
         self.labels: Mapping[str, str] = {}
         self.expected: int | None = None
         self._progress: SweepProgress | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra."""
+        """Called by Hydra.
+
+        Raises:
+            ConfigError: ``jobs`` is no number of jobs (Hydra would wrap this up, had the constructor raised it).
+        """
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"hydra.launcher.jobs={self.jobs} must be at least 1 (null: one per GPU)")
         self.hydra_context = hydra_context
         self.config = config
 

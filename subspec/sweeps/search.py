@@ -52,10 +52,6 @@ class SearchSweeper(Sweeper):
         seed: int = 0,
         params: dict[str, str] | None = None,
     ) -> None:
-        if n_trials < 1:
-            raise ConfigError(f"hydra.sweeper.n_trials={n_trials} must be at least 1")
-        if sampler not in ("tpe", "random"):
-            raise ConfigError(f"hydra.sweeper.sampler={sampler}: choose one of tpe, random")
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.sampler = sampler
@@ -67,8 +63,15 @@ class SearchSweeper(Sweeper):
         """Called by Hydra.
 
         Raises:
+            ConfigError: a key of the sweeper has no meaning.
             SubspecError: the packages of the search are not installed.
         """
+        if self.n_trials < 1:
+            raise ConfigError(f"hydra.sweeper.n_trials={self.n_trials} must be at least 1")
+        if self.sampler not in ("tpe", "random"):
+            raise ConfigError(f"hydra.sweeper.sampler={self.sampler}: choose one of tpe, random")
+        if OmegaConf.select(config, "optimise") is None:
+            raise ConfigError("a search needs optimise=tokens_per_s or optimise=tau: what it maximises")
         optuna = _import_optuna()
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
@@ -97,9 +100,7 @@ class SearchSweeper(Sweeper):
             SubspecError: no proposal could be measured.
         """
         console = RunConsole()
-        optimise = OmegaConf.select(self.config, "optimise")
-        if optimise is None:
-            raise ConfigError("a search needs optimise=tokens_per_s or optimise=tau: what it maximises")
+        optimise = self.config.optimise
         with SweepFolder.open(self.folder_path, command_of(arguments)) as folder:
             engine = self.engine
             measured = self._prepare_study()

@@ -82,7 +82,7 @@ def test_how_many_at_a_time(monkeypatch):
     monkeypatch.setattr("subspec.sweeps.launcher.visible_gpus", list)
     assert ProcessLauncher()._slots(cpu=False) == [None]
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.jobs=0 must be at least 1"):
-        ProcessLauncher(jobs=0)
+        ProcessLauncher(jobs=0).setup(hydra_context=None, task_function=None, config=None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -127,7 +127,9 @@ def test_a_terminal_gets_a_bar_with_the_running_jobs(tmp_path):
             return True
 
     progress = SweepProgress(4, finished=1, console=RunConsole(file=Terminal(), width=100))
-    job = JobProcess(fake_job(tmp_path / "7"), "draft=none", gpu="1", done=1, total=2, tokens_per_s=3.0, tau=1.0)
+    job = JobProcess(
+        fake_job(tmp_path / "7"), "draft=none", gpu="1", done=1, total=2, tokens_per_s=3.0, tau=1.0
+    )
     job._started = time.monotonic()
     progress._running = [job]
     head, line = (str(text) for text in progress._block().renderables)
