@@ -42,7 +42,9 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     if sweep:
         _check_sweep(given)
         return [*flags, *([] if said.multirun else ["-m"]), *place(list(overrides), is_resumed(given))]
-    if SWEEP_DIR in given:
+    if SWEEP_DIR in given and shows:
+        overrides = {text: parsed for text, parsed in overrides.items() if parsed.key_or_group != SWEEP_DIR}
+    elif SWEEP_DIR in given:
         raise ConfigError("sweep_dir= names the folder of a sweep: add -m, or give run_dir=FOLDER")
     return [*flags, *with_stored_overrides(list(overrides), given, must_exist=not shows)]
 

@@ -87,9 +87,13 @@ class ResumableLauncher:
             named = {str(number): text for number, text in labels(self.jobs, self.keys).items()}
             self.inner.expect(self.total or len(self.jobs), named, self.finished_before)
         done = self._run([entry[:2] for entry in missing], [entry[2] for entry in missing], initial_job_idx)
-        results = dict(zip((job.number for job, _, _ in missing), done, strict=True))
+        good = {
+            job.number: result
+            for (job, _, _), result in zip(missing, done, strict=True)
+            if result.status is JobStatus.COMPLETED
+        }
         return [
-            results.get(job.number) or self._result(job, config)
+            good.get(job.number) or self._result(job, config)
             for job, config in zip(jobs, configs, strict=True)
         ]
 

@@ -37,6 +37,15 @@ def test_without_the_extra_a_search_says_what_to_install(tmp_path):
     ran.refused(1, r"a search needs packages that are not here .*pip install 'subspec\[sweep\]'")
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is not None, reason="tells what happens without submitit"
+)
+@pytest.mark.parametrize("launcher", ["slurm", "submitit_here", "ray_cluster"])
+def test_without_the_extra_a_cluster_says_what_to_install(launcher):
+    ran = cli("-m", *TINY, f"hydra/launcher={launcher}")
+    ran.refused(2, r"hydra/launcher: needs packages that are not here: pip install 'subspec\[sweep\]'")
+
+
 @optuna
 def test_a_search_ranks_its_trials_and_continues(tmp_path):
     """More trials are asked for later: only they are measured, and no proposal twice."""
@@ -69,8 +78,9 @@ def test_a_trial_that_fails_ends_nothing_and_a_search_without_any_says_so(tmp_pa
         f"sweep_dir={tmp_path / 'a'}",
         "quant.bits=choice(4,5)",
         "hydra.sweeper.sampler=random",
-        "hydra.sweeper.seed=3",
-        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.seed=1",
+        # proposes 5, 5, 4
+        "hydra.sweeper.n_trials=3",
     )
     assert some.code == 0, some.err
     assert set(statuses(tmp_path / "a")) == {"ok", "failed"}
