@@ -1,4 +1,8 @@
-"""Weights & Biases: a series per turn, one table of samples, and the run's totals.
+"""Weights & Biases: a series per turn, one table of samples, the report's pictures, and the run's totals.
+
+Runs of one experiment are a group (``logger.group``), its job types are the drafts, and ``method`` in a run's
+configuration says draft, bits, tree and offloading in the words of the report. ``scripts/wandb_dashboard.py`` makes a
+workspace of that.
 
 ``logger.mode=auto`` never prompts and never waits long: without a key, or without an answer from the service within
 ``logger.init_timeout_s``, the run is written offline into its own folder, to be uploaded later with ``wandb sync``.
@@ -22,6 +26,7 @@ from subspec.config import WandbConfig, WandbMode
 from subspec.errors import ConfigError
 from subspec.tracking.files import plain, write_json
 from subspec.tracking.logger import Logger, describe
+from subspec.tracking.method import method_label
 from subspec.tracking.metrics import ratio
 from subspec.tracking.wandb_service import drop_service, has_credentials, import_wandb, reachable
 
@@ -85,6 +90,7 @@ class WandbLogger(Logger):
         self.deadlines_s = {**Logger.deadlines_s, "start": 2 * (config.init_timeout_s + 15.0) + 15.0}
         self._wandb: Any = None
         self._run: Any = None
+        self._described: tuple[Path, Mapping[str, Any], Mapping[str, Any]]
         self._step = 0  # the next free row of the run's history
         self._sums = {
             "verified_tokens": 0,
@@ -123,8 +129,9 @@ class WandbLogger(Logger):
             "tags": list(self.config.tags) or None,
             "job_type": _name(config, "draft"),
             "name": run_name(config),
-            "config": {**plain(config), "environment": plain(environment)},
+            "config": {**plain(config), "environment": plain(environment), "method": method_label(config)},
         }
+        self._described = (run_dir, config, environment)
         self._init(arguments)
         if self.mode == "disabled":
             return
@@ -149,11 +156,14 @@ class WandbLogger(Logger):
         self._log(record, step)
 
     def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """The samples table."""
+        """The samples table, and the report's pictures of this run."""
         if self._run is None:
             return
         table = self._wandb.Table(columns=list(COLUMNS), data=[_row(record) for record in records])
         self._run.log({"samples": table}, step=self._take_step(len(records)))
+        pictures = self._pictures(records)
+        if pictures:
+            self._run.log(pictures, step=self._take_step(len(records)))
 
     def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
         """Acceptance by depth as a plot, totals into the W&B summary, and the run is closed whatever happens."""
@@ -277,6 +287,22 @@ class WandbLogger(Logger):
         values = {name: value for name, value in values.items() if value is not None}
         self._run.log({STEP: record["sample_index"], **values}, step=self._take_step(position))
 
+    def _pictures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``plots/acceptance``, ``plots/time_split``, ``plots/roofline``, as far as the run has them."""
+        # Imported here: matplotlib takes a second, and drawing is the report's business.
+        import io
+
+        from PIL import Image
+
+        from subspec.report.single import run_figures
+
+        images = {}
+        for name, figure in run_figures(*self._described, records).items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
+            images[f"plots/{name}"] = self._wandb.Image(Image.open(buffer))
+        return images
+
     def _plot_acceptance(self, run: Any, summary: Mapping[str, Any]) -> None:
         rates = summary["totals"]["accept_rate_by_depth"]
         rows = [[depth, rate] for depth, rate in enumerate(rates, start=1) if rate is not None]
@@ -328,7 +354,9 @@ def _run_id(run_dir: Path) -> tuple[str, bool]:
             return run_id, True
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    run_id = secrets.token_hex(4)
+    # The agent of a sweep has named the run already; another id would not count as the sweep's.
+    assigned = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+    run_id = assigned if assigned.isalnum() else secrets.token_hex(4)
     write_json(file, {"id": run_id})
     return run_id, False
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from subspec.tracking.metrics import summarise
+from subspec.tracking.metrics import LinkInfo, summarise
 from subspec.tracking.wandb_logger import COLUMNS, SERIES, flat_summary
 
 from . import wandb_file
@@ -101,6 +101,7 @@ def test_an_offline_run_read_back(tmp_path: Path, clean_environment: dict[str, s
     assert config["tree"] == CONFIG["tree"]
     assert config["seed"] == 3
     assert config["environment"] == {"versions": {"torch": "2"}}
+    assert config["method"] == "subspec hqq4, beam 3x2"
 
     metrics = {m.name or m.glob_name: m for m in (r.metric for r in records if r.HasField("metric"))}
     for name in SERIES:
@@ -137,8 +138,44 @@ def test_an_offline_run_read_back(tmp_path: Path, clean_environment: dict[str, s
     plots = [path for path in file.parent.glob("files/media/table/*") if "accept_rate" in path.name]
     assert len(plots) == 1
     assert json.loads(plots[0].read_text())["data"][0][0] == 1
+    assert summary["speedup/tokens_per_s"] == pytest.approx(1.0)
+    assert summary["speedup/baseline"] == "itself"
+    assert pictures(file) == {"acceptance", "time_split"}
     assert any(r.HasField("exit") for r in records), "closed properly"
     assert not any(r.HasField("output_raw") or r.HasField("output") for r in records), "no output is captured"
+
+
+def pictures(file: Path) -> set[str]:
+    """Names of a run's pictures (W&B adds the row and a digest), each of which is one."""
+    files = list(file.parent.glob("files/media/images/plots/*.png"))
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in files)
+    return {picture.stem.rsplit("_", 2)[0] for picture in files}
+
+
+def test_a_streamed_run_has_its_roofline(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    said = run(clean_environment, tmp_path / "run", "offline", 5, 3, "--link")
+    assert said["warnings"] == []
+    (file,) = run_files(tmp_path / "run")
+    assert pictures(file) == {"acceptance", "time_split", "roofline"}
+    records = wandb_file.read(file)
+    link = LinkInfo(50.0, 2_000_000_000)
+    expected = [record(index, link=link) for index in range(3)]
+    rows = [row for row in wandb_file.history(records) if "tau" in row]
+    assert [row["roofline_share"] for row in rows] == pytest.approx(
+        [made["roofline_share"] for made in expected]
+    )
+    total = summarise(expected)["totals"]
+    summary = wandb_file.summary(records)
+    for name in ("roofline_share", "roofline_tokens_per_s", "bytes_per_pass", "link_gb_per_s"):
+        assert summary[name] == pytest.approx(total[name]), name
+
+
+def test_a_sweeps_agent_names_the_run(tmp_path: Path, clean_environment: dict[str, str]) -> None:
+    environment = {**clean_environment, "WANDB_SWEEP_ID": "asweep", "WANDB_RUN_ID": "givenid1"}
+    said = run(environment, tmp_path / "run", "offline", 5, 1)
+    assert said["warnings"] == []
+    (file,) = run_files(tmp_path / "run")
+    assert file.name == "run-givenid1.wandb"
 
 
 def test_auto_without_a_key_is_offline_and_a_resumed_run_keeps_its_id(

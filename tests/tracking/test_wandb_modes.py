@@ -45,6 +45,9 @@ class FakeWandb:
     def setup(self, settings: Any = None) -> Any:
         return SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
 
+    def Image(self, picture: Any) -> Any:
+        return picture.size
+
     def Table(self, columns: list[str], data: list[Any]) -> Any:
         return (columns, data)
 

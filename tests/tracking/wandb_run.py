@@ -1,6 +1,6 @@
 """One run logged to W&B, in a process of its own: the library keeps state for as long as a process lives.
 
-``python -m tests.tracking.wandb_run RUN_DIR MODE INIT_TIMEOUT TURNS [FINISHED]``; prints one line,
+``python -m tests.tracking.wandb_run RUN_DIR MODE INIT_TIMEOUT TURNS [FINISHED] [--link]``; prints one line,
 and one of JSON last.
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from subspec.config import WandbConfig, WandbMode
 from subspec.errors import SubspecError
 from subspec.tracking.logger import make_logger
-from subspec.tracking.metrics import summarise
+from subspec.tracking.metrics import LinkInfo, speedup, summarise
 
 from .factory import CONFIG, record
 
 
 def main() -> None:
     run_dir, mode, timeout, turns = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-    done = int(sys.argv[5]) if len(sys.argv) > 5 else 0
+    done = int(sys.argv[5]) if len(sys.argv) > 5 and sys.argv[5].isdigit() else 0
     config = WandbConfig(
         name="wandb",
         mode=WandbMode(mode),
@@ -28,7 +28,8 @@ def main() -> None:
         tags=["a"],
         init_timeout_s=timeout,
     )
-    records = [record(index, text="long " * 500) for index in range(turns)]
+    link = LinkInfo(50.0, 2_000_000_000) if "--link" in sys.argv else None
+    records = [record(index, link=link, text="long " * 500) for index in range(turns)]
     warnings: list[str] = []
     logger, started, error = make_logger(config, warnings.append), time.monotonic(), None
     try:
@@ -37,7 +38,8 @@ def main() -> None:
         for step, made in enumerate(records[done:], start=done):
             logger.log_turn(made, step)
         logger.log_table(records)
-        logger.finish(summarise(records), 0)
+        summary = summarise(records)
+        logger.finish({**summary, "speedup": speedup(summary, summary, "itself")}, 0)
     except SubspecError as refused:
         error = str(refused)
         logger.finish(None, refused.exit_code)

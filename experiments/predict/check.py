@@ -1,0 +1,184 @@
+"""Predictions beside the measurements in ``experiments/gpu``: how far off is ``python -m subspec.predict``?
+
+    python experiments/predict/check.py
+
+Needs no GPU. Every prediction gets what a user would have (card, target, budget, tree, the measured tau and link) and
+the resident layers that the run had, for older runs were planned with fewer. What it printed is in this folder's
+README.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from subspec.config import (
+    BeamTreeConfig,
+    BenchmarkConfig,
+    Config,
+    DecodingConfig,
+    HqqConfig,
+    NoLoggerConfig,
+    PlantedTargetConfig,
+    StreamOffloadConfig,
+    SubstituteDraftConfig,
+)
+from subspec.offload.cards import find_card
+from subspec.predict import Acceptance, Iteration, Machine, predict
+from subspec.predict.timing import EFFICIENCY, LEVEL_LAYER_S
+from subspec.targets.planted import SHAPES
+
+GPU = Path(__file__).resolve().parents[1] / "gpu"
+FILES = ("first_light.json", "subspec_adaptive.json", "overlap.json", "qwen2_5_32b.json")
+FITTED = (("subspec_adaptive.json", "subspec"), ("qwen2_5_32b.json", "subspec beam:48:6:0"))
+"""The two runs that the constants of a draft level come from: their drafting says nothing about the model."""
+
+WITHOUT_FILE = {
+    "plain": (7.91, 55.4, "experiments/gpu/README.md, step 3 of its log"),
+    "ahead": (80.0, 19.5, 0.0515, 0.192, 55.4, "a later run; its record is not in this folder"),
+}
+"""Two measurements that are stated but have no JSON beside them."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run and its prediction: tokens/s, seconds drafting and in the pass, tau; None where nothing was measured."""
+
+    run: str
+    measured: tuple[float, float | None, float | None, float]
+    predicted: Iteration
+    note: str
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured tokens per second, less one."""
+        return self.predicted.tokens_per_s / self.measured[0] - 1
+
+
+def config(shape: str, vram: float, depth: int, width: int, ahead: int, resident: int | None) -> Config:
+    """A run of ``scripts/gpu_benchmark.py``."""
+    return Config(
+        target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
+        draft=SubstituteDraftConfig(name="subspec"),
+        quant=HqqConfig(name="hqq"),
+        tree=BeamTreeConfig(name="beam", depth=depth, width=width, ahead=ahead),
+        decoding=DecodingConfig(name="greedy", max_new_tokens=None),
+        offload=StreamOffloadConfig(name="stream", vram_gib=vram, resident_layers=resident),
+        benchmark=BenchmarkConfig(name="gsm8k"),
+        logger=NoLoggerConfig(name="none"),
+    )
+
+
+def _way(run: Config, link: float, acceptance: Acceptance) -> Iteration:
+    machine = Machine(link, find_card("H200").memory_gb_per_s)
+    tree = run.tree
+    (one,) = predict(run, SHAPES[run.target.shape](), machine, acceptance, depths=()).depths
+    way = one.overlapped if tree.ahead else one.serial
+    assert way is not None
+    return way
+
+
+def streamed_runs() -> Iterator[tuple[str, dict, dict]]:
+    """(file, its head, a result) of every committed run with a substitute."""
+    for file in FILES:
+        content = json.loads((GPU / file).read_text(encoding="utf-8"))
+        for result in content["results"]:
+            yield file, content, result
+
+
+def compare() -> list[Compared]:
+    """Every committed run, and the two without a file."""
+    found = []
+    for file, content, result in streamed_runs():
+        mode = result["mode"]
+        said = re.search(r"(beam|adaptive):(\d+):(\d+):(\d+)", mode)
+        kind = said[1] if said else "adaptive" if mode == "adaptive" else "beam"
+        depth, width, ahead = (
+            (int(part) for part in said.groups()[1:]) if said else (content["depth"], content["width"], 0)
+        )
+        levels = depth
+        if (
+            kind == "adaptive" and not ahead
+        ):  # it stops where it likes: the prediction gets how deep it went on average
+            levels = round(result["levels"])
+        run = config(content["target"], content["vram"], levels, width, ahead, result["resident_layers"])
+        # Of a tree drafted ahead the mean tau is of two kinds of trees: survival comes from the serial run.
+        tau, measured_at = (result["tau"], levels) if not ahead else (22.425, 48)
+        way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(tau, measured_at))
+        measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
+        note = "constants fitted to its drafting" if (file, mode) in FITTED else ""
+        if ahead:
+            note = "survival from the serial run (tau 22.4 at 48)"
+        elif kind == "adaptive":
+            note = f"given its mean depth of {levels}"
+        name = f"{content['target']} in {content['vram']:g} GiB, {kind} {depth} x {width}"
+        found.append(
+            Compared(name + (f", {ahead} ahead" if ahead else "") + f" (`{file}`)", measured, way, note)
+        )
+    return found + _without_file()
+
+
+def _without_file() -> list[Compared]:
+    speed, link, source = WITHOUT_FILE["plain"]
+    machine = Machine(link, find_card("H200").memory_gb_per_s)
+    run = config("qwen2_5_7b", 8.0, 48, 6, 0, None)
+    found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(22.425, 48), depths=()).plain
+    assert found is not None
+    plain = Compared("qwen2_5_7b in 8 GiB, plain streaming", (speed, 0.0, 0.126, 1.0), found, source)
+    speed, tau, draft, verify, link, source = WITHOUT_FILE["ahead"]
+    run = config("qwen2_5_7b", 8.0, 32, 6, 32, None)
+    ahead = _way(run, link, Acceptance.from_tau(22.425, 48))
+    name = "qwen2_5_7b in 8 GiB, beam 32 x 6, 32 ahead"
+    return [
+        plain,
+        Compared(name, (speed, draft, verify, tau), ahead, f"{source}; survival from the serial run"),
+    ]
+
+
+def fitted() -> tuple[float, float]:
+    """(seconds per layer, share of the memory bandwidth) from the two runs' milliseconds per draft level."""
+    points = []
+    for file, content, result in streamed_runs():
+        if (file, result["mode"]) not in FITTED:
+            continue
+        run = config(content["target"], content["vram"], 48, 6, 0, result["resident_layers"])
+        model = SHAPES[content["target"]]()
+        plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
+        nominal = plan.level_read_bytes / (find_card("H200").memory_gb_per_s * 1e9)
+        points.append((model.num_hidden_layers, nominal, result["draft_s"] / result["levels"]))
+    (l1, n1, t1), (l2, n2, t2) = points
+    inverse = (t2 - t1 * l2 / l1) / (n2 - n1 * l2 / l1)
+    return (t1 - n1 * inverse) / l1, 1 / inverse
+
+
+def lines() -> list[str]:
+    """The table of the README."""
+    head = [
+        "| run | tokens/s: measured | predicted | error | tau | draft s | pass s | note |",
+        "|---|---:|---:|---:|---|---|---|---|",
+    ]
+    rows = []
+    for one in compare():
+        speed, draft, verify, tau = one.measured
+        way = one.predicted
+        times = f"{draft:.3f} / {way.draft_s:.3f} | {verify:.3f} / {way.pass_s:.3f}"
+        rows.append(
+            f"| {one.run} | {speed:.1f} | {way.tokens_per_s:.1f} | {100 * one.error:+.0f} % "
+            f"| {tau:.1f} / {way.tau:.1f} | {times} | {one.note} |"
+        )
+    return head + rows
+
+
+def main() -> None:
+    """Print the table and the fit."""
+    print("\n".join(lines()))
+    layer, share = fitted()
+    print(
+        f"\nfitted: {1e6 * layer:.1f} microseconds per layer and {share:.3f} of the memory bandwidth; "
+        f"used: {1e6 * LEVEL_LAYER_S:.0f} and {EFFICIENCY:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

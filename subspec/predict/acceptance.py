@@ -1,0 +1,112 @@
+"""How many tokens a pass accepts, for trees of any depth, from one measurement.
+
+The survival s(d) is the share of passes that accept at least d draft tokens. A beam's first d levels do not depend on
+how many follow, so one deep run tells tau of every shallower tree:
+
+    tau(D) = 1 + s(1) + ... + s(D)        (1: the target's own bonus token)
+
+Where only a tau is known, every level is taken to survive with the same probability p (each drafted token is right
+or wrong by itself), so that tau = 1 + p + ... + p^D; p follows from tau by bisection. The same p continues a measured
+curve below its deepest level, and such figures are marked as extrapolated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from subspec.errors import ConfigError
+
+THIN = 0.5
+"""A level drafted by fewer than this share of the passes says little about the passes that stopped before it."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The survival of drafted levels.
+
+    Attributes:
+        measured: s(1), s(2), ... as measured; empty when only a tau is known.
+        per_level: p, the survival of one level given its parent's, used below the measured depths.
+        depth: deepest level that ``measured`` or the known tau speaks for.
+        source: where it comes from, for people.
+        notes: what limits it, one line each.
+    """
+
+    measured: tuple[float, ...]
+    per_level: float
+    depth: int
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_tau(cls, tau: float, depth: int, source: str = "") -> "Acceptance":
+        """From a tau measured with a tree of ``depth`` levels.
+
+        Raises:
+            ConfigError: no tree of this depth has such a tau.
+        """
+        p = constant_survival(tau, depth)
+        return cls(
+            (), p, depth, source or f"tau {tau:g} at depth {depth}, the same survival {p:.4f} at every level"
+        )
+
+    @classmethod
+    def from_counts(cls, drafted: Sequence[int], accepted: Sequence[int], source: str) -> "Acceptance":
+        """From iterations that drafted and accepted each depth.
+
+        Raises:
+            ConfigError: nothing was drafted.
+        """
+        counts = [(tried, hit) for tried, hit in zip(drafted, accepted, strict=False) if tried > 0]
+        if not counts:
+            raise ConfigError(f"{source}: no draft tree in these records; take a run with draft=subspec")
+        survival: list[float] = []
+        for tried, hit in counts:  # nobody accepts a level without the one above: a rise is noise
+            survival.append(min(hit / tried, survival[-1] if survival else 1.0))
+        tau = 1 + sum(survival)
+        notes = ()
+        if counts[-1][0] < THIN * counts[0][0]:
+            notes = (
+                f"{source}: only {counts[-1][0]} of {counts[0][0]} passes drafted depth {len(counts)} (an adaptive "
+                "tree stops where it is unsure), so its deep levels look better than a beam's would",
+            )
+        p = constant_survival(min(tau, len(survival) + 1), len(survival))
+        return cls(tuple(survival), p, len(survival), source, notes)
+
+    def survival(self, depth: int) -> float:
+        """s(depth): share of passes that accept at least ``depth`` draft tokens; s(0) = 1."""
+        if depth <= 0:
+            return 1.0
+        known = len(self.measured)
+        if depth <= known:
+            return self.measured[depth - 1]
+        start = self.measured[-1] if known else 1.0
+        return start * self.per_level ** (depth - known)
+
+    def tau(self, depth: int) -> float:
+        """Tokens per pass of a tree with ``depth`` levels."""
+        return 1 + sum(self.survival(level) for level in range(1, depth + 1))
+
+    def extrapolated(self, depth: int) -> bool:
+        """Whether a tree this deep reaches below what was measured."""
+        return depth > self.depth
+
+
+def constant_survival(tau: float, depth: int) -> float:
+    """p in [0, 1] with 1 + p + ... + p^depth = tau.
+
+    Raises:
+        ConfigError: tau lies outside [1, depth + 1].
+    """
+    if depth < 1 or not 1 <= tau <= depth + 1:
+        raise ConfigError(
+            f"tau={tau:g}: a tree of depth {depth} gives 1 to {depth + 1} tokens a pass; set tau_depth to the depth "
+            "that tau was measured at"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if sum(middle**level for level in range(depth + 1)) < tau:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

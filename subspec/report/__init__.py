@@ -1,0 +1,17 @@
+"""Reports: the records of any number of runs as tables and pictures.
+
+``python -m subspec.report FOLDER...`` reads every run below the folders and writes REPORT.md, CSV tables and plots.
+Every figure is computed from the records (see :mod:`subspec.tracking.metrics`), so that unfinished sweeps have
+reports too. As a library::
+
+    from subspec.report import write_report
+
+    report = write_report([Path("multirun/2026-01-31/12-00-00")], out=Path("report"), baseline="none")
+    report.page, report.rows[0].speed
+"""
+
+from subspec.report.collect import RunData, State, collect
+from subspec.report.rows import Row, make_rows
+from subspec.report.write import Report, write_report
+
+__all__ = ["Report", "Row", "RunData", "State", "collect", "make_rows", "write_report"]

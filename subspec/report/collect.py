@@ -1,0 +1,233 @@
+"""Find runs below folders and read them, whatever state they are in.
+
+A report is wanted most while a sweep is still running or after it has broken, so nothing found in a run's folder
+is fatal: damaged lines, missing summaries and unreadable files are counted and said. Figures are always computed
+from the records; ``summary.json`` only tells whether the run came to its end.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from subspec.errors import SubspecError
+from subspec.resume import OVERRIDES
+from subspec.tracking.metrics import summarise
+from subspec.tracking.records import CONFIG, ENVIRONMENT, RECORDS, SUMMARY, read_records
+
+PLAN = "plan.json"
+FACTS = "facts.json"
+
+PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}
+"""Folders that hold no run folders of ours, and may hold very many files."""
+
+
+class State(StrEnum):
+    """How far a run came."""
+
+    finished = "finished"
+    unfinished = "unfinished"
+    empty = "nothing generated"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder as it was found.
+
+    Attributes:
+        folder: where it lies. name: its path below the folder that was searched.
+        config: the resolved configuration. overrides: as typed; None when the folder does not say.
+        facts: what actually ran. plan: the memory plan. environment: versions and hardware.
+        records: whole records, each turn once, and only such that figures can be computed from.
+        summary: of :func:`~subspec.tracking.metrics.summarise` over ``records``.
+        state: whether it came to its end.
+        damaged: lines of ``records.jsonl`` that are no records.
+        notes: what a reader should know about this run, one line each.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    overrides: tuple[str, ...] | None
+    facts: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any]
+    state: State
+    damaged: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def turns(self) -> list[Mapping[str, Any]]:
+        """The records that were generated; skipped prompts are left out."""
+        return [record for record in self.records if not record.get("skipped")]
+
+
+def collect(folders: Sequence[Path]) -> list[RunData]:
+    """Every run in or below ``folders``, each once, in the order of their paths.
+
+    Raises:
+        SubspecError: a folder does not exist, or there is no run in any of them.
+    """
+    found: dict[Path, RunData] = {}
+    for root in map(Path, folders):
+        if not root.is_dir():
+            raise SubspecError(
+                f"{root}: no such folder; give run folders, sweep folders, or any folder above them"
+            )
+        for folder in run_folders(root):
+            resolved = folder.resolve()
+            if resolved not in found:
+                found[resolved] = read_run(folder, _name(folder, root))
+    if not found:
+        shown = ", ".join(map(str, folders))
+        raise SubspecError(f"no run below {shown}: a run's folder holds {RECORDS} or {CONFIG}")
+    return list(found.values())
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Folders in or below ``root`` that hold a run; links are not followed."""
+    for place, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if name not in PASSED_OVER)
+        # A folder with a plan alone planned something (plan_only=true), it ran nothing.
+        if RECORDS in files or (CONFIG in files and (ENVIRONMENT in files or OVERRIDES in files)):
+            yield Path(place)
+
+
+def read_run(folder: Path, name: str | None = None) -> RunData:
+    """Read one run folder; never fails for what is in it."""
+    notes: list[str] = []
+    config = _mapping(folder / CONFIG, notes)
+    environment = _mapping(folder / ENVIRONMENT, notes)
+    facts = _mapping(folder / FACTS, notes, optional=True)
+    plan = _mapping(folder / PLAN, notes, optional=True)
+    records, damaged = _records(folder, notes)
+    records, broken = _usable(records)
+    if broken:
+        notes.append(f"{broken} record(s) lack fields that figures are computed from, and are left out")
+    if damaged:
+        notes.append(f"{damaged} damaged line(s) in {RECORDS} are left out")
+    written = _mapping(folder / SUMMARY, notes, optional=True)
+    if not config:
+        notes.append(f"no readable {CONFIG}: the method is told by the records alone")
+        config = _config_of(records)
+    summary = summarise(records)
+    if not summary["counts"]["turns"]:
+        state = State.empty
+    elif _is_whole(written, summary):
+        state = State.finished
+    else:
+        state = State.unfinished
+    return RunData(
+        folder=folder,
+        name=name or folder.name,
+        config=config,
+        overrides=_overrides(folder / OVERRIDES),
+        facts=facts or _nested(written, "run"),
+        plan=plan,
+        environment=environment,
+        records=tuple(records),
+        summary=summary,
+        state=state,
+        damaged=damaged,
+        notes=tuple(notes),
+    )
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; {} when it is not there or cannot be read."""
+    return _mapping(file, [], optional=True)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _name(folder: Path, root: Path) -> str:
+    below = folder.relative_to(root).as_posix()
+    return root.resolve().name if below == "." else f"{root.resolve().name}/{below}"
+
+
+def _mapping(file: Path, notes: list[str], *, optional: bool = False) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping; {} with a note when it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        if not optional:
+            notes.append(f"no {file.name}")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        notes.append(f"{file.name} cannot be read ({type(error).__name__})")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{file.name} cannot be read (it holds no mapping)")
+        return {}
+    return value
+
+
+def _records(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
+    if not (folder / RECORDS).exists():
+        return [], 0
+    try:
+        records, found = read_records(folder)
+    except SubspecError as error:
+        notes.append(str(error))
+        return [], 0
+    damaged = [note for note in found if " damaged line " in note or "half-written" in note]
+    notes += [note.rpartition(f"{RECORDS}: ")[2] for note in found if note not in damaged]
+    return records, len(damaged)
+
+
+def _usable(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Records that can be pooled, and how many cannot. A line may be JSON and still not be a record of ours."""
+    kept = [record for record in records if _poolable(record)]
+    return kept, len(records) - len(kept)
+
+
+def _poolable(record: Mapping[str, Any]) -> bool:
+    if record.get("skipped"):
+        return isinstance(record["skipped"], Mapping)
+    numbers = ("new_tokens", "verified_tokens", "iterations", "prefill_s", "decode_s")
+    if not all(isinstance(record.get(name), int | float) for name in numbers):
+        return False
+    try:
+        summarise([record])
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def _config_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What records themselves say of their configuration."""
+    if not records:
+        return {}
+    first = records[0]
+    groups = ("target", "draft", "benchmark")
+    return {name: {"name": first[name]} for name in groups if first.get(name)} | {"seed": first.get("seed")}
+
+
+def _is_whole(written: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
+    """Whether ``summary.json`` was written over the records that are there: a run that was resumed and killed again
+    still has its first summary."""
+    counts = _nested(written, "counts")
+    ours = summary["counts"]
+    return counts.get("turns") == ours["turns"] and counts.get("skipped") == ours["skipped"]
+
+
+def _overrides(file: Path) -> tuple[str, ...] | None:
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return tuple(map(str, value)) if isinstance(value, list) else None
+
+
+def _nested(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = mapping.get(name)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,382 @@
+"""The rows of a report: runs of one configuration pooled, with their speed-up over the baseline of their kind.
+
+Runs belong to one row when nothing differs that could change a record or a time: configuration (but for names of
+folders and loggers) and hardware. Several runs in a row are repeats; their totals are pooled and their spread shown.
+Rows compare with each other when they ran the same prompts of one target; a baseline is looked for among those.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from subspec.errors import SubspecError
+from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
+from subspec.report.collect import RunData
+from subspec.tracking.method import config_group, group_name, is_quantized, method_label
+from subspec.tracking.metrics import summarise
+from subspec.tracking.records import FREE_KEYS
+
+PLAIN = "none"
+"""The draft whose rows are the baseline when none is named."""
+
+NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}
+"""Keys of a configuration that do not make it another one."""
+
+SHOWN_DIFFERENCES = 3
+"""Keys that are added to labels which would be the same otherwise."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a row is compared with: the baseline's ``label``, the speed-up in decoding, what else differs."""
+
+    label: str
+    speedup: Interval | None
+    differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one machine.
+
+    Attributes:
+        experiment: config file it was started with; None without one.
+        target, benchmark, source: names; source is ``hub``, ``file`` or ``sample``.
+        method: label, see :func:`~subspec.tracking.method.method_label`; unique among rows that compare.
+        draft: name of the draft. bits: bits per weight of a quantized draft, scales included where known.
+        planted, sample: whether weights are planted, and prompts are the packaged samples.
+        device: GPU or CPU.
+        runs: the repeats, in the order they were found.
+        summary: over the records of all repeats.
+        speed: tokens/s with a bootstrap interval over samples; None when nothing was decoded.
+        by_sample: tokens and seconds by prompt, for comparing rows.
+        plain_bytes_per_pass: what a pass would stream uncoded; equal to the streamed bytes for plain weights.
+        baseline: None when there is nothing to compare with.
+    """
+
+    experiment: str | None
+    target: str
+    benchmark: str
+    source: str
+    method: str
+    draft: str
+    bits: float | None
+    nominal_bits: float | None
+    planted: bool
+    sample: bool
+    device: str
+    runs: tuple[RunData, ...]
+    summary: Mapping[str, Any]
+    speed: Interval | None
+    by_sample: Mapping[str, Speed]
+    plain_bytes_per_pass: float | None
+    baseline: Baseline | None = None
+
+    @property
+    def totals(self) -> Mapping[str, Any]:
+        """The pooled figures."""
+        return self.summary["totals"]
+
+    @property
+    def repeats(self) -> tuple[float, float] | None:
+        """Slowest and fastest repeat in tokens/s; None with one run."""
+        speeds = [run.summary["totals"]["tokens_per_s"] for run in self.runs if run.turns]
+        known = [speed for speed in speeds if speed is not None]
+        return (min(known), max(known)) if len(self.runs) > 1 and known else None
+
+    @property
+    def iteration(self) -> dict[str, float] | None:
+        """Seconds per iteration by phase: ``draft``, ``target``, ``other``; None without iterations.
+
+        ``target`` is the target's pass with verification; ``other`` is what neither of the two clocks counted.
+        """
+        totals = self.totals
+        count = totals["iterations"]
+        if not count:
+            return None
+        draft, target = totals["draft_s"] / count, totals["verify_s"] / count
+        return {
+            "draft": draft,
+            "target": target,
+            "other": max(totals["decode_s"] / count - draft - target, 0.0),
+        }
+
+    @property
+    def ceilings(self) -> list[tuple[str, float]]:
+        """(what crosses the link, seconds per pass at the measured bandwidth); empty without a measured link."""
+        streamed, link = self.totals["bytes_per_pass"], self.totals["link_gb_per_s"]
+        if isinstance(streamed, list) or isinstance(link, list) or not streamed or not link:
+            return []
+        plain = self.plain_bytes_per_pass
+        if plain is None or plain <= streamed * 1.005:
+            return [("plain weights", streamed / (link * 1e9))]
+        return [("coded weights", streamed / (link * 1e9)), ("plain weights", plain / (link * 1e9))]
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Rows of one place ran the same prompts of the same target."""
+        return self.target, self.benchmark, self.source
+
+
+def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
+    """Rows of all runs that generated anything, and notes about comparing them.
+
+    Args:
+        runs: what was collected.
+        baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
+
+    Raises:
+        SubspecError: a baseline was named and no row is it, or several rows of one place are.
+    """
+    groups: dict[str, list[RunData]] = defaultdict(list)
+    for run in runs:
+        if run.turns:
+            groups[_identity(run)].append(run)
+    rows = _unique_labels([_row(members) for members in groups.values()])
+    rows.sort(key=lambda row: (row.place, row.draft != PLAIN, row.experiment or "", row.method))
+    return _compared(rows, baseline)
+
+
+# ---------------------------------------------------------------------------------------------- grouping
+
+
+def device_name(run: RunData) -> str:
+    """The GPU's name, or the CPU's with its threads; ``unknown`` when the folder does not say."""
+    hardware = run.environment.get("hardware")
+    hardware = hardware if isinstance(hardware, Mapping) else {}
+    gpu = hardware.get("gpu")
+    if run.summary["context"]["device"] == "cuda" and isinstance(gpu, Mapping):
+        return str(gpu.get("name") or "unknown GPU")
+    cpu = hardware.get("cpu")
+    threads = run.facts.get("torch_threads") or hardware.get("torch_threads")
+    return f"{cpu}, {threads} thread(s)" if cpu else "unknown"
+
+
+def _identity(run: RunData) -> str:
+    context = run.summary["context"]
+    parts = (group_name(run.config), _settings(run), context, device_name(run), run.facts.get("dtype"))
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _settings(run: RunData) -> dict[str, Any]:
+    """What makes a configuration another one, as ``dotted.key: value``; plain decoding has no quantizer or tree."""
+    kept = _kept(run.config)
+    if config_group(run.config, "draft").get("name") != PLAIN:
+        return kept
+    return {key: value for key, value in kept.items() if not key.startswith(("quant.", "tree."))}
+
+
+def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """The configuration as ``dotted.key: value``, without what makes no difference."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        path = f"{key}.{name}" if key else str(name)
+        if path in NOT_COMPARED:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _kept(value, path)
+        else:
+            flat[path] = value
+    return flat
+
+
+def _row(runs: Sequence[RunData]) -> Row:
+    first = runs[0]
+    records = [record for run in runs for record in run.records]
+    summary = summarise(records)
+    context = summary["context"]
+    by_sample = _by_sample(records)
+    substitute = first.facts.get("substitute")
+    nominal = config_group(first.config, "quant").get("bits")
+    nominal = nominal if is_quantized(first.config, first.facts) else None
+    return Row(
+        experiment=group_name(first.config),
+        target=_text(context["target"]),
+        benchmark=_text(context["benchmark"]),
+        source=_text(context["source"]),
+        method=method_label(first.config, first.facts),
+        draft=_text(context["draft"]),
+        bits=substitute.get("bits_per_weight") if isinstance(substitute, Mapping) else None,
+        nominal_bits=nominal if isinstance(nominal, int | float) else None,
+        planted=True in _values(context["planted"]),
+        sample="sample" in _values(context["source"]),
+        device=device_name(first),
+        runs=tuple(runs),
+        summary=summary,
+        speed=speed_interval(by_sample),
+        by_sample=by_sample,
+        plain_bytes_per_pass=_plain_bytes(first),
+    )
+
+
+def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
+    """Tokens and seconds of every prompt over all its turns (and repeats), by its name and text."""
+    digests: dict[str, Any] = {}
+    for record in records:
+        if not record.get("turn"):
+            digests.setdefault(str(record.get("sample_id")), record.get("prompt_sha256"))
+    turns: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        if not record.get("skipped"):
+            sample = str(record.get("sample_id"))
+            turns[f"{sample} {digests.get(sample)}"].append(record)
+    return {
+        sample: (fsum(r["verified_tokens"] for r in own), fsum(r["decode_s"] for r in own))
+        for sample, own in turns.items()
+    }
+
+
+def _plain_bytes(run: RunData) -> float | None:
+    """Bytes that this run's streamed layers take uncoded, from its plan; None when there is no plan."""
+    plan = run.plan
+    try:
+        layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
+        plain_layer = plan["plain_bytes_per_pass"] / (layers - plan["plain_resident"])
+        return plain_layer * len(plan["streamed_layers"])
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _unique_labels(rows: list[Row]) -> list[Row]:
+    """Add what differs to labels that would be the same in one table."""
+    same: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        same[(row.place, row.experiment, row.method)].append(row)
+    unique = []
+    for members in same.values():
+        if len(members) == 1:
+            unique += members
+            continue
+        described = [{**_settings(row.runs[0]), "on": row.device} for row in members]
+        keys = sorted({key for one in described for key in one})
+        differing = [key for key in keys if len({repr(one.get(key)) for one in described}) > 1]
+        for number, (row, one) in enumerate(zip(members, described, strict=True), start=1):
+            shown = [f"{key}={one.get(key)}" for key in differing[:SHOWN_DIFFERENCES]] or [f"#{number}"]
+            unique.append(replace(row, method=f"{row.method} ({', '.join(shown)})"))
+    return unique
+
+
+# --------------------------------------------------------------------------------------------- comparing
+
+
+def _compared(rows: list[Row], baseline: str | None) -> tuple[list[Row], list[str]]:
+    notes: list[str] = []
+    chosen = [row for row in rows if _is_baseline(row, baseline)]
+    if baseline is not None and not chosen:
+        methods = sorted({row.draft for row in rows} | {row.method for row in rows})
+        raise SubspecError(
+            f"--baseline {baseline}: no such run; give a folder, or one of {'; '.join(methods) or '(no rows)'}"
+        )
+    compared: list[Row] = []
+    missing: set[tuple[str, str, str]] = set()
+    ambiguous: set[tuple[str, str, str]] = set()
+    for row in rows:
+        there = [other for other in chosen if other.place == row.place]
+        closest = _closest(row, there)
+        if len(closest) > 1 and baseline is not None:
+            labels = "; ".join(other.method for other in closest)
+            raise SubspecError(
+                f"--baseline {baseline}: {row.target} on {row.benchmark} has several such rows ({labels}): name one"
+            )
+        if len(closest) != 1:
+            (ambiguous if closest else missing).add(row.place)
+            compared.append(row)
+            continue
+        other = closest[0]
+        found = Baseline(other.method, None)
+        if other is not row:
+            speedup = speedup_interval(row.by_sample, other.by_sample)
+            found = Baseline(other.method, speedup, _differences(row, other))
+        compared.append(replace(row, baseline=found))
+    wanted = "run of plain decoding (draft=none)" if baseline is None else f"run of the baseline {baseline}"
+    notes += [
+        f"{target} on {benchmark}: no {wanted}, so no speed-up" for target, benchmark, _ in sorted(missing)
+    ]
+    notes += [
+        f"{target} on {benchmark}: several runs of plain decoding, none closest: name one with --baseline"
+        for target, benchmark, _ in sorted(ambiguous)
+    ]
+    return compared, notes
+
+
+def _is_baseline(row: Row, baseline: str | None) -> bool:
+    if baseline is None:
+        return row.draft == PLAIN
+    if baseline in (row.draft, row.method, row.experiment):
+        return True
+    folder = Path(baseline)
+    if not folder.is_dir():
+        return baseline in (run.name for run in row.runs)
+    place = folder.resolve()
+    return any(place in (own := run.folder.resolve()).parents or place == own for run in row.runs)
+
+
+def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
+    """Of several baselines, those most like the row: itself, then same experiment, device, offloading."""
+    if row in candidates:
+        return [row]
+    found = list(candidates)
+    for same in (
+        lambda other: other.device == row.device,
+        lambda other: _decoding(other) == _decoding(row),
+        lambda other: _offload(other) == _offload(row),
+        lambda other: other.experiment == row.experiment,
+    ):
+        narrowed = [other for other in found if same(other)]
+        found = narrowed or found
+    return found
+
+
+def _decoding(row: Row) -> Any:
+    return repr(row.runs[0].config.get("decoding"))
+
+
+def _offload(row: Row) -> Any:
+    offload = config_group(row.runs[0].config, "offload")
+    return offload.get("name"), offload.get("vram_gib")
+
+
+def _differences(row: Row, other: Row) -> tuple[str, ...]:
+    """What besides the method a reader of the speed-up must know of."""
+    pairs = {
+        "device": (row.device, other.device),
+        "seed": tuple(_text(one.summary["context"]["seed"]) for one in (row, other)),
+        "decoding": (_decoding(row), _decoding(other)),
+        "samples": tuple(one.summary["counts"]["samples"] for one in (row, other)),
+        "offloading": (_offload(row), _offload(other)),
+    }
+    named = {"decoding": "decoding settings", "offloading": "offloading or budget"}
+    return tuple(
+        f"{named[key]}" if key in named else f"{key}: {mine} against {theirs}"
+        for key, (mine, theirs) in pairs.items()
+        if mine != theirs
+    )
+
+
+def audit_text(row: Row) -> str:
+    """``passed: 640 exact, 2 near-ties (gap 0.06)``, ``FAILED: ...`` or ``not run``."""
+    audit = row.summary["audit"]
+    if not audit:
+        return "not run"
+    verdict = "FAILED" if audit["mismatch"] else "passed"
+    text = f"{verdict}: {audit['exact']} exact"
+    if audit["near_tie"]:
+        gap = f" (gap {audit['max_gap']:.2g})" if audit["max_gap"] is not None else ""
+        text += f", {audit['near_tie']} near-tie(s){gap}"
+    if audit["mismatch"]:
+        text += f", {audit['mismatch']} mismatch(es)"
+    if audit["turns"] < row.summary["counts"]["turns"]:
+        text += f"; {audit['turns']} of {row.summary['counts']['turns']} turns"
+    return text
+
+
+def _values(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(value: Any) -> str:
+    return "unknown" if value is None else ", ".join(map(str, _values(value)))

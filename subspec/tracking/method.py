@@ -1,0 +1,81 @@
+"""What a run is called among others: its method in a few words, and the group it belongs to.
+
+Tables, plots and Weights & Biases use the same words, so that a reader of one finds the row in the other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+QUANTIZED_DRAFTS = ("subspec",)
+"""Drafts that are made by the config group ``quant``, where a run's facts do not say whether one was."""
+
+
+def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
+    """Draft, quantizer, tree and offloading: ``subspec hqq4, beam 48x6, stream 8 GiB``.
+
+    Args:
+        config: the resolved configuration, as in ``config.yaml``; parts that are missing are left out.
+        facts: the run's ``facts.json``, which knows whether anything was quantized.
+    """
+    draft = config_group(config, "draft")
+    name = str(draft.get("name") or "unknown draft")
+    if name == "none":
+        parts = ["plain decoding"]
+    else:
+        quant = quant_label(config, facts)
+        parts = [f"{name} {quant}" if quant else name, _tree(config_group(config, "tree"))]
+    parts.append(_offload(config_group(config, "offload")))
+    if config_group(config, "decoding").get("name") == "sampling":
+        parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
+    return ", ".join(part for part in parts if part)
+
+
+def quant_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
+    """``hqq4``; empty when nothing is quantized."""
+    if not is_quantized(config, facts):
+        return ""
+    quant = config_group(config, "quant")
+    name, bits = quant.get("name"), quant.get("bits")
+    if name in (None, "none"):
+        return ""
+    return f"{name}{_number(bits)}" if bits is not None else str(name)
+
+
+def is_quantized(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> bool:
+    """Whether the draft is a quantized model."""
+    if facts and "substitute" in facts:
+        return facts["substitute"] is not None
+    return config_group(config, "draft").get("name") in QUANTIZED_DRAFTS
+
+
+def group_name(config: Mapping[str, Any]) -> str | None:
+    """The experiment a run belongs to; None when it was started without one."""
+    experiment = config.get("experiment")
+    return str(experiment) if experiment else None
+
+
+def config_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A group of a configuration; empty when a file that somebody has edited holds something else there."""
+    group = config.get(name)
+    return group if isinstance(group, Mapping) else {}
+
+
+def _tree(tree: Mapping[str, Any]) -> str:
+    name, depth, width = tree.get("name"), tree.get("depth"), tree.get("width")
+    if not name:
+        return ""
+    size = f"{depth}" if name == "chain" or width is None else f"{depth}x{width}"
+    ahead = f" + {tree['ahead']} ahead" if tree.get("ahead") else ""
+    return f"{name} {size}{ahead}"
+
+
+def _offload(offload: Mapping[str, Any]) -> str:
+    name = offload.get("name")
+    if name in (None, "none"):
+        return ""
+    vram = offload.get("vram_gib")
+    return f"{name} {_number(vram)} GiB" if vram is not None else str(name)
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

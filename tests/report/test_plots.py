@@ -1,0 +1,136 @@
+"""What the pictures say, read off matplotlib's own objects."""
+
+import pytest
+
+from subspec.report.collect import collect
+from subspec.report.plots import (
+    DRAWINGS,
+    PALETTE,
+    PLANTED,
+    SAMPLE,
+    acceptance,
+    roofline,
+    save,
+    speed,
+    tau_by_bits,
+    time_split,
+)
+from subspec.report.rows import make_rows
+from subspec.tracking.metrics import LinkInfo
+
+from .runs import config_of, plain_run, turns, write_run
+
+LABELS = {
+    "speed": ("decoding speed (tokens/s)", None),
+    "acceptance": ("depth (draft tokens)", "accepted / drafted"),
+    "tau_by_bits": ("bits per weight", "tau (tokens per target pass)"),
+    "time_split": ("milliseconds per iteration", None),
+    "roofline": ("tau (tokens per target pass)", "decoding speed (tokens/s)"),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["real", "planted"])
+def rows(request, tmp_path):
+    """Two methods at two widths of bits and plain decoding, streamed over a link."""
+    planted = request.param
+    options = {
+        "planted": planted,
+        "source": "sample" if planted else "hub",
+        "link": LinkInfo(50.0, 5_000_000_000),
+    }
+    plain_run(tmp_path / "plain", **options)
+    for bits, tau in ((4, 3), (3, 2)):
+        quant = {"name": "hqq", "bits": bits}
+        write_run(tmp_path / str(bits), turns([30.0, 20.0], tau=tau, **options), config_of(quant=quant))
+    return make_rows(collect([tmp_path]))[0]
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+@pytest.mark.parametrize("name", list(DRAWINGS))
+def test_every_picture_has_titles_labels_units_and_what_must_be_said(rows, name):
+    figure = DRAWINGS[name](rows)
+    assert figure.get_suptitle()
+    horizontal, vertical = LABELS[name]
+    last = figure.axes[-1]
+    assert last.get_xlabel().startswith(horizontal)
+    if vertical:
+        assert last.get_ylabel().startswith(vertical)
+    said = " ".join(texts(figure))
+    assert (PLANTED in said) == rows[0].planted
+    assert (SAMPLE in said) == rows[0].sample
+    if rows[0].planted:
+        assert all("(PLANTED)" in axis.get_title("left") + axis.get_title() for axis in figure.axes)
+
+
+def test_bars_are_as_long_as_speeds_with_whiskers_to_the_interval(rows):
+    (axis,) = speed(rows).axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([row.speed.value for row in rows])
+    assert [label.get_text() for label in axis.get_yticklabels()] == [row.method for row in rows]
+    ends = [segment for lines in axis.collections for segment in lines.get_segments()]
+    assert [(low[0], high[0]) for low, high in ends] == [
+        pytest.approx((row.speed.low, row.speed.high)) for row in rows
+    ]
+
+
+def test_the_phases_of_an_iteration_add_up(rows):
+    (axis,) = time_split(rows).axes
+    bars = [bar.get_width() for bar in axis.patches]
+    for row, phases in zip(rows, zip(bars[::3], bars[1::3], bars[2::3], strict=True), strict=True):
+        assert sum(phases) == pytest.approx(1e3 * row.totals["decode_s"] / row.totals["iterations"])
+
+
+def test_acceptance_curves_are_the_rates(rows):
+    (axis,) = acceptance(rows).axes
+    drafted = [row for row in rows if row.draft != "none"]
+    for line, row in zip(axis.lines, drafted, strict=True):
+        assert list(line.get_ydata()) == row.totals["accept_rate_by_depth"]
+        assert line.get_label() == row.method
+        assert line.get_color() in PALETTE
+
+
+def test_tau_over_bits_is_one_line_per_tree(rows):
+    (axis,) = tau_by_bits(rows).axes
+    (line,) = axis.lines
+    assert list(line.get_xdata()) == [3, 4]
+    assert list(line.get_ydata()) == pytest.approx([2.0, 3.0])
+    assert axis.get_xlabel() == "bits per weight (nominal)"
+
+
+def test_the_ceiling_has_the_slope_of_the_link(rows):
+    (axis,) = roofline(rows).axes
+    ceiling = next(line for line in axis.lines if str(line.get_label()).startswith("ceiling"))
+    (x0, x1), (y0, y1) = ceiling.get_xdata(), ceiling.get_ydata()
+    assert (y1 - y0) / (x1 - x0) == pytest.approx(50.0 / 5.0)
+    assert ceiling.get_label() == "ceiling, plain weights: 100 ms a pass"
+
+
+def test_a_legend_and_the_footnote_have_room_of_their_own(rows):
+    for name, draw in DRAWINGS.items():
+        figure = draw(rows)
+        figure.draw_without_rendering()
+        boxes = [legend.get_window_extent() for legend in figure.legends]
+        boxes += [text.get_window_extent() for text in figure.texts if "prompts" in text.get_text()]
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[index + 1 :]), name
+            for axis in figure.axes:
+                assert not box.overlaps(axis.get_tightbbox()), name
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    plain_run(tmp_path / "plain")
+    rows, _ = make_rows(collect([tmp_path]))
+    drawn = {name for name, draw in DRAWINGS.items() if draw(rows) is not None}
+    assert drawn == {"speed", "time_split"}
+    assert all(draw([]) is None for draw in DRAWINGS.values())
+
+
+def test_files_are_pictures_and_repeatable(rows, tmp_path):
+    first = [file.read_bytes() for file in save(speed(rows), tmp_path / "one")]
+    again = [file.read_bytes() for file in save(speed(rows), tmp_path / "two")]
+    assert first[0].startswith(b"\x89PNG")
+    assert b"<svg" in first[1]
+    assert b"decoding speed (tokens/s)" in first[1], "text stays text"
+    assert first[1] == again[1]

@@ -1,0 +1,170 @@
+import pytest
+
+from subspec.errors import SubspecError
+from subspec.report.collect import collect
+from subspec.report.rows import audit_text, make_rows
+from subspec.tracking.metrics import LinkInfo
+
+from .runs import config_of, plain_run, turns, write_run
+
+OURS, PLAIN = (30.0, 20.0, 24.0), (10.0, 8.0, 12.0)
+
+
+def rows_of(folder, baseline=None):
+    rows, notes = make_rows(collect([folder]), baseline)
+    return {row.method: row for row in rows}, notes
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A run and its plain decoding, on the same prompts."""
+    plain_run(tmp_path / "plain", PLAIN)
+    write_run(tmp_path / "ours", turns(OURS), facts={"substitute": {"bits_per_weight": 4.5}})
+    return tmp_path
+
+
+def test_figures_recomputed_from_the_records(pair):
+    rows, notes = rows_of(pair)
+    assert notes == []
+    ours = rows["subspec hqq4, beam 3x2"]
+    passes = [10, 11, 12]
+    tokens = [3 * count for count in passes]
+    seconds = [count / speed for count, speed in zip(tokens, OURS, strict=True)]
+    total = sum(tokens) / sum(seconds)
+    assert ours.speed.value == pytest.approx(total) == pytest.approx(ours.totals["tokens_per_s"])
+    assert ours.totals["tau"] == pytest.approx(3.0)
+    plain_total = sum(passes) / sum(count / speed for count, speed in zip(passes, PLAIN, strict=True))
+    assert ours.baseline.label == "plain decoding"
+    assert ours.baseline.speedup.value == pytest.approx(total / plain_total)
+    assert ours.baseline.speedup.paired
+    assert ours.baseline.differences == ()
+    assert rows["plain decoding"].baseline.speedup is None
+    assert ours.iteration == pytest.approx(
+        {
+            "draft": 0.25 * sum(seconds) / 33,
+            "target": 0.5 * sum(seconds) / 33,
+            "other": 0.25 * sum(seconds) / 33,
+        }
+    )
+    assert (ours.bits, ours.nominal_bits) == (4.5, 4)
+    assert (ours.planted, ours.sample) == (False, False)
+
+
+def test_repeats_are_pooled_and_shown(tmp_path):
+    write_run(tmp_path / "first", turns([10.0, 10.0]), config_of(run_dir="a", logger={"name": "wandb"}))
+    write_run(tmp_path / "second", turns([20.0, 20.0]), config_of(run_dir="b"))
+    ((row,), _) = make_rows(collect([tmp_path]))
+    assert len(row.runs) == 2
+    assert row.repeats == pytest.approx((10.0, 20.0))
+    assert row.speed.value == pytest.approx(2 / (1 / 10 + 1 / 20)), "all tokens over all seconds"
+    assert row.speed.samples == 2, "the same prompt twice is one sample"
+
+
+def test_other_settings_and_other_machines_are_other_rows_with_other_names(tmp_path):
+    write_run(tmp_path / "0", turns([10.0]))
+    write_run(tmp_path / "1", turns([10.0]), config_of(draft={"name": "subspec", "temperature": 1.0}))
+    write_run(tmp_path / "2", turns([10.0], device="cuda"), gpu="H200")
+    rows, _ = rows_of(tmp_path)
+    assert len(rows) == 3
+    assert any("draft.temperature=1.0" in method for method in rows)
+    assert any("on=H200" in method for method in rows)
+
+
+def test_plain_decoding_does_not_depend_on_a_quantizer_it_does_not_have(tmp_path):
+    for bits in (4, 3):
+        plain_run(tmp_path / str(bits), config=config_of("none", quant={"name": "hqq", "bits": bits}))
+    ((row,), _) = make_rows(collect([tmp_path]))
+    assert len(row.runs) == 2
+    assert row.nominal_bits is None
+
+
+def test_only_the_same_prompts_of_the_same_target_compare(tmp_path):
+    plain_run(tmp_path / "plain", benchmark="aime")
+    plain_run(tmp_path / "sample", source="sample")
+    write_run(tmp_path / "ours", turns(OURS))
+    write_run(tmp_path / "theirs", turns(OURS, benchmark="aime", target="another"))
+    rows, notes = make_rows(collect([tmp_path]))
+    assert [row.baseline for row in rows if row.draft == "subspec"] == [None, None]
+    assert notes == [
+        "another on aime: no run of plain decoding (draft=none), so no speed-up",
+        "some_target on gsm8k: no run of plain decoding (draft=none), so no speed-up",
+    ]
+
+
+@pytest.mark.parametrize("name", ["subspec", "subspec hqq4, beam 3x2", "folder", "run"])
+def test_a_baseline_by_draft_label_folder_or_name(pair, name):
+    named = {"folder": str(pair / "ours"), "run": f"{pair.name}/ours"}.get(name, name)
+    rows, _ = rows_of(pair, named)
+    assert rows["plain decoding"].baseline.label == "subspec hqq4, beam 3x2"
+    assert rows["plain decoding"].baseline.speedup.value < 1
+
+
+def test_a_baseline_that_is_not_there_or_is_several(pair):
+    with pytest.raises(SubspecError, match=r"--baseline nope: no such run; give a folder, or one of none; "):
+        rows_of(pair, "nope")
+    for temperature in (0.5, 1.0):
+        draft = {"name": "subspec", "temperature": temperature}
+        write_run(pair / str(temperature), turns(OURS), config_of(draft=draft))
+    with pytest.raises(SubspecError, match="has several such rows"):
+        rows_of(pair, "subspec")
+
+
+def test_the_closest_plain_run_is_the_baseline(tmp_path):
+    stream = {"name": "stream", "vram_gib": 8.0}
+    plain_run(tmp_path / "whole")
+    plain_run(tmp_path / "streamed", config=config_of("none", offload=stream))
+    write_run(tmp_path / "ours", turns(OURS), config_of(offload=stream))
+    rows, _ = rows_of(tmp_path)
+    assert rows["subspec hqq4, beam 3x2, stream 8 GiB"].baseline.label == "plain decoding, stream 8 GiB"
+
+
+def test_what_else_differs_from_the_baseline_is_said(tmp_path):
+    plain_run(tmp_path / "plain", PLAIN[:2], config=config_of("none", decoding={"name": "sampling"}))
+    write_run(tmp_path / "ours", turns(OURS, device="cuda"), gpu="H200")
+    rows, _ = rows_of(tmp_path)
+    said = rows["subspec hqq4, beam 3x2"].baseline.differences
+    assert said == ("device: H200 against a CPU, 2 thread(s)", "decoding settings", "samples: 3 against 2")
+
+
+def test_planted_and_sample_are_flagged(tmp_path):
+    write_run(tmp_path / "run", turns([10.0], planted=True, source="sample"))
+    ((row,), _) = make_rows(collect([tmp_path]))
+    assert (row.planted, row.sample) == (True, True)
+
+
+def test_ceilings_of_plain_and_of_coded_weights(tmp_path):
+    link = LinkInfo(50.0, 5_000_000_000)
+    plan = {
+        "resident_layers": [1],
+        "streamed_layers": [0, 2],
+        "plain_bytes_per_pass": 12e9,
+        "plain_resident": 0,
+    }
+    write_run(tmp_path / "coded", turns([10.0], link=link), plan=plan)
+    write_run(tmp_path / "plain", turns([10.0], link=link), config_of(seed=1))
+    rows, _ = make_rows(collect([tmp_path]))
+    ceilings = {row.runs[0].folder.name: row.ceilings for row in rows}
+    assert ceilings["plain"] == [("plain weights", pytest.approx(0.1))]
+    # Two of three layers stream, each 4 GB uncoded.
+    assert ceilings["coded"] == [
+        ("coded weights", pytest.approx(0.1)),
+        ("plain weights", pytest.approx(8 / 50)),
+    ]
+
+
+def test_audits(tmp_path):
+    good = {"exact": 30, "near_tie": 2, "mismatch": 0, "max_gap": 0.06, "margin": 0.5}
+    write_run(tmp_path / "good", turns([10.0], audit=good))
+    write_run(tmp_path / "bad", turns([10.0], audit={**good, "mismatch": 1}), config_of(seed=1))
+    write_run(tmp_path / "none", turns([10.0]), config_of(seed=2))
+    texts = {row.runs[0].folder.name: audit_text(row) for row in make_rows(collect([tmp_path]))[0]}
+    assert texts["good"] == "passed: 30 exact, 2 near-tie(s) (gap 0.06)"
+    assert texts["bad"] == "FAILED: 30 exact, 2 near-tie(s) (gap 0.06), 1 mismatch(es)"
+    assert texts["none"] == "not run"
+
+
+def test_an_edited_configuration_does_not_end_the_report(tmp_path):
+    broken = config_of() | {"draft": None, "tree": "beam", "quant": 3, "offload": []}
+    write_run(tmp_path / "run", turns([10.0]), broken)
+    ((row,), _) = make_rows(collect([tmp_path]))
+    assert row.method == "unknown draft"

@@ -1,0 +1,163 @@
+"""The whole report, as a user and as a sweep ask for it."""
+
+import csv
+import re
+
+import pytest
+
+from subspec.errors import SubspecError
+from subspec.report import write_report
+from subspec.report.__main__ import main
+
+from .runs import config_of, plain_run, turns, write_run
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Plain decoding and a substitute on planted weights and sample prompts, and a run that has not finished."""
+    options = {"planted": True, "source": "sample"}
+    plain_run(tmp_path / "sweep" / "0", **options)
+    write_run(tmp_path / "sweep" / "1", turns([30.0, 20.0, 24.0], **options))
+    tree = {"name": "chain", "depth": 8}
+    unfinished = write_run(
+        tmp_path / "sweep" / "2", turns([5.0], **options), config_of(tree=tree), finished=False
+    )
+    with (unfinished / "records.jsonl").open("a") as file:
+        file.write('{"sample_id": "s1", "tu')
+    return tmp_path / "sweep"
+
+
+def cells(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_partial_sweep(sweep, tmp_path):
+    report = write_report([sweep], tmp_path / "out", baseline="none")
+    assert report.folder == tmp_path / "out"
+    assert [file.name for file in report.tables] == ["methods.csv", "acceptance.csv", "runs.csv"]
+    page = report.page.read_text(encoding="utf-8")
+    assert page.startswith("# Report (planted weights and sample prompts)")
+    assert "> **Planted weights: " in page
+    assert "> **Packaged sample prompts, not the benchmark" in page
+    assert "3 runs (2 finished, 1 unfinished) in 3 rows." in page
+    assert "1 of 3 runs are unfinished" in page
+    assert "1 damaged record line(s) are left out" in page
+    assert "sweep/2: 1 damaged line(s)" in page
+    rows = re.findall(r"^\| (?:plain|subspec).*$", page, re.MULTILINE)
+    assert len(rows) == 3
+    assert all("**PLANTED**" in row and "*sample prompts*" in row for row in rows)
+    assert sum("(1 unfinished)" in row for row in rows) == 1
+    assert all(
+        mark in page for mark in ("`draft=subspec quant.bits=4`", "torch=2.0", "a CPU, 2 thread(s)", "f" * 12)
+    )
+
+
+def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
+    write_report([sweep], tmp_path / "out")
+    methods = {row["method"]: row for row in cells(tmp_path / "out" / "methods.csv")}
+    ours, plain = methods["subspec hqq4, beam 3x2"], methods["plain decoding"]
+    tokens, speeds = [30, 33, 36], [30.0, 20.0, 24.0]
+    total = sum(tokens) / sum(count / speed for count, speed in zip(tokens, speeds, strict=True))
+    assert float(ours["tokens_per_s"]) == pytest.approx(total)
+    assert float(ours["tokens_per_s_mean"]) == pytest.approx(sum(speeds) / 3)
+    assert float(ours["tau"]) == 3.0
+    assert float(ours["speedup"]) == pytest.approx(total / float(plain["tokens_per_s"]))
+    assert float(ours["speedup_low"]) <= float(ours["speedup"]) <= float(ours["speedup_high"])
+    assert ours["speedup_paired"] == "True"
+    assert (ours["planted_weights"], ours["sample_prompts"]) == ("True", "True")
+    assert (plain["speedup"], plain["baseline"]) == ("", "plain decoding")
+    assert float(ours["peak_ram_gib"]) == 3.0
+    curve = [row for row in cells(tmp_path / "out" / "acceptance.csv") if row["method"] == ours["method"]]
+    assert [float(row["accept_rate"]) for row in curve] == pytest.approx([1.0, 27 / 33, 16 / 33])
+    runs = cells(tmp_path / "out" / "runs.csv")
+    assert [row["state"] for row in runs] == ["finished", "finished", "unfinished"]
+    assert runs[2]["damaged_lines"] == "1"
+
+
+def test_every_picture_on_the_page_is_there(sweep, tmp_path):
+    report = write_report([sweep], tmp_path / "out")
+    page = report.page.read_text(encoding="utf-8")
+    named = re.findall(r"\]\((plots/[^)]+)\)", page)
+    assert len(named) == 2 * len(report.plots)
+    assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in named)
+    assert "- roofline: no run streams weights" in page
+
+
+def test_a_report_is_replaced_with_what_it_no_longer_has(sweep, tmp_path):
+    write_report([sweep], tmp_path / "out")
+    assert (tmp_path / "out" / "plots" / "acceptance.png").exists()
+    write_report([sweep / "0"], tmp_path / "out")
+    assert not (tmp_path / "out" / "plots" / "acceptance.png").exists()
+    assert "plots/acceptance" not in (tmp_path / "out" / "REPORT.md").read_text()
+
+
+def test_a_sweep_that_has_only_begun(tmp_path):
+    write_run(tmp_path / "0", [], finished=False)
+    report = write_report([tmp_path], tmp_path / "out")
+    page = report.page.read_text()
+    assert "1 of 1 runs have generated nothing yet" in page
+    assert "No run has generated anything yet." in page
+    assert report.plots == {}
+
+
+def test_rows_of_real_weights_and_prompts_carry_no_mark(tmp_path):
+    write_run(tmp_path / "real", turns([10.0, 12.0]))
+    write_run(
+        tmp_path / "planted",
+        turns([10.0], planted=True, target="planted_x"),
+        config_of(target={"name": "planted_x"}),
+    )
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert page.startswith("# Report (in part planted weights)")
+    marked = [line for line in page.splitlines() if line.startswith("| subspec")]
+    assert ["**PLANTED**" in line for line in marked] == [True, False]
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return stop.value.code, output.out, output.err
+
+
+def test_the_command_line(sweep, tmp_path, capsys):
+    code, out, err = run(capsys, sweep)
+    assert (code, err) == (0, "")
+    assert f"report: {sweep / 'report' / 'REPORT.md'}" in out
+    assert "3 runs in 3 rows (3 of planted weights, 3 of sample prompts)" in out
+    assert "note: 1 of 3 runs are unfinished" in out
+    again = run(capsys, sweep, "--out", tmp_path / "out", "--baseline", "subspec hqq4, beam 3x2")
+    assert again[0] == 0
+    assert "3 runs" in again[1], "a report is no run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ([], 2, "the following arguments are required: FOLDER"),
+        (["--nonsense", "x"], 2, "unrecognized arguments: --nonsense"),
+        (["missing"], 1, "missing: no such folder"),
+        (["SWEEP", "--baseline", "nope"], 1, "--baseline nope: no such run"),
+        (["SWEEP", "--out", "FILE/below"], 1, "cannot write .*choose another folder with --out"),
+    ],
+)
+def test_failures_are_one_line(sweep, tmp_path, capsys, arguments, code, line):
+    (tmp_path / "file").write_text("in the way")
+    places = {"SWEEP": str(sweep), "FILE/below": str(tmp_path / "file" / "below")}
+    ended, _, err = run(capsys, *[places.get(argument, argument) for argument in arguments])
+    assert ended == code
+    assert len(err.splitlines()) == 1
+    assert re.search(f"^error: {line}", err), err
+
+
+def test_help_is_in_the_users_words(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "--baseline" in out
+    assert "python -m subspec.report multirun" in out
+
+
+def test_a_library_call_refuses_like_the_command(tmp_path):
+    with pytest.raises(SubspecError, match="no run below"):
+        write_report([tmp_path], tmp_path / "out")
