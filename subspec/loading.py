@@ -9,12 +9,19 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.assemble import Assembly, assemble, assemble_streamed, build_sampling
-from subspec.config import AccelerateOffloadConfig, Config, NoDraftConfig, StreamOffloadConfig
+from subspec.config import (
+    AccelerateOffloadConfig,
+    Config,
+    Eagle2DraftConfig,
+    NoDraftConfig,
+    StreamOffloadConfig,
+)
 from subspec.decoding.engine import Engine
 from subspec.errors import ConfigError
 from subspec.offload.plan import Plan, plan_run
 from subspec.offload.plan_table import plan_table
 from subspec.targets import Target, load_target, open_source, resolve_dtype
+from subspec.targets.console import Note
 from subspec.targets.source import LayerSource
 from subspec.tracking.console import RunConsole
 from subspec.tracking.metrics import LinkInfo
@@ -77,6 +84,21 @@ def check_offload(config: Config, device: torch.device) -> None:
             f"offload={offload.name} needs a CUDA device, and this run is on the {device.type}: set offload=none, or "
             "plan_only=true with offload=stream to see the plan without one"
         )
+
+
+def check_draft(config: Config, model: PretrainedConfig, note: Note) -> None:
+    """What the draft's own files rule out, before the target's weights are fetched or read.
+
+    Args:
+        model: the target's transformers configuration.
+
+    Raises:
+        SubspecError: in one line with the remedy.
+    """
+    if isinstance(config.draft, Eagle2DraftConfig):
+        from subspec.drafts.eagle_checkpoint import head_shape, locate_for
+
+        head_shape(locate_for(config.draft, config.target, note), model.hidden_size, config.target.name)
 
 
 def plan_for(config: Config, model: PretrainedConfig, device: torch.device | None) -> Plan:

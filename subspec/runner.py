@@ -21,7 +21,7 @@ from subspec.config import Config, Profile, StreamOffloadConfig, to_config, to_p
 from subspec.config_checks import check_against_target, check_config, check_keys, prompt_limit
 from subspec.decoding.audit import Auditor
 from subspec.errors import AuditError, SubspecError
-from subspec.loading import Loaded, check_offload, load, plan_for, print_plan
+from subspec.loading import Loaded, check_draft, check_offload, load, plan_for, print_plan
 from subspec.resume import store_overrides
 from subspec.targets import load_target_config, resolve_device
 from subspec.tracking.console import RunConsole, RunProgress
@@ -67,6 +67,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         _plan_only(config, model_config, device, run_dir, console)
         return None
     check_offload(config, device)
+    check_draft(config, model_config, console.note)
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
     facts = environment()

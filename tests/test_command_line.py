@@ -24,7 +24,7 @@ def own(tmp_path_factory):
 
 
 COMMAND_LINE = {
-    "unknown option": ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain"),
+    "unknown option": ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain, eagle2"),
     "misspelt option": ("quant=hqqq", r"quant=hqqq: no such option \(did you mean hqq\?\)"),
     "unknown experiment": ("experiment=unknown", r"experiment=unknown: no such option"),
     "unknown group": (
@@ -61,9 +61,9 @@ COMMAND_LINE = {
     "open bracket": ("tree.depth=[", r"tree\.depth=\[: not readable as KEY=VALUE; .* 'tree\.depth=\"\[\"'"),
     "group without option": (
         "tree=null",
-        r"tree=null: choose one of adaptive, beam, chain, or leave tree out",
+        r"tree=null: choose one of adaptive, beam, chain, eagle2, or leave tree out",
     ),
-    "number for a group": ("tree=3", r"tree=3: choose one of adaptive, beam, chain"),
+    "number for a group": ("tree=3", r"tree=3: choose one of adaptive, beam, chain, eagle2"),
     "removed key": ("~tree.depth", r"~tree\.depth: a key cannot be removed; .* tree\.depth=VALUE"),
     "removed group": ("~tree", r"tree is not set: give it as tree=VALUE"),
     "sweep without -m": ("draft=none,subspec", r"draft=none,subspec: several values make a sweep: add -m"),
@@ -128,7 +128,7 @@ def test_a_process_ends_with_the_line_and_the_status():
     process = command("tree=foo")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
-    assert err == "error: tree=foo: no such option; tree has adaptive, beam, chain\n"
+    assert err == "error: tree=foo: no such option; tree has adaptive, beam, chain, eagle2\n"
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -123,3 +123,52 @@ def test_an_interrupted_streamed_run_frees_the_device_and_resumes(tmp_path):
 def test_an_infeasible_budget_is_refused_before_loading(tmp_path):
     ran = cli(*TINY, "offload=stream", "offload.vram_gib=0.05", f"run_dir={tmp_path / 'run'}")
     ran.refused(2, r"offload\.vram_gib")
+
+
+SMALL = ["draft=small_model", "draft.path=planted:tiny_draft"]
+SKIP = ["draft=layer_skip"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        SMALL,
+        [*SMALL, "tree=chain"],
+        [*SMALL, "tree=adaptive"],
+        [*SMALL, "tree.ahead=8"],
+        [*SMALL, "decoding=sampling"],
+        SKIP,
+        [*SKIP, "tree=adaptive"],
+        [*SKIP, "tree.ahead=8"],
+        [*SKIP, "draft.keep=3"],
+        [*SKIP, "decoding=sampling"],
+    ],
+    ids=lambda extra: " ".join(extra),
+)
+def test_streamed_drafts_without_a_substitute_keep_their_budget_and_pass_the_audit(tmp_path, extra):
+    folder, budget = tmp_path / "run", 0.5
+    limits = ["decoding.max_new_tokens=60", "decoding.max_length=1024", "tree.depth=8"]
+    ran = cli(*TINY, *extra, *limits, "offload=stream", f"offload.vram_gib={budget}", "offload.resident_layers=4",
+              "audit=true", f"run_dir={folder}")  # fmt: skip
+    assert ran.code == 0, ran.err
+    summary = summary_of(folder)
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["audit"]["exact"] > 100
+    assert 0 < summary["peak_vram_gib"] <= budget
+    assert summary["totals"]["bytes_streamed"] > 0
+    facts = summary["run"]
+    assert facts["substitute"] is None  # nothing was quantized, whatever `quant` says
+    assert facts["draft"]["levels"] == "fused, bfloat16"
+    assert facts["graphs_captured"] >= 8
+    assert summary["totals"]["tau"] > 1.2
+
+
+@pytest.mark.parametrize("extra", [SMALL, [*SMALL, "draft.quantize=true"], SKIP], ids=lambda e: " ".join(e))
+def test_drafts_without_a_substitute_run_on_a_gpu_without_offloading(tmp_path, extra):
+    folder = tmp_path / "run"
+    ran = cli(*TINY, *extra, "audit=true", f"run_dir={folder}")
+    assert ran.code == 0, ran.err
+    summary = summary_of(folder)
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["run"]["draft"]["levels"] == "modules"
+    assert (summary["run"]["substitute"] is None) == ("draft.quantize=true" not in extra)

@@ -31,7 +31,13 @@ class Draft(Protocol):
         """``tokens`` int64 [c] were committed; ``features`` [c, hidden] are the target's final hidden states."""
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        """Logits [f, vocabulary] of the tokens that may follow the nodes ``frontier`` (int64 [f])."""
+        """Logits [f, vocabulary] of the tokens that may follow the nodes ``frontier`` (int64 [f]).
+
+        The frontier is the last level or, with some growths (``Growth.whole_levels``), a part of it in any order.
+        """
 
     def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
-        """The nodes ``path`` (int64 [n], root first) were accepted; ``features`` [n, hidden] belong to them."""
+        """The nodes ``path`` (int64 [n], root first) were accepted; ``features`` [n, hidden] belong to them.
+
+        A growth may have taken nodes out since they were drafted: ``Tree.drafted_number`` has their old numbers.
+        """

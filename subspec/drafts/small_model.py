@@ -26,6 +26,7 @@ from subspec.config import (
 from subspec.config_checks import MOVING_ROPE, rope_kind
 from subspec.errors import ConfigError, SubspecError
 from subspec.offload.layer_bytes import flat_layer
+from subspec.offload.sizes import ModelShapes
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.console import Note
 from subspec.targets.hub import locate
@@ -77,17 +78,31 @@ def load_small_config(config: Config) -> PretrainedConfig:
     Raises:
         SubspecError: anything the user can repair, in one line with the remedy.
     """
-    named = small_model_config(config)
-    key = (named.path, named.revision) if isinstance(named, HubTargetConfig) else ("", None)
-    return _read_config(*key) if key[0] else planted_config(named)  # type: ignore[arg-type]
+    return _read(small_model_config(config))[0]
+
+
+def small_shapes(config: Config) -> ModelShapes:
+    """What a plan counts the small model by."""
+    return _read(small_model_config(config))[1]
+
+
+def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelShapes]:
+    if isinstance(named, PlantedTargetConfig):
+        return _describe(named.shape, None, planted=True)
+    assert isinstance(named, HubTargetConfig)
+    return _describe(named.path, named.revision, planted=False)
 
 
 @functools.lru_cache(maxsize=8)
-def _read_config(path: str, revision: str | None) -> PretrainedConfig:
+def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelShapes]:
     """A plan is laid out many times over; the folder is looked up once."""
-    with _about_draft():
-        named = HubTargetConfig(name=path, path=path, revision=revision)
-        return check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
+    if planted:
+        model = planted_config(PlantedTargetConfig(name=path, shape=path))
+    else:
+        with _about_draft():
+            named = HubTargetConfig(name=path, path=path, revision=revision)
+            model = check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
+    return model, ModelShapes.of(model)
 
 
 def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, note: Note) -> LayerSource:

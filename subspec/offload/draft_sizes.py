@@ -72,7 +72,7 @@ class DraftSizes(Protocol):
     Attributes:
         forced: the target's layers that must be resident. forced_by: why, before "N layers" in a message.
         shared_rows: rows in the draft region of the target's KV cache; 0 for a draft with a cache of its own.
-        level: workspace of a draft level, logits included.
+        level: workspace of a draft level, logits included. captured: whether levels are captured as CUDA graphs.
         workspaces: what the draft holds while the target holds nothing (a pass over the prompt, for instance), by
             what it is; of these and the target's own passes only the largest counts.
     """
@@ -81,6 +81,7 @@ class DraftSizes(Protocol):
     forced_by: str
     shared_rows: int
     level: int
+    captured: bool
     workspaces: Mapping[str, int]
 
     def device(self, resident: int) -> list[Piece]:
@@ -104,6 +105,7 @@ class SubstitutePieces:
 
     workspaces: Mapping[str, int] = {}
     forced_by = "quant.skip_layers keeps"
+    captured = True
 
     def __init__(self, situation: Situation) -> None:
         shapes, quant = situation.shapes, situation.config.quant
@@ -143,14 +145,15 @@ class SmallModelPieces:
 
     forced: tuple[int, ...] = ()
     forced_by = ""
+    captured = True
     shared_rows = 0
 
     def __init__(self, situation: Situation) -> None:
         # Imported here: the small model's file knows how to fetch and load, which no plan needs otherwise.
         from subspec.drafts.own_cache import prompt_rows
-        from subspec.drafts.small_model import load_small_config
+        from subspec.drafts.small_model import small_shapes
 
-        model = ModelShapes.of(load_small_config(situation.config))
+        model = small_shapes(situation.config)
         target, width = situation.shapes, situation.width
         known = min(model.vocab, target.vocab)
         table = max(model.vocab, target.vocab) * model.hidden * DRAFT_ITEMSIZE
@@ -198,6 +201,7 @@ class LayerSkipPieces:
 
     workspaces: Mapping[str, int] = {}
     forced_by = "draft=layer_skip drafts with"
+    captured = True
 
     def __init__(self, situation: Situation) -> None:
         from subspec.drafts.layer_skip import chosen_layers, spread, usual_layers

@@ -27,6 +27,7 @@ class EaglePieces:
 
     forced: tuple[int, ...] = ()
     forced_by = ""
+    captured = False
     shared_rows = 0
 
     def __init__(self, situation: Situation) -> None:

@@ -185,6 +185,7 @@ class Layout:
         own_table = choice.embedding is Placement.device and not shapes.tied
         drafting = self.draft.device(resident) if self.draft is not None else []
         level = self.draft.level if self.draft is not None else 0
+        captured = self.draft is not None and self.draft.captured
         rounded = sum(piece.rounding for piece in drafting)
         vectors = layers * shapes.vector_sizes(itemsize) + [shapes.hidden * itemsize]
         target_rows = max(self.pass_rows, choice.chunk)
@@ -217,7 +218,11 @@ class Layout:
             ("KV cache", cache, f"{self.draft_rows} + {length} + {target_rows} rows"),
             ("tree", tree, _tree_note(self.nodes, self.capacity)),
             ("workspace", workspace, f"largest: {largest}"),
-            ("draft level", level + GRAPH_BYTES if level else 0, f"width {self.width}, CUDA graphs"),
+            (
+                "draft level",
+                level + GRAPH_BYTES * captured,
+                f"width {self.width}{', CUDA graphs' * captured}",
+            ),
             ("audit", audit, "its own cache and logits"),
             ("cuBLAS", LIBRARY_BYTES, "workspaces of two streams"),
             ("allocator", rounded + rounding(buffers) + ALLOCATOR_BYTES, "rounding, segments in part"),

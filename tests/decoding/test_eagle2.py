@@ -211,3 +211,13 @@ def test_levels_that_were_re_ranked_away_are_not_counted_as_drafted():
 def test_shapes_that_make_no_tree_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Eagle2(*arguments)
+
+
+def test_a_draft_of_captured_levels_refuses_a_part_of_one():
+    pytest.importorskip("triton")
+    from tests.decoding.test_reroot import fused_draft, model_of, random_tree
+
+    model = model_of("qwen2", CPU, vocab_size=640)
+    tree = random_tree(3, 0)
+    with pytest.raises(ValueError, match="1 of 3 nodes"):
+        fused_draft(model, CPU).expand(tree, tree.last_level[:1])

@@ -15,6 +15,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import PositionNoise, Sampling
 from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.own_cache import OwnCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from tests.helpers.drafts import engine_for
 from tests.helpers.eagle import SHAPES, eagle_engine, random_head
@@ -28,27 +29,35 @@ def model():
     return tiny_model("llama")  # real weights: only what the engine makes itself has to be fake
 
 
-def fake_engine(model, sampling):
+def fake_engine(model, sampling, own_cache=False):
     draft = SubstituteDraft(share_parameters(model))
-    return Engine(Decoder(model), draft, Beam(4, 3), sampling=sampling, max_length=64, prefill_chunk=8)
+    growth = Beam(4, 3)
+    if own_cache:
+        size = {"max_length": 64, "draft_rows": growth.draft_rows, "vocab_size": model.config.vocab_size}
+        draft = OwnCacheDraft(draft, draft.decoder, **size)
+    return Engine(Decoder(model), draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
 
 
+@pytest.mark.parametrize("own_cache", [False, True], ids=["shared cache", "own cache"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
-def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, monkeypatch):
+def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, own_cache, monkeypatch):
     # Fake tensors cannot draw with a generator; the real noise is covered by the test on a GPU below.
     monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        engine = fake_engine(model, sampling)
+        engine = fake_engine(model, sampling, own_cache)
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])
-        for _ in range(2):
+        for iteration in range(2):
             engine._draft(root, most_levels=10)
             hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
             assert hidden.shape == (13, 64)
             with pytest.raises((DataDependentOutputException, RuntimeError)):
                 verdict.read()  # the one read-back of an iteration; on fake tensors it has to fail
-            engine._commit(verdict, 3, engine.tree.levels, hidden)
+            # Once in the middle of the tree, once down to the level that the draft never ran.
+            engine._commit(verdict, 3 if iteration == 0 else 5, engine.tree.levels, hidden)
             root = verdict.bonus
-        assert engine.cache.length == 15
+        assert engine.cache.length == 17
+        if own_cache:
+            assert engine.draft.cache.length == 17
 
 
 @pytest.mark.parametrize("growth", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])

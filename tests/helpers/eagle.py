@@ -73,6 +73,7 @@ def published(
     prefix: str = "",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    std: float = 0.15,
     drop: tuple[str, ...] = (),
     extra: dict[str, Tensor] | None = None,
     **config: object,
@@ -85,7 +86,7 @@ def published(
         config: keys changed in the config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype) for name, tensor in random_head(shape, seed).state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in random_head(shape, seed, std).state_dict().items()}
     tensors["embed_tokens.weight"] = torch.randn(vocab_size, shape.hidden).to(dtype)
     tensors |= extra or {}
     tensors = {prefix + name: tensor for name, tensor in tensors.items() if name not in drop}

@@ -8,15 +8,24 @@ from subspec.config import (
     Config,
     DecodingConfig,
     HqqConfig,
+    LayerSkipDraftConfig,
     NoDraftConfig,
     NoLoggerConfig,
     PlantedTargetConfig,
     SamplingConfig,
+    SmallModelDraftConfig,
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
 from subspec.offload.plan import Plan, plan_run
 from subspec.targets.planted import SHAPES
+
+DRAFTS = {
+    "none": NoDraftConfig(name="none"),
+    "subspec": SubstituteDraftConfig(name="subspec"),
+    "small_model": SmallModelDraftConfig(name="small_model", path="planted:qwen2_5_1_5b"),
+    "layer_skip": LayerSkipDraftConfig(name="layer_skip"),
+}
 
 
 def settings(
@@ -33,7 +42,7 @@ def settings(
     lengths = decoding or {}
     return Config(
         target=PlantedTargetConfig(name="planted"),
-        draft=NoDraftConfig(name="none") if draft == "none" else SubstituteDraftConfig(name="subspec"),
+        draft=DRAFTS[draft],
         quant=HqqConfig(name="hqq", **(quant or {})),
         tree=BeamTreeConfig(name="beam", depth=tree[0], width=tree[1]),
         decoding=DecodingConfig(name="greedy", **lengths)

@@ -81,6 +81,41 @@ def test_without_a_draft_more_layers_are_resident():
     assert by_name(plan)["tree"] < 50
 
 
+def test_a_small_model_of_its_own_by_hand():
+    plan = planned(settings(8.0, "small_model", tree=(32, 6)))
+    found = by_name(plan)
+    linears = 2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536
+    vectors = 1536 + 2 * 256 + 2 * 1536  # q, k, v biases; two norms
+    layer = (linears + vectors) * 2
+    # The table is the head as well, with rows for all of the target's tokens.
+    assert found["small model"] == 28 * layer + 152064 * 1536 * 2 + 1536 * 2
+    drafted = 1 + 31 * 6
+    assert found["small model's KV"] == (drafted + 2048 + 256) * 28 * 2 * 2 * 128 * 2
+    assert (
+        found["KV cache"] == (2048 + max(256, plan.prefill_chunk)) * 28 * 2 * 4 * 128 * 2
+    )  # no draft region
+    assert plan.level_read_bytes == 28 * layer + 151936 * 1536 * 2
+    assert "substitute" not in found
+    assert len(plan.resident_layers) == 6
+    assert plan.plain_resident == 13
+
+
+def test_layers_that_draft_cost_a_level_and_no_weights():
+    plain, skipping = planned(settings(8.0, "none")), planned(settings(8.0, "layer_skip", tree=(32, 6)))
+    assert set(by_name(skipping)) == {*by_name(plain), "draft level"}
+    resident = skipping.resident_layers
+    assert len(resident) == 12
+    assert {0, 27} <= set(resident)
+    linears = 2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584
+    vectors = 3584 + 2 * 512 + 2 * 3584
+    assert skipping.level_read_bytes == 12 * (linears + vectors) * 2 + 152064 * 3584 * 2
+    everything = planned(settings(24.0, "layer_skip"))
+    assert everything.streamed_layers == ()  # then half of the layers draft
+    assert everything.level_read_bytes == 14 * (linears + vectors) * 2 + 152064 * 3584 * 2
+    with pytest.raises(ConfigError, match=r"resident_layers=1, but draft=layer_skip drafts with 2 layers"):
+        planned(settings(8.0, "layer_skip", resident_layers=1))
+
+
 def test_rows_are_padded_wherever_the_engine_pads_them():
     config = {"decoding": {"max_length": 48, "max_new_tokens": 8}}
     notes = {}
@@ -314,7 +349,7 @@ def planned_or_none(vram_mib: int, max_length: int, **options):
     length=st.integers(16, 16384),
     longer=st.integers(0, 16384),
     tree=st.tuples(st.integers(1, 64), st.integers(1, 12)),
-    draft=st.sampled_from(["subspec", "none"]),
+    draft=st.sampled_from(["subspec", "none", "small_model", "layer_skip"]),
     quant=st.sampled_from([{}, {"bits": 2}, {"modules": ["mlp"]}, {"skip_layers": [1, 4]}, {"bits": 8}]),
     ring=st.integers(1, 8),
 )

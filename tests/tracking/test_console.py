@@ -12,7 +12,7 @@ import pytest
 
 from subspec.tracking.console import RunConsole, RunProgress, one_line
 from subspec.tracking.metrics import LinkInfo, speedup, summarise
-from subspec.tracking.table import ON_CPU, PLANTED_WEIGHTS, SAMPLE_PROMPTS, banners
+from subspec.tracking.table import ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS, banners
 from subspec.tracking.turn import skipped_record
 
 from .factory import CONTEXT, record
@@ -70,6 +70,8 @@ def test_what_would_mislead_is_said() -> None:
     assert lines(device="cuda", source="sample") == [SAMPLE_PROMPTS]
     assert "packaged sample prompts, not the benchmark" in SAMPLE_PROMPTS
     assert lines(device="cuda", planted=True) == [PLANTED_WEIGHTS]
+    assert lines(device="cuda", planted=True, draft="small_model") == [PLANTED_DRAFT]
+    assert "means nothing" in PLANTED_DRAFT
     assert lines(device="cpu") == [ON_CPU]
     assert lines(device="cpu", draft="none") == []
     failed = lines(

@@ -1,0 +1,254 @@
+"""The small model: whose tokens it must know, how it is loaded, and that a plan counts what is really there."""
+
+import json
+
+import pytest
+import torch
+
+from subspec.assemble import assemble_streamed
+from subspec.config import (
+    BeamTreeConfig,
+    BenchmarkConfig,
+    Config,
+    DecodingConfig,
+    DraftConfig,
+    HqqConfig,
+    LayerSkipDraftConfig,
+    NoLoggerConfig,
+    PlantedTargetConfig,
+    SamplingConfig,
+    SmallModelDraftConfig,
+    StreamOffloadConfig,
+)
+from subspec.decoding.decoder import Decoder
+from subspec.drafts.small_model import (
+    Vocabulary,
+    check_small_model,
+    check_vocabularies,
+    load_small_config,
+    load_small_model,
+    open_small_model,
+)
+from subspec.errors import ConfigError, SubspecError
+from subspec.offload.plan import plan_run
+from subspec.targets.layers import open_source
+from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+SILENT = lambda text: None  # noqa: E731
+
+
+def config(draft: DraftConfig, vram_gib=1.0, depth=3, width=3, **offload) -> Config:
+    return Config(
+        target=PlantedTargetConfig(name="planted_tiny", shape="tiny"),
+        draft=draft,
+        quant=HqqConfig(name="hqq"),
+        tree=BeamTreeConfig(name="beam", depth=depth, width=width),
+        decoding=DecodingConfig(name="greedy", max_length=128),
+        offload=StreamOffloadConfig(name="stream", vram_gib=vram_gib, **offload),
+        benchmark=BenchmarkConfig(name="gsm8k"),
+        logger=NoLoggerConfig(name="none"),
+    )
+
+
+def small(path=None, **settings) -> Config:
+    return config(SmallModelDraftConfig(name="small_model", path=path and str(path), **settings))
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary
+
+
+def test_the_same_tokens_padded_otherwise_will_do():
+    tokenizer = tiny_tokenizer(320)
+    check_vocabularies(Vocabulary("small", 352, tokenizer), Vocabulary("large", 384, tokenizer))
+    added = tiny_tokenizer(320)
+    added.add_tokens(["<|extra|>"])
+    check_vocabularies(Vocabulary("small", 352, added), Vocabulary("large", 384, tokenizer))
+    check_vocabularies(Vocabulary("small", 320, None), Vocabulary("large", 320, tokenizer))
+
+
+def test_other_vocabularies_are_refused_with_both_names_sizes_and_the_remedy():
+    tokenizer, swapped = tiny_tokenizer(320), tiny_tokenizer(320)
+    text = json.loads(swapped.backend_tokenizer.to_str())
+    vocab = text["model"]["vocab"]
+    first, second = (token for token, number in vocab.items() if number in (300, 301))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    swapped._tokenizer = type(swapped.backend_tokenizer).from_str(json.dumps(text))
+    large = Vocabulary("large", 384, tokenizer)
+    with pytest.raises(ConfigError) as refusal:
+        check_vocabularies(Vocabulary("small", 320, swapped), large)
+    assert (
+        "draft.path=small (320 tokens) and target large (384 tokens) number their tokens differently "
+        "(2 ids, for instance 300: "
+    ) in str(refusal.value)
+    assert str(refusal.value).endswith("set draft.path to a model with the target's tokenizer")
+    with pytest.raises(ConfigError, match=r"different vocabularies \(\d+ tokens that only one has\)"):
+        check_vocabularies(Vocabulary("small", 300, tiny_tokenizer(300)), large)
+    with pytest.raises(
+        ConfigError, match=r"small \(320 tokens\) and target large \(384 tokens\) have different"
+    ):
+        check_vocabularies(Vocabulary("small", 320, None), large)
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(("vocab", "target_vocab"), [(320, 320), (320, 333), (333, 320)])
+def test_a_loaded_small_model_knows_every_token_of_the_target(tmp_path, tie, vocab, target_vocab):
+    folder = tiny_checkpoint(tmp_path / "small", "qwen2", vocab_size=vocab, tie=tie)
+    source = open_small_model(small(folder), torch.float32, CPU, SILENT)
+    model = load_small_model(source, target_vocab, CPU)
+    reference = tiny_model("qwen2", vocab_size=vocab, tie=tie)
+    table, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert table.shape[0] == max(vocab, target_vocab)
+    assert torch.equal(table[:vocab], reference.model.embed_tokens.weight)
+    assert torch.equal(head, reference.lm_head.weight[:target_vocab])
+    assert (head.data_ptr() == table.data_ptr()) == tie
+    tokens = torch.tensor([3, min(vocab, target_vocab) - 1, 7])
+    decoder = Decoder(model)
+    cache = decoder.new_cache(max_length=8, draft_rows=0, target_rows=8)
+    logits = decoder.logits(decoder.append(tokens, cache))
+    torch.testing.assert_close(
+        logits, reference(tokens[None]).logits[0, :, :target_vocab], rtol=1e-4, atol=1e-5
+    )
+    if target_vocab > vocab:
+        decoder.append(torch.tensor([target_vocab - 1]), cache)
+
+
+def test_a_folder_needs_no_tokenizer(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "small")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert open_small_model(small(folder), torch.float32, CPU, SILENT).tokenizer is None
+
+
+def test_what_is_not_there_is_refused_in_the_drafts_own_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"^draft\.path=nowhere: no such folder, and not a hub id"):
+        open_small_model(small("nowhere"), torch.float32, CPU, SILENT)
+    with pytest.raises(ConfigError, match=r"draft\.path=planted:huge: no such planted shape"):
+        load_small_config(small("planted:huge"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SubspecError, match=r"^draft\.path: .* has no config\.json"):
+        load_small_config(small(tmp_path / "empty"))
+
+
+def test_a_window_or_too_few_positions_are_refused(tmp_path):
+    short = tiny_model("llama", max_positions=100).config
+    with pytest.raises(ConfigError, match=r"max_length=128 exceeds the 100 tokens .* planted:tiny_draft"):
+        check_small_model(small("planted:tiny_draft"), short)
+    moving = tiny_model("llama").config
+    moving.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConfigError, match="dynamic rotary embeddings"):
+        check_small_model(small("planted:tiny_draft"), moving)
+
+
+# -------------------------------------------------------------------------------------------------- streamed
+
+
+def storage_bytes(tensors):
+    """Bytes of the distinct storages behind ``tensors``."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("path", ["planted:tiny_draft", "planted:tiny"])
+def test_the_plan_counts_what_a_streamed_small_model_takes(path):
+    pytest.importorskip("triton")
+    settings = small(path)
+    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    found = {item.name: item for item in plan.items}
+    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
+    draft = assembly.engine.draft
+    assert found["small model"].bytes == storage_bytes(draft.decoder.model.parameters())
+    assert found["small model's KV"].bytes == draft.cache.nbytes
+    assert assembly.engine.cache.draft_rows == 0
+    assert found["KV cache"].note.startswith("0 + 128 + ")
+    looked_up = {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }  # the table is untied: a level reads a few rows
+    others = sum(p.nbytes for n, p in draft.decoder.model.named_parameters() if n in looked_up)
+    assert plan.level_read_bytes == found["small model"].bytes - others
+    # The fused levels read the very bytes that the prompt pass reads.
+    known = {p.untyped_storage().data_ptr() for p in draft.decoder.model.parameters()}
+    fused = draft.levels.model
+    tensors = [fused.embedding, fused.head, fused.final_norm]
+    for layer in fused.layers:
+        tensors += [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        tensors += [layer.qkv_bias, layer.input_norm, layer.post_norm]
+    assert {t.untyped_storage().data_ptr() for t in tensors} == known
+    assert assembly.quant is None
+    assert assembly.draft_facts["levels"] == "fused, bfloat16"
+    assembly.close()
+
+
+def test_the_plan_makes_the_layers_that_draft_resident():
+    def plan(**settings):
+        draft = LayerSkipDraftConfig(name="layer_skip", **settings.pop("draft", {}))
+        made = config(draft, **settings)
+        source = open_source(made.target, torch.bfloat16, CPU, note=SILENT)
+        return plan_run(made, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+
+    two = plan(resident_layers=2)
+    assert two.resident_layers == (0, 7)
+    assert {0, 7} < set(plan(resident_layers=5).resident_layers)
+    assert plan(resident_layers=3, draft={"layers": [2, 3]}).resident_layers[:2] == (2, 3)
+    assert plan(resident_layers=3, draft={"keep": 3}).resident_layers == (0, 4, 7)
+    layer = next(item.bytes for item in two.items if item.name == "resident layers") / 2
+    head = 4096 * 256 * 2
+    assert two.level_read_bytes == pytest.approx(2 * layer + head, rel=1e-3)
+    everything = plan()
+    assert everything.streamed_layers == ()
+    assert everything.level_read_bytes == pytest.approx(4 * layer + head, rel=1e-3)
+    with pytest.raises(ConfigError, match=r"resident_layers=1, but draft=layer_skip drafts with 2 layers"):
+        plan(resident_layers=1)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"layers": [1, 6]}])
+def test_streamed_layers_draft_where_they_lie(chosen):
+    pytest.importorskip("triton")
+    settings = config(LayerSkipDraftConfig(name="layer_skip", **chosen), resident_layers=4)
+    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
+    fused = assembly.engine.draft.model
+    layers = [layer.cache_layer for layer in fused.layers]
+    assert layers == (chosen["layers"] if chosen else list(plan.resident_layers))
+    for layer in fused.layers:
+        module = assembly.decoder.base.layers[layer.cache_layer]
+        assert layer.qkv.weight.data_ptr() == module.self_attn.q_proj.weight.data_ptr()
+        assert torch.equal(
+            layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"])
+        )
+        assert layer.gate_up.weight.data_ptr() == module.mlp.gate_proj.weight.data_ptr()
+        assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
+    assert fused.embedding.data_ptr() == assembly.decoder.table.data_ptr()
+    assert assembly.draft_facts["layers"] == layers
+    assembly.close()
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"),
+        LayerSkipDraftConfig(name="layer_skip", layers=[0, 7]),
+    ],
+    ids=["small_model", "layer_skip"],
+)
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
+    pytest.importorskip("triton")
+    from subspec.decoding.audit import Auditor
+
+    settings = config(draft, depth=2, width=2, resident_layers=3)
+    if sampling:
+        settings.decoding = SamplingConfig(name="sampling", max_length=128, temperature=0.7)
+    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
+    result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=5, seed=3)
+    audit = Auditor(assembly.decoder, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
+    assert audit.mismatch == 0
+    assert result.stats.drafted_nodes > 0
+    assembly.close()

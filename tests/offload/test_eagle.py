@@ -1,0 +1,174 @@
+"""An EAGLE head beside a streamed target: planned from its files, loaded within the plan, lossless."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from subspec.assemble import assemble_streamed
+from subspec.config import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Placement
+from subspec.decoding.decoder import Decoder
+from subspec.decoding.eagle2 import Eagle2
+from subspec.decoding.engine import Engine
+from subspec.decoding.growth import Beam
+from subspec.decoding.sampling import Sampler, Sampling
+from subspec.decoding.tree import Tree
+from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.eagle_head import EagleHead, EagleShape
+from subspec.errors import ConfigError
+from subspec.offload.draft_sizes import Situation, draft_sizes
+from subspec.offload.eagle_sizes import level_bytes, settle_bytes
+from subspec.offload.sizes import MIB, ModelShapes
+from subspec.targets.skeleton import empty_model
+from tests.helpers.eagle import QWEN2_BIASES, SHAPES, published
+from tests.helpers.tiny import tiny_model
+from tests.offload.settings import planned, settings
+from tests.offload.test_sizes import Live, two_layers
+from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
+
+META = torch.device("meta")
+QWEN2_7B = EagleShape(3584, 28, 28, 128, 18944, QWEN2_BIASES)
+
+
+def eagle_settings(path, tree=None, **changes):
+    tree = tree or Eagle2TreeConfig(name="eagle2", depth=6, width=10, total_tokens=60)
+    return replace(settings(**changes), draft=Eagle2DraftConfig(name="eagle2", path=str(path)), tree=tree)
+
+
+@pytest.fixture
+def head_7b(tmp_path, monkeypatch):
+    """A folder with the sizes of the head for Qwen2-7B and none of its bytes."""
+    with torch.device("meta"):
+        tensors = EagleHead(QWEN2_7B).state_dict()
+    folder = published(tmp_path / "head", SHAPES["qwen2"], num_attention_heads=28)
+    monkeypatch.setattr("subspec.drafts.eagle_checkpoint.read_tensors", lambda *_, **__: dict(tensors))
+    return folder
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tree", ["eagle2", "beam"])
+@pytest.mark.parametrize("resident", [[], [1]])
+def test_a_streamed_target_with_a_head_emits_its_own_text(tmp_path, resident, tree, device):
+    device = torch.device(device)
+    model = tiny_model("qwen2", layers=4).to(device)
+    expected = Engine(Decoder(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
+    folder = published(tmp_path / "head", SHAPES["qwen2"], binary=True)
+    shape = BeamTreeConfig(name="beam", depth=3, width=3) if tree == "beam" else None
+    config = eagle_settings(folder, shape, decoding={"max_length": 64})
+    plan = plan_for(resident)
+    object.__setattr__(plan, "prefill_chunk", 4)
+    assembly = assemble_streamed(config, ModelSource(model), plan, device)
+    try:
+        for _ in range(2):
+            assert assembly.engine.generate(PROMPT, max_new_tokens=20).token_ids == expected
+        assert isinstance(assembly.engine.draft, EagleDraft)
+        assert assembly.engine.draft.head.fc.weight.device.type == device.type
+        assert assembly.draft_facts["head"] == str(folder)
+        assert assembly.draft_facts["kv_heads"] == 4
+        assert assembly.quant is None
+    finally:
+        assembly.close()
+
+
+def test_the_plan_counts_the_head_and_gives_the_rest_to_layers(head_7b):
+    plan = planned(eagle_settings(head_7b))
+    items = {item.name: item for item in plan.items}
+    weights = 2 * sum(size.numel() for size in QWEN2_7B.shapes().values())
+    assert items["EAGLE head"].bytes == weights
+    assert items["EAGLE head"].place is Placement.device
+    assert items["EAGLE KV cache"].bytes == 2 * 2 * 28 * 128 * (51 + 2048)
+    assert items["EAGLE features"].bytes == 2 * 511 * 3584
+    assert items["draft level"].note == "width 10"  # nothing is captured
+    assert items["KV cache"].note.startswith("0 + 2048 +")
+    assert plan.total(Placement.device) <= plan.budget - plan.headroom
+    # A quantized substitute takes several times as much: a head leaves room for more of the target.
+    assert len(plan.resident_layers) > len(planned(settings()).resident_layers)
+    plain = planned(settings(draft="none"))
+    assert 0 < len(plain.resident_layers) - len(plan.resident_layers) <= 3
+    assert plan.level_read_bytes == weights + 2 * 152064 * 3584
+
+
+def test_a_head_of_another_size_is_refused_before_anything_is_loaded(tmp_path):
+    folder = published(tmp_path / "head", SHAPES["qwen2"])
+    with pytest.raises(ConfigError, match="hidden size 64, and planted has 3584"):
+        planned(eagle_settings(folder))
+
+
+def test_a_plan_alone_fetches_no_head(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = replace(eagle_settings("someone/EAGLE"), plan_only=True)
+    items = {item.name: item for item in planned(config).items}
+    assert items["EAGLE head"].note == "not fetched for a plan: counted as the largest"
+    biases = 2 * (3584 * 5)
+    weights = 2 * sum(size.numel() for size in QWEN2_7B.shapes().values())
+    assert 0 <= items["EAGLE head"].bytes - weights <= biases
+
+
+# --------------------------------------------------------------------------- formulas against allocations
+
+
+@pytest.mark.parametrize("shape", [QWEN2_7B, EagleShape(3584, 28, 4, 128, 18944)], ids=["28 KV heads", "4"])
+@pytest.mark.parametrize("growth", [Eagle2(6, 10, 60), Beam(6, 4)], ids=["eagle2", "beam"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}])
+def test_levels_and_prompts_hold_what_the_formulas_say(shape, growth, options, monkeypatch):
+    # The fused attention kernels of a GPU need their output alone.
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query)
+    )
+    config = two_layers("qwen2_5_7b")
+    sampling = Sampling(**options)
+    situation = Situation(eagle_settings("unused"), ModelShapes.of(config), 2, growth, sampling)
+    decoder = Decoder(empty_model(config, torch.bfloat16, META))
+    with META:
+        head = EagleHead(shape).bfloat16()
+    head.rotary.inverse_frequency = head.rotary.inverse_frequency.to(META)
+    draft = EagleDraft(head, decoder, growth)
+    draft.begin(decoder.new_cache(max_length=2048, draft_rows=0, target_rows=512))
+    sampler = Sampler(sampling, decoder.vocab_size, torch.device("cpu"))
+    monkeypatch.setattr(sampler.noise, "_row", lambda position: torch.zeros(decoder.vocab_size, device=META))
+
+    def tokens(count):
+        return torch.zeros(count, dtype=torch.int64, device=META)
+
+    def known(counted):
+        for tensor in (*decoder.model.parameters(), *head.parameters(), draft.cache.rows, draft._predicted):
+            counted.know(tensor)
+
+    with torch.inference_mode():
+        draft.observe(tokens(3), torch.zeros(3, 3584, dtype=torch.bfloat16, device=META))
+        with Live() as counted:
+            known(counted)
+            draft.observe(tokens(512), torch.zeros(512, 3584, dtype=torch.bfloat16, device=META))
+        assert counted.peak <= settle_bytes(shape, 512, 2) + MIB // 4
+        assert settle_bytes(shape, 512, 2) < 1.5 * counted.peak
+        draft.cache.length = 2040
+        tree = Tree(growth.capacity, META)
+        frontier = tree.plant(tokens(1))
+        peak = 0
+        for level in range(3):
+            with Live() as counted:
+                known(counted)
+                logits = sampler.perturb(draft.expand(tree, frontier), 2042 + level)
+                frontier = growth.grow(tree, frontier, logits, 1.0)
+                del logits
+            peak = max(peak, counted.peak)
+        formula = level_bytes(situation, shape)
+        assert peak <= formula + 8 * decoder.vocab_size  # the level's noise, which verification counts
+        assert formula < (2.2 if options else 1.6) * peak  # room for a GPU's sort
+
+
+def test_every_kind_of_piece_is_there(tmp_path):
+    folder = published(tmp_path / "head", SHAPES["llama3"])
+    model = tiny_model("llama").config
+    growth = Beam(3, 2)
+    situation = Situation(eagle_settings(folder), ModelShapes.of(model), 4, growth, Sampling())
+    sizes = draft_sizes(situation)
+    assert [piece.name for piece in sizes.device(0)] == ["EAGLE head", "EAGLE KV cache", "EAGLE features"]
+    assert sizes.host() == []
+    assert sizes.shared_rows == 0
+    decoder = Decoder(tiny_model("llama"))
+    draft = EagleDraft(EagleHead(SHAPES["llama3"]), decoder, growth)
+    draft.begin(decoder.new_cache(max_length=2048, draft_rows=0, target_rows=16))
+    assert sizes.device(0)[1].bytes == draft.cache.nbytes
+    assert sizes.device(0)[2].bytes == draft._predicted.nbytes

@@ -1,0 +1,115 @@
+"""Whole runs with drafts that are no substitute, from the command line to the records."""
+
+import pytest
+
+from tests.helpers.cli import cli, records_of, summary_of, tiny_run
+from tests.helpers.tiny import tiny_checkpoint
+
+PLANTED = [
+    "target=planted_tiny",
+    "benchmark.source=sample",
+    "benchmark.max_samples=1",
+    "decoding.max_new_tokens=12",
+    "tree.depth=4",
+    "warmup=0",
+    "logger=none",
+    "device=cpu",
+]
+SMALL = ["draft=small_model", "draft.path=planted:tiny_draft"]
+
+
+def run(folder, *overrides):
+    ran = cli(*PLANTED, *overrides, f"run_dir={folder}")
+    assert ran.code == 0, ran.err
+    return ran.out, records_of(folder), summary_of(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain") / "run", "draft=none")[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["draft=layer_skip"], {"layers": [0, 2, 5, 7], "target_layers": 8}),
+        (["draft=layer_skip", "draft.layers=[1,3]", "quant=none"], {"layers": [1, 3]}),
+        (["draft=layer_skip", "draft.keep=8", "tree=chain"], {"layers": list(range(8))}),
+        (SMALL, {"layers": 2, "vocabulary": 4096, "planted": True, "dtype": "float32"}),
+        ([*SMALL, "quant=none", "tree=adaptive"], {"levels": "modules"}),
+        ([*SMALL, "draft.dtype=bfloat16"], {"dtype": "bfloat16"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_text_is_plain_decodings_and_the_record_says_what_drafted(tmp_path, plain, overrides, facts):
+    out, records, summary = run(tmp_path / "run", *overrides, "audit=true")
+    assert [record["token_ids"] for record in records] == [record["token_ids"] for record in plain]
+    assert summary["run"]["draft"].items() >= facts.items()
+    assert summary["run"]["substitute"] is None
+    assert "substitute" not in out.split("planted weights:")[0]
+    assert "means nothing" in out
+    assert summary["totals"]["tau"] > 1
+
+
+def test_a_small_model_is_quantized_when_asked(tmp_path, plain):
+    out, records, summary = run(tmp_path / "run", *SMALL, "draft.quantize=true", "quant.bits=8")
+    assert [record["token_ids"] for record in records] == [record["token_ids"] for record in plain]
+    assert summary["run"]["substitute"]["modules"] == 2 * 7
+    assert "draft small_model: 14 Linears at 9.00 bits per weight" in out
+
+
+def test_a_checkpoint_on_disk_drafts_for_another(tmp_path):
+    target = tiny_checkpoint(tmp_path / "target", "qwen2", layers=3)
+    small = tiny_checkpoint(tmp_path / "small", "llama", layers=1)
+    texts = []
+    for name, draft in (("plain", ["draft=none"]), ("small", ["draft=small_model", f"draft.path={small}"])):
+        ran = cli(*tiny_run(target, tmp_path / name, samples=1), *draft, "decoding.max_length=500")
+        assert ran.code == 0, ran.err
+        texts.append([record["token_ids"] for record in records_of(tmp_path / name)])
+    assert texts[0] == texts[1]
+    assert summary_of(tmp_path / "small")["run"]["draft"]["source"] == str(small)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            [*SMALL, "draft.quantize=true", "quant=none"],
+            r"draft\.quantize=true needs a quantizer: set quant=hqq",
+        ),
+        (
+            ["draft=small_model", "draft.path=planted:tiny_tied"],
+            r"draft\.path=planted:tiny_tied \(1003 tokens\) and target planted_tiny \(4096 tokens\) have different",
+        ),
+        (
+            ["draft=small_model", "draft.path=planted:none"],
+            r"draft\.path=planted:none: no such planted shape",
+        ),
+        (["draft=small_model", "draft.path=nowhere"], r"draft\.path=nowhere: no such folder"),
+        (
+            ["draft=small_model", "draft.path=planted:tiny_draft", "draft.temperature=0"],
+            r"draft\.temperature",
+        ),
+        (
+            ["draft=layer_skip", "draft.layers=[0,8]"],
+            r"draft\.layers: no layer 8 in a target with layers 0\.\.7",
+        ),
+        (["draft=layer_skip", "draft.keep=9"], r"draft\.keep=9: the target has 8 layers"),
+        (
+            [*SMALL, "draft.quantize=true", "offload=stream", "plan_only=true"],
+            r"draft\.quantize=true is not built for offload=stream",
+        ),
+        (
+            [*SMALL, "draft.dtype=float32", "offload=stream", "plan_only=true"],
+            r"draft\.dtype=float32: offload=stream runs a small model in bfloat16",
+        ),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_what_cannot_draft_is_refused_in_one_line(tmp_path, overrides, line):
+    cli(*PLANTED, *overrides, f"run_dir={tmp_path / 'run'}").refused(2, line)
+
+
+@pytest.mark.parametrize("overrides", [SMALL, ["draft=layer_skip"]], ids=["small_model", "layer_skip"])
+def test_a_default_quantizer_that_would_not_fit_does_not_concern_them(tmp_path, overrides):
+    run(tmp_path / "run", *overrides, "quant.skip_layers=[77]", "decoding.max_new_tokens=3")
