@@ -360,6 +360,7 @@ class Config:
     plan_only: bool = False
     profile: Profile = Profile.none
     optimise: Objective | None = None
+    study: str | None = None
 
 
 SCHEMAS: dict[str, type] = {

@@ -79,6 +79,8 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
     sweep = settings.mode is RunMode.MULTIRUN
     if sweep:
         cfg.run_dir = f"{settings.sweep.dir}/{settings.sweep.subdir}"
+    if cfg.study:
+        cfg.experiment = cfg.study  # rows of one table are one group, to W&B and to the report
     try:
         if sweep and settings.launcher["_target_"] != IN_PROCESS:
             # A launcher of another project, on its worker: the job gets a process of its own there too.

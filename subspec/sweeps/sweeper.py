@@ -92,9 +92,13 @@ def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[s
 
 
 def task_arguments(arguments: Sequence[str], params: dict[str, Any]) -> list[str]:
-    """The arguments that the jobs get: not the name of the table itself, and no word about resuming."""
-    named = ("experiment=",) if "experiment" in params else ()
-    return [text for text in arguments if not text.startswith((*named, "resume="))]
+    """The arguments that the jobs get: the table's name as their ``study``, and no word about resuming."""
+    kept = [text for text in arguments if not text.startswith("resume=")]
+    if "experiment" not in params:
+        return kept
+    table = [text.partition("=")[2] for text in kept if text.startswith("experiment=")]
+    kept = [text for text in kept if not text.startswith("experiment=")]
+    return [*(f"study={name}" for name in table[-1:]), *kept]  # what the user says wins
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:
@@ -135,11 +139,11 @@ def write_report(folders: list[Path], out: Path, console: RunConsole) -> None:
     if not folders:
         return
     try:
-        write(folders, out)
+        report = write(folders, out)
     except Exception as error:
         console.warn(f"no report ({error}); the records are whole: python -m subspec.report {out.parent}/*")
     else:
-        console.note(f"report: {out}")
+        console.note(f"report: {report.page}")
 
 
 def raise_failures(folder: SweepFolder, rows: Sequence[Row]) -> None:

@@ -52,6 +52,7 @@ FREE_KEYS = frozenset(
         "experiment",
         "hparams_search",
         "optimise",
+        "study",
         "baseline",
         "benchmark.max_samples",
     }

@@ -92,6 +92,7 @@ def test_a_table_of_ones_own(tmp_path):
     drafts = [records_of(sweep / name)[0]["draft"] for name in "01"]
     assert drafts == ["none", "subspec"]
     assert statuses(sweep) == ["ok", "ok"]
+    assert {_config_of(sweep / name)["experiment"] for name in "01"} == {"mine"}  # one group of runs
     assert json.loads((sweep / "sweep.json").read_text())["finished"]
     text = (sweep / "sweep.md").read_text()
     assert "| 1 | planted/tiny_subspec | ok | 1 |" in text
@@ -243,6 +244,7 @@ def test_interrupted_and_continued_by_the_same_command(tmp_path):
     process = command(*options, cwd=tmp_path)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("multirun/*/*/0/records.jsonl")):
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
