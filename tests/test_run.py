@@ -227,7 +227,7 @@ def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):
     errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert re.match(
-        r"error: job 3 \(.*quant=none draft=subspec\): draft=subspec without a quantizer", errors[0]
+        r"error: job 3 \(.*quant=none draft=subspec .*\): draft=subspec without a quantizer", errors[0]
     )
     assert re.match(
         r"error: 1 of 4 jobs did not end well.* sweep_dir=\S+ runs only what is missing", errors[1]
