@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from subspec.assemble import assemble_streamed, build_sampling
+from subspec.choices import Codec, Kernel
 from subspec.config import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
@@ -43,6 +44,7 @@ from subspec.decoding.growth import Beam, Growth
 from subspec.drafts.fused import FusedSubstitute
 from subspec.offload.link import measure_link
 from subspec.offload.plan import plan_run
+from subspec.offload.streamed_decoder import StreamedDecoder
 from subspec.targets.planted import PlantedSource
 
 # Read when CUDA starts, not when torch is imported: segments that grow keep a tight budget from fragmenting.
@@ -72,9 +74,14 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     total = max(shape[1] + shape[3] for shape in shapes)
     deepest = max(max(shape[1], shape[3]) for shape in shapes)
     tree = BeamTreeConfig(name="beam", depth=deepest, width=width, ahead=total - deepest)
+    draft = NoDraftConfig(name="none")
+    if mode == "subspec":
+        draft = SubstituteDraftConfig(name="subspec", kernel=Kernel(options.kernel))
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
-        draft=SubstituteDraftConfig(name="subspec") if mode == "subspec" else NoDraftConfig(name="none"),
+        draft=draft,
+        if mode == "subspec"
+        else NoDraftConfig(name="none"),
         quant=HqqConfig(name="hqq"),
         tree=tree,
         decoding=DecodingConfig(
@@ -82,7 +89,9 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
         ),
         offload=AccelerateOffloadConfig(name="accelerate", vram_gib=options.vram)
         if mode == "accelerate"
-        else StreamOffloadConfig(name="stream", vram_gib=options.vram, ring_slots=options.slots),
+        else StreamOffloadConfig(
+            name="stream", vram_gib=options.vram, ring_slots=options.slots, codec=Codec(options.codec)
+        ),
         benchmark=BenchmarkConfig(name="gsm8k"),
         logger=NoLoggerConfig(name="none"),
         run_dir="",
@@ -124,6 +133,9 @@ def run_mode(
         "load_s": time.perf_counter() - started,
         "resident_layers": len(plan.resident_layers),
         "prefill_chunk": plan.prefill_chunk,
+        "codec": plan.codec.value,
+        "bits_per_coded_weight": streamed.bits_per_weight,
+        "decode_ms_per_layer": decode_time(streamed.decoder),
         "planned_gib": plan.total(Placement.device) / GIB,
     }
     assembly.engine = None  # type: ignore[assignment]  # every variant gets an engine and a cache of its own
@@ -150,6 +162,27 @@ def run_mode(
         print(json.dumps(results[-1]), flush=True)
     assembly.close()
     return results
+
+
+def decode_time(decoder: StreamedDecoder) -> float | None:
+    """Milliseconds to decode one layer while nothing else runs: the mean over the pass's layers."""
+    decoding = decoder.decoding
+    if decoding is None:
+        return None
+    flats = dict(decoding.resident)
+    if not flats:  # what lies in a slot is as good as any
+        index = next(iter(decoding.layers))
+        flats = {index: torch.zeros(decoding.layers[index].nbytes, dtype=torch.uint8, device="cuda")}
+    for index, flat in flats.items():
+        decoding.decode(index, flat)
+    torch.cuda.synchronize()
+    decoding.log = []
+    for index, flat in flats.items():
+        decoding.decode(index, flat)
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for _, begin, end in decoding.log]
+    decoding.log = None
+    return sum(times) / len(times)
 
 
 def measure(
@@ -250,6 +283,8 @@ def main() -> None:
     )
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--codec", default="none", choices=[codec.value for codec in Codec])
+    parser.add_argument("--kernel", default="auto", help="draft.kernel")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")

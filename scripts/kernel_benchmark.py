@@ -1,10 +1,11 @@
-"""Time of the draft's 4-bit kernels and of a whole draft level on this card (random weights of a real shape).
+"""Time of the draft's kernels and of a whole draft level on this card (random weights of a real shape).
 
-    python scripts/kernel_benchmark.py [--shape qwen2_5_7b] [--width 6] [--json FILE]
+    python scripts/kernel_benchmark.py [--shape qwen2_5_7b] [--width 6] [--bits 4] [--group 64]
+        [--head-bits 8] [--json FILE]
 
 Prints microseconds per call for every kernel and number of rows, beside the time its bytes alone would take at the
-measured memory bandwidth, then milliseconds per draft level. Calls are timed inside a CUDA graph that rotates over
-enough weights to defeat the L2 cache.
+measured memory bandwidth, then milliseconds per draft level, its kernels chosen as a run chooses them. Calls are timed
+inside a CUDA graph that rotates over enough weights to defeat the L2 cache.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import FusedLayer, FusedModel, FusedSubstitute
 from subspec.kernels import int4
-from subspec.kernels.choose import SPLITS, TILES
-from subspec.kernels.ops import KERNELS, LevelLinear, MmaInt4, Variant, unavailable
-from subspec.kernels.timing import graph_time, random_linear, rotated_time, rotation
+from subspec.kernels.choose import choose_kernels
+from subspec.kernels.formats import AffineFormat, affine_format, describe
+from subspec.kernels.ops import LevelLinear, unavailable
+from subspec.kernels.timing import graph_time, rotated_time, rotation
 
 SHAPES = {
     "qwen2_5_7b": (3584, 18944, 28, 4, 128, 152064, 28),
@@ -39,25 +41,24 @@ def memory_bandwidth() -> float:
     return 2 * a.numel() / graph_time(lambda: b.copy_(a))
 
 
-def kernels(hidden: int, inter: int, qkv: int, bandwidth: float) -> list[dict]:
+def kernels(
+    shapes: dict[str, tuple[int, int]], formats: dict[str, AffineFormat], bandwidth: float
+) -> list[dict]:
     rows_list = [1, 2, 4, 6, 8]
     results = []
-    kernels_here = [kernel for kernel in KERNELS if unavailable(kernel, DEVICE) is None]
-    for role, n, k in (
-        ("qkv", qkv, hidden),
-        ("out", hidden, hidden),
-        ("gate_up", 2 * inter, hidden),
-        ("down", hidden, inter),
-    ):
-        swiglu, floor = role == "gate_up", n * k * 0.5625 / bandwidth * 1e6
+    for role, (n, k) in shapes.items():
+        if role not in formats:
+            continue
+        format_, swiglu = formats[role], role == "gate_up"
+        floor = format_.device_bytes(n, k) / bandwidth * 1e6
         variants = [
-            Variant(kernel, tiles, splits)
-            for kernel in kernels_here
-            for tiles in ((2, 4) if kernel == MmaInt4.kind else (0,))
-            for splits in (SPLITS if kernel == MmaInt4.kind and not swiglu else (1,))
+            variant
+            for kernel in format_.kernels
+            if unavailable(kernel, DEVICE) is None and format_.unfit(kernel, n, k) is None
+            for variant in format_.variants(kernel, role, n, k)
         ]
         for variant in variants:
-            linears = rotation(random_linear(variant, n, k, DEVICE, swiglu=swiglu), DEVICE)
+            linears = rotation(format_.random_linear(variant, n, k, DEVICE, swiglu=swiglu), DEVICE)
             times = {}
             for rows in rows_list:
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
@@ -65,6 +66,7 @@ def kernels(hidden: int, inter: int, qkv: int, bandwidth: float) -> list[dict]:
             results.append(
                 {
                     "role": role,
+                    "format": describe(format_),
                     "kernel": variant.kernel,
                     "tiles": variant.tiles,
                     "splits": variant.splits,
@@ -82,20 +84,36 @@ def kernels(hidden: int, inter: int, qkv: int, bandwidth: float) -> list[dict]:
 
 
 def random_model(
-    hidden: int, inter: int, heads: int, kv: int, dim: int, vocab: int, layers: int
+    hidden: int,
+    inter: int,
+    heads: int,
+    kv: int,
+    dim: int,
+    vocab: int,
+    layers: int,
+    *,
+    shapes: dict[str, tuple[int, int]],
+    formats: dict[str, AffineFormat],
+    width: int,
 ) -> FusedModel:
-    def linear(role: str, n: int, k: int) -> LevelLinear:
-        return random_linear(Variant(MmaInt4.kind, TILES[role]), n, k, DEVICE, swiglu=role == "gate_up")
+    chosen = {role: shapes[role] for role in formats}
+    choice = choose_kernels(chosen, width, DEVICE, formats=formats)
+    print(choice.summary(), flush=True)
+
+    def linear(role: str) -> LevelLinear:
+        n, k = shapes[role]
+        variant = choice.variants[role]
+        return formats[role].random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up")
 
     def ones() -> Tensor:
         return torch.ones(hidden, dtype=torch.bfloat16, device=DEVICE)
 
     built = [
         FusedLayer(
-            qkv=linear("qkv", (heads + 2 * kv) * dim, hidden),
-            out=linear("out", hidden, heads * dim),
-            gate_up=linear("gate_up", 2 * inter, hidden),
-            down=linear("down", hidden, inter),
+            qkv=linear("qkv"),
+            out=linear("out"),
+            gate_up=linear("gate_up"),
+            down=linear("down"),
             qkv_bias=torch.zeros((heads + 2 * kv) * dim, dtype=torch.bfloat16, device=DEVICE),
             input_norm=ones(),
             post_norm=ones(),
@@ -116,6 +134,7 @@ def random_model(
         head_dim=dim,
         hidden=hidden,
         vocab_size=vocab,
+        draft_head=linear("head") if "head" in formats else None,
     )
 
 
@@ -169,11 +188,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2_5_7b")
     parser.add_argument("--width", type=int, default=6)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--head-bits", type=int, default=0, help="of the LM head; 0: exact")
+    parser.add_argument("--kernel", default="auto", help="draft.kernel, which decides how 3 bits are kept")
     parser.add_argument("--json")
     parser.add_argument("--skip-kernels", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     hidden, inter, heads, kv, dim, vocab, layers = SHAPES[options.shape]
+    shapes = {
+        "qkv": ((heads + 2 * kv) * dim, hidden),
+        "out": (hidden, heads * dim),
+        "gate_up": (2 * inter, hidden),
+        "down": (hidden, inter),
+        "head": (vocab, hidden),
+    }
+    formats = {
+        role: affine_format(
+            options.head_bits if role == "head" else options.bits, options.group, options.kernel
+        )
+        for role in shapes
+        if role != "head" or options.head_bits
+    }
     bandwidth = memory_bandwidth()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device memory {bandwidth / 1e12:.2f} TB/s"
@@ -182,10 +219,11 @@ def main() -> None:
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
     with torch.inference_mode():
         if not options.skip_kernels:
-            result["kernels"] = kernels(hidden, inter, (heads + 2 * kv) * dim, bandwidth)
-        result["levels"] = levels(
-            random_model(hidden, inter, heads, kv, dim, vocab, layers), layers, options.width
+            result["kernels"] = kernels(shapes, formats, bandwidth)
+        model = random_model(
+            hidden, inter, heads, kv, dim, vocab, layers, shapes=shapes, formats=formats, width=options.width
         )
+        result["levels"] = levels(model, layers, options.width)
     print(json.dumps(result))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

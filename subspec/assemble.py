@@ -1,10 +1,11 @@
 """From the configuration to the objects that run: growth, sampling, draft and engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from subspec.choices import Codec
 from subspec.config import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
@@ -12,6 +13,7 @@ from subspec.config import (
     Eagle2TreeConfig,
     NoDraftConfig,
     SamplingConfig,
+    SubstituteDraftConfig,
     TreeConfig,
 )
 from subspec.decoding.adaptive import Adaptive
@@ -97,6 +99,11 @@ def assemble_streamed(
     growth: Growth | None = None
     built: BuiltDraft | None = None
     build = StreamedBuild()  # takes nothing of the layers
+    if plan.codec is Codec.substitute and isinstance(config.draft, NoDraftConfig):
+        # Nothing drafts, but what decodes the exact layers is the substitute all the same.
+        decoding = replace(config, draft=SubstituteDraftConfig(name="subspec"))
+        context = StreamContext(decoding, build_growth(config.tree), source, plan, device, note)
+        build = draft_builder(decoding.draft).streamed(context)
     if not isinstance(config.draft, NoDraftConfig):
         growth = build_growth(config.tree)
         context = StreamContext(config, growth, source, plan, device, note)

@@ -69,12 +69,33 @@ class Unpack(Enum):
 
 
 class Kernel(Enum):
-    """What computes a draft level's 4-bit Linears; ``auto`` takes what is fastest here, and the record says which."""
+    """What computes a draft level's quantized Linears; ``auto`` takes the fastest here, and the record says which."""
 
     auto = "auto"
     int4_mma = "int4_mma"
     tinygemm = "tinygemm"
     gemlite = "gemlite"
+    triton_wq = "triton_wq"
+    lut_mma = "lut_mma"
+    lut_triton = "lut_triton"
+
+
+class HiggsKernel(Enum):
+    """What computes the Linears of ``quant=higgs``; ``auto`` takes the fastest that runs here, and the record says
+    which."""
+
+    auto = "auto"
+    reference = "reference"
+    lut_triton = "lut_triton"
+    lut_mma = "lut_mma"
+    flute = "flute"
+
+
+class Hadamard(Enum):
+    """What rotates the inputs of ``quant=higgs``; ``library`` is ``fast_hadamard_transform``."""
+
+    auto = "auto"
+    library = "library"
 
 
 class Cache(Enum):
@@ -82,3 +103,11 @@ class Cache(Enum):
 
     auto = "auto"
     off = "off"
+
+
+class Codec(Enum):
+    """How exact weights cross the link: as they are, or coded by what the substitute on the device knows of them."""
+
+    auto = "auto"
+    none = "none"
+    substitute = "substitute"

@@ -16,8 +16,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from subspec.choices import (
     Cache,
+    Codec,
     Device,
     Dtype,
+    Hadamard,
+    HiggsKernel,
     Kernel,
     Objective,
     Placement,
@@ -148,17 +151,54 @@ class NoQuantConfig(QuantConfig):
 
 
 @dataclass
+class BitsByModule:
+    """Bits of classes of Linears, or of single ones; null: as the class, and that as ``quant.bits``."""
+
+    attention: int | None = None
+    mlp: int | None = None
+    lm_head: int | None = None
+    q_proj: int | None = None
+    k_proj: int | None = None
+    v_proj: int | None = None
+    o_proj: int | None = None
+    gate_proj: int | None = None
+    up_proj: int | None = None
+    down_proj: int | None = None
+
+
+@dataclass
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
-    ``cache``: of the quantized substitute on disk (``offload=stream``).
+    ``cache``: of the quantized substitute on disk. ``folder``: keep it there instead, see ``subspec.quant.folder``.
     """
 
     bits: int = 4
+    bits_by: BitsByModule = field(default_factory=BitsByModule)
     group_size: int = 64
     axis: int = 1
     modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     skip_layers: list[int] = field(default_factory=list)
+    cache: Cache = Cache.auto
+    folder: str | None = None
+
+
+@dataclass
+class HiggsConfig(QuantConfig):
+    """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
+
+    ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
+    ``kernel`` is for single modules (``offload=none``); ``offload=stream`` has ``draft.kernel``, and ``cache``.
+    """
+
+    bits: int = 4
+    vector_dim: int = 2
+    group_size: int = 256
+    hadamard_size: int = 512
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    skip_layers: list[int] = field(default_factory=list)
+    kernel: HiggsKernel = HiggsKernel.auto
+    hadamard: Hadamard = Hadamard.auto
     cache: Cache = Cache.auto
 
 
@@ -255,7 +295,8 @@ class StreamOffloadConfig(OffloadConfig):
     layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers the copies go through.
     ``embedding``: where the embedding table lives. ``link_gb_per_s``: bandwidth to plan with (null: measured on this
     machine, or the card's). ``card``: plan for this card instead of the one in this machine (with ``plan_only``).
-    ``ram_gib``: host memory the run may take (null: what is free).
+    ``ram_gib``: host memory the run may take (null: what is free). ``codec``: whether exact weights are kept and
+    streamed coded by their substitute.
     """
 
     vram_gib: float = 8.0
@@ -265,6 +306,7 @@ class StreamOffloadConfig(OffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    codec: Codec = Codec.auto
 
 
 @dataclass
@@ -374,6 +416,7 @@ SCHEMAS: dict[str, type] = {
     "draft/layer_skip": LayerSkipDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
+    "quant/higgs": HiggsConfig,
     "tree/chain": ChainTreeConfig,
     "tree/beam": BeamTreeConfig,
     "tree/adaptive": AdaptiveTreeConfig,

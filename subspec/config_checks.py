@@ -20,6 +20,8 @@ from subspec.config import (
     Dtype,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
+    HiggsConfig,
+    HiggsKernel,
     HqqConfig,
     Kernel,
     LayerSkipDraftConfig,
@@ -144,16 +146,28 @@ def _check_draft(config: Config) -> None:
     if isinstance(config.draft, SmallModelDraftConfig):
         _check_small_model(config, config.draft)
     if isinstance(config.quant, HqqConfig) and quantizes(config):
-        from subspec.quant.base import linear_names
         from subspec.quant.hqq import check_hqq
+        from subspec.quant.module_bits import bits_by_linear
 
         check_hqq(config.quant.bits, config.quant.group_size, config.quant.axis)
-        linear_names(config.quant.modules)
+        bits_by_linear(config.quant.bits, config.quant.bits_by, config.quant.modules)
+    if isinstance(config.quant, HiggsConfig):
+        from subspec.quant.base import linear_names
+        from subspec.quant.higgs import check_higgs
+
+        quant = config.quant
+        check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+        linear_names(quant.modules)
+        if quant.kernel is not HiggsKernel.auto and isinstance(config.offload, StreamOffloadConfig):
+            raise ConfigError(
+                f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
+                "leave quant.kernel at auto"
+            )
     streamed = isinstance(config.offload, StreamOffloadConfig)
     kernel = getattr(config.draft, "kernel", Kernel.auto)
     if kernel is not Kernel.auto and not streamed:
         raise ConfigError(
-            f"draft.kernel={kernel.value} chooses the 4-bit kernel of offload=stream: set that, or leave draft.kernel "
+            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
             "at auto"
         )
     tree = config.tree
@@ -292,7 +306,7 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
         quantized = load_small_config(config)
         check_small_model(config, quantized)
     quant = config.quant
-    if quantizes(config) and isinstance(quant, HqqConfig):
+    if quantizes(config) and isinstance(quant, HqqConfig | HiggsConfig):
         layers = quantized.num_hidden_layers
         wrong = [index for index in quant.skip_layers if not 0 <= index < layers]
         if wrong:

@@ -57,6 +57,10 @@ class Loaded:
             facts["streamed_bytes_per_pass"] = getattr(decoder, "streamed_bytes_per_pass", 0)
             facts["link_gb_per_s"] = self.link.gb_per_s if self.link else None
             facts["prefill_chunk"] = self.plan.prefill_chunk
+            facts["codec"] = self.plan.codec.value
+            streamed = self.assembly.streamed
+            if streamed is not None and streamed.bits_per_weight is not None:
+                facts["coded_bits_per_weight"] = streamed.bits_per_weight
         draft = self.assembly.engine.draft
         if self.assembly.draft_facts:
             facts["draft"] = self.assembly.draft_facts

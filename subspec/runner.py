@@ -184,7 +184,7 @@ class _Run:
         if quant is not None:
             console.note(
                 f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
-                f"({quant.quantizer}), {quant.backend}, quantized in {quant.seconds:.1f} s"
+                f"({quant.quantizer}), {quant.backend}, {_origin(quant.details)} in {quant.seconds:.1f} s"
             )
         self.auditor = (
             Auditor(self.assembly.decoder, self.assembly.sampling, margin=config.audit_margin)
@@ -330,6 +330,14 @@ def _messages(said: Sequence[str]) -> list[dict[str, str]]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _origin(details: dict[str, Any]) -> str:
+    """Whether a substitute was quantized now, or earlier."""
+    cache = details.get("cache", {})
+    if not cache.get("read"):
+        return "quantized"
+    return f"{cache['read']} read from {cache['folder']} and {cache['quantized']} quantized"
 
 
 def _describe_prompts(benchmark: Benchmark) -> str:

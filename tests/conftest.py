@@ -22,6 +22,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def substitutes_root(tmp_path_factory):
+    """A cache of quantized substitutes for the whole session: tiny models need not fill the user's own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_substitutes(monkeypatch, substitutes_root):
+    from subspec.quant import store
+
+    root = store.cache_root
+    own = lambda: root() if "SUBSPEC_CACHE" in os.environ else substitutes_root  # noqa: E731
+    monkeypatch.setattr(store, "cache_root", own)
+
+
 def pytest_runtest_setup(item):
     """Tests of a GPU are passed over without one, also those that `-m slow` selects."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -72,6 +72,12 @@ CHECKS = {
         r"decoding\.max_length=2048 exceeds the attention window of 64 .*lower decoding\.max_length to 64",
     ),
     "bits": ("quant.bits=5", r"quant\.bits=5: HQQ here has 8, 4, 3, 2 bits"),
+    "bits of a class": ("quant.bits_by.mlp=7", r"quant\.bits_by\.mlp=7: use 8, 4, 3, 2 bits"),
+    "bits of no class": (
+        "quant.bits_by.mpl=3",
+        r"quant\.bits_by\.mpl: no such key; quant\.bits_by has attention",
+    ),
+    "bits of what stays exact": ("quant.bits_by.lm_head=8", r"lm_head stays exact: add it to quant\.modules"),
     "axis": ("quant.axis=2", r"quant\.axis=2: use 1"),
     "group size": ("quant.group_size=7", r"quant\.group_size=7: use a multiple of 8"),
     "module": ("quant.modules=[head]", r"quant\.modules: unknown module 'head'; use attention, mlp"),

@@ -29,7 +29,7 @@ class Decoder:
         self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        self.vocab_size: int = self.head.weight.shape[0]
+        self.vocab_size: int = self.head.out_features
         embedding = model.get_input_embeddings().weight
         self.dtype: torch.dtype = embedding.dtype
         self.device: torch.device = embedding.device

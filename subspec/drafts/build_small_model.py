@@ -43,7 +43,7 @@ class SmallModelBuilder:
         check_memory(
             count_parameters(source.config) * dtype.itemsize, decoder.device, f"small model {source.name}"
         )
-        model = load_small_model(source, decoder.vocab_size, decoder.device)
+        model = load_small_model(source, decoder.vocab_size, decoder.device, flat=not draft.quantize)
         report = _quantized(model, config, source.name) if draft.quantize else None
         levels = SubstituteDraft(model, draft.temperature)
         own = _own_cache(levels, levels.decoder, config, context.growth, decoder.vocab_size)

@@ -1,22 +1,28 @@
 """``draft=subspec``: the target's own layers, quantized, as modules or as a fused level."""
 
 import time
+from contextlib import nullcontext
 
-from subspec.config import Cache, HqqConfig, SubstituteDraftConfig, Unpack
-from subspec.decoding.growth import Growth
+import torch
+
+from subspec.choices import Codec
+from subspec.config import Cache, SubstituteDraftConfig, Unpack
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import LayerFuser, role_shapes
+from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.errors import ConfigError
-from subspec.kernels.choose import KernelChoice, choose_kernels
+from subspec.kernels.choose import choose_kernels
+from subspec.kernels.codec import KERNELS as DECODED_KERNELS
+from subspec.kernels.formats import describe
 from subspec.offload.load import StreamedTarget
-from subspec.quant.base import MODULE_CLASSES, QuantReport, linear_names, quantize_model
+from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
 from subspec.quant.build import build_quantizer
-from subspec.quant.code_cache import CachedCodes, cache_folder, stored_size
-from subspec.quant.codes import HqqCodes
-from subspec.targets.console import Note
-from subspec.targets.source import LayerSource
+from subspec.quant.code_cache import CachedCodes
+from subspec.quant.folder import open_store
+from subspec.quant.module_cache import CachedModules, StorableQuantizer
+from subspec.quant.store import SubstituteStore
+from subspec.targets.skeleton import parameter_shapes
 
 
 class SubstituteBuilder:
@@ -31,13 +37,15 @@ class SubstituteBuilder:
         )
         started = time.perf_counter()
         substitute = share_parameters(context.target.model)
-        report = quantize_model(
-            substitute,
-            build_quantizer(quant, decoder.dtype, decoder.device, unpack=unpack),
-            modules=list(getattr(quant, "modules", [])),
-            skip_layers=list(getattr(quant, "skip_layers", [])),
-            progress=context.progress,
-        )
+        modules, skip = list(getattr(quant, "modules", [])), list(getattr(quant, "skip_layers", []))
+        quantizer = build_quantizer(quant, decoder.dtype, decoder.device, unpack=unpack)
+        cached = _cached_modules(quantizer, context)
+        with cached or nullcontext():
+            report = quantize_model(
+                substitute, cached or quantizer, modules=modules, skip_layers=skip, progress=context.progress
+            )
+        if cached is not None:
+            report.details["cache"] = cached.store.report()
         report.seconds = time.perf_counter() - started
         return BuiltDraft(SubstituteDraft(substitute, draft.temperature), report)
 
@@ -54,27 +62,56 @@ class StreamedSubstitute(StreamedBuild):
 
     def __init__(self, context: StreamContext) -> None:
         config, source = context.config, context.source
-        quant, draft = config.quant, config.draft
+        draft = config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        if not isinstance(quant, HqqConfig) or (quant.bits, quant.group_size, quant.axis) != (4, 64, 1):
-            raise ConfigError(
-                "offload=stream runs its substitute with 4-bit kernels for groups of 64 along the inputs: set "
-                "quant=hqq quant.bits=4 quant.group_size=64 quant.axis=1"
-            )
         self._started = time.perf_counter()
         self._temperature = draft.temperature
-        keep = {name for names in MODULE_CLASSES.values() for name in names} - linear_names(
-            list(quant.modules)
+        self._quantization = quantization = fused_quantization(
+            config.quant,
+            source.layer_shapes(0),
+            (source.config.vocab_size, source.config.hidden_size),
+            kernel=draft.kernel.value,
         )
-        keep_exact = frozenset(keep)
-        kernels = _choose_kernels(draft, context.growth, source, keep_exact, context)
-        self._quantizer = _open_cache(quant, source, keep_exact, context.note)
+        kernels = choose_kernels(  # by measurement, while the device is still empty
+            quantization.shapes,
+            getattr(context.growth, "width", 1),
+            context.device,
+            formats=quantization.formats,
+            kernel=draft.kernel.value,
+            allowed=DECODED_KERNELS if context.plan.codec is Codec.substitute else None,
+            note=context.note,
+        )
+        self.skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))
+        self._quantizer = CachedCodes(quantization.quantizer, self._open_store(context))
         self.fuser = LayerFuser(
-            source.config, self._quantizer, kernel=kernels.variants, keep_exact=keep_exact
+            source.config,
+            self._quantizer,
+            formats=quantization.formats,
+            kernel=kernels.variants,
+            keep_exact=quantization.keep_exact,
         )
-        self.skip_layers = frozenset(quant.skip_layers)
-        self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
+        self._report = QuantReport(config.quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
+        self._report.details["formats"] = {
+            role: describe(kept) for role, kept in quantization.formats.items()
+        }
+
+    def _open_store(self, context: StreamContext) -> SubstituteStore:
+        """Its results of earlier runs, unless the configuration says otherwise."""
+        source, quant = context.source, context.config.quant
+        facts = {
+            "target": source.identity,
+            "dtype": str(source.dtype),
+            **self._quantization.quantizer.facts,
+        }
+        layers = source.config.num_hidden_layers - len(self.skip_layers)
+        return open_store(
+            getattr(quant, "cache", Cache.off),
+            getattr(quant, "folder", None),
+            facts,
+            self._quantization.stored_bytes(layers),
+            context.note,
+        )
 
     def __exit__(self, *_: object) -> None:
         self._quantizer.close()
@@ -84,34 +121,30 @@ class StreamedSubstitute(StreamedBuild):
         assert self.fuser is not None
         report, fuser = self._report, self.fuser
         report.modules, report.weights, report.stored_bytes = fuser.modules, fuser.weights, fuser.stored_bytes
+        report.bits = fuser.bits
         report.details["cache"] = self._quantizer.report()
         report.seconds = time.perf_counter() - self._started
         return BuiltDraft(FusedSubstitute(streamed.substitute, self._temperature), report)
 
 
-def _choose_kernels(
-    draft: SubstituteDraftConfig,
-    growth: Growth,
-    source: LayerSource,
-    keep_exact: frozenset[str],
-    context: StreamContext,
-) -> KernelChoice:
-    """By measurement, while the device is still empty."""
-    shapes = role_shapes(source.layer_shapes(0), keep_exact)
-    width = getattr(growth, "width", 1)
-    return choose_kernels(shapes, width, context.device, kernel=draft.kernel.value, note=context.note)
-
-
-def _open_cache(quant: HqqConfig, source: LayerSource, keep_exact: frozenset[str], note: Note) -> CachedCodes:
-    """The quantizer, with its results of earlier runs unless the configuration says otherwise."""
-    codes = HqqCodes(quant.bits, quant.group_size)
-    facts = {"target": source.identity, "dtype": str(source.dtype), **codes.facts}
-    layers = source.config.num_hidden_layers - len(quant.skip_layers)
-    weights = sum(n * k for n, k in role_shapes(source.layer_shapes(0), keep_exact).values())
-    return CachedCodes(
-        codes,
-        None if quant.cache is Cache.off else cache_folder(facts),
-        expected_bytes=stored_size(layers * weights, quant.group_size),
-        facts=facts,
-        note=note,
+def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModules | None:
+    """``quantizer`` with its results of earlier runs; None when it cannot keep them."""
+    quant, target = context.config.quant, context.target
+    if not isinstance(quantizer, StorableQuantizer):
+        return None
+    facts = {"target": target.source, "dtype": str(target.dtype), **quantizer.facts}
+    config = target.model.config
+    layer, _ = parameter_shapes(config)
+    chosen = linear_names(list(getattr(quant, "modules", [])))
+    layers = config.num_hidden_layers - len(getattr(quant, "skip_layers", ()))
+    expected = layers * sum(
+        quantizer.stored_shape_bytes(shape, name.split(".")[-2])
+        for name, shape in layer.items()
+        if len(shape) == 2 and name.split(".")[-2] in chosen
     )
+    if HEAD in chosen:
+        expected += quantizer.stored_shape_bytes(torch.Size((config.vocab_size, config.hidden_size)), HEAD)
+    store = open_store(
+        getattr(quant, "cache", Cache.off), getattr(quant, "folder", None), facts, expected, context.note
+    )
+    return CachedModules(quantizer, store)

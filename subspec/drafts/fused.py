@@ -22,6 +22,7 @@ from subspec.kernels.ops import LevelLinear
 
 ATTENTION_BLOCK = 64
 TOP_K_BLOCK = 4096
+SUM_BLOCK = 4096
 
 USUAL_ROWS = 8
 """Rows of the buffer for a level's logits, unless a level is wider."""
@@ -52,7 +53,8 @@ class FusedModel:
 
     Attributes:
         embedding: [vocabulary, hidden], on the device or in pinned host memory.
-        head: LM head [vocabulary, hidden].
+        head: LM head [vocabulary, hidden], the target's own.
+        draft_head: what drafts with instead, quantized; None: ``head``.
         inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
         attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
     """
@@ -69,6 +71,7 @@ class FusedModel:
     head_dim: int
     hidden: int
     vocab_size: int
+    draft_head: LevelLinear | None = None
 
 
 def _power_of_two(number: int) -> int:
@@ -257,10 +260,29 @@ class FusedSubstitute:
             x = self._norm(residual, layer.out(attended), layer.post_norm)
             partial = layer.down(layer.gate_up(x))
         x = self._norm(residual, partial, model.final_norm)
-        logits = torch.mm(x, model.head.t(), out=self._logits_of(rows))
+        logits = self._head(x)
         if width is not None:
             self._grow(tree, nodes, logits, place, width)
         return logits
+
+    def _head(self, x: Tensor) -> Tensor:
+        """Logits, bfloat16 [rows, vocabulary]; of a quantized head the sum of its slices."""
+        model, out = self.model, self._logits_of(x.shape[0])
+        if model.draft_head is None:
+            return torch.mm(x, model.head.t(), out=out)
+        partial = model.draft_head(x)
+        rows, vocab = out.shape
+        self.kernels.sum_slices[(rows, -(-vocab // SUM_BLOCK))](
+            partial,
+            out,
+            rows,
+            vocab,
+            partial.shape[-1],
+            SLICES=partial.shape[0],
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
+        return out
 
     def _logits_of(self, rows: int) -> Tensor:
         """Where every level's logits go: captured levels would otherwise keep one such tensor each."""

@@ -1,6 +1,7 @@
 """From a target's exact layers to the fused substitute: quantize, pack, and hand to the kernels that were chosen."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,9 @@ from transformers import PretrainedConfig
 
 from subspec.drafts.fused import FusedLayer, FusedModel
 from subspec.errors import ConfigError
-from subspec.kernels import int4
-from subspec.kernels.choose import TILES
-from subspec.kernels.ops import Dense, LevelLinear, Variant, make_linear
-from subspec.quant.codes import CodeQuantizer, Codes
+from subspec.kernels.formats import TILES, AffineFormat, Format
+from subspec.kernels.ops import Dense, LevelLinear, Variant
+from subspec.quant.codes import CodeQuantizer, QuantizedWeight, stack_rows
 
 ROLES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,7 +28,9 @@ class LayerFuser:
 
     Args:
         config: the target's configuration.
-        quantizer: gives 4-bit codes in groups of 64 along the inputs.
+        quantizer: of single weights.
+        formats: how each role's quantized weight is kept (``head``: the draft has an LM head of its own); None: 4
+            bits in groups of 64 for a layer's Linears.
         kernel: what computes the quantized Linears: a kernel by role (of
             :func:`subspec.kernels.choose.choose_kernels`), or the name of one for all, with its usual settings.
         keep_exact: names of Linears (``q_proj``...) that are not quantized.
@@ -41,14 +43,17 @@ class LayerFuser:
         *,
         kernel: str | Mapping[str, Variant],
         keep_exact: frozenset[str],
+        formats: Mapping[str, Format] | None = None,
     ) -> None:
         self.config = config
         self.quantizer = quantizer
+        self.formats: Mapping[str, Format] = formats or dict.fromkeys(ROLES, AffineFormat())
         if isinstance(kernel, str):
-            kernel = {role: Variant(kernel, TILES[role]) for role in ROLES}
+            kernel = {role: Variant(kernel, TILES[role]) for role in self.formats}
         self.kernels = kernel
         self.keep_exact = keep_exact
         self.modules = self.weights = self.stored_bytes = 0
+        self.bits: dict[str, float] = {}
 
     def fuse(
         self,
@@ -57,6 +62,7 @@ class LayerFuser:
         *,
         exact: bool = False,
         index: int | None = None,
+        keep: dict[str, QuantizedWeight] | None = None,
     ) -> FusedLayer:
         """One layer.
 
@@ -64,6 +70,7 @@ class LayerFuser:
             tensors: the layer's exact parameters by name.
             exact: keep every Linear exact (a layer in ``quant.skip_layers``).
             index: the layer's number, by which a quantizer may remember its codes; None: it is not to.
+            keep: where to put the quantized weights, by parameter name, for whoever needs them besides.
         """
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
@@ -73,7 +80,7 @@ class LayerFuser:
         input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
         assert input_norm is not None
         assert post_norm is not None
-        linears = {role: self._linear(role, tensors, exact, index) for role in ROLES}
+        linears = {role: self._linear(role, tensors, exact, index, keep) for role in ROLES}
         self.quantizer.end_layer()
         layer = FusedLayer(
             **linears,
@@ -88,7 +95,12 @@ class LayerFuser:
         return compact(layer)
 
     def _linear(
-        self, role: str, tensors: Mapping[str, Tensor], exact: bool, index: int | None
+        self,
+        role: str,
+        tensors: Mapping[str, Tensor],
+        exact: bool,
+        index: int | None,
+        keep: dict[str, QuantizedWeight] | None,
     ) -> LevelLinear:
         names = ROLES[role]
         if (role == "out" and "self_attn.o_proj.bias" in tensors) or (
@@ -100,22 +112,35 @@ class LayerFuser:
         weights = [tensors[f"{name}.weight"] for name in names]
         swiglu = role == "gate_up"
         if exact or is_kept(role, self.keep_exact):
-            rows = int4.interleave(*weights) if swiglu else torch.cat(weights)
-            return Dense(rows.to(torch.bfloat16), swiglu=swiglu)
-        codes = [
-            self.quantizer.codes(weight, None if index is None else f"{index}.{name}")
-            for weight, name in zip(weights, names, strict=True)
-        ]
-        q, scale, zero = (
-            int4.interleave(*part) if swiglu else torch.cat(part)
-            for part in zip(*map(_parts, codes), strict=True)
-        )
-        linear = make_linear(
-            self.kernels[role], Codes(q, scale, zero, self.quantizer.group_size), swiglu=swiglu
-        )
-        self.modules += len(weights)
-        self.weights += sum(weight.numel() for weight in weights)
+            rows = stack_rows([weight.to(torch.bfloat16) for weight in weights], swiglu=swiglu)
+            return Dense(rows, swiglu=swiglu)
+        remembered = [None if index is None else f"{index}.{n}" for n in names]
+        codes = self._codes(weights, remembered)
+        if keep is not None:
+            keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
+        return self._quantized(role, codes)
+
+    def fuse_head(self, weight: Tensor) -> LevelLinear | None:
+        """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's."""
+        if "head" not in self.formats:
+            return None
+        head = self._quantized("head", self._codes([weight], ["head.lm_head"]))
+        self.quantizer.end_layer()
+        return head
+
+    def _codes(self, weights: list[Tensor], names: Sequence[str | None]) -> list[QuantizedWeight]:
+        return [self.quantizer.codes(weight, name) for weight, name in zip(weights, names, strict=True)]
+
+    def _quantized(self, role: str, codes: list[QuantizedWeight]) -> LevelLinear:
+        swiglu = role == "gate_up"
+        count, modules = sum(math.prod(own.shape) for own in codes), len(codes)
+        stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
+        codes.clear()
+        linear = self.formats[role].linear(self.kernels[role], stacked, swiglu=swiglu)
+        self.modules += modules
+        self.weights += count
         self.stored_bytes += linear.nbytes
+        self.bits[role] = round(8 * linear.nbytes / count, 4)
         return linear
 
 
@@ -167,16 +192,17 @@ def role_shapes(
     }
 
 
-def _parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    return codes.q, codes.scale, codes.zero
-
-
 def fuse_model(
-    config: PretrainedConfig, layers: list[FusedLayer], shared: Mapping[str, Tensor], rotary: nn.Module
+    config: PretrainedConfig,
+    layers: list[FusedLayer],
+    shared: Mapping[str, Tensor],
+    rotary: nn.Module,
+    draft_head: LevelLinear | None = None,
 ) -> FusedModel:
     """Put fused layers and the target's own embedding, norm, head and rotary tables together.
 
     Args:
+        draft_head: the draft's own LM head (``LayerFuser.fuse_head``).
         shared: ``model.embed_tokens.weight``, ``model.norm.weight`` and, unless tied, ``lm_head.weight``.
         rotary: the target's rotary embedding module.
     """
@@ -189,6 +215,7 @@ def fuse_model(
         embedding=embedding,
         final_norm=shared["model.norm.weight"],
         head=head,
+        draft_head=draft_head,
         inverse_frequency=inverse.float().to(head.device),
         attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
         eps=config.rms_norm_eps,

@@ -189,12 +189,16 @@ def check_vocabularies(draft: Vocabulary, target: Vocabulary) -> None:
         )
 
 
-def load_small_model(source: LayerSource, vocab_size: int, device: torch.device) -> PreTrainedModel:
-    """The small model on ``device``, every layer in one allocation laid out for the fused level.
+def load_small_model(
+    source: LayerSource, vocab_size: int, device: torch.device, *, flat: bool = True
+) -> PreTrainedModel:
+    """The small model on ``device``.
 
     Args:
         vocab_size: of the target. A wider LM head is cut to it; a narrower embedding table gets zero rows, so that
             every token of the target can be looked up.
+        flat: put every layer into one allocation, laid out for the fused level. False for a model whose Linears are to
+            be replaced one by one: what remains of a layer would keep the whole of it alive.
     """
     config, tied = source.config, source.config.tie_word_embeddings
     model = empty_model(config, source.dtype, device)
@@ -208,7 +212,8 @@ def load_small_model(source: LayerSource, vocab_size: int, device: torch.device)
     del shared
     model.get_output_embeddings().weight = nn.Parameter(head, requires_grad=False)
     for index, layer in enumerate(model.get_decoder().layers):
-        fill(layer, flat_layer(source.layer(index, device), source.dtype, device))
+        tensors = source.layer(index, device)
+        fill(layer, flat_layer(tensors, source.dtype, device) if flat else tensors)
     return model
 
 

@@ -10,11 +10,15 @@ from typing import Any, Protocol
 
 import torch
 
-from subspec.kernels import ops
+from subspec.kernels import lut, ops
+from subspec.kernels.formats import Format
 from subspec.kernels.ops import GemLite, Variant
-from subspec.kernels.timing import random_linear, variant_time
+from subspec.kernels.timing import variant_time
 from subspec.targets.cache import replace_file
 from subspec.targets.console import Note
+
+Won = dict[str, tuple[Format, tuple[int, int]]]
+"""Format and shape by role."""
 
 
 class Bench(Protocol):
@@ -31,16 +35,14 @@ class Bench(Protocol):
     def unavailable(self, kernel: str) -> str | None:
         """Why a kernel cannot run here; None when it can."""
 
-    def seconds(self, variant: Variant, role: str, n: int, k: int, rows: int) -> float:
+    def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:
         """Seconds of one call; any exception says that this kernel cannot do it."""
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
         """Called once before anything is asked, with the kernels that take part."""
 
-    def finish(
-        self, shapes: dict[str, tuple[int, int]], rows: int, measured: bool, folder: Path, note: Note
-    ) -> None:
-        """Called once at the end. ``shapes``: of the roles that gemlite won; ``measured``: whether anything was."""
+    def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
+        """Called once at the end. ``won``: the roles that gemlite won; ``measured``: whether anything was."""
 
 
 class CudaBench:
@@ -53,31 +55,32 @@ class CudaBench:
 
     def unavailable(self, kernel: str) -> str | None:
         with torch.cuda.device(self.device):
+            if kernel in lut.LUT_KERNELS:
+                return lut.unavailable(kernel, self.device)
             return ops.unavailable(kernel, self.device)
 
-    def seconds(self, variant: Variant, role: str, n: int, k: int, rows: int) -> float:
+    def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:
         with torch.cuda.device(self.device):
-            return variant_time(variant, n, k, rows, self.device, swiglu=role == "gate_up")
+            return variant_time(variant, n, k, rows, self.device, swiglu=role == "gate_up", format_=format_)
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
         self._gemlite = GemLite.kind in kernels
         if self._gemlite:
             load_tuning(self._tuning(folder), note)
 
-    def finish(
-        self, shapes: dict[str, tuple[int, int]], rows: int, measured: bool, folder: Path, note: Note
-    ) -> None:
+    def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
         with torch.cuda.device(self.device), torch.inference_mode():
-            for role, (n, k) in shapes.items():
-                linear = random_linear(Variant(GemLite.kind), n, k, self.device, swiglu=role == "gate_up")
+            for role, (format_, (n, k)) in won.items():
+                swiglu = role == "gate_up"
+                linear = format_.random_linear(Variant(GemLite.kind), n, k, self.device, swiglu=swiglu)
                 # A tree's first level has one row, for which gemlite has another kernel to tune.
                 for count in {1, rows}:
                     linear(torch.zeros(count, k, device=self.device, dtype=torch.bfloat16))
                 del linear
-        if shapes or measured:
+        if won or measured:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-        if self._gemlite and (shapes or measured):
+        if self._gemlite and (won or measured):
             save_tuning(self._tuning(folder), note)
 
     def _tuning(self, folder: Path) -> Path:

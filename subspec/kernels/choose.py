@@ -1,9 +1,10 @@
 """Which kernel computes which Linear of a draft level: measured on this card, once, and remembered.
 
 Every candidate is timed as it will run (in a CUDA graph, weights not cached) on weights of the target's shapes and
-as many rows as the tree is wide, and the fastest is taken for each of a layer's four fused Linears. The times go to
-``<cache>/kernels/<card>-<torch>-<hash of the kernels' source>.json``, so a second start measures nothing; whatever a
-file lacks (another shape, another width, a kernel installed since) is measured when it is asked for.
+as many rows as the tree is wide, and the fastest is taken for each of a layer's four fused Linears and for a quantized
+LM head. The times go to ``<cache>/kernels/<card>-<torch>-<hash of the kernels' source>.json``, so a second start
+measures nothing; whatever a file lacks (another shape, format or width, a kernel installed since) is measured when it
+is asked for.
 
 Example::
 
@@ -14,7 +15,7 @@ Example::
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -23,19 +24,13 @@ from typing import Any
 import torch
 
 from subspec.errors import ConfigError
-from subspec.kernels import int4
 from subspec.kernels.bench import Bench, CudaBench, slug
-from subspec.kernels.ops import KERNELS, GemLite, MmaInt4, Tinygemm, Variant, gemlite_version, unfit
+from subspec.kernels.formats import AffineFormat, Format, describe
+from subspec.kernels.ops import GemLite, Variant, gemlite_version
 from subspec.targets.cache import cache_root, replace_file
 from subspec.targets.console import Note, print_note
 
 AUTO = "auto"
-
-TILES = {"qkv": 2, "out": 2, "gate_up": 4, "down": 2}
-"""16-row tiles per block of our kernel where nothing is measured: enough blocks for every multiprocessor."""
-
-SPLITS = (1, 2, 3, 4, 6, 8)
-"""Slices of the inputs that are tried."""
 
 MARGIN = 1.02
 """A variant this close to the fastest is as fast: of those, the one with the fewest slices leaves its reader the
@@ -52,6 +47,7 @@ class Picked:
     Attributes:
         variant: the kernel and its settings.
         shape: outputs and inputs of the weight.
+        format: how it is kept.
         microseconds: per call; None where nothing is measured (a CPU).
         measured: in this run; False: read from the file.
         others: microseconds of every candidate by its name.
@@ -59,6 +55,7 @@ class Picked:
 
     variant: Variant
     shape: tuple[int, int]
+    format: str = ""
     microseconds: float | None = None
     measured: bool = False
     others: dict[str, float] = field(default_factory=dict)
@@ -71,7 +68,7 @@ class KernelChoice:
     Attributes:
         asked: ``draft.kernel``.
         rows: the tree's width, which it is the best for.
-        picked: by role: ``qkv``, ``out``, ``gate_up``, ``down``.
+        picked: by role: ``qkv``, ``out``, ``gate_up``, ``down``, ``head``.
         unavailable: why a kernel did not take part.
         seconds: that choosing took.
         file: where the times are kept; empty where nothing is measured.
@@ -97,7 +94,7 @@ class KernelChoice:
     def summary(self) -> str:
         """One line for people: ``int4_mma 2x4 (qkv, 6.1 us), ... for 6 rows, from the cache``."""
         if not self.picked:
-            return "no 4-bit Linears"
+            return "no quantized Linears"
         parts = []
         for role, picked in self.picked.items():
             time_ = "" if picked.microseconds is None else f", {picked.microseconds:.1f} us"
@@ -117,6 +114,7 @@ class KernelChoice:
                 "tiles": picked.variant.tiles,
                 "splits": picked.variant.splits,
                 "shape": list(picked.shape),
+                "format": picked.format,
                 "microseconds": picked.microseconds,
                 "origin": "reference" if not self.file else "measured" if picked.measured else "cached",
                 "candidates": picked.others,
@@ -138,7 +136,9 @@ def choose_kernels(
     rows: int,
     device: torch.device,
     *,
+    formats: Mapping[str, Format] | None = None,
     kernel: str = AUTO,
+    allowed: Collection[str] | None = None,
     note: Note = print_note,
     bench: Bench | None = None,
     folder: Path | None = None,
@@ -146,9 +146,11 @@ def choose_kernels(
     """Choose by measurement, before anything else is on the device: it takes a few hundred MB, and frees them.
 
     Args:
-        shapes: outputs and inputs of every 4-bit Linear by its role.
+        shapes: outputs and inputs of every quantized Linear by its role.
+        formats: by role; 4 bits in groups of 64 where none is named.
         rows: of a level: the tree's width.
         kernel: ``auto``, or the one to use, whose settings alone are then measured.
+        allowed: kernels that ``auto`` may take; None: all.
         note: told what takes long, and what is wrong with the file.
         bench: the device; this machine's when None.
         folder: of the file; the cache's own when None.
@@ -157,12 +159,16 @@ def choose_kernels(
         ConfigError: the kernel that was asked for cannot run here, or none can.
     """
     started = time.perf_counter()
+    formats = {role: (formats or {}).get(role, AffineFormat()) for role in shapes}
     if bench is None and device.type != "cuda":
-        return _reference(shapes, rows, device, kernel)
+        return _reference(shapes, formats, rows, device, kernel)
     bench = bench or CudaBench(device)
     folder = folder or cache_root() / "kernels"
     problems, taking_part = {}, []
-    for name in KERNELS if kernel == AUTO else (kernel,):
+    known_kernels = dict.fromkeys(name for format_ in formats.values() for name in format_.kernels)
+    if allowed is not None:
+        known_kernels = {name: None for name in known_kernels if name in allowed}
+    for name in known_kernels if kernel == AUTO else (kernel,):
         if reason := bench.unavailable(name):
             problems[name] = reason
         else:
@@ -172,54 +178,66 @@ def choose_kernels(
     bench.begin(taking_part, folder, note)
     file = folder / f"{slug(bench.name)}-{slug(torch.__version__)}-{source_hash()}.json"
     known = read_times(file, note)
-    wanted = {role: candidates(role, *shape, taking_part, problems) for role, shape in shapes.items()}
-    times = {role: known.setdefault(_key(role, shape, rows), {}) for role, shape in shapes.items()}
+    wanted = {
+        role: candidates(formats[role], role, *shape, taking_part, problems) for role, shape in shapes.items()
+    }
+    times = {
+        role: known.setdefault(_key(formats[role], role, shape, rows), {}) for role, shape in shapes.items()
+    }
     missing = {role for role in wanted if any(_name(variant) not in times[role] for variant in wanted[role])}
     if missing:
         slow = ", and gemlite tunes itself for about 10 s per shape" if GemLite.kind in taking_part else ""
-        note(f"measuring 4-bit kernels on this card for {rows} rows, once: a few seconds{slow}")
+        note(f"measuring kernels on this card for {rows} rows, once: a few seconds{slow}")
     picked = {}
     for role, variants in wanted.items():
-        failed = _measure(bench, role, shapes[role], rows, variants, times[role])
+        failed = _measure(bench, formats[role], role, shapes[role], rows, variants, times[role])
         problems |= {f"{name} ({role})": reason for name, reason in failed.items()}
-        best = _pick(shapes[role], variants, times[role], role in missing)
+        best = _pick(formats[role], shapes[role], variants, times[role], role in missing)
         if best is None:
             raise _refusal(kernel, problems)
         picked[role] = best
-    won = {role: best.shape for role, best in picked.items() if best.variant.kernel == GemLite.kind}
+    won = {
+        role: (formats[role], best.shape)
+        for role, best in picked.items()
+        if best.variant.kernel == GemLite.kind
+    }
     bench.finish(won, rows, bool(missing), folder, note)
     if missing:
         write_times(file, known, note)
     return KernelChoice(kernel, rows, picked, problems, time.perf_counter() - started, str(file))
 
 
-def candidates(role: str, n: int, k: int, kernels: list[str], problems: dict[str, str]) -> list[Variant]:
-    """What can compute a weight [n, k]; why a kernel cannot goes to ``problems``."""
+def candidates(
+    format_: Format, role: str, n: int, k: int, kernels: list[str], problems: dict[str, str]
+) -> list[Variant]:
+    """What can compute a weight [n, k]; why a kernel that has its format cannot goes to ``problems``."""
     found = []
     for kernel in kernels:
-        if reason := unfit(kernel, n, k):
-            problems[f"{kernel} ({role})"] = reason
-        elif kernel == MmaInt4.kind:
-            # With the activation inside, the kernel needs whole sums; slices need some groups of 64 for each warp.
-            most = 1 if role == "gate_up" else max(1, 2 * (k // int4.GROUP) // int4.WARPS)
-            found += [
-                Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most
-            ]
+        if reason := format_.unfit(kernel, n, k):
+            if kernel in format_.kernels or len(kernels) == 1:
+                problems[f"{kernel} ({role})"] = reason
         else:
-            found.append(Variant(kernel))
+            found += format_.variants(kernel, role, n, k)
     return found
+
+
+SOURCES = (
+    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py", "timing.py"),
+    *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
+)
+"""Files whose change makes times out of date."""
 
 
 def source_hash() -> str:
     """Twelve hex digits of the source that times belong to."""
     digest = hashlib.sha256()
-    for name in ("int4.cu", "int4.py", "ops.py", "timing.py"):
+    for name in SOURCES:
         digest.update(resources.files("subspec.kernels").joinpath(name).read_bytes())
     return digest.hexdigest()[:12]
 
 
 def read_times(file: Path, note: Note) -> dict[str, dict[str, float]]:
-    """Microseconds by ``role shape rows`` and candidate; empty, and said, when the file is damaged or not ours."""
+    """Microseconds by ``role shape format rows`` and candidate; empty, and said, when the file is damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT or content["for"] != file.stem:
@@ -250,18 +268,28 @@ def write_times(file: Path, times: Mapping[str, Mapping[str, float]], note: Note
 
 
 def _reference(
-    shapes: Mapping[str, tuple[int, int]], rows: int, device: torch.device, kernel: str
+    shapes: Mapping[str, tuple[int, int]],
+    formats: Mapping[str, Format],
+    rows: int,
+    device: torch.device,
+    kernel: str,
 ) -> KernelChoice:
-    """On a CPU our kernel's reference stands in: slow, and there for tests only."""
-    if kernel not in (AUTO, MmaInt4.kind):
-        raise _refusal(kernel, {kernel: f"no CUDA device (this run is on the {device.type})"})
-    picked = {role: Picked(Variant(MmaInt4.kind, TILES[role]), shape) for role, shape in shapes.items()}
-    others = dict.fromkeys((Tinygemm.kind, GemLite.kind), "no CUDA device")
-    return KernelChoice(kernel, rows, picked, others if kernel == AUTO else {}, 0.0)
+    """On a CPU our kernels' references stand in: slow, and there for tests only."""
+    picked = {
+        role: Picked(formats[role].reference(role, *shape), shape, describe(formats[role]))
+        for role, shape in shapes.items()
+    }
+    missing = {name: "no CUDA device" for format_ in formats.values() for name in format_.kernels}
+    for chosen in picked.values():
+        missing.pop(chosen.variant.kernel, None)
+        if kernel not in (AUTO, chosen.variant.kernel):
+            raise _refusal(kernel, {kernel: f"no CUDA device (this run is on the {device.type})"})
+    return KernelChoice(kernel, rows, picked, missing if kernel == AUTO else {}, 0.0)
 
 
 def _measure(
     bench: Bench,
+    format_: Format,
     role: str,
     shape: tuple[int, int],
     rows: int,
@@ -274,7 +302,7 @@ def _measure(
         if _name(variant) in times or variant.kernel in failed:
             continue
         try:
-            times[_name(variant)] = bench.seconds(variant, role, *shape, rows) * 1e6
+            times[_name(variant)] = bench.seconds(variant, format_, role, *shape, rows) * 1e6
         except Exception as error:
             text = str(error).strip()
             failed[variant.kernel] = text.splitlines()[0] if text else type(error).__name__
@@ -282,7 +310,11 @@ def _measure(
 
 
 def _pick(
-    shape: tuple[int, int], variants: list[Variant], times: Mapping[str, float], measured: bool
+    format_: Format,
+    shape: tuple[int, int],
+    variants: list[Variant],
+    times: Mapping[str, float],
+    measured: bool,
 ) -> Picked | None:
     by_variant = {variant: times[_name(variant)] for variant in variants if _name(variant) in times}
     if not by_variant:
@@ -291,14 +323,14 @@ def _pick(
     near = [variant for variant, value in by_variant.items() if value <= limit]
     best = min(near, key=lambda variant: (max(variant.splits, 1), by_variant[variant]))
     others = {_name(variant): round(value, 3) for variant, value in by_variant.items()}
-    return Picked(best, shape, by_variant[best], measured, others)
+    return Picked(best, shape, describe(format_), by_variant[best], measured, others)
 
 
 def _refusal(kernel: str, problems: Mapping[str, str]) -> ConfigError:
     reasons = "; ".join(dict.fromkeys(problems.values() if len(problems) == 1 else
                                       (f"{name}: {reason}" for name, reason in problems.items())))  # fmt: skip
     if kernel == AUTO:
-        return ConfigError(f"draft.kernel=auto finds no 4-bit kernel that runs here: {reasons}")
+        return ConfigError(f"draft.kernel=auto finds no kernel that runs here: {reasons}")
     return ConfigError(f"draft.kernel={kernel} cannot run here: {reasons}; set draft.kernel=auto")
 
 
@@ -307,5 +339,5 @@ def _name(variant: Variant) -> str:
     return f"{variant} {gemlite_version()}" if variant.kernel == GemLite.kind else str(variant)
 
 
-def _key(role: str, shape: tuple[int, int], rows: int) -> str:
-    return f"{role} {shape[0]}x{shape[1]} rows {rows}"
+def _key(format_: Format, role: str, shape: tuple[int, int], rows: int) -> str:
+    return f"{role} {shape[0]}x{shape[1]} {format_.key} rows {rows}"

@@ -97,17 +97,22 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, swiglu: bool = F
     return PackedInt4(words, meta.reshape(blocks, groups, 8, 2 * tiles, 2).contiguous(), n, k, tiles, swiglu)
 
 
-def unpack(weight: PackedInt4) -> Tensor:
-    """The dequantized weight, float32 [out_features, in_features]: the reference of everything here."""
+def unpack_codes(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`pack` was given: uint8 [out_features, in_features], and float32 scales and zeros per group."""
     blocks, groups, tiles = weight.words.shape[:3]
     shifts = torch.arange(0, 32, 4, device=weight.words.device)
     nibbles = (weight.words.to(torch.int64).unsqueeze(-1) >> shifts) & 15
     q = nibbles.view(blocks, groups, tiles, 8, 4, 4, 2, 2, 2).permute(0, 2, 8, 3, 1, 4, 5, 7, 6)
     meta = weight.meta.float().view(blocks, groups, 8, tiles, 2, 2).permute(0, 3, 4, 2, 1, 5)
-    meta = meta.reshape(blocks * tiles * 16, groups, 1, 2)
-    q = q.reshape(blocks * tiles * 16, groups, GROUP).float()
-    dense = meta[..., 0] * (q - meta[..., 1])
-    return dense.flatten(1)[: weight.out_features]
+    meta = meta.reshape(blocks * tiles * 16, groups, 2)[: weight.out_features]
+    q = q.reshape(blocks * tiles * 16, groups * GROUP)[: weight.out_features]
+    return q.to(torch.uint8), meta[..., 0].contiguous(), meta[..., 1].contiguous()
+
+
+def unpack(weight: PackedInt4) -> Tensor:
+    """The dequantized weight, float32 [out_features, in_features]: the reference of everything here."""
+    q, scale, zero = unpack_codes(weight)
+    return (scale.unsqueeze(-1) * (q.float().unflatten(1, (-1, GROUP)) - zero.unsqueeze(-1))).flatten(1)
 
 
 def reference(weight: PackedInt4, x: Tensor) -> Tensor:

@@ -179,6 +179,22 @@ def merge_attention(
 
 
 @triton.jit
+def sum_slices(partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row, :n] = sum of the partial sums of a Linear. Grid: (rows, blocks of n).
+
+    partial: any floating dtype [SLICES, rows, stride]; out: bfloat16 [rows, n].
+    """
+    row, block = tl.program_id(0), tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in tl.static_range(SLICES):
+        at = (part * rows + row).to(tl.int64) * stride + column
+        total += tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * n + column, total.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
 def block_candidates(
     logits, best, best_token, block_max, block_sum, vocab, inverse_temperature,
     BLOCKS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,

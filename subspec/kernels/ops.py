@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels import int4
+from subspec.kernels import int4, wq
 from subspec.quant.codes import Codes
 
 
@@ -94,6 +94,48 @@ class MmaInt4(LevelLinear):
         return out
 
 
+class TritonWq(LevelLinear):
+    """Our Triton kernel for 8, 4, 3 and 2 bits in groups of any size (:mod:`subspec.kernels.wq`).
+
+    Args:
+        tiles: outputs per program, in sixteens.
+        splits: slices of the input dimension; 1 with an activation.
+    """
+
+    kind = "triton_wq"
+
+    def __init__(self, weight: wq.PackedWq, tiles: int = 4, splits: int = 1) -> None:
+        self.weight, self.tiles = weight, tiles
+        if weight.words.is_cuda:
+            self.splits = splits
+        self.stride = weight.out_features
+        self.nbytes = weight.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        parts = (self.weight.words, self.weight.meta)
+        return (*parts, self.weight.high) if self.weight.bits == 3 else parts
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        words, meta, *high = tensors
+        self.weight = replace(self.weight, words=words, meta=meta, high=high[0] if high else self.weight.high)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, swiglu = x.shape[0], self.weight.swiglu
+        if not x.is_cuda:  # the reference stands in, as for our 4-bit kernel
+            y = wq.reference(self.weight, x)
+            return y.to(torch.bfloat16) if swiglu else y.unsqueeze(0)
+        if rows > wq.MAX_ROWS:
+            parts = [self(part) for part in x.split(wq.MAX_ROWS)]
+            return torch.cat(parts, dim=0 if swiglu else 1)
+        if swiglu:
+            out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
+        else:
+            out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
+        wq.linear(self.weight, x, out, tiles=self.tiles, splits=self.splits)
+        return out
+
+
 class Tinygemm(LevelLinear):
     """PyTorch's own 4-bit kernel, ``torch._weight_int4pack_mm``.
 
@@ -110,7 +152,8 @@ class Tinygemm(LevelLinear):
         # Its layout: w = (q - 8) * scale + offset, two 4-bit values to a byte.
         packed = (q[:, ::2].to(torch.uint8) << 4) | q[:, 1::2].to(torch.uint8)
         # The inputs come in tiles of 16, eight of them in one load where their number allows it.
-        self.weight = torch._convert_weight_to_int4pack(packed.contiguous(), 4 if q.shape[1] % 128 else 8)
+        tiles = next(tiles for tiles in (8, 4, 2) if q.shape[1] % (16 * tiles) == 0)
+        self.weight = torch._convert_weight_to_int4pack(packed.contiguous(), tiles)
         offset = (8 - zero.float()) * scale.float()
         both = torch.stack([scale.float(), offset], dim=-1).to(torch.bfloat16)
         self.scale_and_offset = both.transpose(0, 1).contiguous()
@@ -136,18 +179,21 @@ class GemLite(LevelLinear):
     that call it may be captured. Its splits of the inputs add up with atomics, so results vary in the last bits.
 
     Args:
-        q: integers 0..15 [n, k]; scale, zero: [n, k / group].
+        q: integers below 2**bits [n, k]; scale, zero: [n, k / group].
+        bits: 8, 4 or 2.
         swiglu: rows are gate and up interleaved 16 by 16.
     """
 
     kind = "gemlite"
 
-    def __init__(self, q: Tensor, scale: Tensor, zero: Tensor, group: int, *, swiglu: bool = False) -> None:
+    def __init__(
+        self, q: Tensor, scale: Tensor, zero: Tensor, group: int, *, bits: int = 4, swiglu: bool = False
+    ) -> None:
         from gemlite.core import DType, GemLiteLinearTriton, forward_functional
 
         n, k = q.shape
         packed = GemLiteLinearTriton(
-            4,
+            bits,
             group_size=group,
             in_features=k,
             out_features=n,
@@ -203,9 +249,9 @@ class Variant:
     """A kernel and its settings.
 
     Attributes:
-        kernel: ``int4_mma``, ``tinygemm`` or ``gemlite``.
-        tiles: of ``int4_mma``, 16-row tiles per block.
-        splits: of ``int4_mma``, slices of the input dimension (0: a rule of thumb).
+        kernel: its name.
+        tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
+        splits: of our kernels, slices of the input dimension (0: a rule of thumb).
     """
 
     kernel: str
@@ -213,29 +259,34 @@ class Variant:
     splits: int = 0
 
     def __str__(self) -> str:
-        if self.kernel != MmaInt4.kind:
+        if not self.tiles:
             return self.kernel
         return f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
 
 
-KERNELS = (MmaInt4.kind, Tinygemm.kind, GemLite.kind)
-"""What can compute a 4-bit Linear."""
+KERNELS = (MmaInt4.kind, Tinygemm.kind, GemLite.kind, TritonWq.kind)
+"""What can compute a Linear of integer codes, each in some formats (:mod:`subspec.kernels.formats`)."""
 
 
-def make_linear(variant: Variant, codes: Codes, *, swiglu: bool) -> LevelLinear:
-    """A 4-bit Linear.
+def make_linear(variant: Variant, codes: Codes, *, swiglu: bool, bits: int | None = None) -> LevelLinear:
+    """A Linear of integer codes.
 
     Args:
         swiglu: the rows are gate and up interleaved 16 by 16, and the result is their activation.
+        bits: that an integer takes in memory, where the kernel has a choice; None: as many as it has.
     """
-    if variant.kernel == MmaInt4.kind:
-        packed = int4.pack(codes.q, codes.scale, codes.zero, tiles=variant.tiles, swiglu=swiglu)
-        return MmaInt4(packed, variant.splits)
-    if variant.kernel == Tinygemm.kind:
-        return Tinygemm(codes.q, codes.scale, codes.zero, codes.group_size, swiglu=swiglu)
-    if variant.kernel == GemLite.kind:
-        return GemLite(codes.q, codes.scale, codes.zero, codes.group_size, swiglu=swiglu)
-    raise ValueError(f"no 4-bit kernel {variant.kernel!r}: use {', '.join(KERNELS)}")
+    kernel, parts = variant.kernel, (codes.q, codes.scale, codes.zero)
+    bits = bits or codes.bits
+    if kernel == MmaInt4.kind:
+        return MmaInt4(int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu), variant.splits)
+    if kernel == TritonWq.kind:
+        packed = wq.pack(*parts, bits=bits, swiglu=swiglu)
+        return TritonWq(packed, variant.tiles, max(variant.splits, 1))
+    if kernel == Tinygemm.kind:
+        return Tinygemm(*parts, codes.group_size, swiglu=swiglu)
+    if kernel == GemLite.kind:
+        return GemLite(*parts, codes.group_size, bits=bits, swiglu=swiglu)
+    raise ValueError(f"no kernel {kernel!r} for integer codes: use {', '.join(KERNELS)}")
 
 
 def unavailable(kernel: str, device: torch.device) -> str | None:
@@ -244,20 +295,13 @@ def unavailable(kernel: str, device: torch.device) -> str | None:
         return "no CUDA device"
     if kernel == MmaInt4.kind:
         return int4.unavailable()
+    if kernel == TritonWq.kind:
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
     if kernel == Tinygemm.kind:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 (Ampere) or later"
         return None
     return _gemlite_problem()
-
-
-def unfit(kernel: str, out_features: int, in_features: int) -> str | None:
-    """Why ``kernel`` does not take a weight of this shape; None when it does."""
-    if kernel == Tinygemm.kind and out_features % 8:
-        return f"{out_features} outputs are not a multiple of 8"
-    if kernel == GemLite.kind and in_features % 64:
-        return f"{in_features} inputs are not a multiple of 64"
-    return None
 
 
 def gemlite_version() -> str:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from subspec.kernels import int4
 from subspec.kernels.capture import capturing
-from subspec.kernels.ops import LevelLinear, MmaInt4, Variant, make_linear
-from subspec.quant.codes import Codes
+from subspec.kernels.formats import AffineFormat, Format
+from subspec.kernels.ops import LevelLinear, Variant
 
 ROUNDS = 3
 """Measurements of which the fastest counts: what disturbs a kernel only ever makes it slower."""
@@ -41,27 +40,6 @@ def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
     return best
 
 
-def random_codes(n: int, k: int, device: torch.device, group: int = int4.GROUP) -> Codes:
-    """Codes of a made-up weight, with scales of a real one's size."""
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-    scale = torch.rand(n, k // group, device=device) * 0.002 + 0.004
-    return Codes(q, scale, torch.full_like(scale, 7.5), group)
-
-
-def random_linear(variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool) -> LevelLinear:
-    """A Linear with made-up weights. Ours is made of random words: packing real codes takes gigabytes for a while."""
-    if variant.kernel != MmaInt4.kind:
-        return make_linear(variant, random_codes(n, k, device), swiglu=swiglu)
-    tiles, groups = variant.tiles, k // int4.GROUP
-    blocks = -(-n // (tiles * 16))
-    words = torch.randint(
-        -(1 << 31), 1 << 31, (blocks, groups, tiles, 32, 4), dtype=torch.int32, device=device
-    )
-    meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
-    meta[..., 0], meta[..., 1] = 0.005, 7.5
-    return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits)
-
-
 def rotation(linear: LevelLinear, device: torch.device) -> list[LevelLinear]:
     """Copies of a Linear that together do not fit into the device's caches, at least two."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -79,12 +57,21 @@ def rotated_time(linears: list[LevelLinear], x: Tensor) -> float:
     return graph_time(lambda: [linear(x) for linear in linears]) / len(linears)
 
 
-def variant_time(variant: Variant, n: int, k: int, rows: int, device: torch.device, *, swiglu: bool) -> float:
+def variant_time(
+    variant: Variant,
+    n: int,
+    k: int,
+    rows: int,
+    device: torch.device,
+    *,
+    swiglu: bool,
+    format_: Format = AffineFormat(),  # noqa: B008 (frozen)
+) -> float:
     """Seconds of one call of a kernel on a weight [n, k] and ``rows`` rows, weights not cached.
 
     Takes three times the L2 cache of device memory (at least two weights), and gives it back.
     """
     with torch.inference_mode():
-        linears = rotation(random_linear(variant, n, k, device, swiglu=swiglu), device)
+        linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         return rotated_time(linears, x)

@@ -19,11 +19,12 @@ from subspec.config import (
 )
 from subspec.decoding.growth import Growth
 from subspec.decoding.sampling import Sampling
+from subspec.drafts.fused_quant import AUTO, fused_quantization
 from subspec.errors import ConfigError
 from subspec.offload.layer_bytes import flat_bytes
 from subspec.offload.sizes import (
     ModelShapes,
-    PlainCodec,
+    SubstituteSizes,
     kv_bytes,
     level_bytes,
     pass_bytes,
@@ -97,10 +98,10 @@ class DraftSizes(Protocol):
 class SubstitutePieces:
     """The quantized substitute: packed weights of every layer but the skipped ones, which are resident.
 
-    Linears that are not quantized are shared with resident layers, and copied for streamed ones.
+    What stays exact is fused too, and so a copy, whether the target's layer is resident or not.
 
     Raises:
-        ConfigError: the quantizer is unknown here, or its groups do not divide a Linear.
+        ConfigError: the quantizer is unknown here, or its settings do not fit the target.
     """
 
     workspaces: Mapping[str, int] = {}
@@ -108,36 +109,45 @@ class SubstitutePieces:
     captured = True
 
     def __init__(self, situation: Situation) -> None:
-        shapes, quant = situation.shapes, situation.config.quant
-        self.sizes = substitute_sizes(shapes, quant, situation.itemsize)
+        shapes, quant, draft = situation.shapes, situation.config.quant, situation.config.draft
+        kernel = draft.kernel.value if isinstance(draft, SubstituteDraftConfig) else AUTO
+        quantization = fused_quantization(quant, shapes.layer, (shapes.vocab, shapes.hidden), kernel=kernel)
+        self.sizes = sizes = substitute_sizes(quantization, situation.itemsize)
         self.forced = tuple(sorted(set(getattr(quant, "skip_layers", ()))))
         self.shared_rows = situation.growth.draft_rows
-        self.level = level_bytes(shapes, situation.width, situation.sampling, situation.itemsize)
+        self.level = level_bytes(
+            shapes, situation.width, situation.sampling, situation.itemsize, own_head=sizes.head > 0
+        )
         self._layers = shapes.layers
-        self._exact_layer = PlainCodec(situation.itemsize).layer_bytes(shapes.layer)
-        self._head = shapes.vocab * shapes.hidden * situation.itemsize
-        self._note = f"{getattr(quant, 'bits', None)} bits, scales and zeros"
+        self._head = sizes.head or shapes.vocab * shapes.hidden * situation.itemsize
+        self._note = quantization.summary()
 
     def device(self, resident: int) -> list[Piece]:
-        replaced, streamed = self._layers - len(self.forced), self._layers - resident
-        sizes = self.sizes
-        return [
-            Piece("substitute", replaced * sizes.quantized, replaced * sizes.quantized_rounding, self._note),
-            Piece(
-                "exact substitute",
-                streamed * sizes.exact,
-                streamed * sizes.exact_rounding,
-                "modules not quantized",
-            ),
-        ]
+        return substitute_pieces(self.sizes, self._layers - len(self.forced), len(self.forced), self._note)
 
     def host(self) -> list[Piece]:
         return []
 
     def level_read(self, resident: int) -> int:
-        quantized = self._layers - len(self.forced)
-        exact = len(self.forced) * self._exact_layer + quantized * self.sizes.exact
-        return quantized * self.sizes.quantized + exact + self._head
+        return sum(piece.bytes for piece in self.device(resident)) - self.sizes.head + self._head
+
+
+def substitute_pieces(sizes: SubstituteSizes, replaced: int, skipped: int, note: str) -> list[Piece]:
+    """A fused substitute of ``replaced`` quantized layers and ``skipped`` exact ones."""
+    return [
+        Piece(
+            "substitute",
+            replaced * sizes.quantized + sizes.head,
+            replaced * sizes.quantized_rounding + sizes.head_rounding,
+            note,
+        ),
+        Piece(
+            "exact substitute",
+            replaced * sizes.exact + skipped * sizes.skipped,
+            replaced * sizes.exact_rounding + skipped * sizes.skipped_rounding,
+            "modules not quantized",
+        ),
+    ]
 
 
 class SmallModelPieces:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from subspec.choices import Codec, Kernel
 from subspec.config import (
     Config,
     Device,
@@ -19,8 +20,10 @@ from subspec.config import (
 )
 from subspec.decoding.engine import ROW_MULTIPLE, padded
 from subspec.decoding.sampling import Sampling
+from subspec.drafts.fused_quant import FusedQuantization, fused_quantization
 from subspec.errors import ConfigError
-from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes
+from subspec.offload.coding import SubstituteCodec, codec_of
+from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes, substitute_pieces
 from subspec.offload.sizes import (
     ALLOCATOR_BYTES,
     GIB,
@@ -32,6 +35,7 @@ from subspec.offload.sizes import (
     kv_bytes,
     pass_bytes,
     rounding,
+    substitute_sizes,
     tree_bytes,
     verify_bytes,
 )
@@ -84,6 +88,8 @@ class Layout:
         forced: layers that must be resident because the draft needs them exact and on the device anyway
             (``quant.skip_layers`` of a substitute, layers that draft themselves): streaming them too would only cost
             link time.
+        coded: whether exact weights are coded by their substitute.
+        given_codec: a codec that overrules the configuration's.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
             are rounded up as the engine does on a GPU. Without a draft the tree is its root, in one row.
@@ -98,9 +104,16 @@ class Layout:
         self.config, self.offload = config, config.offload
         self.shapes = shapes = ModelShapes.of(model)
         self.itemsize = _itemsize(config)
-        self.codec = codec = codec or PlainCodec(self.itemsize)
+        self.coded = codec_of(config) is Codec.substitute
+        self.given_codec = codec
+        quantization = _quantization(config, shapes) if self.coded else None
+        if codec is None and quantization is not None:
+            codec = SubstituteCodec(quantization)
+        codec = codec or PlainCodec(self.itemsize)
         self.layer_bytes = codec.layer_bytes(shapes.layer)
-        self.resident_bytes = PlainCodec(self.itemsize).layer_bytes(shapes.layer)
+        self.exact_bytes = PlainCodec(self.itemsize).layer_bytes(shapes.layer)
+        # A coded layer stays coded on the device, too: there is room for twice as many.
+        self.resident_bytes = self.layer_bytes if self.coded else self.exact_bytes
         self.scratch_bytes = codec.scratch_bytes(shapes.layer)
         self.table_bytes = shapes.vocab * shapes.hidden * self.itemsize
         self.sampling = _sampling(config)
@@ -126,6 +139,11 @@ class Layout:
         self.most_chunk = length
         self.least_chunk = min(config.decoding.prefill_chunk, length)
         self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
+        # What decodes must be there even if nothing drafts with it.
+        self._decoding: list[Piece] = []
+        if quantization is not None and self.draft is None:
+            sizes = substitute_sizes(quantization, self.itemsize)
+            self._decoding = substitute_pieces(sizes, shapes.layers, 0, f"decodes; {quantization.summary()}")
         self._check()
 
     def _check(self) -> None:
@@ -181,9 +199,10 @@ class Layout:
         layers, streamed = shapes.layers, shapes.layers - resident
         length = self.config.decoding.max_length
         slots = self.ring_slots(resident)
-        scratch = self.scratch_bytes if streamed else 0
+        coded = self.coded and resident > len(self.forced)
+        scratch = self.scratch_bytes if streamed or coded else 0
         own_table = choice.embedding is Placement.device and not shapes.tied
-        drafting = self.draft.device(resident) if self.draft is not None else []
+        drafting = self.draft.device(resident) if self.draft is not None else self._decoding
         level = self.draft.level if self.draft is not None else 0
         captured = self.draft is not None and self.draft.captured
         rounded = sum(piece.rounding for piece in drafting)
@@ -202,7 +221,8 @@ class Layout:
         buffers = [
             *vectors,
             *[self.table_bytes] * (1 + own_table),
-            *[self.resident_bytes] * resident,
+            *[self.exact_bytes] * len(self.forced),
+            *[self.resident_bytes] * (resident - len(self.forced)),
             *[self.layer_bytes] * slots,
             *[scratch, cache, tree, workspace, level, audit],
         ]
@@ -212,9 +232,9 @@ class Layout:
             ("norms and biases", sum(vectors), ""),
             (head, self.table_bytes, f"{shapes.vocab} x {shapes.hidden}"),
             ("embedding", self.table_bytes * own_table, f"{shapes.vocab} x {shapes.hidden}"),
-            ("resident layers", resident * self.resident_bytes, f"{resident} of {layers}, exact"),
+            ("resident layers", self._resident_bytes(resident), self._resident_note(resident)),
             ("ring", slots * self.layer_bytes, f"{slots} layers in flight"),
-            ("decoding of layers", scratch, "filled from a ring slot"),
+            ("decoded layer", scratch, "one at a time, bfloat16"),
             ("KV cache", cache, f"{self.draft_rows} + {length} + {target_rows} rows"),
             ("tree", tree, _tree_note(self.nodes, self.capacity)),
             ("workspace", workspace, f"largest: {largest}"),
@@ -227,6 +247,16 @@ class Layout:
             ("cuBLAS", LIBRARY_BYTES, "workspaces of two streams"),
             ("allocator", rounded + rounding(buffers) + ALLOCATOR_BYTES, "rounding, segments in part"),
         ]
+
+    def _resident_bytes(self, resident: int) -> int:
+        forced = len(self.forced)
+        return forced * self.exact_bytes + (resident - forced) * self.resident_bytes
+
+    def _resident_note(self, resident: int) -> str:
+        forced = len(self.forced) if self.coded else resident
+        return f"{resident} of {self.shapes.layers}, " + (
+            "exact" if forced == resident else f"coded{f', {forced} plain' * bool(forced)}"
+        )
 
     def _workspace(self, chunk: int) -> tuple[str, int]:
         """The most that one target pass holds at once, and which one: prefill, tree pass, or choosing tokens."""
@@ -254,7 +284,7 @@ class Layout:
     def _host_items(self, choice: Choice) -> list[tuple[str, int, str]]:
         streamed = self.shapes.layers - choice.resident
         table = self.table_bytes * (choice.embedding is Placement.host)
-        loading = LOADING_LAYERS * self.resident_bytes + PROCESS_BYTES
+        loading = LOADING_LAYERS * self.exact_bytes + PROCESS_BYTES
         return [
             ("streamed layers", streamed * self.layer_bytes, f"{streamed} layers, pinned"),
             *_named(self.draft.host() if self.draft is not None else []),
@@ -284,12 +314,17 @@ class Layout:
 
         Streamed plainly, whatever the codec: one that leans on the substitute has none to lean on.
         """
-        offload = replace(self.offload, resident_layers=None)
+        offload = replace(self.offload, resident_layers=None, codec=Codec.none)
         return Layout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
 
 
 def _named(pieces: list[Piece]) -> list[tuple[str, int, str]]:
     return [(piece.name, piece.bytes, piece.note) for piece in pieces]
+
+
+def _quantization(config: Config, shapes: ModelShapes) -> FusedQuantization:
+    kernel = getattr(config.draft, "kernel", Kernel.auto).value
+    return fused_quantization(config.quant, shapes.layer, (shapes.vocab, shapes.hidden), kernel=kernel)
 
 
 def _tree_note(nodes: int, rows: int) -> str:

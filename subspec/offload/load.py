@@ -1,6 +1,7 @@
 """Build a streamed target and its fused substitute from a layer source, following a plan.
 
-One exact layer at a time is on the device: it is quantized for the substitute, then written to its pinned buffer.
+One exact layer at a time is on the device: it is quantized for the substitute, then written to its pinned buffer, as
+it is or coded by the substitute (:mod:`subspec.offload.coded_load`).
 Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, so that loading
 itself stays inside the budget.
 """
@@ -10,14 +11,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from subspec.choices import Codec
 from subspec.config import Placement
-from subspec.drafts.fused import FusedLayer, FusedModel
+from subspec.drafts.fused import FusedModel
 from subspec.drafts.fused_build import LayerFuser, fuse_model
+from subspec.offload.coded_load import TargetCoding
 from subspec.offload.layer_bytes import flat_layer, write_layer
 from subspec.offload.pinned import PinnedBuffer
 from subspec.offload.plan import Plan
 from subspec.offload.sizes import PlainCodec
 from subspec.offload.streamed_decoder import StreamedDecoder
+from subspec.quant.codes import QuantizedWeight
 from subspec.targets.skeleton import empty_model, fill
 from subspec.targets.source import LayerSource
 
@@ -33,6 +37,7 @@ class StreamedTarget:
         resident: parameters of each resident layer by layer number, laid out by
             :func:`subspec.offload.layer_bytes.flat_views`.
         shared: embedding, final norm and, unless tied, LM head, wherever they live.
+        bits_per_weight: of the coded Linears; None: nothing is coded.
     """
 
     decoder: StreamedDecoder
@@ -40,6 +45,7 @@ class StreamedTarget:
     buffers: list[PinnedBuffer]
     resident: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    bits_per_weight: float | None = None
 
     def close(self) -> None:
         """Unlock the host memory, once nothing runs any more."""
@@ -88,31 +94,49 @@ def load_streamed(
     layers = source.config.num_hidden_layers
     resident = set(plan.resident_layers)
     streamed, fused = {}, []
-    codec = PlainCodec(source.dtype.itemsize)
+    plain = PlainCodec(source.dtype.itemsize)
+    coding = TargetCoding(resident) if plan.codec is Codec.substitute else None
+
+    def pinned(nbytes: int) -> torch.Tensor:
+        buffers.append(PinnedBuffer(nbytes, pin=pin))
+        return buffers[-1].tensor
+
     for index in range(layers):
         if fuser is not None or index not in resident:
             tensors = source.layer(index, device)
+            codes: dict[str, QuantizedWeight] = {}
             if fuser is not None:
-                fused.append(fuser.fuse(tensors, device, exact=index in skip_layers, index=index))
-            if index not in resident:
-                buffer = PinnedBuffer(codec.layer_bytes(source.layer_shapes(index)), pin=pin)
-                write_layer(buffer.tensor, tensors, source.dtype)
-                streamed[index] = buffer.tensor
-                buffers.append(buffer)
-            del tensors
+                exact = index in skip_layers
+                keep = None if coding is None else codes
+                fused.append(fuser.fuse(tensors, device, exact=exact, index=index, keep=keep))
+            if coding is not None and codes:
+                coding.add(index, tensors, codes, fused[-1], pinned)
+            elif index not in resident:
+                streamed[index] = pinned(plain.layer_bytes(source.layer_shapes(index)))
+                write_layer(streamed[index], tensors, source.dtype)
+            del tensors, codes
         if progress is not None:
             progress(index + 1, layers)
+    head = None
+    if fuser is not None:
+        head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     # By way of the host: a layer on its way would need room on the device beside its place.
     cpu = torch.device("cpu")
-    exact = {index: flat_layer(source.layer(index, cpu), source.dtype, device) for index in sorted(resident)}
-    decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device)
-    substitute = _substitute(source, fused, shared, decoder) if fuser is not None else None
-    return StreamedTarget(decoder, substitute, buffers, exact, shared)
-
-
-def _substitute(
-    source: LayerSource, fused: list[FusedLayer], shared: dict[str, torch.Tensor], decoder: StreamedDecoder
-) -> FusedModel:
-    return fuse_model(source.config, fused, shared, decoder.base.rotary_emb)
+    decoding = None
+    if coding is not None:
+        kept = sum(index in coding.layers for index in resident)
+        coding.shrink((kept + plan.ring_slots) * plan.layer_bytes, plan.ring_slots, pinned)
+        streamed |= coding.streamed
+        decoding = coding.decoder(fused, source.layer_shapes(0), device)
+    exact = {
+        index: flat_layer(source.layer(index, cpu), source.dtype, device)
+        for index in sorted(resident - (set(coding.layers) if coding else set()))
+    }
+    decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device, decoding)
+    substitute = None
+    if fuser is not None:
+        substitute = fuse_model(source.config, fused, shared, decoder.base.rotary_emb, head)
+    bits = coding.bits_per_weight if coding is not None and coding.layers else None
+    return StreamedTarget(decoder, substitute, buffers, exact, shared, bits)

@@ -20,11 +20,12 @@ Example::
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from subspec.choices import Codec
 from subspec.config import Config, Placement
 from subspec.errors import ConfigError
 from subspec.offload.cards import Card, find_card
@@ -57,6 +58,7 @@ class Plan:
         items: every piece, device first.
         resident_layers, streamed_layers: layer numbers, together all of them.
         ring_slots: layer buffers on the device; 0 when nothing is streamed.
+        codec: whether exact layers are coded by their substitute (``layer_bytes`` is then an estimate).
         embedding: where the embedding table lives.
         prefill_chunk: prompt tokens per sweep over the streamed layers.
         layer_bytes: of one streamed layer, on the host and over the link.
@@ -77,6 +79,7 @@ class Plan:
     resident_layers: tuple[int, ...]
     streamed_layers: tuple[int, ...]
     ring_slots: int
+    codec: Codec
     embedding: Placement
     prefill_chunk: int
     layer_bytes: int
@@ -122,6 +125,7 @@ class Plan:
         plain = asdict(self)
         plain["items"] = [{**asdict(item), "place": item.place.value} for item in self.items]
         plain["embedding"] = self.embedding.value
+        plain["codec"] = self.codec.value
         for name in ("resident_layers", "streamed_layers", "notes"):
             plain[name] = list(plain[name])
         if self.card is not None:
@@ -173,6 +177,12 @@ def plan_run(
             f"set offload.vram_gib to at most {(total - CONTEXT_BYTES) / GIB:.1f} (CUDA itself takes about 0.5)"
         )
     choice = choose(layout, budget)
+    if layout.coded and offload.codec is Codec.auto and offload.resident_layers is None:
+        # Where every layer fits as it is, there is nothing to gain from decoding.
+        plain = Layout(replace(config, offload=replace(offload, codec=Codec.none)), model, codec)
+        whole = choose(plain, budget)
+        if whole is not None and whole.resident == plain.shapes.layers:
+            layout, choice = plain, whole
     if choice is None:
         raise refuse_device(layout, model, budget, lambda changed: choose(changed, budget))
     items = tuple(layout.items(choice))
@@ -201,6 +211,7 @@ def plan_run(
         resident_layers=resident,
         streamed_layers=streamed,
         ring_slots=layout.ring_slots(choice.resident),
+        codec=Codec.substitute if layout.coded else Codec.none,
         embedding=choice.embedding,
         prefill_chunk=choice.chunk,
         layer_bytes=layout.layer_bytes,

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from subspec.choices import Codec
 from subspec.config import Placement
 from subspec.offload.plan import TAUS, Plan
 from subspec.offload.sizes import GIB
@@ -61,7 +62,8 @@ def fact_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "resident layers", _numbers(plan.resident_layers, layers)
     if plan.streamed_layers:
         size = plan.layer_bytes / GIB
-        yield "streamed layers", f"{len(plan.streamed_layers)} of {layers}, {size:.3f} GiB each"
+        coded = ", coded by the substitute" if plan.codec is Codec.substitute else ""
+        yield "streamed layers", f"{len(plan.streamed_layers)} of {layers}, {size:.3f} GiB each{coded}"
     yield "embedding table", f"on the {plan.embedding.value}"
     yield "prefill", f"{plan.prefill_chunk} tokens per sweep over the weights"
     if plan.link is not None:

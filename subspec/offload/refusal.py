@@ -105,8 +105,7 @@ def _fits(
     layout: Layout, config: Config, model: PretrainedConfig, choose: Callable[[Layout], Choice | None]
 ) -> bool:
     try:
-        codec = None if isinstance(config.draft, NoDraftConfig) else layout.codec
-        return choose(Layout(config, model, codec)) is not None
+        return choose(Layout(config, model, layout.given_codec)) is not None
     except ConfigError:
         return False
 

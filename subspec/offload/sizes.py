@@ -13,14 +13,11 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config import HqqConfig, QuantConfig
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import USUAL_ROWS
-from subspec.errors import ConfigError
-from subspec.quant.base import linear_names
-from subspec.quant.hqq import check_group_size, hqq_sizes
+from subspec.drafts.fused_quant import FusedQuantization
 from subspec.targets.skeleton import parameter_shapes
 
 MIB = 2**20
@@ -51,10 +48,6 @@ Linear's inputs (our kernel's choice for a 7B on a card of 132 multiprocessors).
 ALLOCATOR_BYTES = 64 * MIB
 """Segments that PyTorch's allocator holds partly empty: workspaces grow with the prefix, so blocks freed by one
 pass do not fit the next one exactly."""
-
-SUBSTITUTE_IS_FLAT = True
-"""Whether the substitute of a layer is one allocation, as a streamed layer is (``fused_build.compact``). With two
-tensors per quantized Linear the allocator's rounding takes 7 % of a 7B substitute."""
 
 PER_LOGIT_GREEDY = 0
 """Bytes per logit that verification needs beside the logits: an argmax needs none."""
@@ -165,39 +158,41 @@ def rounding(sizes: list[int]) -> int:
 
 @dataclass(frozen=True)
 class SubstituteSizes:
-    """Bytes of the substitute of one layer: ``quantized`` Linears, Linears it keeps ``exact``, and what the
-    allocator adds to either."""
+    """Bytes of a fused substitute.
+
+    Attributes:
+        quantized, exact: of one layer: its quantized Linears, and those it keeps exact copies of.
+        skipped: of a layer that is exact as a whole (``quant.skip_layers``).
+        head: of the draft's own LM head; 0: it uses the target's.
+        quantized_rounding, ...: what the allocator adds to each of them.
+    """
 
     quantized: int
     exact: int
+    skipped: int
+    head: int
     quantized_rounding: int
     exact_rounding: int
+    skipped_rounding: int
+    head_rounding: int
 
 
-def substitute_sizes(shapes: ModelShapes, quant: QuantConfig, itemsize: int) -> SubstituteSizes:
-    """A layer of the substitute; packed weights, and scales with zeros, are a tensor each per Linear.
-
-    Raises:
-        ConfigError: the quantizer is unknown here, or its groups do not divide a Linear.
-    """
-    if not isinstance(quant, HqqConfig):
-        raise ConfigError(f"quant={quant.name}: no plan for a substitute quantized so; set quant=hqq")
-    chosen = linear_names(list(quant.modules))
-    quantized: list[int] = []
-    exact: list[int] = []
-    for name, shape in shapes.layer.items():
-        if len(shape) != 2:
-            continue
-        if name.split(".")[-2] not in chosen:
-            exact.append(shape.numel() * itemsize)
-            continue
-        check_group_size(*shape, group_size=quant.group_size, axis=quant.axis, name=name)
-        quantized += hqq_sizes(
-            *shape, bits=quant.bits, group_size=quant.group_size, axis=quant.axis, scale_bytes=itemsize
-        )
-    if SUBSTITUTE_IS_FLAT:
-        quantized = [sum(quantized)]
-    return SubstituteSizes(sum(quantized), sum(exact), rounding(quantized), rounding(exact))
+def substitute_sizes(quantization: FusedQuantization, itemsize: int) -> SubstituteSizes:
+    """A fused substitute: a layer's packed weights are one allocation, each exact fused Linear is one."""
+    exact = [n * k * itemsize for n, k in quantization.exact.values()]
+    layer = {**quantization.shapes, **quantization.exact}
+    skipped = [n * k * itemsize for role, (n, k) in layer.items() if role != "head"]
+    quantized, head = quantization.layer_bytes, quantization.head_bytes
+    return SubstituteSizes(
+        quantized,
+        sum(exact),
+        sum(skipped),
+        head,
+        rounding([quantized]),
+        rounding(exact),
+        rounding(skipped),
+        rounding([head]),
+    )
 
 
 def kv_bytes(
@@ -259,18 +254,23 @@ def verify_bytes(shapes: ModelShapes, nodes: int, levels: int, sampling: Samplin
     return nodes * shapes.vocab * per_logit + itemsize * nodes * shapes.hidden + noise
 
 
-def level_bytes(shapes: ModelShapes, width: int, sampling: Sampling, itemsize: int) -> int:
+def level_bytes(
+    shapes: ModelShapes, width: int, sampling: Sampling, itemsize: int, *, own_head: bool = False
+) -> int:
     """The fused draft's levels: their logits, one level's activations, and what growing it takes.
 
     * logits: itemsize * max(width, 8) * vocab, one buffer that all captured levels write to (``USUAL_ROWS``);
     * activations: width * (4 * (16 * heads * head dim + 4 * (heads + 2 kv heads) * head dim)
       + itemsize * (3 * intermediate + 2 * heads * head dim + 4 * hidden)); the prefix is read where it lies;
-    * sampling: width * vocab * (12 + b), b as above. A greedy level grows inside its graph, from a few candidates.
+    * sampling: width * vocab * (12 + b), b as above. A greedy level grows inside its graph, from a few candidates;
+    * a quantized head: 4 * width * vocab for its float32 result, twice that where a kernel takes 8 rows at a time.
     """
     query, kv_width = shapes.heads * shapes.head_dim, shapes.kv_heads * shapes.head_dim
     partial = 4 * (ATTENTION_SPLITS * query + LINEAR_SPLITS * (query + 2 * kv_width))
     activations = partial + itemsize * (3 * shapes.intermediate + 2 * query + 4 * shapes.hidden)
     growing = 0 if sampling.greedy else shapes.vocab * (PER_LOGIT_DRAFT + _per_logit(sampling))
+    if own_head:
+        growing += 4 * shapes.vocab * (1 if width <= USUAL_ROWS else 2)
     return itemsize * max(width, USUAL_ROWS) * shapes.vocab + width * (activations + growing)
 
 

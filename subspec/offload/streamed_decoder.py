@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.kv_cache import KVView
+from subspec.offload.coded_layer import LayerDecoder
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.stream import LayerStreamer
 from subspec.targets.skeleton import fill
@@ -29,6 +30,7 @@ class StreamedDecoder(Decoder):
         streamed: flat pinned bytes of each streamed layer, by layer number.
         slots: ring slots.
         device: where everything else is.
+        decoding: rebuilds the coded layers, streamed ones from their ring slot; None: streamed bytes are parameters.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class StreamedDecoder(Decoder):
         streamed: Mapping[int, Tensor],
         slots: int,
         device: torch.device,
+        decoding: LayerDecoder | None = None,
     ) -> None:
         super().__init__(model)
         self.device = device
@@ -52,8 +55,14 @@ class StreamedDecoder(Decoder):
         self._order: Sequence[int] = sorted(streamed)
         self.streamer: LayerStreamer | None = None
         self._slot_layers: list[nn.Module] = []
+        self.decoding = decoding
         if self._order:
+            slots = min(max(slots, 1), len(self._order))
             self.streamer = LayerStreamer([streamed[i] for i in self._order], slots, device)
+        if decoding is not None:
+            self._decoded_layer = copy.deepcopy(layers[next(iter(decoding.layers))])
+            fill(self._decoded_layer, decoding.parameters)
+        elif self.streamer is not None:
             for slot in self.streamer.slots:
                 layer = copy.deepcopy(layers[self._order[0]])
                 fill(layer, parameter_views(slot, shapes, self.dtype))
@@ -102,6 +111,8 @@ class StreamedDecoder(Decoder):
         layer = self._resident.get(index)
         if layer is not None:
             return self._timed(index, layer, hidden, arguments)
+        if self.decoding is not None:
+            return self._timed(index, None, hidden, arguments)
         assert self.streamer is not None
         layer = self._slot_layers[self.streamer.enter()]
         layer.self_attn.layer_idx = (
@@ -111,10 +122,31 @@ class StreamedDecoder(Decoder):
         self.streamer.leave()
         return hidden
 
-    def _timed(self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _decode(self, index: int) -> nn.Module:
+        """A layer rebuilt from its code, on the device or in a ring slot, which is free again at once."""
+        decoding, streamer = self.decoding, self.streamer
+        assert decoding is not None
+        layer = self._decoded_layer
+        layer.self_attn.layer_idx = index
+        flat = decoding.resident.get(index)
+        if flat is None:
+            assert streamer is not None
+            slot = streamer.slots[streamer.enter()]
+            decoding.decode(index, slot[: decoding.layers[index].nbytes])
+            streamer.leave()
+        else:
+            decoding.decode(index, flat)
+        return layer
+
+    def _timed(
+        self, index: int, layer: nn.Module | None, hidden: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Run a layer, decoded first when it is None."""
         if self.layer_log is None:
-            return layer(hidden, **arguments)
+            return (layer or self._decode(index))(hidden, **arguments)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if layer is None:  # its bytes must have arrived before anything is timed
+            layer = self._decode(index)
         begin.record()
         hidden = layer(hidden, **arguments)
         end.record()

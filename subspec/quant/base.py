@@ -12,8 +12,12 @@ from subspec.errors import ConfigError
 MODULE_CLASSES: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "lm_head": ("lm_head",),
 }
 """Names that ``quant.modules`` accepts besides single Linears."""
+
+HEAD = "lm_head"
+"""The draft's own LM head; the target's stays exact."""
 
 
 class Quantizer(Protocol):
@@ -24,7 +28,7 @@ class Quantizer(Protocol):
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
         """A quantized stand-in for ``linear``, which stays untouched; ``name`` is its path, for messages."""
 
-    def stored_bytes(self, linear: nn.Linear) -> int:
+    def stored_bytes(self, linear: nn.Linear, name: str) -> int:
         """Bytes the quantized form of ``linear`` takes (weights, scales and zeros; the bias is not counted)."""
 
     @property
@@ -34,7 +38,10 @@ class Quantizer(Protocol):
 
 @dataclass
 class QuantReport:
-    """What was quantized: for the record and the plan. ``details``: kernels and cache of a fused substitute."""
+    """What was quantized: for the record and the plan.
+
+    ``details``: kernels of a fused substitute, and the cache. ``bits``: stored bits per weight by Linear.
+    """
 
     quantizer: str
     backend: str
@@ -44,6 +51,14 @@ class QuantReport:
     seconds: float = 0.0
     kept_exact: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
+
+    def count(self, linear: str, weights: int, stored_bytes: int) -> None:
+        """One more quantized Linear."""
+        self.modules += 1
+        self.weights += weights
+        self.stored_bytes += stored_bytes
+        self.bits[linear] = round(8 * stored_bytes / weights, 4)
 
     @property
     def bits_per_weight(self) -> float:
@@ -61,9 +76,8 @@ def linear_names(modules: list[str]) -> set[str]:
     chosen: set[str] = set()
     for entry in modules:
         if entry not in MODULE_CLASSES and entry not in known:
-            raise ConfigError(
-                f"quant.modules: unknown module {entry!r}; use {', '.join([*MODULE_CLASSES, *sorted(known)])}"
-            )
+            names = [*MODULE_CLASSES, *sorted(known - MODULE_CLASSES.keys())]
+            raise ConfigError(f"quant.modules: unknown module {entry!r}; use {', '.join(names)}")
         chosen.update(MODULE_CLASSES.get(entry, (entry,)))
     if not chosen:
         raise ConfigError(
@@ -80,7 +94,7 @@ def quantize_model(
     skip_layers: list[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantReport:
-    """Replace the chosen Linears of every decoder layer in place.
+    """Replace the chosen Linears of every decoder layer, and the LM head if it is chosen, in place.
 
     Args:
         model: a graph whose modules may be replaced (see ``share_parameters``).
@@ -109,9 +123,11 @@ def quantize_model(
                 report.kept_exact.append(full)
                 continue
             setattr(layer.get_submodule(parent_path), name, quantizer.quantize(module, full))
-            report.modules += 1
-            report.weights += module.weight.numel()
-            report.stored_bytes += quantizer.stored_bytes(module)
+            report.count(name, module.weight.numel(), quantizer.stored_bytes(module, full))
         if progress is not None:
             progress(index + 1, len(layers))
+    if HEAD in names:  # a copy of the draft's own: the target's, tied or not, stays exact
+        head = model.get_output_embeddings()
+        model.set_output_embeddings(quantizer.quantize(head, HEAD))
+        report.count(HEAD, head.weight.numel(), quantizer.stored_bytes(head, HEAD))
     return report

@@ -2,10 +2,12 @@
 
 import torch
 
-from subspec.config import HqqConfig, QuantConfig
+from subspec.config import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer
+from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.module_bits import bits_by_linear
 
 
 def build_quantizer(
@@ -24,10 +26,23 @@ def build_quantizer(
     if isinstance(quant, HqqConfig):
         return HqqQuantizer(
             bits=quant.bits,
+            bits_by=bits_by_linear(quant.bits, quant.bits_by, quant.modules),
             group_size=quant.group_size,
             axis=quant.axis,
             compute_dtype=dtype,
             device=device,
             unpack=unpack,
         )
-    raise ConfigError(f"quant={quant.name} cannot quantize {what}: set quant=hqq")
+    if isinstance(quant, HiggsConfig):
+        return HiggsQuantizer(
+            bits=quant.bits,
+            vector_dim=quant.vector_dim,
+            group_size=quant.group_size,
+            hadamard_size=quant.hadamard_size,
+            kernel=quant.kernel,
+            hadamard=quant.hadamard,
+            compute_dtype=dtype,
+            device=device,
+            unpack=unpack,
+        )
+    raise ConfigError(f"quant={quant.name} cannot quantize {what}: set quant=hqq or quant=higgs")

@@ -1,7 +1,11 @@
 """HQQ (Half-Quadratic Quantization, Badri & Shaji 2023) through ``hqq``'s own ``HQQLinear``."""
 
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subspec.errors import ConfigError
 
@@ -60,6 +64,7 @@ class HqqQuantizer:
 
     Args:
         bits: 8, 4, 3 or 2.
+        bits_by: of Linears (``q_proj``, ..., ``lm_head``) that have others.
         group_size: weights per group.
         axis: 1 groups along the input dimension (what fast kernels need), 0 along the output dimension.
         compute_dtype, device: of the substitute.
@@ -73,13 +78,16 @@ class HqqQuantizer:
         self,
         *,
         bits: int = 4,
+        bits_by: Mapping[str, int] | None = None,
         group_size: int = 64,
         axis: int = 1,
         compute_dtype: torch.dtype,
         device: torch.device,
         unpack: bool,
     ) -> None:
-        check_hqq(bits, group_size, axis)
+        self.bits_by = dict(bits_by or {})
+        for own in (bits, *self.bits_by.values()):
+            check_hqq(own, group_size, axis)
         self.bits, self.group_size, self.axis = bits, group_size, axis
         self.compute_dtype, self.device, self.unpack = compute_dtype, device, unpack
 
@@ -88,43 +96,125 @@ class HqqQuantizer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return f"unpacked {dtype} Linears" if self.unpack else f"hqq PYTORCH {dtype}"
 
-    def stored_bytes(self, linear: nn.Linear) -> int:
+    def bits_of(self, name: str) -> int:
+        """Bits of a Linear, given its path."""
+        return self.bits_by.get(name.rpartition(".")[2], self.bits)
+
+    def stored_bytes(self, linear: nn.Linear, name: str = "") -> int:
+        return self.stored_shape_bytes(linear.weight.shape, name)
+
+    def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
+        """:meth:`stored_bytes` from a weight's shape alone."""
         sizes = hqq_sizes(
-            linear.out_features,
-            linear.in_features,
-            bits=self.bits,
+            *shape,
+            bits=self.bits_of(name),
             group_size=self.group_size,
             axis=self.axis,
             scale_bytes=self.compute_dtype.itemsize,
         )
         return sum(sizes)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that results follow from besides the weight."""
+        other = {name: own for name, own in sorted(self.bits_by.items()) if own != self.bits}
+        return {
+            "quantizer": "hqq modules",
+            "version": importlib.metadata.version("hqq"),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "axis": self.axis,
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+        } | ({"bits_by": other} if other else {})
+
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
+        return self.finish(self.pack(linear, name), linear)
+
+    def pack(self, linear: nn.Linear, name: str) -> nn.Module:
+        """HQQ's optimisation: an ``HQQLinear``."""
         check_group_size(
             linear.out_features, linear.in_features, group_size=self.group_size, axis=self.axis, name=name
         )
+        return self._module(linear, name, initialize=True)
+
+    def tensors(self, packed: Any) -> dict[str, Tensor]:
+        """Packed integers, scales and zeros, as ``hqq`` holds them, on the CPU."""
+        parts = {"W_q": packed.W_q.data, "scale": packed.meta["scale"], "zero": packed.meta["zero"]}
+        return {part: tensor.detach().cpu().contiguous() for part, tensor in parts.items()}
+
+    def restore(self, stored: Mapping[str, Tensor], linear: nn.Linear, name: str) -> nn.Module | None:
+        """An ``HQQLinear`` from :meth:`tensors`; None when they are of another shape, type or number of bits."""
+        from hqq.core.quantize import Quantizer
+
+        bits, shape = self.bits_of(name), linear.weight.shape
+        packed, scales = hqq_sizes(
+            *shape,
+            bits=bits,
+            group_size=self.group_size,
+            axis=self.axis,
+            scale_bytes=self.compute_dtype.itemsize,
+        )
+        packing = Quantizer.bit_to_packing[bits]
+        types = {
+            "W_q": Quantizer.unpack_view_dtype[packing],
+            "scale": self.compute_dtype,
+            "zero": self.compute_dtype,
+        }
+        if any(part not in stored or stored[part].dtype is not dtype for part, dtype in types.items()):
+            return None
+        if stored["W_q"].nbytes != packed or stored["scale"].nbytes + stored["zero"].nbytes != scales:
+            return None
+        module: Any = self._module(linear, name, initialize=False)
+        bias = linear.bias
+        meta = {
+            "nbits": bits,
+            "group_size": self.group_size,
+            "shape": shape,
+            "scale": stored["scale"],
+            "zero": stored["zero"],
+            "axis": self.axis,
+            "packing": packing,
+            "unpack_view_dtype": types["W_q"],
+            "view_as_float": False,
+            "quant_scale": False,
+            "quant_zero": False,
+        }
+        module.load_state_dict(
+            {
+                "W_q": stored["W_q"].to(self.device),
+                "bias": None if bias is None else bias.detach().clone(),
+                "meta": meta,
+            }
+        )
+        return module
+
+    def finish(self, packed: Any, linear: nn.Linear) -> nn.Module:
+        """The packed module itself, or a plain Linear of its values."""
+        if not self.unpack:
+            packed.linear_layer = (
+                None  # the target keeps its Linear; two owners would double the bytes counted
+            )
+            return packed
+        plain = nn.Linear(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
+        )
+        plain.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
+        plain.bias = linear.bias
+        return plain
+
+    def _module(self, linear: nn.Linear, name: str, *, initialize: bool) -> nn.Module:
         # Imported here: hqq takes a second to import and only substitutes need it.
         from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 
         HQQLinear.set_backend(HQQBackend.PYTORCH_FORWARD)
-        quantized = HQQLinear(
-            linear,
-            BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=self.axis),
+        return HQQLinear(
+            linear if initialize else None,
+            BaseQuantizeConfig(nbits=self.bits_of(name), group_size=self.group_size, axis=self.axis),
             del_orig=False,
             compute_dtype=self.compute_dtype,
             device=str(self.device),
+            initialize=initialize,
         )
-        if not self.unpack:
-            quantized.linear_layer = (
-                None  # the target keeps its Linear; two owners would double the bytes counted
-            )
-            return quantized
-        plain = nn.Linear(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
-        )
-        plain.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
-        plain.bias = linear.bias
-        return plain
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -6,7 +6,7 @@ Perfetto or chrome://tracing; ``timeline.png`` shows the same intervals.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from subspec.decoding.engine import Engine
 from subspec.decoding.timing import Span
 
-LANES = ("link", "draft", "target", "host")
-COLOURS = {"link": "#3b6fb6", "draft": "#d98b2b", "target": "#4a9b5d", "host": "#8a8a8a"}
+LANES = ("link", "draft", "decode", "target", "host")
+COLOURS = {"link": "#3b6fb6", "draft": "#d98b2b", "target": "#4a9b5d", "decode": "#7b5aa6", "host": "#8a8a8a"}
 ITERATIONS = 4
 """Iterations shown; a few more are traced, so that the first one is a typical one."""
 
@@ -51,8 +51,10 @@ def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATION
     spans: list[Span] = []
     layers: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
     copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+    decodes: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
     decoder: Any = engine.target
     streamer = getattr(decoder, "streamer", None)
+    decoding = getattr(decoder, "decoding", None)
     cuda = device.type == "cuda"
     base: torch.cuda.Event | None = None
     if cuda:
@@ -64,6 +66,8 @@ def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATION
             decoder.layer_log = layers
         if streamer is not None:
             streamer.copy_log = copies
+        if decoding is not None:
+            decoding.log = decodes
     zero = time.perf_counter()
     engine.trace = spans
     depth = engine.growth.max_depth if engine.growth is not None else 0
@@ -75,15 +79,17 @@ def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATION
             decoder.layer_log = None
         if streamer is not None:
             streamer.copy_log = None
+        if decoding is not None:
+            decoding.log = None
     if cuda:
         torch.cuda.synchronize(device)
-    return _intervals(spans, layers, copies, base, zero)
+    logs = {"target": layers, "link": copies, "decode": decodes}
+    return _intervals(spans, logs, base, zero)
 
 
 def _intervals(
     spans: list[Span],
-    layers: list[tuple[int, torch.cuda.Event, torch.cuda.Event]],
-    copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]],
+    logs: Mapping[str, Sequence[tuple[int, torch.cuda.Event, torch.cuda.Event]]],
     base: torch.cuda.Event | None,
     zero: float,
 ) -> list[Interval]:
@@ -95,16 +101,17 @@ def _intervals(
             continue
         if base is None:
             found.append(Interval(lane, span.name, span.host_begin - zero, span.host_end - zero))
-        elif lane == "draft" or not layers:
+        elif lane == "draft" or not logs["target"]:
             assert span.device_begin is not None
             assert span.device_end is not None
             begin, end = (base.elapsed_time(e) / 1e3 for e in (span.device_begin, span.device_end))
             found.append(Interval(lane, span.name, begin, end))
-    for lane, log in (("target", layers), ("link", copies)):
+    what = {"target": "layer", "link": "copy", "decode": "decode"}
+    for lane, log in logs.items():
         for index, begin, end in log:
             assert base is not None
             times = [base.elapsed_time(event) / 1e3 for event in (begin, end)]
-            found.append(Interval(lane, f"layer {index}" if lane == "target" else f"copy {index}", *times))
+            found.append(Interval(lane, f"{what[lane]} {index}", *times))
     return sorted(found, key=lambda interval: interval.begin)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.decoding.result import FinishReason
@@ -21,6 +22,7 @@ GROWTHS = {
     "beam": lambda: Beam(5, 4),
     "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
     "partial": lambda: PartialBeam(5, 4),
+    "eagle2": lambda: Eagle2(4, 3, 14),
 }
 
 

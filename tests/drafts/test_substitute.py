@@ -6,7 +6,9 @@ from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from tests.helpers.drafts import substitute_of
+from subspec.quant.base import quantize_model
+from subspec.quant.hqq import HqqQuantizer
+from tests.helpers.drafts import hf_greedy, substitute_of
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77]
@@ -72,3 +74,35 @@ def test_every_nodes_logits_are_those_of_its_own_branch_after_the_exact_prefix(f
 def test_a_draft_needs_a_positive_temperature():
     with pytest.raises(ValueError, match=r"draft\.temperature"):
         SubstituteDraft(tiny_model("llama"), temperature=0)
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
+def test_bits_by_module_and_a_quantized_head_change_no_token(unpack, tie):
+    """float32, token for token; the exact LM head chooses, the draft's own only proposes."""
+    model = tiny_model("qwen2", layers=2, tie=tie)
+    exact = model.get_output_embeddings().weight.clone()
+    substitute = share_parameters(model)
+    quantizer = HqqQuantizer(
+        bits=4,
+        bits_by={"gate_proj": 3, "up_proj": 2, "v_proj": 8, "lm_head": 4},
+        group_size=32,
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+        unpack=unpack,
+    )
+    report = quantize_model(substitute, quantizer, modules=["attention", "mlp", "lm_head"], skip_layers=[1])
+    assert report.modules == 8
+    assert report.bits | {"gate_proj": 0} == {
+        "q_proj": 6.0, "k_proj": 6.0, "v_proj": 10.0, "o_proj": 6.0,
+        "gate_proj": 0, "up_proj": 4.0, "down_proj": 6.0, "lm_head": 6.0,
+    }  # fmt: skip
+    draft = SubstituteDraft(substitute)
+    engine = Engine(Decoder(model), draft, Beam(4, 3), max_length=128, prefill_chunk=4)
+    result = engine.generate(PROMPT, max_new_tokens=40)
+    assert result.token_ids == hf_greedy(model, PROMPT, 40)
+    assert result.stats.iterations < 39
+    assert torch.equal(model.get_output_embeddings().weight, exact)
+    with torch.inference_mode():
+        x = torch.randn(2, model.config.hidden_size)
+        assert not torch.equal(draft.decoder.logits(x), Decoder(model).logits(x))

@@ -9,6 +9,7 @@ from subspec.errors import ConfigError
 from subspec.kernels import ops
 from subspec.kernels.bench import CudaBench, load_tuning, slug
 from subspec.kernels.choose import MARGIN, candidates, choose_kernels
+from subspec.kernels.formats import AffineFormat
 from subspec.kernels.ops import KERNELS, Variant
 
 CUDA = torch.device("cuda")
@@ -28,21 +29,20 @@ class FakeBench:
     def unavailable(self, kernel):
         return self.missing.get(kernel)
 
-    def seconds(self, variant, role, n, k, rows):
+    def seconds(self, variant, format_, role, n, k, rows):
         self.asked.append((role, variant))
         return self.time(variant, role) / 1e6
 
     def begin(self, kernels, folder, note):
         self.kernels = kernels
 
-    def finish(self, shapes, rows, measured, folder, note):
-        self.finished.append((shapes, rows, measured))
+    def finish(self, won, rows, measured, folder, note):
+        self.finished.append((won, rows, measured))
 
 
 def mma_wins(variant, role):
-    return {"int4_mma": 5.0 + variant.tiles + abs(variant.splits - 3), "tinygemm": 20.0, "gemlite": 50.0}[
-        variant.kernel
-    ]
+    ours = {"int4_mma": 5.0 + variant.tiles + abs(variant.splits - 3), "triton_wq": 90.0 + variant.tiles}
+    return (ours | {"tinygemm": 20.0, "gemlite": 50.0})[variant.kernel]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def choose(tmp_path):
 def test_the_fastest_of_each_role_is_taken(choose):
     def time(variant, role):
         if role == "down":
-            return {"int4_mma": 30.0, "tinygemm": 20.0, "gemlite": 10.0}[variant.kernel]
+            return {"int4_mma": 30.0, "tinygemm": 20.0, "gemlite": 10.0, "triton_wq": 40.0}[variant.kernel]
         return mma_wins(variant, role)
 
     bench = FakeBench(time)
@@ -72,7 +72,7 @@ def test_the_fastest_of_each_role_is_taken(choose):
     }
     assert choice.picked["out"].microseconds == pytest.approx(7.0)
     assert choice.measured == 4
-    assert bench.finished == [({"down": SHAPES["down"]}, 6, True)]
+    assert bench.finished == [({"down": (AffineFormat(), SHAPES["down"])}, 6, True)]
     assert "down, 10.0 us" in choice.summary()
     assert "measured in" in choice.summary()
     json.dumps(choice.to_dict())
@@ -196,7 +196,8 @@ def test_a_kernel_that_does_not_take_the_shape_stops_the_run(choose):
 
 def test_no_kernel_at_all_stops_the_run(choose):
     with pytest.raises(
-        ConfigError, match=r"draft\.kernel=auto .*int4_mma: none; tinygemm: none; gemlite: none"
+        ConfigError,
+        match=r"draft\.kernel=auto .*int4_mma: none; tinygemm: none; gemlite: none; triton_wq: none",
     ):
         choose(FakeBench(mma_wins, dict.fromkeys(KERNELS, "none")))
 
@@ -215,19 +216,21 @@ def test_a_cpu_has_the_reference_and_nothing_else(tmp_path):
 def test_nothing_quantized_is_nothing_to_choose(choose):
     choice = choose(FakeBench(mma_wins, dict.fromkeys(KERNELS, "none")), {})
     assert choice.variants == {}
-    assert choice.summary() == "no 4-bit Linears"
+    assert choice.summary() == "no quantized Linears"
 
 
 def test_what_is_available_is_told_in_words(monkeypatch):
-    assert [ops.unavailable(kernel, torch.device("cpu")) for kernel in KERNELS] == ["no CUDA device"] * 3
+    assert [ops.unavailable(kernel, torch.device("cpu")) for kernel in KERNELS] == ["no CUDA device"] * len(
+        KERNELS
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert ops.unavailable("gemlite", CUDA) == "gemlite is not installed (pip install gemlite)"
 
 
 def test_slices_leave_work_for_every_warp():
-    few = candidates("out", 64, 64, ["int4_mma"], {})
+    few = candidates(AffineFormat(), "out", 64, 64, ["int4_mma"], {})
     assert {variant.splits for variant in few} == {1}
-    many = candidates("out", 64, 64 * 16, ["int4_mma"], {})
+    many = candidates(AffineFormat(), "out", 64, 64 * 16, ["int4_mma"], {})
     assert {variant.splits for variant in many} == {1, 2, 3, 4}
 
 
@@ -245,10 +248,11 @@ def test_on_a_card_the_choice_is_the_fastest_of_fresh_times(tmp_path):
     choice = choose_kernels(shapes, 6, CUDA, folder=tmp_path, note=print)
     assert torch.cuda.memory_allocated() == before
     bench = CudaBench(CUDA)
+    here = [kernel for kernel in KERNELS if not bench.unavailable(kernel)]
     for role, picked in choice.picked.items():
         fresh = {}
-        for variant in candidates(role, *shapes[role], [k for k in KERNELS if not bench.unavailable(k)], {}):
-            fresh[variant] = bench.seconds(variant, role, *shapes[role], 6)
+        for variant in candidates(AffineFormat(), role, *shapes[role], here, {}):
+            fresh[variant] = bench.seconds(variant, AffineFormat(), role, *shapes[role], 6)
         assert fresh[picked.variant] <= 1.15 * min(fresh.values()), {
             str(k): v * 1e6 for k, v in fresh.items()
         }
@@ -270,7 +274,7 @@ def test_on_a_card_a_second_call_measures_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("k", [576, 1024])
 def test_every_kernel_computes_the_quantized_weight(kernel, swiglu, rows, k):
-    from subspec.kernels.timing import random_codes
+    from subspec.kernels.formats import random_codes
 
     if reason := ops.unavailable(kernel, CUDA):
         pytest.skip(reason)

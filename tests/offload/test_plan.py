@@ -176,10 +176,12 @@ def test_layers_the_substitute_keeps_exact_are_resident():
         planned(settings(8.0, quant={"skip_layers": [0, 27]}, resident_layers=1))
 
 
-def test_modules_the_substitute_keeps_exact_count_for_streamed_layers_only():
+def test_what_the_substitute_keeps_exact_is_a_copy_of_resident_layers_too():
     attention = (2 * 3584 + 2 * 512) * 3584 * 2
     plan = planned(settings(9.0, quant={"modules": ["mlp"]}))
-    assert by_name(plan)["exact substitute"] == len(plan.streamed_layers) * attention
+    assert by_name(plan)["exact substitute"] == 28 * attention
+    plan = planned(settings(9.0, quant={"skip_layers": [3]}))
+    assert by_name(plan)["exact substitute"] == attention + 3 * 3584 * 18944 * 2
 
 
 def test_a_fixed_number_of_resident_layers_is_kept_or_refused():
@@ -292,9 +294,9 @@ def test_a_budget_that_nothing_saves_says_so():
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(
-        ConfigError, match=r"quant\.group_size=100 does not divide the 3584 inputs of self_attn"
+        ConfigError, match=r"quant\.group_size=104 does not divide the 3584 inputs of self_attn"
     ):
-        planned(settings(8.0, quant={"group_size": 100}))
+        planned(settings(8.0, quant={"group_size": 104}))
     with pytest.raises(ConfigError, match=r"offload\.ring_slots=0 must be positive"):
         planned(settings(8.0, ring_slots=0))
     accelerate = replace(settings(8.0), offload=AccelerateOffloadConfig(name="accelerate"))

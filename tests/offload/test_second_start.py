@@ -9,6 +9,7 @@ from subspec.assemble import assemble_streamed
 from subspec.config import (
     BeamTreeConfig,
     BenchmarkConfig,
+    BitsByModule,
     Cache,
     Config,
     DecodingConfig,
@@ -30,11 +31,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = [5, 17, 33, 99]
 
 
-def config(kernel=Kernel.auto, cache=Cache.auto, seed=0, offload=None):
+def config(kernel=Kernel.auto, cache=Cache.auto, seed=0, offload=None, **quant):
     return Config(
         target=PlantedTargetConfig(name="planted_tiny_tied", shape="tiny_tied", seed=seed),
         draft=SubstituteDraftConfig(name="subspec", kernel=kernel),
-        quant=HqqConfig(name="hqq", cache=cache),
+        quant=HqqConfig(name="hqq", cache=cache, **quant),
         tree=BeamTreeConfig(name="beam", depth=3, width=3),
         decoding=DecodingConfig(name="greedy", max_length=128),
         offload=offload or StreamOffloadConfig(name="stream", vram_gib=1.0),
@@ -96,6 +97,50 @@ def test_a_second_start_quantizes_and_measures_nothing(start, device, monkeypatc
     assert "int4_mma" in second.backend or device == "cuda"
 
 
+MIXED = {
+    "bits": 4,
+    "bits_by": BitsByModule(mlp=2, down_proj=3, lm_head=8),
+    "group_size": 32,
+    "modules": ["attention", "mlp", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_of_every_kind_are_kept_and_recorded(start, device, monkeypatch):
+    first, weights, _ = start(device, **MIXED)
+    assert first.modules == 22
+    assert first.details["formats"] == {
+        "qkv": "4 bit, groups of 32",
+        "out": "4 bit, groups of 32",
+        "gate_up": "2 bit, groups of 32",
+        "down": "3 bit in 4-bit words, groups of 32",
+        "head": "8 bit, groups of 32",
+    }
+    assert first.bits == {"qkv": 5.0, "out": 5.0, "gate_up": 3.0, "down": 5.0, "head": 9.0}
+    roles = first.details["kernels"]["roles"]
+    assert {role: kept["format"] for role, kept in roles.items()} == first.details["formats"]
+    monkeypatch.setattr(HqqCodes, "codes", lambda *_: pytest.fail("quantized again"))
+    second, again, notes = start(device, **MIXED)
+    assert second.details["cache"]["read"] == 22
+    assert all(map(torch.equal, weights, again))
+    assert notes == []
+
+
+def test_a_folder_of_ones_own_is_saved_to_and_loaded_from(start, monkeypatch):
+    folder = start.root / "mine"
+    first, weights, _ = start(folder=str(folder), **MIXED)
+    assert first.details["cache"] | {"read": 0} == first.details["cache"]
+    assert not (start.root / "substitutes").exists()
+    with pytest.raises(ConfigError, match=r"quant\.folder=.* made with bits 4, this run has 3"):
+        start(folder=str(folder), **MIXED | {"bits": 3})
+    with pytest.raises(ConfigError, match=r"its layer 0, .* was made from other weights"):
+        start(folder=str(folder), seed=1, **MIXED)
+    monkeypatch.setattr(HqqCodes, "codes", lambda *_: pytest.fail("quantized again"))
+    second, again, _ = start(folder=str(folder), **MIXED)
+    assert second.details["cache"]["read"] == 22
+    assert all(map(torch.equal, weights, again))
+
+
 def test_other_weights_have_a_folder_of_their_own(start):
     start()
     start(seed=1)
@@ -127,7 +172,7 @@ def test_the_kernel_belongs_to_streaming():
 def test_every_kernel_that_is_there_drafts(start):
     from subspec.kernels.ops import unavailable
 
-    for kernel in (Kernel.int4_mma, Kernel.tinygemm, Kernel.gemlite):
+    for kernel in (Kernel.int4_mma, Kernel.tinygemm, Kernel.gemlite, Kernel.triton_wq):
         if unavailable(kernel.value, torch.device("cuda")) is None:
             report, _, _ = start("cuda", kernel=kernel)
             assert {role["kernel"] for role in report.details["kernels"]["roles"].values()} == {kernel.value}

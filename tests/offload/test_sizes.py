@@ -8,13 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config
 
-from subspec.config import HqqConfig
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.tree import Tree
-from subspec.errors import ConfigError
 from subspec.offload.sizes import (
     GIB,
     MIB,
@@ -26,11 +24,9 @@ from subspec.offload.sizes import (
     least_budget,
     level_bytes,
     pass_bytes,
-    substitute_sizes,
     tree_bytes,
     verify_bytes,
 )
-from subspec.quant.hqq import HqqQuantizer
 from subspec.targets.planted import SHAPES
 from subspec.targets.skeleton import empty_model
 from tests.helpers.tiny import tiny_model
@@ -218,27 +214,6 @@ def test_fused_levels_hold_what_the_formula_says(name, width):
     candidates = (8 * width + 8) * width * (shapes.vocab // 4096 + 1) + 4096
     assert kept < counted.peak <= formula + candidates
     assert formula < 1.35 * counted.peak
-
-
-@pytest.mark.parametrize("modules", [["attention", "mlp"], ["mlp"], ["q_proj", "down_proj"]])
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_a_substitutes_bytes_are_those_the_quantizer_states(modules, bits):
-    model = tiny_model("qwen2", hidden_size=64, intermediate_size=192)
-    quant = HqqConfig(name="hqq", bits=bits, group_size=32, modules=modules)
-    sizes = substitute_sizes(ModelShapes.of(model.config), quant, itemsize=4)
-    quantizer = HqqQuantizer(bits=bits, group_size=32, compute_dtype=torch.float32, device=CPU, unpack=False)
-    linears = {
-        name: module
-        for name, module in model.model.layers[0].named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    from subspec.quant.base import linear_names
-
-    chosen = {name for name in linears if name.split(".")[-1] in linear_names(modules)}
-    assert sizes.quantized == sum(quantizer.stored_bytes(linears[name]) for name in chosen)
-    assert sizes.exact == sum(linears[name].weight.nbytes for name in linears.keys() - chosen)
-    with pytest.raises(ConfigError, match="does not divide"):
-        substitute_sizes(ModelShapes.of(model.config), HqqConfig(name="hqq", group_size=48), 4)
 
 
 def test_a_layers_bytes_are_those_of_its_parameters():

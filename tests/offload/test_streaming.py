@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from subspec.choices import Codec
 from subspec.config import Placement
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
@@ -43,12 +44,14 @@ class ModelSource:
         return {n: p.data.to(device) for n, p in self.model.named_parameters() if ".layers." not in n}
 
 
-def plan_for(resident, slots=2, embedding=Placement.device):
+def plan_for(resident, slots=2, embedding=Placement.device, codec=Codec.none, layer_bytes=0):
     plan = object.__new__(Plan)
     for name, value in {
         "resident_layers": tuple(resident),
         "ring_slots": slots,
         "embedding": embedding,
+        "codec": codec,
+        "layer_bytes": layer_bytes,
     }.items():
         object.__setattr__(plan, name, value)
     return plan

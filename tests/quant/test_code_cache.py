@@ -13,9 +13,10 @@ from filelock import FileLock
 from subspec.drafts.fused_build import LayerFuser, role_shapes
 from subspec.kernels import int4
 from subspec.kernels.ops import Dense
-from subspec.quant import code_cache
-from subspec.quant.code_cache import CachedCodes, cache_folder, fingerprint, stored_size
+from subspec.quant import store
+from subspec.quant.code_cache import CachedCodes
 from subspec.quant.codes import Codes, HqqCodes
+from subspec.quant.store import SubstituteStore, cache_folder, fingerprint
 from subspec.targets.cache import MANIFEST
 from tests.helpers.tiny import tiny_model
 
@@ -46,7 +47,8 @@ def folder(tmp_path):
 def build(model, folder, *, exact=(), expected_bytes=0, keep=frozenset()):
     """Fused layers, the cache that served them, and what it said."""
     notes = []
-    with CachedCodes(HqqCodes(), folder, expected_bytes=expected_bytes, note=notes.append) as cache:
+    kept = SubstituteStore(folder, expected_bytes=expected_bytes, note=notes.append)
+    with CachedCodes(HqqCodes(), kept) as cache:
         fuser = LayerFuser(model.config, cache, kernel="int4_mma", keep_exact=keep)
         layers = [
             fuser.fuse(
@@ -54,7 +56,7 @@ def build(model, folder, *, exact=(), expected_bytes=0, keep=frozenset()):
             )
             for index, layer in enumerate(model.model.layers)
         ]  # fmt: skip
-    return layers, cache, notes
+    return layers, cache.store, notes
 
 
 def linears(layers):
@@ -101,7 +103,7 @@ def test_a_second_start_has_the_same_bits_without_hqq(model, folder, no_hqq):
 def test_the_files_take_what_was_foreseen(model, folder):
     build(model, folder)
     shapes = role_shapes({name: p.shape for name, p in model.model.layers[0].named_parameters()})
-    foreseen = LAYERS * stored_size(sum(n * k for n, k in shapes.values()), 64)
+    foreseen = LAYERS * sum(HqqCodes().stored_bytes(shape, "up_proj") for shape in shapes.values())
     taken = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert foreseen <= taken < foreseen + LAYERS * 4096  # headers and fingerprints
 
@@ -166,7 +168,7 @@ def test_codes_of_other_weights_are_not_used(model, folder):
 
 def test_a_killed_run_keeps_what_was_written(model, folder):
     def interrupted():
-        with CachedCodes(HqqCodes(), folder) as cache:
+        with CachedCodes(HqqCodes(), SubstituteStore(folder)) as cache:
             fuser = LayerFuser(model.config, cache, kernel="int4_mma", keep_exact=frozenset())
             fuser.fuse(dict(model.model.layers[0].named_parameters()), CPU, index=0)
             raise KeyboardInterrupt
@@ -203,7 +205,7 @@ def test_off_writes_nothing(model, folder):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number):
-    write, count = code_cache.replace_file, []
+    write, count = store.replace_file, []
 
     def full(file, content):
         count.append(file.name)
@@ -211,7 +213,7 @@ def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number
             raise OSError(number, "No space left on device")
         write(file, content)
 
-    monkeypatch.setattr(code_cache, "replace_file", full)
+    monkeypatch.setattr(store, "replace_file", full)
     layers, cache, notes = build(model, folder)
     assert_same(layers, build(model, None)[0])
     assert len(notes) == 1
@@ -221,7 +223,7 @@ def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number
 
 
 def test_no_room_is_noticed_before_writing(model, folder, monkeypatch):
-    monkeypatch.setattr(code_cache, "free_space", lambda folder: 1_099_000_000)
+    monkeypatch.setattr(store, "free_space", lambda folder: 1_099_000_000)
     layers, _, notes = build(model, folder, expected_bytes=1_000_000_000)
     assert_same(layers, build(model, None)[0])
     assert "not cached: it needs 1.1 GB" in notes[0]
@@ -230,7 +232,7 @@ def test_no_room_is_noticed_before_writing(model, folder, monkeypatch):
 
 def test_what_is_there_is_read_even_without_room(model, folder, monkeypatch, no_hqq):
     build(model, folder)
-    monkeypatch.setattr(code_cache, "free_space", lambda folder: 0)
+    monkeypatch.setattr(store, "free_space", lambda folder: 0)
     no_hqq()
     _, cache, notes = build(model, folder, expected_bytes=1_000_000_000)
     assert (cache.read, notes) == (21, [])
@@ -274,7 +276,7 @@ def test_the_lock_is_given_back(model, folder):
 
 def test_without_names_nothing_is_remembered(folder):
     weight = torch.randn(16, 64)
-    with CachedCodes(HqqCodes(), folder) as cache:
+    with CachedCodes(HqqCodes(), SubstituteStore(folder)) as cache:
         one = cache.codes(weight)
         cache.end_layer()
     assert torch.equal(one.dequantize(), HqqCodes().codes(weight).dequantize())
@@ -289,19 +291,22 @@ def test_scales_that_float16_would_round_are_kept_whole(folder):
             q = torch.arange(16, dtype=torch.uint8).repeat(4 * 8).view(4, 128)
             return Codes(q, torch.full((4, 2), 0.1), torch.full((4, 2), 7.5), 64)
 
+        def restore(self, stored, shape, name, device):
+            return HqqCodes().restore(stored, shape, name, device)
+
         def end_layer(self):
             pass
 
     weight = torch.zeros(4, 128)
     for _ in range(2):
-        with CachedCodes(Fine(), folder) as cache:
+        with CachedCodes(Fine(), SubstituteStore(folder)) as cache:
             codes = cache.codes(weight, "0.x")
             cache.end_layer()
         expected = Fine().codes(weight)
         assert all(
             torch.equal(getattr(codes, part), getattr(expected, part)) for part in ("q", "scale", "zero")
         )
-    assert cache.read == 1
+    assert cache.store.read == 1
 
 
 def test_hqqs_scales_are_float16_already():
@@ -325,7 +330,7 @@ def test_every_fact_makes_another_key(monkeypatch, tmp_path):
     }.items():
         assert name in facts
         keys.add(cache_folder({**facts, name: value}))
-    monkeypatch.setattr(code_cache, "FORMAT", 2)
+    monkeypatch.setattr(store, "FORMAT", 2)
     keys.add(cache_folder(facts))
     assert len(keys) == 9
     assert all(key.parent == tmp_path / "substitutes" for key in keys)
@@ -344,7 +349,7 @@ def test_on_a_card_too(folder, no_hqq):
     model = tiny_model("llama", layers=2, hidden_size=128, intermediate_size=192).to(device, torch.bfloat16)
     results = []
     for _ in range(2):
-        with CachedCodes(HqqCodes(), folder) as cache:
+        with CachedCodes(HqqCodes(), SubstituteStore(folder)) as cache:
             fuser = LayerFuser(model.config, cache, kernel="int4_mma", keep_exact=frozenset())
             results.append(
                 [
@@ -353,5 +358,5 @@ def test_on_a_card_too(folder, no_hqq):
                 ]
             )
         no_hqq()
-    assert cache.read == 14
+    assert cache.store.read == 14
     assert_same(*results)

@@ -1,0 +1,107 @@
+"""Distil a tiny causal language model from a target on text the target wrote, as a transformers folder.
+
+    python scripts/generate_text.py --out text/ --minutes 2
+    python scripts/distill_draft.py --text text/ --minutes 3 --out small/
+
+It has the target's vocabulary and no tokenizer files: a draft uses the target's own. Without --out the result replaces
+the small model that ships with the project. Ctrl-C saves; --resume goes on.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from subspec.targets.console import quiet_libraries
+from subspec.training.corpus import load_corpus
+from subspec.training.setup import (
+    WEIGHTS,
+    add_target_options,
+    add_training_options,
+    arithmetic,
+    card,
+    open_target,
+    report,
+    schedule_of,
+)
+from subspec.training.student import StudentLesson, build_student
+from subspec.training.trainer import Trainer
+
+WHAT = """A tiny Llama model with its target's vocabulary, distilled from the target's next-token distributions. It
+drafts for `draft=small_model`; it has no tokenizer of its own."""
+
+MEANING = """`topK`: how often the target's greedy token is among the model's first K. `chain_tau`: tokens per
+verification pass of a single chain of eight."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_target_options(parser)
+    add_training_options(parser, lr=3e-3, rows=32, decay=0.05)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, default=384)
+    return parser.parse_args()
+
+
+def save_student(student: LlamaForCausalLM, folder: Path) -> int:
+    """Write ``model.safetensors`` (bf16), ``config.json`` and ``generation_config.json``; bytes of the first."""
+    rounded = copy.deepcopy(student).bfloat16().cpu().eval()
+    rounded.config.dtype = torch.bfloat16
+    rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
+    rounded.generation_config.do_sample = False
+    with quiet_libraries():
+        rounded.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.chmod(0o644)  # safetensors makes files that only their owner may read
+    return weights.stat().st_size
+
+
+def main() -> None:
+    options = parse()
+    schedule = schedule_of(options)
+    target = open_target(options.target, options.device, options.dtype)
+    corpus = load_corpus(options.text, held_out=options.held_out)
+    print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
+    shape = {key: getattr(options, key) for key in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
+    counts = torch.bincount(corpus.ids.flatten(), minlength=target.vocab_size)
+    student = build_student(target.model, counts, **shape, seed=options.seed)
+    trainer = Trainer(
+        StudentLesson(target.model, student, arithmetic(target)),
+        corpus,
+        schedule,
+        options.checkpoint or options.text / "student.ckpt",
+        shape | {"target": target.source},
+        note=lambda line: print(line, flush=True),
+    )
+    if options.resume:
+        trainer.resume()
+    figures = trainer.run()
+    out = options.out or WEIGHTS / "small_model"
+    size = save_student(student, out)
+    text = card(
+        title=f"Small draft model for {target.name}",
+        what=WHAT,
+        target=target,
+        corpus=corpus,
+        schedule=schedule,
+        steps=trainer.step,
+        seconds=trainer.seconds,
+        settings=shape,
+        figures=figures,
+        size=size,
+        parameters=student.num_parameters(),
+        meaning=MEANING,
+    )
+    (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+    print(f"{out}: {size / 1e6:.2f} MB after {trainer.step} steps")
+
+
+if __name__ == "__main__":
+    report(main)

@@ -1,0 +1,179 @@
+"""A coded decoder layer: one run of bytes that crosses the link, and the step that turns it into parameters again.
+
+The run holds, first, what the substitute knows nothing of (norms, biases, Linears that are not quantized) as it is,
+then for every quantized Linear where its chunks begin and its bits (:mod:`subspec.offload.codec`). Decoding fills one
+buffer in bfloat16 that every layer of a pass is decoded into in turn: the device computes a layer in far less time than
+the link takes for its bytes, so one buffer is enough, and what others would take is better spent on resident layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.drafts.fused import FusedLayer
+from subspec.drafts.fused_build import ROLES
+from subspec.errors import SubspecError
+from subspec.kernels.codec import Rows, decode_into
+from subspec.offload.codec import Coded, encode, margin_for
+from subspec.offload.layer_bytes import parameter_views
+from subspec.offload.sizes import PlainCodec
+from subspec.quant.codes import Codes
+
+
+@dataclass(frozen=True)
+class CodedPart:
+    """Where a Linear's code lies in its layer's bytes, and where its substitute is.
+
+    Attributes:
+        name: of the parameter.
+        role: of the fused Linear (a field of :class:`~subspec.drafts.fused.FusedLayer`).
+        starts, stream: first byte and number of int32 words.
+    """
+
+    name: str
+    role: str
+    rows: Rows
+    shape: torch.Size
+    starts: tuple[int, int]
+    stream: tuple[int, int]
+    margin: float
+
+    def on(self, flat: Tensor) -> Coded:
+        """The code, as views into the layer's bytes ``flat`` (uint8)."""
+        starts, stream = (
+            flat[first : first + 4 * words].view(torch.int32) for first, words in (self.starts, self.stream)
+        )
+        return Coded(starts, stream, self.shape, self.margin)
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """What a layer's bytes mean.
+
+    Attributes:
+        exact: shapes of the parameters that are as they are; they lie in front, laid out by
+            :func:`~subspec.offload.layer_bytes.parameter_views`.
+        exact_bytes: of them.
+        parts: the coded ones.
+        nbytes: of everything.
+    """
+
+    exact: Mapping[str, torch.Size]
+    exact_bytes: int
+    parts: tuple[CodedPart, ...]
+    nbytes: int
+
+
+def coded_rows(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[str, Rows]]:
+    """The role and the rows within it of every Linear that may be coded, by parameter name."""
+    found: dict[str, tuple[str, Rows]] = {}
+    for role, names in ROLES.items():
+        first = 0
+        for number, name in enumerate(names):
+            parameter = f"{name}.weight"
+            found[parameter] = (role, Rows(16 * number, True) if role == "gate_up" else Rows(first, False))
+            first += shapes[parameter][0]
+    return found
+
+
+def encode_layer(
+    tensors: Mapping[str, Tensor], codes: Mapping[str, Codes], substitute: FusedLayer
+) -> tuple[CodedLayer, Tensor]:
+    """Code a layer, and prove it: every Linear is decoded again and compared bit by bit.
+
+    Args:
+        tensors: the layer's parameters by name, bfloat16.
+        codes: of the substitute's Linears, by parameter name.
+        substitute: made of these codes; what is decoded with.
+
+    Returns:
+        What the bytes mean, and the bytes, uint8 on the tensors' device.
+
+    Raises:
+        SubspecError: what was decoded is not what was coded (a defect of this device or its software).
+    """
+    places = coded_rows({name: tensor.shape for name, tensor in tensors.items()})
+    exact = {name: tensor.shape for name, tensor in tensors.items() if name not in codes}
+    exact_bytes = PlainCodec().layer_bytes(exact)
+    parts: list[CodedPart] = []
+    pieces: list[tuple[int, Tensor]] = []
+    offset = exact_bytes
+    for name, own in codes.items():
+        role, rows = places[name]
+        coded = encode(tensors[name], own, margin_for(own.bits))
+        check = torch.empty_like(tensors[name])
+        decode_into(check, coded, getattr(substitute, role), rows)
+        if not torch.equal(check.view(torch.int16), tensors[name].contiguous().view(torch.int16)):
+            raise SubspecError(
+                f"offload.codec=substitute: {name} was not rebuilt bit for bit: set offload.codec=none, and please "
+                "report it with the versions in the run's folder"
+            )
+        del check
+        spans = []
+        for words in (coded.starts, coded.stream):
+            pieces.append((offset, words))
+            spans.append((offset, words.numel()))
+            offset += _aligned(4 * words.numel())
+        parts.append(CodedPart(name, role, rows, coded.shape, spans[0], spans[1], coded.margin))
+    device = next(iter(tensors.values())).device
+    flat = torch.empty(offset, dtype=torch.uint8, device=device)
+    for name, view in parameter_views(flat, exact, torch.bfloat16).items():
+        view.copy_(tensors[name])
+    for first, words in pieces:
+        flat[first : first + 4 * words.numel()].view(torch.int32).copy_(words)
+    return CodedLayer(exact, exact_bytes, tuple(parts), offset), flat
+
+
+class LayerDecoder:
+    """Rebuilds layers in one buffer.
+
+    Args:
+        layers: what the bytes of each coded layer mean, by layer number.
+        substitute: the fused layers, all of them.
+        shapes: of a layer's parameters.
+        resident: bytes of the layers that stay on the device.
+        device: of the buffer.
+
+    Attributes:
+        parameters: views into the buffer by parameter name: the parameters of the layer decoded last.
+        log: takes (layer number, begin, end) of every layer decoded, when it is a list.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, CodedLayer],
+        substitute: Sequence[FusedLayer],
+        shapes: Mapping[str, torch.Size],
+        resident: Mapping[int, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.layers, self.substitute, self.resident = layers, substitute, resident
+        # The parameters that are not coded first, as in the coded bytes: one copy moves all of them.
+        first = next(iter(layers.values())).exact
+        ordered = {**first, **{name: shape for name, shape in shapes.items() if name not in first}}
+        self.buffer = torch.empty(PlainCodec().layer_bytes(ordered), dtype=torch.uint8, device=device)
+        self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
+        self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+
+    def decode(self, index: int, flat: Tensor) -> None:
+        """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
+        if self.log is None:
+            self._decode(index, flat)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._decode(index, flat)
+        end.record()
+        self.log.append((index, begin, end))
+
+    def _decode(self, index: int, flat: Tensor) -> None:
+        layer, substitute = self.layers[index], self.substitute[index]
+        self.buffer[: layer.exact_bytes].copy_(flat[: layer.exact_bytes])
+        for part in layer.parts:
+            decode_into(self.parameters[part.name], part.on(flat), getattr(substitute, part.role), part.rows)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // PlainCodec.ALIGNMENT) * PlainCodec.ALIGNMENT

@@ -1,0 +1,87 @@
+"""Whether a streamed target is coded by its substitute, and how many bytes that will take, before anything is coded."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from subspec.choices import Codec, Dtype
+from subspec.config import Config, HqqConfig, NoDraftConfig, StreamOffloadConfig, SubstituteDraftConfig
+from subspec.drafts.fused_build import ROLES
+from subspec.drafts.fused_quant import FusedQuantization
+from subspec.errors import ConfigError
+from subspec.kernels.formats import AffineFormat
+from subspec.kernels.ops import MmaInt4, TritonWq
+from subspec.offload.sizes import PlainCodec
+
+BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
+"""Bits per exact weight to reserve by the bits of its substitute, in groups of 64: measured (``experiments/codec``) on
+Gaussian weights and on the default model 9.3 to 9.5, 8.0 to 8.15, 6.91 to 7.05 and 3.4 to 3.6."""
+
+BITS_PER_DOUBLING = 0.16
+"""More for every doubling of the group: scales follow the largest weight of more."""
+
+
+def codec_of(config: Config) -> Codec:
+    """``none`` or ``substitute``: what ``offload.codec`` comes to in this configuration.
+
+    ``auto`` codes where the substitute is on the device anyway and its kernels are ours.
+
+    Raises:
+        ConfigError: ``substitute`` was asked for and cannot be.
+    """
+    offload = config.offload
+    if not isinstance(offload, StreamOffloadConfig) or offload.codec is Codec.none:
+        return Codec.none
+    problem = _problem(config)
+    if offload.codec is Codec.substitute:
+        if problem:
+            raise ConfigError(f"offload.codec=substitute {problem}, or offload.codec=none")
+        return Codec.substitute
+    return Codec.none if problem or isinstance(config.draft, NoDraftConfig) else Codec.substitute
+
+
+def _problem(config: Config) -> str | None:
+    draft, quant = config.draft, config.quant
+    if not isinstance(draft, SubstituteDraftConfig | NoDraftConfig):
+        return f"needs the quantized target on the device, and draft={draft.name} has none there: set draft=subspec"
+    if not isinstance(quant, HqqConfig):
+        return f"decodes with HQQ's intervals, not quant={quant.name}: set quant=hqq"
+    if config.target.dtype in (Dtype.float32, Dtype.float16):
+        return (
+            f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"
+        )
+    kernel = getattr(draft, "kernel", None)
+    if kernel is not None and kernel.value not in ("auto", MmaInt4.kind, TritonWq.kind):
+        return (
+            f"reads the substitute in the order of our own kernels, not of draft.kernel={kernel.value}: "
+            "set draft.kernel=auto"
+        )
+    return None
+
+
+class SubstituteCodec:
+    """A :class:`~subspec.offload.sizes.LayerCodec`: sizes are estimates until a layer is coded.
+
+    Args:
+        quantization: of the substitute; what it leaves exact is not coded.
+    """
+
+    def __init__(self, quantization: FusedQuantization) -> None:
+        self._bits: dict[str, float] = {}
+        for role in quantization.shapes:
+            kept = quantization.formats[role]
+            if role == "head" or not isinstance(kept, AffineFormat):
+                continue
+            bits = BITS[kept.bits] + BITS_PER_DOUBLING * math.log2(kept.group / 64)
+            self._bits |= {f"{name}.weight": bits for name in ROLES[role]}
+
+    def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Estimated bytes of a layer: coded Linears at :data:`BITS`, the rest as it is."""
+        exact = {name: shape for name, shape in shapes.items() if name not in self._bits}
+        coded = sum(shapes[name].numel() * bits / 8 for name, bits in self._bits.items())
+        return PlainCodec().layer_bytes(exact) + int(coded)
+
+    def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
+        """One decoded layer."""
+        return PlainCodec().layer_bytes(shapes)

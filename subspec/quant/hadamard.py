@@ -1,0 +1,110 @@
+"""Randomized Hadamard rotation of blocks of inputs (HIGGS, arXiv 2411.17525, section 4; QuIP#, arXiv 2402.04396).
+
+A rotation spreads outliers over a block: rotated weights are close to Gaussian, whatever they were, and one grid fits
+them all. With R the rotation, ``W x = (W R^T)(R x)``: the weights are rotated once, the inputs at run time, and the
+result is that of the unrotated layer up to rounding.
+
+**Which blocks.** A Hadamard matrix of this kind has a power of two of rows. Blocks are the largest power of two that
+divides the inputs, at most ``hadamard_size`` (3584 and 18944 are multiples of 512, 576 of 64). Where that would be
+less than ``LEAST_BLOCK`` inputs, the inputs are padded with zeros to a multiple of it; the padding is stored and paid
+for like any other weight.
+
+Example::
+
+    rotation = Rotation.of(in_features=3584, hadamard_size=512, seed=0)
+    y = functional.linear(rotation(x), rotation(weight))     # == functional.linear(x, weight), up to rounding
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LEAST_BLOCK = 64
+"""Smallest block that is rotated by itself: a mean of fewer weights is not Gaussian enough, and kernels take 64
+inputs in one step."""
+
+
+def is_power_of_two(number: int) -> bool:
+    """1, 2, 4, ..."""
+    return number > 0 and number & (number - 1) == 0
+
+
+@functools.cache
+def hadamard_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sylvester's matrix scaled to be orthonormal, [size, size]; symmetric, so it is its own inverse."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix / size**0.5).to(device, dtype)
+
+
+def walsh_hadamard(x: Tensor, size: int) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of every ``size`` neighbours along the last dimension.
+
+    Its own inverse. A transform of a*b values is one of a and one of b over the two axes of a table, so that two
+    small matrix products do what would take log2(size) passes over memory.
+
+    Args:
+        x: floating [..., multiple of size].
+        size: a power of two.
+
+    Raises:
+        ValueError: ``size`` is no power of two or does not divide the last dimension.
+    """
+    if not is_power_of_two(size) or x.shape[-1] % size:
+        raise ValueError(
+            f"no Hadamard blocks of {size} in {x.shape[-1]} values: use a power of two that divides it"
+        )
+    inner = 1 << (size.bit_length() // 2)
+    outer = size // inner
+    table = x.reshape(-1, outer, inner) @ hadamard_matrix(inner, x.device, x.dtype)
+    return (hadamard_matrix(outer, x.device, x.dtype) @ table).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A fixed random rotation of the inputs of a Linear.
+
+    Attributes:
+        in_features: inputs.
+        padded: inputs with the zeros behind them; ``in_features`` unless that has too small a power of two.
+        block: inputs that are rotated together.
+        seed: of the signs.
+    """
+
+    in_features: int
+    padded: int
+    block: int
+    seed: int
+
+    @classmethod
+    def of(cls, in_features: int, hadamard_size: int, seed: int = 0) -> "Rotation":
+        """By the rule at the head of this module; ``hadamard_size`` a power of two, at least ``LEAST_BLOCK``."""
+        padded = in_features
+        if in_features % LEAST_BLOCK:
+            padded = -(-in_features // LEAST_BLOCK) * LEAST_BLOCK
+        return cls(in_features, padded, min(padded & -padded, hadamard_size), seed)
+
+    def signs(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """+1 or -1 for every padded input, [padded]; the same for all Linears with as many inputs."""
+        return _signs(self.padded, self.seed, device, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate the last dimension, [..., in_features] to [..., padded], in the arithmetic of ``x``."""
+        if self.padded > self.in_features:
+            x = functional.pad(x, (0, self.padded - self.in_features))
+        return walsh_hadamard(x * self.signs(x.device, x.dtype), self.block)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """[..., padded] back to [..., in_features]."""
+        x = walsh_hadamard(y, self.block) * self.signs(y.device, y.dtype)
+        return x[..., : self.in_features]
+
+
+@functools.cache
+def _signs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).to(device, dtype)

@@ -1,0 +1,229 @@
+"""Coded weights come back bit for bit, whatever they are; coded targets stream as plain ones do."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subspec.kernels import int4, wq
+from subspec.kernels.codec import Rows, decode_into, substitute_codes
+from subspec.kernels.ops import MmaInt4, TritonWq
+from subspec.offload.codec import CHUNK, decode, encode, margin_for
+from subspec.quant.codes import Codes, HqqCodes
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EVERY_BFLOAT16 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def same(a, b):
+    """NaN is not NaN; bits are bits."""
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def gaussian(n, k, seed=0):
+    return (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
+
+
+def spoiled(weight):
+    """With everything in it that is no ordinary weight."""
+    flat = weight.clone().view(-1)
+    for number, value in enumerate(
+        [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40, 3e38, 7.0]
+    ):
+        flat[number :: 131 + 2 * number] = value
+    return flat.view(weight.shape)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 64), (5, 192, 64), (1, 64, 32), (33, 128, 128)])
+def test_a_quantized_weight_comes_back(bits, n, k, group):
+    weight = gaussian(n, k)
+    codes = HqqCodes(bits, group).codes(weight)
+    for exact in (weight, spoiled(weight)):
+        assert same(decode(encode(exact, codes, margin_for(bits)), codes), exact)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 9.5), (3, 8.2), (4, 7.05), (8, 3.65)])
+def test_a_gaussian_weight_takes_as_many_bits_as_the_planner_reserves(bits, most):
+    from subspec.offload.coding import BITS
+
+    weight = gaussian(256, 1024)
+    coded = encode(weight, HqqCodes(bits).codes(weight), margin_for(bits))
+    assert coded.bits_per_weight < most
+    assert most <= BITS[bits] + 0.2
+    assert coded.bits_per_weight < BITS[bits]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    scale=st.one_of(st.floats(width=32), st.floats(2.0**-20, 1024.0, width=32)),
+    zero=st.one_of(st.floats(width=32), st.floats(-20, 20, width=32)),
+    seed=st.integers(0, 99),
+    margin=st.sampled_from([0.0, 2.0**-8, 0.0625]),
+)
+def test_every_bit_pattern_survives_any_scale_and_zero(scale, zero, seed, margin):
+    generator = torch.Generator().manual_seed(seed)
+    weight = EVERY_BFLOAT16[torch.randint(0, 1 << 16, (CHUNK + 128,), generator=generator)].view(10, 64)
+    q = torch.randint(0, 16, (10, 64), dtype=torch.uint8, generator=generator)
+    codes = Codes(q, torch.full((10, 1), scale), torch.full((10, 1), zero), 64)
+    assert same(decode(encode(weight, codes, margin), codes), weight)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    n=st.integers(1, 40), groups=st.integers(1, 5), group=st.sampled_from([8, 32, 64]), seed=st.integers(0, 9)
+)
+def test_ragged_shapes(n, groups, group, seed):
+    weight = gaussian(n, groups * group, seed)
+    q = torch.randint(0, 16, weight.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes = Codes(q, torch.full((n, groups), 0.006), torch.full((n, groups), 7.5), group)
+    assert same(decode(encode(weight, codes, 0.0), codes), weight)
+
+
+def test_weights_inside_their_interval_are_cheap_and_others_are_not_lost():
+    weight = gaussian(32, 128)
+    codes = HqqCodes(4).codes(weight)
+    far = encode(weight + 1, codes, 0.0)
+    assert encode(weight, codes, 0.0).bits_per_weight < 8 < 16 < far.bits_per_weight
+    assert same(decode(far, codes), weight + 1)
+
+
+def test_constant_groups_and_zeros():
+    weight = torch.zeros(8, 128, dtype=torch.bfloat16)
+    weight[3] = 0.25
+    codes = HqqCodes(4).codes(weight)
+    assert same(decode(encode(weight, codes, margin_for(4)), codes), weight)
+
+
+def test_only_bfloat16():
+    with pytest.raises(TypeError, match="bfloat16"):
+        encode(torch.zeros(2, 64), HqqCodes(4).codes(torch.zeros(2, 64)), 0.0)
+
+
+# ------------------------------------------------------------------------- from the kernels' own order of codes
+
+
+def fused(kind, parts, *, swiglu, bits=4, tiles=2):
+    """Several weights quantized and fused as a draft level has them: the Linear, and each weight's codes and rows."""
+    codes = [HqqCodes(bits).codes(part) for part in parts]
+    stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
+    if kind == "int4_mma":
+        linear = MmaInt4(int4.pack(stacked.q, stacked.scale, stacked.zero, tiles=tiles, swiglu=swiglu))
+    else:
+        linear = TritonWq(wq.pack(stacked.q, stacked.scale, stacked.zero, bits=bits, swiglu=swiglu))
+    first, rows = 0, []
+    for number, part in enumerate(parts):
+        rows.append(Rows(16 * number, True) if swiglu else Rows(first, False))
+        first += part.shape[0]
+    return linear, list(zip([spoiled(part) for part in parts], codes, rows, strict=True))
+
+
+CASES = [
+    ("int4_mma", False, 4, 2),
+    ("int4_mma", True, 4, 2),
+    ("int4_mma", False, 4, 4),
+    ("int4_mma", True, 4, 4),
+    ("triton_wq", False, 2, 0),
+    ("triton_wq", True, 3, 0),
+    ("triton_wq", False, 4, 0),
+    ("triton_wq", False, 8, 0),
+]
+
+
+def parts_of(swiglu):
+    return [gaussian(64, 192, seed) for seed in (1, 2)] if swiglu else [
+        gaussian(n, 576, n) for n in (96, 32, 48)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)
+def test_decoding_reads_the_kernels_own_order(kind, swiglu, bits, tiles, device):
+    linear, members = fused(
+        kind, [p.to(device) for p in parts_of(swiglu)], swiglu=swiglu, bits=bits, tiles=tiles
+    )
+    for weight, codes, rows in members:
+        own = substitute_codes(linear, rows, weight.shape[0])
+        assert torch.equal(own.q, codes.q)
+        assert torch.equal(own.scale, codes.scale)
+        assert torch.equal(own.zero, codes.zero)
+        coded = encode(weight, codes, margin_for(bits))
+        out = torch.full_like(weight, 5.0)
+        decode_into(out, coded, linear, rows)
+        assert same(out, weight)
+
+
+HOST = r"""
+#define HOST_TEST
+#include "codec.cu"
+#if LAYOUT == 1
+extern "C" void decode(const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta,
+                       unsigned short* out, int total, int groups, int tiles, int first, int interleave, float half) {
+  for (long long c = 0; c * CHUNK < total; ++c)
+    decode_chunk(starts, stream, words, meta, out, total, groups, tiles, first, interleave, half, c);
+}
+#else
+extern "C" void decode(const unsigned* starts, const unsigned* stream, const unsigned* words,
+                       const unsigned short* high, const unsigned short* meta, unsigned short* out, int total,
+                       int columns, int rows, int width, int group, int first, int interleave, float half) {
+  for (long long c = 0; c * CHUNK < total; ++c)
+    decode_chunk(starts, stream, words, high, meta, out, total, columns, rows, width, group, first, interleave, half,
+                 c);
+}
+#endif
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The CUDA source as C++, by layout."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to try the CUDA source's arithmetic with")
+    folder = tmp_path_factory.mktemp("codec")
+    source = folder / "host.cpp"
+    source.write_text(HOST)
+    from importlib import resources
+
+    include = resources.files("subspec.kernels")
+    libraries = {}
+    for layout in (1, 2):
+        library = folder / f"codec{layout}.so"
+        command = [
+            compiler,
+            "-O1",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            f"-DLAYOUT={layout}",
+            f"-I{include}",
+        ]
+        subprocess.run([*command, "-o", str(library), str(source)], check=True)
+        libraries[layout] = ctypes.CDLL(str(library))
+    return libraries
+
+
+@pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)
+def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits, tiles):
+    linear, members = fused(kind, parts_of(swiglu), swiglu=swiglu, bits=bits, tiles=tiles)
+    for weight, _, rows in members:
+        coded = encode(weight, substitute_codes(linear, rows, weight.shape[0]), margin_for(bits))
+        out = torch.full_like(weight, 5.0)
+        call = [ctypes.c_void_p(t.data_ptr()) for t in (coded.starts, coded.stream)]
+        half = ctypes.c_float(0.5 + coded.margin)
+        if kind == "int4_mma":
+            packed = linear.weight
+            call += [ctypes.c_void_p(t.data_ptr()) for t in (packed.words, packed.meta, out)]
+            call += [weight.numel(), weight.shape[1] // 64, tiles, rows.first, int(rows.interleaved), half]
+            compiled[1].decode(*call)
+        else:
+            packed = linear.weight
+            call += [ctypes.c_void_p(t.data_ptr()) for t in (packed.words, packed.high, packed.meta, out)]
+            call += [weight.numel(), weight.shape[1], packed.out_features, bits, packed.group]
+            call += [rows.first, int(rows.interleaved), half]
+            compiled[2].decode(*call)
+        assert same(out, weight)
