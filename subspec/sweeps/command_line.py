@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from subspec.errors import ConfigError
 from subspec.paths import conf_dir
@@ -57,7 +59,7 @@ def place(overrides: Sequence[str], resume: bool) -> list[str]:
     Raises:
         ConfigError: ``resume=true``, and there is no such sweep.
     """
-    given = [_as_hydra_key(text) for text in overrides]
+    given = _for_jobs_only([_as_hydra_key(text) for text in overrides])
     if any(text.startswith(f"{HYDRA_SWEEP_DIR}=") for text in given):
         return given
     # Hydra's sweepers see the overrides of the run only, and the manifest holds those.
@@ -77,3 +79,30 @@ def place(overrides: Sequence[str], resume: bool) -> list[str]:
 def _as_hydra_key(text: str) -> str:
     key, equals, value = text.partition("=")
     return f"{HYDRA_SWEEP_DIR}={value}" if key == SWEEP_DIR and equals else text
+
+
+def _for_jobs_only(overrides: Sequence[str]) -> list[str]:
+    """Single values of a grid as choices of one, which Hydra leaves out of the configuration of the sweep itself.
+
+    That one has no row and no swept group in it: ``offload.vram_gib=8`` beside ``experiment=a,b`` would be refused as
+    a key of the default ``offload=none``, though every job has it.
+    """
+    if any(text.startswith(("hparams_search=", "hydra/sweeper=")) for text in overrides):
+        return list(overrides)  # a search takes single values as they are
+    reader = OverridesParser.create()
+    texts = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        kept = (
+            key in ("experiment", "resume") or key.lstrip("+").startswith(("hydra.", "hydra/")) or not value
+        )
+        choice = f"{key}=choice({value})"
+        try:
+            (plain,) = reader.parse_overrides([text])
+            if not kept and not plain.is_sweep_override():
+                reader.parse_overrides([choice])
+                text = choice
+        except HydraException:
+            pass  # Hydra says what is wrong with the original
+        texts.append(text)
+    return texts

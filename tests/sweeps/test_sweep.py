@@ -100,6 +100,24 @@ def test_a_table_of_ones_own(tmp_path):
     assert "packaged sample prompts" in text
 
 
+def test_a_key_that_only_the_rows_have(tmp_path):
+    """The sweep's own configuration has ``offload=none``; every job has a budget."""
+    ran = cli(
+        "-m",
+        "experiment=planted/qwen2_5_7b_plain,planted/qwen2_5_7b_subspec",
+        "plan_only=true",
+        'offload.card="RTX 4090"',
+        "offload.vram_gib=9",
+        "decoding.stop=[]",
+        "target.seed=1",
+        HERE,
+        f"sweep_dir={tmp_path}",
+    )
+    assert ran.code == 0, ran.err
+    budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
+    assert budgets == [9 * 2**30] * 2
+
+
 # ------------------------------------------------------------------------------------- what is missing
 
 
