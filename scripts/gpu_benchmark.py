@@ -145,7 +145,8 @@ def run_mode(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         cap(options.vram)
-        draft = FusedSubstitute(streamed.substitute) if streamed.substitute is not None else None
+        if variant is not None and streamed.substitute is not None:
+            draft = FusedSubstitute(streamed.substitute)
         engine = Engine(
             streamed.decoder,
             draft,

@@ -137,7 +137,9 @@ def compare(role: str, n: int, k: int, rows: list[int]) -> list[dict]:
         if hqq_unavailable(kernel, DEVICE):
             continue
         variant = Variant(kernel, 4 if role == "gate_up" else 2, 0)
-        linears = rotation(AffineFormat().random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
+        linears = rotation(
+            AffineFormat().random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE
+        )
         times = {count: rotated_time(linears, inputs(count, k)) * 1e6 for count in rows}
         results.append({"role": role, "setting": f"hqq {variant}", "shape": [n, k], "us": times})
         show(role, f"hqq {variant}", times)

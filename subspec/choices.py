@@ -44,6 +44,14 @@ class Profile(Enum):
     timeline = "timeline"
 
 
+class Objective(Enum):
+    """What a search maximises: a total of the run's summary."""
+
+    tokens_per_s = "tokens_per_s"
+    tokens_per_s_total = "tokens_per_s_total"
+    tau = "tau"
+
+
 class WandbMode(Enum):
     """``auto`` is online with a key and a network, else offline (said and recorded)."""
 

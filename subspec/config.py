@@ -22,6 +22,7 @@ from subspec.choices import (
     Hadamard,
     HiggsKernel,
     Kernel,
+    Objective,
     Placement,
     Profile,
     Source,
@@ -388,6 +389,7 @@ class Config:
     benchmark: BenchmarkConfig = MISSING
     logger: LoggerConfig = MISSING
     experiment: str | None = None
+    hparams_search: str | None = None
 
     seed: int = 0
     device: Device = Device.auto
@@ -399,6 +401,8 @@ class Config:
     baseline: str | None = None
     plan_only: bool = False
     profile: Profile = Profile.none
+    optimise: Objective | None = None
+    study: str | None = None
 
 
 SCHEMAS: dict[str, type] = {

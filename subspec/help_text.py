@@ -17,7 +17,8 @@ GROUPS = {
     "offload": "where the target's weights live",
     "benchmark": "which prompts",
     "logger": "where the series go besides the run folder",
-    "experiment": "a file that sets several of the above at once",
+    "experiment": "a file that sets several of the above at once, or a table of such files",
+    "hparams_search": "a search: Optuna proposes values, a run measures each, the best is on top of a table",
 }
 """The config groups in the user's words."""
 
@@ -31,6 +32,7 @@ usage: python -m subspec.run [GROUP=OPTION ...] [KEY=VALUE ...] [-m]
   python -m subspec.run target=hub target.path=ORG/NAME   any Llama, Qwen2, Qwen3 or Mistral checkpoint
   python -m subspec.run -m tree.depth=8,16 quant.bits=4,3 one run for every combination
   python -m subspec.run run_dir=FOLDER resume=true        continue an interrupted run
+  python -m subspec.run -m ... sweep_dir=FOLDER           a sweep in this folder: runs what is missing there
 """
 
 FOOTER = """\

@@ -16,8 +16,9 @@ from subspec.errors import ConfigError
 from subspec.help_text import GROUPS, options
 from subspec.paths import conf_dir
 from subspec.resume import is_resumed, with_stored_overrides
+from subspec.sweeps.command_line import SWEEP_DIR, is_sweep, place
 
-PATH_KEYS = ("run_dir", "baseline", "target.path", "benchmark.path")
+PATH_KEYS = ("run_dir", "sweep_dir", "hydra.sweep.dir", "baseline", "target.path", "benchmark.path")
 """Keys whose value may hold any character, though Hydra's grammar knows only some of them unquoted."""
 
 
@@ -35,11 +36,16 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     shows = said.cfg is not None or said.info is not None
     if said.multirun and shows:
         _refuse("-m runs, --cfg and --info show: give one of them")
-    overrides = dict(_checked(text, sweep=said.multirun) for text in said.overrides)
+    sweep = said.multirun or (not shows and is_sweep(said.overrides, said.config_dir))
+    overrides = dict(_checked(text, sweep) for text in said.overrides)
     given = {parsed.key_or_group: _text(parsed) for parsed in overrides.values()}
-    if said.multirun:
+    if sweep:
         _check_sweep(given)
-        return [*flags, *overrides]
+        return [*flags, *([] if said.multirun else ["-m"]), *place(list(overrides), is_resumed(given))]
+    if SWEEP_DIR in given and shows:
+        overrides = {text: parsed for text, parsed in overrides.items() if parsed.key_or_group != SWEEP_DIR}
+    elif SWEEP_DIR in given:
+        raise ConfigError("sweep_dir= names the folder of a sweep: add -m, or give run_dir=FOLDER")
     return [*flags, *with_stored_overrides(list(overrides), given, must_exist=not shows)]
 
 
@@ -52,7 +58,7 @@ def _checked(text: str, sweep: bool) -> tuple[str, Override]:
     key, equals, value = text.partition("=")
     if not key.strip():
         raise ConfigError(f"{text}: there is no key before the equals sign; give KEY=VALUE")
-    if key == "run_dir" and value.startswith("~"):
+    if key in ("run_dir", SWEEP_DIR) and value.startswith("~"):
         # Shells leave it alone here, and a folder named ~ is a trap.
         text = f"{key}={Path(value).expanduser()}"
     reader = OverridesParser.create()
@@ -78,8 +84,4 @@ def _text(parsed: Override) -> str:
 
 def _check_sweep(given: dict[str, str]) -> None:
     if "run_dir" in given:
-        raise ConfigError(
-            "run_dir= names the folder of one run: with -m, hydra.sweep.dir=FOLDER takes a folder per job"
-        )
-    if is_resumed(given) and "hydra.sweep.dir" not in given:
-        raise ConfigError("resume=true with -m needs the folder of the sweep: hydra.sweep.dir=FOLDER")
+        raise ConfigError("run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+"""``hydra/launcher=basic``: all jobs one after another in the sweep's own process, for debugging."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m subspec.run`` and of the console script ``subspec``."""
@@ -52,16 +55,20 @@ def _main(arguments: list[str]) -> None:
     failures: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
-    def job(cfg: "DictConfig") -> None:
-        _job(cfg, failures)
+    def job(cfg: "DictConfig") -> float | None:
+        return _job(cfg, failures)
 
     job()
     if failures:
         raise failures[0]
 
 
-def _job(cfg: "DictConfig", failures: list[Exception]) -> None:
-    """One run, or one of a sweep. An expected failure goes around Hydra, which would print its own line about it."""
+def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
+    """One run, or one of a sweep. An expected failure goes around Hydra, which would print its own line about it.
+
+    Returns:
+        What a search maximises, if there is one.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -72,17 +79,24 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> None:
     sweep = settings.mode is RunMode.MULTIRUN
     if sweep:
         cfg.run_dir = f"{settings.sweep.dir}/{settings.sweep.subdir}"
+    if cfg.study:
+        cfg.experiment = cfg.study  # rows of one table are one group, to W&B and to the report
     try:
+        if sweep and settings.launcher["_target_"] != IN_PROCESS:
+            # A launcher of another project, on its worker: the job gets a process of its own there too.
+            from subspec.sweeps.process import job_spec, run_in_process
+
+            return run_in_process(job_spec(settings, cfg))
         from subspec.runner import run
 
-        run(cfg, folder, overrides)
+        return run(cfg, folder, overrides)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(folder, settings.sweep.dir if sweep else None)) from stop
     except Exception as error:
         failure = _expected(error)
         if not sweep and (failure or isinstance(error, BrokenPipeError)):
             failures.append(error)
-            return
+            return None
         if failure:
             # At once, for a sweep may take days; and raised, for the launcher may run its jobs in other processes.
             _fail(error, f"job {settings.job.num} ({' '.join(overrides)}): {failure[0]}")
@@ -94,8 +108,8 @@ def _how_to_continue(folder: Path, sweep: str | None) -> str:
     from subspec.resume import OVERRIDES
 
     if sweep is not None:
-        again = shlex.quote(f"hydra.sweep.dir={sweep}")
-        return f"finished samples are kept; continue with the same command and {again} resume=true"
+        again = shlex.quote(f"sweep_dir={sweep}")
+        return f"finished samples are kept; continue with the same command and {again}"
     if not (folder / OVERRIDES).exists():
         return "nothing had been generated yet; start again"
     return f"finished samples are kept; continue with {shlex.quote(f'run_dir={folder}')} resume=true"

@@ -42,11 +42,14 @@ FACTS = "facts.json"
 """What actually ran, kept beside the records from the start: a kill before the summary must not lose it."""
 
 
-def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> None:
+def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
     """Run a composed configuration; records, summary and resolved configuration go to ``run_dir``.
 
     Args:
         overrides: what ``cfg`` was composed from; kept in the folder for ``resume=true``.
+
+    Returns:
+        The total called ``optimise``, for a search; None without.
 
     Raises:
         SubspecError: an expected failure, in one line.
@@ -62,7 +65,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> None:
     check_against_target(config, model_config)
     if config.plan_only:
         _plan_only(config, model_config, device, run_dir, console)
-        return
+        return None
     check_offload(config, device)
     check_draft(config, model_config, console.note)
     baseline = _read_baseline(config.baseline)
@@ -98,6 +101,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> None:
             f"the losslessness audit found {mismatches} token(s) that the target itself would not have emitted "
             f"(largest gap {summary['audit']['max_gap']:.3g} logits): see the audit fields in {run_dir}/records.jsonl"
         )
+    return summary["totals"][config.optimise.value] if config.optimise else None
 
 
 def _plan_only(

@@ -72,7 +72,7 @@ COMMAND_LINE = {
     "run and show": ("-m --cfg job", r"-m runs, --cfg and --info show: give one of them"),
     "run_dir of a sweep": (
         "-m tree.depth=1,2",
-        r"run_dir= names the folder of one run: .*hydra\.sweep\.dir=FOLDER",
+        r"run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER",
     ),
     "own file: typo": ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
     "own file: package": ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
@@ -121,7 +121,7 @@ def test_a_target_without_a_path():
 def test_a_sweep_is_not_resumed_without_its_folder():
     ran = cli("-m", "draft=none,subspec", "resume=true")
     assert ran.code == 2
-    assert "hydra.sweep.dir=FOLDER" in ran.error
+    assert "sweep_dir=FOLDER" in ran.error
 
 
 def test_a_process_ends_with_the_line_and_the_status():

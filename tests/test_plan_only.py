@@ -60,7 +60,8 @@ def test_plans_of_a_sweep_go_to_the_folders_of_its_jobs(tmp_path):
         "target=planted_qwen2_5_7b",
         "offload.card=RTX 4090",
         "offload.vram_gib=8,12",
-        f"hydra.sweep.dir={tmp_path}",
+        f"sweep_dir={tmp_path}",
+        "hydra/launcher=basic",
     )
     assert ran.code == 0, ran.err
     budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]

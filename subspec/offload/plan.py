@@ -199,8 +199,9 @@ def plan_run(
         notes.append("every layer fits on the device: nothing is streamed, and the link limits nothing")
     if host_limit is None:
         notes.append("host memory is not checked: set offload.ram_gib to check it")
-    plain_layout = layout if layout.draft is None else layout.without_draft(model)
-    plain = choice if layout.draft is None else choose(plain_layout, budget)
+    plainly = layout.draft is None and not layout.coded
+    plain_layout = layout if plainly else layout.without_draft(model)
+    plain = choice if plainly else choose(plain_layout, budget)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,

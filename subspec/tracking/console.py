@@ -161,8 +161,8 @@ class RunProgress:
             }
             parts += [
                 f"{sums['new_tokens']} tokens",
-                f"{_number(ratio(sums['verified_tokens'], sums['decode_s']))} tokens/s",
-                f"tau {_number(ratio(sums['verified_tokens'], sums['iterations']))}",
+                f"{number(ratio(sums['verified_tokens'], sums['decode_s']))} tokens/s",
+                f"tau {number(ratio(sums['verified_tokens'], sums['iterations']))}",
                 f"prefill {sums['prefill_s']:.2f} s",
                 f"decode {sums['decode_s']:.2f} s",
             ]
@@ -172,7 +172,7 @@ class RunProgress:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")
         if skip is not None:
             parts.append(f"skipped: {skip.get('reason', 'unknown')}")
-        parts.append(f"elapsed {_clock(self.elapsed_s)}, left {_clock(self.remaining_s)}")
+        parts.append(f"elapsed {clock(self.elapsed_s)}, left {clock(self.remaining_s)}")
         return "  ".join(parts)
 
 
@@ -201,8 +201,8 @@ class _Bar(RunProgress):
     def figures(self) -> str:
         """The text beside the bar."""
         return (
-            f"{self.done}/{self.total} samples  {_number(self.tokens_per_s)} tok/s  tau {_number(self.tau)}  "
-            f"{_clock(self.elapsed_s)}, left {_clock(self.remaining_s)}"
+            f"{self.done}/{self.total} samples  {number(self.tokens_per_s)} tok/s  tau {number(self.tau)}  "
+            f"{clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
         )
 
     def open(self) -> None:
@@ -227,11 +227,13 @@ def _checked(record: Mapping[str, Any]) -> bool:
     return record.get("correct") is not None
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Two decimals, or a dash."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """``H:MM:SS``, or a dash."""
     return "-" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 

@@ -44,7 +44,19 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 
-FREE_KEYS = frozenset({"resume", "run_dir", "logger", "experiment", "baseline", "benchmark.max_samples"})
+FREE_KEYS = frozenset(
+    {
+        "resume",
+        "run_dir",
+        "logger",
+        "experiment",
+        "hparams_search",
+        "optimise",
+        "study",
+        "baseline",
+        "benchmark.max_samples",
+    }
+)
 """Keys that may differ when a run is resumed: they change no record. ``experiment`` only names values that are
 compared themselves; fewer samples of one selection are a prefix of more, so a run may be extended. All others
 must match; ``audit`` changes records, ``device`` and ``warmup`` change times."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from subspec.choices import Codec
 from subspec.config import (
     BeamTreeConfig,
     BenchmarkConfig,
@@ -38,7 +39,8 @@ def settings(
     decoding: dict[str, Any] | None = None,
     **offload: Any,
 ) -> Config:
-    """The paper's settings (tree 48 x 6, 4 bits, 2048 tokens) but for what is said."""
+    """The paper's settings (tree 48 x 6, 4 bits, 2048 tokens, weights streamed as they are) but for what is said."""
+    offload.setdefault("codec", Codec.none)
     lengths = decoding or {}
     return Config(
         target=PlantedTargetConfig(name="planted"),

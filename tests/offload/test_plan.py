@@ -328,7 +328,7 @@ def test_a_codec_changes_what_is_streamed_and_nothing_else():
     plain, coded = planned(settings(8.0)), planned(settings(8.0), codec=_HalfCodec())
     assert coded.layer_bytes == plain.layer_bytes // 2
     assert by_name(coded)["ring"] == by_name(plain)["ring"] // 2
-    assert by_name(coded)["decoding of layers"] == plain.layer_bytes
+    assert by_name(coded)["decoded layer"] == plain.layer_bytes
     assert coded.plain_bytes_per_pass == plain.plain_bytes_per_pass
     assert by_name(coded)["resident layers"] == len(coded.resident_layers) * plain.layer_bytes
 

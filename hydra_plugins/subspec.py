@@ -1,0 +1,19 @@
+"""Where Hydra looks for plugins: the project's own launcher and sweepers.
+
+Hydra accepts plugins only from modules below ``hydra_plugins``, a namespace package that several distributions share
+(it has no ``__init__.py``). Hydra imports this file at every start, so it pulls in nothing heavy.
+"""
+
+from subspec.sweeps import launcher, search, sweeper
+
+
+class ProcessLauncher(launcher.ProcessLauncher):
+    """``hydra/launcher=process``, the default: one fresh process per job, one at a time per GPU."""
+
+
+class GridSweeper(sweeper.GridSweeper):
+    """``hydra/sweeper=grid``, the default: every combination, resumable, with a table at the end."""
+
+
+class SearchSweeper(search.SearchSweeper):
+    """``hydra/sweeper=search``: Optuna chooses the combinations."""

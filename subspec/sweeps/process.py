@@ -1,0 +1,354 @@
+"""One job as a process: its command, its log, how far it is, and how it ended."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
+
+import subspec
+from subspec.errors import SubspecError
+from subspec.sweeps.outcome import (
+    FAILED,
+    INTERRUPTED,
+    LOG,
+    OK,
+    RUNNING,
+    Outcome,
+    objective,
+    read_outcome,
+    read_summary,
+    write_outcome,
+)
+from subspec.tracking.files import RESUME_HINT, write_error
+from subspec.tracking.metrics import ratio
+from subspec.tracking.records import LOCK, RECORDS
+
+INTERRUPT_EXIT = 130
+LOCK_WAIT_S = 60.0
+"""How long a job waits for the orphan of a killed sweep to leave its folder."""
+
+_PROGRESS = re.compile(rb"^\[(\d+)/(\d+)\] ", re.MULTILINE)
+_OF_THE_SWEEP = re.compile(r"hydra[./](sweep|sweeper|launcher|mode)\b")
+
+
+class JobFailed(SubspecError):
+    """A job of a sweep did not end well; the others go on.
+
+    Attributes:
+        exit_code: of its process; negative: a signal.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job's process needs to know.
+
+    Attributes:
+        folder: its run folder.
+        command: its command line.
+        samples: ``benchmark.max_samples``.
+        optimise: the total that a search maximises; None outside a search.
+        device: as configured: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    folder: Path
+    command: tuple[str, ...]
+    samples: int | None
+    optimise: str | None
+    device: str
+
+
+def job_spec(hydra: DictConfig, task: DictConfig) -> JobSpec:
+    """The job of a composed configuration.
+
+    Args:
+        hydra: its ``hydra`` node.
+        task: the rest (further keys are ignored).
+    """
+    folder = Path(str(hydra.sweep.dir)) / str(hydra.sweep.subdir)
+    flags = [] if hydra.job.config_name == "config" else [f"--config-name={hydra.job.config_name}"]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags.append(f"--config-dir={source.path}")
+    ours = [text for text in hydra.overrides.hydra if not _OF_THE_SWEEP.match(text.lstrip("+~"))]
+    given = [text for text in hydra.overrides.task if not re.match(r"\+*(resume|run_dir)=", text)]
+    end = ["hydra.mode=RUN", f"run_dir={folder}", "resume=true"]
+    return JobSpec(
+        folder,
+        (sys.executable, "-m", "subspec.sweeps.job", *flags, *given, *ours, *end),
+        OmegaConf.select(task, "benchmark.max_samples"),
+        word(OmegaConf.select(task, "optimise")),
+        word(OmegaConf.select(task, "device")) or "auto",
+    )
+
+
+def word(value: Any) -> str | None:
+    """A configured word, whether it is an enum of the schema already or not."""
+    return None if value is None else str(getattr(value, "value", value))
+
+
+def job_environment(gpu: str | None) -> dict[str, str]:
+    """The environment of a job's process. ``gpu``: the one it may see, as CUDA names it; None: as it is."""
+    environment = dict(os.environ)
+    # The very package that runs here, also from a checkout or an unpacked wheel that only sys.path knows of.
+    root = str(Path(subspec.__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment["PYTHONUNBUFFERED"] = "1"  # a killed job's log tells how far it came
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    return environment
+
+
+@dataclass
+class JobProcess:
+    """A running job.
+
+    Attributes:
+        spec: its command and folder.
+        label: what tells it from the others, for people.
+        gpu: the one it may see; None: as the sweep itself.
+        done, total: its samples; ``total`` is None until it is known.
+        tokens_per_s, tau: over its records so far; None before the first.
+    """
+
+    spec: JobSpec
+    label: str = ""
+    gpu: str | None = None
+    done: int = 0
+    total: int | None = None
+    tokens_per_s: float | None = None
+    tau: float | None = None
+    outcome: Outcome | None = None
+    _sums: dict[str, float] = field(default_factory=dict)
+    _samples: set[str] = field(default_factory=set)
+    _read: int = 0
+    _log_start: int = 0
+    _log_read: int = 0
+    _started: float = 0.0
+    _process: subprocess.Popen | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.spec.folder
+
+    def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            SubspecError: its folder cannot be written, or another process is in it.
+        """
+        before = read_outcome(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._wait_for_folder()
+            self.outcome = Outcome(
+                RUNNING, attempts=1 + (before.attempts if before else 0), samples=self.spec.samples
+            )
+            write_outcome(self.folder, self.outcome)
+            with (self.folder / LOG).open("ab") as log:
+                self._log_start = self._log_read = log.tell()
+                self._started = time.monotonic()
+                self._process = self._spawn(log)
+        except OSError as error:
+            remedy = RESUME_HINT.format(run_dir=self.folder)
+            raise write_error(error, Path(error.filename or self.folder), remedy) from error
+
+    def _spawn(self, log: BinaryIO) -> subprocess.Popen:
+        return subprocess.Popen(
+            self.spec.command,
+            stdin=subprocess.PIPE,  # held open while the sweep lives, see subspec.sweeps.job
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=job_environment(self.gpu),
+            start_new_session=True,  # Ctrl-C on the terminal is passed on by the sweep, once
+        )
+
+    def poll(self) -> Outcome | None:
+        """Look how far it is; its outcome once it has ended."""
+        assert self._process is not None
+        code = self._process.poll()
+        self._follow()
+        if code is None:
+            return None
+        return self._ended(code)
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: the job ends when it can, and remains resumable."""
+        self._signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+
+    def wait(self) -> Outcome:
+        """Its outcome, when it has ended."""
+        while (outcome := self.poll()) is None:
+            time.sleep(0.1)
+        return outcome
+
+    def value(self) -> float | None:
+        """The figure that a search maximises (``optimise``), if there is one."""
+        return objective(read_summary(self.folder), self.spec.optimise)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _wait_for_folder(self) -> None:
+        """The orphan of a killed sweep needs a moment to go."""
+        lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.2)
+        except filelock.Timeout as error:
+            raise SubspecError(
+                f"run_dir={self.folder} is in use by another process: wait for it, or end it"
+            ) from error
+        lock.release()
+
+    # ---------------------------------------------------------------------------------------- following
+
+    def _follow(self) -> None:
+        for line in self._new_lines(self.folder / RECORDS, "_read"):
+            try:
+                self._count(json.loads(line))
+            except ValueError:
+                continue
+        for line in self._new_lines(self.folder / LOG, "_log_read"):
+            if found := _PROGRESS.match(line):
+                self.done, self.total = int(found[1]), int(found[2])
+
+    def _new_lines(self, file: Path, position: str) -> list[bytes]:
+        """Whole lines written since the last look."""
+        try:
+            with file.open("rb") as stream:
+                stream.seek(getattr(self, position))
+                data = stream.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        setattr(self, position, getattr(self, position) + len(whole))
+        return whole.splitlines()
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self._samples.add(str(record.get("sample_id")))
+        for name in ("verified_tokens", "iterations", "decode_s"):
+            self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
+        self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
+        self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])
+
+    # ------------------------------------------------------------------------------------------- ending
+
+    def _ended(self, code: int) -> Outcome:
+        assert self.outcome is not None
+        assert self._process is not None
+        if self.total is None:  # it had been finished before
+            self.done = self.total = len(self._samples)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if code == 0:
+            status, reason = OK, ""
+        elif code in (INTERRUPT_EXIT, -signal.SIGINT):  # the latter: while the interpreter was leaving
+            status, reason = INTERRUPTED, "interrupted; it continues when the sweep is run again"
+        else:
+            status, reason = FAILED, end_reason(code, self._log_text())
+        self.outcome = Outcome(
+            status, code, reason, self.seconds, self.outcome.attempts, self.outcome.samples
+        )
+        try:
+            write_outcome(self.folder, self.outcome)
+        except OSError as error:  # the records are what counts; without this file the job is looked at again
+            failure = write_error(error, self.folder / "job.json", "free some space and run the sweep again")
+            self.outcome = Outcome(
+                FAILED, code or 1, str(failure), self.seconds, self.outcome.attempts, self.outcome.samples
+            )
+        return self.outcome
+
+    def _log_text(self) -> str:
+        try:
+            with (self.folder / LOG).open("rb") as log:
+                log.seek(self._log_start)
+                return log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def end_reason(code: int, log: str) -> str:
+    """Why a process ended badly, in one line. ``code``: negative is a signal. ``log``: what it printed."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        memory = " (by hand, or by the system when memory ran out)" if name == "SIGKILL" else ""
+        return f"killed by {name}{memory}"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    if said is not None:
+        return said.removeprefix("error: ")
+    return lines[-1] if lines else f"ended with status {code} and no word"
+
+
+def failure(outcome: Outcome, folder: Path) -> JobFailed:
+    """The exception that stands for a job's outcome."""
+    return JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
+
+
+class QuietReturn(JobReturn):
+    """A job's result for Hydra, which would print a line of its own when a failed one is looked at."""
+
+    @property
+    def return_value(self) -> Any:
+        """What the job returned; raises what it failed with."""
+        if self.status is JobStatus.COMPLETED:
+            return self._return_value
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def run_in_process(spec: JobSpec) -> float | None:
+    """Run a job in a process of its own and wait for it: what a launcher of another project calls on its worker.
+
+    Returns:
+        What a search maximises, if there is one.
+
+    Raises:
+        JobFailed: it did not end well.
+        KeyboardInterrupt: it was interrupted.
+    """
+    job = JobProcess(spec)
+    job.start()
+    try:
+        outcome = job.wait()
+    except BaseException:
+        job.interrupt()
+        job.wait()
+        raise
+    if outcome.status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if outcome.status != OK:
+        raise failure(outcome, spec.folder)
+    return job.value()

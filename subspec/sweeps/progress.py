@@ -1,0 +1,137 @@
+"""What a person sees while a sweep runs: which job, how far it is and how fast, and what is left.
+
+On a terminal a block of lines at the bottom is redrawn; anywhere else (a file, a pipe, a batch system's log) plain
+lines are printed: when a job starts or ends, and in between when something happened, at most every few seconds.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from subspec.sweeps.outcome import INTERRUPTED, LOG, OK, Outcome
+from subspec.sweeps.process import JobProcess
+from subspec.tracking.console import RunConsole, clock, number, one_line
+
+QUIET_S = 10.0
+"""Least time between two plain lines about running jobs."""
+
+
+class SweepProgress:
+    """Progress over all jobs of a sweep.
+
+    Args:
+        total: jobs of the whole sweep.
+        finished: those that earlier sessions have finished.
+    """
+
+    def __init__(self, total: int, finished: int = 0, console: RunConsole | None = None) -> None:
+        self.console = console or RunConsole()
+        self.total = total
+        self.finished_before = finished
+        self.ended = 0
+        self.failed = 0
+        self._began = time.monotonic()
+        self._live: Live | None = None
+        self._running: Sequence[JobProcess] = ()
+        self._said: dict[str, str] = {}
+        self._last_line = 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[Self]:
+        """Show while jobs run."""
+        if not self.console.live:
+            yield self
+            return
+        with Live(
+            console=self.console.rich, get_renderable=self._block, refresh_per_second=2, transient=True
+        ) as live:
+            self._live = live
+            try:
+                yield self
+            finally:
+                self._live = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this session of the sweep began."""
+        return time.monotonic() - self._began
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left, if the jobs to come take as long as this session's; None before there is any."""
+        worked = self.ended + sum(_share(job) for job in self._running)
+        left = self.total - self.finished_before - worked
+        return self.elapsed_s / worked * max(left, 0.0) if worked > 0 else None
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+        self.console.note(text)
+
+    def started(self, job: JobProcess) -> None:
+        """A job begins."""
+        self._line(f"{self._count()} start    {describe(job)}, log: {job.folder / LOG}")
+
+    def finished(self, job: JobProcess, outcome: Outcome) -> None:
+        """A job has ended, however."""
+        self._running = [other for other in self._running if other is not job]
+        self.ended += 1
+        self.failed += outcome.status not in (OK, INTERRUPTED)
+        parts = [f"{self._count()} {outcome.status:<8} {describe(job)}"]
+        if outcome.status == OK:
+            parts += [figures(job), clock(outcome.seconds)]
+        else:
+            parts.append(outcome.reason)
+        self._line("  ".join(parts) + f"  ({self._clocks()})")
+
+    def update(self, running: Sequence[JobProcess]) -> None:
+        """Look at the running jobs."""
+        self._running = list(running)
+        if self._live is not None or time.monotonic() - self._last_line < QUIET_S:
+            return
+        for job in running:
+            text = figures(job)
+            if job.done and self._said.get(job.label) != text:
+                self._said[job.label] = text
+                self._line(f"{self._count()} running  {describe(job)}  {text}  ({self._clocks()})")
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self.console.rich.print(Text(one_line(text)), soft_wrap=not self.console.live)
+
+    def _block(self) -> Group:
+        """The lines at the bottom of a terminal."""
+        width = max(20, self.console.rich.width)
+        done = self.finished_before + self.ended
+        filled = int(24 * (done + sum(_share(job) for job in self._running)) / max(self.total, 1))
+        failed = f", {self.failed} failed" if self.failed else ""
+        head = f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"
+        lines = [head, *(f"  {describe(job)}  {figures(job)}  {clock(job.seconds)}" for job in self._running)]
+        return Group(*(Text(one_line(line)[: width - 1]) for line in lines))
+
+    def _count(self) -> str:
+        return f"[{self.finished_before + self.ended}/{self.total}]"
+
+    def _clocks(self) -> str:
+        return f"elapsed {clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
+
+
+def describe(job: JobProcess) -> str:
+    """Which job, for people."""
+    gpu = f" on GPU {job.gpu}" if job.gpu is not None else ""
+    return f"job {job.folder.name}{gpu}: {job.label}"
+
+
+def figures(job: JobProcess) -> str:
+    """How far a job is, and how fast."""
+    if not job.done:
+        return "starting"
+    return f"{job.done}/{job.total} samples  {number(job.tokens_per_s)} tokens/s  tau {number(job.tau)}"
+
+
+def _share(job: JobProcess) -> float:
+    return job.done / job.total if job.total else 0.0

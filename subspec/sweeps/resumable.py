@@ -1,0 +1,157 @@
+"""A launcher around a launcher: it passes on only what is missing, into the folder where it belongs.
+
+This is what makes every sweep resumable, whichever launcher runs its jobs and whichever sweeper chose them.
+"""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from subspec.config import to_plain
+from subspec.config_errors import CONFIG_EXCEPTIONS, explain
+from subspec.sweeps.folder import Job, SweepFolder
+from subspec.sweeps.outcome import (
+    FAILED,
+    OK,
+    RUNNING,
+    Outcome,
+    is_finished,
+    objective,
+    read_outcome,
+    read_summary,
+    write_outcome,
+)
+from subspec.sweeps.process import JobFailed, QuietReturn, failure
+from subspec.sweeps.table import labels
+
+
+class ResumableLauncher:
+    """Launches the missing jobs of a sweep.
+
+    Args:
+        inner: what runs them.
+        context: Hydra's.
+        config: of the whole sweep, ``hydra`` node included.
+        folder: of the sweep.
+        total: jobs of the whole sweep, where they are not all given to :meth:`launch` at once.
+        keys: the overrides that tell the jobs from each other; None: those in which they differ.
+
+    Attributes:
+        jobs: those that were asked for, in their order, each once.
+    """
+
+    def __init__(
+        self,
+        inner: Launcher,
+        context: HydraContext,
+        config: DictConfig,
+        folder: SweepFolder,
+        total: int | None = None,
+        keys: Collection[str] | None = None,
+    ) -> None:
+        self.inner = inner
+        self.context = context
+        self.config = config
+        self.folder = folder
+        self.total = total
+        self.keys = keys
+        self.jobs: list[Job] = []
+        self.finished_before = 0
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """One result for each list of overrides, in their order; what is finished is not run again."""
+        setup_globals()
+        overrides = [[t for t in texts if not t.startswith("resume=")] for texts in job_overrides]
+        configs = [self._compose(texts) for texts in overrides]
+        jobs = self.folder.assign(list(zip(overrides, configs, strict=True)))
+        wanted = dict(
+            zip((job.number for job in jobs), zip(jobs, overrides, configs, strict=True), strict=True)
+        )
+        self.jobs += [job for job, _, _ in wanted.values() if job not in self.jobs]
+        missing = [
+            (job, texts, config)
+            for job, texts, config in wanted.values()
+            if not is_finished(
+                self.folder.job_folder(job), config["benchmark"]["max_samples"], config["plan_only"]
+            )
+        ]
+        self.finished_before += len(wanted) - len(missing)
+        if hasattr(self.inner, "expect"):
+            named = {str(number): text for number, text in labels(self.jobs, self.keys).items()}
+            self.inner.expect(self.total or len(self.jobs), named, self.finished_before)
+        done = self._run([entry[:2] for entry in missing], [entry[2] for entry in missing], initial_job_idx)
+        good = {
+            job.number: result
+            for (job, _, _), result in zip(missing, done, strict=True)
+            if result.status is JobStatus.COMPLETED
+        }
+        return [
+            good.get(job.number) or self._result(job, config)
+            for job, config in zip(jobs, configs, strict=True)
+        ]
+
+    def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        HydraConfig.instance().set_config(config)
+        return to_plain(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+    def _run(
+        self, missing: Sequence[tuple[Job, list[str]]], configs: Sequence[Mapping[str, Any]], first: int
+    ) -> Sequence[JobReturn]:
+        if not missing:
+            return []
+        place = str(self.config.hydra.sweep.dir).replace("\\", "\\\\").replace('"', '\\"')
+        lists = [
+            [*texts, f'hydra.sweep.dir="{place}"', f"hydra.sweep.subdir='{job.number}'", "resume=true"]
+            for job, texts in missing
+        ]
+        began = time.time()
+        try:
+            results = self.inner.launch(lists, initial_job_idx=first)
+        except Exception as error:
+            if not any(read_outcome(self.folder.job_folder(job)) for job, _ in missing):
+                raise  # no job was started: the launcher itself is at fault
+            # Launchers of other projects stop at the first worker that dies; the folders tell what ended well.
+            return [self._result(job, None, error) for job, _ in missing]
+        for (job, _), config, result in zip(missing, configs, results, strict=True):
+            self._keep(self.folder.job_folder(job), config, result, time.time() - began)
+        return results
+
+    def _keep(self, folder: Path, config: Mapping[str, Any], result: JobReturn, seconds: float) -> None:
+        """Write how a job ended that ran in this very process and so had nobody to write it."""
+        before = read_outcome(folder)
+        if before is not None and before.status != RUNNING:
+            return
+        samples = config["benchmark"]["max_samples"]
+        outcome = Outcome(OK, 0, seconds=seconds, samples=samples)
+        if result.status is not JobStatus.COMPLETED:
+            error = result._return_value  # the property prints
+            reason = explain(error) if isinstance(error, CONFIG_EXCEPTIONS) else str(error)
+            outcome = Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, samples=samples)
+        write_outcome(folder, outcome)
+
+    def _result(
+        self, job: Job, config: Mapping[str, Any] | None, error: Exception | None = None
+    ) -> JobReturn:
+        """What a job's folder tells."""
+        folder = self.folder.job_folder(job)
+        outcome = read_outcome(folder)
+        result = QuietReturn(overrides=list(job.overrides), working_dir=str(Path.cwd()))
+        if outcome is not None and outcome.status == OK:
+            result.status = JobStatus.COMPLETED
+            result.return_value = objective(read_summary(folder), (config or {}).get("optimise"))
+        else:
+            result.status = JobStatus.FAILED
+            result.return_value = (
+                failure(outcome, folder)
+                if outcome is not None and outcome.reason
+                else JobFailed(f"its worker ended: {error}", 1)
+            )
+        return result

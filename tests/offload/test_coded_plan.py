@@ -1,0 +1,108 @@
+"""Plans of targets that are coded by their substitute."""
+
+from dataclasses import replace
+
+import pytest
+
+from subspec.choices import Codec, Dtype, Kernel
+from subspec.config import NoQuantConfig, Placement, SubstituteDraftConfig
+from subspec.errors import ConfigError
+from tests.offload.settings import planned, settings
+
+AUTO, CODED = Codec.auto, Codec.substitute
+
+
+def item(plan, name):
+    return next((item.bytes for item in plan.items if item.name == name), 0)
+
+
+def test_qwen2_5_7b_in_8_gib_by_hand():
+    plan, plain = planned(settings(8.0, codec=AUTO)), planned(settings(8.0))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    vectors = 2 * (2 * 3584 + 3584 + 2 * 512)
+    assert plan.codec is CODED
+    assert plan.layer_bytes == pytest.approx(linears * 7.1 / 8 + vectors, abs=5 * 256)
+    assert plain.layer_bytes / plan.layer_bytes == pytest.approx(16 / 7.1, rel=0.01)
+    assert item(plan, "decoded layer") == plain.layer_bytes
+    assert item(plain, "decoded layer") == 0
+    assert item(plan, "resident layers") == len(plan.resident_layers) * plan.layer_bytes
+    assert item(plan, "ring") == 2 * plan.layer_bytes
+    assert len(plan.resident_layers) >= 2 * len(plain.resident_layers)
+    assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 2.5
+    assert plan.total(Placement.device) + plan.headroom <= plan.budget
+    assert item(plan, "streamed layers") == len(plan.streamed_layers) * plan.layer_bytes
+    assert plan.to_dict()["codec"] == "substitute"
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 9.55), (3, 8.25), (4, 7.1), (8, 3.7)])
+def test_what_a_layer_takes_depends_on_what_the_substitute_knows(bits, expected):
+    plan = planned(settings(16.0, codec=CODED, quant={"bits": bits}))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
+
+
+def test_linears_that_stay_exact_are_streamed_as_they_are():
+    whole = planned(settings(8.0, codec=CODED))
+    part = planned(settings(16.0, codec=CODED, quant={"modules": ["attention"]}))
+    mlp = 3 * 3584 * 18944
+    assert part.layer_bytes - whole.layer_bytes == pytest.approx(mlp * (16 - 7.1) / 8, rel=0.001)
+
+
+def test_skipped_layers_are_resident_and_plain():
+    plan = planned(settings(9.0, codec=CODED, quant={"skip_layers": [0, 27]}))
+    assert {0, 27} <= set(plan.resident_layers)
+    exact = 2 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944)
+    coded = len(plan.resident_layers) - 2
+    assert item(plan, "resident layers") == pytest.approx(2 * exact + coded * plan.layer_bytes, rel=0.001)
+
+
+def test_auto_codes_where_the_substitute_is_there_anyway():
+    assert planned(settings(8.0, codec=AUTO)).codec is CODED
+    assert planned(settings(8.0, "none", codec=AUTO)).codec is Codec.none
+    assert planned(settings(8.0, "small_model", codec=AUTO)).codec is Codec.none
+    tinygemm = replace(
+        settings(8.0, codec=AUTO), draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.tinygemm)
+    )
+    assert planned(tinygemm).codec is Codec.none
+
+
+def test_auto_leaves_everything_plain_where_everything_fits():
+    plan = planned(settings(24.0, codec=AUTO))
+    assert plan.codec is Codec.none
+    assert not plan.streamed_layers
+    assert planned(settings(24.0, codec=CODED)).codec is CODED
+    between = planned(settings(14.0, codec=AUTO))  # coded it fits, and nothing is streamed
+    assert between.codec is CODED
+    assert not between.streamed_layers
+    assert between.ring_slots == 0
+
+
+def test_plain_decoding_holds_the_substitute_only_to_decode():
+    plan, plain = planned(settings(8.0, "none", codec=CODED)), planned(settings(8.0, "none"))
+    assert item(plan, "substitute") == item(planned(settings(8.0, codec=CODED)), "substitute")
+    assert item(plan, "draft level") == 0
+    assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 1.5
+    assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"draft": "small_model"}, "set draft=subspec"),
+        ({"quant": NoQuantConfig(name="none"), "draft": "none"}, "set quant=hqq"),
+        ({"dtype": Dtype.float16}, "set target.dtype=bfloat16"),
+        ({"kernel": Kernel.gemlite}, "set draft.kernel=auto"),
+    ],
+)
+def test_what_cannot_be_coded_is_refused(change, words):
+    config = settings(8.0, change.get("draft", "subspec"), codec=CODED)
+    if "quant" in change:
+        config = replace(config, quant=change["quant"])
+    if "dtype" in change:
+        config = replace(config, target=replace(config.target, dtype=change["dtype"]))
+    if "kernel" in change:
+        config = replace(config, draft=SubstituteDraftConfig(name="subspec", kernel=change["kernel"]))
+    with pytest.raises(ConfigError, match=r"offload\.codec=substitute") as refusal:
+        planned(config)
+    assert words in str(refusal.value)
+    assert "or offload.codec=none" in str(refusal.value)

@@ -1,0 +1,196 @@
+"""A job as a process: how far it is, how it ended, and what stays when something goes wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from subspec.errors import SubspecError
+from subspec.sweeps import outcome as outcomes
+from subspec.sweeps.outcome import is_finished, objective, read_outcome
+from subspec.sweeps.process import JobFailed, JobProcess, end_reason, run_in_process
+from subspec.tracking.records import RunFolder
+from tests.helpers.cli import ROOT
+
+from .fakes import fake_job
+
+
+def started(folder, **options):
+    job = JobProcess(fake_job(folder, **options), "a job")
+    job.start()
+    return job
+
+
+def wait_for_sample(job):
+    deadline = time.monotonic() + 30
+    while job.poll() is None and job.done == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_job_is_followed_to_its_end(tmp_path):
+    job = started(tmp_path / "0", samples=3)
+    outcome = job.wait()
+    assert (outcome.status, outcome.exit_code, outcome.reason) == ("ok", 0, "")
+    assert (job.done, job.total) == (3, 3)
+    assert job.tokens_per_s == pytest.approx(15.0)
+    assert job.tau == pytest.approx(10.0)
+    assert job.value() == 10.0
+    assert read_outcome(tmp_path / "0") == outcome
+    assert "[3/3] s2" in (tmp_path / "0" / "job.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "reason"),
+    [
+        ("refused", 2, "offload.vram_gib=1 cannot hold this run"),
+        ("bug", 1, "ValueError: an unexpected thing"),
+        ("killed", -9, "killed by SIGKILL (by hand, or by the system when memory ran out)"),
+    ],
+)
+def test_why_a_job_failed_in_one_line(tmp_path, ending, code, reason):
+    outcome = started(tmp_path, ending=ending).wait()
+    assert (outcome.status, outcome.exit_code, outcome.reason) == ("failed", code, reason)
+
+
+def test_an_earlier_attempt_does_not_explain_the_next(tmp_path):
+    assert started(tmp_path, ending="refused").wait().reason
+    outcome = started(tmp_path).wait()
+    assert (outcome.status, outcome.reason, outcome.attempts) == ("ok", "", 2)
+    assert "cannot hold this run" in (tmp_path / "job.log").read_text()  # both attempts
+
+
+def test_an_interrupted_job_can_be_continued(tmp_path):
+    job = started(tmp_path, seconds=60)
+    wait_for_sample(job)
+    assert read_outcome(tmp_path).status == "running"
+    job.interrupt()
+    outcome = job.wait()
+    assert (outcome.status, outcome.exit_code) == ("interrupted", 130)
+    assert not is_finished(tmp_path, 2, plan_only=False)
+
+
+def test_a_reason_where_nothing_was_said():
+    assert end_reason(1, "\n") == "ended with status 1 and no word"
+    assert end_reason(-11, "") == "killed by SIGSEGV"
+    assert end_reason(-63, "") == "killed by signal 63"
+
+
+def test_a_finished_job_needs_its_files_and_as_many_samples(tmp_path):
+    started(tmp_path).wait()
+    assert is_finished(tmp_path, 2, plan_only=False)
+    assert not is_finished(tmp_path, 5, plan_only=False)
+    assert not is_finished(tmp_path, 2, plan_only=True)
+    (tmp_path / "records.jsonl").unlink()
+    assert not is_finished(tmp_path, 2, plan_only=False)
+
+
+def test_outcomes_that_cannot_be_read_are_none(tmp_path):
+    for text in ("{", "[]", '{"unknown": 1}'):
+        (tmp_path / "job.json").write_text(text)
+        assert read_outcome(tmp_path) is None
+
+
+def test_the_objective_is_a_total_or_nothing():
+    assert objective({"totals": {"tau": 3}}, "tau") == 3.0
+    assert objective({"totals": {"tau": None}}, "tau") is None
+    assert objective(None, "tau") is None
+    assert objective({"totals": {"tau": 3}}, None) is None
+
+
+def test_a_worker_of_another_launcher_runs_the_job_in_a_process(tmp_path):
+    assert run_in_process(fake_job(tmp_path / "0")) == 10.0
+    with pytest.raises(JobFailed, match=r"cannot hold this run \(.*1/job\.log\)") as caught:
+        run_in_process(fake_job(tmp_path / "1", ending="refused"))
+    assert caught.value.exit_code == 2
+
+
+def test_a_full_disk_before_the_job_starts(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "job.json"))
+
+    monkeypatch.setattr("subspec.sweeps.process.write_outcome", full)
+    with pytest.raises(SubspecError, match=r"job\.json: the disk is full"):
+        started(tmp_path)
+
+
+def test_a_full_disk_when_the_job_ends(tmp_path, monkeypatch):
+    """Its records are there; that it ended well could not be written, so it is looked at again."""
+    job = started(tmp_path)
+    write = outcomes.write_outcome
+
+    def full(folder, outcome):
+        if outcome.status != "running":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, outcome)
+
+    monkeypatch.setattr("subspec.sweeps.process.write_outcome", full)
+    outcome = job.wait()
+    assert outcome.status == "failed"
+    assert "disk is full" in outcome.reason
+    assert not is_finished(tmp_path, 2, plan_only=False)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_in_use_is_waited_for_then_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("subspec.sweeps.process.LOCK_WAIT_S", 0.1)
+    with (
+        RunFolder.open(tmp_path, resume=False, config={}),
+        pytest.raises(SubspecError, match="in use by another process"),
+    ):
+        started(tmp_path)
+    assert started(tmp_path).wait().status == "ok"
+
+
+ORPHAN = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from subspec.sweeps import job
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=job._end_with_parent, daemon=True).start()
+print("ready", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+SWEEP = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, start_new_session=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_does_not_outlive_a_sweep_that_is_killed():
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(sweep.stdout.readline())
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{child}") and "Z" not in _state(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _state(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_the_outcome_is_plain_json(tmp_path):
+    started(tmp_path, ending="refused").wait()
+    found = json.loads((tmp_path / "job.json").read_text())
+    assert {"status", "exit_code", "reason", "seconds", "attempts", "samples"} == set(found)

@@ -1,0 +1,311 @@
+"""Sweeps through the command line: rows of tables, what is missing, refusals, in one process and in several."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from subspec.sweeps.command_line import is_sweep
+from subspec.tracking.records import RunFolder
+from tests.helpers.cli import cli, command, records_of, timeless
+
+TINY = [
+    "target=planted_tiny",
+    "device=cpu",
+    "logger=none",
+    "benchmark.source=sample",
+    "benchmark.max_samples=2",
+    "decoding.max_new_tokens=8",
+    "warmup=0",
+]
+HERE = "hydra/launcher=basic"
+"""In the test's own process: imports are paid once."""
+
+
+def statuses(sweep):
+    """Status by job number."""
+    files = sorted(sweep.glob("*/job.json"), key=lambda file: int(file.parent.name))
+    return [json.loads(file.read_text())["status"] for file in files]
+
+
+def sweep_records(sweep):
+    """Records without times, by job number."""
+    return {
+        folder.parent.name: timeless(records_of(folder.parent)) for folder in sweep.glob("*/records.jsonl")
+    }
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["sweep_dir=x"], r"sweep_dir= names the folder of a sweep: add -m, or give run_dir=FOLDER"),
+        (["-m", "draft=none,subspec", "run_dir=x"], r"run_dir= names the folder of one run: a sweep takes"),
+        (["-m", "draft=none,subspec", "resume=true"], r"no unfinished sweep of the same overrides"),
+        (["-m", "draft=none,nope"], r"draft=nope: no such option"),
+        (["-m", "tree.dept=1,2"], r"tree\.dept: no such key \(did you mean depth\?\)"),
+        (["experiment=planted/table_tiny,smoke"], r"planted/table_tiny is a table, a sweep of its own"),
+        (["-m", "draft=none", "hydra.launcher.jobs=0"], r"hydra\.launcher\.jobs=0 must be at least 1"),
+        (["hparams_search=nope"], r"hparams_search=nope: no such option"),
+    ],
+)
+def test_refused_in_one_line(tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    ran = cli(*arguments)
+    assert ran.code == 2, ran.err
+    assert re.search(line, ran.error), ran.error
+
+
+def test_what_is_a_sweep_without_saying_so():
+    assert is_sweep(["experiment=planted/table_main"])
+    assert is_sweep(["hparams_search=tree"])
+    assert not is_sweep(["experiment=smoke", "hparams_search=null"])
+    assert not is_sweep(["hparams_search=tree", "hydra.mode=RUN"])
+    assert not is_sweep(["draft=none"])
+
+
+def test_a_table_of_ones_own(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
+        "      experiment: planted/tiny_plain,planted/tiny_subspec\n      seed: 0,1\n"
+    )
+    sweep = tmp_path / "my sweep (1), a=b"
+    ran = cli(
+        f"--config-dir={tmp_path}",
+        "experiment=mine",
+        "seed=3",
+        "benchmark=gsm8k",
+        "benchmark.max_samples=1",
+        "decoding.max_new_tokens=4",
+        "logger=none",
+        "device=cpu",
+        HERE,
+        f"sweep_dir={sweep}",
+    )
+    assert ran.code == 0, ran.err
+    drafts = [records_of(sweep / name)[0]["draft"] for name in "01"]
+    assert drafts == ["none", "subspec"]
+    assert statuses(sweep) == ["ok", "ok"]
+    assert {_config_of(sweep / name)["experiment"] for name in "01"} == {"mine"}  # one group of runs
+    assert json.loads((sweep / "sweep.json").read_text())["finished"]
+    text = (sweep / "sweep.md").read_text()
+    assert "| 1 | planted/tiny_subspec | ok | 1 |" in text
+    assert "planted weights" in text
+    assert "packaged sample prompts" in text
+
+
+def test_a_key_that_only_the_rows_have(tmp_path):
+    """The sweep's own configuration has ``offload=none``; every job has a budget."""
+    ran = cli(
+        "-m",
+        "experiment=planted/qwen2_5_7b_plain,planted/qwen2_5_7b_subspec",
+        "plan_only=true",
+        'offload.card="RTX 4090"',
+        "offload.vram_gib=9",
+        "decoding.stop=[]",
+        "target.seed=1",
+        HERE,
+        f"sweep_dir={tmp_path}",
+    )
+    assert ran.code == 0, ran.err
+    budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
+    assert budgets == [9 * 2**30] * 2
+
+
+# ------------------------------------------------------------------------------------- what is missing
+
+
+def test_the_same_command_does_only_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
+    assert first.code == 2  # one of four cannot be
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert statuses(sweep) == ["ok", "ok", "ok", "failed"]
+    before = sweep_records(sweep)
+    (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
+
+    again = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
+    assert f"continuing the sweep in {sweep.relative_to(tmp_path)}" in again.out
+    assert "3 of 4 job(s) had been finished before" in again.out
+    assert list(tmp_path.glob("multirun/*/*")) == [sweep]
+
+    (sweep / "1" / "job.json").unlink()  # as if it had been killed there
+    third = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
+    assert "half-written last line" in third.out
+    assert sweep_records(sweep) == before
+
+
+def test_a_finished_sweep_is_measured_anew_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["-m", *TINY, "draft=none", "seed=0", HERE]
+    assert cli(*options).code == 0
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert cli(*options, f"sweep_dir={sweep}").code == 0
+    assert len(list(tmp_path.glob("multirun/*/*"))) == 1
+    while not time.strftime("%H-%M-%S") > sweep.name:
+        time.sleep(0.05)  # folders are named by the second
+    assert cli(*options).code == 0
+    assert len(list(tmp_path.glob("multirun/*/*"))) == 2
+
+
+def test_more_samples_extend_the_jobs_and_more_values_add_some(tmp_path):
+    options = ["-m", *TINY, HERE, f"sweep_dir={tmp_path / 's'}"]
+    assert cli(*options, "draft=none", "seed=0,1").code == 0
+    before = sweep_records(tmp_path / "s")
+    assert cli(*options, "draft=none,subspec", "seed=1,0", "benchmark.max_samples=3").code == 0
+    after = sweep_records(tmp_path / "s")
+    assert [len(after[name]) for name in "0123"] == [3, 3, 3, 3]
+    assert all(after[name][:2] == before[name] for name in "01")
+
+
+def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
+    ran = cli(
+        "-m",
+        "plan_only=true",
+        "offload=stream",
+        "target=planted_qwen2_5_7b",
+        "offload.card=RTX 4090",
+        "offload.vram_gib=2,8",
+        f"sweep_dir={tmp_path}",
+        HERE,
+    )
+    assert ran.code == 2
+    assert statuses(tmp_path) == ["failed", "ok"]
+    reason = json.loads((tmp_path / "0" / "job.json").read_text())["reason"]
+    assert "offload.vram_gib=2" in reason
+    assert "\n" not in reason
+    assert (tmp_path / "1" / "plan.json").exists()
+
+
+def test_two_sweeps_in_one_folder(tmp_path):
+    from subspec.sweeps.folder import SweepFolder
+
+    with SweepFolder.open(tmp_path, []):
+        ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path}")
+    ran.refused(1, r"sweep_dir=\S+ is in use by another process: wait for it")
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def test_jobs_in_processes_of_their_own(tmp_path):
+    """One that ends well, and one whose hub is gone: recorded, with its reason, its log and the exit status."""
+    sweep = tmp_path / "größe"
+    options = ["-m", *TINY, "benchmark.source=sample,hub", f"sweep_dir={sweep}"]
+    process = command(*options, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert re.fullmatch(
+        r"error: 1 of 2 jobs did not end well: .*sweep_dir=.* runs only what is missing\n", err
+    )
+    assert statuses(sweep) == ["ok", "failed"]
+    assert re.search(
+        r"\[1/2\] ok       job 0: benchmark\.source=sample  2/2 samples  [\d.]+ tokens/s  tau", out
+    )
+    assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", out)
+    assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", out)
+    assert "error: " in (sweep / "1" / "job.log").read_text()
+    assert len(records_of(sweep / "0")) == 2
+    assert cli(*options[1:-2], f"run_dir={sweep / '0'}", "resume=true").code == 0  # a run like any other
+
+
+def wait_for_records(sweep, count, process):
+    deadline = time.monotonic() + 200
+    while sum(file.read_bytes().count(b"\n") for file in sweep.glob("*/records.jsonl")) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_twice_at_random_and_run_again(tmp_path, seed):
+    """The sweep and one of its jobs are killed, each somewhere; the records are those of an undisturbed sweep."""
+    import random
+
+    picked = random.Random(seed)
+    options = ["-m", *TINY, "draft=none,subspec", "benchmark=mt_bench,gsm8k", "decoding.max_new_tokens=60"]
+    whole = tmp_path / "whole"
+    assert cli(*options, HERE, f"sweep_dir={whole}").code == 0
+    total = sum(len(records) for records in sweep_records(whole).values())
+
+    sweep = tmp_path / "sweep"
+    for victim in ("sweep", "job"):
+        process = command(*options, f"sweep_dir={sweep}", cwd=tmp_path)
+        done = sum(len(records) for records in sweep_records(sweep).values())
+        wait_for_records(sweep, picked.randint(done + 1, max(done + 1, total - 2)), process)
+        if victim == "sweep":
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        else:
+            (job,) = running_jobs(sweep)
+            os.kill(job, signal.SIGKILL)
+            _, err = process.communicate(timeout=400)
+            assert process.returncode == 1, err
+            assert statuses(sweep).count("failed") == 1
+    process = command(*options, f"sweep_dir={sweep}", cwd=tmp_path)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert statuses(sweep) == ["ok"] * 4
+    assert sweep_records(sweep) == sweep_records(whole)
+
+
+@pytest.mark.slow
+def test_interrupted_and_continued_by_the_same_command(tmp_path):
+    options = ["-m", *TINY, "draft=none,subspec", "decoding.max_new_tokens=200"]
+    process = command(*options, cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("multirun/*/*/0/records.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert re.fullmatch(
+        r"error: interrupted: finished samples are kept; continue with the same command.*\n", err
+    )
+    assert "interrupted" in out
+    process = command(*options, cwd=tmp_path)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert f"continuing the sweep in {sweep.relative_to(tmp_path)}" in out
+    assert statuses(sweep) == ["ok", "ok"]
+
+
+def running_jobs(sweep):
+    """Process ids of the jobs below a sweep's folder."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    words = file.read().split(b"\0")
+            except OSError:
+                continue
+            if b"subspec.sweeps.job" in words and any(str(sweep).encode() in word for word in words):
+                found.append(int(entry))
+    return found
+
+
+def test_a_job_in_use_elsewhere_ends_no_other(tmp_path, monkeypatch):
+    sweep = tmp_path / "s"
+    assert cli("-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}").code == 0
+    (sweep / "1" / "job.json").unlink()
+    with RunFolder.open(sweep / "1", resume=True, config=_config_of(sweep / "1")):
+        ran = cli("-m", *TINY, "draft=none", "seed=0,1,2", HERE, f"sweep_dir={sweep}")
+    assert ran.code == 1
+    assert statuses(sweep) == ["ok", "failed", "ok"]
+
+
+def _config_of(folder):
+    import yaml
+
+    return yaml.safe_load((folder / "config.yaml").read_text())

@@ -1,0 +1,106 @@
+"""The shipped experiments: they say what the paper's table says, name themselves, and tables name rows that exist."""
+
+import re
+
+import pytest
+import yaml
+
+from subspec.config import HubTargetConfig, PlantedTargetConfig, Source, to_config
+from subspec.help_text import options
+from subspec.paths import conf_dir
+from subspec.sweeps.command_line import is_table
+from tests.test_config import composed
+
+FOLDER = conf_dir() / "experiment"
+NAMES = [name for name, _ in options(conf_dir(), "experiment")]
+TABLES = [name for name in NAMES if is_table(name)]
+ROWS = [name for name in NAMES if name not in TABLES and not name.endswith("settings")]
+
+PAPER = {
+    "llama3_1_8b_plain": ("none", None, 8),
+    "qwen2_5_7b_plain": ("none", None, 8),
+    "qwen2_5_14b_plain": ("none", None, 12),
+    "qwen2_5_32b_plain": ("none", None, 24),
+    "llama3_1_8b_small_model": ("meta-llama/Llama-3.2-1B-Instruct", (1.0, 32, 6), 8),
+    "qwen2_5_7b_small_model": ("Qwen/Qwen2.5-1.5B-Instruct", (1.0, 32, 6), 8),
+    "qwen2_5_14b_small_model": ("Qwen/Qwen2.5-1.5B-Instruct", (1.0, 32, 6), 12),
+    "qwen2_5_32b_small_model": ("Qwen/Qwen2.5-1.5B-Instruct", (1.0, 32, 6), 24),
+    "qwen2_5_32b_7b": ("Qwen/Qwen2.5-7B-Instruct", (1.0, 32, 6), 24),
+    "llama3_1_8b_eagle2": ("yuhuili/EAGLE-LLaMA3.1-Instruct-8B", (1.0, 6, 10), 8),
+    "qwen2_5_7b_eagle2": ("leptonai/EAGLE-Qwen2.5-7B-Instruct", (1.0, 6, 10), 8),
+    "llama3_1_8b_subspec": ("subspec", (0.2, 48, 6), 8),
+    "qwen2_5_7b_subspec": ("subspec", (0.2, 48, 6), 8),
+    "qwen2_5_14b_subspec": ("subspec", (0.2, 48, 6), 12),
+    "qwen2_5_32b_subspec": ("subspec", (0.2, 48, 6), 24),
+}
+"""Rows of the paper (DESIGN 9): draft, (temperature, depth, K), GiB."""
+
+
+@pytest.mark.parametrize("row", PAPER)
+def test_the_rows_of_the_paper(row):
+    config = to_config(composed(f"experiment=paper/{row}"))
+    draft, shape, gib = PAPER[row]
+    assert isinstance(config.target, HubTargetConfig)
+    assert row.startswith(config.target.name)
+    assert (getattr(config.draft, "path", None) or config.draft.name) == draft
+    if shape:
+        assert (config.draft.temperature, config.tree.depth, config.tree.width) == shape
+    assert (config.offload.name, config.offload.vram_gib) == ("stream", gib)
+    assert (config.seed, config.warmup) == (0, 3 if shape else 1)
+    decoding = config.decoding
+    assert (decoding.name, decoding.max_new_tokens) == ("greedy", None)
+    assert (decoding.max_length, decoding.prefill_chunk) == (2048, 256)
+    assert config.benchmark.max_samples == 20
+    if draft == "subspec":
+        quant = config.quant
+        assert (quant.name, quant.bits, quant.group_size, quant.axis) == ("hqq", 4, 64, 1)
+
+
+def test_no_row_of_the_paper_is_left_out():
+    assert {f"paper/{row}" for row in PAPER} == {name for name in ROWS if name.startswith("paper/")}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_experiment_names_itself_and_its_command(name):
+    assert composed(f"experiment={name}").experiment == name
+    assert f"# python -m subspec.run experiment={name}\n" in (FOLDER / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("planted/")])
+def test_planted_twins_need_no_hub(name):
+    config = to_config(composed(f"experiment={name}"))
+    assert isinstance(config.target, PlantedTargetConfig)
+    assert config.benchmark.source is Source.sample
+    path = getattr(config.draft, "path", None)
+    assert path is None or path.startswith("planted:")
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if re.search(r"^planted/(qwen|llama)", name)])
+def test_planted_twins_are_twins(name):
+    twin = name.replace("planted/", "paper/")
+    if twin not in ROWS:
+        pytest.skip("no row of the paper")
+    ours, theirs = (to_config(composed(f"experiment={each}")) for each in (name, twin))
+    assert (ours.tree, ours.offload, ours.quant, ours.warmup) == (
+        theirs.tree,
+        theirs.offload,
+        theirs.quant,
+        theirs.warmup,
+    )
+    assert ours.target.name == f"planted_{theirs.target.name}"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_name_rows_and_benchmarks_that_exist(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert f"# python -m subspec.run experiment={name}\n" in text
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    rows = [row.strip() for row in params["experiment"].split(",")]
+    assert set(rows) <= set(ROWS)
+    assert len(set(rows)) == len(rows)
+    for benchmark in params["benchmark"].split(","):
+        composed(f"experiment={rows[0]}", f"benchmark={benchmark}")
+
+
+def test_there_are_tables_with_and_without_a_hub():
+    assert {"paper/table_main", "planted/table_main", "planted/table_tiny"} <= set(TABLES)
