@@ -340,8 +340,9 @@ class Engine:
         draft_s = phases.get("draft", 0.0)
         rest = max(outcome.verify_s - draft_s, 0.0)
         if outcome.levels and draft_s > 0:
-            # A little less than fits: a pass must not wait for what is drafted ahead of it.
-            self._levels_per_pass = 0.85 * rest / (draft_s / outcome.levels)
+            # A little less than fits: a pass must not wait for what is drafted ahead of it. The pass's own time counts,
+            # not the iteration's: that holds such waiting, and would justify as many levels again.
+            self._levels_per_pass = 0.85 * phases.get("verify", rest) / (draft_s / outcome.levels)
         self.growth.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
 
 
