@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from subspec.assemble import Assembly, assemble, assemble_streamed, build_sampling
+from subspec.assemble import Assembly, assemble, assemble_streamed
 from subspec.config import (
     AccelerateOffloadConfig,
     Config,
@@ -17,6 +17,7 @@ from subspec.config import (
     StreamOffloadConfig,
 )
 from subspec.decoding.engine import Engine
+from subspec.decoding_config import build_sampling
 from subspec.errors import ConfigError
 from subspec.offload.plan import Plan, plan_run
 from subspec.offload.plan_table import plan_table

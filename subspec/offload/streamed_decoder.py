@@ -17,6 +17,7 @@ from subspec.decoding.kv_cache import KVView
 from subspec.offload.coded_layer import LayerDecoder
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.stream import LayerStreamer
+from subspec.rounding import next_power_of_two
 from subspec.targets.skeleton import fill
 
 
@@ -85,7 +86,7 @@ class StreamedDecoder(Decoder):
 
         hidden = self.table.shape[1]
         out = torch.empty(tokens.numel(), hidden, dtype=self.dtype, device=tokens.device)
-        block = 1 << (hidden - 1).bit_length()
+        block = next_power_of_two(hidden)
         # The kernel reads the few rows straight from pinned host memory.
         level.embed_rows[(tokens.numel(),)](self.table, tokens.contiguous(), out, hidden, BLOCK=block)
         return out
