@@ -213,6 +213,7 @@ def _target(source: LayerSource, assembly: Assembly, device: torch.device) -> Ta
         dtype=source.dtype,
         device=device,
         source=source.source,
+        identity=source.identity,
         planted=source.planted,
         notes=tuple(getattr(source, "notes", ())),
     )
