@@ -59,6 +59,8 @@ class Loaded:
             facts["link_gb_per_s"] = self.link.gb_per_s if self.link else None
             facts["prefill_chunk"] = self.plan.prefill_chunk
             facts["codec"] = self.plan.codec.value
+            # Codes that came out larger than planned let layers stream that the plan has on the device.
+            facts["resident_layers"] = getattr(decoder, "resident_layers", ())
             streamed = self.assembly.streamed
             if streamed is not None and streamed.bits_per_weight is not None:
                 facts["coded_bits_per_weight"] = streamed.bits_per_weight

@@ -104,7 +104,7 @@ def encode_layer(
     for name, own in codes.items():
         role, rows = places[name]
         coded = encode(tensors[name], own, margin_for(own.bits))
-        check = torch.empty_like(tensors[name])
+        check = torch.empty_like(tensors[name], memory_format=torch.contiguous_format)
         decode_into(check, coded, getattr(substitute, role), rows)
         if not torch.equal(check.view(torch.int16), tensors[name].contiguous().view(torch.int16)):
             raise SubspecError(

@@ -71,6 +71,12 @@ class StreamedDecoder(Decoder):
         self.layer_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     @property
+    def resident_layers(self) -> list[int]:
+        """Numbers of the layers on the device, coded ones included."""
+        coded = () if self.decoding is None else self.decoding.resident
+        return sorted([*self._resident, *coded])
+
+    @property
     def streamed_bytes_per_pass(self) -> int:
         """Bytes that one pass takes over the link."""
         return 0 if self.streamer is None else sum(layer.numel() for layer in self.streamer.layers)
