@@ -22,20 +22,11 @@ from subspec.decoding.engine import Engine, TokenCallback
 from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
-from subspec.decoding.stopping import TextDecoder
+from subspec.decoding.stopping import TextDecoder, eos_ids
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer, quantize_model
 from subspec.quant.hqq import HqqQuantizer
-
-
-def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """All end-of-sequence ids of a model: its generation config's, else its config's; sorted."""
-    for config in (model.generation_config, model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
-    return ()
 
 
 def build_engine(
@@ -84,7 +75,7 @@ def build_engine(
         sampling=sampling,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
-        eos_token_ids=eos_token_ids(model),
+        eos_token_ids=eos_ids(model.generation_config, model.config),
         tokenizer=tokenizer,
     )
 

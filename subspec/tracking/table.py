@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from subspec.rounding import is_power_of_two
 from subspec.tracking.metrics import ratio
 
 Summary = Mapping[str, Any]
@@ -172,7 +173,7 @@ def _audit(audit: Summary | None) -> str:
 
 def _rates(rates: Sequence[float | None]) -> str:
     """The first and the last depth and powers of two between them: a depth-48 tree still fits one line."""
-    depths = [d for d in range(1, len(rates) + 1) if len(rates) <= DEPTHS_SHOWN or d & (d - 1) == 0]
+    depths = [d for d in range(1, len(rates) + 1) if len(rates) <= DEPTHS_SHOWN or is_power_of_two(d)]
     if len(rates) > DEPTHS_SHOWN and len(rates) not in depths:
         depths.append(len(rates))
     return "  ".join(f"{d}:{_number(rates[d - 1], 2)}" for d in depths)
