@@ -1,4 +1,4 @@
-"""The real default model, in float32 on the CPU: speculation changes no token, whatever drafts, the tree and the bits."""
+"""The real default model, in float32 on the CPU: no draft, tree or number of bits changes a token."""
 
 import json
 from pathlib import Path

@@ -56,7 +56,7 @@ def row(
     error = errors.get(key, {})
     totals, audit = run.summary["totals"], run.summary["audit"]
     rates = totals["accept_rate_by_depth"]
-    unfinished = "" if run.state == "finished" else f" ({len(run.turns)} prompts, unfinished)"
+    unfinished = "" if run.state == "finished" else f" ({len(run.turns)} turns, unfinished)"
     cells = (
         name,
         str(bits),
