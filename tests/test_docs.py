@@ -1,5 +1,6 @@
 """The pages in docs/: what they show as code is applied to a copy of the project and run, what they quote exists."""
 
+import ast
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import ROOT, records_of, summary_of
+from tests.helpers.cli import ROOT, cli, records_of, summary_of
 from tests.helpers.tiny import tiny_checkpoint
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -21,6 +22,7 @@ COMMAND = re.compile(r"^python -m subspec\.run (.+)$", re.MULTILINE)
 
 SMALL = ["device=cpu", "logger=none", "benchmark.source=sample", "benchmark.max_samples=1", "warmup=0"]
 SMALL += ["decoding.max_new_tokens=12", "decoding.max_length=1024", "audit=true"]
+PLAN = ["target=planted_qwen2_5_7b", "offload=stream", "offload.card='RTX 4090'"]
 
 
 def extended(folder: Path) -> Path:
@@ -101,3 +103,75 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (file.parent / link).exists(), link
+
+
+# ------------------------------------------------------------------------------------- quoted messages
+
+
+VARIES = "\0"
+
+
+def templates() -> list[str]:
+    """Every string of the source, with ``VARIES`` where an f-string has a value."""
+    found = []
+    for file in sorted((ROOT / "subspec").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                found.append(node.value)
+    return found
+
+
+def quoted(page: str) -> list[str]:
+    """The first column of the tables of messages."""
+    rows = re.findall(r"^\| (`.+?`)(?: \(a note\))? \| ", page, re.MULTILINE)
+    return [row.strip("`") for row in rows]
+
+
+def occurs(message: str, known: list[str]) -> bool:
+    """Whether one string of the source reads like ``message``, whose ``...`` stand for values."""
+    parts = [re.escape(part) for part in message.split("...")]
+    pattern = re.compile(rf"{VARIES}?[^{VARIES}]*?".join(parts) if len(parts) > 1 else parts[0])
+    return any(pattern.search(text) for text in known)
+
+
+def test_every_quoted_message_exists():
+    known = templates()
+    messages = quoted(PAGES["troubleshooting.md"]) + quoted(README[README.index("## When something goes wrong") :])
+    assert len(messages) > 30
+    assert [message for message in messages if not occurs(message, known)] == []
+    assert not occurs("offload.vram_gib=... holds this run", known)
+
+
+# ------------------------------------------------------------------------------------------- outputs
+
+
+def test_the_record_is_described_field_by_field(tmp_path):
+    ran = cli("experiment=smoke", "audit=true", f"run_dir={tmp_path}", "logger=none")
+    assert ran.code == 0, ran.err
+    record = records_of(tmp_path)[0]
+    page = PAGES["outputs.md"]
+    section = page[page.index("## A record") : page.index("## The summary")]
+    table = re.findall(r"^\| (`.+?) \| ", section, re.MULTILINE)
+    described = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    assert described == set(record)
+    assert set(re.findall(r"`(\w+)`", section[section.index("| `audit`") :].split("\n")[0])) >= set(
+        record["audit"]
+    )
+    files = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    named = set(re.findall(r"`([\w.]+)`", page[: page.index("## A record")]))
+    assert files <= named
+
+
+def test_the_plan_is_described(tmp_path):
+    folder = tmp_path / "plan"
+    assert cli("plan_only=true", *PLAN, f"run_dir={folder}").code == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    page = PAGES["outputs.md"]
+    section = page[page.index("## The plan") : page.index("## A sweep's folder")]
+    named = set(re.findall(r"`(\w+)`", section)) - {"peak_vram_gib"}
+    assert named <= set(plan), named - set(plan)
