@@ -72,8 +72,10 @@ def test_extensions_work_as_written(tmp_path):
         [*rounding, "target=planted_tiny", *SMALL, "tree.depth=4", f"run_dir={tmp_path / 'round'}"],
         [*plan, f"run_dir={tmp_path / 'plan'}"],
         [*boolq, "target=planted_tiny", "draft=none", *SMALL, f"run_dir={tmp_path / 'boolq'}"],
-        ["target=planted_qwen2_5_3b", "plan_only=true", "offload=stream", "offload.card='RTX 4090'"]
-        + ["offload.vram_gib=6", f"run_dir={tmp_path / 'shape'}"],
+        [
+            *["target=planted_qwen2_5_3b", "plan_only=true", "offload=stream", "offload.card='RTX 4090'"],
+            *["offload.vram_gib=6", f"run_dir={tmp_path / 'shape'}"],
+        ],
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
 
@@ -116,7 +118,9 @@ def templates() -> list[str]:
     found = []
     for file in sorted((ROOT / "subspec").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inside = {
+            id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)
@@ -141,7 +145,9 @@ def occurs(message: str, known: list[str]) -> bool:
 
 def test_every_quoted_message_exists():
     known = templates()
-    messages = quoted(PAGES["troubleshooting.md"]) + quoted(README[README.index("## When something goes wrong") :])
+    messages = quoted(PAGES["troubleshooting.md"]) + quoted(
+        README[README.index("## When something goes wrong") :]
+    )
     assert len(messages) > 30
     assert [message for message in messages if not occurs(message, known)] == []
     assert not occurs("offload.vram_gib=... holds this run", known)

@@ -56,7 +56,9 @@ def wait_for(sweep: Path, count: int, process: subprocess.Popen) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("undisturbed", type=Path)
     parser.add_argument("killed", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -92,7 +94,9 @@ def main() -> None:
             break
     found = records(options.killed)
     same = found == expected
-    print(f"-- {sum(map(len, found.values()))} records, {turns} undisturbed: {'equal' if same else 'DIFFERENT'}")
+    print(
+        f"-- {sum(map(len, found.values()))} records, {turns} undisturbed: {'equal' if same else 'DIFFERENT'}"
+    )
     sys.exit(0 if same else 1)
 
 

@@ -82,7 +82,7 @@ def tau_by_method(rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     figure, axes = _bars(panels, "Acceptance length by method")
-    styles = _styles(sorted({row.draft for row in shown}))
+    styles = _styles(sorted({row.draft for row in rows}))  # as in the picture of speeds
     for axis, members in zip(axes, panels.values(), strict=True):
         for place, row in enumerate(members):
             tau = row.totals["tau"]
