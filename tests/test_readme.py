@@ -1,4 +1,5 @@
-"""The README's commands exist: every example composes, and the two set-up commands name what is there."""
+"""The README's commands exist, and those of the pages behind it: every example composes, and the two set-up commands
+name what is there. What docs/extending.md adds is run by test_docs.py."""
 
 import re
 import shlex
@@ -12,7 +13,11 @@ from subspec.run import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python -m subspec\.run([^\n#`&]*)", README)
+PAGES = [
+    file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md") if file.stem != "extending"
+]
+SHOWN = "\n".join([README, *PAGES])
+COMMANDS = re.findall(r"python -m subspec\.run([^\n#`&]*)", SHOWN)
 
 
 def test_there_are_examples():
@@ -31,7 +36,7 @@ def test_every_example_composes(command, capsys):
 
 
 def commands_of(module):
-    found = re.findall(rf"python -m {module}([^\n#`&]*)", README)
+    found = re.findall(rf"python -m {module}([^\n#`&]*)", SHOWN)
     return [arguments for arguments in map(shlex.split, found) if arguments]
 
 
@@ -53,6 +58,10 @@ def test_the_table_of_groups_names_every_option():
     for group in GROUPS:
         named = set(re.findall(r"`(\w+)`", rows[group]))
         assert named == {name for name, _ in options(conf_dir(), group)} or group == "experiment"
+
+
+def test_it_can_be_read_in_one_go():
+    assert len(README.splitlines()) < 350
 
 
 def test_the_set_up_commands_use_the_constraints():

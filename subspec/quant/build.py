@@ -1,4 +1,9 @@
-"""From ``quant=...`` to a quantizer of modules."""
+"""From ``quant=...`` to a quantizer of modules: one entry in :data:`QUANTIZERS` per method.
+
+What the fused level of ``offload=stream`` needs of a method is beside it, in :mod:`subspec.drafts.fused_quant`.
+"""
+
+from collections.abc import Callable
 
 import torch
 
@@ -23,26 +28,36 @@ def build_quantizer(
     Raises:
         ConfigError: ``quant`` names no quantizer.
     """
-    if isinstance(quant, HqqConfig):
-        return HqqQuantizer(
-            bits=quant.bits,
-            bits_by=bits_by_linear(quant.bits, quant.bits_by, quant.modules),
-            group_size=quant.group_size,
-            axis=quant.axis,
-            compute_dtype=dtype,
-            device=device,
-            unpack=unpack,
-        )
-    if isinstance(quant, HiggsConfig):
-        return HiggsQuantizer(
-            bits=quant.bits,
-            vector_dim=quant.vector_dim,
-            group_size=quant.group_size,
-            hadamard_size=quant.hadamard_size,
-            kernel=quant.kernel,
-            hadamard=quant.hadamard,
-            compute_dtype=dtype,
-            device=device,
-            unpack=unpack,
-        )
-    raise ConfigError(f"quant={quant.name} cannot quantize {what}: set quant=hqq or quant=higgs")
+    if type(quant) not in QUANTIZERS:
+        raise ConfigError(f"quant={quant.name} cannot quantize {what}: set quant=hqq or quant=higgs")
+    return QUANTIZERS[type(quant)](quant, dtype, device, unpack)
+
+
+def _hqq(quant: HqqConfig, dtype: torch.dtype, device: torch.device, unpack: bool) -> Quantizer:
+    return HqqQuantizer(
+        bits=quant.bits,
+        bits_by=bits_by_linear(quant.bits, quant.bits_by, quant.modules),
+        group_size=quant.group_size,
+        axis=quant.axis,
+        compute_dtype=dtype,
+        device=device,
+        unpack=unpack,
+    )
+
+
+def _higgs(quant: HiggsConfig, dtype: torch.dtype, device: torch.device, unpack: bool) -> Quantizer:
+    return HiggsQuantizer(
+        bits=quant.bits,
+        vector_dim=quant.vector_dim,
+        group_size=quant.group_size,
+        hadamard_size=quant.hadamard_size,
+        kernel=quant.kernel,
+        hadamard=quant.hadamard,
+        compute_dtype=dtype,
+        device=device,
+        unpack=unpack,
+    )
+
+
+QUANTIZERS: dict[type[QuantConfig], Callable[..., Quantizer]] = {HqqConfig: _hqq, HiggsConfig: _higgs}
+"""By the class of ``quant``'s configuration; called with it, the draft's dtype and device, and ``unpack``."""

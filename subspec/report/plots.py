@@ -35,7 +35,10 @@ LABEL = 38
 """Characters of a method's label before it is broken onto a second line."""
 
 FOOT = 0.45
-"""Inches at the bottom for the footnote."""
+"""Inches at the bottom for a footnote of two lines."""
+
+FOOT_LINE = 0.14
+"""Inches of another line of it."""
 
 LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
 """Inches of a legend's line, and of its frame."""
@@ -44,6 +47,7 @@ PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
 )
 SAMPLE = "SAMPLE prompts packaged with the project, not the benchmark: do not compare with published figures."
+CPU = "On a CPU there is no link to hide behind: drafting brings no speed here. Look at acceptance and losslessness."
 
 Drawing = Callable[[Sequence[Row]], Figure | None]
 
@@ -68,6 +72,25 @@ def speed(rows: Sequence[Row]) -> Figure | None:
             axis.text(edge, place, f" {number(bar.value)}", va="center", ha="left", fontsize=8)
         axis.set_xlim(0, 1.14 * max((row.speed.high or row.speed.value) for row in members))
     axes[-1].set_xlabel("decoding speed (tokens/s); whiskers: 95 % interval over samples")
+    return _finish(figure, shown)
+
+
+def tau_by_method(rows: Sequence[Row]) -> Figure | None:
+    """Tokens per target pass by method and benchmark: what a draft is worth wherever it runs."""
+    shown = [row for row in rows if row.draft != "none" and row.totals["tau"] is not None]
+    panels = _places(shown)
+    if not panels:
+        return None
+    figure, axes = _bars(panels, "Acceptance length by method")
+    styles = _styles(sorted({row.draft for row in rows}))  # as in the picture of speeds
+    for axis, members in zip(axes, panels.values(), strict=True):
+        for place, row in enumerate(members):
+            tau = row.totals["tau"]
+            axis.barh(place, tau, height=0.7, color=styles[row.draft][0])
+            axis.text(tau, place, f" {number(tau)}", va="center", ha="left", fontsize=8)
+        axis.set_xlim(0, 1.14 * max(row.totals["tau"] for row in members))
+        axis.axvline(1.0, color="black", linewidth=1, linestyle=":")
+    axes[-1].set_xlabel("tau (tokens per target pass); dotted: plain decoding")
     return _finish(figure, shown)
 
 
@@ -138,13 +161,13 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
 
 
 def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
-    """Mean acceptance length against the bits per weight of the substitute."""
+    """Mean acceptance length against the bits per weight of the substitute; None unless they differ somewhere."""
     shown = [row for row in rows if row.nominal_bits is not None and row.totals["tau"] is not None]
     stored = all(row.bits is not None for row in shown)
     targets: dict[str, list[Row]] = {}
     for row in shown:
         targets.setdefault(_target(row), []).append(row)
-    if not shown:
+    if len({_bits(row, stored) for row in shown}) < 2:
         return None
     figure, axes = _grid(len(targets), "Acceptance length by bits of the substitute")
     styles = _styles(sorted({_without_bits(row) for row in shown}))
@@ -161,8 +184,8 @@ def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("bits per weight" + (", scales and zeros included" if stored else " (nominal)"))
         axis.set_ylabel("tau (tokens per target pass)")
+        axis.margins(0.12)
         axis.set_ylim(bottom=0)
-        axis.margins(x=0.12)
         axis.grid(alpha=0.3)
     return _finish(figure, shown, _legend(figure, axes, columns=2))
 
@@ -214,6 +237,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
 
 DRAWINGS: dict[str, Drawing] = {
     "speed": speed,
+    "tau_by_method": tau_by_method,
     "acceptance": acceptance,
     "tau_by_bits": tau_by_bits,
     "time_split": time_split,
@@ -223,8 +247,9 @@ DRAWINGS: dict[str, Drawing] = {
 
 MISSING = {
     "speed": "no run has decoded anything",
+    "tau_by_method": "no run drafts",
     "acceptance": "no run drafts",
-    "tau_by_bits": "no run has a quantized draft",
+    "tau_by_bits": "no two runs quantize their draft to different bits",
     "time_split": "no run has an iteration",
     "roofline": "no run streams weights over a measured link (offload=stream)",
 }
@@ -311,7 +336,9 @@ def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
         lines.append(PLANTED)
     if any(row.sample for row in rows):
         lines.append(SAMPLE)
-    foot = FOOT if lines else 0.0
+    if any(row.on_cpu and row.draft != "none" for row in rows):
+        lines.append(CPU)
+    foot = FOOT + FOOT_LINE * max(0, len(lines) - 2) if lines else 0.0
     figure.set_figheight(figure.get_figheight() + foot)
     height = figure.get_figheight()
     share = (foot + legend) / height

@@ -82,6 +82,11 @@ class Row:
         return self.summary["totals"]
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it ran on a CPU, where drafting brings no speed."""
+        return self.summary["context"]["device"] == "cpu"
+
+    @property
     def repeats(self) -> tuple[float, float] | None:
         """Slowest and fastest repeat in tokens/s; None with one run."""
         speeds = [run.summary["totals"]["tokens_per_s"] for run in self.runs if run.turns]

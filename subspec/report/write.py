@@ -20,13 +20,14 @@ from subspec.report.tables import (
     run_cells,
 )
 from subspec.tracking.files import write_atomic, write_error
-from subspec.tracking.table import PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.tracking.table import ON_CPU, PLANTED_WEIGHTS, SAMPLE_PROMPTS
 
 REPORT = "REPORT.md"
 PLOTS = "plots"
 
 CAPTIONS = {
     "speed": "Decoding speed: all tokens over all seconds; whiskers are 95 % bootstrap intervals over samples.",
+    "tau_by_method": "Tokens per target pass, the bonus token included.",
     "acceptance": "Of the passes that drafted a depth, the share that accepted it.",
     "tau_by_bits": "Tokens per target pass against the bits of the substitute.",
     "time_split": "What an iteration's time goes into, prefill excluded.",
@@ -173,6 +174,9 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
         names = ", ".join(sorted({row.benchmark for row in sample}))
         text = SAMPLE_PROMPTS.removeprefix("note: ")
         lines.append(f"> **{text[0].upper()}{text[1:]}.** These rows: benchmark {names}.")
+    if any(row.on_cpu and row.draft != "none" for row in rows):
+        text = ON_CPU.removeprefix("note: ")
+        lines.append(f"> **{text[0].upper()}{text[1:]}.**")
     failed = [row for row in rows if (row.summary["audit"] or {}).get("mismatch")]
     if failed:
         lines.append(f"> **AUDIT FAILED** in {len(failed)} row(s): their output is not the target's own.")

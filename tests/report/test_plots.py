@@ -4,6 +4,7 @@ import pytest
 
 from subspec.report.collect import collect
 from subspec.report.plots import (
+    CPU,
     DRAWINGS,
     PALETTE,
     PLANTED,
@@ -13,6 +14,7 @@ from subspec.report.plots import (
     save,
     speed,
     tau_by_bits,
+    tau_by_method,
     time_split,
 )
 from subspec.report.rows import make_rows
@@ -22,6 +24,7 @@ from .runs import config_of, plain_run, turns, write_run
 
 LABELS = {
     "speed": ("decoding speed (tokens/s)", None),
+    "tau_by_method": ("tau (tokens per target pass)", None),
     "acceptance": ("depth (draft tokens)", "accepted / drafted"),
     "tau_by_bits": ("bits per weight", "tau (tokens per target pass)"),
     "time_split": ("milliseconds per iteration", None),
@@ -99,6 +102,16 @@ def test_tau_over_bits_is_one_line_per_tree(rows):
     assert axis.get_xlabel() == "bits per weight (nominal)"
 
 
+def test_one_width_of_bits_is_no_curve(rows):
+    assert tau_by_bits([row for row in rows if row.nominal_bits != 3]) is None
+
+
+def test_taus_are_bars_of_their_length_without_plain_decoding(rows):
+    (axis,) = tau_by_method(rows).axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([2.0, 3.0])
+    assert not any("plain" in label.get_text() for label in axis.get_yticklabels())
+
+
 def test_the_ceiling_has_the_slope_of_the_link(rows):
     (axis,) = roofline(rows).axes
     ceiling = next(line for line in axis.lines if str(line.get_label()).startswith("ceiling"))
@@ -134,3 +147,12 @@ def test_files_are_pictures_and_repeatable(rows, tmp_path):
     assert b"<svg" in first[1]
     assert b"decoding speed (tokens/s)" in first[1], "text stays text"
     assert first[1] == again[1]
+
+
+def test_a_cpu_says_what_its_speeds_are_not(tmp_path):
+    write_run(tmp_path / "cpu", turns([30.0, 20.0]), config_of())
+    write_run(tmp_path / "gpu", turns([30.0, 20.0], device="cuda"), config_of())
+    plain_run(tmp_path / "plain")
+    rows = make_rows(collect([tmp_path]))[0]
+    said = {(row.draft, row.on_cpu): CPU in " ".join(texts(speed([row]))) for row in rows}
+    assert said == {("subspec", True): True, ("subspec", False): False, ("none", True): False}

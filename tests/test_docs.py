@@ -1,0 +1,183 @@
+"""The pages in docs/: what they show as code is applied to a copy of the project and run, what they quote exists."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import ROOT, cli, records_of, summary_of
+from tests.helpers.tiny import tiny_checkpoint
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```(\w+)\n# ((?:subspec|conf)/\S+)\n(.*?)```", re.DOTALL)
+COMMAND = re.compile(r"^python -m subspec\.run (.+)$", re.MULTILINE)
+
+SMALL = ["device=cpu", "logger=none", "benchmark.source=sample", "benchmark.max_samples=1", "warmup=0"]
+SMALL += ["decoding.max_new_tokens=12", "decoding.max_length=1024", "audit=true"]
+PLAN = ["target=planted_qwen2_5_7b", "offload=stream", "offload.card='RTX 4090'"]
+
+
+def extended(folder: Path) -> Path:
+    """A copy of the project with every block of docs/extending.md in the file that it names."""
+    ignored = shutil.ignore_patterns("__pycache__", "weights")
+    for part in ("subspec", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    blocks = BLOCK.findall(PAGES["extending.md"])
+    assert len(blocks) >= 12
+    for _, name, text in blocks:
+        file = folder / name
+        separator = "\n\n" if file.exists() else ""
+        with file.open("a", encoding="utf-8") as out:
+            out.write(separator + text)
+    return folder
+
+
+def run_each(project: Path, *commands: list[str]) -> subprocess.CompletedProcess:
+    """Runs, one after the other, in one fresh process that imports the copy."""
+    code = (
+        "import json, sys, torch\nfrom subspec.run import main\ntorch.set_num_threads(1)\n"
+        "for arguments in json.loads(sys.argv.pop()):\n"
+        "    try:\n        main(arguments)\n"
+        "    except SystemExit as stop:\n"
+        "        if stop.code:\n            raise\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(project), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_extensions_work_as_written(tmp_path):
+    project = extended(tmp_path / "project")
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "qwen2", max_positions=2048)
+    shown = [shlex.split(arguments) for arguments in COMMAND.findall(PAGES["extending.md"])]
+    assert len(shown) == 5
+    named, lookup, rounding, plan, boolq = shown
+    mine = [f"target.path={checkpoint}", *SMALL]
+    ran = run_each(
+        project,
+        [*named, *mine, "tree.depth=2", "tree.width=2", f"run_dir={tmp_path / 'target'}"],
+        [*lookup, "target=qwen2_5_3b", *mine, f"run_dir={tmp_path / 'lookup'}"],
+        [*rounding, "target=planted_tiny", *SMALL, "tree.depth=4", f"run_dir={tmp_path / 'round'}"],
+        [*plan, f"run_dir={tmp_path / 'plan'}"],
+        [*boolq, "target=planted_tiny", "draft=none", *SMALL, f"run_dir={tmp_path / 'boolq'}"],
+        [
+            *["target=planted_qwen2_5_3b", "plan_only=true", "offload=stream", "offload.card='RTX 4090'"],
+            *["offload.vram_gib=6", f"run_dir={tmp_path / 'shape'}"],
+        ],
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+
+    assert records_of(tmp_path / "target")[0]["target"] == "qwen2_5_3b"
+    for name, draft in {"target": "subspec", "lookup": "lookup", "round": "subspec", "boolq": "none"}.items():
+        (record,) = records_of(tmp_path / name)
+        assert record["draft"] == draft
+        assert record["audit"]["exact"] == record["new_tokens"] == 12, name
+    assert records_of(tmp_path / "boolq")[0]["sample_id"].startswith("boolq/sample-")
+    assert summary_of(tmp_path / "lookup")["totals"]["drafted_by_depth"]
+    assert summary_of(tmp_path / "round")["totals"]["tau"] > 2  # rounding that is wrong agrees on nothing
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("plan", "shape")]
+    assert all(plan["streamed_layers"] and plan["headroom_bytes"] >= 0 for plan in plans)
+
+
+def test_extensions_are_offered(tmp_path):
+    project = extended(tmp_path)
+    ran = run_each(project, ["--help"])
+    assert ran.returncode == 0, ran.stderr
+    for option in ("qwen2_5_3b", "lookup", "round", "boolq"):
+        assert re.search(rf"\b{option}\b", ran.stdout), option
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES), "experiments/README.md"])
+def test_links_lead_somewhere(page):
+    file = ROOT / page
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (file.parent / link).exists(), link
+
+
+# ------------------------------------------------------------------------------------- quoted messages
+
+
+VARIES = "\0"
+
+
+def templates() -> list[str]:
+    """Every string of the source, with ``VARIES`` where an f-string has a value."""
+    found = []
+    for file in sorted((ROOT / "subspec").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        inside = {
+            id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                found.append(node.value)
+    return found
+
+
+def quoted(page: str) -> list[str]:
+    """The first column of the tables of messages."""
+    rows = re.findall(r"^\| (`.+?`)(?: \(a note\))? \| ", page, re.MULTILINE)
+    return [row.strip("`") for row in rows]
+
+
+def occurs(message: str, known: list[str]) -> bool:
+    """Whether one string of the source reads like ``message``, whose ``...`` stand for values."""
+    parts = [re.escape(part) for part in message.split("...")]
+    pattern = re.compile(rf"{VARIES}?[^{VARIES}]*?".join(parts) if len(parts) > 1 else parts[0])
+    return any(pattern.search(text) for text in known)
+
+
+def test_every_quoted_message_exists():
+    known = templates()
+    messages = quoted(PAGES["troubleshooting.md"]) + quoted(
+        README[README.index("## When something goes wrong") :]
+    )
+    assert len(messages) > 30
+    assert [message for message in messages if not occurs(message, known)] == []
+    assert not occurs("offload.vram_gib=... holds this run", known)
+
+
+# ------------------------------------------------------------------------------------------- outputs
+
+
+def test_the_record_is_described_field_by_field(tmp_path):
+    ran = cli("experiment=smoke", "audit=true", f"run_dir={tmp_path}", "logger=none")
+    assert ran.code == 0, ran.err
+    record = records_of(tmp_path)[0]
+    page = PAGES["outputs.md"]
+    section = page[page.index("## A record") : page.index("## The summary")]
+    table = re.findall(r"^\| (`.+?) \| ", section, re.MULTILINE)
+    described = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    assert described == set(record)
+    assert set(re.findall(r"`(\w+)`", section[section.index("| `audit`") :].split("\n")[0])) >= set(
+        record["audit"]
+    )
+    files = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    named = set(re.findall(r"`([\w.]+)`", page[: page.index("## A record")]))
+    assert files <= named
+
+
+def test_the_plan_is_described(tmp_path):
+    folder = tmp_path / "plan"
+    assert cli("plan_only=true", *PLAN, f"run_dir={folder}").code == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    page = PAGES["outputs.md"]
+    section = page[page.index("## The plan") : page.index("## A sweep's folder")]
+    named = set(re.findall(r"`(\w+)`", section)) - {"peak_vram_gib"}
+    assert named <= set(plan), named - set(plan)
