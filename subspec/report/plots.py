@@ -256,12 +256,6 @@ MISSING = {
 """Why a figure is not there."""
 
 
-def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Every figure that these rows give, by name."""
-    drawn = {name: draw(rows) for name, draw in DRAWINGS.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.svg``; the same figure gives the same bytes."""
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
