@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from subspec.assemble import assemble_streamed, build_sampling
+from subspec.assemble import assemble_streamed
 from subspec.choices import Codec, Kernel
 from subspec.config import (
     AccelerateOffloadConfig,
@@ -41,6 +41,7 @@ from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam, Growth
+from subspec.decoding_config import build_sampling
 from subspec.drafts.fused import FusedSubstitute
 from subspec.offload.link import measure_link
 from subspec.offload.plan import plan_run

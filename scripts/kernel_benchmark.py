@@ -9,8 +9,10 @@ inside a CUDA graph that rotates over enough weights to defeat the L2 cache.
 """
 
 import argparse
+import copy
 import json
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ from subspec.decoding.tree import Tree
 from subspec.drafts.fused import FusedLayer, FusedModel, FusedSubstitute
 from subspec.kernels import int4
 from subspec.kernels.choose import choose_kernels
-from subspec.kernels.formats import AffineFormat, affine_format, describe
-from subspec.kernels.ops import LevelLinear, unavailable
+from subspec.kernels.formats import AffineFormat, Format, affine_format, describe
+from subspec.kernels.ops import LevelLinear, Variant, unavailable
 from subspec.kernels.timing import graph_time, rotated_time, rotation
 
 SHAPES = {
@@ -32,6 +34,18 @@ SHAPES = {
 """hidden, intermediate, q heads, kv heads, head dimension, vocabulary, layers."""
 
 DEVICE = torch.device("cuda")
+
+
+def role_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a model's fused Linears by role."""
+    hidden, inter, heads, kv, dim, vocab, _ = SHAPES[shape]
+    return {
+        "qkv": ((heads + 2 * kv) * dim, hidden),
+        "out": (hidden, heads * dim),
+        "gate_up": (2 * inter, hidden),
+        "down": (hidden, inter),
+        "head": (vocab, hidden),
+    }
 
 
 def memory_bandwidth() -> float:
@@ -93,17 +107,28 @@ def random_model(
     layers: int,
     *,
     shapes: dict[str, tuple[int, int]],
-    formats: dict[str, AffineFormat],
+    formats: Mapping[str, Format],
     width: int,
+    variants: Mapping[str, Variant] | None = None,
 ) -> FusedModel:
+    """A draft with made-up weights; ``variants``: its kernels by role, None: chosen by measurement."""
     chosen = {role: shapes[role] for role in formats}
-    choice = choose_kernels(chosen, width, DEVICE, formats=formats)
-    print(choice.summary(), flush=True)
+    if variants is None:
+        choice = choose_kernels(chosen, width, DEVICE, formats=formats)
+        print(choice.summary(), flush=True)
+        variants = choice.variants
+    patterns: dict[str, LevelLinear] = {}
 
     def linear(role: str) -> LevelLinear:
-        n, k = shapes[role]
-        variant = choice.variants[role]
-        return formats[role].random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up")
+        """One with memory of its own; packing is done once per role."""
+        if role not in patterns:
+            n, k = shapes[role]
+            patterns[role] = formats[role].random_linear(
+                variants[role], n, k, DEVICE, swiglu=role == "gate_up"
+            )
+        made = copy.copy(patterns[role])
+        made.adopt([tensor.clone() for tensor in made.tensors])
+        return made
 
     def ones() -> Tensor:
         return torch.ones(hidden, dtype=torch.bfloat16, device=DEVICE)
@@ -138,9 +163,15 @@ def random_model(
     )
 
 
-def levels(model: FusedModel, layers: int, width: int) -> list[dict]:
+def levels(
+    model: FusedModel,
+    layers: int,
+    width: int,
+    lengths: Sequence[int] = (128, 512, 1500),
+    slices: Sequence[int] = (8, 16, 32),
+) -> list[dict]:
     results = []
-    for length in (128, 512, 1500):
+    for length in lengths:
         growth = Beam(48, width)
         cache = KVCache(
             layers=layers, kv_heads=model.kv_heads, head_dim=model.head_dim, max_length=2048,
@@ -148,7 +179,7 @@ def levels(model: FusedModel, layers: int, width: int) -> list[dict]:
         )  # fmt: skip
         cache.rows.normal_()
         cache.extend(length)
-        for splits in (8, 16, 32):
+        for splits in slices:
             draft = FusedSubstitute(model, attention_splits=splits)
             draft.begin(cache)
             step = draft.level_step(growth)
@@ -197,13 +228,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     hidden, inter, heads, kv, dim, vocab, layers = SHAPES[options.shape]
-    shapes = {
-        "qkv": ((heads + 2 * kv) * dim, hidden),
-        "out": (hidden, heads * dim),
-        "gate_up": (2 * inter, hidden),
-        "down": (hidden, inter),
-        "head": (vocab, hidden),
-    }
+    shapes = role_shapes(options.shape)
     formats = {
         role: affine_format(
             options.head_bits if role == "head" else options.bits, options.group, options.kernel

@@ -8,85 +8,173 @@
     result = generate(model, tokenizer("Once upon a time").input_ids, tokenizer=tokenizer, max_new_tokens=64)
     print(result.text, result.stats.iterations)
 
-For more than one text build the engine once with :func:`build_engine` and call its ``generate``.
+For more than one text build the engine once with :func:`build_engine` and call its ``generate``. Any draft will do:
+
+    engine = build_engine(model, tokenizer=tokenizer, draft="eagle2", draft_path="ORG/HEAD", growth=Eagle2(6, 10, 60))
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
 from subspec.config_checks import MOVING_ROPE, rope_kind
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.draft import Draft
 from subspec.decoding.engine import Engine, TokenCallback
 from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
-from subspec.decoding.stopping import TextDecoder
+from subspec.decoding.stopping import TextDecoder, eos_ids
+from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.eagle_checkpoint import load_head, locate_for, locate_head
+from subspec.drafts.layer_skip import skip_layers, usual_layers
+from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.small_model import (
+    Vocabulary,
+    check_vocabularies,
+    load_small_model,
+    open_checkpoint,
+    shipped_small_model,
+)
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer, quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from subspec.targets.console import print_note
 
+DraftName = Literal["none", "subspec", "small_model", "eagle2", "layer_skip"]
+"""What proposes tokens, by the names of ``conf/draft``."""
 
-def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """All end-of-sequence ids of a model: its generation config's, else its config's; sorted."""
-    for config in (model.generation_config, model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
-    return ()
+SUBSTITUTE_TEMPERATURE = 0.2
+"""Of the substitute's tree (the paper's); other drafts: 1."""
 
 
 def build_engine(
     model: PreTrainedModel,
     *,
     tokenizer: TextDecoder | None = None,
-    speculative: bool = True,
+    draft: DraftName = "subspec",
+    draft_path: str | Path | None = None,
     quantizer: Quantizer | None = None,
     growth: Growth | None = None,
-    draft_temperature: float = 0.2,
+    draft_temperature: float | None = None,
     sampling: Sampling | None = None,
     max_length: int = 2048,
     prefill_chunk: int = 256,
 ) -> Engine:
-    """An engine that reproduces ``model``'s output, drafting with a quantized substitute of the same model.
+    """An engine that reproduces ``model``'s output, whatever drafts.
 
     Args:
         model: a transformers causal LM (Llama, Qwen2, Qwen3 or Mistral family), in eval mode. It is not changed.
-        tokenizer: for text and stop strings.
-        speculative: False decodes plainly, one pass per token.
+        tokenizer: for text and stop strings; a small model's own tokenizer, if it has one, is compared with it.
+        draft: ``subspec``: a quantized substitute of the same model; ``small_model``: another, smaller model;
+            ``eagle2``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``none``: plain decoding, one
+            pass per token.
+        draft_path: folder or hub id of the small model or the EAGLE head; None: the one that ships with the project
+            for SmolLM2-135M-Instruct.
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
         growth: the draft tree's shape; None: ``Beam(depth=16, width=4)``.
-        draft_temperature: sharpens the draft tree; does not touch the output.
+        draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.
         sampling: None: greedy.
         max_length: most tokens of prompt and output together.
         prefill_chunk: prompt tokens per target pass.
+
+    Raises:
+        ConfigError: a model whose tree passes would not be exact, no such draft, or one that is not this model's.
+        SubspecError: the draft's files cannot be read or fetched. Messages may call ``draft_path`` by its name in
+            configurations, ``draft.path``.
     """
+    if draft not in get_args(DraftName):
+        raise ConfigError(f"draft={draft}: no such draft; use {', '.join(get_args(DraftName))}")
+    if draft_path is not None and draft not in ("small_model", "eagle2"):
+        raise ConfigError(f"draft_path={draft_path}: draft={draft} has no weights of its own: leave it out")
+    if quantizer is not None and draft != "subspec":
+        raise ConfigError(f"draft={draft}: a quantizer is for draft=subspec: leave it out")
     target = Decoder(model)
     kind = rope_kind(model.config)
     if kind in MOVING_ROPE:
         raise ConfigError(
             f"{kind} rotary embeddings depend on how far a pass reaches: a tree would change them"
         )
-    draft = None
-    if speculative:
-        substitute = share_parameters(model)
-        quantizer = quantizer or HqqQuantizer(
-            compute_dtype=target.dtype, device=target.device, unpack=target.device.type == "cpu"
-        )
-        quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
-        draft = SubstituteDraft(substitute, draft_temperature)
+    growth = None if draft == "none" else growth or Beam(depth=16, width=4)
+    temperature = draft_temperature
+    if temperature is None:
+        temperature = SUBSTITUTE_TEMPERATURE if draft == "subspec" else 1.0
+    built: Draft | None = None
+    if draft == "subspec":
+        built = SubstituteDraft(_substitute(model, quantizer, target), temperature)
+    elif draft == "layer_skip":
+        layers = usual_layers(model.config.num_hidden_layers)
+        built = SubstituteDraft(skip_layers(model, layers), temperature)
+    elif growth is not None:
+        if draft == "eagle2":
+            built = _eagle(draft_path, target, growth, temperature)
+        else:
+            built = _small_model(draft_path, target, tokenizer, growth, temperature, max_length)
     return Engine(
         target,
-        draft,
-        (growth or Beam(depth=16, width=4)) if speculative else None,
+        built,
+        growth,
         sampling=sampling,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
-        eos_token_ids=eos_token_ids(model),
+        eos_token_ids=eos_ids(model.generation_config, model.config),
         tokenizer=tokenizer,
     )
+
+
+def _substitute(model: PreTrainedModel, quantizer: Quantizer | None, target: Decoder) -> PreTrainedModel:
+    substitute = share_parameters(model)
+    quantizer = quantizer or HqqQuantizer(
+        compute_dtype=target.dtype, device=target.device, unpack=target.device.type == "cpu"
+    )
+    quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
+    return substitute
+
+
+def _eagle(path: str | Path | None, target: Decoder, growth: Growth, temperature: float) -> EagleDraft:
+    if path is None:
+        embedded = EmbeddedTargetConfig(name="smollm2_135m")
+        files = locate_for(Eagle2DraftConfig(name="eagle2"), embedded, print_note)
+    else:
+        files = locate_head(str(path), print_note, key="draft_path")
+    hidden, name = target.model.config.hidden_size, _name(target.model)
+    loaded = load_head(files, hidden=hidden, target=name, dtype=target.dtype, device=target.device)
+    return EagleDraft(loaded.head, target, growth, temperature)
+
+
+def _small_model(
+    path: str | Path | None,
+    target: Decoder,
+    tokenizer: TextDecoder | None,
+    growth: Growth,
+    temperature: float,
+    max_length: int,
+) -> OwnCacheDraft:
+    named = shipped_small_model() if path is None else HubTargetConfig(name=str(path), path=str(path))
+    source = open_checkpoint(named, target.dtype, print_note)
+    theirs = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    check_vocabularies(
+        Vocabulary(source.name, source.config.vocab_size, source.tokenizer),
+        Vocabulary(_name(target.model), target.vocab_size, theirs),
+    )
+    levels = SubstituteDraft(load_small_model(source, target.vocab_size, target.device), temperature)
+    return OwnCacheDraft(
+        levels,
+        levels.decoder,
+        max_length=max_length,
+        draft_rows=growth.draft_rows,
+        vocab_size=target.vocab_size,
+        width=getattr(growth, "width", 1),
+    )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.config.name_or_path or type(model).__name__
 
 
 def generate(
@@ -98,7 +186,8 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
     on_tokens: TokenCallback | None = None,
-    speculative: bool = True,
+    draft: DraftName = "subspec",
+    draft_path: str | Path | None = None,
     sampling: Sampling | None = None,
     growth: Growth | None = None,
     max_length: int = 2048,
@@ -119,7 +208,8 @@ def generate(
     engine = build_engine(
         model,
         tokenizer=tokenizer,
-        speculative=speculative,
+        draft=draft,
+        draft_path=draft_path,
         growth=growth,
         sampling=sampling,
         max_length=max_length,

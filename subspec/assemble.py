@@ -1,29 +1,23 @@
-"""From the configuration to the objects that run: growth, sampling, draft and engine."""
+"""From the configuration to the objects that run: draft, target and engine."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from subspec.choices import Codec
 from subspec.config import (
-    AdaptiveTreeConfig,
-    BeamTreeConfig,
     Config,
-    Eagle2TreeConfig,
     NoDraftConfig,
-    SamplingConfig,
-    SubstituteDraftConfig,
-    TreeConfig,
 )
-from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.decoder import Decoder
-from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam, Growth
+from subspec.decoding.growth import Growth
 from subspec.decoding.sampling import Sampling
+from subspec.decoding_config import build_growth, build_sampling
 from subspec.drafts.base import BuiltDraft, Progress, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.build import draft_builder
+from subspec.offload.coding import decoding_only
 from subspec.offload.load import StreamedTarget, load_streamed
 from subspec.offload.plan import Plan
 from subspec.quant.base import QuantReport
@@ -55,32 +49,6 @@ class Assembly:
             self.streamed.close()
 
 
-def build_sampling(config: Config) -> Sampling:
-    """The target's distribution."""
-    decoding = config.decoding
-    if isinstance(decoding, SamplingConfig):
-        return Sampling(decoding.temperature, decoding.top_k, decoding.top_p)
-    return Sampling()
-
-
-def build_growth(tree: TreeConfig) -> Growth:
-    """The draft tree's shape."""
-    if isinstance(tree, AdaptiveTreeConfig):
-        return Adaptive(
-            tree.depth,
-            tree.width,
-            level_cost=tree.level_cost,
-            check_every=tree.check_every,
-            min_depth=tree.min_depth,
-            ahead=tree.ahead,
-        )
-    if isinstance(tree, BeamTreeConfig):
-        return Beam(tree.depth, tree.width, tree.ahead)
-    if isinstance(tree, Eagle2TreeConfig):
-        return Eagle2(tree.depth, tree.width, tree.total_tokens)
-    return Beam(tree.depth, width=1)
-
-
 def assemble_streamed(
     config: Config,
     source: LayerSource,
@@ -101,7 +69,7 @@ def assemble_streamed(
     build = StreamedBuild()  # takes nothing of the layers
     if plan.codec is Codec.substitute and isinstance(config.draft, NoDraftConfig):
         # Nothing drafts, but what decodes the exact layers is the substitute all the same.
-        decoding = replace(config, draft=SubstituteDraftConfig(name="subspec"))
+        decoding = decoding_only(config)
         context = StreamContext(decoding, build_growth(config.tree), source, plan, device, note)
         build = draft_builder(decoding.draft).streamed(context)
     if not isinstance(config.draft, NoDraftConfig):

@@ -140,7 +140,7 @@ class LayerSkipDraftConfig(DraftConfig):
 
 @dataclass
 class QuantConfig:
-    """How the substitute's decoder Linears are quantized."""
+    """How a draft's decoder Linears are quantized: the substitute's, or a small model's when ``quantize`` asks."""
 
     name: str = MISSING
 

@@ -301,8 +301,9 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
         chosen_layers(config.draft, model.num_hidden_layers)
     quantized = model
     if isinstance(config.draft, SmallModelDraftConfig):
-        from subspec.drafts.small_model import check_small_model, load_small_config
+        from subspec.drafts.small_model import check_shipped, check_small_model, load_small_config
 
+        check_shipped(config, model)
         quantized = load_small_config(config)
         check_small_model(config, quantized)
     quant = config.quant

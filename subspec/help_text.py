@@ -11,7 +11,7 @@ from pathlib import Path
 GROUPS = {
     "target": "the model whose output is reproduced exactly",
     "draft": "what proposes tokens",
-    "quant": "how the substitute's Linear layers are quantized",
+    "quant": "how a draft's Linear layers are quantized (the substitute's; a small model's with draft.quantize)",
     "tree": "the shape of the draft tree",
     "decoding": "greedy or sampling, and the lengths",
     "offload": "where the target's weights live",

@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from subspec.assemble import Assembly, assemble, assemble_streamed, build_sampling
+from subspec.assemble import Assembly, assemble, assemble_streamed
 from subspec.config import (
     AccelerateOffloadConfig,
     Config,
@@ -17,6 +17,7 @@ from subspec.config import (
     StreamOffloadConfig,
 )
 from subspec.decoding.engine import Engine
+from subspec.decoding_config import build_sampling
 from subspec.errors import ConfigError
 from subspec.offload.plan import Plan, plan_run
 from subspec.offload.plan_table import plan_table
@@ -58,6 +59,8 @@ class Loaded:
             facts["link_gb_per_s"] = self.link.gb_per_s if self.link else None
             facts["prefill_chunk"] = self.plan.prefill_chunk
             facts["codec"] = self.plan.codec.value
+            # Codes that came out larger than planned let layers stream that the plan has on the device.
+            facts["resident_layers"] = getattr(decoder, "resident_layers", ())
             streamed = self.assembly.streamed
             if streamed is not None and streamed.bits_per_weight is not None:
                 facts["coded_bits_per_weight"] = streamed.bits_per_weight
@@ -212,6 +215,7 @@ def _target(source: LayerSource, assembly: Assembly, device: torch.device) -> Ta
         dtype=source.dtype,
         device=device,
         source=source.source,
+        identity=source.identity,
         planted=source.planted,
         notes=tuple(getattr(source, "notes", ())),
     )

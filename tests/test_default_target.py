@@ -1,4 +1,4 @@
-"""The real default model, in float32 on the CPU: speculation changes no token, whatever the tree and the bits."""
+"""The real default model, in float32 on the CPU: no draft, tree or number of bits changes a token."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ from subspec.decoding.growth import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from tests.helpers.cli import cli, records_of, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -110,3 +111,60 @@ def test_real_gsm8k_rows_when_they_are_at_hand(default_target):
     prompt = default_target.chat_ids([{"role": "user", "content": question}])
     expected = engine(default_target).generate(prompt, max_new_tokens=64).token_ids
     assert engine(default_target, Beam(16, 4)).generate(prompt, max_new_tokens=64).token_ids == expected
+
+
+# ------------------------------------------------------------------------------------------ whole runs, every draft
+
+
+def run(folder, *overrides):
+    """Two packaged prompts x 48 tokens from the command line."""
+    ran = cli(
+        *["device=cpu", "logger=none", "warmup=0", "benchmark=alpaca", "benchmark.source=sample"],
+        *["benchmark.max_samples=2", "decoding.max_new_tokens=48", *overrides, f"run_dir={folder}"],
+    )
+    assert ran.code == 0, ran.err
+    return [record["token_ids"] for record in records_of(folder)], summary_of(folder)
+
+
+@pytest.fixture(scope="module")
+def plainly(default_target, tmp_path_factory):
+    """Plain decoding's tokens, greedy and sampled."""
+    root = tmp_path_factory.mktemp("plain")
+    return {
+        decoding: run(root / decoding, "draft=none", f"decoding={decoding}")[0]
+        for decoding in ("greedy", "sampling")
+    }
+
+
+SHALLOW = ["tree=beam", "tree.depth=6", "tree.width=4"]
+DRAFTS = {
+    "hqq": (["draft=subspec", "quant=hqq", *SHALLOW], 3.0),
+    "higgs": (["draft=subspec", "quant=higgs", *SHALLOW], 2.5),
+    "eagle2": (["draft=eagle2", "tree=eagle2"], 1.8),
+    "eagle2 beam": (["draft=eagle2", *SHALLOW], 1.5),
+    "small_model": (["draft=small_model", *SHALLOW], 1.5),
+    "small_model adaptive": (["draft=small_model", "tree=adaptive", "tree.depth=8"], 1.3),
+    "layer_skip": (["draft=layer_skip", "tree=chain", "tree.depth=2"], 1.0),
+}
+"""What is set, and a tau that a draft which has come apart would not reach."""
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_every_draft_passes_the_audit_and_emits_what_plain_decoding_does(tmp_path, plainly, name, decoding):
+    overrides, least_tau = DRAFTS[name]
+    texts, summary = run(tmp_path / "run", *overrides, f"decoding={decoding}", "audit=true")
+    assert texts == plainly[decoding]
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["audit"]["exact"] + summary["audit"]["near_tie"] == sum(map(len, texts))
+    tau = summary["totals"]["tau"]
+    print(f"\n{name}, {decoding}: tau {tau:.2f}")
+    assert tau >= least_tau
+
+
+@pytest.mark.parametrize("draft", ["eagle2", "small_model"])
+def test_the_drafts_that_ship_need_no_further_settings(tmp_path, plainly, draft):
+    texts, summary = run(tmp_path / "run", f"draft={draft}")
+    assert texts == plainly["greedy"]
+    facts = summary["run"]["draft"]
+    assert facts.get("head", facts.get("source")).startswith("shipped with subspec (sha256 ")

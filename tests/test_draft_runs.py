@@ -1,4 +1,7 @@
-"""Whole runs with drafts that are no substitute, from the command line to the records."""
+"""Whole runs with every draft, from the command line to the records: the same tokens, audited, as plain decoding.
+
+An EAGLE head needs a checkpoint for the tiny target: its runs are in ``tests/drafts/test_eagle_run.py``.
+"""
 
 import pytest
 
@@ -27,6 +30,32 @@ def run(folder, *overrides):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return run(tmp_path_factory.mktemp("plain") / "run", "draft=none")[1]
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory, plain):
+    """Records of plain decoding, greedy and sampled."""
+    sampled = run(tmp_path_factory.mktemp("sampled") / "run", "draft=none", "decoding=sampling")[1]
+    assert [record["token_ids"] for record in sampled] != [record["token_ids"] for record in plain]
+    return {"greedy": plain, "sampling": sampled}
+
+
+@pytest.mark.parametrize(
+    "tree", [["tree=beam"], ["tree=adaptive"], ["tree=eagle2", "tree.total_tokens=30"]], ids=" ".join
+)
+@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
+@pytest.mark.parametrize(
+    "draft",
+    [["draft=subspec", "quant=hqq"], ["draft=subspec", "quant=higgs"], SMALL, ["draft=layer_skip"]],
+    ids=" ".join,
+)
+def test_every_draft_with_every_tree_passes_the_audit(tmp_path, plainly, draft, decoding, tree):
+    _, records, summary = run(tmp_path / "run", *draft, *tree, f"decoding={decoding}", "audit=true")
+    expected = [record["token_ids"] for record in plainly[decoding]]
+    assert [record["token_ids"] for record in records] == expected
+    audit = summary["audit"]
+    assert (audit["exact"], audit["near_tie"], audit["mismatch"]) == (sum(map(len, expected)), 0, 0)
+    assert summary["totals"]["tau"] > 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The built wheel holds everything a run needs, configs and sample prompts included."""
+"""What is built holds everything a run needs: configs, sample prompts and the drafts that ship."""
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -29,6 +30,38 @@ def test_the_wheel_holds_configs_and_samples(wheel):
     assert "hydra_plugins/subspec.py" in names
     assert "hydra_plugins/__init__.py" not in names  # other distributions have their plugins there too
     assert not [name for name in names if name.startswith(("tests/", "experiments/", "scripts/"))]
+
+
+SHIPPED = [
+    f"subspec/drafts/weights/{draft}/{file}"
+    for draft in ("eagle", "small_model")
+    for file in ("config.json", "model.safetensors", "MODEL_CARD.md")
+]
+
+
+def test_the_wheel_holds_the_drafts_that_ship(wheel):
+    archive = zipfile.ZipFile(wheel)
+    for name in SHIPPED:
+        assert archive.read(name) == (ROOT / name).read_bytes()
+    assert sum(archive.getinfo(name).file_size for name in SHIPPED) < 25e6
+
+
+def test_so_does_the_source_distribution(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names.issuperset(SHIPPED)
+    assert names.issuperset({"conf/config.yaml", "pyproject.toml"})
 
 
 def test_a_sweep_of_the_wheel_away_from_the_checkout(wheel, tmp_path):
@@ -61,3 +94,29 @@ def test_the_wheel_runs_away_from_the_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "name: chain" in done.stdout
     assert "smollm2_135m" in done.stdout
+
+
+def test_the_wheel_finds_and_reads_the_drafts_that_ship(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = """
+import sys; sys.path.insert(0, 'site')
+import torch
+from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig
+from subspec.drafts.eagle_checkpoint import load_head, locate_for
+from subspec.drafts.small_model import load_small_model, open_checkpoint, shipped_small_model
+cpu, target = torch.device('cpu'), EmbeddedTargetConfig(name='smollm2_135m')
+files = locate_for(Eagle2DraftConfig(name='eagle2'), target, print)
+head = load_head(files, hidden=576, target=target.name, dtype=torch.float32, device=cpu)
+from subspec.targets.skeleton import count_parameters
+source = open_checkpoint(shipped_small_model(), torch.float32, print)
+load_small_model(source, 49152, cpu)
+for name in (head.source, source.source):
+    assert name.startswith('shipped with subspec (sha256 '), name
+print(sum(p.numel() for p in head.head.parameters()), count_parameters(source.config))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4203648", "7997568"]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from subspec.choices import Codec
 from subspec.config import (
     BeamTreeConfig,
     BenchmarkConfig,
@@ -30,15 +31,25 @@ from subspec.predict.timing import EFFICIENCY, LEVEL_LAYER_S
 from subspec.targets.planted import SHAPES
 
 GPU = Path(__file__).resolve().parents[1] / "gpu"
-FILES = ("first_light.json", "subspec_adaptive.json", "overlap.json", "qwen2_5_32b.json")
+FILES = (
+    "first_light.json",
+    "subspec_adaptive.json",
+    "overlap.json",
+    "ahead.json",
+    "../codec/plain_h200.json",
+    "../codec/coded_h200.json",
+    "qwen2_5_32b.json",
+)
+SERIAL = {"../codec/plain_h200.json": 25.629, "../codec/coded_h200.json": 25.629}
+"""tau of the serial 48-level run beside one with levels ahead, where it is not the 22.425 of the older ones."""
+OLD_SERIAL = 22.425
 FITTED = (("subspec_adaptive.json", "subspec"), ("qwen2_5_32b.json", "subspec beam:48:6:0"))
 """The two runs that the constants of a draft level come from: their drafting says nothing about the model."""
 
 WITHOUT_FILE = {
     "plain": (7.91, 55.4, "experiments/gpu/README.md, step 3 of its log"),
-    "ahead": (80.0, 19.5, 0.0515, 0.192, 55.4, "a later run; its record is not in this folder"),
 }
-"""Two measurements that are stated but have no JSON beside them."""
+"""A measurement that is stated but has no JSON beside it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,15 @@ class Compared:
         return self.predicted.tokens_per_s / self.measured[0] - 1
 
 
-def config(shape: str, vram: float, depth: int, width: int, ahead: int, resident: int | None) -> Config:
+def config(
+    shape: str,
+    vram: float,
+    depth: int,
+    width: int,
+    ahead: int,
+    resident: int | None,
+    codec: Codec = Codec.none,
+) -> Config:
     """A run of ``scripts/gpu_benchmark.py``."""
     return Config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
@@ -64,7 +83,7 @@ def config(shape: str, vram: float, depth: int, width: int, ahead: int, resident
         quant=HqqConfig(name="hqq"),
         tree=BeamTreeConfig(name="beam", depth=depth, width=width, ahead=ahead),
         decoding=DecodingConfig(name="greedy", max_new_tokens=None),
-        offload=StreamOffloadConfig(name="stream", vram_gib=vram, resident_layers=resident),
+        offload=StreamOffloadConfig(name="stream", vram_gib=vram, resident_layers=resident, codec=codec),
         benchmark=BenchmarkConfig(name="gsm8k"),
         logger=NoLoggerConfig(name="none"),
     )
@@ -84,11 +103,12 @@ def streamed_runs() -> Iterator[tuple[str, dict, dict]]:
     for file in FILES:
         content = json.loads((GPU / file).read_text(encoding="utf-8"))
         for result in content["results"]:
-            yield file, content, result
+            if result["mode"] != "plain":
+                yield file, content, result
 
 
 def compare() -> list[Compared]:
-    """Every committed run, and the two without a file."""
+    """Every committed run, and the one without a file."""
     found = []
     for file, content, result in streamed_runs():
         mode = result["mode"]
@@ -102,19 +122,28 @@ def compare() -> list[Compared]:
             kind == "adaptive" and not ahead
         ):  # it stops where it likes: the prediction gets how deep it went on average
             levels = round(result["levels"])
-        run = config(content["target"], content["vram"], levels, width, ahead, result["resident_layers"])
+        codec = Codec(content.get("codec", "none"))
+        layers = result["resident_layers"]
+        run = config(content["target"], content["vram"], levels, width, ahead, layers, codec)
         # Of a tree drafted ahead the mean tau is of two kinds of trees: survival comes from the serial run.
-        tau, measured_at = (result["tau"], levels) if not ahead else (22.425, 48)
+        serial = SERIAL.get(file, OLD_SERIAL)
+        tau, measured_at = (result["tau"], levels) if not ahead else (serial, 48)
         way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(tau, measured_at))
         measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
         note = "constants fitted to its drafting" if (file, mode) in FITTED else ""
         if ahead:
-            note = "survival from the serial run (tau 22.4 at 48)"
+            note = f"survival from the serial run (tau {serial:.1f} at 48)"
         elif kind == "adaptive":
             note = f"given its mean depth of {levels}"
-        name = f"{content['target']} in {content['vram']:g} GiB, {kind} {depth} x {width}"
+        coded = ", coded" if codec is Codec.substitute else ""
+        name = f"{content['target']} in {content['vram']:g} GiB{coded}, {kind} {depth} x {width}"
         found.append(
-            Compared(name + (f", {ahead} ahead" if ahead else "") + f" (`{file}`)", measured, way, note)
+            Compared(
+                name + (f", {ahead} ahead" if ahead else "") + f" (`{file.removeprefix('../')}`)",
+                measured,
+                way,
+                note,
+            )
         )
     return found + _without_file()
 
@@ -123,17 +152,12 @@ def _without_file() -> list[Compared]:
     speed, link, source = WITHOUT_FILE["plain"]
     machine = Machine(link, find_card("H200").memory_gb_per_s)
     run = config("qwen2_5_7b", 8.0, 48, 6, 0, None)
-    found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(22.425, 48), depths=()).plain
+    found = predict(
+        run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(OLD_SERIAL, 48), depths=()
+    ).plain
     assert found is not None
     plain = Compared("qwen2_5_7b in 8 GiB, plain streaming", (speed, 0.0, 0.126, 1.0), found, source)
-    speed, tau, draft, verify, link, source = WITHOUT_FILE["ahead"]
-    run = config("qwen2_5_7b", 8.0, 32, 6, 32, None)
-    ahead = _way(run, link, Acceptance.from_tau(22.425, 48))
-    name = "qwen2_5_7b in 8 GiB, beam 32 x 6, 32 ahead"
-    return [
-        plain,
-        Compared(name, (speed, draft, verify, tau), ahead, f"{source}; survival from the serial run"),
-    ]
+    return [plain]
 
 
 def fitted() -> tuple[float, float]:

@@ -48,6 +48,8 @@ class Eagle2(Growth):
         best, tokens = scaled.topk(self.width, dim=-1)
         # Rounding must not make a child likelier than its parent.
         log_probs = (best - scaled.logsumexp(dim=-1, keepdim=True)).clamp_(max=0)
+        # Not a number would rank before its own parent, and the re-ranked nodes would be no tree.
+        log_probs = log_probs.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         scores = (tree.scores.index_select(0, frontier)[:, None] + log_probs).flatten()
         nodes = tree.append(tokens.flatten(), frontier.repeat_interleave(self.width), scores)
         return nodes.index_select(0, scores.topk(self.width).indices)

@@ -22,6 +22,7 @@ from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
 from subspec.decoding.verify import Verdict, verify
 from subspec.errors import SubspecError
+from subspec.rounding import round_up
 
 TokenCallback = Callable[[list[int], str], None]
 """Called with each emitted block: its ids, and the text that became certain with it ("" without a tokenizer)."""
@@ -29,11 +30,6 @@ TokenCallback = Callable[[list[int], str], None]
 
 ROW_MULTIPLE = 64
 """Rows of a target pass over a tree are rounded up to this on a GPU."""
-
-
-def padded(size: int, multiple: int) -> int:
-    """``size`` rounded up to a multiple."""
-    return -(-size // multiple) * multiple
 
 
 class Engine:
@@ -77,7 +73,7 @@ class Engine:
         self.trace: list[Span] | None = None
         # Trees of nearly the same size take the same kernels when their rows are rounded up; on a CPU rows cost time.
         self._rows = ROW_MULTIPLE if growth is not None and target.device.type == "cuda" else 1
-        self.tree = Tree(padded(growth.capacity, self._rows) if growth else 1, target.device)
+        self.tree = Tree(round_up(growth.capacity, self._rows) if growth else 1, target.device)
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
         # A draft that can do a whole level in one launch; samples need the noise added in between.
         fused = getattr(draft, "level_step", None) if self.sampler.sampling.greedy else None
@@ -88,7 +84,7 @@ class Engine:
             max_length=max_length,
             draft_rows=growth.draft_rows if draft is not None and draft.shares_cache else 0,
             target_rows=max(
-                padded(growth.pass_nodes, self._rows) if growth else 1, min(prefill_chunk, max_length)
+                round_up(growth.pass_nodes, self._rows) if growth else 1, min(prefill_chunk, max_length)
             ),
         )
         # Drafting while the target verifies needs a draft whose tree can be re-rooted (greedy, captured levels).
@@ -109,7 +105,7 @@ class Engine:
         if self.target.device.type != "cuda":
             return
         self.draft_whole_tree(self._prefill(prompt_ids))
-        most = padded(self.growth.pass_nodes, self._rows) if self.growth is not None else 1
+        most = round_up(self.growth.pass_nodes, self._rows) if self.growth is not None else 1
         for rows in range(self._rows, most + 1, self._rows):
             self.target.logits(self._pass(rows)).argmax(dim=-1)
         torch.cuda.synchronize(self.target.device)
@@ -284,7 +280,7 @@ class Engine:
         """One target pass over the first ``size`` nodes, ``levels`` levels: its hidden states [rows, hidden], and what
         it accepts."""
         tree = self.tree
-        hidden = self._pass(padded(size, self._rows))
+        hidden = self._pass(round_up(size, self._rows))
         logits = self.target.logits(hidden)[:size]
         chosen = self.sampler.choose(logits, self.cache.length + 1, tree.depths[:size], levels + 1)
         return hidden, verify(tree, chosen, levels)
@@ -340,8 +336,9 @@ class Engine:
         draft_s = phases.get("draft", 0.0)
         rest = max(outcome.verify_s - draft_s, 0.0)
         if outcome.levels and draft_s > 0:
-            # A little less than fits: a pass must not wait for what is drafted ahead of it.
-            self._levels_per_pass = 0.85 * rest / (draft_s / outcome.levels)
+            # A little less than fits: a pass must not wait for what is drafted ahead of it. The pass's own time counts,
+            # not the iteration's: that holds such waiting, and would justify as many levels again.
+            self._levels_per_pass = 0.85 * phases.get("verify", rest) / (draft_s / outcome.levels)
         self.growth.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
 
 

@@ -16,6 +16,19 @@ class TextDecoder(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
 
 
+def eos_ids(*places: object) -> tuple[int, ...]:
+    """Every id that ends a text, ascending, from the first place that names any.
+
+    Args:
+        places: whatever has an ``eos_token_id`` (a number, several, or None): configurations, a tokenizer.
+    """
+    for place in places:
+        ids = getattr(place, "eos_token_id", None)
+        if ids is not None and ids != []:
+            return tuple(sorted({int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])}))
+    return ()
+
+
 class Emission:
     """Collects emitted tokens until something ends the text.
 

@@ -57,12 +57,16 @@ class StreamedEagle(StreamedBuild):
 
 def _built(loaded: LoadedHead, decoder: Decoder, growth: Growth, temperature: float) -> BuiltDraft:
     shape = loaded.head.shape
+    parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
+    dtype = str(decoder.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {
         "head": loaded.source,
         "dropped": loaded.dropped,
-        "parameters": sum(parameter.numel() for parameter in loaded.head.parameters()),
+        "dtype": dtype,
+        "parameters": parameters,
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "graphs_captured": 0,  # its levels are single kernel launches
     }
-    return BuiltDraft(EagleDraft(loaded.head, decoder, growth, temperature), facts=facts)
+    summary = f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
+    return BuiltDraft(EagleDraft(loaded.head, decoder, growth, temperature), facts=facts, summary=summary)

@@ -132,7 +132,7 @@ def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModule
     quant, target = context.config.quant, context.target
     if not isinstance(quantizer, StorableQuantizer):
         return None
-    facts = {"target": target.source, "dtype": str(target.dtype), **quantizer.facts}
+    facts = {"target": target.identity, "dtype": str(target.dtype), **quantizer.facts}
     config = target.model.config
     layer, _ = parameter_shapes(config)
     chosen = linear_names(list(getattr(quant, "modules", [])))

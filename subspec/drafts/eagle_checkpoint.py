@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
+from subspec.drafts import shipped
 from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.errors import ConfigError, SubspecError
 from subspec.network import hub_problem
@@ -32,7 +33,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EMBEDDING = "embed_tokens.weight"
 """The target's own embedding table is used in its place."""
 
-SHIPPED = Path(__file__).parent / "weights" / "eagle"
+SHIPPED = shipped.EAGLE
 """The head that ships with the project, for the embedded default target."""
 
 NAMED = 6
@@ -98,7 +99,8 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> He
             "draft=eagle2: the head for the default target is not in this installation (subspec/drafts/weights/eagle): "
             "train one with scripts/train_eagle.py and set draft.path to its folder"
         )
-    return replace(_checked(HeadFiles("the shipped EAGLE head", "", SHIPPED)), source="shipped with subspec")
+    files = _checked(HeadFiles("the shipped EAGLE head", "", SHIPPED))
+    return replace(files, source=shipped.shipped_source(files.weights))
 
 
 def check_default(target: TargetConfig) -> None:

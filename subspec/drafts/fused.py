@@ -19,6 +19,7 @@ from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
 from subspec.kernels.capture import capturing
 from subspec.kernels.ops import LevelLinear
+from subspec.rounding import next_power_of_two
 
 ATTENTION_BLOCK = 64
 TOP_K_BLOCK = 4096
@@ -72,10 +73,6 @@ class FusedModel:
     hidden: int
     vocab_size: int
     draft_head: LevelLinear | None = None
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
 
 
 @dataclass
@@ -250,7 +247,7 @@ class FusedSubstitute:
         tokens = tree.tokens[place.first_frontier : place.first_frontier + rows]
         depths = tree.depths[place.first_frontier : place.first_frontier + rows]
         residual = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device=self.device)
-        block = _power_of_two(model.hidden)
+        block = next_power_of_two(model.hidden)
         self.kernels.embed_rows[(rows,)](model.embedding, tokens, residual, model.hidden, BLOCK=block)
         partial: Tensor | None = None
         for place_among, layer in enumerate(model.layers):
@@ -305,7 +302,7 @@ class FusedSubstitute:
             hidden,
             0 if partial is None else partial.shape[-1],
             SPLITS=0 if partial is None else partial.shape[0],
-            BLOCK=_power_of_two(hidden),
+            BLOCK=next_power_of_two(hidden),
             num_warps=8,
         )
         return out
@@ -379,7 +376,7 @@ class FusedSubstitute:
             heads,
             kv_heads,
             SPLITS=splits,
-            M=max(16, _power_of_two(rows * heads // kv_heads)),
+            M=max(16, next_power_of_two(rows * heads // kv_heads)),
             BLOCK=ATTENTION_BLOCK,
             D=dim,
             OPERAND=self.kernels.tl.bfloat16 if self.device.type == "cuda" else self.kernels.tl.float32,
@@ -431,11 +428,11 @@ class FusedSubstitute:
             place.first_new,
             tree.capacity,
             BLOCKS=blocks,
-            BLOCKS_PADDED=_power_of_two(blocks),
+            BLOCKS_PADDED=next_power_of_two(blocks),
             K=width,
             WIDTH=width,
-            ROWS=_power_of_two(rows),
-            CANDIDATES=_power_of_two(blocks * width),
-            CAPACITY=_power_of_two(tree.capacity),
+            ROWS=next_power_of_two(rows),
+            CANDIDATES=next_power_of_two(blocks * width),
+            CAPACITY=next_power_of_two(tree.capacity),
             num_warps=8,
         )

@@ -13,6 +13,7 @@ from subspec.errors import ConfigError
 from subspec.kernels.formats import TILES, AffineFormat, Format
 from subspec.kernels.ops import Dense, LevelLinear, Variant
 from subspec.quant.codes import CodeQuantizer, QuantizedWeight, stack_rows
+from subspec.rounding import round_up
 
 ROLES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -148,7 +149,7 @@ def compact(layer: FusedLayer) -> FusedLayer:
     """Move a layer's packed weights into one allocation: the allocator rounds every tensor of some MiB up to two,
     which takes 7 % of a 7B substitute when each Linear has tensors of its own."""
     tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
-    sizes = [-(-tensor.numel() * tensor.element_size() // 256) * 256 for tensor in tensors]
+    sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
     if not tensors:
         return layer
     flat = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)

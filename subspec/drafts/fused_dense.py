@@ -15,6 +15,7 @@ from subspec.drafts.fused import FusedLayer
 from subspec.errors import ConfigError
 from subspec.kernels.ops import Dense
 from subspec.offload.layer_bytes import NEIGHBOURS
+from subspec.rounding import is_power_of_two
 
 
 def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) -> FusedLayer:
@@ -57,7 +58,7 @@ def check_fused(config: PretrainedConfig, dtype: torch.dtype, what: str) -> None
         ConfigError: its heads or its type do not suit the kernels.
     """
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if dim < 16 or dim & (dim - 1):
+    if dim < 16 or not is_power_of_two(dim):
         raise ConfigError(
             f"{what} has heads of {dim} numbers, and the fused level of offload=stream needs a power of two of at "
             "least 16: set offload=none, or take another draft"

@@ -7,9 +7,7 @@ tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from subspec.config import (
     TargetConfig,
 )
 from subspec.config_checks import MOVING_ROPE, rope_kind
+from subspec.drafts import shipped
 from subspec.errors import ConfigError, SubspecError
 from subspec.offload.layer_bytes import flat_layer
 from subspec.offload.sizes import ModelShapes
@@ -37,8 +36,8 @@ from subspec.targets.skeleton import empty_model, fill
 from subspec.targets.source import LayerSource
 from subspec.targets.target import attention_window
 
-SHIPPED = "weights/small_model"
-"""Folder of the small model that ships with the project, in ``subspec/drafts``."""
+SHIPPED = shipped.SMALL_MODEL
+"""The small model that ships with the project; it has no tokenizer."""
 
 PLANTED = "planted:"
 
@@ -55,13 +54,7 @@ def small_model_config(config: Config) -> TargetConfig:
     draft = config.draft
     assert isinstance(draft, SmallModelDraftConfig)
     if draft.path is None:
-        folder = Path(str(resources.files("subspec.drafts").joinpath(SHIPPED)))
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"draft.path is not set and no small model is shipped here ({folder}): set draft.path to a folder or "
-                "hub id of a small model with the target's vocabulary"
-            )
-        return HubTargetConfig(name="the shipped small model", dtype=draft.dtype, path=str(folder))
+        return shipped_small_model(draft.dtype)
     if draft.path.startswith(PLANTED):
         shape = draft.path.removeprefix(PLANTED)
         if shape not in SHAPES:
@@ -70,6 +63,21 @@ def small_model_config(config: Config) -> TargetConfig:
         seed = getattr(config.target, "seed", 0)
         return PlantedTargetConfig(name=draft.path, dtype=draft.dtype, shape=shape, seed=seed)
     return HubTargetConfig(name=draft.path, dtype=draft.dtype, path=draft.path, revision=draft.revision)
+
+
+def shipped_small_model(dtype: Dtype = Dtype.auto) -> HubTargetConfig:
+    """The small model that ships with the project, as a target's configuration.
+
+    Raises:
+        ConfigError: this installation has none.
+    """
+    if not (SHIPPED / "config.json").is_file():
+        raise ConfigError(
+            "draft=small_model: the small model for the default target is not in this installation "
+            "(subspec/drafts/weights/small_model): make one with scripts/distill_draft.py and set draft.path to its "
+            "folder"
+        )
+    return HubTargetConfig(name="the shipped small model", dtype=dtype, path=str(SHIPPED))
 
 
 def load_small_config(config: Config) -> PretrainedConfig:
@@ -114,8 +122,20 @@ def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, n
     named = small_model_config(config)
     if isinstance(named, PlantedTargetConfig):
         return PlantedSource(named, dtype, device)
+    return open_checkpoint(named, dtype, note)
+
+
+def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> CheckpointSource:
+    """A small model's weights on disk, fetched first if need be.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
     with _about_draft():
-        source = CheckpointSource(prepare_draft(named, note), dtype)
+        checkpoint = prepare_draft(named, note)
+        if checkpoint.folder == SHIPPED:
+            checkpoint = replace(checkpoint, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
+        source = CheckpointSource(checkpoint, dtype)
     for line in source.notes:
         note(line)
     return source
@@ -146,6 +166,22 @@ def check_small_model(config: Config, model: PretrainedConfig) -> None:
             f"draft.path={name} has {kind} rotary embeddings, whose frequencies depend on how far a pass reaches: "
             "take another small model"
         )
+
+
+def check_shipped(config: Config, target: PretrainedConfig) -> None:
+    """Refuse the shipped small model, which has no tokenizer, for a target with logits of another width.
+
+    Raises:
+        ConfigError: names both models and ``draft.path``.
+    """
+    draft = config.draft
+    if isinstance(draft, SmallModelDraftConfig) and draft.path is None:
+        own, known = load_small_config(config).vocab_size, target.vocab_size
+        if own != known:
+            raise ConfigError(
+                f"draft=small_model ships a model for the embedded default target, with {own} tokens, and target "
+                f"{config.target.name} has {known}: set draft.path to a small model with this target's vocabulary"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.rounding import next_power_of_two
+
 PER_WORD = {8: 4, 4: 8, 3: 16, 2: 16}
 """Integers that share a 32-bit word."""
 
@@ -193,7 +195,7 @@ def linear(weight: PackedWq, x: Tensor, out: Tensor, *, tiles: int, splits: int 
         WHOLE=weight.whole,
         SWIGLU=weight.swiglu,
         TILE=tile,
-        ROWS=max(16, 1 << (rows - 1).bit_length()),
+        ROWS=max(16, next_power_of_two(rows)),
         BLOCK=block,
         OPERAND=wq_kernel.tl.bfloat16 if x.is_cuda else wq_kernel.tl.float32,
         num_warps=4,

@@ -28,10 +28,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec.errors import SubspecError
 from subspec.quant.codes import Codes
 
 CHUNK = 512
 """Weights, in row-major order, that are decoded one after the other."""
+
+MOST_WEIGHTS = (1 << 31) - 1
+"""Of a matrix: the launcher of the CUDA decoder passes 32-bit integers, and would cut longer ones off silently."""
 
 RAW_BITS = 16
 
@@ -109,9 +113,15 @@ def encode(weight: Tensor, codes: Codes, margin: float) -> Coded:
 
     Raises:
         TypeError: the weight is not bfloat16.
+        SubspecError: it has more elements than the decoder can number.
     """
     if weight.dtype is not torch.bfloat16:
         raise TypeError(f"only bfloat16 weights are coded, not {weight.dtype}")
+    if weight.numel() > MOST_WEIGHTS:
+        raise SubspecError(
+            f"offload.codec=substitute: a Linear of {weight.numel()} weights, and at most {MOST_WEIGHTS} can be coded: "
+            "set offload.codec=none"
+        )
     flat, q = weight.contiguous().view(torch.int16).flatten(), codes.q.flatten()
     scale, zero = codes.scale.flatten(), codes.zero.flatten()
     starts, streams, words = [], [], 0

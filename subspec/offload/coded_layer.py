@@ -20,6 +20,7 @@ from subspec.offload.codec import Coded, encode, margin_for
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.codes import Codes
+from subspec.rounding import round_up
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def encode_layer(
     for name, own in codes.items():
         role, rows = places[name]
         coded = encode(tensors[name], own, margin_for(own.bits))
-        check = torch.empty_like(tensors[name])
+        check = torch.empty_like(tensors[name], memory_format=torch.contiguous_format)
         decode_into(check, coded, getattr(substitute, role), rows)
         if not torch.equal(check.view(torch.int16), tensors[name].contiguous().view(torch.int16)):
             raise SubspecError(
@@ -115,7 +116,7 @@ def encode_layer(
         for words in (coded.starts, coded.stream):
             pieces.append((offset, words))
             spans.append((offset, words.numel()))
-            offset += _aligned(4 * words.numel())
+            offset += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
         parts.append(CodedPart(name, role, rows, coded.shape, spans[0], spans[1], coded.margin))
     device = next(iter(tensors.values())).device
     flat = torch.empty(offset, dtype=torch.uint8, device=device)
@@ -173,7 +174,3 @@ class LayerDecoder:
         self.buffer[: layer.exact_bytes].copy_(flat[: layer.exact_bytes])
         for part in layer.parts:
             decode_into(self.parameters[part.name], part.on(flat), getattr(substitute, part.role), part.rows)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // PlainCodec.ALIGNMENT) * PlainCodec.ALIGNMENT

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from subspec.errors import ConfigError
 from subspec.kernels.formats import AffineFormat
 from subspec.kernels.ops import MmaInt4, TritonWq
 from subspec.offload.sizes import PlainCodec
+from subspec.quant.base import HEAD
 
 BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
 """Bits per exact weight to reserve by the bits of its substitute, in groups of 64: measured (``experiments/codec``) on
@@ -58,6 +60,18 @@ def _problem(config: Config) -> str | None:
             "set draft.kernel=auto"
         )
     return None
+
+
+def decoding_only(config: Config) -> Config:
+    """``config`` with a substitute that decodes the exact layers of a run in which nothing drafts.
+
+    What makes a draft better is left out: layers that stay exact could not be coded, and nobody asks for an LM head.
+    """
+    quant = config.quant
+    assert isinstance(quant, HqqConfig)
+    modules = [name for name in quant.modules if name != HEAD]
+    quant = replace(quant, skip_layers=[], modules=modules, bits_by=replace(quant.bits_by, lm_head=None))
+    return replace(config, draft=SubstituteDraftConfig(name="subspec"), quant=quant)
 
 
 class SubstituteCodec:

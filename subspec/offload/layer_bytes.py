@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from subspec.offload.sizes import PlainCodec
+from subspec.rounding import round_up
 
 NEIGHBOURS = (
     ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -26,7 +27,7 @@ def parameter_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch
     for name, shape in shapes.items():
         size = shape.numel() * dtype.itemsize
         views[name] = flat[offset : offset + size].view(dtype).view(shape)
-        offset += -(-size // PlainCodec.ALIGNMENT) * PlainCodec.ALIGNMENT
+        offset += round_up(size, PlainCodec.ALIGNMENT)
     return views
 
 
@@ -40,7 +41,8 @@ def write_layer(flat: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype)
 def flat_bytes(shapes: Mapping[str, torch.Size], itemsize: int) -> int:
     """Bytes of a layer laid out by :func:`flat_views`."""
     return sum(
-        _aligned(sum(math.prod(shapes[name]) for name in group) * itemsize) for group in _groups(shapes)
+        round_up(sum(math.prod(shapes[name]) for name in group) * itemsize, PlainCodec.ALIGNMENT)
+        for group in _groups(shapes)
     )
 
 
@@ -56,7 +58,7 @@ def flat_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch.dtyp
             size = math.prod(shapes[name]) * dtype.itemsize
             views[name] = flat[start : start + size].view(dtype).view(shapes[name])
             start += size
-        offset += _aligned(start - offset)
+        offset += round_up(start - offset, PlainCodec.ALIGNMENT)
     return {name: views[name] for name in shapes}
 
 
@@ -75,7 +77,3 @@ def _groups(shapes: Mapping[str, torch.Size]) -> list[tuple[str, ...]]:
     group_of = {name: group for group in NEIGHBOURS for name in group}
     groups = dict.fromkeys(group_of.get(name, (name,)) for name in shapes)
     return [tuple(name for name in group if name in shapes) for group in groups]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // PlainCodec.ALIGNMENT) * PlainCodec.ALIGNMENT

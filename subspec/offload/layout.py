@@ -15,14 +15,13 @@ from subspec.config import (
     Dtype,
     NoDraftConfig,
     Placement,
-    SamplingConfig,
     StreamOffloadConfig,
 )
-from subspec.decoding.engine import ROW_MULTIPLE, padded
-from subspec.decoding.sampling import Sampling
+from subspec.decoding.engine import ROW_MULTIPLE
+from subspec.decoding_config import build_growth, build_sampling
 from subspec.drafts.fused_quant import FusedQuantization, fused_quantization
 from subspec.errors import ConfigError
-from subspec.offload.coding import SubstituteCodec, codec_of
+from subspec.offload.coding import SubstituteCodec, codec_of, decoding_only
 from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes, substitute_pieces
 from subspec.offload.sizes import (
     ALLOCATOR_BYTES,
@@ -39,6 +38,7 @@ from subspec.offload.sizes import (
     tree_bytes,
     verify_bytes,
 )
+from subspec.rounding import round_up
 
 CHUNK_STEP = 64
 """Prefill chunks are multiples of this."""
@@ -116,24 +116,21 @@ class Layout:
         self.resident_bytes = self.layer_bytes if self.coded else self.exact_bytes
         self.scratch_bytes = codec.scratch_bytes(shapes.layer)
         self.table_bytes = shapes.vocab * shapes.hidden * self.itemsize
-        self.sampling = _sampling(config)
+        self.sampling = build_sampling(config)
 
         self.draft: DraftSizes | None = None
         self.forced: tuple[int, ...] = ()
         self.nodes = self.capacity = self.pass_rows = 1
         self.draft_rows, self.width, self.levels = 0, 0, 0
         if not isinstance(config.draft, NoDraftConfig):
-            # Imported here: assembling a run may itself want a plan.
-            from subspec.assemble import build_growth
-
             growth = build_growth(config.tree)
             self.draft = draft = draft_sizes(Situation(config, shapes, self.itemsize, growth, self.sampling))
             assert draft is not None
             self.forced, self.draft_rows = draft.forced, draft.shared_rows
             self.nodes = growth.capacity
-            self.capacity = padded(growth.capacity, ROW_MULTIPLE)
+            self.capacity = round_up(growth.capacity, ROW_MULTIPLE)
             # A tree that is drafted ahead holds more nodes than a pass verifies.
-            self.pass_rows = padded(growth.pass_nodes, ROW_MULTIPLE)
+            self.pass_rows = round_up(growth.pass_nodes, ROW_MULTIPLE)
             self.width, self.levels = getattr(growth, "width", 1), growth.max_depth
         length = config.decoding.max_length
         self.most_chunk = length
@@ -323,6 +320,8 @@ def _named(pieces: list[Piece]) -> list[tuple[str, int, str]]:
 
 
 def _quantization(config: Config, shapes: ModelShapes) -> FusedQuantization:
+    if isinstance(config.draft, NoDraftConfig):
+        config = decoding_only(config)
     kernel = getattr(config.draft, "kernel", Kernel.auto).value
     return fused_quantization(config.quant, shapes.layer, (shapes.vocab, shapes.hidden), kernel=kernel)
 
@@ -339,10 +338,3 @@ def _itemsize(config: Config) -> int:
     if dtype is Dtype.float32 or (dtype is Dtype.auto and config.device is Device.cpu and card is None):
         return 4
     return 2
-
-
-def _sampling(config: Config) -> Sampling:
-    decoding = config.decoding
-    if isinstance(decoding, SamplingConfig):
-        return Sampling(decoding.temperature, decoding.top_k, decoding.top_p)
-    return Sampling()

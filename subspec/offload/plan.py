@@ -30,7 +30,7 @@ from subspec.config import Config, Placement
 from subspec.errors import ConfigError
 from subspec.offload.cards import Card, find_card
 from subspec.offload.layout import CHUNK_STEP, Choice, Item, Layout
-from subspec.offload.refusal import refuse_device, refuse_host
+from subspec.offload.refusal import least_choice, refuse_device, refuse_host
 from subspec.offload.sizes import GIB, LayerCodec, headroom
 
 TAUS = (1, 4, 12, 26)
@@ -177,12 +177,15 @@ def plan_run(
             f"set offload.vram_gib to at most {(total - CONTEXT_BYTES) / GIB:.1f} (CUDA itself takes about 0.5)"
         )
     choice = choose(layout, budget)
-    if layout.coded and offload.codec is Codec.auto and offload.resident_layers is None:
-        # Where every layer fits as it is, there is nothing to gain from decoding.
+    if layout.coded and offload.codec is Codec.auto and (choice is None or offload.resident_layers is None):
+        # Where every layer fits as it is, there is nothing to gain from decoding; where the decoded layer beside the
+        # ring is what does not fit, decoding cannot be had.
         plain = Layout(replace(config, offload=replace(offload, codec=Codec.none)), model, codec)
         whole = choose(plain, budget)
-        if whole is not None and whole.resident == plain.shapes.layers:
+        if whole is not None and (choice is None or whole.resident == plain.shapes.layers):
             layout, choice = plain, whole
+        elif choice is None:
+            layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_choice(tried)))
     if choice is None:
         raise refuse_device(layout, model, budget, lambda changed: choose(changed, budget))
     items = tuple(layout.items(choice))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from subspec.choices import Codec
 from subspec.config import (
     AdaptiveTreeConfig,
     Config,
@@ -113,7 +114,7 @@ def _fits(
 def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
     """Single changes, those that cost least first: (what to set, the configuration with it set).
 
-    Fewer bits are not among them: the streamed draft's kernels take 4.
+    Fewer bits are not among them: what they cost in acceptance depends on the target.
     """
     config, offload, decoding, tree = (
         layout.config,
@@ -154,8 +155,13 @@ def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
     if offload.ring_slots > 1:
         text, other = changed("offload", ring_slots=1)
         yield f"{text} (slower: copies then wait for the layer being computed)", other
+    plain, also = replace(config, draft=NoDraftConfig(name="none")), ""
+    if offload.codec is Codec.substitute:  # which keeps the substitute even where nothing drafts
+        plain, also = replace(plain, offload=replace(offload, codec=Codec.none)), " and offload.codec=none"
     if not isinstance(config.draft, NoDraftConfig):
-        yield "set draft=none (plain decoding)", replace(config, draft=NoDraftConfig(name="none"))
+        yield f"set draft=none{also} (plain decoding)", plain
+    elif also:
+        yield "set offload.codec=none", plain
 
 
 def _yaml(value: Any) -> str:

@@ -18,6 +18,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import USUAL_ROWS
 from subspec.drafts.fused_quant import FusedQuantization
+from subspec.rounding import round_up
 from subspec.targets.skeleton import parameter_shapes
 
 MIB = 2**20
@@ -82,7 +83,7 @@ class PlainCodec:
 
     def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
         """Every parameter in turn, each at a multiple of 256 bytes (what kernels with vector loads want)."""
-        return sum(_round_up(math.prod(shape) * self.itemsize, self.ALIGNMENT) for shape in shapes.values())
+        return sum(round_up(math.prod(shape) * self.itemsize, self.ALIGNMENT) for shape in shapes.values())
 
     def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
         """None."""
@@ -145,10 +146,10 @@ def held(size: int) -> int:
     share segments of 20 MiB: size counts as the share of a segment filled with tensors like it.
     """
     if size <= MIB:
-        return _round_up(size, 512)
+        return round_up(size, 512)
     if size < 10 * MIB:
         return math.ceil(20 * MIB / (20 * MIB // size))
-    return _round_up(size, 2 * MIB)
+    return round_up(size, 2 * MIB)
 
 
 def rounding(sizes: list[int]) -> int:
@@ -286,7 +287,3 @@ def _per_logit(sampling: Sampling) -> int:
     if sampling.greedy:
         return PER_LOGIT_GREEDY
     return PER_LOGIT_TOP_P if sampling.top_p < 1 else PER_LOGIT_SAMPLING
-
-
-def _round_up(size: int, step: int) -> int:
-    return -(-size // step) * step

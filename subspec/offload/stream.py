@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subspec.rounding import round_up
+
 
 class LayerStreamer:
     """Feeds layers to a forward pass that uses them in a fixed cyclic order.
@@ -86,9 +88,7 @@ class LayerStreamer:
             self._released = [None] * len(self.slots)
         # Both counters go on from a common multiple, so that slot and layer numbering start afresh.
         period = len(self.layers) * len(self.slots)
-        self._used_count = self._copied_count = (
-            -(-max(self._copied_count, self._used_count) // period) * period
-        )
+        self._used_count = self._copied_count = round_up(max(self._copied_count, self._used_count), period)
 
     def _copy(self, number: int) -> None:
         slot, source = number % len(self.slots), self.layers[number % len(self.layers)]

@@ -17,6 +17,7 @@ from subspec.decoding.kv_cache import KVView
 from subspec.offload.coded_layer import LayerDecoder
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.stream import LayerStreamer
+from subspec.rounding import next_power_of_two
 from subspec.targets.skeleton import fill
 
 
@@ -70,6 +71,12 @@ class StreamedDecoder(Decoder):
         self.layer_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     @property
+    def resident_layers(self) -> list[int]:
+        """Numbers of the layers on the device, coded ones included."""
+        coded = () if self.decoding is None else self.decoding.resident
+        return sorted([*self._resident, *coded])
+
+    @property
     def streamed_bytes_per_pass(self) -> int:
         """Bytes that one pass takes over the link."""
         return 0 if self.streamer is None else sum(layer.numel() for layer in self.streamer.layers)
@@ -85,7 +92,7 @@ class StreamedDecoder(Decoder):
 
         hidden = self.table.shape[1]
         out = torch.empty(tokens.numel(), hidden, dtype=self.dtype, device=tokens.device)
-        block = 1 << (hidden - 1).bit_length()
+        block = next_power_of_two(hidden)
         # The kernel reads the few rows straight from pinned host memory.
         level.embed_rows[(tokens.numel(),)](self.table, tokens.contiguous(), out, hidden, BLOCK=block)
         return out

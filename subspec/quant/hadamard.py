@@ -22,14 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.rounding import is_power_of_two, round_up
+
 LEAST_BLOCK = 64
 """Smallest block that is rotated by itself: a mean of fewer weights is not Gaussian enough, and kernels take 64
 inputs in one step."""
-
-
-def is_power_of_two(number: int) -> bool:
-    """1, 2, 4, ..."""
-    return number > 0 and number & (number - 1) == 0
 
 
 @functools.cache
@@ -85,7 +82,7 @@ class Rotation:
         """By the rule at the head of this module; ``hadamard_size`` a power of two, at least ``LEAST_BLOCK``."""
         padded = in_features
         if in_features % LEAST_BLOCK:
-            padded = -(-in_features // LEAST_BLOCK) * LEAST_BLOCK
+            padded = round_up(in_features, LEAST_BLOCK)
         return cls(in_features, padded, min(padded & -padded, hadamard_size), seed)
 
     def signs(self, device: torch.device, dtype: torch.dtype) -> Tensor:

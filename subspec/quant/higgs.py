@@ -14,8 +14,9 @@ from subspec.kernels.hadamard import rotate, rotate_by
 from subspec.kernels.lut import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
 from subspec.kernels.ops import LevelLinear, Variant
 from subspec.quant.grids import BITS, DIMS
-from subspec.quant.hadamard import LEAST_BLOCK, is_power_of_two
+from subspec.quant.hadamard import LEAST_BLOCK
 from subspec.quant.higgs_codes import encode, higgs_sizes
+from subspec.rounding import is_power_of_two
 
 LARGEST_BLOCK = 1024
 """Inputs that the Triton kernel can rotate together."""

@@ -32,7 +32,7 @@ from subspec.quant.cache_limit import cache_limit, limit_cache, touch
 from subspec.targets.cache import MANIFEST, build_lock, cache_root, free_space, is_full_disk, replace_file
 from subspec.targets.console import Note, print_note
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; another number makes other keys."""
 
 SLACK = 1.1
@@ -40,6 +40,9 @@ SLACK = 1.1
 
 SAMPLE = 4096
 """Elements of a weight that its fingerprint looks at, evenly spread."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element."""
 
 Stored = dict[str, dict[str, Tensor]]
 """A layer: tensors by module; ``of`` is the fingerprint, the others are the quantizer's."""
@@ -315,10 +318,12 @@ class SubstituteStore:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """uint8 [32]: SHA-256 of the shape and of some elements, evenly spread: bit for bit, not by value."""
+    """uint8 [32]: SHA-256 of the shape, of the sum of all elements, which any change of one changes, and of some,
+    evenly spread: of bits, not of values."""
     flat = weight.detach().flatten()
+    total = int(flat.view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
     sample = flat[:: max(1, flat.numel() // SAMPLE)].contiguous().view(torch.uint8).cpu()
-    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype} {total}".encode())
     digest.update(bytes(sample.numpy()))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 

@@ -93,6 +93,22 @@ def check_folder_config(folder: Path, name: str) -> PretrainedConfig:
         raise ConfigError(f"{file} is not a valid {family} configuration ({_line(error)})") from error
 
 
+def checkpoint_identity(folder: Path, source: str) -> str:
+    """What tells a checkpoint's weights from all others', for what is kept on disk and follows from them.
+
+    The commit or package and its files' sizes; of a local folder, which may change, also place and dates.
+
+    Args:
+        source: what a record says was loaded (``Located.source``).
+    """
+    local = Path(source).expanduser().is_dir()
+    parts = [str(folder.resolve()) if local else source]
+    for name in sorted(weight_files(folder)):
+        stat = (folder / name).stat()
+        parts.append(f"{name} {stat.st_size}" + (f" {stat.st_mtime_ns}" if local else ""))
+    return "\n".join(parts)
+
+
 def missing_weights(folder: Path) -> str | None:
     """Which weight file of ``folder`` is not there, or None when all are. Contents are not looked at."""
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subspec.config import PlantedTargetConfig, TargetConfig
 from subspec.errors import SubspecError
-from subspec.targets.checkpoint import weight_files
+from subspec.targets.checkpoint import checkpoint_identity, weight_files
 from subspec.targets.console import Note, print_note
 from subspec.targets.planted import PlantedSource
 from subspec.targets.prepared import PreparedCheckpoint, prepare_checkpoint
@@ -79,13 +79,8 @@ class CheckpointSource:
 
     @property
     def identity(self) -> str:
-        """The commit or package and its files' sizes; of a folder, which may change, also place and dates."""
-        files = {name: (self._folder / name).stat() for name in sorted(set(self._files.values()))}
-        local = Path(self.source).is_dir()
-        parts = [str(self._folder.resolve()) if local else self.source]
-        for name, stat in files.items():
-            parts.append(f"{name} {stat.st_size}" + (f" {stat.st_mtime_ns}" if local else ""))
-        return "\n".join(parts)
+        """See :func:`~subspec.targets.checkpoint.checkpoint_identity`."""
+        return checkpoint_identity(self._folder, self.source)
 
     def layer_shapes(self, index: int) -> Mapping[str, torch.Size]:
         """Shapes by name within the layer; all layers of these families are alike."""

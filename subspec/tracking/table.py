@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from subspec.rounding import is_power_of_two
 from subspec.tracking.metrics import ratio
 
 Summary = Mapping[str, Any]
@@ -21,7 +22,7 @@ PLANTED_DRAFT = (
     "means nothing"
 )
 ON_CPU = (
-    "note: on a CPU there is no link to hide behind, so a substitute brings no speed here: "
+    "note: on a CPU there is no link to hide behind, so a draft brings no speed here: "
     "acceptance and losslessness are what to look at"
 )
 
@@ -172,7 +173,7 @@ def _audit(audit: Summary | None) -> str:
 
 def _rates(rates: Sequence[float | None]) -> str:
     """The first and the last depth and powers of two between them: a depth-48 tree still fits one line."""
-    depths = [d for d in range(1, len(rates) + 1) if len(rates) <= DEPTHS_SHOWN or d & (d - 1) == 0]
+    depths = [d for d in range(1, len(rates) + 1) if len(rates) <= DEPTHS_SHOWN or is_power_of_two(d)]
     if len(rates) > DEPTHS_SHOWN and len(rates) not in depths:
         depths.append(len(rates))
     return "  ".join(f"{d}:{_number(rates[d - 1], 2)}" for d in depths)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from subspec.config import Device, Dtype, EmbeddedTargetConfig, HubTargetConfig
+from subspec.drafts import shipped
 from subspec.errors import SubspecError
 from subspec.targets import Target, load_target, resolve_device
 from subspec.tracking.environment import hardware, versions
 from subspec.training.corpus import Corpus
 from subspec.training.trainer import Schedule
 
-WEIGHTS = Path(__file__).parents[1] / "drafts" / "weights"
+WEIGHTS = shipped.FOLDER
 """Where the drafts that ship with the project lie."""
 
 EMBEDDED_SUFFIXES = (".gguf", ".whl")

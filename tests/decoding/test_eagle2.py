@@ -221,3 +221,21 @@ def test_a_draft_of_captured_levels_refuses_a_part_of_one():
     tree = random_tree(3, 0)
     with pytest.raises(ValueError, match="1 of 3 nodes"):
         fused_draft(model, CPU).expand(tree, tree.last_level[:1])
+
+
+def test_a_draft_that_yields_no_numbers_still_makes_a_tree():
+    """What is kept has its parents, so nothing but a whole path can be accepted."""
+    growth = Eagle2(4, 3, 9)
+    tree = Tree(growth.capacity, CPU)
+    frontier = tree.plant(torch.tensor([0]))
+    for level in range(4):
+        logits = torch.randn(frontier.numel(), VOCAB, generator=torch.Generator().manual_seed(level))
+        if level:
+            logits[-1, level] = torch.nan
+        frontier = growth.grow(tree, frontier, logits, 1.0)
+    growth.finish(tree)
+    assert not tree.scores[: tree.size].isnan().any()
+    for node in range(1, tree.size):
+        parent = int(tree.parents[node])
+        assert tree.depths[node] == tree.depths[parent] + 1
+        assert tree.ancestors[node].sum() == tree.depths[node] + 1

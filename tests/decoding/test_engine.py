@@ -226,7 +226,7 @@ def test_generate_needs_neither_hydra_nor_a_config(model, reference):
 
 def test_an_engine_serves_many_prompts(model):
     engine = build_engine(model, growth=Beam(4, 2), max_length=128)
-    plain = build_engine(model, speculative=False, max_length=128)
+    plain = build_engine(model, draft="none", max_length=128)
     for shift in range(4):
         prompt = [(t + shift * 13) % 320 for t in PROMPT]
         ours = engine.generate(prompt, max_new_tokens=20, ignore_eos=True)

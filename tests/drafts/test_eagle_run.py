@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from subspec.assemble import build_growth
 from subspec.config import to_config
 from subspec.config_checks import check_against_target, check_config
 from subspec.decoding.eagle2 import Eagle2
+from subspec.decoding_config import build_growth
 from subspec.drafts import eagle_checkpoint
 from subspec.drafts.eagle_head import EagleShape
 from subspec.errors import ConfigError

@@ -1,6 +1,7 @@
 """The small model: whose tokens it must know, how it is loaded, and that a plan counts what is really there."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from subspec.config import (
     StreamOffloadConfig,
 )
 from subspec.decoding.decoder import Decoder
+from subspec.drafts import small_model
 from subspec.drafts.small_model import (
     Vocabulary,
+    check_shipped,
     check_small_model,
     check_vocabularies,
     load_small_config,
@@ -32,6 +35,7 @@ from subspec.drafts.small_model import (
 from subspec.errors import ConfigError, SubspecError
 from subspec.offload.plan import plan_run
 from subspec.targets.layers import open_source
+from subspec.targets.planted import planted_config
 from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -141,6 +145,28 @@ def test_a_window_or_too_few_positions_are_refused(tmp_path):
     moving.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigError, match="dynamic rotary embeddings"):
         check_small_model(small("planted:tiny_draft"), moving)
+
+
+# -------------------------------------------------------------------------------------------------- shipped
+
+
+def test_without_a_path_the_shipped_model_is_taken():
+    source = open_small_model(small(), torch.float32, CPU, SILENT)
+    assert re.fullmatch(r"shipped with subspec \(sha256 [0-9a-f]{12}\)", source.source)
+    assert (source.tokenizer, source.config.vocab_size) == (None, 49152)
+    load_small_model(source, 49152, CPU)
+
+
+def test_the_shipped_model_is_refused_before_anything_is_loaded_where_it_does_not_fit(monkeypatch, tmp_path):
+    tiny = planted_config(PlantedTargetConfig(name="planted_tiny", shape="tiny"))
+    line = r"^[^\n]*49152 tokens, and target planted_tiny has 4096: set draft\.path[^\n]*$"
+    with pytest.raises(ConfigError, match=line):
+        check_shipped(small(), tiny)
+    check_shipped(small("planted:tiny_draft"), tiny)
+    monkeypatch.setattr(small_model, "SHIPPED", tmp_path / "nowhere")
+    line = r"^[^\n]*not in this installation[^\n]*set draft\.path[^\n]*$"
+    with pytest.raises(ConfigError, match=line):
+        load_small_config(small())
 
 
 # -------------------------------------------------------------------------------------------------- streamed

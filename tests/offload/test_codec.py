@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subspec.errors import SubspecError
 from subspec.kernels import int4, wq
 from subspec.kernels.codec import Rows, decode_into, substitute_codes
 from subspec.kernels.ops import MmaInt4, TritonWq
@@ -102,6 +103,13 @@ def test_constant_groups_and_zeros():
 def test_only_bfloat16():
     with pytest.raises(TypeError, match="bfloat16"):
         encode(torch.zeros(2, 64), HqqCodes(4).codes(torch.zeros(2, 64)), 0.0)
+
+
+def test_more_weights_than_the_decoder_can_number_are_refused():
+    huge = torch.empty(1, dtype=torch.bfloat16).expand(1 << 16, 1 << 15)
+    codes = Codes(torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 1), torch.ones(1, 1), 64)
+    with pytest.raises(SubspecError, match=r"set offload\.codec=none"):
+        encode(huge, codes, 0.0)
 
 
 # ------------------------------------------------------------------------- from the kernels' own order of codes

@@ -125,6 +125,7 @@ def test_codes_larger_than_planned_are_streamed_instead():
     tight = load(model, (0, 1, 2), slots=1, layer_bytes=size * 7 // 10)
     decoding = tight.decoder.decoding
     assert 0 < len(decoding.resident) < 3
+    assert tight.decoder.resident_layers == sorted(decoding.resident)
     taken = sum(flat.numel() for flat in decoding.resident.values()) + tight.decoder.streamer.slots[0].numel()
     assert taken <= 4 * (size * 7 // 10)
     assert tight.decoder.streamed_bytes_per_pass > 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from subspec.choices import Codec, Dtype, Kernel
-from subspec.config import NoQuantConfig, Placement, SubstituteDraftConfig
+from subspec.config import BitsByModule, NoQuantConfig, Placement, SubstituteDraftConfig
 from subspec.errors import ConfigError
 from tests.offload.settings import planned, settings
 
@@ -83,6 +83,30 @@ def test_plain_decoding_holds_the_substitute_only_to_decode():
     assert item(plan, "draft level") == 0
     assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 1.5
     assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
+
+
+def test_what_is_for_a_better_draft_is_not_asked_of_a_substitute_that_only_decodes():
+    """An exact layer could not be coded, and nothing drafts with a head of its own."""
+    plan = planned(settings(8.0, "none", codec=CODED))
+    head = {"modules": ["attention", "mlp", "lm_head"], "bits_by": BitsByModule(lm_head=8)}
+    assert planned(settings(8.0, "none", codec=CODED, quant={"skip_layers": [0, 27], **head})) == plan
+
+
+def test_auto_streams_plainly_where_the_decoded_layer_is_what_does_not_fit():
+    """With one slot a plain ring takes one layer, a coded one almost half of one and the decoded layer."""
+    slot = {"ring_slots": 1, "embedding": Placement.host}
+    with pytest.raises(ConfigError):
+        planned(settings(5.4, codec=CODED, **slot))
+    assert planned(settings(5.4, codec=AUTO, **slot)).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"needs 5\.36 GiB"):  # plainly, not the 5.56 that decoding takes
+        planned(settings(5.2, codec=AUTO, **slot))
+
+
+def test_a_refusal_knows_that_a_coded_target_holds_the_substitute_without_a_draft():
+    with pytest.raises(ConfigError, match=r"or set offload\.codec=none$"):
+        planned(settings(4.5, "none", codec=CODED))
+    with pytest.raises(ConfigError, match=r"or set draft=none and offload\.codec=none \(plain decoding\)$"):
+        planned(settings(4.5, codec=CODED))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Assembling a streamed run twice: the second start quantizes and measures nothing, and drafts the same tree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from subspec.assemble import assemble_streamed
+from subspec.choices import Codec
 from subspec.config import (
     BeamTreeConfig,
     BenchmarkConfig,
@@ -15,6 +18,7 @@ from subspec.config import (
     DecodingConfig,
     HqqConfig,
     Kernel,
+    NoDraftConfig,
     NoLoggerConfig,
     OffloadConfig,
     PlantedTargetConfig,
@@ -176,3 +180,17 @@ def test_every_kernel_that_is_there_drafts(start):
         if unavailable(kernel.value, torch.device("cuda")) is None:
             report, _, _ = start("cuda", kernel=kernel)
             assert {role["kernel"] for role in report.details["kernels"]["roles"].values()} == {kernel.value}
+
+
+def test_plain_decoding_of_a_coded_target_codes_every_layer(monkeypatch, tmp_path):
+    """Layers that a draft would keep exact cannot be coded; without a draft there is nothing to keep them for."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    offload = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.substitute, resident_layers=1)
+    settings = replace(config(offload=offload, skip_layers=[0]), draft=NoDraftConfig(name="none"))
+    cpu, quiet = torch.device("cpu"), lambda text: None
+    source = open_source(settings.target, torch.bfloat16, cpu, note=quiet)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    assembly = assemble_streamed(settings, source, plan, cpu, note=quiet)
+    assert sorted(assembly.decoder.decoding.layers) == list(range(source.config.num_hidden_layers))
+    assert len(assembly.decoder.decoding.resident) == 1
+    assembly.close()

@@ -104,6 +104,18 @@ def test_the_cache_quantizes_a_damaged_layer_again(model, tmp_path):
     assert build(model, tmp_path / "key")[2].quantized == 0
 
 
+def test_a_weight_that_differs_in_one_element_is_another():
+    """In one that no evenly spread sample would have met."""
+    weight = torch.zeros(200, 200)
+    before = store.fingerprint(weight)
+    weight[3, 7] = 1e-30
+    assert not torch.equal(store.fingerprint(weight), before)
+    assert torch.equal(store.fingerprint(weight.clone()), store.fingerprint(weight))
+    assert not torch.equal(
+        store.fingerprint(weight.bfloat16()), store.fingerprint(torch.zeros(200, 200).bfloat16())
+    )
+
+
 def test_an_interrupted_layer_is_not_kept(model, tmp_path):
     quantizer = quantizer_of()
 

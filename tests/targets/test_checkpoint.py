@@ -1,7 +1,9 @@
 """Local folders: every family loads and computes as saved; every broken folder is one clear line."""
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from subspec.config import Dtype, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import load_target, load_target_config
-from subspec.targets.checkpoint import Weights
+from subspec.targets.checkpoint import Weights, checkpoint_identity
 from tests.helpers.tiny import END_ID, FAMILIES, edit_config, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -234,3 +236,20 @@ def test_a_tokenizer_of_a_larger_model(tmp_path):
 def test_an_unknown_kind_of_target():
     with pytest.raises(ConfigError, match="no kind of target"):
         load_target(TargetConfig(name="odd"), CPU)
+
+
+def test_a_folder_is_known_by_its_place_and_dates_and_a_commit_by_its_name(tmp_path, monkeypatch):
+    """However the folder was spelled: two that are called the same from two places are two."""
+    for place in ("a", "b"):
+        (tmp_path / place / "model").mkdir(parents=True)
+        (tmp_path / place / "model" / "model.safetensors").write_bytes(b"12345678")
+    found = []
+    for place in ("a", "b"):
+        monkeypatch.chdir(tmp_path / place)
+        found.append(checkpoint_identity(Path("model"), "model"))
+    assert (
+        found[0] != found[1] == checkpoint_identity(tmp_path / "b" / "model", str(tmp_path / "b" / "model"))
+    )
+    os.utime(tmp_path / "b" / "model" / "model.safetensors", ns=(1, 1))
+    assert checkpoint_identity(Path("model"), "model") != found[1]
+    assert checkpoint_identity(Path("model"), "org/model@1234") == "org/model@1234\nmodel.safetensors 8"

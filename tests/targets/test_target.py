@@ -21,6 +21,7 @@ def make(family="llama", *, chat_template=True, **model):
         dtype=torch.float32,
         device=torch.device("cpu"),
         source="made here",
+        identity="made here",
     )
 
 

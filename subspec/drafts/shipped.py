@@ -1,0 +1,16 @@
+"""The drafts that ship with the project, trained for the embedded default target (``subspec/drafts/weights``)."""
+
+from pathlib import Path
+
+from subspec.targets.cache import sha256
+
+FOLDER = Path(__file__).parent / "weights"
+"""A folder per draft: configuration, weights in bfloat16, and a model card that says how they were made."""
+
+EAGLE = FOLDER / "eagle"
+SMALL_MODEL = FOLDER / "small_model"
+
+
+def shipped_source(weights: Path) -> str:
+    """What a record calls a shipped draft: with its digest, since training anew replaces the file in a checkout."""
+    return f"shipped with subspec (sha256 {sha256(weights)[:12]})"

@@ -1,0 +1,83 @@
+"""The scripts that print the tables of ``experiments/drafts`` and ``experiments/quantizers`` from run folders."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.report.runs import config_of, plain_run, turns, write_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def module_of(file):
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def drafts():
+    return module_of(ROOT / "experiments" / "drafts" / "table.py")
+
+
+@pytest.fixture(scope="module")
+def quantizers():
+    return module_of(ROOT / "experiments" / "quantizers" / "acceptance.py")
+
+
+AUDIT = {"exact": 30, "near_tie": 0, "mismatch": 0, "max_gap": 0.0, "margin": 1e-3, "first_mismatch": None}
+
+
+def same_text(records):
+    """As if every draft had emitted the same tokens."""
+    return [record | {"token_ids": [7, 8, 9], "audit": AUDIT} for record in records]
+
+
+def test_a_row_per_draft_says_whether_its_tokens_are_plain_decodings(drafts, tmp_path, capsys):
+    plain = write_run(
+        tmp_path / "plain", same_text(turns([9.0, 9.0], draft="none", tau=1)), config_of("none")
+    )
+    run = write_run(tmp_path / "eagle2", same_text(turns([9.0, 9.0], draft="eagle2")), config_of("eagle2"))
+    assert drafts.main([plain, run]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == (
+        "| eagle2, beam 3x2 | 2 | 3.00 | 3.00 | 1.00, 0.81 | identical, 6 of 6 | "
+        "60 exact, 0 near-ties, 0 mismatches |"
+    )
+    other = same_text(turns([9.0, 9.0], draft="eagle2"))
+    other[1]["token_ids"] = [7, 8, 10]
+    write_run(run, other, config_of("eagle2"))
+    assert drafts.main([plain, run]) == 1
+    assert "DIFFERENT in 1 of 2 turns" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_compared_as_far_as_it_came(drafts, tmp_path, capsys):
+    plain = write_run(tmp_path / "plain", same_text(turns([9.0], draft="none", tau=1)), config_of("none"))
+    records = same_text(turns([9.0, 9.0]))
+    run = write_run(tmp_path / "run", records, finished=False)
+    assert drafts.main([plain, run]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "| 2 (unfinished) |" in line
+    assert "identical, 3 of 3 (1 turns not compared)" in line
+
+
+def test_bits_errors_acceptance_and_levels_meet_in_a_row(quantizers, tmp_path, capsys, monkeypatch):
+    quant = {"name": "higgs", "bits": 3, "group_size": 256, "vector_dim": 2}
+    run = write_run(tmp_path / "run", same_text(turns([9.0, 9.0])), config_of(quant=quant))
+    monkeypatch.setattr(quantizers, "LEVELS", tmp_path / "levels.json")
+    quantizers.main([run])
+    *_, line = capsys.readouterr().out.splitlines()
+    start = "| HIGGS | 3 | 256 | 2 | 3.078 | 0.1698 | 3.00 | 1.00 | 60 exact, 0 mismatches |"
+    assert line == f"{start} not measured |"
+    level = {"name": "HIGGS", "bits": 3, "group": 256, "dim": 2, "level_ms": 4.321}
+    (tmp_path / "levels.json").write_text(json.dumps([level]))
+    quantizers.main([run])
+    assert capsys.readouterr().out.splitlines()[-1] == f"{start} 4.32 |"
+
+
+def test_only_substitutes_are_rows_of_the_quantizers(quantizers, tmp_path):
+    with pytest.raises(SystemExit, match="draft=none is no substitute"):
+        quantizers.main([plain_run(tmp_path / "plain")])
