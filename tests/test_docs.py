@@ -74,7 +74,7 @@ def test_extensions_work_as_written(tmp_path):
         [*boolq, "target=planted_tiny", "draft=none", *SMALL, f"run_dir={tmp_path / 'boolq'}"],
         [
             *["target=planted_qwen2_5_3b", "plan_only=true", "offload=stream", "offload.card='RTX 4090'"],
-            *["offload.vram_gib=6", f"run_dir={tmp_path / 'shape'}"],
+            *["offload.vram_gib=4", f"run_dir={tmp_path / 'shape'}"],
         ],
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
