@@ -45,7 +45,7 @@ def test_the_rows_of_the_paper(row):
     assert (getattr(config.draft, "path", None) or config.draft.name) == draft
     if shape:
         assert (config.draft.temperature, config.tree.depth, config.tree.width) == shape
-    assert (config.offload.name, config.offload.vram_gib) == ("stream", gib)
+    assert (config.offload.name, config.offload.vram_gib) == ("stream_uncoded", gib)  # as the paper streams
     assert (config.seed, config.warmup) == (0, 3 if shape else 1)
     decoding = config.decoding
     assert (decoding.name, decoding.max_new_tokens) == ("greedy", None)

@@ -152,11 +152,12 @@ def test_the_errors_are_those_the_page_states(check):
     errors = {(one.run, one.note): one.error for one in check.compare()}
     serial_beams = [e for (run, _), e in errors.items() if "beam 48" in run]
     assert all(abs(error) < 0.10 for error in serial_beams)
-    (streaming,) = [e for (run, _), e in errors.items() if "plain" in run]
+    (streaming,) = [e for (run, _), e in errors.items() if "plain streaming" in run]
     assert abs(streaming) < 0.01
-    (ahead,) = [e for (run, _), e in errors.items() if "32 ahead" in run]
-    assert abs(ahead) < 0.02
-    assert max(errors.values()) < 0.60, "the defective runs"
+    ahead = [e for (run, _), e in errors.items() if "32 ahead" in run and "coded, " not in run]
+    assert len(ahead) == 2
+    assert all(abs(error) < 0.12 for error in ahead)
+    assert max(errors.values()) < 0.60, "the defective runs, and levels ahead of a coded target"
 
 
 # ---------------------------------------------------------------------------------------------- measured
