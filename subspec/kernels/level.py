@@ -210,6 +210,8 @@ def block_candidates(
         tl.float32
     )
     value = value * inverse_temperature
+    # No number is no candidate: a row of them has no maximum, and would name a token outside the vocabulary.
+    value = tl.where(value == value, value, -1e30)
     highest = tl.max(value, axis=0)
     slot = row * BLOCKS + block
     tl.store(block_max + slot, highest)

@@ -139,3 +139,25 @@ def test_both_kernels_give_the_same_logits():
             out.append(engine.draft.expand(engine.tree, frontier).float().clone())
     # tinygemm keeps scales in bfloat16, ours in float16.
     assert (out[0] - out[1]).norm() / out[0].norm() < 0.05
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_candidates_of_logits_without_numbers_are_tokens_all_the_same(device):
+    from subspec.kernels import level
+
+    rows, vocab, width, block = 3, 100, 4, 64
+    blocks = -(-vocab // block)
+    logits = torch.randn(rows, vocab).bfloat16().to(device)
+    logits[1] = float("nan")
+    logits[2, ::3] = float("nan")
+    best = torch.empty(rows, blocks, width, device=device)
+    tokens = torch.full((rows, blocks, width), -1, dtype=torch.int32, device=device)
+    sums = torch.empty(2, rows, blocks, device=device)
+    level.block_candidates[(rows, blocks)](
+        logits, best, tokens, sums[0], sums[1], vocab, 1.0, BLOCKS=blocks, K=width, BLOCK=block
+    )
+    assert tokens.min() >= 0
+    assert tokens.max() < vocab
+    assert not torch.isnan(best).any()
+    assert torch.equal(tokens[0, 0].long(), logits[0, :block].float().topk(width).indices)
+    assert (tokens[2] % 3 != 0).all()
