@@ -76,7 +76,8 @@ def _suggestion(word: str, known: list[str]) -> str:
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     if group == "hydra/launcher" and option in ("submitit_slurm", "submitit_local", "ray"):
-        return f"{group}: needs packages that are not here: pip install 'subspec[sweep]'"
+        extra = "pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
+        return f"{group}: needs packages that are not here: {extra}"
     known = sorted(error.options or [])
     return f"{group}={option}: no such option{_suggestion(option, known)}; {group} has {', '.join(known) or 'none'}"
 
