@@ -191,7 +191,8 @@ def _import_optuna() -> Any:
         import optuna
     except ImportError as error:
         raise SubspecError(
-            f"a search needs packages that are not here ({error}): pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
+            f"a search needs packages that are not here ({error}): pip install 'subspec[sweep]' "
+            "(in a checkout: '.[sweep]')"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)  # the table says it
