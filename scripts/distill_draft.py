@@ -16,18 +16,16 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from subspec.targets.console import quiet_libraries
 from subspec.training.corpus import load_corpus
+from subspec.training.publish import train_and_publish
 from subspec.training.setup import (
-    WEIGHTS,
     add_target_options,
     add_training_options,
     arithmetic,
-    card,
     open_target,
     report,
     schedule_of,
 )
 from subspec.training.student import StudentLesson, build_student
-from subspec.training.trainer import Trainer
 
 WHAT = """A tiny Llama model with its target's vocabulary, distilled from the target's next-token distributions. It
 drafts for `draft=small_model`; it has no tokenizer of its own."""
@@ -72,35 +70,22 @@ def main() -> None:
     shape = {key: getattr(options, key) for key in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
     counts = torch.bincount(corpus.ids.flatten(), minlength=target.vocab_size)
     student = build_student(target.model, counts, **shape, seed=options.seed)
-    trainer = Trainer(
-        StudentLesson(target.model, student, arithmetic(target)),
-        corpus,
+    train_and_publish(
+        options,
         schedule,
-        options.checkpoint or options.text / "student.ckpt",
-        shape | {"target": target.source},
-        note=lambda line: print(line, flush=True),
-    )
-    if options.resume:
-        trainer.resume()
-    figures = trainer.run()
-    out = options.out or WEIGHTS / "small_model"
-    size = save_student(student, out)
-    text = card(
+        target,
+        corpus,
+        StudentLesson(target.model, student, arithmetic(target)),
+        lambda folder: save_student(student, folder),
+        folder="small_model",
+        checkpoint="student.ckpt",
+        identity=shape,
+        settings=shape,
         title=f"Small draft model for {target.name}",
         what=WHAT,
-        target=target,
-        corpus=corpus,
-        schedule=schedule,
-        steps=trainer.step,
-        seconds=trainer.seconds,
-        settings=shape,
-        figures=figures,
-        size=size,
-        parameters=student.num_parameters(),
         meaning=MEANING,
+        parameters=student.num_parameters(),
     )
-    (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-    print(f"{out}: {size / 1e6:.2f} MB after {trainer.step} steps")
 
 
 if __name__ == "__main__":

@@ -17,17 +17,15 @@ from safetensors.torch import save_file
 from subspec.drafts.eagle_head import EagleHead
 from subspec.training.corpus import load_corpus
 from subspec.training.eagle import EagleLesson, balance_inputs, shape_for
+from subspec.training.publish import train_and_publish
 from subspec.training.setup import (
-    WEIGHTS,
     add_target_options,
     add_training_options,
     arithmetic,
-    card,
     open_target,
     report,
     schedule_of,
 )
-from subspec.training.trainer import Trainer
 
 WHAT = """An EAGLE head (arXiv 2401.15077) in the published format: `fc` and one decoder layer without input norm, fed
 with the target's last hidden states; embedding and LM head are the target's own. It drafts for `draft=eagle2`."""
@@ -83,35 +81,22 @@ def main() -> None:
     with torch.no_grad():
         some = lesson.features(corpus.held_ids[:8].long().to(target.device)).flatten(0, 1)
     balance_inputs(head, target.model.get_input_embeddings().weight, some)
-    trainer = Trainer(
-        lesson,
-        corpus,
+    train_and_publish(
+        options,
         schedule,
-        options.checkpoint or options.text / "eagle.ckpt",
-        settings | shape.config() | {"target": target.source},
-        note=lambda line: print(line, flush=True),
-    )
-    if options.resume:
-        trainer.resume()
-    figures = trainer.run()
-    out = options.out or WEIGHTS / "eagle"
-    size = save_head(head, out)
-    text = card(
+        target,
+        corpus,
+        lesson,
+        lambda folder: save_head(head, folder),
+        folder="eagle",
+        checkpoint="eagle.ckpt",
+        identity=settings | shape.config(),
+        settings=settings,
         title=f"EAGLE head for {target.name}",
         what=WHAT,
-        target=target,
-        corpus=corpus,
-        schedule=schedule,
-        steps=trainer.step,
-        seconds=trainer.seconds,
-        settings=settings,
-        figures=figures,
-        size=size,
-        parameters=sum(p.numel() for p in head.parameters()),
         meaning=MEANING,
+        parameters=sum(p.numel() for p in head.parameters()),
     )
-    (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-    print(f"{out}: {size / 1e6:.2f} MB after {trainer.step} steps")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def margin_for(bits: int) -> float:
     """Widening of the intervals, in scales, for a quantizer of that many bits.
 
     Scale and zero are rounded to float16 after the codes were chosen, which moves a level by up to about ``2**bits``
-    half-precision roundings of a scale; measured (``experiments/codec``), nothing at 4 bits and 5 % at 8.
+    half-precision roundings of a scale. On Gaussian weights 99.9 % lie within 0.5 scales of their level at 4 bits, and
+    within 0.544 at 8.
     """
     return 2.0 ** (bits - 12)
 
@@ -204,20 +205,19 @@ def _symbols(words: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
     mantissa = (size & 127) | 128
     # Cells from zero: the magnitude in units of g, whose exponent is E - 7. Denormals are below every cell but zero's.
     shift = cells.exponent + 127 - field
-    top = 7 - shift
     number = torch.where(
         (shift >= 0) & (shift <= 7) & (field > 0), mantissa >> shift.clamp(0, 7), torch.zeros_like(mantissa)
     )
     found = (number > 0) | (size == 0)
     signed = torch.where(negative, -1 - number, number)
     symbol = signed - cells.first
-    found &= (symbol >= 0) & (symbol < cells.count) & (cells.count > 0)
+    found &= (symbol >= 0) & (symbol < cells.count)
     symbol = torch.where(found, symbol, cells.count)
     longer = symbol >= cells.short
     wide = symbol + cells.short
     value = torch.where(longer, (wide >> 1) | ((wide & 1) << cells.bits), symbol).to(torch.int64)
     length = cells.bits + longer
-    rest = torch.where(number > 0, 7 - top, 0)
+    rest = torch.where(number > 0, shift, 0)
     behind = torch.where(found, size & ((1 << rest) - 1), raw)
     value |= behind.to(torch.int64) << length
     return value, length + torch.where(found, rest, RAW_BITS)

@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import torch
 
-from subspec.choices import Codec, Dtype
+from subspec.choices import Codec, Dtype, Kernel
 from subspec.config import Config, HqqConfig, NoDraftConfig, StreamOffloadConfig, SubstituteDraftConfig
 from subspec.drafts.fused_build import ROLES
 from subspec.drafts.fused_quant import FusedQuantization
 from subspec.errors import ConfigError
+from subspec.kernels.codec import KERNELS
 from subspec.kernels.formats import AffineFormat
-from subspec.kernels.ops import MmaInt4, TritonWq
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.base import HEAD
 
 BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
 """Bits per exact weight to reserve by the bits of its substitute, in groups of 64: measured (``experiments/codec``) on
-Gaussian weights and on the default model 9.3 to 9.5, 8.0 to 8.15, 6.91 to 7.05 and 3.4 to 3.6."""
+Gaussian weights and on the default model 9.2 to 9.4, 8.0 to 8.1, 7.0 and 3.4 to 3.5."""
 
 BITS_PER_DOUBLING = 0.16
 """More for every doubling of the group: scales follow the largest weight of more."""
@@ -54,7 +54,7 @@ def _problem(config: Config) -> str | None:
             f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"
         )
     kernel = getattr(draft, "kernel", None)
-    if kernel is not None and kernel.value not in ("auto", MmaInt4.kind, TritonWq.kind):
+    if kernel is not None and kernel is not Kernel.auto and kernel.value not in KERNELS:
         return (
             f"reads the substitute in the order of our own kernels, not of draft.kernel={kernel.value}: "
             "set draft.kernel=auto"

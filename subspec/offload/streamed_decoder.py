@@ -119,7 +119,7 @@ class StreamedDecoder(Decoder):
         if layer is not None:
             return self._timed(index, layer, hidden, arguments)
         if self.decoding is not None:
-            return self._timed(index, None, hidden, arguments)
+            return self._timed(index, self._decode(index), hidden, arguments)
         assert self.streamer is not None
         layer = self._slot_layers[self.streamer.enter()]
         layer.self_attn.layer_idx = (
@@ -145,15 +145,10 @@ class StreamedDecoder(Decoder):
             decoding.decode(index, flat)
         return layer
 
-    def _timed(
-        self, index: int, layer: nn.Module | None, hidden: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        """Run a layer, decoded first when it is None."""
+    def _timed(self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.layer_log is None:
-            return (layer or self._decode(index))(hidden, **arguments)
+            return layer(hidden, **arguments)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if layer is None:  # its bytes must have arrived before anything is timed
-            layer = self._decode(index)
         begin.record()
         hidden = layer(hidden, **arguments)
         end.record()
