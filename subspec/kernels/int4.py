@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspec.kernels.activation import apply_swiglu
+
 GROUP = 64
 """Weights along the input dimension that share a scale and a zero; the kernel is built for this size."""
 
@@ -118,10 +120,7 @@ def unpack(weight: PackedInt4) -> Tensor:
 def reference(weight: PackedInt4, x: Tensor) -> Tensor:
     """What :func:`linear` computes, in float32 torch: [rows, out_features], or the SwiGLU of it."""
     y = x.float() @ unpack(weight).t()
-    if not weight.swiglu:
-        return y
-    gate, up = y.unflatten(-1, (-1, 2, 16)).unbind(-2)
-    return (torch.nn.functional.silu(gate) * up).flatten(-2)
+    return apply_swiglu(y) if weight.swiglu else y
 
 
 @functools.cache

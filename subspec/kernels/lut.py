@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import lut_flute, lut_mma
+from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.hadamard import Rotate, rotate
 from subspec.kernels.lut_flute import FluteLut
-from subspec.kernels.ops import LevelLinear, Variant, _swiglu
+from subspec.kernels.ops import LevelLinear, Variant
 from subspec.quant.higgs_codes import CHUNK, HiggsCodes, pack_pairs, unpack_pairs
 
 MAX_ROWS = 16
@@ -98,7 +99,7 @@ class ReferenceLut(LevelLinear):
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.codes.rotated().to(x.dtype)
         y = functional.linear(self.rotation(x), weight)
-        return _swiglu(y) if self.swiglu else y.unsqueeze(0)
+        return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
 class TritonLut(LevelLinear):

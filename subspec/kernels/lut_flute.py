@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.hadamard import Rotate, rotate
-from subspec.kernels.ops import LevelLinear, _swiglu
+from subspec.kernels.ops import LevelLinear
 from subspec.quant.higgs_codes import HiggsCodes
 
 GROUPS = (32, 64, 128, 256)
@@ -71,7 +72,7 @@ class FluteLut(LevelLinear):
             self._workspace,
             self._tuned,
         )
-        return _swiglu(y) if self.swiglu else y.unsqueeze(0)
+        return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
 def single_codes(codes: HiggsCodes) -> Tensor:

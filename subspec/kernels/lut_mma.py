@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.kernels.activation import apply_swiglu
 from subspec.quant.higgs_codes import HiggsCodes
 
 STEP = 64
@@ -129,10 +130,7 @@ def unpack(weight: PackedLut) -> Tensor:
 def reference(weight: PackedLut, x: Tensor) -> Tensor:
     """What :func:`linear` computes, in float32 torch: [rows, out_features], or the SwiGLU of it."""
     y = x.float() @ unpack(weight).t()
-    if not weight.swiglu:
-        return y
-    gate, up = y.unflatten(-1, (-1, 2, 16)).unbind(-2)
-    return (functional.silu(gate) * up).flatten(-2)
+    return apply_swiglu(y) if weight.swiglu else y
 
 
 @functools.cache

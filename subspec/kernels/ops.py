@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import int4, wq
+from subspec.kernels.activation import apply_swiglu
 from subspec.quant.codes import Codes
 
 
@@ -169,7 +170,7 @@ class Tinygemm(LevelLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch._weight_int4pack_mm(x, self.weight, self.group, self.scale_and_offset)
-        return _swiglu(y) if self.swiglu else y.unsqueeze(0)
+        return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
 class GemLite(LevelLinear):
@@ -217,7 +218,7 @@ class GemLite(LevelLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._forward(x, None, self._arguments, self._meta)
-        return _swiglu(y) if self.swiglu else y.unsqueeze(0)
+        return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
 class Dense(LevelLinear):
@@ -239,7 +240,7 @@ class Dense(LevelLinear):
         if not self.swiglu:
             return y.unsqueeze(0)
         if self.interleaved:
-            return _swiglu(y)
+            return apply_swiglu(y)
         gate, up = y.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
@@ -321,8 +322,3 @@ def _gemlite_problem() -> str | None:
     except Exception as error:
         return f"gemlite cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
-
-
-def _swiglu(y: Tensor) -> Tensor:
-    gate, up = y.unflatten(-1, (-1, 2, 16)).unbind(-2)
-    return (functional.silu(gate) * up).flatten(-2)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from subspec.kernels.activation import apply_swiglu
 from subspec.rounding import next_power_of_two
 
 PER_WORD = {8: 4, 4: 8, 3: 16, 2: 16}
@@ -152,10 +152,7 @@ def unpack(weight: PackedWq) -> Tensor:
 def reference(weight: PackedWq, x: Tensor) -> Tensor:
     """What :func:`linear` computes, in float32 torch: [rows, out_features], or the SwiGLU of it."""
     y = x.float() @ unpack(weight).t()
-    if not weight.swiglu:
-        return y
-    gate, up = y.unflatten(-1, (-1, 2, 16)).unbind(-2)
-    return (functional.silu(gate) * up).flatten(-2)
+    return apply_swiglu(y) if weight.swiglu else y
 
 
 def linear(weight: PackedWq, x: Tensor, out: Tensor, *, tiles: int, splits: int = 1) -> None:
