@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.kernels.codec import Rows
+from subspec.kernels.codec import Rows, Spans
 from subspec.offload.checksum import checksum
 from subspec.offload.coded_layer import CodedLayer, CodedPart
 from subspec.offload.pinned import PinnedBuffer
@@ -216,8 +216,7 @@ def _meaning(plain: dict[str, Any]) -> tuple[CodedLayer, dict[str, Checks]]:
                 **part,
                 "rows": Rows(**part["rows"]),
                 "shape": torch.Size(part["shape"]),
-                "starts": tuple(part["starts"]),
-                "stream": tuple(part["stream"]),
+                "spans": Spans(**{name: tuple(span) for name, span in part["spans"].items()}),
             }
         )
         for part in plain.pop("parts")
