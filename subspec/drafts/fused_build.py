@@ -150,14 +150,18 @@ class LayerFuser:
         return linear
 
 
-def compact(layer: FusedLayer) -> FusedLayer:
+def compact(layer: FusedLayer, device: torch.device | None = None) -> FusedLayer:
     """Move a layer's packed weights into one allocation: the allocator rounds every tensor of some MiB up to two,
-    which takes 7 % of a 7B substitute when each Linear has tensors of its own."""
+    which takes 7 % of a 7B substitute when each Linear has tensors of its own.
+
+    Args:
+        device: where to; None: where they are.
+    """
     tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
     sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
     if not tensors:
         return layer
-    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device or tensors[0].device)
     views, offset = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
         bytes_ = tensor.numel() * tensor.element_size()

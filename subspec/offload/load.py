@@ -3,8 +3,9 @@
 One exact layer at a time is on the device: it is quantized for the substitute, then written to its pinned buffer, as
 it is or coded by the substitute (:mod:`subspec.offload.coded_load`). Host memory never holds more of the target than
 what is kept there and the layer on its way; a layer that an earlier run coded is read straight into its buffer.
-Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, so that loading
-itself stays inside the budget.
+Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, and the first layers of
+the substitute wait on the host where these need their room (``Plan.waiting_layers``), so that loading itself stays
+inside the budget.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from subspec.choices import Codec
 from subspec.config import Placement
 from subspec.drafts.fused import FusedModel
-from subspec.drafts.fused_build import LayerFuser, fuse_model
+from subspec.drafts.fused_build import LayerFuser, compact, fuse_model
 from subspec.offload.coded_cache import CodedCache
 from subspec.offload.coded_load import TargetCoding
 from subspec.offload.layer_bytes import flat_layer, write_layer
@@ -81,7 +82,7 @@ def load_streamed(
     Raises:
         SubspecError: host memory cannot be locked.
     """
-    pin = device.type == "cuda"
+    pin, cpu = device.type == "cuda", torch.device("cpu")
     model = empty_model(source.config, source.dtype, device)
     buffers: list[PinnedBuffer] = []
     shared = dict(source.shared(device))
@@ -131,6 +132,8 @@ def load_streamed(
                 streamed[index] = pinned(plain.layer_bytes(source.layer_shapes(index)))
                 write_layer(streamed[index], tensors, source.dtype)
             del tensors, codes
+        if fuser is not None and index < plan.waiting_layers:
+            compact(fused[index], cpu)
         if progress is not None:
             progress(index + 1, layers)
     head = None
@@ -138,8 +141,9 @@ def load_streamed(
         head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    for layer in fused[: plan.waiting_layers]:
+        compact(layer, device)
     # By way of the host: a layer on its way would need room on the device beside its place.
-    cpu = torch.device("cpu")
     decoding = None
     if coding is not None:
         kept = sum(index in coding.layers for index in resident)

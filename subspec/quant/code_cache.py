@@ -53,6 +53,14 @@ class CachedCodes:
         """The inner quantizer's."""
         return self.inner.stored_bytes(shape, name)
 
+    def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """The inner quantizer's."""
+        return self.inner.codes_bytes(shape, name)
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """The inner quantizer's."""
+        return self.inner.peak_bytes(shape, name)
+
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
     ) -> QuantizedWeight | None:
