@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 22
-"""Words that are summed at a time: bounds the temporaries to about 128 MiB."""
+"""Words that are summed at a time: bounds the temporaries to about 160 MiB."""
 
 _STEP, _MIX, _CHAIN = 0x1E3779B97F4A7C15, -0x40A7B892E31B1A47, 0x2545F4914F6CDD1D
 """Odd 64-bit constants (of Fibonacci hashing, SplitMix64 and xorshift*), as signed integers."""

@@ -21,8 +21,8 @@ PACKING = 27
 """Bytes per weight of those packed at once: 64-bit copies before, while and after they are shifted (counted: 18 for
 ``int4_mma``, 26 for ``triton_wq``)."""
 
-ENCODING = 120
-"""Bytes per weight of those encoded at once: cells, symbols, lengths, positions (counted: 115)."""
+ENCODING = 128
+"""Bytes per weight of those encoded at once: cells, symbols, lengths, positions (counted: 121)."""
 
 
 def loading_bytes(

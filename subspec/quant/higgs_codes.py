@@ -134,8 +134,9 @@ class HiggsCodeQuantizer:
         return sum(higgs_sizes(*shape, bits=self.bits, group_size=self.group_size))
 
     def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
-        """A byte per weight at most: per pair, with the scales, and where a look-up made them as much again."""
-        return shape[0] * Rotation.of(shape[1], self.hadamard_size).padded
+        """A byte per pair, and the scales."""
+        _, scales = higgs_sizes(*shape, bits=self.bits, group_size=self.group_size)
+        return shape[0] * Rotation.of(shape[1], self.hadamard_size).padded // 2 + scales
 
     def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
         """:data:`ROUNDING_BYTES` per weight of the rows that are coded at once."""

@@ -152,9 +152,10 @@ def test_a_layer_is_dropped_before_the_next_is_read(start, model):
     parameters = dict(model.model.layers[0].named_parameters())
     layer = sum(parameter.nbytes for parameter in parameters.values())
     vectors = sum(parameter.nbytes for parameter in parameters.values() if parameter.dim() == 1)
-    assert (
-        layer <= start.source.peak <= layer + (LAYERS - 1) * vectors
-    )  # which the substitute on a CPU shares
+    shared = (
+        LAYERS - 1
+    ) * vectors  # of earlier layers: on a CPU the substitute's norms are the target's own tensors
+    assert layer <= start.source.peak <= layer + shared
 
 
 def test_a_layer_is_read_into_its_own_place(start, model, monkeypatch):

@@ -27,6 +27,7 @@ from subspec.config import (
 )
 from subspec.config_checks import check_config
 from subspec.errors import ConfigError
+from subspec.loading import Loaded
 from subspec.offload.plan import plan_run
 from subspec.quant.codes import HqqCodes
 from subspec.targets.layers import open_source
@@ -207,6 +208,7 @@ def test_a_second_coded_start_reads_and_codes_nothing(monkeypatch, tmp_path, dev
         if device.type == "cuda":  # the interpreter of a CPU takes seconds a level
             text = assembly.engine.generate(PROMPT, max_new_tokens=40).token_ids
         report = assembly.streamed.coded.report()
+        assert Loaded(None, assembly, plan).facts()["coded_cache"] == report
         results.append((text, [flat.cpu().clone() for flat in flats], report["read"], report["coded"]))
         assembly.close()
         # Whatever would read, quantize or code from now on ends the test.
