@@ -31,6 +31,11 @@ static inline float half_to_float(unsigned h) {
 }
 struct Word4 { unsigned x, y, z, w; };
 static inline Word4 load4(const unsigned* p) { return {p[0], p[1], p[2], p[3]}; }
+static inline Word4 read4(const unsigned short* p) {
+  Word4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
 static inline void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsigned d) {
   const unsigned v[4] = {a, b, c, d};
   memcpy(p, v, 16);
@@ -53,6 +58,12 @@ DEVICE Word4 load4(const unsigned* p) {
   asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
+DEVICE Word4 read4(const unsigned short* p) {  // of memory that this kernel writes, too
+  Word4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
 DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsigned d) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -72,9 +83,8 @@ DEVICE void open_at(Bits& bits, const unsigned* from) {
   bits.left = 64;
 }
 
-DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float half) {
-  const float centre = add((float)q, -zero);
-  const float low = mul(add(centre, -half), scale), high = mul(add(centre, half), scale);
+// centred (known when compiling): symbols count from the middle cell to either side, not from the first on.
+DEVICE unsigned decode_between(Bits& bits, float low, float high, bool centred) {
   const float larger = fmaxf(fabsf(low), fabsf(high));
   const int exponent = (int)(as_bits(larger) >> 23) - 127;
   // NaN: no comparison holds. fmaxf drops one NaN, but then low < high fails.
@@ -98,7 +108,7 @@ DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float hal
   low_bits = (unsigned)(bits.window >> used);
 
   const bool escape = symbol == (unsigned)count;
-  const int number = first + (int)symbol;
+  const int number = centred ? first + (count >> 1) + ((int)(symbol >> 1) ^ -(int)(symbol & 1u)) : first + (int)symbol;
   const bool negative = number < 0;
   const unsigned magnitude = (unsigned)(negative ? -1 - number : number);
   const int top = 31 - leading(magnitude | (magnitude == 0u));
@@ -111,6 +121,11 @@ DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float hal
   bits.window >>= taken;
   bits.left -= taken;
   return value;
+}
+
+DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float half) {
+  const float centre = add((float)q, -zero);
+  return decode_between(bits, mul(add(centre, -half), scale), mul(add(centre, half), scale), false);
 }
 
 #if LAYOUT == 1
@@ -200,6 +215,63 @@ extern "C" __global__ void __launch_bounds__(128) codec_decode(
   if (chunk * CHUNK < total)
     decode_chunk(starts, stream, words, high, meta, out, total, columns, rows, width, group, row_offset, interleave,
                  (float)half, chunk);
+}
+#endif
+
+#elif LAYOUT == 3
+
+// scale: half [blocks][groups][8][tiles][2] (lut_mma.py); a step is 64 inputs, block_steps of them are rotated together
+// and group_steps have one scale. Intervals reach unit * (sum of the scales of the weight's block's steps) to each side.
+DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned short* scale,
+                         unsigned short* out, long long total, int columns, int groups, int tiles, int group_steps,
+                         int block_steps, int row_offset, int interleave, float unit, long long chunk) {
+  Bits bits;
+  open_at(bits, stream + starts[chunk]);
+  const long long begin = chunk * CHUNK, end = begin + CHUNK < total ? begin + CHUNK : total;
+  int row = (int)(begin / columns), column = (int)(begin - (long long)row * columns);
+  const int block = block_steps * 64;  // a power of two
+  const bool wide = columns % 8 == 0;  // 16 bytes at a time; chunks begin at multiples of 8
+  float reach = 0.f;
+  for (long long at = begin; at < end;) {
+    if (at == begin || (column & (block - 1)) == 0) {
+      const int fused = row_offset + (interleave ? (row >> 4) * 32 + (row & 15) : row);
+      const int tile = (fused >> 4) % tiles, h = (fused >> 3) & 1, g = fused & 7, step = (column & -block) >> 6;
+      const unsigned short* own =
+          scale + ((((long long)((fused >> 4) / tiles) * groups * 8 + g) * tiles + tile) * 2 + h);
+      reach = half_to_float(own[(long long)(step / group_steps) * 16 * tiles]);
+      for (int next = step + 1; next < step + block_steps; ++next)
+        reach = add(reach, half_to_float(own[(long long)(next / group_steps) * 16 * tiles]));
+      reach = mul(reach, unit);
+    }
+    if (wide) {
+      const Word4 word = read4(out + at);
+      const unsigned pairs[4] = {word.x, word.y, word.z, word.w};
+      unsigned v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float weight = as_float(i & 1 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+        v[i] = decode_between(bits, add(weight, -reach), add(weight, reach), true);
+      }
+      store4(out + at, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
+    } else {
+      const float weight = as_float((unsigned)out[at] << 16);
+      out[at] = (unsigned short)decode_between(bits, add(weight, -reach), add(weight, reach), true);
+    }
+    const int taken = wide ? 8 : 1;
+    at += taken;
+    column += taken;
+    if (column == columns) { column = 0; ++row; }
+  }
+}
+
+#ifndef HOST_TEST
+extern "C" __global__ void __launch_bounds__(128) codec_decode(
+    const unsigned* starts, const unsigned* stream, const unsigned short* scale, unsigned short* out, int total,
+    int columns, int groups, int tiles, int group_steps, int block_steps, int row_offset, int interleave, double unit) {
+  const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
+  if (chunk * CHUNK < total)
+    decode_chunk(starts, stream, scale, out, total, columns, groups, tiles, group_steps, block_steps, row_offset,
+                 interleave, (float)unit, chunk);
 }
 #endif
 
