@@ -27,6 +27,19 @@ LAYERS = (0, 10, 20, 29)
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
 
+def matrices(rows: int) -> dict[str, list[Tensor]]:
+    """What is coded: the first rows of some of the default model's weights, and a Gaussian one."""
+    generator = torch.Generator().manual_seed(0)
+    source = open_source(EmbeddedTargetConfig(name="smollm2_135m"), torch.bfloat16, CPU)
+    real = [
+        source.layer(index, CPU)[f"{name}.weight"][:rows].contiguous() for index in LAYERS for name in LINEARS
+    ]
+    return {
+        "Gaussian": [(torch.randn(rows, 3584, generator=generator) * 0.02).bfloat16()],
+        "default model": real,
+    }
+
+
 def lengths(weight: Tensor, own: QuantizedWeight) -> Tensor:
     """Bits that each weight takes, flat."""
     from subspec.offload.codec import _cells, _symbols
@@ -80,23 +93,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="of each matrix")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    generator = torch.Generator().manual_seed(0)
-    source = open_source(EmbeddedTargetConfig(name="smollm2_135m"), torch.bfloat16, CPU)
-    real = [
-        source.layer(index, CPU)[f"{name}.weight"][: options.rows].contiguous()
-        for index in LAYERS
-        for name in LINEARS
-    ]
-    kinds = {
-        "Gaussian": [(torch.randn(options.rows, 3584, generator=generator) * 0.02).bfloat16()],
-        "default model": real,
-    }
     quantizers: dict[str, CodeQuantizer] = {f"HQQ {bits} bits": HqqCodes(bits) for bits in (8, 4, 3, 2)}
     for bits in (4, 3, 2):
         for dim in (2, 1):
             quantizers[f"HIGGS {bits} bits, dimension {dim}"] = HiggsCodeQuantizer(bits, dim)
     results = {}
-    for kind, weights in kinds.items():
+    for kind, weights in matrices(options.rows).items():
         for name, quantizer in quantizers.items():
             result = measure(weights, quantizer)
             results[f"{kind}, {name}"] = result
