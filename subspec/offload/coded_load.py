@@ -83,5 +83,5 @@ class TargetCoding:
     def bits_per_weight(self) -> float:
         """Bits that one coded weight takes, on average."""
         parts = [part for layer in self.layers.values() for part in layer.parts]
-        words = sum(part.starts[1] + part.stream[1] for part in parts)
+        words = sum(part.words for part in parts)
         return 32 * words / max(1, sum(part.shape.numel() for part in parts))

@@ -24,7 +24,7 @@ from subspec.quant.hadamard import LEAST_BLOCK
 from subspec.quant.higgs_codes import HiggsCodes
 
 REACH = 2.7
-"""Standard deviations of the residual to either side of a rotated weight's dequantized value: 0.6 to 0.7 % lie outside."""
+"""Standard deviations to either side of a rotated weight's dequantized value: 0.6 to 0.7 % of weights lie outside."""
 
 
 class Intervals(Protocol):

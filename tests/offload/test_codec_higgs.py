@@ -8,19 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.kernels.codec import DEQUANTIZED_ROWS, Rows, decode_into, dequantize_into, substitute_codes
+from subspec.kernels.codec import Piece, Rows, Spans, decode_into, describe, substitute_codes
 from subspec.kernels.lut import MmaLut, ReferenceLut, make_lut_linear
+from subspec.kernels.lut_dequantize import FIELDS, ROWS, Dequantizer, Rotated
 from subspec.kernels.lut_format import LutFormat
 from subspec.kernels.ops import Variant
 from subspec.offload.codec import decode, encode
 from subspec.offload.coding import reserved_bits
-from subspec.offload.intervals import GaussianIntervals, margin_of, reach_factor, rebuild
+from subspec.offload.intervals import GaussianIntervals, margin_of, rebuild
 from subspec.quant.grids import load_grid
 from subspec.quant.hadamard import LEAST_BLOCK, Rotation, butterfly, walsh_hadamard
 from subspec.quant.higgs_codes import HiggsCodes, group_of
 from subspec.quant.higgs_codes import encode as quantize
 from tests.helpers.host_cuda import compile_host
-from tests.offload.test_codec import DEVICES, EVERY_BFLOAT16, gaussian, same, spoiled
+from tests.offload.test_codec import DEVICES, EVERY_BFLOAT16, HOST, gaussian, same, spoiled
 
 HALVES = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
 
@@ -190,23 +191,34 @@ def test_other_kernels_orders_are_not_guessed():
         substitute_codes(linear, Rows(0, False), 32)
 
 
+def made_up_linear(count, k, bits, block, tiles, swiglu, every_scale, device="cpu"):
+    """A fused Linear of two weights of ``count`` rows; each one's codes and rows."""
+    codes = [
+        made_up(count, k, bits=bits, block=block, seed=seed, every_scale=every_scale) for seed in range(2)
+    ]
+    stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
+    there = replace(stacked, pairs=stacked.pairs.to(device), scale=stacked.scale.to(device))
+    linear = make_lut_linear(there, Variant(MmaLut.kind, tiles), swiglu=swiglu)
+    rows = [Rows(16 * number, True) if swiglu else Rows(count * number, False) for number in range(2)]
+    return linear, list(zip(codes, rows, strict=True))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("every_scale", [False, True])
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
-def test_the_device_rebuilds_what_a_cpu_rebuilds(bits, block, tiles, swiglu, k):
-    for every_scale in (False, True):
-        codes = [
-            made_up(64, k, bits=bits, block=block, seed=seed, every_scale=every_scale) for seed in range(2)
+def test_the_device_rebuilds_what_a_cpu_rebuilds(bits, block, tiles, swiglu, k, every_scale):
+    linear, members = made_up_linear(64, k, bits, block, tiles, swiglu, every_scale, "cuda")
+    outs = [torch.full((64, k), 5.0, dtype=torch.bfloat16, device="cuda") for _ in members]
+    Dequantizer(
+        [
+            Rotated(out, linear, rows.first, rows.interleaved)
+            for out, (_, rows) in zip(outs, members, strict=True)
         ]
-        stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
-        there = replace(stacked, pairs=stacked.pairs.cuda(), scale=stacked.scale.cuda())
-        linear = make_lut_linear(there, Variant(MmaLut.kind, tiles), swiglu=swiglu)
-        for number, own in enumerate(codes):
-            rows = Rows(16 * number, True) if swiglu else Rows(64 * number, False)
-            out = torch.full((64, k), 5.0, dtype=torch.bfloat16, device="cuda")
-            dequantize_into(out, linear, rows)
-            assert alike(out.cpu(), rebuild(own))
-            there = replace(own, pairs=own.pairs.cuda(), scale=own.scale.cuda())
-            assert alike(rebuild(there).cpu(), rebuild(own))
+    )()
+    for out, (codes, _) in zip(outs, members, strict=True):
+        assert alike(out.cpu(), rebuild(codes))
+        there = replace(codes, pairs=codes.pairs.cuda(), scale=codes.scale.cuda())
+        assert alike(rebuild(there).cpu(), rebuild(codes))
 
 
 # ------------------------------------------------------------------------------- the CUDA source, as plain C++
@@ -215,40 +227,24 @@ DEQUANTIZE = r"""
 #define HOST_TEST
 #include "codec.cu"
 #include "lut_dequantize.cu"
-extern "C" void dequantize(const unsigned* words, const unsigned short* scale, const unsigned* table,
-                           const float* signs, unsigned short* out, int rows, int columns, int steps, int tiles,
-                           int group_steps, int row_offset, int interleave, float factor) {
+extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
   static float v[32 * STEPS][16], before[32 * STEPS][16];
-  alignas(16) static float shared[8 * ROW];
-  for (int first = 0; first < rows; first += 8)
-    for (int origin = 0; origin < steps; origin += STEPS) {
-      for (int i = 0; i < 32 * STEPS; ++i) {
-        const int row = first + (i % 32) / 4 < rows ? first + (i % 32) / 4 : rows - 1;
-        look_up(v[i], words, scale, table, fused_row(row, row_offset, interleave), origin + i / 32, i & 3, steps, tiles,
-                group_steps);
-        within(v[i]);
-      }
-      for (int mask = 1; mask < 4; mask *= 2) {
-        memcpy(before, v, sizeof v);
-        for (int i = 0; i < 32 * STEPS; ++i)
-          for (int j = 0; j < 16; ++j) v[i][j] = across(before[i][j], before[i ^ mask][j], i & mask);
-      }
-      for (int i = 0; i < 32 * STEPS; ++i) put(shared, v[i], (i % 32) / 4, i / 32, i & 3);
-      for (int i = 0; i < 32 * STEPS; ++i)
-        finish(shared, signs, out, i, first, rows, origin * 64, columns, factor);
+  alignas(16) static float shared[ROWS * ROW_STRIDE];
+  for (int block = 0, own = 0; block < blocks; ++block) {
+    while (own + 1 < count && parts[own + 1].first_block <= block) ++own;
+    const Site site = site_of(parts[own], block - (int)parts[own].first_block);
+    for (int i = 0; i < 32 * STEPS; ++i) {
+      look_up(v[i], parts[own], (const unsigned*)parts[own].table, site, i);
+      within(v[i]);
     }
-}
-"""
-
-DECODE = r"""
-#define HOST_TEST
-#include "codec.cu"
-extern "C" void decode(const unsigned* starts, const unsigned* stream, const unsigned short* scale,
-                       unsigned short* out, int total, int columns, int groups, int tiles, int group_steps,
-                       int block_steps, int first, int interleave, float unit) {
-  for (long long c = 0; c * CHUNK < total; ++c)
-    decode_chunk(starts, stream, scale, out, total, columns, groups, tiles, group_steps, block_steps, first, interleave,
-                 unit, c);
+    for (int mask = 1; mask < 4; mask *= 2) {
+      memcpy(before, v, sizeof v);
+      for (int i = 0; i < 32 * STEPS; ++i)
+        for (int j = 0; j < 16; ++j) v[i][j] = across(before[i][j], before[i ^ mask][j], i & mask);
+    }
+    for (int i = 0; i < 32 * STEPS; ++i) put(shared, v[i], i);
+    for (int i = 0; i < 32 * STEPS; ++i) finish(shared, parts[own], site, i);
+  }
 }
 """
 
@@ -263,54 +259,57 @@ def compiled(tmp_path_factory):
         )
         for bits, block, *_ in CASES
     }
-    return libraries | {"decode": compile_host(folder, DECODE, {"LAYOUT": 3})}
+    return libraries | {"decode": compile_host(folder, HOST, {"LAYOUT": 3})}
 
 
-def dequantized(library, linear, rows, count, columns):
-    """``dequantize_into`` on the host."""
-    packed, rotation = linear.weight, linear.rotation
-    out = torch.full((count, columns), 5.0, dtype=torch.bfloat16)
-    signs = rotation.signs(torch.device("cpu"), torch.float32)
-    source = [ctypes.c_void_p(t.data_ptr()) for t in (packed.words, packed.scale, packed.table, signs, out)]
-    group_steps = packed.steps // packed.scale.shape[1]
-    place = [columns, packed.steps, packed.tiles, group_steps, rows.first, int(rows.interleaved)]
-    library.dequantize(*source, count, *place, ctypes.c_float(rotation.block**-0.5))
-    return out
+def pointer(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def dequantize_on_host(library, parts):
+    """A ``Dequantizer``'s launch."""
+    rows, blocks = [], 0
+    for part in parts:
+        rows.append([*part.describe(), blocks])
+        blocks += part.blocks
+    table = torch.tensor(rows)
+    assert table.shape == (len(parts), FIELDS)
+    library.dequantize(pointer(table), len(parts), blocks)
 
 
 @pytest.mark.parametrize("every_scale", [False, True])
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
 def test_the_cuda_source_rebuilds_what_torch_rebuilds(compiled, bits, block, tiles, swiglu, k, every_scale):
-    count = 64 if swiglu else 3 * DEQUANTIZED_ROWS + 5
-    codes = [
-        made_up(count, k, bits=bits, block=block, seed=seed, every_scale=every_scale) for seed in range(2)
+    """All weights of a fused Linear in one launch."""
+    count = 64 if swiglu else 3 * ROWS + 5
+    linear, members = made_up_linear(count, k, bits, block, tiles, swiglu, every_scale)
+    outs = [torch.full((count, k), 5.0, dtype=torch.bfloat16) for _ in members]
+    parts = [
+        Rotated(out, linear, rows.first, rows.interleaved)
+        for out, (_, rows) in zip(outs, members, strict=True)
     ]
-    linear = make_lut_linear(
-        codes[0].stacked(codes[1:], swiglu=swiglu), Variant(MmaLut.kind, tiles), swiglu=swiglu
-    )
-    for number, own in enumerate(codes):
-        rows = Rows(16 * number, True) if swiglu else Rows(count * number, False)
-        assert alike(dequantized(compiled[bits, block], linear, rows, count, k), rebuild(own))
+    dequantize_on_host(compiled[bits, block], parts)
+    for out, (codes, _) in zip(outs, members, strict=True):
+        assert alike(out, rebuild(codes))
 
 
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
 def test_the_cuda_source_decodes_what_torch_encoded(compiled, bits, block, tiles, swiglu, k):
+    """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
     linear, members = fused(parts_of(swiglu, k), bits, block, tiles, swiglu)
+    flat, pieces = torch.zeros(0, dtype=torch.int32), []
     for weight, codes, rows in members:
         coded = encode(weight, codes, margin_of(codes))
-        packed, steps = linear.weight, linear.rotation.block // LEAST_BLOCK
-        out = dequantized(compiled[bits, block], linear, rows, *weight.shape)
-        groups = packed.scale.shape[1]
-        call = [ctypes.c_void_p(t.data_ptr()) for t in (coded.starts, coded.stream, packed.scale, out)]
-        call += [
-            weight.numel(),
-            k,
-            groups,
-            tiles,
-            packed.steps // groups,
-            steps,
-            rows.first,
-            int(rows.interleaved),
-        ]
-        compiled["decode"].decode(*call, ctypes.c_float(reach_factor(coded.margin, linear.rotation.block)))
-        assert same(out, weight)
+        begin = flat.numel()
+        flat = torch.cat([flat, coded.starts, coded.stream])
+        behind = begin + coded.starts.numel()
+        spans = Spans((4 * begin, coded.starts.numel()), (4 * behind, coded.stream.numel()))
+        pieces.append(Piece(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
+    rotated = [Rotated(piece.out, linear, piece.rows.first, piece.rows.interleaved) for piece in pieces]
+    dequantize_on_host(compiled[bits, block], rotated)
+    described = [describe(piece) for piece in pieces]
+    assert {layout for layout, _ in described} == {3}
+    table = torch.tensor([[*fields, 0] for _, fields in described])
+    compiled["decode"].decode(pointer(table), pointer(flat), len(pieces))
+    for piece, (weight, _, _) in zip(pieces, members, strict=True):
+        assert same(piece.out, weight)
