@@ -108,6 +108,13 @@ def test_constant_rows_and_zeros():
     assert same(decode(encode(weight, codes, margin_of(codes)), codes), weight)
 
 
+def test_codes_of_another_kind_name_no_intervals():
+    with pytest.raises(TypeError, match="str names no intervals"):
+        margin_of("codes")
+    with pytest.raises(TypeError, match="str names no intervals"):
+        encode(gaussian(1, 64), "codes", 0.5)
+
+
 def test_intervals_do_not_depend_on_the_piece_they_are_asked_for():
     codes = made_up(7, 300, bits=3, every_scale=False)
     intervals = GaussianIntervals(codes, margin_of(codes))
