@@ -1,6 +1,6 @@
 """Thousands of coded passes, every decoded layer compared with the original.
 
-    python scripts/codec_soak.py [--target qwen2_5_7b] [--vram 8] [--passes 2000]
+    python scripts/codec_soak.py [--target qwen2_5_7b] [--vram 8] [--passes 2000] [--quant higgs]
 
 Loads a planted target with ``offload.codec=substitute``, compares every decoded parameter with the planted original bit
 for bit once, and then decodes texts without a draft (one pass per token). After each decoding of a layer in each pass,
@@ -25,6 +25,7 @@ from subspec.config import (
     BenchmarkConfig,
     Config,
     DecodingConfig,
+    HiggsConfig,
     HqqConfig,
     NoLoggerConfig,
     PlantedTargetConfig,
@@ -90,15 +91,19 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=2000)
     parser.add_argument("--text", type=int, default=500, help="tokens, so passes, of each text")
     parser.add_argument("--resident", type=int, help="coded layers on the device; default: what fits")
+    parser.add_argument("--quant", choices=("hqq", "higgs"), default="hqq")
     parser.add_argument("--bits", type=int, default=4)
     options = parser.parse_args()
     device = torch.device("cuda")
+    if options.quant == "higgs":
+        quant, kernel = HiggsConfig(name="higgs", bits=options.bits), Kernel.lut_mma
+    else:
+        quant = HqqConfig(name="hqq", bits=options.bits)
+        kernel = Kernel.int4_mma if options.bits == 4 else Kernel.triton_wq
     config = Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
-        draft=SubstituteDraftConfig(
-            name="subspec", kernel=Kernel.int4_mma if options.bits == 4 else Kernel.triton_wq
-        ),
-        quant=HqqConfig(name="hqq", bits=options.bits),
+        draft=SubstituteDraftConfig(name="subspec", kernel=kernel),
+        quant=quant,
         tree=BeamTreeConfig(name="beam", depth=1, width=1),
         decoding=DecodingConfig(
             name="greedy", max_new_tokens=options.text, max_length=options.text + 256, ignore_eos=True
@@ -151,6 +156,7 @@ def main() -> None:
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "target": source.source,
+                "quant": options.quant,
                 "bits": options.bits,
                 "bits_per_weight": streamed.bits_per_weight,
                 "resident_coded_layers": len(streamed.decoder.decoding.resident),

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from subspec.choices import Codec
+from subspec.choices import Codec, Kernel
 from subspec.config import Cache, SubstituteDraftConfig, Unpack
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import ROLES, LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.errors import ConfigError
 from subspec.kernels.choose import choose_kernels
 from subspec.kernels.codec import KERNELS as DECODED_KERNELS
 from subspec.kernels.formats import describe
@@ -74,15 +75,21 @@ class StreamedSubstitute(StreamedBuild):
             (source.config.vocab_size, source.config.hidden_size),
             kernel=draft.kernel.value,
         )
-        kernels = choose_kernels(  # by measurement, while the device is still empty
-            quantization.shapes,
-            getattr(context.growth, "width", 1),
-            context.device,
-            formats=quantization.formats,
-            kernel=draft.kernel.value,
-            allowed=DECODED_KERNELS if context.plan.codec is Codec.substitute else None,
-            note=context.note,
-        )
+        coded = context.plan.codec is Codec.substitute
+        try:
+            kernels = choose_kernels(  # by measurement, while the device is still empty
+                quantization.shapes,
+                getattr(context.growth, "width", 1),
+                context.device,
+                formats=quantization.formats,
+                kernel=draft.kernel.value,
+                allowed=DECODED_KERNELS if coded else None,
+                note=context.note,
+            )
+        except ConfigError as error:
+            if not coded or draft.kernel is not Kernel.auto:
+                raise
+            raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
         self.skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))
         self._quantizer = CachedCodes(quantization.quantizer, self._open_store(context))
         if context.plan.codec is Codec.substitute:

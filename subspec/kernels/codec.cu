@@ -15,6 +15,9 @@
 //      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's.
 //   2  the Triton kernel's order (wq.py), for other bits and groups: word j of a row holds the inputs j, j + S, ... of
 //      S words; outputs are neighbours. Reads are scattered, as neither order can suit both kernels.
+//   3  grid points of rotated weights (HIGGS, lut.cu): lut_dequantize.cu has written the dequantized weights, rotated
+//      back and rounded to bfloat16, where the exact ones are to be; of the substitute only the scales are read here.
+//      Every weight has an interval of its own.
 //
 // The file also compiles as plain C++ (HOST_TEST), so that its arithmetic is tested where there is no GPU.
 
@@ -45,6 +48,11 @@ static inline void advance_if(unsigned full, unsigned* words, const unsigned*& n
   words[2] = *next++;
 }
 static inline Word4 load4(const unsigned* p) { return {p[0], p[1], p[2], p[3]}; }
+static inline Word4 read4(const unsigned short* p) {
+  Word4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
 static inline void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsigned d) {
   const unsigned v[4] = {a, b, c, d};
   memcpy(p, v, 16);
@@ -80,6 +88,12 @@ DEVICE void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
 DEVICE Word4 load4(const unsigned* p) {
   Word4 v;
   asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+DEVICE Word4 read4(const unsigned short* p) {  // of memory that this kernel writes, too
+  Word4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsigned d) {
@@ -138,7 +152,8 @@ DEVICE void fill(unsigned* table, int levels, float scale, float zero, float hal
   for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at(q, scale, zero, half);
 }
 
-DEVICE unsigned decode_one(Bits& bits, unsigned entry) {
+// centred, known when compiling: symbols count from the middle cell to either side in turn, not from the first one on.
+DEVICE unsigned decode_one(Bits& bits, unsigned entry, bool centred = false) {
   const unsigned seen = funnel(bits.words[0], bits.words[1], bits.at);  // no code is longer than 26 bits
   const unsigned mask = ones(entry), extra = (entry >> 5) & 511u;
   const unsigned shorter = seen & mask, longer_symbol = shorter + extra;
@@ -147,8 +162,10 @@ DEVICE unsigned decode_one(Bits& bits, unsigned entry) {
   const unsigned symbol = (after & is_longer) ? longer_symbol : shorter;
   const unsigned behind = after >> is_longer;
 
-  const bool escape = symbol == mask + extra;
-  const int number = ((int)entry >> 22) + (int)symbol;
+  const unsigned cells_there = mask + extra;
+  const bool escape = symbol == cells_there;
+  const int aside = centred ? (int)(cells_there >> 1) + ((int)(symbol >> 1) ^ -(int)(symbol & 1u)) : (int)symbol;
+  const int number = ((int)entry >> 22) + aside;
   const int sign = number >> 31;
   const unsigned magnitude = (unsigned)(number ^ sign);
   const float cells = number_of(magnitude);
@@ -250,9 +267,56 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   }
 }
 
+#elif LAYOUT == 3
+
+// meta: scales, half [blocks][groups][8][tiles][2] (lut_mma.py); rows: inputs that are rotated together, a power of two.
+// An interval reaches half * (sum of the scales of every 64 inputs of the weight's block) to either side.
+DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned*) {
+  unsigned short* out = (unsigned short*)part.out;
+  const int columns = (int)part.columns, block = (int)part.rows, tiles = (int)part.tiles, group = (int)part.group;
+  const int groups = (columns + 63) / 64 * 64 / group;
+  const float half = as_float((unsigned)part.half);
+  Bits bits;
+  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
+  const long long begin = chunk * CHUNK;
+  const long long end = begin + CHUNK < part.total ? begin + CHUNK : part.total;
+  int row = (int)(begin / columns), column = (int)(begin - (long long)row * columns);
+  const bool wide = columns % 8 == 0;  // then chunks and rows begin at multiples of 16 bytes
+  const int taken = wide ? 8 : 1;
+  float reach = 0.0f;
+  for (long long at = begin; at < end; at += taken) {
+    if (at == begin || (column & (block - 1)) == 0) {
+      const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+      const int tile = (fused >> 4) % tiles, h = (fused >> 3) & 1, g = fused & 7, first = column & -block;
+      const unsigned short* scales = (const unsigned short*)part.meta +
+                                     (((long long)((fused >> 4) / tiles) * groups * 8 + g) * tiles + tile) * 2 + h;
+      reach = half_to_float(scales[(long long)(first / group) * 16 * tiles]);
+      for (int next = first + 64; next < first + block; next += 64)
+        reach = add(reach, half_to_float(scales[(long long)(next / group) * 16 * tiles]));
+      reach = mul(reach, half);
+    }
+    if (wide) {
+      const Word4 word = read4(out + at);
+      const unsigned pairs[4] = {word.x, word.y, word.z, word.w};
+      unsigned v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float weight = as_float(i & 1 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+        v[i] = decode_one(bits, entry_of(add(weight, -reach), add(weight, reach)), true);
+      }
+      store4(out + at, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
+    } else {
+      const float weight = as_float((unsigned)out[at] << 16);
+      out[at] = (unsigned short)decode_one(bits, entry_of(add(weight, -reach), add(weight, reach)), true);
+    }
+    column += taken;
+    if (column == columns) { column = 0; ++row; }
+  }
+}
+
 #endif
 
-#ifndef HOST_TEST
+#if !defined(HOST_TEST) && LAYOUT > 0
 extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* parts, const unsigned char* flat,
                                                                    int count) {
   __shared__ unsigned table[16 * THREADS];

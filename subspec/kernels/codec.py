@@ -1,25 +1,29 @@
 """Exact weights from their code and the packed substitute on the device: the CUDA decoder's launches.
 
 The substitute is read where the draft's kernels have it, in their order; so only kernels of ours whose order is known
-here can serve (:data:`KERNELS`). On a CPU the torch decoder stands in.
+here can serve (:data:`KERNELS`). HIGGS is dequantized first, into the place of the exact weight
+(:mod:`subspec.kernels.lut_dequantize`). On a CPU the torch decoder stands in.
 """
 
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspec.kernels import int4, wq
+from subspec.kernels.compile import compile_cuda
+from subspec.kernels.lut import MmaLut
+from subspec.kernels.lut_dequantize import Dequantizer, Rotated
 from subspec.kernels.ops import LevelLinear, MmaInt4, TritonWq
 from subspec.offload.codec import CHUNK, Coded, decode
-from subspec.quant.codes import Codes
+from subspec.offload.intervals import reach_factor
+from subspec.quant.codes import Codes, QuantizedWeight
 
-KERNELS = (MmaInt4.kind, TritonWq.kind)
+KERNELS = (MmaInt4.kind, TritonWq.kind, MmaLut.kind)
 """Kernels of the draft whose packed weights the decoder reads."""
 
 THREADS = 128
@@ -86,12 +90,16 @@ class Piece:
     margin: float
 
 
-def substitute_codes(linear: LevelLinear, rows: Rows, count: int) -> Codes:
+def substitute_codes(linear: LevelLinear, rows: Rows, count: int) -> QuantizedWeight:
     """A Linear's own codes, from the packed weight of the fused one.
 
     Raises:
         TypeError: the kernel's order is not known here.
     """
+    if isinstance(linear, MmaLut):
+        codes = linear.codes
+        pairs, scale = (rows.select(part, count).contiguous() for part in (codes.pairs, codes.scale))
+        return replace(codes, pairs=pairs, scale=scale)
     if isinstance(linear, MmaInt4):
         q, scale, zero = int4.unpack_codes(linear.weight)
         group, bits = int4.GROUP, 4
@@ -116,10 +124,17 @@ class PieceDecoder:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
+        self._dequantize: Dequantizer | None = None
         self._launches: list[tuple[Any, Tensor, dict[str, Any], int]] = []
         device = pieces[0].out.device if pieces else torch.device("cpu")
         if device.type != "cuda":
             return
+        rotated = [
+            Rotated(piece.out, piece.linear, piece.rows.first, piece.rows.interleaved)
+            for piece in pieces
+            if isinstance(piece.linear, MmaLut)
+        ]
+        self._dequantize = Dequantizer(rotated)
         parts: dict[int, list[list[int]]] = {}
         blocks: dict[int, int] = {}
         # The large ones first: what is left at the end is short.
@@ -135,6 +150,8 @@ class PieceDecoder:
 
     def __call__(self, flat: Tensor) -> None:
         """Write every piece's weight from ``flat`` (uint8, 4-byte aligned, on the pieces' device)."""
+        if self._dequantize is not None:
+            self._dequantize()
         for kernel, table, shape, count in self._launches:
             kernel(**shape, args=[table, flat, count])
         if flat.is_cuda:
@@ -153,7 +170,7 @@ def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> N
 
 def describe(piece: Piece) -> tuple[int, list[int]]:
     """The layout of a piece's substitute, and all fields of ``Part`` but the last one."""
-    linear, out = piece.linear, piece.out
+    linear, out, reach = piece.linear, piece.out, 0.5 + piece.margin
     if isinstance(linear, MmaInt4):
         layout, packed = 1, linear.weight
         sources = [packed.words.data_ptr(), 0, packed.meta.data_ptr()]
@@ -162,9 +179,14 @@ def describe(piece: Piece) -> tuple[int, list[int]]:
         layout, weight = 2, linear.weight
         sources = [weight.words.data_ptr(), weight.high.data_ptr(), weight.meta.data_ptr()]
         form = [weight.out_features, 0, weight.bits, weight.group]
+    elif isinstance(linear, MmaLut):
+        layout, look_up, rotation = 3, linear.weight, linear.rotation
+        sources = [0, 0, look_up.scale.data_ptr()]
+        form = [rotation.block, look_up.tiles, look_up.bits, rotation.padded // look_up.scale.shape[1]]
+        reach = reach_factor(piece.margin, rotation.block)
     else:
         raise _unknown(linear)
-    (half,) = struct.unpack("<I", struct.pack("<f", 0.5 + piece.margin))
+    (half,) = struct.unpack("<I", struct.pack("<f", reach))
     place = [piece.rows.first, int(piece.rows.interleaved), half]
     spans = [piece.spans.starts[0], piece.spans.stream[0]]
     return layout, [*spans, *sources, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
@@ -176,6 +198,4 @@ def _unknown(linear: LevelLinear) -> TypeError:
 
 @functools.cache
 def _kernel(layout: int, device: int) -> Any:
-    source = resources.files("subspec.kernels").joinpath("codec.cu").read_text(encoding="utf-8")
-    with torch.cuda.device(device):
-        return torch.cuda._compile_kernel(f"#define LAYOUT {layout}\n{source}", "codec_decode")
+    return compile_cuda(["codec.cu"], {"LAYOUT": layout}, "codec_decode", device)

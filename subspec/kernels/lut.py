@@ -198,7 +198,7 @@ class MmaLut(LevelLinear):
     def __init__(
         self, codes: HiggsCodes, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
     ) -> None:
-        self.rotation, self._rotate = codes.rotation, rotate
+        self.rotation, self.grid, self._rotate = codes.rotation, codes.grid, rotate
         self.weight = lut_mma.pack(codes, pair_table(codes), tiles=variant.tiles or 2, swiglu=swiglu)
         if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
             device = self.weight.words.device
@@ -214,6 +214,12 @@ class MmaLut(LevelLinear):
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         words, scale = tensors
         self.weight = replace(self.weight, words=words, scale=scale)
+
+    @property
+    def codes(self) -> HiggsCodes:
+        """What it was made from."""
+        pairs, scale = lut_mma.unpack_codes(self.weight)
+        return HiggsCodes(pairs, scale, self.grid, self.rotation.padded // scale.shape[1], self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, swiglu = x.shape[0], self.weight.swiglu

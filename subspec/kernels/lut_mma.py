@@ -105,8 +105,8 @@ def _words(pairs: Tensor, bits: int) -> Tensor:
     return words.transpose(-1, -2)
 
 
-def unpack(weight: PackedLut) -> Tensor:
-    """The rotated weight, float32 [out_features, inputs]."""
+def unpack_codes(weight: PackedLut) -> tuple[Tensor, Tensor]:
+    """What was packed: pairs uint8 [out_features, inputs / 2] and scale float16 [out_features, groups]."""
     blocks, steps, tiles = weight.words.shape[:3]
     if weight.bits == 4:
         pairs = weight.words.view(torch.uint8).int()
@@ -120,11 +120,17 @@ def unpack(weight: PackedLut) -> Tensor:
             high = bytes_[..., 2, :].int().unsqueeze(-1) >> shifts & 3
             pairs = pairs | high.flatten(-2) << 4
     pairs = pairs.view(blocks, steps, tiles, 8, 4, 4, 2, 2).permute(0, 2, 7, 3, 1, 4, 5, 6)
-    pairs = pairs.reshape(blocks * tiles * 16, steps * STEP // 2)
-    values = weight.table.view(torch.bfloat16).view(-1, 2).float()[pairs].flatten(1)
-    scale = weight.scale.float().permute(0, 3, 4, 2, 1).reshape(blocks * tiles * 16, -1, 1)
+    pairs = pairs.reshape(blocks * tiles * 16, steps * STEP // 2).to(torch.uint8)
+    scale = weight.scale.permute(0, 3, 4, 2, 1).reshape(blocks * tiles * 16, -1)
+    return pairs[: weight.out_features], scale[: weight.out_features]
+
+
+def unpack(weight: PackedLut) -> Tensor:
+    """The rotated weight, float32 [out_features, inputs]."""
+    pairs, scale = unpack_codes(weight)
+    values = weight.table.view(torch.bfloat16).view(-1, 2).float()[pairs.int()].flatten(1)
     groups = values.view(values.shape[0], scale.shape[1], -1)
-    return (groups * scale).flatten(1)[: weight.out_features]
+    return (groups * scale.float().unsqueeze(-1)).flatten(1)
 
 
 def reference(weight: PackedLut, x: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """The substitute as a compressor: an exact bfloat16 weight, coded given the interval its substitute names.
 
-The quantized weight on the device says which real interval holds the exact one: ``[(q - z - 1/2) s, (q - z + 1/2) s]``.
-What is missing is which of the interval's bfloat16 numbers it is. Within an interval the weights' density is nearly
-constant, so the ideal code of a number takes ``log2(interval / spacing)`` bits, with the spacing of bfloat16 numbers
-*at that weight*: they lie dense near zero and wide apart at the ends. The code:
+The quantized weight on the device says which real interval holds the exact one (:mod:`subspec.offload.intervals`): for
+HQQ ``[(q - z - 1/2) s, (q - z + 1/2) s]``. What is missing is which of the interval's bfloat16 numbers it is. Within an
+interval the weights' density is nearly constant, so the ideal code of a number takes ``log2(interval / spacing)`` bits,
+with the spacing of bfloat16 numbers *at that weight*: they lie dense near zero and wide apart at the ends. The code:
 
 1. **Cell.** The interval is cut into cells as wide as the spacing at its larger end, ``g = 2**(E - 7)`` with
    ``2**E <= max(|low|, |high|) < 2**(E + 1)``; cells are numbered by ``floor(w / g)``, magnitude and sign apart, so
    every cell lies in one binade. The cell's number within the interval is written in a truncated binary code: ``k`` or
    ``k + 1`` bits for ``S`` symbols, ``k = floor(log2 S)``, within 0.09 bits of ``log2 S`` whatever ``S`` is. Symbols
    from ``2**k`` up share their first ``k`` bits with the symbol ``S - 2**k`` below them; one bit more tells the two
-   apart.
+   apart. Symbols count from the first cell on; where weights crowd in the middle of their interval (HIGGS) they count
+   from the middle one, to either side in turn, so that the shorter codes are there.
 2. **Rest.** A cell ``j`` cells from zero holds ``2**(7 - floor(log2 j))`` bfloat16 numbers: mantissa bits that tell
    them apart follow.
 3. **Escape.** One symbol more than there are cells says that the 16 bits follow as they are: for weights outside their
@@ -21,8 +22,8 @@ Widths depend on the interval and on the cell alone, so the decoder needs no sid
 included. Intervals come from single rounded float32 operations in a fixed order, so the same codes and scales give
 the same intervals everywhere; decoding compares nothing with a tolerance.
 
-Costs 6.9 to 7.0 bits per weight for HQQ at 4 bits in groups of 64 (``experiments/codec``); the entropy of the exact
-weight given the substitute is about 6.8.
+Costs 6.9 to 7.0 bits per weight for HQQ at 4 bits in groups of 64 (``experiments/codec``), where the entropy of the
+exact weight given the substitute is about 6.8; 7.3 to 7.4 for HIGGS at 4 bits, of 7.0.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ import torch
 from torch import Tensor
 
 from subspec.errors import SubspecError
-from subspec.quant.codes import Codes
+from subspec.offload.intervals import intervals_of
+from subspec.quant.codes import QuantizedWeight
 
 CHUNK = 512
 """Weights, in row-major order, that are decoded one after the other."""
@@ -59,7 +61,7 @@ class Coded:
         starts: int32 [chunks], the word of ``stream`` at which each chunk begins.
         stream: int32 [words], bits from the least significant one upwards.
         shape: of the weight.
-        margin: by how much of a scale the intervals are widened at either end.
+        margin: of the intervals, see :func:`~subspec.offload.intervals.margin_of`.
     """
 
     starts: Tensor
@@ -96,26 +98,16 @@ class _Cells:
     extra: Tensor
 
 
-def margin_for(bits: int) -> float:
-    """Widening of the intervals, in scales, for a quantizer of that many bits.
-
-    Scale and zero are rounded to float16 after the codes were chosen, which moves a level by up to about ``2**bits``
-    half-precision roundings of a scale. On Gaussian weights 99.9 % lie within 0.5 scales of their level at 4 bits, and
-    within 0.544 at 8.
-    """
-    return 2.0 ** (bits - 12)
-
-
-def encode(weight: Tensor, codes: Codes, margin: float) -> Coded:
+def encode(weight: Tensor, codes: QuantizedWeight, margin: float) -> Coded:
     """Code an exact weight.
 
     Args:
         weight: bfloat16 [n, k].
-        codes: of its substitute, for the same rows and columns; ``k`` a multiple of their group size.
-        margin: see :func:`margin_for`.
+        codes: of its substitute, for the same rows and columns; integers have ``k`` a multiple of their group size.
+        margin: see :func:`~subspec.offload.intervals.margin_of`.
 
     Raises:
-        TypeError: the weight is not bfloat16.
+        TypeError: the weight is not bfloat16, or the codes name no intervals.
         SubspecError: it has more elements than the decoder can number.
     """
     if weight.dtype is not torch.bfloat16:
@@ -125,14 +117,12 @@ def encode(weight: Tensor, codes: Codes, margin: float) -> Coded:
             f"offload.codec=substitute: a Linear of {weight.numel()} weights, and at most {MOST_WEIGHTS} can be coded: "
             "set offload.codec=none"
         )
-    flat, q = weight.contiguous().view(torch.int16).flatten(), codes.q.flatten()
-    scale, zero = codes.scale.flatten(), codes.zero.flatten()
+    flat, intervals = weight.contiguous().view(torch.int16).flatten(), intervals_of(codes, margin)
     starts, streams, words = [], [], 0
     for begin in range(0, flat.numel(), BLOCK):
         end = min(begin + BLOCK, flat.numel())
-        group = torch.arange(begin, end, device=flat.device) // codes.group_size
-        cells = _cells(q[begin:end], scale[group], zero[group], margin)
-        value, length = _symbols(flat[begin:end], cells)
+        cells = _cells(*intervals.between(begin, end))
+        value, length = _symbols(flat[begin:end], cells, intervals.centred)
         offsets, stream = _pack(value, length)
         starts.append(offsets + words)
         streams.append(stream)
@@ -141,7 +131,7 @@ def encode(weight: Tensor, codes: Codes, margin: float) -> Coded:
     return Coded(torch.cat(starts).to(torch.int32), torch.cat(streams), weight.shape, margin)
 
 
-def decode(coded: Coded, codes: Codes) -> Tensor:
+def decode(coded: Coded, codes: QuantizedWeight) -> Tensor:
     """The exact weight, bfloat16; the reference of the CUDA kernel (``kernels/codec.cu``).
 
     Only what the next weight's place depends on is done one weight of every chunk at a time.
@@ -149,9 +139,9 @@ def decode(coded: Coded, codes: Codes) -> Tensor:
     total, device = coded.shape.numel(), coded.stream.device
     chunks = coded.starts.numel()
     place = torch.arange(chunks * CHUNK, device=device).view(chunks, CHUNK).t().clamp_max(total - 1)
-    group = place // codes.group_size
-    q, scale, zero = codes.q.flatten()[place], codes.scale.flatten()[group], codes.zero.flatten()[group]
-    cells = _cells(q, scale, zero, coded.margin)
+    intervals = intervals_of(codes, coded.margin)
+    low, high = intervals.between(0, total)
+    cells = _cells(low[place], high[place])
     stream = coded.stream.to(torch.int64) & 0xFFFFFFFF
     windows = stream[:-1] | (stream[1:] << 32)
     tops = _log2(torch.arange(1 << 10, device=device).clamp_min(1))
@@ -165,11 +155,11 @@ def decode(coded: Coded, codes: Codes) -> Tensor:
         symbol = symbol + longer * ((window >> k) & 1).to(torch.int32) * extra
         used = k + longer
         symbols[step], behind[step] = symbol, window >> used
-        number = cells.first[step] + symbol
+        number = _numbers(symbol, cells.first[step], cells.count[step], intervals.centred)
         magnitude = torch.where(number < 0, -1 - number, number)
         rest = torch.where(magnitude > 0, 7 - tops[magnitude.clamp(0, 1023)], 0)
         at = at + used + torch.where(symbol == cells.count[step], RAW_BITS, rest)
-    number = cells.first + symbols
+    number = _numbers(symbols, cells.first, cells.count, intervals.centred)
     negative = number < 0
     magnitude = torch.where(negative, -1 - number, number).clamp_max(1023)
     top = tops[magnitude]
@@ -182,11 +172,8 @@ def decode(coded: Coded, codes: Codes) -> Tensor:
     return flat.view(torch.bfloat16).view(coded.shape)
 
 
-def _cells(q: Tensor, scale: Tensor, zero: Tensor, margin: float) -> _Cells:
-    """Cells of the intervals of codes ``q`` with ``scale`` and ``zero``, all of one shape."""
-    half = 0.5 + margin
-    centre = q.float() - zero
-    low, high = (centre - half) * scale, (centre + half) * scale
+def _cells(low: Tensor, high: Tensor) -> _Cells:
+    """Cells of the intervals with these ends, float32 of one shape."""
     larger = torch.maximum(low.abs(), high.abs())
     exponent = (larger.view(torch.int32) >> 23) - 127
     usable = (low < high) & (exponent >= MIN_EXPONENT) & (exponent <= MAX_EXPONENT)
@@ -199,7 +186,14 @@ def _cells(q: Tensor, scale: Tensor, zero: Tensor, margin: float) -> _Cells:
     return _Cells(first, count, exponent, bits, count + 1 - (1 << bits))
 
 
-def _symbols(words: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
+def _numbers(symbol: Tensor, first: Tensor, count: Tensor, centred: bool) -> Tensor:
+    """Numbers of the cells that symbols stand for."""
+    if not centred:
+        return first + symbol
+    return first + (count >> 1) + ((symbol >> 1) ^ -(symbol & 1))
+
+
+def _symbols(words: Tensor, cells: _Cells, centred: bool) -> tuple[Tensor, Tensor]:
     """Code (int64, first bit lowest) and length in bits of every weight; ``words`` int16 are the weights' bits."""
     raw = words.to(torch.int32) & 0xFFFF
     size, negative = raw & 0x7FFF, raw >> 15 == 1
@@ -214,6 +208,9 @@ def _symbols(words: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
     signed = torch.where(negative, -1 - number, number)
     symbol = signed - cells.first
     found &= (symbol >= 0) & (symbol < cells.count)
+    if centred:
+        aside = symbol - (cells.count >> 1)
+        symbol = torch.where(aside < 0, -2 * aside - 1, 2 * aside)
     symbol = torch.where(found, symbol, cells.count)
     upper = symbol >> cells.bits  # 1: from 2**k up
     shared = symbol - upper * cells.extra

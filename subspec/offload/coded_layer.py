@@ -16,10 +16,11 @@ from subspec.drafts.fused import FusedLayer
 from subspec.drafts.fused_build import ROLES
 from subspec.errors import SubspecError
 from subspec.kernels.codec import Piece, PieceDecoder, Rows, Spans, decode_into
-from subspec.offload.codec import encode, margin_for
+from subspec.offload.codec import encode
+from subspec.offload.intervals import margin_of
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.sizes import PlainCodec
-from subspec.quant.codes import Codes
+from subspec.quant.codes import QuantizedWeight
 from subspec.rounding import round_up
 
 
@@ -81,7 +82,7 @@ def coded_rows(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[str, Rows]]:
 
 
 def encode_layer(
-    tensors: Mapping[str, Tensor], codes: Mapping[str, Codes], substitute: FusedLayer
+    tensors: Mapping[str, Tensor], codes: Mapping[str, QuantizedWeight], substitute: FusedLayer
 ) -> tuple[CodedLayer, Tensor]:
     """Code a layer, and prove it: every Linear is decoded again and compared bit by bit.
 
@@ -104,7 +105,7 @@ def encode_layer(
     offset = exact_bytes
     for name, own in codes.items():
         role, rows = places[name]
-        coded = encode(tensors[name], own, margin_for(own.bits))
+        coded = encode(tensors[name], own, margin_of(own))
         check = torch.empty_like(tensors[name], memory_format=torch.contiguous_format)
         decode_into(check, coded, getattr(substitute, role), rows)
         if not torch.equal(check.view(torch.int16), tensors[name].contiguous().view(torch.int16)):

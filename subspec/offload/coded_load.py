@@ -16,7 +16,7 @@ from subspec.offload.coded_cache import Checks, CodedCache, KeptLayer, codes_che
 from subspec.offload.coded_layer import CodedLayer, LayerDecoder, encode_layer
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.pinned import PinnedBuffer
-from subspec.quant.codes import Codes, QuantizedWeight
+from subspec.quant.codes import QuantizedWeight
 from subspec.targets.source import LayerSource
 
 Pinned = Callable[[int], Tensor]
@@ -52,12 +52,9 @@ class TargetCoding:
         """Code a layer; its exact tensors may be forgotten afterwards.
 
         Raises:
-            TypeError: its substitute is not of affine codes.
+            TypeError: its substitute's codes name no intervals.
         """
-        affine = {name: own for name, own in codes.items() if isinstance(own, Codes)}
-        if len(affine) != len(codes):
-            raise TypeError("only codes with a scale and a zero have intervals")
-        layer, flat = encode_layer(tensors, affine, substitute)
+        layer, flat = encode_layer(tensors, codes, substitute)
         self.layers[index] = layer
         if index in self._planned:
             # To the host for now: the quantizer's temporaries and the resident layers need not fit at once.

@@ -7,14 +7,23 @@ from dataclasses import replace
 import torch
 
 from subspec.choices import Codec, Dtype, Kernel
-from subspec.config import Config, HqqConfig, NoDraftConfig, StreamOffloadConfig, SubstituteDraftConfig
+from subspec.config import (
+    Config,
+    HiggsConfig,
+    HqqConfig,
+    NoDraftConfig,
+    StreamOffloadConfig,
+    SubstituteDraftConfig,
+)
 from subspec.drafts.fused_build import ROLES
 from subspec.drafts.fused_quant import FusedQuantization
 from subspec.errors import ConfigError
 from subspec.kernels.codec import KERNELS
-from subspec.kernels.formats import AffineFormat
+from subspec.kernels.formats import AffineFormat, Format, describe
+from subspec.kernels.lut_format import LutFormat
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.base import HEAD
+from subspec.quant.grids import load_grid
 
 BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
 """Bits per exact weight to reserve by the bits of its substitute, in groups of 64: measured (``experiments/codec``) on
@@ -22,6 +31,11 @@ Gaussian weights and on the default model 9.2 to 9.4, 8.0 to 8.1, 7.0 and 3.4 to
 
 BITS_PER_DOUBLING = 0.16
 """More for every doubling of the group: scales follow the largest weight of more."""
+
+LOOKUP_BITS = 11.0
+"""Bits per exact weight to reserve for HIGGS beyond the binary logarithm of its grid's error: 7.5, 8.5 and 9.4 at 4, 3
+and 2 bits. Measured (``experiments/codec``) 10.8 to 10.9 on Gaussian weights and 10.9 to 11.0 on the default model,
+whatever the groups, for the error is Gaussian and grows with the scale."""
 
 
 def codec_of(config: Config) -> Codec:
@@ -47,8 +61,8 @@ def _problem(config: Config) -> str | None:
     draft, quant = config.draft, config.quant
     if not isinstance(draft, SubstituteDraftConfig | NoDraftConfig):
         return f"needs the quantized target on the device, and draft={draft.name} has none there: set draft=subspec"
-    if not isinstance(quant, HqqConfig):
-        return f"decodes with HQQ's intervals, not quant={quant.name}: set quant=hqq"
+    if not isinstance(quant, HqqConfig | HiggsConfig):
+        return f"needs a substitute that says about where a weight is, and quant={quant.name} has none: set quant=hqq"
     if config.target.dtype in (Dtype.float32, Dtype.float16):
         return (
             f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"
@@ -56,7 +70,7 @@ def _problem(config: Config) -> str | None:
     kernel = getattr(draft, "kernel", None)
     if kernel is not None and kernel is not Kernel.auto and kernel.value not in KERNELS:
         return (
-            f"reads the substitute in the order of our own kernels, not of draft.kernel={kernel.value}: "
+            f"reads the substitute in the order of {', '.join(KERNELS)}, not of draft.kernel={kernel.value}: "
             "set draft.kernel=auto"
         )
     return None
@@ -68,10 +82,24 @@ def decoding_only(config: Config) -> Config:
     What makes a draft better is left out: layers that stay exact could not be coded, and nobody asks for an LM head.
     """
     quant = config.quant
-    assert isinstance(quant, HqqConfig)
-    modules = [name for name in quant.modules if name != HEAD]
-    quant = replace(quant, skip_layers=[], modules=modules, bits_by=replace(quant.bits_by, lm_head=None))
+    assert isinstance(quant, HqqConfig | HiggsConfig)
+    quant = replace(quant, skip_layers=[], modules=[name for name in quant.modules if name != HEAD])
+    if isinstance(quant, HqqConfig):
+        quant = replace(quant, bits_by=replace(quant.bits_by, lm_head=None))
     return replace(config, draft=SubstituteDraftConfig(name="subspec"), quant=quant)
+
+
+def reserved_bits(kept: Format) -> float:
+    """Bits to reserve for an exact weight whose substitute is kept so.
+
+    Raises:
+        TypeError: a format that no exact weight is coded with.
+    """
+    if isinstance(kept, AffineFormat):
+        return BITS[kept.bits] + BITS_PER_DOUBLING * math.log2(kept.group / 64)
+    if isinstance(kept, LutFormat):
+        return LOOKUP_BITS + math.log2(load_grid(kept.bits, kept.dim).mse) / 2
+    raise TypeError(f"no exact weight is coded with {describe(kept)}")
 
 
 class SubstituteCodec:
@@ -84,10 +112,9 @@ class SubstituteCodec:
     def __init__(self, quantization: FusedQuantization) -> None:
         self._bits: dict[str, float] = {}
         for role in quantization.shapes:
-            kept = quantization.formats[role]
-            if role == "head" or not isinstance(kept, AffineFormat):
+            if role == "head":
                 continue
-            bits = BITS[kept.bits] + BITS_PER_DOUBLING * math.log2(kept.group / 64)
+            bits = reserved_bits(quantization.formats[role])
             self._bits |= {f"{name}.weight": bits for name in ROLES[role]}
 
     def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:

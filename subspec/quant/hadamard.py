@@ -61,6 +61,24 @@ def walsh_hadamard(x: Tensor, size: int) -> Tensor:
     return (hadamard_matrix(outer, x.device, x.dtype) @ table).reshape(x.shape)
 
 
+def butterfly(x: Tensor, size: int) -> Tensor:
+    """:func:`walsh_hadamard` without its factor, by additions alone, in one order everywhere.
+
+    Every value is a sum or a difference, rounded once, of two of the pass before, over distances 1, 2, 4 .. size / 2:
+    whoever takes the passes in this order gets the same bits, which matrix products do not promise.
+
+    Args:
+        x: float32 [..., multiple of size].
+        size: a power of two.
+    """
+    distance = 1
+    while distance < size:
+        first, second = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack([first + second, first - second], -2).flatten(-3)
+        distance *= 2
+    return x
+
+
 @dataclass(frozen=True)
 class Rotation:
     """A fixed random rotation of the inputs of a Linear.
@@ -98,6 +116,11 @@ class Rotation:
     def inverse(self, y: Tensor) -> Tensor:
         """[..., padded] back to [..., in_features]."""
         x = walsh_hadamard(y, self.block) * self.signs(y.device, y.dtype)
+        return x[..., : self.in_features]
+
+    def inverse_in_order(self, y: Tensor) -> Tensor:
+        """:meth:`inverse` of float32 whose every bit follows from the input's, on any device: see :func:`butterfly`."""
+        x = butterfly(y, self.block) * self.block**-0.5 * self.signs(y.device, torch.float32)
         return x[..., : self.in_features]
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from subspec.kernels import capture
 from subspec.kernels.capture import capturing
 
 
@@ -19,6 +20,7 @@ def test_the_collector_rests_while_a_graph_is_captured_and_wakes_again(monkeypat
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(capture, "capture_stream", lambda: "the one")
     assert gc.isenabled()
     try:
         with capturing(None, pool=3):
@@ -26,7 +28,7 @@ def test_the_collector_rests_while_a_graph_is_captured_and_wakes_again(monkeypat
                 raise RuntimeError
     except RuntimeError:
         assert fails
-    assert seen == [(False, {"pool": 3})]
+    assert seen == [(False, {"pool": 3, "stream": "the one"})]
     assert gc.isenabled()
 
 

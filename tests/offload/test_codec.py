@@ -1,8 +1,6 @@
 """Coded weights come back bit for bit, whatever they are; coded targets stream as plain ones do."""
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -13,8 +11,10 @@ from subspec.errors import SubspecError
 from subspec.kernels import int4, wq
 from subspec.kernels.codec import FIELDS, Piece, Rows, Spans, decode_into, describe, substitute_codes
 from subspec.kernels.ops import MmaInt4, TritonWq
-from subspec.offload.codec import CHUNK, decode, encode, margin_for
+from subspec.offload.codec import CHUNK, decode, encode
+from subspec.offload.intervals import margin_for
 from subspec.quant.codes import Codes, HqqCodes
+from tests.helpers.host_cuda import compile_host
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EVERY_BFLOAT16 = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -180,30 +180,8 @@ extern "C" void decode(const Part* parts, const unsigned char* flat, int count) 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The CUDA source as C++, by layout."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to try the CUDA source's arithmetic with")
     folder = tmp_path_factory.mktemp("codec")
-    source = folder / "host.cpp"
-    source.write_text(HOST)
-    from importlib import resources
-
-    include = resources.files("subspec.kernels")
-    libraries = {}
-    for layout in (1, 2):
-        library = folder / f"codec{layout}.so"
-        command = [
-            compiler,
-            "-O1",
-            "-ffp-contract=off",
-            "-shared",
-            "-fPIC",
-            f"-DLAYOUT={layout}",
-            f"-I{include}",
-        ]
-        subprocess.run([*command, "-o", str(library), str(source)], check=True)
-        libraries[layout] = ctypes.CDLL(str(library))
-    return libraries
+    return {layout: compile_host(folder, HOST, {"LAYOUT": layout}) for layout in (1, 2)}
 
 
 @pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)

@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from subspec.choices import Codec
+from subspec.config import HiggsConfig, HqqConfig
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
-from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_build import ROLES, LayerFuser
 from subspec.errors import SubspecError
 from subspec.kernels import codec as kernel
+from subspec.kernels.lut_format import LutFormat
 from subspec.offload import coded_layer
 from subspec.offload.coded_layer import encode_layer
 from subspec.offload.load import load_streamed
 from subspec.quant.codes import HqqCodes
+from subspec.quant.higgs_codes import HiggsCodeQuantizer
 from tests.helpers.tiny import tiny_model
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
 
@@ -25,13 +28,17 @@ def tiny(family="qwen2", layers=3, device="cpu"):
     return model.to(torch.device(device), torch.bfloat16)
 
 
-def fuser_of(model, keep_exact=()):
-    return LayerFuser(model.config, HqqCodes(), kernel="int4_mma", keep_exact=frozenset(keep_exact))
+def fuser_of(model, keep_exact=(), quant="hqq"):
+    kept = frozenset(keep_exact)
+    if quant == "hqq":
+        return LayerFuser(model.config, HqqCodes(), kernel="int4_mma", keep_exact=kept)
+    formats = dict.fromkeys(ROLES, LutFormat())
+    return LayerFuser(model.config, HiggsCodeQuantizer(), kernel="lut_mma", keep_exact=kept, formats=formats)
 
 
-def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), keep_exact=()):
+def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), keep_exact=(), quant="hqq"):
     plan = plan_for(resident, slots, codec=Codec.substitute, layer_bytes=layer_bytes)
-    fuser = fuser_of(model, keep_exact)
+    fuser = fuser_of(model, keep_exact, quant)
     return load_streamed(
         ModelSource(model), plan, torch.device(device), fuser=fuser, skip_layers=frozenset(skip)
     )
@@ -39,17 +46,19 @@ def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), k
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("family", "resident", "slots"),
+    ("family", "resident", "slots", "quant"),
     [
-        ("qwen2", (1,), 1),
-        pytest.param("llama", (), 2, marks=pytest.mark.slow),
-        pytest.param("qwen3", (0, 2), 2, marks=pytest.mark.slow),
-        pytest.param("mistral", (0, 1, 2), 0, marks=pytest.mark.slow),
+        ("qwen2", (1,), 1, "hqq"),
+        ("qwen2", (0,), 2, "higgs"),
+        pytest.param("llama", (), 2, "hqq", marks=pytest.mark.slow),
+        pytest.param("llama", (), 2, "higgs", marks=pytest.mark.slow),
+        pytest.param("qwen3", (0, 2), 2, "hqq", marks=pytest.mark.slow),
+        pytest.param("mistral", (0, 1, 2), 0, "hqq", marks=pytest.mark.slow),
     ],
 )
-def test_every_layer_is_rebuilt_bit_for_bit(family, resident, slots, device):
+def test_every_layer_is_rebuilt_bit_for_bit(family, resident, slots, quant, device):
     model = tiny(family, device=device)
-    loaded = load(model, resident, slots=slots, device=device)
+    loaded = load(model, resident, slots=slots, device=device, quant=quant)
     decoder = loaded.decoder
     try:
         assert decoder.decoding is not None
@@ -69,13 +78,18 @@ def test_every_layer_is_rebuilt_bit_for_bit(family, resident, slots, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "resident", [(1,), *(pytest.param(layers, marks=pytest.mark.slow) for layers in [(), (0, 1, 2)])]
+    ("resident", "quant"),
+    [
+        ((1,), "hqq"),
+        ((1,), "higgs"),
+        *(pytest.param(layers, "hqq", marks=pytest.mark.slow) for layers in [(), (0, 1, 2)]),
+    ],
 )
-def test_coded_text_is_the_plainly_streamed_text(resident, device):
+def test_coded_text_is_the_plainly_streamed_text(resident, quant, device):
     model = tiny(device=device)
     plain = load_streamed(ModelSource(model), plan_for(resident), torch.device(device), fuser=None)
     expected = Engine(plain.decoder, max_length=64, prefill_chunk=8).generate(PROMPT, max_new_tokens=3)
-    coded = load(model, resident, device=device)
+    coded = load(model, resident, device=device, quant=quant)
     engine = Engine(coded.decoder, max_length=64, prefill_chunk=8)
     for _ in range(1 if device == "cpu" else 3):
         assert engine.generate(PROMPT, max_new_tokens=3).token_ids == expected.token_ids
@@ -85,14 +99,15 @@ def test_coded_text_is_the_plainly_streamed_text(resident, device):
     coded.close()
 
 
+@pytest.mark.parametrize("quant", ["hqq", pytest.param("higgs", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_coded_speculation_passes_the_audit(device):
+def test_coded_speculation_passes_the_audit(device, quant):
     pytest.importorskip("triton")
     from subspec.decoding.audit import Auditor
     from subspec.drafts.fused import FusedSubstitute
 
     model = tiny(layers=3, device=device)
-    loaded = load(model, (1,), device=device)
+    loaded = load(model, (1,), device=device, quant=quant)
     draft = FusedSubstitute(loaded.substitute, attention_splits=4)
     engine = Engine(loaded.decoder, draft, Beam(4, 3), max_length=96)
     result = engine.generate(PROMPT, max_new_tokens=60 if device == "cuda" else 3)
@@ -144,10 +159,11 @@ def test_a_decoder_that_errs_is_noticed_before_the_weights_are_gone(monkeypatch)
 
 
 @pytest.mark.gpu
-def test_a_soak_of_coded_passes_under_load():
+@pytest.mark.parametrize("quant", ["hqq", "higgs"])
+def test_a_soak_of_coded_passes_under_load(quant):
     """Thousands of decoded layers while drafts run beside them; every one of the last passes is checked."""
     model = tiny(layers=6, device="cuda")
-    loaded = load(model, (2,), device="cuda")
+    loaded = load(model, (2,), device="cuda", quant=quant)
     decoder = loaded.decoder
     noise = torch.randn(1024, 1024, device="cuda")
     side = torch.cuda.Stream()
@@ -165,11 +181,12 @@ def test_a_soak_of_coded_passes_under_load():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("quant", "most"), [("hqq", 7.2), ("higgs", 7.6)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_layers_of_the_real_default_model_are_rebuilt_bit_for_bit(default_target, device):
+def test_layers_of_the_real_default_model_are_rebuilt_bit_for_bit(default_target, device, quant, most):
     """Every Linear of every layer on a device, of every tenth layer on a CPU: coding one compares all of its bits."""
     model = default_target.model
-    fuser = fuser_of(model)
+    fuser = fuser_of(model, quant=quant)
     for index, layer in list(enumerate(model.model.layers))[:: 10 if device == "cpu" else 1]:
         tensors = {
             name: p.detach().to(torch.device(device), torch.bfloat16) for name, p in layer.named_parameters()
@@ -178,20 +195,20 @@ def test_layers_of_the_real_default_model_are_rebuilt_bit_for_bit(default_target
         fused = fuser.fuse(tensors, torch.device(device), index=index, keep=codes)
         coded, flat = encode_layer(tensors, codes, fused)
         assert len(coded.parts) == 7
-        assert 8 * flat.numel() < 7.2 * sum(tensor.numel() for tensor in tensors.values())
+        assert 8 * flat.numel() < most * sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_the_plan_of_a_coded_run_counts_what_is_loaded(tmp_path):
+@pytest.mark.parametrize("quant", [HqqConfig(name="hqq"), HiggsConfig(name="higgs")], ids=lambda q: q.name)
+def test_the_plan_of_a_coded_run_counts_what_is_loaded(quant):
     """The estimate bounds what a layer really takes."""
-    from subspec.config import HqqConfig
     from subspec.drafts.fused_quant import fused_quantization
     from subspec.offload.coding import SubstituteCodec
 
     model = tiny()
-    loaded = load(model, ())
+    loaded = load(model, (), quant=quant.name)
     shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
     head = (model.config.vocab_size, model.config.hidden_size)
-    codec = SubstituteCodec(fused_quantization(HqqConfig(name="hqq"), shapes, head))
+    codec = SubstituteCodec(fused_quantization(quant, shapes, head))
     planned = codec.layer_bytes(shapes)
     actual = max(layer.nbytes for layer in loaded.decoder.decoding.layers.values())
     # Sums of 256-byte roundings are not in the estimate of a toy; a real layer has 200 MB.

@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 
 from subspec.choices import Codec, Dtype, Kernel
-from subspec.config import BitsByModule, NoQuantConfig, Placement, SubstituteDraftConfig
+from subspec.config import BitsByModule, HiggsConfig, NoQuantConfig, Placement, SubstituteDraftConfig
 from subspec.errors import ConfigError
 from tests.offload.settings import planned, settings
 
 AUTO, CODED = Codec.auto, Codec.substitute
+
+
+def higgs(config, **quant):
+    return replace(config, quant=HiggsConfig(name="higgs", **quant))
 
 
 def item(plan, name):
@@ -41,6 +45,21 @@ def test_what_a_layer_takes_depends_on_what_the_substitute_knows(bits, expected)
     assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("quant", "expected"),
+    [
+        ({}, 7.5),
+        ({"vector_dim": 1}, 7.64),
+        ({"bits": 3}, 8.46),
+        ({"bits": 2, "group_size": 64, "hadamard_size": 64}, 9.39),
+    ],
+)
+def test_higgs_leaves_a_residual_as_large_as_its_grids_error(quant, expected):
+    plan = planned(higgs(settings(16.0, codec=CODED), **quant))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
+
+
 def test_linears_that_stay_exact_are_streamed_as_they_are():
     whole = planned(settings(8.0, codec=CODED))
     part = planned(settings(16.0, codec=CODED, quant={"modules": ["attention"]}))
@@ -64,6 +83,9 @@ def test_auto_codes_where_the_substitute_is_there_anyway():
         settings(8.0, codec=AUTO), draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.tinygemm)
     )
     assert planned(tinygemm).codec is Codec.none
+    assert planned(higgs(settings(8.0, codec=AUTO))).codec is CODED
+    scattered = replace(tinygemm, draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.lut_triton))
+    assert planned(higgs(scattered)).codec is Codec.none
 
 
 def test_auto_leaves_everything_plain_where_everything_fits():
@@ -83,6 +105,18 @@ def test_plain_decoding_holds_the_substitute_only_to_decode():
     assert item(plan, "draft level") == 0
     assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 1.5
     assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
+
+
+def test_higgs_decodes_without_a_draft_too():
+    plan = planned(higgs(settings(8.0, "none", codec=CODED)))
+    drafting = planned(higgs(settings(8.0, codec=CODED)))
+    assert (
+        item(plan, "substitute")
+        == item(drafting, "substitute")
+        < item(planned(settings(8.0, "none", codec=CODED)), "substitute")
+    )
+    head = {"modules": ["attention", "mlp", "lm_head"], "skip_layers": [0, 27]}
+    assert planned(higgs(settings(8.0, "none", codec=CODED), **head)) == plan
 
 
 def test_what_is_for_a_better_draft_is_not_asked_of_a_substitute_that_only_decodes():
@@ -116,6 +150,10 @@ def test_a_refusal_knows_that_a_coded_target_holds_the_substitute_without_a_draf
         ({"quant": NoQuantConfig(name="none"), "draft": "none"}, "set quant=hqq"),
         ({"dtype": Dtype.float16}, "set target.dtype=bfloat16"),
         ({"kernel": Kernel.gemlite}, "set draft.kernel=auto"),
+        (
+            {"kernel": Kernel.lut_triton, "quant": HiggsConfig(name="higgs")},
+            "int4_mma, triton_wq, lut_mma, not of draft.kernel=lut_triton: set draft.kernel=auto",
+        ),
     ],
 )
 def test_what_cannot_be_coded_is_refused(change, words):

@@ -16,6 +16,7 @@ from subspec.config import (
     Cache,
     Config,
     DecodingConfig,
+    HiggsConfig,
     HqqConfig,
     Kernel,
     NoDraftConfig,
@@ -167,6 +168,21 @@ def test_a_kernel_that_is_not_there_stops_the_run_before_anything_is_loaded(star
     assert not (start.root / "substitutes").exists()
 
 
+def test_where_no_kernel_can_decode_the_refusal_names_what_can_do_without(start, monkeypatch):
+    def none_there(*arguments, allowed=None, **options):
+        raise ConfigError(
+            f"draft.kernel=auto finds no kernel that runs here: {', '.join(allowed or ['any'])}"
+        )
+
+    monkeypatch.setattr("subspec.drafts.build_substitute.choose_kernels", none_there)
+    for codec, end in (
+        (Codec.substitute, r"lut_mma; offload\.codec=none takes other kernels, too$"),
+        (Codec.none, "any$"),
+    ):
+        with pytest.raises(ConfigError, match=end):
+            start(offload=StreamOffloadConfig(name="stream", vram_gib=1.0, codec=codec))
+
+
 def test_the_kernel_belongs_to_streaming():
     settings = config(kernel=Kernel.int4_mma, offload=OffloadConfig(name="none"))
     with pytest.raises(ConfigError, match=r"draft\.kernel=int4_mma .* offload=stream"):
@@ -245,11 +261,13 @@ def test_what_is_not_to_be_cached_is_coded_at_every_start(monkeypatch, tmp_path)
     assert coded(seed=1)["read"] == 0
 
 
-def test_plain_decoding_of_a_coded_target_codes_every_layer(monkeypatch, tmp_path):
+@pytest.mark.parametrize("quant", [HqqConfig, HiggsConfig])
+def test_plain_decoding_of_a_coded_target_codes_every_layer(monkeypatch, tmp_path, quant):
     """Layers that a draft would keep exact cannot be coded; without a draft there is nothing to keep them for."""
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
     offload = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.substitute, resident_layers=1)
-    settings = replace(config(offload=offload, skip_layers=[0]), draft=NoDraftConfig(name="none"))
+    own = quant(name={HqqConfig: "hqq", HiggsConfig: "higgs"}[quant], skip_layers=[0])
+    settings = replace(config(offload=offload), quant=own, draft=NoDraftConfig(name="none"))
     cpu, quiet = torch.device("cpu"), lambda text: None
     source = open_source(settings.target, torch.bfloat16, cpu, note=quiet)
     plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
