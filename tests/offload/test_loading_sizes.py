@@ -9,7 +9,8 @@ from subspec.drafts import fused_build
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.kernels import int4, wq
 from subspec.offload import codec, coded_layer, load, loading_sizes
-from subspec.offload.codec import encode, margin_for
+from subspec.offload.codec import encode
+from subspec.offload.intervals import margin_for
 from subspec.offload.layout import LATER, Layout
 from subspec.offload.loading_sizes import ENCODING, PACKING, loading_bytes
 from subspec.offload.plan import choose
