@@ -27,12 +27,12 @@ def layer_tensors(model, index):
     return dict(model.model.layers[index].named_parameters())
 
 
-def fused_draft(model, device, kernel="int4_mma"):
+def fused_draft(model, device, kernel="int4_mma", **options):
     fuser = LayerFuser(model.config, HqqCodes(), kernel=kernel, keep_exact=frozenset())
     layers = [fuser.fuse(layer_tensors(model, i), device) for i in range(len(model.model.layers))]
     shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
     return FusedSubstitute(
-        fuse_model(model.config, layers, shared, model.model.rotary_emb), attention_splits=4
+        fuse_model(model.config, layers, shared, model.model.rotary_emb), attention_splits=4, **options
     )
 
 
@@ -147,7 +147,7 @@ def test_candidates_of_logits_without_numbers_are_tokens_all_the_same(device):
 
     rows, vocab, width, block = 3, 100, 4, 64
     blocks = -(-vocab // block)
-    logits = torch.randn(rows, vocab).bfloat16().to(device)
+    logits = torch.stack([torch.randperm(vocab) for _ in range(rows)]).bfloat16().to(device)  # no ties
     logits[1] = float("nan")
     logits[2, ::3] = float("nan")
     best = torch.empty(rows, blocks, width, device=device)
