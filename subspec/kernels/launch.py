@@ -82,23 +82,31 @@ def is_overlapping() -> bool:
     return _on
 
 
+def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_double:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_double(value)
+
+
 def launch(
-    kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared: int = 0
+    kernel: Any,
+    grid: tuple[int, int, int],
+    block: int,
+    args: Sequence[Tensor | int | float],
+    shared: int = 0,
 ) -> None:
     """Launch a kernel of PyTorch's run-time compiler on the current stream.
 
     Args:
         kernel: of ``torch.cuda._compile_kernel``; inside :func:`overlapping` compiled to keep the module's rule.
         block: threads.
-        args: tensors for pointers, integers for ``int``.
+        args: tensors for pointers, integers for ``int``, floats for ``double``.
         shared: bytes of dynamic shared memory.
     """
     if not _on:
         kernel(grid=grid, block=(block, 1, 1), args=list(args), shared_mem=shared)
         return
-    values = [
-        ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else ctypes.c_int(arg) for arg in args
-    ]
+    values = [_argument(arg) for arg in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
     attribute.value[0] = 1
