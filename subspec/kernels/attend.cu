@@ -53,6 +53,19 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 
 __device__ __forceinline__ void wait_for_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
+// What earlier levels wrote, read ahead of the wait: from the second-level cache, past any older copy in the first.
+__device__ __forceinline__ long long fresh(const long long* p) {
+  long long v;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ unsigned fresh_byte(const unsigned char* p) {
+  unsigned v;
+  asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ Float4 load_sums(const float* p) {  // written by the kernel ahead: not through L1
   Float4 v;
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -199,16 +212,16 @@ __device__ __forceinline__ void store_halves(bf16* line, int lane, const float (
 }
 
 extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS) attend(
-    const float* __restrict__ partial,            // [splits][rows][stride]: the q/k/v projection
+    const float* partial,                         // [SLICES][rows][stride]: the q/k/v projection
     const bf16* __restrict__ bias,                // [(heads + 2 kv_heads) * D]
     const bf16* __restrict__ q_norm, const bf16* __restrict__ k_norm,  // [D]
     const float* __restrict__ inverse_frequency,  // [D / 2]
-    const long long* __restrict__ depths,         // [rows] of the nodes
-    const long long* __restrict__ length,         // of the committed prefix
+    const long long* depths,                      // [rows] of the nodes
+    const long long* length,                      // of the committed prefix
     bf16* k_rows, bf16* v_rows,                   // this layer's cache: [kv_heads][rows of the cache][D]
-    const unsigned char* __restrict__ ancestors,  // [capacity][capacity]
-    const long long* __restrict__ nodes,          // [rows]
-    const long long* __restrict__ node_of_row,    // [draft rows]
+    const unsigned char* ancestors,               // [capacity][capacity]
+    const long long* nodes,                       // [rows]
+    const long long* node_of_row,                 // [draft rows]
     bf16* out,                                    // [rows][heads * D]
     int rows, int stride, int start_row, int drafted, int capacity, int row_stride, int head_stride,
     double attention_scaling, double eps, double scale) {
@@ -222,7 +235,8 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
   bf16* v_head = v_rows + (long long)kv_head * head_stride;
 
   // The keys are rows start_row .. of the cache: `drafted` rows of the tree, this level's first, then the prefix.
-  const int total = drafted + (int)length[0];
+  const long long prefix = fresh(length);
+  const int total = drafted + (int)prefix;
   const int slice = (total + PARTS * KEYS - 1) / (PARTS * KEYS) * KEYS;
   const int begin = min(part * slice, total), end = min(begin + slice, total);
   const int count = (end - begin + KEYS - 1) / KEYS;
@@ -247,9 +261,9 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
           if (column >= drafted) {
             seen = 0xFF;
           } else {
-            const long long key_node = node_of_row[start_row + column];
+            const long long key_node = fresh(node_of_row + start_row + column);
             for (int row = 0; row < rows; ++row)
-              seen |= (ancestors[nodes[row] * capacity + key_node] != 0 ? 1u : 0u) << row;
+              seen |= (fresh_byte(ancestors + fresh(nodes + row) * capacity + key_node) != 0 ? 1u : 0u) << row;
           }
         }
         shared.visible[index & 1][thread] = (unsigned char)seen;
@@ -261,7 +275,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
   fetch(1);
   for (int e = thread; e < rows * (D / 2); e += THREADS) {
     const int row = e / (D / 2), i = e % (D / 2);
-    const float angle = (float)(length[0] + depths[row]) * inverse_frequency[i];
+    const float angle = (float)(prefix + fresh(depths + row)) * inverse_frequency[i];
     // The model's own tables are bfloat16; so are these.
     shared.cosine[row][i] = round_bf16(cosf(angle) * (float)attention_scaling);
     shared.sine[row][i] = round_bf16(sinf(angle) * (float)attention_scaling);
@@ -341,7 +355,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
         for (int j = 0; j < 4; ++j) {
           const unsigned seen = shared.visible[index & 1][half * 32 + i * 8 + 2 * t + (j & 1)];
           const bool is_seen = (seen >> (j < 2 ? row_low : row_high)) & 1u;
-          score[i][j] = is_seen ? score[i][j] * (float)scale : -INFINITY;
+          score[i][j] = is_seen ? score[i][j] * (float)scale : __uint_as_float(0xFF800000u);  // -infinity
           if (j < 2) top_low = fmaxf(top_low, score[i][j]); else top_high = fmaxf(top_high, score[i][j]);
         }
 #pragma unroll
