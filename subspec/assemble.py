@@ -78,7 +78,13 @@ def assemble_streamed(
         build = draft_builder(config.draft).streamed(context)
     with build:
         streamed = load_streamed(
-            source, plan, device, fuser=build.fuser, skip_layers=build.skip_layers, progress=progress
+            source,
+            plan,
+            device,
+            fuser=build.fuser,
+            skip_layers=build.skip_layers,
+            coded=build.coded,
+            progress=progress,
         )
     if growth is not None:
         built = build.finish(streamed)

@@ -170,7 +170,8 @@ class BitsByModule:
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
-    ``cache``: of the quantized substitute on disk. ``folder``: keep it there instead, see ``subspec.quant.folder``.
+    ``cache``: of the quantized substitute on disk, and of the exact layers that it coded (``offload.codec``).
+    ``folder``: keep the substitute there instead, see ``subspec.quant.folder``.
     """
 
     bits: int = 4

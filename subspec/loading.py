@@ -64,6 +64,8 @@ class Loaded:
             streamed = self.assembly.streamed
             if streamed is not None and streamed.bits_per_weight is not None:
                 facts["coded_bits_per_weight"] = streamed.bits_per_weight
+            if streamed is not None and streamed.coded is not None:
+                facts["coded_cache"] = streamed.coded.report()
         draft = self.assembly.engine.draft
         if self.assembly.draft_facts:
             facts["draft"] = self.assembly.draft_facts
@@ -172,6 +174,8 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
     assembly = assemble_streamed(config, source, plan, device, note=console.note)
     streamed = assembly.streamed
     assert streamed is not None
+    if streamed.coded is not None:
+        console.note(f"exact weights: {streamed.coded.summary()}")
     link = None
     if streamed.decoder.streamer is not None and plan.link is not None:
         link = LinkInfo(plan.link.gb_per_s, streamed.decoder.streamed_bytes_per_pass)

@@ -70,11 +70,18 @@ def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
 def test_a_run_leaves_nothing_on_the_device(tmp_path):
     left = []
     for name in ("first", "second"):  # the first one leaves what libraries keep: cuBLAS's workspaces
-        assert cli(*TINY, "offload=stream", "offload.vram_gib=0.5", f"run_dir={tmp_path / name}").code == 0
+        ran = cli(
+            *TINY,
+            "draft.kernel=int4_mma",
+            "offload=stream",
+            "offload.vram_gib=0.5",
+            f"run_dir={tmp_path / name}",
+        )
+        assert ran.code == 0, ran.err
         gc.collect()
         left.append(torch.cuda.memory_allocated())
     assert left[1] <= left[0] + 2**20
-    assert left[0] < 128 * 2**20
+    assert left[0] < 192 * 2**20  # cuBLAS's, 32 MiB for each of a handful of streams
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
 from subspec.decoding.verify import Verdict, verify
 from subspec.errors import SubspecError
+from subspec.kernels.capture import lasting_stream
 from subspec.rounding import round_up
 
 TokenCallback = Callable[[list[int], str], None]
@@ -90,7 +91,9 @@ class Engine:
         # Drafting while the target verifies needs a draft whose tree can be re-rooted (greedy, captured levels).
         self._ahead = growth.ahead if growth is not None and self._level_step is not None else 0
         self._side = (
-            torch.cuda.Stream(target.device) if self._ahead and target.device.type == "cuda" else None
+            lasting_stream("ahead", target.device.index or 0)
+            if self._ahead and target.device.type == "cuda"
+            else None
         )
         self._rerooted = False
         self._levels_per_pass: float | None = None

@@ -23,6 +23,7 @@ from subspec.targets.target import Target
 
 if TYPE_CHECKING:
     from subspec.drafts.fused_build import LayerFuser
+    from subspec.offload.coded_cache import CodedCache
     from subspec.offload.load import StreamedTarget
     from subspec.offload.plan import Plan
 
@@ -78,10 +79,12 @@ class StreamedBuild:
     Attributes:
         fuser: takes every exact layer while it passes through the device; None: the draft takes nothing of them.
         skip_layers: layers that the fuser keeps exact.
+        coded: keeps what the target's exact layers are coded to; None: they are not coded, or not kept.
     """
 
     fuser: LayerFuser | None = None
     skip_layers: frozenset[int] = frozenset()
+    coded: CodedCache | None = None
 
     def __enter__(self) -> StreamedBuild:
         return self

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -9,12 +10,13 @@ from subspec.choices import Codec
 from subspec.config import Cache, SubstituteDraftConfig, Unpack
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_build import ROLES, LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.choose import choose_kernels
 from subspec.kernels.codec import KERNELS as DECODED_KERNELS
 from subspec.kernels.formats import describe
+from subspec.offload.coded_cache import CodedCache, coded_folder
 from subspec.offload.load import StreamedTarget
 from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
 from subspec.quant.build import build_quantizer
@@ -83,6 +85,8 @@ class StreamedSubstitute(StreamedBuild):
         )
         self.skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))
         self._quantizer = CachedCodes(quantization.quantizer, self._open_store(context))
+        if context.plan.codec is Codec.substitute:
+            self.coded = self._open_coded(context)
         self.fuser = LayerFuser(
             source.config,
             self._quantizer,
@@ -98,23 +102,48 @@ class StreamedSubstitute(StreamedBuild):
 
     def _open_store(self, context: StreamContext) -> SubstituteStore:
         """Its results of earlier runs, unless the configuration says otherwise."""
-        source, quant = context.source, context.config.quant
-        facts = {
+        quant = context.config.quant
+        return open_store(
+            getattr(quant, "cache", Cache.off),
+            getattr(quant, "folder", None),
+            self._facts(context),
+            self._quantization.stored_bytes(self._layers(context)),
+            context.note,
+        )
+
+    def _open_coded(self, context: StreamContext) -> CodedCache:
+        """The exact layers as earlier runs coded them; in the cache, even of a substitute in ``quant.folder``."""
+        facts, off = self._facts(context), getattr(context.config.quant, "cache", Cache.off) is Cache.off
+        linears = [
+            f"{name}.weight" for role in self._quantization.shapes if role != "head" for name in ROLES[role]
+        ]
+        return CodedCache(
+            None if off else coded_folder(facts, linears),
+            self._quantizer,
+            linears,
+            expected_bytes=self._layers(context) * context.plan.layer_bytes,
+            facts=facts,
+            note=context.note,
+        )
+
+    def _facts(self, context: StreamContext) -> dict[str, Any]:
+        source = context.source
+        return {
             "target": source.identity,
             "dtype": str(source.dtype),
             **self._quantization.quantizer.facts,
         }
-        layers = source.config.num_hidden_layers - len(self.skip_layers)
-        return open_store(
-            getattr(quant, "cache", Cache.off),
-            getattr(quant, "folder", None),
-            facts,
-            self._quantization.stored_bytes(layers),
-            context.note,
-        )
+
+    def _layers(self, context: StreamContext) -> int:
+        return context.source.config.num_hidden_layers - len(self.skip_layers)
 
     def __exit__(self, *_: object) -> None:
-        self._quantizer.close()
+        try:
+            # Before the substitute: whoever waits for that one then finds all of both.
+            if self.coded is not None:
+                self.coded.close()
+        finally:
+            self._quantizer.close()
 
     def finish(self, streamed: StreamedTarget) -> BuiltDraft:
         assert streamed.substitute is not None

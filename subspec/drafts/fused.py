@@ -18,7 +18,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
 from subspec.kernels import attend, launch
-from subspec.kernels.capture import capturing
+from subspec.kernels.capture import capture_stream, capturing
 from subspec.kernels.ops import LevelLinear
 from subspec.rounding import next_power_of_two
 
@@ -135,7 +135,6 @@ class FusedSubstitute:
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: tuple[int, int] | None = None
         self._logits: Tensor | None = None
-        self._side: torch.cuda.Stream | None = None
         self._node_of_row = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._length_is_set = False
         self._scratch = Tree(1, self.device)
@@ -248,15 +247,13 @@ class FusedSubstitute:
         return logits
 
     def _capture(self, key: tuple[int, int, bool], tree: Tree, place: _Level, width: int | None) -> None:
-        if self._side is None:
-            # One stream for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has met.
-            self._side = torch.cuda.Stream()
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
+        stream = capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._level(tree, place, width)  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(self._side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with capturing(graph, pool=self._pool, stream=self._side):
+        with capturing(graph, pool=self._pool):
             logits = self._level(tree, place, width)
         if self._pool is None:
             self._pool = graph.pool()

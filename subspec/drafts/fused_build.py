@@ -64,14 +64,16 @@ class LayerFuser:
         exact: bool = False,
         index: int | None = None,
         keep: dict[str, QuantizedWeight] | None = None,
+        known: Mapping[str, QuantizedWeight] | None = None,
     ) -> FusedLayer:
         """One layer.
 
         Args:
-            tensors: the layer's exact parameters by name.
+            tensors: the layer's exact parameters by name; those of ``known`` may be missing.
             exact: keep every Linear exact (a layer in ``quant.skip_layers``).
             index: the layer's number, by which a quantizer may remember its codes; None: it is not to.
             keep: where to put the quantized weights, by parameter name, for whoever needs them besides.
+            known: all of the layer's quantized weights, by parameter name; None: they are made from ``tensors``.
         """
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
@@ -81,7 +83,7 @@ class LayerFuser:
         input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
         assert input_norm is not None
         assert post_norm is not None
-        linears = {role: self._linear(role, tensors, exact, index, keep) for role in ROLES}
+        linears = {role: self._linear(role, tensors, exact, index, keep, known) for role in ROLES}
         self.quantizer.end_layer()
         layer = FusedLayer(
             **linears,
@@ -102,6 +104,7 @@ class LayerFuser:
         exact: bool,
         index: int | None,
         keep: dict[str, QuantizedWeight] | None,
+        known: Mapping[str, QuantizedWeight] | None,
     ) -> LevelLinear:
         names = ROLES[role]
         if (role == "out" and "self_attn.o_proj.bias" in tensors) or (
@@ -110,8 +113,10 @@ class LayerFuser:
             raise ConfigError(
                 f"this target has a bias in {names[0]}, which the fused substitute does not support"
             )
-        weights = [tensors[f"{name}.weight"] for name in names]
         swiglu = role == "gate_up"
+        if known is not None and not (exact or is_kept(role, self.keep_exact)):
+            return self._quantized(role, [known[f"{name}.weight"] for name in names])
+        weights = [tensors[f"{name}.weight"] for name in names]
         if exact or is_kept(role, self.keep_exact):
             rows = stack_rows([weight.to(torch.bfloat16) for weight in weights], swiglu=swiglu)
             return Dense(rows, swiglu=swiglu)
@@ -145,14 +150,18 @@ class LayerFuser:
         return linear
 
 
-def compact(layer: FusedLayer) -> FusedLayer:
+def compact(layer: FusedLayer, device: torch.device | None = None) -> FusedLayer:
     """Move a layer's packed weights into one allocation: the allocator rounds every tensor of some MiB up to two,
-    which takes 7 % of a 7B substitute when each Linear has tensors of its own."""
+    which takes 7 % of a 7B substitute when each Linear has tensors of its own.
+
+    Args:
+        device: where to; None: where they are.
+    """
     tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
     sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
     if not tensors:
         return layer
-    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device or tensors[0].device)
     views, offset = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
         bytes_ = tensor.numel() * tensor.element_size()

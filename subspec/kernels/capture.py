@@ -1,5 +1,6 @@
-"""Capture of CUDA graphs that nothing else on the device can spoil."""
+"""Capture of CUDA graphs that nothing else on the device can spoil, and the streams that a process keeps."""
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,24 @@ from typing import Any
 import torch
 
 
+@functools.cache
+def lasting_stream(purpose: str, device: int) -> torch.cuda.Stream:
+    """One stream per purpose and device for as long as the process runs.
+
+    cuBLAS keeps a workspace of 32 MiB for every stream it has met, and gives it back only with the process: a new
+    stream for every run of a process would take its budget away bit by bit.
+    """
+    return torch.cuda.Stream(device)
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """What everything is captured on, on the current device."""
+    return lasting_stream("capture", torch.cuda.current_device())
+
+
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """``torch.cuda.graph(graph, **options)`` with Python's cyclic garbage collector at rest.
+    """``torch.cuda.graph(graph, **options)`` on one lasting stream, with Python's cyclic garbage collector at rest.
 
     A collection in the middle of a capture may destroy an older graph (or an event, or page-locked memory) that lay in
     a reference cycle; CUDA does not permit that while any stream captures, and the capture fails.
@@ -18,7 +34,7 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, **options):
+        with torch.cuda.graph(graph, stream=capture_stream(), **options):
             yield
     finally:
         if collects:

@@ -1,10 +1,14 @@
 // Rebuild exact bfloat16 weights from their code and the substitute that is on the device anyway; the format is
 // described in offload/codec.py, and its torch decoder is what this file has to agree with, bit for bit.
 //
-// One thread decodes one chunk of 512 weights, which follow each other in the row-major matrix. All of its branches are
-// selections (a code is cell, rest or 16 raw bits, all read from the same 64-bit window), so a warp does not diverge
-// but for the refill of the window. Every arithmetic operation is one float32 operation with one rounding: contraction
-// into fused multiply-adds would give other intervals than the encoder's.
+// One thread decodes one chunk of 512 weights, which follow each other in the row-major matrix; one launch decodes all
+// Linears of a layer, so that the small ones do not leave the device idle. All branches but the refill of the bits are
+// selections, so a warp does not diverge. Every arithmetic operation is one float32 operation with one rounding:
+// contraction into fused multiply-adds would give other intervals than the encoder's.
+//
+// What an interval says about its code ("entry", one word) is computed once per level and group and then looked up in
+// shared memory, where the substitute has few levels. The rest of the work is integer arithmetic, of which the device
+// does half as much per cycle as of float32's: so integers become floats by way of 2**23, not by conversions.
 //
 // LAYOUT says how the substitute lies in memory:
 //   1  the draft kernel's own 4-bit order (int4.cu): words, and half pairs of scale and zero; group 64. The rows of a
@@ -20,7 +24,11 @@
 #define DEVICE static inline
 static inline float mul(float a, float b) { volatile float r = a * b; return r; }
 static inline float add(float a, float b) { volatile float r = a + b; return r; }
-static inline int leading(unsigned v) { return v ? __builtin_clz(v) : 32; }
+static inline int floor_of(float v) { return (int)floorf(v); }
+static inline unsigned ones(unsigned count) { return (unsigned)((1ull << (count & 31)) - 1); }
+static inline unsigned funnel(unsigned low, unsigned high, unsigned by) {
+  return (unsigned)((low | (unsigned long long)high << 32) >> (by & 31));
+}
 static inline float as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 static inline unsigned as_bits(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
 static inline float half_to_float(unsigned h) {
@@ -30,6 +38,12 @@ static inline float half_to_float(unsigned h) {
   return as_float(s | ((e + 112) << 23) | (m << 13));
 }
 struct Word4 { unsigned x, y, z, w; };
+static inline void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
+  if (!full) return;
+  words[0] = words[1];
+  words[1] = words[2];
+  words[2] = *next++;
+}
 static inline Word4 load4(const unsigned* p) { return {p[0], p[1], p[2], p[3]}; }
 static inline void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsigned d) {
   const unsigned v[4] = {a, b, c, d};
@@ -39,7 +53,14 @@ static inline void store4(unsigned short* p, unsigned a, unsigned b, unsigned c,
 #define DEVICE __device__ __forceinline__
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-DEVICE int leading(unsigned v) { return __clz(v); }
+// Of numbers below 2**22.
+DEVICE int floor_of(float v) { return (int)__float_as_uint(__fadd_rd(v, 12582912.0f)) - 0x4b400000; }
+DEVICE unsigned ones(unsigned count) {
+  unsigned v;
+  asm("bmsk.wrap.b32 %0, 0, %1;" : "=r"(v) : "r"(count));
+  return v;
+}
+DEVICE unsigned funnel(unsigned low, unsigned high, unsigned by) { return __funnelshift_r(low, high, by); }
 DEVICE float as_float(unsigned v) { return __uint_as_float(v); }
 DEVICE unsigned as_bits(float f) { return __float_as_uint(f); }
 DEVICE float half_to_float(unsigned h) {
@@ -48,6 +69,14 @@ DEVICE float half_to_float(unsigned h) {
   return f;
 }
 struct Word4 { unsigned x, y, z, w; };
+// The loaded word straight into its register: by way of another one it would be waited for long before it is needed.
+DEVICE void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %4, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; @p ld.global.nc.u32 %2, [%3]; "
+      "mad.wide.u32 %3, %4, 4, %3;}"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+l"(next)
+      : "r"(full));
+}
 DEVICE Word4 load4(const unsigned* p) {
   Word4 v;
   asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -59,79 +88,108 @@ DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsign
 #endif
 
 #define CHUNK 512
+#define THREADS 128
 
-struct Bits {  // a window on the stream, at least 32 bits of it valid before each weight
+#ifdef HOST_TEST
+#define STRIDE 1
+#else
+#define STRIDE THREADS  // each thread has a column of the table in shared memory: no two threads meet in a bank
+#endif
+
+struct Bits {  // the word at hand, the next one, and the one after it, which is on its way
   const unsigned* next;
-  unsigned long long window;
-  int left;
+  unsigned words[3];
+  unsigned at;  // of the first word's bits, below 32
 };
 
 DEVICE void open_at(Bits& bits, const unsigned* from) {
-  bits.window = from[0] | ((unsigned long long)from[1] << 32);
-  bits.next = from + 2;
-  bits.left = 64;
+  bits.words[0] = from[0];
+  bits.words[1] = from[1];
+  bits.words[2] = from[2];
+  bits.next = from + 3;
+  bits.at = 0;
 }
 
-DEVICE unsigned decode_one(Bits& bits, int q, float scale, float zero, float half) {
-  const float centre = add((float)q, -zero);
-  const float low = mul(add(centre, -half), scale), high = mul(add(centre, half), scale);
+// The float of an integer from 0 to 2**23 - 1, exactly.
+DEVICE float number_of(unsigned v) { return add(as_float(0x4b000000u | v), -8388608.0f); }
+
+// An interval's entry. From the lowest bit: 5 bits k, the shorter code's length; 9 bits how many of the 2**k codes are
+// prefixes of two longer ones; 8 bits the cell size's exponent field; 10 bits the first cell's number. 0: all raw.
+DEVICE unsigned entry_of(float low, float high) {
   const float larger = fmaxf(fabsf(low), fabsf(high));
-  const int exponent = (int)(as_bits(larger) >> 23) - 127;
+  const unsigned field = as_bits(larger) >> 23;
   // NaN: no comparison holds. fmaxf drops one NaN, but then low < high fails.
-  const bool usable = low < high && exponent >= -110 && exponent <= 126;
-  const float per_cell = as_float((unsigned)(7 + 127 - exponent) << 23);
-  const int first = usable ? (int)floorf(mul(low, per_cell)) : 0;
-  const int count = usable ? (int)floorf(mul(high, per_cell)) - first + 1 : 0;
-  const unsigned symbols = (unsigned)count + 1u;
-  const int k = 31 - leading(symbols);
-  const unsigned shorter = (2u << k) - symbols;
+  const bool usable = low < high && field >= 127 - 110 && field <= 127 + 126;
+  const float per_cell = as_float((7 + 127 + 127 - field) << 23);
+  const int first = floor_of(mul(low, per_cell)), last = floor_of(mul(high, per_cell));
+  const unsigned symbols = (unsigned)(last - first + 2);
+  const unsigned k = (as_bits(number_of(symbols & 1023u)) >> 23) - 127u;
+  const unsigned extra = symbols - (1u << (k & 31));
+  return usable ? k | extra << 5 | (field - 7) << 14 | (unsigned)first << 22 : 0u;
+}
 
-  if (bits.left < 32) {
-    bits.window |= (unsigned long long)*bits.next++ << bits.left;
-    bits.left += 32;
-  }
-  unsigned low_bits = (unsigned)bits.window;
-  unsigned symbol = low_bits & ((1u << k) - 1u);
-  const bool longer = symbol >= shorter;
-  symbol = longer ? 2u * symbol + ((low_bits >> k) & 1u) - shorter : symbol;
-  const int used = k + (longer ? 1 : 0);
-  low_bits = (unsigned)(bits.window >> used);
+DEVICE unsigned entry_at(int q, float scale, float zero, float half) {
+  const float centre = add((float)q, -zero);
+  return entry_of(mul(add(centre, -half), scale), mul(add(centre, half), scale));
+}
 
-  const bool escape = symbol == (unsigned)count;
-  const int number = first + (int)symbol;
-  const bool negative = number < 0;
-  const unsigned magnitude = (unsigned)(negative ? -1 - number : number);
-  const int top = 31 - leading(magnitude | (magnitude == 0u));
-  const int rest = magnitude ? 7 - top : 0;
-  const unsigned mantissa = ((magnitude << rest) | (low_bits & ((1u << rest) - 1u))) & 127u;
-  unsigned value = magnitude ? ((unsigned)(top + exponent - 7 + 127) << 7) | mantissa : 0u;
-  value |= negative ? 0x8000u : 0u;
-  value = escape ? low_bits & 0xffffu : value;
-  const int taken = used + (escape ? 16 : rest);
-  bits.window >>= taken;
-  bits.left -= taken;
+DEVICE void fill(unsigned* table, int levels, float scale, float zero, float half) {
+#pragma unroll 4
+  for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at(q, scale, zero, half);
+}
+
+DEVICE unsigned decode_one(Bits& bits, unsigned entry) {
+  const unsigned seen = funnel(bits.words[0], bits.words[1], bits.at);  // no code is longer than 26 bits
+  const unsigned mask = ones(entry), extra = (entry >> 5) & 511u;
+  const unsigned shorter = seen & mask, longer_symbol = shorter + extra;
+  const unsigned is_longer = funnel(longer_symbol, 0, entry);  // 1: one bit more says which of two symbols it is
+  const unsigned after = funnel(seen, 0, entry);
+  const unsigned symbol = (after & is_longer) ? longer_symbol : shorter;
+  const unsigned behind = after >> is_longer;
+
+  const bool escape = symbol == mask + extra;
+  const int number = ((int)entry >> 22) + (int)symbol;
+  const int sign = number >> 31;
+  const unsigned magnitude = (unsigned)(number ^ sign);
+  const float cells = number_of(magnitude);
+  const unsigned rest = magnitude ? 134u - (as_bits(cells) >> 23) : 0u;
+  const unsigned size = as_bits(mul(cells, as_float((entry << 9) & 0x7f800000u)));
+  unsigned value = (size >> 16) | (behind & ones(rest)) | ((unsigned)sign & 0x8000u);
+  value = escape ? behind & 0xffffu : value;
+
+  bits.at += (entry & 31u) + is_longer + (escape ? 16u : rest);
+  advance_if(bits.at >> 5, bits.words, bits.next);
+  bits.at &= 31u;
   return value;
 }
+
+// One Linear's share of a launch; kernels/codec.py fills these in. Addresses are the device's; starts and stream are
+// bytes behind the layer's first.
+struct Part {
+  long long starts, stream, words, high, meta, out;
+  long long total, columns, rows, tiles, width, group, row_offset, interleave, half, first_block;
+};
 
 #if LAYOUT == 1
 
 // words: [blocks][groups][tiles][32][4], meta: [blocks][groups][8][2 * tiles] pairs of half (int4.py).
-DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta,
-                         unsigned short* out, long long total, int groups, int tiles, int row_offset,
-                         int interleave, float half, long long chunk) {
+DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
+  const unsigned *words = (const unsigned*)part.words, *meta = (const unsigned*)part.meta;
+  const int groups = (int)part.columns / 64, tiles = (int)part.tiles;
+  const float half = as_float((unsigned)part.half);
   Bits bits;
-  open_at(bits, stream + starts[chunk]);
+  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
   const long long begin = chunk * CHUNK;
-  int row = (int)(begin / (groups * 64)), group = (int)(begin / 64 - (long long)row * groups);
-  const int steps = (int)(total - begin < CHUNK ? (total - begin) / 64 : CHUNK / 64);
+  int row = (int)(begin / part.columns), group = (int)((begin - (long long)row * part.columns) / 64);
+  const int steps = (int)(part.total - begin < CHUNK ? (part.total - begin) / 64 : CHUNK / 64);
+  unsigned short* to = (unsigned short*)part.out + begin;
   for (int step = 0; step < steps; ++step) {
-    const int fused = row_offset + (interleave ? (row >> 4) * 32 + (row & 15) : row);
+    const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
     const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
     const long long cell = (long long)block * groups + group;
     const unsigned pair = meta[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
-    const float scale = half_to_float(pair & 0xffffu), zero = half_to_float(pair >> 16);
+    fill(table, 16, half_to_float(pair & 0xffffu), half_to_float(pair >> 16), half);
     const unsigned* lanes = words + ((cell * tiles + tile) * 32 + g * 4) * 4;
-    unsigned short* to = out + begin + step * 64;
 #pragma unroll 1
     for (int t = 0; t < 4; ++t) {
       const Word4 word = load4(lanes + 4 * t);
@@ -141,66 +199,66 @@ DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const u
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const unsigned w = (pack ? (i ? word.w : word.z) : (i ? word.y : word.x)) >> (4 * h);
-          v[4 * i] = decode_one(bits, w & 15, scale, zero, half);
-          v[4 * i + 1] = decode_one(bits, (w >> 16) & 15, scale, zero, half);
-          v[4 * i + 2] = decode_one(bits, (w >> 8) & 15, scale, zero, half);
-          v[4 * i + 3] = decode_one(bits, (w >> 24) & 15, scale, zero, half);
+          v[4 * i] = decode_one(bits, table[(w & 15) * STRIDE]);
+          v[4 * i + 1] = decode_one(bits, table[((w >> 16) & 15) * STRIDE]);
+          v[4 * i + 2] = decode_one(bits, table[((w >> 8) & 15) * STRIDE]);
+          v[4 * i + 3] = decode_one(bits, table[((w >> 24) & 15) * STRIDE]);
         }
         store4(to + t * 16 + pack * 8, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
       }
     }
+    to += 64;
     if (++group == groups) { group = 0; ++row; }
   }
 }
 
-#ifndef HOST_TEST  // the launcher passes integers as int and floats as double
-extern "C" __global__ void __launch_bounds__(128) codec_decode(
-    const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta, unsigned short* out,
-    int total, int groups, int tiles, int row_offset, int interleave, double half) {
-  const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
-  if (chunk * CHUNK < total)
-    decode_chunk(starts, stream, words, meta, out, total, groups, tiles, row_offset, interleave, (float)half, chunk);
-}
-#endif
-
 #elif LAYOUT == 2
 
 // words: [columns / per_word][rows], high: [columns / 16][rows] (3 bits), meta: [2][columns / group][rows] of half.
-DEVICE void decode_chunk(const unsigned* starts, const unsigned* stream, const unsigned* words,
-                         const unsigned short* high, const unsigned short* meta, unsigned short* out, long long total,
-                         int columns, int rows, int width, int group, int row_offset, int interleave, float half,
-                         long long chunk) {
+DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
+  const unsigned* words = (const unsigned*)part.words;
+  const unsigned short *high = (const unsigned short*)part.high, *meta = (const unsigned short*)part.meta;
+  unsigned short* out = (unsigned short*)part.out;
+  const int columns = (int)part.columns, rows = (int)part.rows, width = (int)part.width, group = (int)part.group;
+  const float half = as_float((unsigned)part.half);
   Bits bits;
-  open_at(bits, stream + starts[chunk]);
+  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
   const long long begin = chunk * CHUNK;
-  const long long end = begin + CHUNK < total ? begin + CHUNK : total;
+  const long long end = begin + CHUNK < part.total ? begin + CHUNK : part.total;
   const int low = width == 3 ? 2 : width, per_word = 32 / low, run = columns / per_word;
   const long long zeros = (long long)(columns / group) * rows;
   int row = (int)(begin / columns), column = (int)(begin - (long long)row * columns);
-  int slot = column / run, word = column - slot * run;
+  int slot = column / run, word = column - slot * run, left = 0;
+  float scale = 0.0f, zero = 0.0f;
   for (long long at = begin; at < end; ++at) {
-    const int fused = row_offset + (interleave ? (row >> 4) * 32 + (row & 15) : row);
+    const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+    if (left == 0) {
+      const long long place = (long long)(column / group) * rows + fused;
+      scale = half_to_float(meta[place]);
+      zero = half_to_float(meta[zeros + place]);
+      if (width <= 4) fill(table, 1 << width, scale, zero, half);
+      left = group - column % group;
+    }
     const long long place = (long long)word * rows + fused;
     int q = (int)((words[place] >> (slot * low)) & ((1u << low) - 1u));
     if (width == 3) q |= ((high[place] >> slot) & 1) << 2;
-    const long long scale = (long long)(column / group) * rows + fused;
-    out[at] = (unsigned short)decode_one(bits, q, half_to_float(meta[scale]), half_to_float(meta[zeros + scale]), half);
+    out[at] = (unsigned short)decode_one(bits, width <= 4 ? table[q * STRIDE] : entry_at(q, scale, zero, half));
+    --left;
     ++column;
     if (++word == run) { word = 0; ++slot; }
     if (column == columns) { column = 0; slot = 0; ++row; }
   }
 }
 
-#ifndef HOST_TEST
-extern "C" __global__ void __launch_bounds__(128) codec_decode(
-    const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned short* high,
-    const unsigned short* meta, unsigned short* out, int total, int columns, int rows, int width, int group,
-    int row_offset, int interleave, double half) {
-  const long long chunk = (long long)blockIdx.x * 128 + threadIdx.x;
-  if (chunk * CHUNK < total)
-    decode_chunk(starts, stream, words, high, meta, out, total, columns, rows, width, group, row_offset, interleave,
-                 (float)half, chunk);
-}
 #endif
 
+#ifndef HOST_TEST
+extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* parts, const unsigned char* flat,
+                                                                   int count) {
+  __shared__ unsigned table[16 * THREADS];
+  int own = 0;
+  while (own + 1 < count && parts[own + 1].first_block <= blockIdx.x) ++own;
+  const long long chunk = (blockIdx.x - parts[own].first_block) * THREADS + threadIdx.x;
+  if (chunk * CHUNK < parts[own].total) decode_chunk(parts[own], flat, chunk, table + threadIdx.x);
+}
 #endif

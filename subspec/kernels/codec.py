@@ -1,10 +1,12 @@
-"""Exact weights from their code and the packed substitute on the device: the CUDA decoder's launch.
+"""Exact weights from their code and the packed substitute on the device: the CUDA decoder's launches.
 
 The substitute is read where the draft's kernels have it, in their order; so only kernels of ours whose order is known
 here can serve (:data:`KERNELS`). On a CPU the torch decoder stands in.
 """
 
 import functools
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -21,6 +23,10 @@ KERNELS = (MmaInt4.kind, TritonWq.kind)
 """Kernels of the draft whose packed weights the decoder reads."""
 
 THREADS = 128
+"""Of a block, each of which decodes a chunk."""
+
+FIELDS = 16
+"""64-bit numbers that say all about one Linear: ``Part`` in ``codec.cu``."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,44 @@ class Rows:
         return fused.unflatten(0, (-1, 2, 16))[:, self.first // 16].flatten(0, 1)[:count]
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Where the code of a Linear lies in a run of bytes.
+
+    Attributes:
+        starts, stream: first byte, a multiple of 4, and number of int32 words of :class:`~subspec.offload.codec.Coded`.
+    """
+
+    starts: tuple[int, int]
+    stream: tuple[int, int]
+
+    def on(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Starts and stream, as views into ``flat`` (uint8)."""
+        starts, stream = (
+            flat[first : first + 4 * words].view(torch.int32) for first, words in (self.starts, self.stream)
+        )
+        return starts, stream
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A Linear that is decoded together with others.
+
+    Attributes:
+        out: what is written: bfloat16 [n, k], contiguous, 16-byte aligned.
+        linear: the substitute's fused Linear.
+        rows: which of its rows belong to this weight.
+        spans: of the code.
+        margin: see :class:`~subspec.offload.codec.Coded`.
+    """
+
+    out: Tensor
+    linear: LevelLinear
+    rows: Rows
+    spans: Spans
+    margin: float
+
+
 def substitute_codes(linear: LevelLinear, rows: Rows, count: int) -> Codes:
     """A Linear's own codes, from the packed weight of the fused one.
 
@@ -55,48 +99,79 @@ def substitute_codes(linear: LevelLinear, rows: Rows, count: int) -> Codes:
         q, scale, zero = wq.unpack_codes(linear.weight)
         group, bits = linear.weight.group, linear.weight.bits
     else:
-        raise TypeError(f"the decoder does not know the order of {linear.kind}'s weights")
+        raise _unknown(linear)
     q, scale, zero = (rows.select(part, count).contiguous() for part in (q, scale, zero))
     return Codes(q, scale, zero, group, bits)
 
 
-def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> None:
-    """Write an exact weight.
+class PieceDecoder:
+    """Decodes several Linears whose code lies in one run of bytes, in one launch per order of the substitute.
 
     Args:
-        out: bfloat16 [n, k], contiguous, 16-byte aligned.
-        coded: of the weight; on the device of ``out``.
-        linear: the substitute's fused Linear.
-        rows: which of its rows belong to this weight.
+        pieces: on one device.
+
+    Raises:
+        TypeError: the order of a Linear's kernel is not known here.
     """
-    count, columns = coded.shape
-    if not out.is_cuda:
-        out.copy_(decode(coded, substitute_codes(linear, rows, count)))
-        return
-    half = 0.5 + coded.margin
-    chunks = -(-out.numel() // CHUNK)
-    launch: dict[str, Any] = {"grid": (-(-chunks // THREADS), 1, 1), "block": (THREADS, 1, 1)}
-    device = out.device.index or 0
-    stream = [coded.starts, coded.stream]
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = pieces
+        self._launches: list[tuple[Any, Tensor, dict[str, Any], int]] = []
+        device = pieces[0].out.device if pieces else torch.device("cpu")
+        if device.type != "cuda":
+            return
+        parts: dict[int, list[list[int]]] = {}
+        blocks: dict[int, int] = {}
+        # The large ones first: what is left at the end is short.
+        for piece in sorted(pieces, key=lambda piece: -piece.out.numel()):
+            layout, fields = describe(piece)
+            first = blocks.get(layout, 0)
+            blocks[layout] = first + -(-piece.out.numel() // (CHUNK * THREADS))
+            parts.setdefault(layout, []).append([*fields, first])
+        for layout, rows in parts.items():
+            table = torch.tensor(rows, dtype=torch.int64, device=device)
+            shape = {"grid": (blocks[layout], 1, 1), "block": (THREADS, 1, 1)}
+            self._launches.append((_kernel(layout, device.index or 0), table, shape, len(rows)))
+
+    def __call__(self, flat: Tensor) -> None:
+        """Write every piece's weight from ``flat`` (uint8, 4-byte aligned, on the pieces' device)."""
+        for kernel, table, shape, count in self._launches:
+            kernel(**shape, args=[table, flat, count])
+        if flat.is_cuda:
+            return
+        for piece in self.pieces:
+            codes = substitute_codes(piece.linear, piece.rows, piece.out.shape[0])
+            piece.out.copy_(decode(Coded(*piece.spans.on(flat), piece.out.shape, piece.margin), codes))
+
+
+def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> None:
+    """Write one exact weight; arguments as in :class:`Piece`."""
+    starts, stream = coded.starts.numel(), coded.stream.numel()
+    flat = torch.cat([coded.starts, coded.stream]).view(torch.uint8)
+    PieceDecoder([Piece(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)])(flat)
+
+
+def describe(piece: Piece) -> tuple[int, list[int]]:
+    """The layout of a piece's substitute, and all fields of ``Part`` but the last one."""
+    linear, out = piece.linear, piece.out
     if isinstance(linear, MmaInt4):
-        packed = linear.weight
-        place = [columns // int4.GROUP, packed.tiles, rows.first, int(rows.interleaved), half]
-        _kernel(1, device)(**launch, args=[*stream, packed.words, packed.meta, out, out.numel(), *place])
+        layout, packed = 1, linear.weight
+        sources = [packed.words.data_ptr(), 0, packed.meta.data_ptr()]
+        form = [0, packed.tiles, 4, int4.GROUP]
     elif isinstance(linear, TritonWq):
-        weight = linear.weight
-        shape = [
-            columns,
-            weight.out_features,
-            weight.bits,
-            weight.group,
-            rows.first,
-            int(rows.interleaved),
-            half,
-        ]
-        source = [weight.words, weight.high, weight.meta]
-        _kernel(2, device)(**launch, args=[*stream, *source, out, out.numel(), *shape])
+        layout, weight = 2, linear.weight
+        sources = [weight.words.data_ptr(), weight.high.data_ptr(), weight.meta.data_ptr()]
+        form = [weight.out_features, 0, weight.bits, weight.group]
     else:
-        raise TypeError(f"the decoder does not know the order of {linear.kind}'s weights")
+        raise _unknown(linear)
+    (half,) = struct.unpack("<I", struct.pack("<f", 0.5 + piece.margin))
+    place = [piece.rows.first, int(piece.rows.interleaved), half]
+    spans = [piece.spans.starts[0], piece.spans.stream[0]]
+    return layout, [*spans, *sources, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
+
+
+def _unknown(linear: LevelLinear) -> TypeError:
+    return TypeError(f"the decoder does not know the order of {linear.kind}'s weights")
 
 
 @functools.cache

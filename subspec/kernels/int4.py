@@ -18,6 +18,9 @@ from subspec.kernels.activation import apply_swiglu
 GROUP = 64
 """Weights along the input dimension that share a scale and a zero; the kernel is built for this size."""
 
+PACKED_AT_ONCE = 1 << 24
+"""Weights whose widened copies are there at a time while a weight is packed."""
+
 MAX_ROWS = 8
 WARPS = 8
 
@@ -90,7 +93,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, swiglu: bool = F
     words = torch.empty(blocks, groups, tiles, 32, 4, dtype=torch.int32, device=q.device)
     shifts = torch.arange(0, 32, 4, device=q.device)
     # In pieces: the widened nibbles take eight bytes each.
-    step = max(1, (1 << 26) // (rows * k))
+    step = max(1, PACKED_AT_ONCE // (rows * k))
     for start in range(0, blocks, step):
         part = q[start * rows : (start + step) * rows].to(torch.int64)
         # k inside a group: thread t (4) x instruction (4) x register half p (2) x element e (2);

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.int4 import PACKED_AT_ONCE
 from subspec.rounding import next_power_of_two
 
 PER_WORD = {8: 4, 4: 8, 3: 16, 2: 16}
@@ -113,7 +114,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, bits: int, swiglu: bool = Fa
     low = 2 if bits == 3 else bits
     words = torch.empty(k // per, n, dtype=torch.int32, device=q.device)
     high = torch.empty((k // 16, n) if bits == 3 else (1,), dtype=torch.int16, device=q.device)
-    step = max(1, (1 << 26) // k)  # in pieces: the widened integers take eight bytes each
+    step = max(1, PACKED_AT_ONCE // k)  # in pieces: the widened integers take eight bytes each
     for start in range(0, n, step):
         part = q[start : start + step].to(torch.int64).unflatten(1, (per, -1))
         words[:, start : start + step] = _word(part & ((1 << low) - 1), low, 32).to(torch.int32).t()

@@ -8,7 +8,9 @@ constant, so the ideal code of a number takes ``log2(interval / spacing)`` bits,
 1. **Cell.** The interval is cut into cells as wide as the spacing at its larger end, ``g = 2**(E - 7)`` with
    ``2**E <= max(|low|, |high|) < 2**(E + 1)``; cells are numbered by ``floor(w / g)``, magnitude and sign apart, so
    every cell lies in one binade. The cell's number within the interval is written in a truncated binary code: ``k`` or
-   ``k + 1`` bits for ``S`` symbols, ``k = floor(log2 S)``, within 0.09 bits of ``log2 S`` whatever ``S`` is.
+   ``k + 1`` bits for ``S`` symbols, ``k = floor(log2 S)``, within 0.09 bits of ``log2 S`` whatever ``S`` is. Symbols
+   from ``2**k`` up share their first ``k`` bits with the symbol ``S - 2**k`` below them; one bit more tells the two
+   apart.
 2. **Rest.** A cell ``j`` cells from zero holds ``2**(7 - floor(log2 j))`` bfloat16 numbers: mantissa bits that tell
    them apart follow.
 3. **Escape.** One symbol more than there are cells says that the 16 bits follow as they are: for weights outside their
@@ -39,8 +41,8 @@ MOST_WEIGHTS = (1 << 31) - 1
 
 RAW_BITS = 16
 
-PADDING_WORDS = 2
-"""Behind a stream: the decoder reads a little ahead."""
+PADDING_WORDS = 3
+"""Behind a stream: the decoder reads up to three words ahead."""
 
 BLOCK = 1 << 21
 """Weights that are encoded at a time; a multiple of :data:`CHUNK`. Bounds the temporaries to about half a GiB."""
@@ -84,14 +86,14 @@ class _Cells:
         count: cells of the interval; 0 where everything is raw.
         exponent: E of the module's text.
         bits: k, the shorter code's length.
-        short: symbols that have the shorter code.
+        extra: symbols from ``2**k`` up.
     """
 
     first: Tensor
     count: Tensor
     exponent: Tensor
     bits: Tensor
-    short: Tensor
+    extra: Tensor
 
 
 def margin_for(bits: int) -> float:
@@ -156,11 +158,11 @@ def decode(coded: Coded, codes: Codes) -> Tensor:
     at = coded.starts.to(torch.int64) * 32
     symbols, behind = torch.empty_like(cells.count), torch.empty_like(place)
     for step in range(min(CHUNK, total)):
-        k, short = cells.bits[step], cells.short[step]
+        k, extra = cells.bits[step], cells.extra[step]
         window = windows[(at >> 5).clamp_max(windows.numel() - 1)] >> (at & 31)
         symbol = (window & ((1 << k) - 1)).to(torch.int32)
-        longer = symbol >= short
-        symbol = torch.where(longer, 2 * symbol + ((window >> k) & 1) - short, symbol).to(torch.int32)
+        longer = (symbol + extra) >> k  # 0 or 1
+        symbol = symbol + longer * ((window >> k) & 1).to(torch.int32) * extra
         used = k + longer
         symbols[step], behind[step] = symbol, window >> used
         number = cells.first[step] + symbol
@@ -194,7 +196,7 @@ def _cells(q: Tensor, scale: Tensor, zero: Tensor, margin: float) -> _Cells:
     last = torch.where(usable, torch.floor(high * per_cell), -1.0).to(torch.int32)
     count = last - first + 1
     bits = _log2(count + 1).to(torch.int32)
-    return _Cells(first, count, exponent, bits, (2 << bits) - (count + 1))
+    return _Cells(first, count, exponent, bits, count + 1 - (1 << bits))
 
 
 def _symbols(words: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
@@ -213,9 +215,10 @@ def _symbols(words: Tensor, cells: _Cells) -> tuple[Tensor, Tensor]:
     symbol = signed - cells.first
     found &= (symbol >= 0) & (symbol < cells.count)
     symbol = torch.where(found, symbol, cells.count)
-    longer = symbol >= cells.short
-    wide = symbol + cells.short
-    value = torch.where(longer, (wide >> 1) | ((wide & 1) << cells.bits), symbol).to(torch.int64)
+    upper = symbol >> cells.bits  # 1: from 2**k up
+    shared = symbol - upper * cells.extra
+    longer = (shared + cells.extra) >> cells.bits
+    value = (shared | upper << cells.bits).to(torch.int64)
     length = cells.bits + longer
     rest = torch.where(number > 0, shift, 0)
     behind = torch.where(found, size & ((1 << rest) - 1), raw)

@@ -15,8 +15,8 @@ from torch import Tensor
 from subspec.drafts.fused import FusedLayer
 from subspec.drafts.fused_build import ROLES
 from subspec.errors import SubspecError
-from subspec.kernels.codec import Rows, decode_into
-from subspec.offload.codec import Coded, encode, margin_for
+from subspec.kernels.codec import Piece, PieceDecoder, Rows, Spans, decode_into
+from subspec.offload.codec import encode, margin_for
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.codes import Codes
@@ -30,23 +30,24 @@ class CodedPart:
     Attributes:
         name: of the parameter.
         role: of the fused Linear (a field of :class:`~subspec.drafts.fused.FusedLayer`).
-        starts, stream: first byte and number of int32 words.
+        spans: of the layer's bytes.
     """
 
     name: str
     role: str
     rows: Rows
     shape: torch.Size
-    starts: tuple[int, int]
-    stream: tuple[int, int]
+    spans: Spans
     margin: float
 
-    def on(self, flat: Tensor) -> Coded:
-        """The code, as views into the layer's bytes ``flat`` (uint8)."""
-        starts, stream = (
-            flat[first : first + 4 * words].view(torch.int32) for first, words in (self.starts, self.stream)
-        )
-        return Coded(starts, stream, self.shape, self.margin)
+    @property
+    def words(self) -> int:
+        """int32 words of the code."""
+        return self.spans.starts[1] + self.spans.stream[1]
+
+    def piece(self, out: Tensor, substitute: FusedLayer) -> Piece:
+        """What decodes it into ``out``."""
+        return Piece(out, getattr(substitute, self.role), self.rows, self.spans, self.margin)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def encode_layer(
             pieces.append((offset, words))
             spans.append((offset, words.numel()))
             offset += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
-        parts.append(CodedPart(name, role, rows, coded.shape, spans[0], spans[1], coded.margin))
+        parts.append(CodedPart(name, role, rows, coded.shape, Spans(*spans), coded.margin))
     device = next(iter(tensors.values())).device
     flat = torch.empty(offset, dtype=torch.uint8, device=device)
     for name, view in parameter_views(flat, exact, torch.bfloat16).items():
@@ -150,12 +151,18 @@ class LayerDecoder:
         resident: Mapping[int, Tensor],
         device: torch.device,
     ) -> None:
-        self.layers, self.substitute, self.resident = layers, substitute, resident
+        self.layers, self.resident = layers, resident
         # The parameters that are not coded first, as in the coded bytes: one copy moves all of them.
         first = next(iter(layers.values())).exact
         ordered = {**first, **{name: shape for name, shape in shapes.items() if name not in first}}
         self.buffer = torch.empty(PlainCodec().layer_bytes(ordered), dtype=torch.uint8, device=device)
         self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
+        self._decoders = {
+            index: PieceDecoder(
+                [part.piece(self.parameters[part.name], substitute[index]) for part in layer.parts]
+            )
+            for index, layer in layers.items()
+        }
         self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def decode(self, index: int, flat: Tensor) -> None:
@@ -170,7 +177,6 @@ class LayerDecoder:
         self.log.append((index, begin, end))
 
     def _decode(self, index: int, flat: Tensor) -> None:
-        layer, substitute = self.layers[index], self.substitute[index]
-        self.buffer[: layer.exact_bytes].copy_(flat[: layer.exact_bytes])
-        for part in layer.parts:
-            decode_into(self.parameters[part.name], part.on(flat), getattr(substitute, part.role), part.rows)
+        exact = self.layers[index].exact_bytes
+        self.buffer[:exact].copy_(flat[:exact])
+        self._decoders[index](flat)

@@ -4,6 +4,7 @@ A :class:`Layout` holds what a configuration fixes; :meth:`Layout.items` lists e
 The planner looks for the best choice whose device items fit the budget; nothing here knows of budgets.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
@@ -16,6 +17,7 @@ from subspec.config import (
     NoDraftConfig,
     Placement,
     StreamOffloadConfig,
+    SubstituteDraftConfig,
 )
 from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding_config import build_growth, build_sampling
@@ -23,6 +25,7 @@ from subspec.drafts.fused_quant import FusedQuantization, fused_quantization
 from subspec.errors import ConfigError
 from subspec.offload.coding import SubstituteCodec, codec_of, decoding_only
 from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes, substitute_pieces
+from subspec.offload.loading_sizes import loading_bytes
 from subspec.offload.sizes import (
     ALLOCATOR_BYTES,
     GIB,
@@ -57,6 +60,9 @@ LOADING_LAYERS = 3
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries still take after planning (an estimate)."""
 
+LATER = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
+"""Pieces on the device that are not there before everything is loaded."""
+
 AUDIT_ROWS = 256
 """Tokens per pass of the losslessness audit, which has a cache of its own."""
 
@@ -89,6 +95,9 @@ class Layout:
             (``quant.skip_layers`` of a substitute, layers that draft themselves): streaming them too would only cost
             link time.
         coded: whether exact weights are coded by their substitute.
+        loading_bytes: what a layer in the making takes of the device while the substitute is loaded, before the pieces
+            are there that come later; 0: nothing is quantized.
+        packed_bytes: of a layer of the substitute, its quantized Linears alone.
         given_codec: a codec that overrules the configuration's.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
@@ -106,8 +115,9 @@ class Layout:
         self.itemsize = _itemsize(config)
         self.coded = codec_of(config) is Codec.substitute
         self.given_codec = codec
-        quantization = _quantization(config, shapes) if self.coded else None
-        if codec is None and quantization is not None:
+        quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
+        quantization = _quantization(config, shapes) if quantizes else None
+        if codec is None and self.coded and quantization is not None:
             codec = SubstituteCodec(quantization)
         codec = codec or PlainCodec(self.itemsize)
         self.layer_bytes = codec.layer_bytes(shapes.layer)
@@ -138,6 +148,11 @@ class Layout:
         self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
         # What decodes must be there even if nothing drafts with it.
         self._decoding: list[Piece] = []
+        self.loading_bytes = self.packed_bytes = 0
+        if quantization is not None:
+            head, coded = (shapes.vocab, shapes.hidden), self.layer_bytes * self.coded
+            self.loading_bytes = loading_bytes(quantization, shapes.layer, head, self.itemsize, coded)
+            self.packed_bytes = quantization.layer_bytes
         if quantization is not None and self.draft is None:
             sizes = substitute_sizes(quantization, self.itemsize)
             self._decoding = substitute_pieces(sizes, shapes.layers, 0, f"decodes; {quantization.summary()}")
@@ -245,6 +260,16 @@ class Layout:
             ("allocator", rounded + rounding(buffers) + ALLOCATOR_BYTES, "rounding, segments in part"),
         ]
 
+    def waiting_layers(self, choice: Choice) -> int:
+        """Layers of the substitute that wait on the host while the others are made.
+
+        The device holds them all when the last one is made, and beside it what that takes for a moment. Where the
+        pieces that come later (:data:`LATER`) leave less room than that, as many as it takes come later, too.
+        """
+        room = sum(size for name, size, _ in self._device_items(choice) if name in LATER)
+        short = self.loading_bytes - room
+        return min(self.shapes.layers, math.ceil(max(0, short) / max(1, self.packed_bytes)))
+
     def _resident_bytes(self, resident: int) -> int:
         forced = len(self.forced)
         return forced * self.exact_bytes + (resident - forced) * self.resident_bytes
@@ -281,7 +306,8 @@ class Layout:
     def _host_items(self, choice: Choice) -> list[tuple[str, int, str]]:
         streamed = self.shapes.layers - choice.resident
         table = self.table_bytes * (choice.embedding is Placement.host)
-        loading = LOADING_LAYERS * self.exact_bytes + PROCESS_BYTES
+        waiting = self.waiting_layers(choice)
+        loading = LOADING_LAYERS * self.exact_bytes + waiting * self.packed_bytes + PROCESS_BYTES
         return [
             ("streamed layers", streamed * self.layer_bytes, f"{streamed} layers, pinned"),
             *_named(self.draft.host() if self.draft is not None else []),
@@ -289,7 +315,7 @@ class Layout:
             (
                 "loading and process",
                 loading,
-                f"{LOADING_LAYERS} layers, 1 GiB for CUDA",
+                f"{LOADING_LAYERS} layers, {f'{waiting} of the substitute, ' * bool(waiting)}1 GiB for CUDA",
             ),
         ]
 

@@ -1,9 +1,11 @@
 """Build a streamed target and its fused substitute from a layer source, following a plan.
 
 One exact layer at a time is on the device: it is quantized for the substitute, then written to its pinned buffer, as
-it is or coded by the substitute (:mod:`subspec.offload.coded_load`).
-Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, so that loading
-itself stays inside the budget.
+it is or coded by the substitute (:mod:`subspec.offload.coded_load`). Host memory never holds more of the target than
+what is kept there and the layer on its way; a layer that an earlier run coded is read straight into its buffer.
+Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, and the first layers of
+the substitute wait on the host where these need their room (``Plan.waiting_layers``), so that loading itself stays
+inside the budget.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,8 @@ import torch
 from subspec.choices import Codec
 from subspec.config import Placement
 from subspec.drafts.fused import FusedModel
-from subspec.drafts.fused_build import LayerFuser, fuse_model
+from subspec.drafts.fused_build import LayerFuser, compact, fuse_model
+from subspec.offload.coded_cache import CodedCache
 from subspec.offload.coded_load import TargetCoding
 from subspec.offload.layer_bytes import flat_layer, write_layer
 from subspec.offload.pinned import PinnedBuffer
@@ -38,6 +41,7 @@ class StreamedTarget:
             :func:`subspec.offload.layer_bytes.flat_views`.
         shared: embedding, final norm and, unless tied, LM head, wherever they live.
         bits_per_weight: of the coded Linears; None: nothing is coded.
+        coded: where the coded layers came from; None: nothing is coded.
     """
 
     decoder: StreamedDecoder
@@ -46,6 +50,7 @@ class StreamedTarget:
     resident: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    coded: CodedCache | None = None
 
     def close(self) -> None:
         """Unlock the host memory, once nothing runs any more."""
@@ -62,6 +67,7 @@ def load_streamed(
     *,
     fuser: LayerFuser | None,
     skip_layers: frozenset[int] = frozenset(),
+    coded: CodedCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamedTarget:
     """Load a target for streaming.
@@ -70,12 +76,13 @@ def load_streamed(
         plan: which layers are resident, how many ring slots there are, where the embedding lives.
         fuser: makes the substitute's layers; None without a draft.
         skip_layers: layers that stay exact in the substitute.
+        coded: of what earlier runs coded with this substitute.
         progress: called with (layers done, layers).
 
     Raises:
         SubspecError: host memory cannot be locked.
     """
-    pin = device.type == "cuda"
+    pin, cpu = device.type == "cuda", torch.device("cpu")
     model = empty_model(source.config, source.dtype, device)
     buffers: list[PinnedBuffer] = []
     shared = dict(source.shared(device))
@@ -95,14 +102,24 @@ def load_streamed(
     resident = set(plan.resident_layers)
     streamed, fused = {}, []
     plain = PlainCodec(source.dtype.itemsize)
-    coding = TargetCoding(resident) if plan.codec is Codec.substitute else None
+    coding = TargetCoding(resident, coded) if plan.codec is Codec.substitute else None
+
+    def locked(buffer: PinnedBuffer) -> torch.Tensor:
+        if pin:
+            buffer.lock()
+        buffers.append(buffer)
+        return buffer.tensor
 
     def pinned(nbytes: int) -> torch.Tensor:
-        buffers.append(PinnedBuffer(nbytes, pin=pin))
-        return buffers[-1].tensor
+        return locked(PinnedBuffer(nbytes, pin=False))
 
     for index in range(layers):
-        if fuser is not None or index not in resident:
+        restored = None
+        if coding is not None and fuser is not None and index not in skip_layers:
+            restored = coding.restore(index, source, fuser, device, locked)
+        if restored is not None:
+            fused.append(restored)
+        elif fuser is not None or index not in resident:
             tensors = source.layer(index, device)
             codes: dict[str, QuantizedWeight] = {}
             if fuser is not None:
@@ -115,6 +132,8 @@ def load_streamed(
                 streamed[index] = pinned(plain.layer_bytes(source.layer_shapes(index)))
                 write_layer(streamed[index], tensors, source.dtype)
             del tensors, codes
+        if fuser is not None and index < plan.waiting_layers:
+            compact(fused[index], cpu)
         if progress is not None:
             progress(index + 1, layers)
     head = None
@@ -122,8 +141,9 @@ def load_streamed(
         head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    for layer in fused[: plan.waiting_layers]:
+        compact(layer, device)
     # By way of the host: a layer on its way would need room on the device beside its place.
-    cpu = torch.device("cpu")
     decoding = None
     if coding is not None:
         kept = sum(index in coding.layers for index in resident)
@@ -139,4 +159,4 @@ def load_streamed(
     if fuser is not None:
         substitute = fuse_model(source.config, fused, shared, decoder.base.rotary_emb, head)
     bits = coding.bits_per_weight if coding is not None and coding.layers else None
-    return StreamedTarget(decoder, substitute, buffers, exact, shared, bits)
+    return StreamedTarget(decoder, substitute, buffers, exact, shared, bits, coded if coding else None)

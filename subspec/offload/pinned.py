@@ -30,13 +30,22 @@ class PinnedBuffer:
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         self._registered = False
         if pin:
-            code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0))
-            if code != 0:
-                raise SubspecError(
-                    f"{nbytes / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {code}): "
-                    "raise the limit (ulimit -l), free memory, or set offload.resident_layers higher"
-                )
-            self._registered = True
+            self.lock()
+
+    def lock(self) -> None:
+        """Page-lock memory that was made with ``pin=False``.
+
+        Raises:
+            SubspecError: see the class.
+        """
+        nbytes = self.tensor.numel()
+        code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0))
+        if code != 0:
+            raise SubspecError(
+                f"{nbytes / 2**30:.2f} GiB of host memory could not be page-locked (CUDA error {code}): "
+                "raise the limit (ulimit -l), free memory, or set offload.resident_layers higher"
+            )
+        self._registered = True
 
     def close(self) -> None:
         """Unlock the memory; the tensor must not be used any more. May be called twice."""

@@ -68,6 +68,7 @@ class Plan:
         level_read_bytes: what one draft level reads of the device's memory (its weights and LM head; 0: no draft).
         link: bandwidth of the predictions; None: not known.
         notes: what a reader should know, one line each.
+        waiting_layers: of the substitute, the first ones, that are on the host until all are made.
     """
 
     target: str
@@ -89,6 +90,7 @@ class Plan:
     level_read_bytes: int
     link: Link | None
     notes: tuple[str, ...]
+    waiting_layers: int = 0
 
     def total(self, place: Placement) -> int:
         """Bytes of all items on ``place``."""
@@ -225,6 +227,7 @@ def plan_run(
         level_read_bytes=layout.draft.level_read(choice.resident) if layout.draft else 0,
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
+        waiting_layers=layout.waiting_layers(choice),
     )
 
 

@@ -1,4 +1,4 @@
-"""The limit of what quantized substitutes may take of the cache: the longest unused ones make room.
+"""The limit of what quantized substitutes and coded targets may take of the cache: the longest unused ones make room.
 
 ``SUBSPEC_CACHE_GIB`` (64 when unset) is compared after a run has added to ``<cache>/substitutes``. What is in use is
 never removed: the run's own folder, one that another process writes (it holds the lock), and one that was used within
@@ -22,7 +22,7 @@ RECENT_S = 3600.0
 
 
 def cache_limit() -> int:
-    """Bytes that quantized substitutes may take.
+    """Bytes that quantized substitutes and coded targets may take.
 
     Raises:
         ConfigError: ``SUBSPEC_CACHE_GIB`` is no number, or negative.
@@ -34,19 +34,19 @@ def cache_limit() -> int:
         gib = -1.0
     if not gib >= 0:
         raise ConfigError(
-            f"{VARIABLE}={text}: give the GiB that quantized substitutes may take, for instance 64"
+            f"{VARIABLE}={text}: give the GiB that quantized substitutes and coded targets may take, for instance 64"
         )
     return int(min(gib, 2**40) * 2**30)
 
 
 def touch(folder: Path) -> None:
-    """Mark a substitute as used now."""
+    """Mark a folder as used now."""
     with suppress(OSError):
         os.utime(folder / MANIFEST)
 
 
 def limit_cache(root: Path, *, keep: Path, note: Note, now: float | None = None) -> list[Path]:
-    """Remove the longest unused substitutes under ``root`` until the others fit the limit.
+    """Remove the longest unused folders under ``root`` until the others fit the limit.
 
     Args:
         keep: never removed.
@@ -75,8 +75,8 @@ def limit_cache(root: Path, *, keep: Path, note: Note, now: float | None = None)
         freed += size
     if removed:
         note(
-            f"{len(removed)} quantized substitutes that were not used for longest left the cache, {freed / 2**30:.1f} "
-            f"GiB ({VARIABLE} sets what they may take: {limit / 2**30:g} GiB)"
+            f"{len(removed)} quantized substitutes or coded targets that were not used for longest left the cache, "
+            f"{freed / 2**30:.1f} GiB ({VARIABLE} sets what they may take: {limit / 2**30:g} GiB)"
         )
     return removed
 

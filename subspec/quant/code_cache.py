@@ -53,6 +53,14 @@ class CachedCodes:
         """The inner quantizer's."""
         return self.inner.stored_bytes(shape, name)
 
+    def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """The inner quantizer's."""
+        return self.inner.codes_bytes(shape, name)
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """The inner quantizer's."""
+        return self.inner.peak_bytes(shape, name)
+
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
     ) -> QuantizedWeight | None:
@@ -75,6 +83,29 @@ class CachedCodes:
         if name is not None and store.trouble is None:
             store.keep(weight, name, codes.tensors())
         return codes
+
+    def layer(
+        self, index: int, shapes: Mapping[str, torch.Size], device: torch.device
+    ) -> dict[str, QuantizedWeight] | None:
+        """A layer's codes from the disk alone; None: not all of them are there.
+
+        Nothing says that they were made from the weights that the target has now: whoever takes them has to know it.
+
+        Args:
+            shapes: of the layer's quantized weights, by the module's path.
+
+        Returns:
+            Codes by the same names, not counted as read yet.
+        """
+        found: dict[str, QuantizedWeight] = {}
+        for module, (n, k) in shapes.items():
+            name = f"{index}.{module}"
+            stored = self.store.stored(name)
+            codes = None if stored is None else self.inner.restore(stored, (n, k), name, device)
+            if codes is None:
+                return None
+            found[module] = codes
+        return found
 
     def end_layer(self) -> None:
         """Hand what was quantized to the disk."""

@@ -22,6 +22,11 @@ SLICE_WEIGHTS = 1 << 26
 """Weights that are quantized at a time: HQQ's optimiser holds several float32 copies, and an LM head is large."""
 
 
+OPTIMISER_BYTES = 21
+"""Per weight that HQQ's optimiser holds on a GPU: the weight in float32, and what takes 32.4 bytes more where all of it
+is float32 (counted on a CPU) in half precision."""
+
+
 class QuantizedWeight(Protocol):
     """A weight [n, k] whose rows were quantized independently of each other."""
 
@@ -129,6 +134,12 @@ class CodeQuantizer(Protocol):
     def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
         """Bytes on disk of a weight's codes."""
 
+    def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """Device bytes of a weight's codes, before they are packed."""
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """Most device bytes that quantizing a weight takes for a moment, beside the weight and its codes."""
+
     def end_layer(self) -> None:
         """All codes of a layer have been asked for."""
 
@@ -177,6 +188,16 @@ class HqqCodes:
         n, k = shape
         return n * packed_columns(k, self.bits_of(name)) + 4 * n * (k // self.group_size)
 
+    def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """A byte per weight, and a float32 scale and zero per group."""
+        n, k = shape
+        return n * k + 8 * n * (k // self.group_size)
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """:data:`OPTIMISER_BYTES` per weight of the largest part that is quantized at once."""
+        n, k = shape
+        return OPTIMISER_BYTES * k * (n if n <= 2 * _rows(k) else _rows(k))
+
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
     ) -> Codes | None:
@@ -188,7 +209,7 @@ class HqqCodes:
     def codes(self, weight: Tensor, name: str | None = None) -> Codes:
         """Quantize a weight [n, k], a large one some rows at a time (each part converges on its own)."""
         bits = self.bits_of(name)
-        rows = max(1, SLICE_WEIGHTS // weight.shape[1])
+        rows = _rows(weight.shape[1])
         if weight.shape[0] <= 2 * rows:
             return self._quantize(weight, bits)
         parts = [self._quantize(part, bits) for part in weight.split(rows)]
@@ -213,6 +234,11 @@ class HqqCodes:
             self.group_size,
             bits,
         )
+
+
+def _rows(k: int) -> int:
+    """Of a large weight that are quantized at a time."""
+    return max(1, SLICE_WEIGHTS // k)
 
 
 def stack_rows(parts: Sequence[Tensor], *, swiglu: bool) -> Tensor:

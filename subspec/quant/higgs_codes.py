@@ -25,7 +25,10 @@ REFITS = 3
 """Rounds of "round to the grid, then fit the scale to what was chosen"; a fourth gains less than 0.1 % of the error."""
 
 ROWS_BYTES = 1 << 28
-"""Of float32 weights that are coded at once: the device needs about ten times as much for a moment."""
+"""Of float32 weights that are coded at once."""
+
+ROUNDING_BYTES = 30
+"""Per weight of those that are coded at once: 21 counted on a CPU, and 64-bit indices of the look-up on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,16 @@ class HiggsCodeQuantizer:
     def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
         """As on the device."""
         return sum(higgs_sizes(*shape, bits=self.bits, group_size=self.group_size))
+
+    def codes_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """A byte per pair, and the scales."""
+        _, scales = higgs_sizes(*shape, bits=self.bits, group_size=self.group_size)
+        return shape[0] * Rotation.of(shape[1], self.hadamard_size).padded // 2 + scales
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """:data:`ROUNDING_BYTES` per weight of the rows that are coded at once."""
+        padded = Rotation.of(shape[1], self.hadamard_size).padded
+        return ROUNDING_BYTES * min(shape[0] * padded, max(ROWS_BYTES // 4, padded))
 
     def end_layer(self) -> None:
         """Nothing is remembered."""

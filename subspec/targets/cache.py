@@ -21,6 +21,9 @@ from subspec.targets.console import Note
 
 MANIFEST = "manifest.json"
 
+Content = bytes | bytearray | memoryview
+"""Of a file, or of a piece of one."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -107,10 +110,16 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def build_lock(folder: Path, note: Note) -> Iterator[None]:
+def build_lock(folder: Path, note: Note, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock beside ``folder`` (created if need be), saying so when another process has it.
 
     The lock dies with its process, however that ends.
+
+    Args:
+        wait: for another process that has it.
+
+    Raises:
+        SubspecError: it cannot be made, or another process has it and is not waited for.
     """
     with disk_errors("prepare the target", folder.parent):
         try:
@@ -120,7 +129,9 @@ def build_lock(folder: Path, note: Note) -> Iterator[None]:
         lock = FileLock(folder.parent / f"{folder.name}.lock", mode=0o666)
         try:
             lock.acquire(timeout=0.2)
-        except Timeout:
+        except Timeout as error:
+            if not wait:
+                raise SubspecError("another process is preparing it") from error
             note(f"another process is preparing {folder.name}: waiting for it")
             lock.acquire()
     try:
@@ -176,10 +187,11 @@ def publish(built: Path, folder: Path) -> None:
     built.replace(folder)
 
 
-def replace_file(file: Path, content: bytes) -> None:
+def replace_file(file: Path, *content: Content) -> None:
     """Write a file beside its place and rename it: readers find the old one, the new one, or none.
 
-    It is not forced to the disk: for what can be made again, and is checked when it is read.
+    Its pieces follow each other. It is not forced to the disk: for what can be made again, and is checked when it is
+    read.
 
     Raises:
         OSError: it cannot be written; nothing is left behind.
@@ -187,7 +199,9 @@ def replace_file(file: Path, content: bytes) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
+        with part.open("wb") as stream:
+            for piece in content:
+                stream.write(piece)
         part.replace(file)
     except OSError:
         with suppress(OSError):

@@ -92,11 +92,19 @@ class CheckpointSource:
             raise IndexError(f"no layer {index} in a model of {self.config.num_hidden_layers}")
         return self._read({name: layer_name(index, name) for name in self._layer_shapes}, device)
 
+    def sample(self, index: int) -> Mapping[str, Tensor]:
+        """Vectors and first rows of decoder layer ``index``, read now."""
+        names = {name: layer_name(index, name) for name in self._layer_shapes}
+        return self._read(names, torch.device("cpu"), rows=1)
+
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Embedding, final norm and, unless tied, the LM head, read now."""
         return self._read({name: name for name in self._shared_shapes}, device)
 
-    def _read(self, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+    def _read(
+        self, names: Mapping[str, str], device: torch.device, rows: int | None = None
+    ) -> dict[str, Tensor]:
+        """Tensors by name; of matrices only the first ``rows``."""
         by_file: dict[str, list[str]] = {}
         stored = {name: self._stored(full) for name, full in names.items()}
         for name, key in stored.items():
@@ -105,7 +113,10 @@ class CheckpointSource:
         for file, wanted in by_file.items():
             with _open(self._folder / file) as handle:
                 for name in wanted:
-                    tensors[name] = handle.get_tensor(stored[name]).to(device=device, dtype=self.dtype)
+                    part = handle.get_slice(stored[name])
+                    whole = rows is None or len(part.get_shape()) == 1
+                    tensor = handle.get_tensor(stored[name]) if whole else part[:rows]
+                    tensors[name] = tensor.to(device=device, dtype=self.dtype)
         return {name: tensors[name] for name in names}
 
     def _stored(self, name: str) -> str:

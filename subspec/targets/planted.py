@@ -260,6 +260,10 @@ class PlantedSource:
             for name, shape in self._layer_shapes.items()
         }
 
+    def sample(self, index: int) -> Mapping[str, Tensor]:
+        """Nothing: all of it follows from :attr:`identity`, and drawing a row means drawing all before it."""
+        return {}
+
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Embedding, final norm and, unless tied, the LM head that plants the map."""
         tensors = {

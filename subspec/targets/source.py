@@ -43,6 +43,12 @@ class LayerSource(Protocol):
     def layer(self, index: int, device: torch.device) -> Mapping[str, Tensor]:
         """The parameters of decoder layer ``index`` on ``device``; nothing of them is kept here."""
 
+    def sample(self, index: int) -> Mapping[str, Tensor]:
+        """What is quickly read of decoder layer ``index``, on the CPU: vectors whole, of matrices the first row [1, k].
+
+        It tells whether what was kept of the layer is still of these weights; parameters that follow from ``identity``
+        may be missing."""
+
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Everything outside the decoder layers, by its name in the causal LM: ``model.embed_tokens.weight``,
         ``model.norm.weight`` and, unless tied, ``lm_head.weight``."""

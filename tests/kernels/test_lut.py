@@ -12,6 +12,7 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from subspec.kernels import lut_mma
+from subspec.kernels.capture import capturing
 from subspec.kernels.hadamard import library_problem, radices, rotate, rotate_library, rotate_triton
 from subspec.kernels.int4 import interleave
 from subspec.kernels.lut import (
@@ -313,7 +314,7 @@ def test_a_captured_call_repeats_bit_for_bit(kernel):
     x = inputs(6, 1536, "cuda")
     eager = linear(x).clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         captured = linear(x)
     for _ in range(3):
         graph.replay()

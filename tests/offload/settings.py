@@ -1,5 +1,6 @@
 """Configurations to plan with: the dataclasses that Hydra would have composed."""
 
+from dataclasses import replace
 from typing import Any
 
 from subspec.choices import Codec
@@ -8,6 +9,7 @@ from subspec.config import (
     BenchmarkConfig,
     Config,
     DecodingConfig,
+    HiggsConfig,
     HqqConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
@@ -54,6 +56,11 @@ def settings(
         benchmark=BenchmarkConfig(name="mt_bench"),
         logger=NoLoggerConfig(name="none"),
     )
+
+
+def with_higgs(config: Config) -> Config:
+    """The same with the other quantizer."""
+    return replace(config, quant=HiggsConfig(name="higgs"))
 
 
 def planned(config: Config, shape: str = "qwen2_5_7b", **machine: Any) -> Plan:

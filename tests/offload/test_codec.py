@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from subspec.errors import SubspecError
 from subspec.kernels import int4, wq
-from subspec.kernels.codec import Rows, decode_into, substitute_codes
+from subspec.kernels.codec import FIELDS, Piece, Rows, Spans, decode_into, describe, substitute_codes
 from subspec.kernels.ops import MmaInt4, TritonWq
 from subspec.offload.codec import CHUNK, decode, encode, margin_for
 from subspec.quant.codes import Codes, HqqCodes
@@ -168,21 +168,12 @@ def test_decoding_reads_the_kernels_own_order(kind, swiglu, bits, tiles, device)
 HOST = r"""
 #define HOST_TEST
 #include "codec.cu"
-#if LAYOUT == 1
-extern "C" void decode(const unsigned* starts, const unsigned* stream, const unsigned* words, const unsigned* meta,
-                       unsigned short* out, int total, int groups, int tiles, int first, int interleave, float half) {
-  for (long long c = 0; c * CHUNK < total; ++c)
-    decode_chunk(starts, stream, words, meta, out, total, groups, tiles, first, interleave, half, c);
+extern "C" void decode(const Part* parts, const unsigned char* flat, int count) {
+  unsigned table[16];
+  for (int own = 0; own < count; ++own)
+    for (long long chunk = 0; chunk * CHUNK < parts[own].total; ++chunk)
+      decode_chunk(parts[own], flat, chunk, table);
 }
-#else
-extern "C" void decode(const unsigned* starts, const unsigned* stream, const unsigned* words,
-                       const unsigned short* high, const unsigned short* meta, unsigned short* out, int total,
-                       int columns, int rows, int width, int group, int first, int interleave, float half) {
-  for (long long c = 0; c * CHUNK < total; ++c)
-    decode_chunk(starts, stream, words, high, meta, out, total, columns, rows, width, group, first, interleave, half,
-                 c);
-}
-#endif
 """
 
 
@@ -217,21 +208,42 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)
 def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits, tiles):
+    """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
     linear, members = fused(kind, parts_of(swiglu), swiglu=swiglu, bits=bits, tiles=tiles)
+    flat, pieces = torch.zeros(0, dtype=torch.int32), []
     for weight, _, rows in members:
         coded = encode(weight, substitute_codes(linear, rows, weight.shape[0]), margin_for(bits))
-        out = torch.full_like(weight, 5.0)
-        call = [ctypes.c_void_p(t.data_ptr()) for t in (coded.starts, coded.stream)]
-        half = ctypes.c_float(0.5 + coded.margin)
-        if kind == "int4_mma":
-            packed = linear.weight
-            call += [ctypes.c_void_p(t.data_ptr()) for t in (packed.words, packed.meta, out)]
-            call += [weight.numel(), weight.shape[1] // 64, tiles, rows.first, int(rows.interleaved), half]
-            compiled[1].decode(*call)
-        else:
-            packed = linear.weight
-            call += [ctypes.c_void_p(t.data_ptr()) for t in (packed.words, packed.high, packed.meta, out)]
-            call += [weight.numel(), weight.shape[1], packed.out_features, bits, packed.group]
-            call += [rows.first, int(rows.interleaved), half]
-            compiled[2].decode(*call)
-        assert same(out, weight)
+        begin = flat.numel()
+        flat = torch.cat([flat, coded.starts, coded.stream])
+        behind = begin + coded.starts.numel()
+        spans = Spans((4 * begin, coded.starts.numel()), (4 * behind, coded.stream.numel()))
+        pieces.append(Piece(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
+    described = [describe(piece) for piece in pieces]
+    (layout,) = {layout for layout, _ in described}
+    table = torch.tensor([[*fields, 0] for _, fields in described])
+    assert table.shape == (len(pieces), FIELDS)
+    compiled[layout].decode(ctypes.c_void_p(table.data_ptr()), ctypes.c_void_p(flat.data_ptr()), len(pieces))
+    for piece, (weight, _, _) in zip(pieces, members, strict=True):
+        assert same(piece.out, weight)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    scale=st.one_of(st.floats(width=16), st.floats(2.0**-14, 1024.0, width=16)),
+    zero=st.one_of(st.floats(width=16), st.floats(-20, 20, width=16)),
+    seed=st.integers(0, 99),
+    margin=st.sampled_from([0.0, 2.0**-8, 0.0625]),
+)
+def test_the_cuda_source_decodes_every_bit_pattern(compiled, scale, zero, seed, margin):
+    generator = torch.Generator().manual_seed(seed)
+    weight = EVERY_BFLOAT16[torch.randint(0, 1 << 16, (32 * 64,), generator=generator)].view(32, 64)
+    q = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=generator)
+    linear = MmaInt4(int4.pack(q, torch.full((32, 1), scale), torch.full((32, 1), zero), tiles=2))
+    rows = Rows(0, False)
+    coded = encode(weight, substitute_codes(linear, rows, 32), margin)
+    flat = torch.cat([coded.starts, coded.stream])
+    count = coded.starts.numel()
+    piece = Piece(torch.zeros_like(weight), linear, rows, Spans((0, count), (4 * count, 0)), margin)
+    table = torch.tensor([[*describe(piece)[1], 0]])
+    compiled[1].decode(ctypes.c_void_p(table.data_ptr()), ctypes.c_void_p(flat.data_ptr()), 1)
+    assert same(piece.out, weight)

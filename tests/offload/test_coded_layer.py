@@ -11,6 +11,7 @@ from subspec.drafts.fused_build import LayerFuser
 from subspec.errors import SubspecError
 from subspec.kernels import codec as kernel
 from subspec.offload import coded_layer
+from subspec.offload.coded_layer import encode_layer
 from subspec.offload.load import load_streamed
 from subspec.quant.codes import HqqCodes
 from tests.helpers.tiny import tiny_model
@@ -161,6 +162,23 @@ def test_a_soak_of_coded_passes_under_load():
                     rebuilt = decoder.decoding.parameters[name]
                     assert torch.equal(rebuilt.view(torch.int16), exact.data.view(torch.int16)), (turn, name)
     loaded.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_of_the_real_default_model_are_rebuilt_bit_for_bit(default_target, device):
+    """Every Linear of every layer on a device, of every tenth layer on a CPU: coding one compares all of its bits."""
+    model = default_target.model
+    fuser = fuser_of(model)
+    for index, layer in list(enumerate(model.model.layers))[:: 10 if device == "cpu" else 1]:
+        tensors = {
+            name: p.detach().to(torch.device(device), torch.bfloat16) for name, p in layer.named_parameters()
+        }
+        codes = {}
+        fused = fuser.fuse(tensors, torch.device(device), index=index, keep=codes)
+        coded, flat = encode_layer(tensors, codes, fused)
+        assert len(coded.parts) == 7
+        assert 8 * flat.numel() < 7.2 * sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_the_plan_of_a_coded_run_counts_what_is_loaded(tmp_path):

@@ -27,6 +27,7 @@ from subspec.config import (
 )
 from subspec.config_checks import check_config
 from subspec.errors import ConfigError
+from subspec.loading import Loaded
 from subspec.offload.plan import plan_run
 from subspec.quant.codes import HqqCodes
 from subspec.targets.layers import open_source
@@ -180,6 +181,68 @@ def test_every_kernel_that_is_there_drafts(start):
         if unavailable(kernel.value, torch.device("cuda")) is None:
             report, _, _ = start("cuda", kernel=kernel)
             assert {role["kernel"] for role in report.details["kernels"]["roles"].values()} == {kernel.value}
+
+
+CODED = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.substitute, resident_layers=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("draft", ["subspec", "none"])
+def test_a_second_coded_start_reads_and_codes_nothing(monkeypatch, tmp_path, device, draft):
+    """What the link carries is bit for bit what it was, and the text is the first start's."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    settings = config(offload=CODED)
+    if draft == "none":
+        settings = replace(settings, draft=NoDraftConfig(name="none"))
+    device = torch.device(device)
+    results = []
+    for _ in range(2):
+        notes = []
+        source = open_source(settings.target, torch.bfloat16, device, note=lambda text: None)
+        layers = source.config.num_hidden_layers
+        plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        assembly = assemble_streamed(settings, source, plan, device, note=notes.append)
+        decoding, streamer = assembly.decoder.decoding, assembly.decoder.streamer
+        flats = [*decoding.resident.values(), *streamer.layers]
+        text = None
+        if device.type == "cuda":  # the interpreter of a CPU takes seconds a level
+            text = assembly.engine.generate(PROMPT, max_new_tokens=40).token_ids
+        report = assembly.streamed.coded.report()
+        assert Loaded(None, assembly, plan).facts()["coded_cache"] == report
+        results.append((text, [flat.cpu().clone() for flat in flats], report["read"], report["coded"]))
+        assembly.close()
+        # Whatever would read, quantize or code from now on ends the test.
+        monkeypatch.setattr(type(source), "layer", lambda *_: pytest.fail("an exact layer was read"))
+        monkeypatch.setattr(HqqCodes, "codes", lambda *_: pytest.fail("quantized again"))
+        monkeypatch.setattr("subspec.offload.coded_load.encode_layer", lambda *_: pytest.fail("coded again"))
+    (text, flats, *first), (same_text, same_flats, *second) = results
+    assert (first, second) == ([0, layers], [layers, 0])
+    assert notes == []
+    assert same_text == text
+    assert len(flats) == layers
+    assert all(map(torch.equal, flats, same_flats))
+    assert len([path for path in (tmp_path / "substitutes").iterdir() if path.is_dir()]) == 2
+
+
+def test_what_is_not_to_be_cached_is_coded_at_every_start(monkeypatch, tmp_path):
+    """A substitute in a folder of its own has its coded layers in the cache; ``quant.cache=off`` keeps none."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    cpu, quiet = torch.device("cpu"), lambda text: None
+
+    def coded(**options):
+        settings = config(offload=CODED, **options)
+        source = open_source(settings.target, torch.bfloat16, cpu, note=quiet)
+        plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        assembly = assemble_streamed(settings, source, plan, cpu, note=quiet)
+        assembly.close()
+        return assembly.streamed.coded.report()
+
+    mine = {"folder": str(tmp_path / "mine")}
+    assert coded(cache=Cache.off, **mine)["trouble"] == "quant.cache=off"
+    assert not (tmp_path / "cache" / "substitutes").exists()
+    assert coded(**mine)["coded"] == 3
+    assert coded(**mine)["read"] == 3
+    assert coded(seed=1)["read"] == 0
 
 
 def test_plain_decoding_of_a_coded_target_codes_every_layer(monkeypatch, tmp_path):

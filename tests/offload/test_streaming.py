@@ -40,6 +40,9 @@ class ModelSource:
     def layer(self, index, device):
         return {n: p.data.to(device) for n, p in self.model.model.layers[index].named_parameters()}
 
+    def sample(self, index):
+        return {n: t if t.dim() == 1 else t[:1] for n, t in self.layer(index, "cpu").items()}
+
     def shared(self, device):
         return {n: p.data.to(device) for n, p in self.model.named_parameters() if ".layers." not in n}
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from subspec.drafts.fused_build import LayerFuser, role_shapes
 from subspec.kernels import int4
 from subspec.kernels.ops import Dense
-from subspec.quant import store
+from subspec.quant import layer_files, store
 from subspec.quant.code_cache import CachedCodes
 from subspec.quant.codes import Codes, HqqCodes
 from subspec.quant.store import SubstituteStore, cache_folder, fingerprint
@@ -205,7 +205,7 @@ def test_off_writes_nothing(model, folder):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number):
-    write, count = store.replace_file, []
+    write, count = layer_files.replace_file, []
 
     def full(file, content):
         count.append(file.name)
@@ -213,7 +213,7 @@ def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number
             raise OSError(number, "No space left on device")
         write(file, content)
 
-    monkeypatch.setattr(store, "replace_file", full)
+    monkeypatch.setattr(layer_files, "replace_file", full)
     layers, cache, notes = build(model, folder)
     assert_same(layers, build(model, None)[0])
     assert len(notes) == 1
@@ -223,7 +223,7 @@ def test_a_full_disk_ends_caching_not_the_run(model, folder, monkeypatch, number
 
 
 def test_no_room_is_noticed_before_writing(model, folder, monkeypatch):
-    monkeypatch.setattr(store, "free_space", lambda folder: 1_099_000_000)
+    monkeypatch.setattr(layer_files, "free_space", lambda folder: 1_099_000_000)
     layers, _, notes = build(model, folder, expected_bytes=1_000_000_000)
     assert_same(layers, build(model, None)[0])
     assert "not cached: it needs 1.1 GB" in notes[0]
@@ -232,7 +232,7 @@ def test_no_room_is_noticed_before_writing(model, folder, monkeypatch):
 
 def test_what_is_there_is_read_even_without_room(model, folder, monkeypatch, no_hqq):
     build(model, folder)
-    monkeypatch.setattr(store, "free_space", lambda folder: 0)
+    monkeypatch.setattr(layer_files, "free_space", lambda folder: 0)
     no_hqq()
     _, cache, notes = build(model, folder, expected_bytes=1_000_000_000)
     assert (cache.read, notes) == (21, [])

@@ -8,7 +8,7 @@ import torch
 from subspec.config import Cache
 from subspec.drafts.substitute import share_parameters
 from subspec.errors import ConfigError, SubspecError
-from subspec.quant import store
+from subspec.quant import layer_files, store
 from subspec.quant.base import quantize_model
 from subspec.quant.folder import open_store
 from subspec.quant.hqq import HqqQuantizer
@@ -207,13 +207,13 @@ def test_a_folder_that_cannot_hold_it_stops_the_run(model, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(SubspecError, match=r"quant\.folder=.*cannot be kept there: Not a directory"):
         build(model, tmp_path / "file" / "mine", owned=True)
-    monkeypatch.setattr(store, "free_space", lambda folder: 1)
+    monkeypatch.setattr(layer_files, "free_space", lambda folder: 1)
     with pytest.raises(SubspecError, match=r"cannot be kept there: it needs .* are free"):
         open_store(Cache.auto, str(tmp_path / "small"), {}, 10**9, print)._lock()
 
 
 def test_a_full_disk_takes_back_only_its_own_files(model, tmp_path, monkeypatch):
-    write, count = store.replace_file, []
+    write, count = layer_files.replace_file, []
 
     def full(file, content):
         count.append(file)
@@ -223,7 +223,7 @@ def test_a_full_disk_takes_back_only_its_own_files(model, tmp_path, monkeypatch)
 
     folder = tmp_path / "mine"
     folder.mkdir()
-    monkeypatch.setattr(store, "replace_file", full)
+    monkeypatch.setattr(layer_files, "replace_file", full)
     with pytest.raises(SubspecError, match=r"cannot be kept there: the disk of .* is full"):
         build(model, folder, owned=True)
     assert list(folder.iterdir()) == []

@@ -127,6 +127,18 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert all(name.startswith("model.layers.1.") for name in read)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_is_vectors_and_first_rows(tmp_path, dtype):
+    tiny_checkpoint(tmp_path, "qwen2")
+    source = opened(tmp_path, dtype)
+    for index in range(source.config.num_hidden_layers):
+        sample, whole = source.sample(index), source.layer(index, CPU)
+        assert sample.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert sample[name].dtype == dtype
+            assert torch.equal(sample[name], tensor if tensor.dim() == 1 else tensor[:1]), name
+
+
 def test_layers_that_are_not_there(tmp_path):
     source = opened(tiny_checkpoint(tmp_path, layers=2))
     with pytest.raises(IndexError, match="no layer 2"):

@@ -1,0 +1,74 @@
+"""What the device holds for a moment while a target and its substitute are loaded, from shapes alone.
+
+One exact layer is there at a time (:mod:`subspec.offload.load`), with the codes of its Linears, and then one of: what
+quantizing a Linear takes, what packing a fused one takes, or what coding the exact weights takes. The KV cache, the
+ring, the resident layers and every workspace come later, so there is room for this; where it is more than they are,
+some of the substitute's layers wait on the host (:meth:`subspec.offload.layout.Layout.waiting_layers`). A layer from
+the cache of coded layers takes less: nothing exact.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from subspec.drafts.fused_build import ROLES
+from subspec.drafts.fused_quant import FusedQuantization
+from subspec.kernels.int4 import PACKED_AT_ONCE
+from subspec.offload.codec import BLOCK
+from subspec.offload.sizes import PlainCodec
+
+PACKING = 27
+"""Bytes per weight of those packed at once: 64-bit copies before, while and after they are shifted (counted: 18 for
+``int4_mma``, 26 for ``triton_wq``)."""
+
+ENCODING = 128
+"""Bytes per weight of those encoded at once: cells, symbols, lengths, positions (counted: 121)."""
+
+
+def loading_bytes(
+    quantization: FusedQuantization,
+    layer: Mapping[str, torch.Size],
+    head: tuple[int, int],
+    itemsize: int,
+    coded_bytes: int,
+) -> int:
+    """Most that loading holds besides what stays: packed layers and what is not in layers.
+
+    exact layer + codes of its Linears + the largest of
+
+    * quantizing the largest Linear (``CodeQuantizer.peak_bytes``);
+    * packing: the codes of the largest fused Linear once more, and :data:`PACKING`;
+    * coding: the code, and once more in one run of bytes or, before that, :data:`ENCODING` beside a decoded Linear.
+
+    An LM head of the draft's own is quantized last, when no layer is there any more.
+
+    Args:
+        layer: shape of every parameter of a layer by name.
+        head: vocabulary and hidden size.
+        itemsize: bytes per exact weight.
+        coded_bytes: of a coded layer; 0: the target is not coded.
+    """
+    quantizer = quantization.quantizer
+    fused = {role: shape for role, shape in quantization.shapes.items() if role != "head"}
+    linears = [
+        (layer[f"{name}.weight"][0], layer[f"{name}.weight"][1], name)
+        for role in fused
+        for name in ROLES[role]
+    ]
+    codes = sum(quantizer.codes_bytes((n, k), name) for n, k, name in linears)
+    steps = [quantizer.peak_bytes((n, k), name) for n, k, name in linears]
+    steps += [_packing(quantization, role) for role in fused]
+    if coded_bytes:
+        decoded = max(n * k * 2 for n, k, _ in linears)
+        steps.append(coded_bytes + max(coded_bytes, ENCODING * BLOCK + decoded))
+    most = PlainCodec(itemsize).layer_bytes(layer) + codes + max(steps, default=0)
+    if "head" in quantization.shapes:
+        own = max(quantizer.peak_bytes(head, "head.lm_head"), _packing(quantization, "head"))
+        most = max(most, quantizer.codes_bytes(head, "head.lm_head") + own)
+    return most
+
+
+def _packing(quantization: FusedQuantization, role: str) -> int:
+    n, k = quantization.shapes[role]
+    name = "lm_head" if role == "head" else ROLES[role][0]
+    return quantization.quantizer.codes_bytes((n, k), name) + PACKING * min(n * k, PACKED_AT_ONCE)
