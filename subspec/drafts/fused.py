@@ -17,6 +17,7 @@ from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
+from subspec.kernels import attend, launch
 from subspec.kernels.capture import capture_stream, capturing
 from subspec.kernels.ops import LevelLinear
 from subspec.rounding import next_power_of_two
@@ -92,12 +93,24 @@ class FusedSubstitute:
         model: the substitute.
         temperature: of the draft distribution.
         attention_splits: slices of the prefix that attention works on in parallel.
+        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: as
+            that module says, where the device can.
+        fused_attention: whether one kernel does all between a layer's q/k/v projection and its output projection
+            (:mod:`subspec.kernels.attend`), in levels that it takes; None: as that module says, where the device can.
     """
 
     needs_features = False
     shares_cache = True
 
-    def __init__(self, model: FusedModel, temperature: float = 0.2, *, attention_splits: int = 16) -> None:
+    def __init__(
+        self,
+        model: FusedModel,
+        temperature: float = 0.2,
+        *,
+        attention_splits: int = 16,
+        overlap: bool | None = None,
+        fused_attention: bool | None = None,
+    ) -> None:
         if temperature <= 0:
             raise ValueError(f"draft.temperature must be positive, not {temperature}")
         # Imported here: Triton is not there on machines that only compose configurations or run on a CPU.
@@ -108,6 +121,15 @@ class FusedSubstitute:
         self.temperature = temperature
         self.splits = attention_splits
         self.device = model.head.device
+        self.overlap = _decide(overlap, launch.OVERLAP, launch.problem(self.device), "overlapping launches")
+        self.fused_attention = _decide(
+            fused_attention, attend.ATTEND, attend.problem(self.device), "the fused attention kernel"
+        )
+        self._overlapped: dict[str, bool] = (
+            {"OVERLAP": True, "launch_pdl": True}
+            if self.overlap
+            else {}  # the interpreter knows no launch_pdl
+        )
         self._length = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._cache: KVCache | None = None
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -239,13 +261,22 @@ class FusedSubstitute:
 
     def _level(self, tree: Tree, place: _Level, width: int | None) -> Tensor:
         """The level's kernels; with ``width`` the tree grows by as many nodes. Returns the logits."""
+        with launch.overlapping(self.overlap):
+            return self._launch_level(tree, place, width)
+
+    def _launch_level(self, tree: Tree, place: _Level, width: int | None) -> Tensor:
         model, rows = self.model, place.rows
         nodes = tree._slots[place.first_frontier : place.first_frontier + rows]
         tokens = tree.tokens[place.first_frontier : place.first_frontier + rows]
         depths = tree.depths[place.first_frontier : place.first_frontier + rows]
         residual = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device=self.device)
         block = next_power_of_two(model.hidden)
-        self.kernels.embed_rows[(rows,)](model.embedding, tokens, residual, model.hidden, BLOCK=block)
+        cache = self._cache
+        assert cache is not None
+        self._remember(cache.draft_rows - place.used - rows, nodes)
+        self.kernels.embed_rows[(rows,)](
+            model.embedding, tokens, residual, model.hidden, BLOCK=block, OVERLAP=self.overlap
+        )
         partial: Tensor | None = None
         for place_among, layer in enumerate(model.layers):
             index = place_among if layer.cache_layer is None else layer.cache_layer
@@ -275,6 +306,7 @@ class FusedSubstitute:
             SLICES=partial.shape[0],
             BLOCK=SUM_BLOCK,
             num_warps=4,
+            **self._overlapped,
         )
         return out
 
@@ -301,6 +333,7 @@ class FusedSubstitute:
             SPLITS=0 if partial is None else partial.shape[0],
             BLOCK=next_power_of_two(hidden),
             num_warps=8,
+            **self._overlapped,
         )
         return out
 
@@ -320,7 +353,26 @@ class FusedSubstitute:
         k_rows, v_rows = cache.rows[index, 0], cache.rows[index, 1]
         head_stride, row_stride = k_rows.stride(0), k_rows.stride(1)
         start_row = cache.draft_rows - place.used - rows
-        self._remember(start_row, nodes)
+        if self.fused_attention and attend.unfit(rows, heads, kv_heads, dim, qkv.dtype) is None:
+            return attend.attend(
+                qkv,
+                k_rows,
+                v_rows,
+                bias=layer.qkv_bias,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                inverse_frequency=model.inverse_frequency,
+                depths=depths,
+                length=self._length,
+                ancestors=tree.ancestors.view(torch.int8),
+                nodes=nodes,
+                node_of_row=self._node_of_row,
+                start_row=start_row,
+                drafted=place.used + rows,
+                attention_scaling=model.attention_scaling,
+                eps=model.eps,
+                heads=heads,
+            )
         query = torch.empty(rows, heads, dim, dtype=torch.bfloat16, device=self.device)
         norm = layer.q_norm is not None
         self.kernels.rope_store[(rows, heads + 2 * kv_heads)](
@@ -348,6 +400,7 @@ class FusedSubstitute:
             HAS_NORM=norm,
             HALF=dim // 2,
             num_warps=1,
+            **self._overlapped,
         )
         splits = self.splits
         sums = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=self.device)
@@ -378,10 +431,20 @@ class FusedSubstitute:
             D=dim,
             OPERAND=self.kernels.tl.bfloat16 if self.device.type == "cuda" else self.kernels.tl.float32,
             num_warps=4,
+            **self._overlapped,
         )
         attended = torch.empty(rows, heads * dim, dtype=torch.bfloat16, device=self.device)
         self.kernels.merge_attention[(rows, heads)](
-            outs, sums[0], sums[1], attended, rows, heads, SPLITS=splits, D=dim, num_warps=1
+            outs,
+            sums[0],
+            sums[1],
+            attended,
+            rows,
+            heads,
+            SPLITS=splits,
+            D=dim,
+            num_warps=1,
+            **self._overlapped,
         )
         return attended
 
@@ -409,6 +472,7 @@ class FusedSubstitute:
             K=width,
             BLOCK=TOP_K_BLOCK,
             num_warps=4,
+            **self._overlapped,
         )
         self.kernels.grow_level[(1,)](
             best,
@@ -432,4 +496,16 @@ class FusedSubstitute:
             CANDIDATES=next_power_of_two(blocks * width),
             CAPACITY=next_power_of_two(tree.capacity),
             num_warps=8,
+            **self._overlapped,
         )
+
+
+def _decide(asked: bool | None, usual: bool, problem: str | None, what: str) -> bool:
+    """Whether to use something: as asked, or as usual where it can be used.
+
+    Raises:
+        ValueError: it was asked for, and cannot be used.
+    """
+    if asked and problem:
+        raise ValueError(f"{what}: {problem}")
+    return (usual if asked is None else asked) and problem is None

@@ -161,7 +161,13 @@ class AffineFormat:
         if kernel == MmaInt4.kind:
             # Slices need some groups of 64 for each warp.
             most = 1 if role in WHOLE_SUMS else max(1, 2 * (k // int4.GROUP) // int4.WARPS)
-            return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
+            return [
+                Variant(kernel, tiles, splits, stages)
+                for stages in int4.STAGES
+                for tiles in (2, 4)
+                for splits in SPLITS
+                if splits <= most
+            ]
         if kernel == TritonWq.kind:
             sizes = (
                 (2, 4) if self.words < 4 else (2, 4, 8)
@@ -191,7 +197,7 @@ class AffineFormat:
             words = random_words(blocks, groups, tiles, 32, 4, device=device)
             meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
             meta[..., 0], meta[..., 1] = 0.005, 7.5
-            return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits)
+            return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits, variant.stages)
         if variant.kernel == TritonWq.kind:
             words = random_words(k // wq.PER_WORD[self.words], n, device=device)
             high = torch.empty((k // 16, n) if self.words == 3 else (1,), dtype=torch.int16, device=device)

@@ -10,15 +10,38 @@
 //   sum_k s (q - z) x = s (sum_k (128 + q) x - (128 + z) sum_k x),
 // where sum_k x comes from the same instruction with A = 1.
 //
-// TILES (16-row tiles per block), WARPS, and SWIGLU are set by the host. Each block covers TILES * 16 rows; its
-// warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1 splits
-// k further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
+// TILES (16-row tiles per block), WARPS, SWIGLU, STAGES and OVERLAP are set by the host. Each block covers TILES * 16
+// rows; its warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1
+// splits k further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
+//
+// What a warp has on its way from memory decides the speed. With STAGES 0 that is one group in registers ahead of the
+// one that is computed; else STAGES groups in shared memory, copied asynchronously, all warps for themselves.
+// OVERLAP: the launch may overlap with the kernel before (launch.py says why that is safe). Only weight and meta are
+// touched before the wait: nothing writes them.
 
 struct Word4 { unsigned x, y, z, w; };
 
+__device__ __forceinline__ void release_next() {  // the next kernel's blocks may start
+#if OVERLAP
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {  // until the kernel before has ended, its writes visible
+#if OVERLAP
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#if OVERLAP
+#define FIXED volatile  // the compiler must not move the first loads behind the wait
+#else
+#define FIXED
+#endif
+
 __device__ __forceinline__ Word4 load_once(const Word4* p) {  // weights are used once: keep them out of L1
   Word4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm FIXED("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
@@ -58,12 +81,66 @@ __device__ __forceinline__ void mma_word(float (&d)[4], unsigned word, unsigned 
   mma(d, pair(word, 0), pair(word, 4), pair(word, 8), pair(word, 12), b0, b1);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
+// Sums over one group's 64 weights of k, of each of the 8 rows of x (its two columns of this thread).
+__device__ __forceinline__ void sum_x(float (&xs)[4], const Word4& xa, const Word4& xb) {
+  const unsigned one = 0x3F803F80u;
+  mma(xs, one, one, one, one, xa.x, xa.y);
+  mma(xs, one, one, one, one, xa.z, xa.w);
+  mma(xs, one, one, one, one, xb.x, xb.y);
+  mma(xs, one, one, one, one, xb.z, xb.w);
+}
+
+// One group of one tile: acc += scale * (w - zero) x; scales and zeros of weight rows g and g + 8.
+__device__ __forceinline__ void add_tile(float (&acc)[4], const Word4& w, unsigned low_pair, unsigned high_pair,
+                                         const Word4& xa, const Word4& xb, const float (&xs)[4]) {
+  float d[4] = {0.f, 0.f, 0.f, 0.f};
+  mma_word(d, w.x, xa.x, xa.y);
+  mma_word(d, w.y, xa.z, xa.w);
+  mma_word(d, w.z, xb.x, xb.y);
+  mma_word(d, w.w, xb.z, xb.w);
+  const float2 low = half_pair(low_pair), high = half_pair(high_pair);
+  const float low_zero = low.y + 128.f, high_zero = high.y + 128.f;
+  acc[0] += low.x * (d[0] - low_zero * xs[0]);
+  acc[1] += low.x * (d[1] - low_zero * xs[1]);
+  acc[2] += high.x * (d[2] - high_zero * xs[0]);
+  acc[3] += high.x * (d[3] - high_zero * xs[1]);
+}
+
+#if STAGES
+// A ring of STAGES groups for every warp. Lanes read back the words they have copied themselves; meta is copied by the
+// first lane of each four that share it.
+struct __align__(16) Slot {
+  Word4 words[TILES][32];
+  Word4 meta[8][TILES / 2];
+};
+static_assert(sizeof(Slot) == TILES * 16 * 9 * sizeof(float), "the sums take a slot's place");
+
+__device__ __forceinline__ void copy_async(Word4* to, const Word4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+      :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_group(Slot& slot, const Word4* w, const Word4* m, int lane) {
+  const int g = lane >> 2;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) copy_async(&slot.words[i][lane], w + i * 32);
+  if ((lane & 3) == 0) {
+#pragma unroll
+    for (int i = 0; i < TILES / 2; ++i) copy_async(&slot.meta[g][i], m + i);
+  }
+}
+#define BOUNDS WARPS * 32, (TILES == 2 ? 4 : 3)  // blocks on a multiprocessor that the registers are to allow
+#else
+#define BOUNDS WARPS * 32
+#endif
+
+extern "C" __global__ void __launch_bounds__(BOUNDS) int4_linear(
     const Word4* __restrict__ weight,  // [blocks][groups][TILES][32 lanes] of 4 words
     const Word4* __restrict__ meta,    // [blocks][groups][8][TILES * 2] pairs of half: scale, zero
     const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
     void* __restrict__ out,            // float [splits][rows][n], or bfloat16 [rows][n / 2] with SWIGLU
     int rows, int n, int groups, int groups_per_split) {
+  release_next();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
   const long long block = blockIdx.x;
@@ -80,15 +157,59 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
 
   const Word4 nothing = {0u, 0u, 0u, 0u};
-  Word4 w[TILES], m[TILES / 2], xa = nothing, xb = nothing;
+  Word4 xa = nothing, xb = nothing;
   int group = first + warp;
+
+#if STAGES
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  Slot* ring = (Slot*)dynamic + warp * STAGES;
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) {
+    const int ahead = group + i * WARPS;
+    if (ahead < last)
+      copy_group(ring[i], w_block + (long long)ahead * TILES * 32, m_block + (long long)ahead * 8 * (TILES / 2), lane);
+    asm volatile("cp.async.commit_group;" ::: "memory");  // also of nothing: the count below stays right
+  }
+  wait_for_previous();
+  if (group < last && g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
+  for (int stage = 0; group < last; group += WARPS) {
+    const int next = group + WARPS;
+    Word4 xa_next = nothing, xb_next = nothing;
+    if (next < last && g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
+    asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 1) : "memory");
+    __syncwarp();  // the copies of the lane that fetched meta are there for the others too
+    Slot& slot = ring[stage];
+    Word4 w[TILES], m[TILES / 2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) w[i] = slot.words[i][lane];
+#pragma unroll
+    for (int i = 0; i < TILES / 2; ++i) m[i] = slot.meta[g][i];
+    float xs[4] = {0.f, 0.f, 0.f, 0.f};
+    sum_x(xs, xa, xb);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const Word4 mm = m[i / 2];
+      add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
+    }
+    __syncwarp();  // all lanes have read the slot
+    const int ahead = group + STAGES * WARPS;
+    if (ahead < last)
+      copy_group(slot, w_block + (long long)ahead * TILES * 32, m_block + (long long)ahead * 8 * (TILES / 2), lane);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    xa = xa_next;
+    xb = xb_next;
+  }
+#else
+  Word4 w[TILES], m[TILES / 2];
   if (group < last) {
 #pragma unroll
     for (int i = 0; i < TILES; ++i) w[i] = load_once(w_block + ((long long)group * TILES + i) * 32);
 #pragma unroll
     for (int i = 0; i < TILES / 2; ++i) m[i] = load_once(m_block + (long long)group * 8 * (TILES / 2) + i);
-    if (g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
   }
+  wait_for_previous();
+  if (group < last && g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
   while (group < last) {
     const int next = group + WARPS;
     Word4 w_next[TILES], m_next[TILES / 2], xa_next = nothing, xb_next = nothing;
@@ -100,25 +221,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
       if (g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
     }
     float xs[4] = {0.f, 0.f, 0.f, 0.f};
-    const unsigned one = 0x3F803F80u;
-    mma(xs, one, one, one, one, xa.x, xa.y);
-    mma(xs, one, one, one, one, xa.z, xa.w);
-    mma(xs, one, one, one, one, xb.x, xb.y);
-    mma(xs, one, one, one, one, xb.z, xb.w);
+    sum_x(xs, xa, xb);
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-      float d[4] = {0.f, 0.f, 0.f, 0.f};
-      mma_word(d, w[i].x, xa.x, xa.y);
-      mma_word(d, w[i].y, xa.z, xa.w);
-      mma_word(d, w[i].z, xb.x, xb.y);
-      mma_word(d, w[i].w, xb.z, xb.w);
       const Word4 mm = m[i / 2];
-      const float2 low = half_pair(i & 1 ? mm.z : mm.x), high = half_pair(i & 1 ? mm.w : mm.y);
-      const float low_zero = low.y + 128.f, high_zero = high.y + 128.f;
-      acc[i][0] += low.x * (d[0] - low_zero * xs[0]);
-      acc[i][1] += low.x * (d[1] - low_zero * xs[1]);
-      acc[i][2] += high.x * (d[2] - high_zero * xs[0]);
-      acc[i][3] += high.x * (d[3] - high_zero * xs[1]);
+      add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
     }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) w[i] = w_next[i];
@@ -128,14 +235,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     xb = xb_next;
     group = next;
   }
+#endif
 
+#if STAGES
+  // Every warp's sums lie where its ring was, and take no more than one slot.
+  float (*sums)[STAGES][TILES * 16][9] = (float (*)[STAGES][TILES * 16][9])dynamic;
+#define SUM(warp, row, column) sums[warp][0][row][column]
+#else
   __shared__ float sums[WARPS][TILES * 16][9];  // 9: rows of 8 would collide in the banks
+#define SUM(warp, row, column) sums[warp][row][column]
+#endif
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
-    sums[warp][i * 16 + g][2 * t] = acc[i][0];
-    sums[warp][i * 16 + g][2 * t + 1] = acc[i][1];
-    sums[warp][i * 16 + g + 8][2 * t] = acc[i][2];
-    sums[warp][i * 16 + g + 8][2 * t + 1] = acc[i][3];
+    SUM(warp, i * 16 + g, 2 * t) = acc[i][0];
+    SUM(warp, i * 16 + g, 2 * t + 1) = acc[i][1];
+    SUM(warp, i * 16 + g + 8, 2 * t) = acc[i][2];
+    SUM(warp, i * 16 + g + 8, 2 * t + 1) = acc[i][3];
   }
   __syncthreads();
 #if SWIGLU
@@ -145,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     const int gate_row = (c / 16) * 32 + c % 16;
     float gate = 0.f, up = 0.f;
 #pragma unroll
-    for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
+    for (int k = 0; k < WARPS; ++k) { gate += SUM(k, gate_row, r); up += SUM(k, gate_row + 16, r); }
     const float y = gate / (1.f + __expf(-gate)) * up;
     ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
   }
@@ -154,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     const int r = e / (TILES * 16), c = e % (TILES * 16);
     float y = 0.f;
 #pragma unroll
-    for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
+    for (int k = 0; k < WARPS; ++k) y += SUM(k, c, r);
     ((float*)out)[((long long)blockIdx.y * rows + r) * n + block * TILES * 16 + c] = y;
   }
 #endif

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspec.kernels import launch
 from subspec.kernels.activation import apply_swiglu
 
 GROUP = 64
@@ -22,6 +23,10 @@ PACKED_AT_ONCE = 1 << 24
 
 MAX_ROWS = 8
 WARPS = 8
+
+STAGES: tuple[int, ...] = (0,)
+"""What the choice of kernels tries: groups of weights that a warp keeps on their way from memory, in a ring in shared
+memory; 0: one group, in registers."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,27 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
     return apply_swiglu(y) if weight.swiglu else y
 
 
+def ring_bytes(tiles: int, stages: int) -> int:
+    """Shared memory of a block's rings: words, scales and zeros of a group for each warp and stage."""
+    return WARPS * stages * tiles * (32 * 16 + 64)
+
+
 @functools.cache
-def _kernel(tiles: int, warps: int, swiglu: bool, device: int) -> Any:
+def _kernel(tiles: int, swiglu: bool, stages: int, overlap: bool, device: int) -> Any:
     source = resources.files("subspec.kernels").joinpath("int4.cu").read_text(encoding="utf-8")
-    header = f"#define TILES {tiles}\n#define WARPS {warps}\n#define SWIGLU {int(swiglu)}\n"
+    settings = {
+        "TILES": tiles,
+        "WARPS": WARPS,
+        "SWIGLU": int(swiglu),
+        "STAGES": stages,
+        "OVERLAP": int(overlap),
+    }
+    header = "".join(f"#define {name} {value}\n" for name, value in settings.items())
     with torch.cuda.device(device):
-        return torch.cuda._compile_kernel(header + source, "int4_linear")
+        kernel = torch.cuda._compile_kernel(header + source, "int4_linear")
+        if stages:
+            kernel.set_shared_memory_config(ring_bytes(tiles, stages))
+        return kernel
 
 
 def unavailable() -> str | None:
@@ -141,7 +161,7 @@ def unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs compute capability 8.0 (Ampere) or later"
     try:
-        _kernel(4, WARPS, False, torch.cuda.current_device())
+        _kernel(4, False, 0, False, torch.cuda.current_device())
     except Exception as error:
         return f"the run-time compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
@@ -156,18 +176,22 @@ def splits_for(weight: PackedInt4, multiprocessors: int) -> int:
     return max(1, min(wanted, groups // WARPS))
 
 
-def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel on up to eight rows.
+def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, stages: int = 0) -> None:
+    """Run the kernel on up to eight rows; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
         x: bfloat16 [rows, in_features], contiguous.
         out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
             [rows, padded / 2] and ``splits`` 1.
+        stages: see :data:`STAGES`.
     """
     rows, groups = x.shape[0], weight.in_features // GROUP
     per_split = -(-groups // splits)
-    _kernel(weight.tiles, WARPS, weight.swiglu, x.device.index or 0)(
-        grid=(weight.words.shape[0], splits, 1),
-        block=(WARPS * 32, 1, 1),
-        args=[weight.words, weight.meta, x, out, rows, weight.padded, groups, per_split],
+    kernel = _kernel(weight.tiles, weight.swiglu, stages, launch.is_overlapping(), x.device.index or 0)
+    launch.launch(
+        kernel,
+        (weight.words.shape[0], splits, 1),
+        WARPS * 32,
+        [weight.words, weight.meta, x, out, rows, weight.padded, groups, per_split],
+        ring_bytes(weight.tiles, stages),
     )

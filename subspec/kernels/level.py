@@ -3,6 +3,9 @@
 A level has a handful of rows, so each operation is a launch and little else; what could be fused, is. Sums that
 the 4-bit Linear left in slices are added by whoever reads them. The length of the committed prefix is read from
 device memory, so that a captured graph serves any length; attention loops over the rows that exist.
+
+With OVERLAP a kernel is launched with ``launch_pdl=True`` and keeps the rule of :mod:`subspec.kernels.launch`: it lets
+the next kernel start at once, reads constants only, and waits for the kernel before ahead of everything else.
 """
 
 import triton
@@ -10,8 +13,13 @@ import triton.language as tl
 
 
 @triton.jit
-def embed_rows(table, tokens, out, hidden: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = table[tokens[row]]; the table may lie in pinned host memory. Grid: rows."""
+def embed_rows(table, tokens, out, hidden: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False):
+    """out[row] = table[tokens[row]]; the table may lie in pinned host memory. Grid: rows.
+
+    The first kernel of a level: it waits for nothing, and is launched the ordinary way.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     token = tl.load(tokens + row).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -23,15 +31,20 @@ def embed_rows(table, tokens, out, hidden: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def add_rms_norm(
     residual, partial, weight, out, rows, eps, hidden: tl.constexpr, stride: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """residual += sum of the partial sums; out = RMSNorm(residual) * weight. Grid: rows.
 
     partial: float32 [SPLITS, rows, stride]; residual, out, weight: bfloat16.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     value = tl.load(residual + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     if SPLITS > 0:
         total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -42,7 +55,6 @@ def add_rms_norm(
         value = value.to(tl.bfloat16).to(tl.float32)
     variance = tl.sum(value * value, axis=0) / hidden
     scaled = (value * tl.rsqrt(variance + eps)).to(tl.bfloat16).to(tl.float32)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + columns, (scaled * gain).to(tl.bfloat16), mask=inside)
 
 
@@ -52,15 +64,20 @@ def rope_store(
     rows, write_row, row_stride, head_stride, attention_scaling, eps,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Finish a fused q/k/v projection: add slices and bias, norm, rotate, write q and the cache rows.
 
     Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF, a power of two. depths: int64 [rows] of the
     nodes; their position is length + depth. k_rows, v_rows: this layer's cache [kv_heads, rows, head_dim].
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
     half = tl.arange(0, HALF)
     base = head * 2 * HALF
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     first = tl.zeros([HALF], dtype=tl.float32)
     second = tl.zeros([HALF], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
@@ -104,6 +121,7 @@ def tree_attention(
     rows, start_row, drafted, capacity, row_stride, head_stride, scale,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """One slice of attention for all rows of one kv head (split-KV decoding). Grid: (kv_heads, SPLITS).
 
@@ -112,6 +130,10 @@ def tree_attention(
     M: query rows x heads per kv head, padded to a power of two of at least 16. OPERAND: type of the products'
     factors, bfloat16 on a GPU (Triton's interpreter multiplies no bfloat16).
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = q_heads // kv_heads
     m = tl.arange(0, M)
@@ -164,8 +186,13 @@ def tree_attention(
 def merge_attention(
     partial_out, partial_max, partial_sum, out, rows,
     q_heads: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: bfloat16 [rows, q_heads * D]."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, D)
     splits = tl.arange(0, SPLITS)
@@ -179,11 +206,17 @@ def merge_attention(
 
 
 @triton.jit
-def sum_slices(partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+def sum_slices(
+    partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
+):
     """out[row, :n] = sum of the partial sums of a Linear. Grid: (rows, blocks of n).
 
     partial: any floating dtype [SLICES, rows, stride]; out: bfloat16 [rows, n].
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
@@ -198,11 +231,16 @@ def sum_slices(partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.co
 def block_candidates(
     logits, best, best_token, block_max, block_sum, vocab, inverse_temperature,
     BLOCKS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """The K largest logits of one block of one row, and its share of the softmax sum. Grid: (rows, BLOCKS).
 
     best, best_token: [rows, BLOCKS, K]; block_max, block_sum: float32 [rows, BLOCKS], of logits / temperature.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocab
@@ -230,12 +268,15 @@ def grow_level(
     first_slot, capacity,
     BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, CANDIDATES: tl.constexpr, CAPACITY: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Append the best WIDTH of all children of the frontier to the tree. Grid: one program.
 
     Joint score: the parent's cumulative log-probability + logit / T - log-sum-exp, all in float32.
     frontier: int64 [rows] node numbers; new nodes get first_slot, first_slot + 1, ...
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row = tl.arange(0, ROWS)
     block = tl.arange(0, BLOCKS_PADDED)
     there = (row < rows)[:, None] & (block < BLOCKS)[None, :]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from subspec.kernels import launch
 from subspec.kernels.capture import capturing
 from subspec.kernels.formats import AffineFormat, Format
 from subspec.kernels.ops import LevelLinear, Variant
@@ -71,7 +72,8 @@ def variant_time(
 
     Takes three times the L2 cache of device memory (at least two weights), and gives it back.
     """
-    with torch.inference_mode():
+    overlap = launch.OVERLAP and launch.problem(device) is None
+    with torch.inference_mode(), launch.overlapping(overlap):
         linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         return rotated_time(linears, x)

@@ -11,6 +11,7 @@ from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import LayerFuser, fuse_model
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.kernels import attend
 from subspec.quant.codes import HqqCodes
 from tests.helpers.tiny import tiny_model
 
@@ -27,12 +28,12 @@ def layer_tensors(model, index):
     return dict(model.model.layers[index].named_parameters())
 
 
-def fused_draft(model, device, kernel="int4_mma"):
+def fused_draft(model, device, kernel="int4_mma", **options):
     fuser = LayerFuser(model.config, HqqCodes(), kernel=kernel, keep_exact=frozenset())
     layers = [fuser.fuse(layer_tensors(model, i), device) for i in range(len(model.model.layers))]
     shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
     return FusedSubstitute(
-        fuse_model(model.config, layers, shared, model.model.rotary_emb), attention_splits=4
+        fuse_model(model.config, layers, shared, model.model.rotary_emb), attention_splits=4, **options
     )
 
 
@@ -53,13 +54,17 @@ def module_draft(model):
     # Biases, norms of queries and keys, and neither; Mistral's graph is Llama's.
     ["llama", "qwen2", "qwen3", pytest.param("mistral", marks=pytest.mark.slow)],
 )
-def test_a_tree_is_the_module_by_module_substitutes(family, device):
+@pytest.mark.parametrize("fused_attention", [False, True])
+def test_a_tree_is_the_module_by_module_substitutes(family, device, fused_attention):
     device = torch.device(device)
-    model = model_of(family, device)
+    # Heads of 64, which the one kernel for attention takes, or of 32.
+    model = model_of(family, device, **({"heads": 2, "kv_heads": 1} if fused_attention else {}))
     growth = Beam(3, 3)
+    fused = fused_draft(model, device, fused_attention=fused_attention)
+    assert not fused_attention or attend.unfit(3, 2, 1, fused.model.head_dim, torch.float32) is None
     engines = [
         Engine(Decoder(model), draft, growth, max_length=64, prefill_chunk=16)
-        for draft in (module_draft(model), fused_draft(model, device))
+        for draft in (module_draft(model), fused)
     ]
     logits = []
     with torch.inference_mode():
@@ -147,7 +152,7 @@ def test_candidates_of_logits_without_numbers_are_tokens_all_the_same(device):
 
     rows, vocab, width, block = 3, 100, 4, 64
     blocks = -(-vocab // block)
-    logits = torch.randn(rows, vocab).bfloat16().to(device)
+    logits = torch.stack([torch.randperm(vocab) for _ in range(rows)]).bfloat16().to(device)  # no ties
     logits[1] = float("nan")
     logits[2, ::3] = float("nan")
     best = torch.empty(rows, blocks, width, device=device)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.kernels import int4
+from subspec.kernels import int4, launch
 
 
 def codes(n, k, seed=0, device="cpu"):
@@ -84,14 +84,43 @@ def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu):
     assert int4.unavailable() is None
     weight = int4.pack(*codes(n, k, device="cuda"), tiles=tiles, swiglu=swiglu)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    splits = 1 if swiglu else 3
-    if swiglu:
-        out = torch.full((rows, weight.padded // 2), torch.nan, dtype=torch.bfloat16, device="cuda")
-    else:
-        out = torch.full((splits, rows, weight.padded), torch.nan, dtype=torch.float32, device="cuda")
-    int4.linear(weight, x, out, splits=splits)
+    out = run(weight, x, 1 if swiglu else 3)
     result = out.float() if swiglu else out.sum(0)
     expected = int4.reference(weight, x)
     result = result[:, : expected.shape[1]]
     error = (result - expected).norm() / expected.norm()
     assert error < (5e-3 if swiglu else 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stages", [1, 3, 4, 6])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "tiles", "swiglu", "splits"),
+    [
+        (4608, 3584, 4, False, 3),
+        (37888, 3584, 2, True, 1),
+        (3584, 18944, 4, False, 4),
+        (3584, 18944, 2, False, 1),
+        (960, 576, 2, False, 2),  # warps without a group
+    ],
+)
+def test_a_ring_of_weights_computes_the_same_bits(n, k, tiles, swiglu, splits, stages, overlap):
+    if overlap and (reason := launch.problem(torch.device("cuda"))):
+        pytest.skip(reason)
+    weight = int4.pack(*codes(n, k, device="cuda"), tiles=tiles, swiglu=swiglu)
+    for rows in (1, 6, 8):
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        expected = run(weight, x, splits)
+        with launch.overlapping(overlap):
+            assert torch.equal(run(weight, x, splits, stages), expected)
+
+
+def run(weight, x, splits, stages=0):
+    rows = x.shape[0]
+    if weight.swiglu:
+        out = torch.full((rows, weight.padded // 2), torch.nan, dtype=torch.bfloat16, device="cuda")
+    else:
+        out = torch.full((splits, rows, weight.padded), torch.nan, dtype=torch.float32, device="cuda")
+    int4.linear(weight, x, out, splits=splits, stages=stages)
+    return out

@@ -1,0 +1,123 @@
+"""Launches that overlap: programmatic dependent launch for the kernels of a draft level.
+
+A level is a chain of some 260 kernels, each of a few microseconds. Launched one behind the other, every kernel starts
+with nothing on its way from memory, and ends with most of the device idle. With programmatic dependent launch (CUDA
+programming guide, "Programmatic Dependent Launch and Synchronization"; compute capability 9.0) a kernel's blocks may
+start as soon as every block of the kernel before has executed ``griddepcontrol.launch_dependents``; they load what no
+kernel writes (weights), and then execute ``griddepcontrol.wait``, which returns when the kernel before has ended and
+its writes can be seen. Captured in a CUDA graph such launches become programmatic edges.
+
+Why that is safe, as long as every kernel that is launched here keeps one rule: **all its threads execute the wait
+before they read anything but constants, and before they write anything.**
+
+- *Read after write, one kernel back*: the wait itself.
+- *Any number of kernels back*: a kernel cannot end before its own wait has returned, so when kernel n has ended, n - 1
+  had, and so on down to the first kernel of the level, which is launched the ordinary way, behind everything
+  before it. Whoever has waited for n has waited for all of them.
+- *Write after read* (scratch that the allocator hands on within a level, the residual): writes lie behind the wait too.
+- *Constants* read before the wait are written by no kernel of the same level: weights, norms' gains, biases, rotary
+  frequencies; and of what earlier levels left, the tree and the cache's rows of the prefix and those levels
+  (``attend.cu``). Whatever wrote them had ended before the level's first kernel began.
+- Kernels of others in between (cuBLAS, other quantizers') are launched the ordinary way: they start when the kernel
+  before them has ended, and to their successors they look like kernels that release nothing early.
+- *No deadlock*: a kernel's blocks start only when all blocks of the kernel before run or have ended, so waiting
+  blocks never keep the place of one that they wait for.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OVERLAP = False
+"""Whether levels overlap their kernels' launches where the device can, unless they are told."""
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_on = False
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute`` of cuda.h: an enum, padding to eight bytes, a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig`` of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def problem(device: torch.device) -> str | None:
+    """Why launches cannot overlap on ``device``, in a few words; None when they can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "no CUDA device"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs compute capability 9.0 (Hopper) or later"
+    return None
+
+
+@contextmanager
+def overlapping(on: bool) -> Iterator[None]:
+    """Our kernels launched inside overlap (or do not), in this thread of launches."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
+
+
+def is_overlapping() -> bool:
+    """Whether kernels are to be launched, and compiled, so that they overlap."""
+    return _on
+
+
+def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_double:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_double(value)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    block: int,
+    args: Sequence[Tensor | int | float],
+    shared: int = 0,
+) -> None:
+    """Launch a kernel of PyTorch's run-time compiler on the current stream.
+
+    Args:
+        kernel: of ``torch.cuda._compile_kernel``; inside :func:`overlapping` compiled to keep the module's rule.
+        block: threads.
+        args: tensors for pointers, integers for ``int``, floats for ``double``.
+        shared: bytes of dynamic shared memory.
+    """
+    if not _on:
+        kernel(grid=grid, block=(block, 1, 1), args=list(args), shared_mem=shared)
+        return
+    values = [_argument(arg) for arg in args]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+    attribute.value[0] = 1
+    config = _Config(
+        grid=grid,
+        block=(block, 1, 1),
+        shared=shared,
+        stream=torch.cuda.current_stream().cuda_stream,
+        attributes=ctypes.pointer(attribute),
+        count=1,
+    )
+    library = torch.cuda._utils._get_gpu_runtime_library()
+    torch.cuda._utils._check_cuda(library.cuLaunchKernelEx(ctypes.byref(config), kernel.func, pointers, None))
