@@ -21,8 +21,9 @@ PACKING = 27
 """Bytes per weight of those packed at once: 64-bit copies before, while and after they are shifted (counted: 18 for
 ``int4_mma``, 26 for ``triton_wq``)."""
 
-ENCODING = 128
-"""Bytes per weight of those encoded at once: cells, symbols, lengths, positions (counted: 121)."""
+ENCODING = 124
+"""Bytes per weight of those encoded at once: cells, symbols, lengths, positions (counted: 113 for HQQ's intervals, 117
+for HIGGS's)."""
 
 
 def loading_bytes(
