@@ -40,7 +40,7 @@ static inline float half_to_float(unsigned h) {
   if (e == 0) { const float f = m * 0x1p-24f; return s ? -f : f; }
   return as_float(s | ((e + 112) << 23) | (m << 13));
 }
-struct Word4 { unsigned x, y, z, w; };
+struct alignas(16) Word4 { unsigned x, y, z, w; };
 static inline void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
   if (!full) return;
   words[0] = words[1];
@@ -76,7 +76,7 @@ DEVICE float half_to_float(unsigned h) {
   asm("{.reg .f16 v; mov.b16 v, %1; cvt.f32.f16 %0, v;}" : "=f"(f) : "h"((unsigned short)h));
   return f;
 }
-struct Word4 { unsigned x, y, z, w; };
+struct __align__(16) Word4 { unsigned x, y, z, w; };
 // The loaded word straight into its register: by way of another one it would be waited for long before it is needed.
 DEVICE void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
   asm volatile(
@@ -104,11 +104,7 @@ DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsign
 #define CHUNK 512
 #define THREADS 128
 
-#ifdef HOST_TEST
-#define STRIDE 1
-#else
 #define STRIDE THREADS  // each thread has a column of the table in shared memory: no two threads meet in a bank
-#endif
 
 struct Bits {  // the word at hand, the next one, and the one after it, which is on its way
   const unsigned* next;
@@ -152,8 +148,14 @@ DEVICE void fill(unsigned* table, int levels, float scale, float zero, float hal
   for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at(q, scale, zero, half);
 }
 
+DEVICE void advance(Bits& bits) {
+  advance_if(bits.at >> 5, bits.words, bits.next);
+  bits.at &= 31u;
+}
+
 // centred, known when compiling: symbols count from the middle cell to either side in turn, not from the first one on.
-DEVICE unsigned decode_one(Bits& bits, unsigned entry, bool centred = false) {
+template <class Source>
+DEVICE unsigned decode_one(Source& bits, unsigned entry, bool centred = false) {
   const unsigned seen = funnel(bits.words[0], bits.words[1], bits.at);  // no code is longer than 26 bits
   const unsigned mask = ones(entry), extra = (entry >> 5) & 511u;
   const unsigned shorter = seen & mask, longer_symbol = shorter + extra;
@@ -175,8 +177,7 @@ DEVICE unsigned decode_one(Bits& bits, unsigned entry, bool centred = false) {
   value = escape ? behind & 0xffffu : value;
 
   bits.at += (entry & 31u) + is_longer + (escape ? 16u : rest);
-  advance_if(bits.at >> 5, bits.words, bits.next);
-  bits.at &= 31u;
+  advance(bits);
   return value;
 }
 
@@ -190,9 +191,37 @@ struct Part {
 #if LAYOUT == 1
 
 // words: [blocks][groups][tiles][32][4], meta: [blocks][groups][8][2 * tiles] pairs of half (int4.py).
-DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
-  const unsigned *words = (const unsigned*)part.words, *meta = (const unsigned*)part.meta;
+struct Group {  // where 64 weights of a row are
+  const unsigned* lanes;  // of four threads of the multiplication, 16 weights each
+  int shift;              // of the row's nibbles in their words
+  float scale, zero;
+};
+
+DEVICE Group locate(const Part& part, int row, int group) {
   const int groups = (int)part.columns / 64, tiles = (int)part.tiles;
+  const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+  const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
+  const long long cell = (long long)block * groups + group;
+  const unsigned pair = ((const unsigned*)part.meta)[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
+  const unsigned* lanes = (const unsigned*)part.words + ((cell * tiles + tile) * 32 + g * 4) * 4;
+  return {lanes, 4 * h, half_to_float(pair & 0xffffu), half_to_float(pair >> 16)};
+}
+
+template <class Source>
+DEVICE Word4 decode_eight(Source& bits, const unsigned* table, unsigned first, unsigned second) {
+  unsigned v[8];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned w = i ? second : first;
+    v[4 * i] = decode_one(bits, table[(w & 15) * STRIDE]);
+    v[4 * i + 1] = decode_one(bits, table[((w >> 16) & 15) * STRIDE]);
+    v[4 * i + 2] = decode_one(bits, table[((w >> 8) & 15) * STRIDE]);
+    v[4 * i + 3] = decode_one(bits, table[((w >> 24) & 15) * STRIDE]);
+  }
+  return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
+}
+
+DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
   const float half = as_float((unsigned)part.half);
   Bits bits;
   open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
@@ -201,31 +230,18 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   const int steps = (int)(part.total - begin < CHUNK ? (part.total - begin) / 64 : CHUNK / 64);
   unsigned short* to = (unsigned short*)part.out + begin;
   for (int step = 0; step < steps; ++step) {
-    const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
-    const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
-    const long long cell = (long long)block * groups + group;
-    const unsigned pair = meta[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
-    fill(table, 16, half_to_float(pair & 0xffffu), half_to_float(pair >> 16), half);
-    const unsigned* lanes = words + ((cell * tiles + tile) * 32 + g * 4) * 4;
+    const Group own = locate(part, row, group);
+    fill(table, 16, own.scale, own.zero, half);
 #pragma unroll 1
     for (int t = 0; t < 4; ++t) {
-      const Word4 word = load4(lanes + 4 * t);
-#pragma unroll
-      for (int pack = 0; pack < 2; ++pack) {
-        unsigned v[8];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const unsigned w = (pack ? (i ? word.w : word.z) : (i ? word.y : word.x)) >> (4 * h);
-          v[4 * i] = decode_one(bits, table[(w & 15) * STRIDE]);
-          v[4 * i + 1] = decode_one(bits, table[((w >> 16) & 15) * STRIDE]);
-          v[4 * i + 2] = decode_one(bits, table[((w >> 8) & 15) * STRIDE]);
-          v[4 * i + 3] = decode_one(bits, table[((w >> 24) & 15) * STRIDE]);
-        }
-        store4(to + t * 16 + pack * 8, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-      }
+      const Word4 word = load4(own.lanes + 4 * t);
+      const Word4 first = decode_eight(bits, table, word.x >> own.shift, word.y >> own.shift);
+      store4(to + t * 16, first.x, first.y, first.z, first.w);
+      const Word4 second = decode_eight(bits, table, word.z >> own.shift, word.w >> own.shift);
+      store4(to + t * 16 + 8, second.x, second.y, second.z, second.w);
     }
     to += 64;
-    if (++group == groups) { group = 0; ++row; }
+    if (++group == (int)part.columns / 64) { group = 0; ++row; }
   }
 }
 

@@ -43,8 +43,8 @@ MOST_WEIGHTS = (1 << 31) - 1
 
 RAW_BITS = 16
 
-PADDING_WORDS = 3
-"""Behind a stream: the decoder reads up to three words ahead."""
+PADDING_WORDS = 20
+"""Behind a stream: the decoder reads ahead, three words or, by way of shared memory, up to 19."""
 
 BLOCK = 1 << 21
 """Weights that are encoded at a time; a multiple of :data:`CHUNK`. Bounds the temporaries to about half a GiB."""

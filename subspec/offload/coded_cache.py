@@ -38,7 +38,7 @@ from subspec.quant.store import cache_folder
 from subspec.targets.cache import MANIFEST, Content
 from subspec.targets.console import Note, print_note
 
-FORMAT = 1
+FORMAT = 2
 """Of the files and of the code in them (:mod:`subspec.offload.codec`): whoever changes what a bit of either means
 raises it."""
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.kernels.codec import Piece, Rows, Spans, decode_into, describe, substitute_codes
+from subspec.kernels.codec import Piece, Rows, Spans, decode_into, substitute_codes
 from subspec.kernels.lut import MmaLut, ReferenceLut, make_lut_linear
 from subspec.kernels.lut_dequantize import FIELDS, ROWS, Dequantizer, Rotated
 from subspec.kernels.lut_format import LutFormat
@@ -21,7 +21,7 @@ from subspec.quant.hadamard import LEAST_BLOCK, Rotation, butterfly, walsh_hadam
 from subspec.quant.higgs_codes import HiggsCodes, group_of
 from subspec.quant.higgs_codes import encode as quantize
 from tests.helpers.host_cuda import compile_host
-from tests.offload.test_codec import DEVICES, EVERY_BFLOAT16, HOST, gaussian, same, spoiled
+from tests.offload.test_codec import DEVICES, EVERY_BFLOAT16, HOST, gaussian, run_on_host, same, spoiled
 
 HALVES = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
 
@@ -258,7 +258,7 @@ extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The CUDA sources as C++: the decoder, and what dequantizes by bits and block."""
+    """The CUDA sources as C++: the decoder by layout and way, and what dequantizes by bits and block."""
     folder = tmp_path_factory.mktemp("higgs")
     libraries = {
         (bits, block): compile_host(
@@ -266,7 +266,7 @@ def compiled(tmp_path_factory):
         )
         for bits, block, *_ in CASES
     }
-    return libraries | {"decode": compile_host(folder, HOST, {"LAYOUT": 3})}
+    return libraries | {(3, 0): compile_host(folder, HOST, {"LAYOUT": 3, "STAGE": 0})}
 
 
 def pointer(tensor):
@@ -314,9 +314,6 @@ def test_the_cuda_source_decodes_what_torch_encoded(compiled, bits, block, tiles
         pieces.append(Piece(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
     rotated = [Rotated(piece.out, linear, piece.rows.first, piece.rows.interleaved) for piece in pieces]
     dequantize_on_host(compiled[bits, block], rotated)
-    described = [describe(piece) for piece in pieces]
-    assert {layout for layout, _ in described} == {3}
-    table = torch.tensor([[*fields, 0] for _, fields in described])
-    compiled["decode"].decode(pointer(table), pointer(flat), len(pieces))
+    run_on_host(compiled, pieces, flat, 0)
     for piece, (weight, _, _) in zip(pieces, members, strict=True):
         assert same(piece.out, weight)
