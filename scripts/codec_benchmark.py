@@ -1,0 +1,115 @@
+"""Time to rebuild one coded layer, by quantizer, bits and way, on this card (planted weights of a real shape).
+
+    python scripts/codec_benchmark.py [--target qwen2_5_7b] [--formats hqq4,hqq8,higgs4] [--json FILE]
+
+Codes the first layer of a planted target beside each substitute, as loading does (every Linear is decoded again and
+compared bit by bit), and times its decoding by every way there is. Beside it stand the layer's bytes, the time they
+take over the measured link, which decoding has to hide behind, and the weights rebuilt per second. One JSON line last.
+"""
+
+import argparse
+import json
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from subspec.config import PlantedTargetConfig
+from subspec.drafts.fused_build import ROLES, LayerFuser
+from subspec.kernels.codec import DIRECT, STAGED, PieceDecoder, milliseconds
+from subspec.kernels.formats import AffineFormat, Format
+from subspec.kernels.lut import MmaLut
+from subspec.kernels.lut_format import LutFormat
+from subspec.kernels.ops import MmaInt4
+from subspec.offload.coded_layer import encode_layer
+from subspec.offload.layer_bytes import parameter_views
+from subspec.offload.link import measure_link
+from subspec.offload.sizes import PlainCodec
+from subspec.quant.codes import CodeQuantizer, HqqCodes
+from subspec.quant.higgs_codes import HiggsCodeQuantizer
+from subspec.targets.planted import PlantedSource
+
+FORMATS = "hqq4,hqq8,hqq3,hqq2,higgs4,higgs3,higgs2"
+
+
+def substitute_of(name: str) -> tuple[CodeQuantizer, Format, str]:
+    """``hqq4``, ``higgs3``...: the quantizer, how its weights are kept, the kernel whose order the decoder reads."""
+    method, bits = name[:-1], int(name[-1])
+    if method == "higgs":
+        return HiggsCodeQuantizer(bits), LutFormat(bits), "lut_mma"
+    return HqqCodes(bits), AffineFormat(bits), "int4_mma" if bits == 4 else "triton_wq"
+
+
+def measure(name: str, source: PlantedSource, device: torch.device) -> list[dict[str, float | str]]:
+    """One row per way."""
+    quantizer, kept, kernel = substitute_of(name)
+    formats = dict.fromkeys(ROLES, kept)
+    fuser = LayerFuser(source.config, quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats)
+    codes, tensors = {}, source.layer(0, device)
+    substitute = fuser.fuse(tensors, device, index=0, keep=codes)
+    coded, flat = encode_layer(tensors, codes, substitute)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    weights = sum(part.shape.numel() for part in coded.parts)
+    del tensors, codes
+    buffer = torch.empty(PlainCodec().layer_bytes(shapes), dtype=torch.uint8, device=device)
+    views = parameter_views(buffer, shapes, torch.bfloat16)
+    pieces = [part.piece(views[part.name], substitute) for part in coded.parts]
+    rows: list[dict[str, float | str]] = []
+    for way in (DIRECT, STAGED) if isinstance(pieces[0].linear, MmaInt4) else (DIRECT,):
+        decoder = PieceDecoder(pieces, way)
+        taken = milliseconds(lambda: decoder(flat), rounds=10)  # noqa: B023 (called at once)
+        rows.append(
+            {
+                "format": name,
+                "way": "rotated back, direct" if isinstance(pieces[0].linear, MmaLut) else way,
+                "ms": taken,
+                "bits_per_weight": 8 * coded.nbytes / weights,
+                "gigabytes": coded.nbytes / 1e9,
+                "weights_per_s": weights / taken * 1e3,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="qwen2_5_7b")
+    parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--json", help="rewritten after every format")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    link = measure_link(device)
+    source = PlantedSource(
+        PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target), torch.bfloat16, device
+    )
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "target": source.source,
+        "link_gb_per_s": link,
+    }
+    rows: list[dict[str, float | str]] = []
+    for name in options.formats.split(","):
+        rows += measure(name, source, device)
+        torch.cuda.empty_cache()
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(facts | {"rows": rows}, file, indent=1)
+    shown = Table(title=f"one layer of {options.target}, link {link:.1f} GB/s (no language model)")
+    for column in ("substitute", "way", "ms", "link ms", "bits per weight", "1e9 weights/s"):
+        shown.add_column(column, justify="left" if column in ("substitute", "way") else "right")
+    for row in rows:
+        shown.add_row(
+            str(row["format"]),
+            str(row["way"]),
+            f"{row['ms']:.2f}",
+            f"{float(row['gigabytes']) / link * 1e3:.2f}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{float(row['weights_per_s']) / 1e9:.0f}",
+        )
+    Console(width=120).print(shown)
+    print(json.dumps(facts | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
