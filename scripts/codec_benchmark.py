@@ -16,7 +16,7 @@ from rich.table import Table
 
 from subspec.config import PlantedTargetConfig
 from subspec.drafts.fused_build import ROLES, LayerFuser
-from subspec.kernels.codec import DIRECT, STAGED, PieceDecoder, milliseconds
+from subspec.kernels.codec import DIRECT, FEWER, STAGED, PieceDecoder, milliseconds
 from subspec.kernels.formats import AffineFormat, Format
 from subspec.kernels.lut import MmaLut
 from subspec.kernels.lut_format import LutFormat
@@ -55,7 +55,7 @@ def measure(name: str, source: PlantedSource, device: torch.device) -> list[dict
     views = parameter_views(buffer, shapes, torch.bfloat16)
     pieces = [part.piece(views[part.name], substitute) for part in coded.parts]
     rows: list[dict[str, float | str]] = []
-    for way in (DIRECT, STAGED) if isinstance(pieces[0].linear, MmaInt4) else (DIRECT,):
+    for way in (DIRECT, FEWER, STAGED) if isinstance(pieces[0].linear, MmaInt4) else (DIRECT,):
         decoder = PieceDecoder(pieces, way)
         taken = milliseconds(lambda: decoder(flat), rounds=10)  # noqa: B023 (called at once)
         rows.append(

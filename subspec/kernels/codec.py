@@ -29,9 +29,14 @@ KERNELS = (MmaInt4.kind, TritonWq.kind, MmaLut.kind)
 THREADS = 128
 """Of a block, each of which decodes a chunk."""
 
-DIRECT, STAGED = "direct", "staged"
-"""Ways to decode beside :class:`~subspec.kernels.ops.MmaInt4`: ``codec.cu`` alone, or ``codec_staged.cu``'s detour by
-shared memory. Which is faster depends on the device's caches: a process times both on the first large weight."""
+DIRECT, FEWER, STAGED = "direct", "direct, fewer threads", "staged"
+"""Ways to decode beside :class:`~subspec.kernels.ops.MmaInt4`. A thread reads and writes cache lines of its own from
+one end to the other, so with many threads the caches hold no line until its end is reached: ``codec.cu``, the same
+with fewer threads at a time, or ``codec_staged.cu``'s detour by shared memory. Which is the fastest depends on the
+device: a process times all of them on the first large weight."""
+
+RESERVED = 36 << 10
+"""Bytes of shared memory that keep other blocks away: five of them share a Hopper multiprocessor, not twelve."""
 
 TELLING = 1 << 24
 """Weights at least of a Linear that the ways are timed with."""
@@ -124,7 +129,7 @@ class PieceDecoder:
 
     Args:
         pieces: on one device.
-        way: of :data:`DIRECT` and :data:`STAGED`; None: the faster one, as far as that is known.
+        way: of :data:`DIRECT`, :data:`FEWER` and :data:`STAGED`; None: the fastest, as far as that is known.
 
     Raises:
         TypeError: the order of a Linear's kernel is not known here.
@@ -186,7 +191,7 @@ _times: dict[int, dict[str, float]] = {}
 
 
 def decoding_way(device: torch.device) -> str:
-    """The faster way of those that were timed on a device."""
+    """The fastest way of those that were timed on a device."""
     times = _times.get(device.index or 0)
     return DIRECT if not times else min(times, key=times.__getitem__)
 
@@ -208,7 +213,7 @@ def time_ways(piece: Piece, flat: Tensor) -> None:
     if device in _times:
         return
     times = {}
-    for way in (DIRECT, STAGED):
+    for way in (DIRECT, FEWER, STAGED):
         decoder = PieceDecoder([piece], way)
         times[way] = milliseconds(lambda: decoder(flat))  # noqa: B023 (called at once)
     _times[device] = times
@@ -257,7 +262,9 @@ def _unknown(linear: LevelLinear) -> TypeError:
 
 
 @functools.cache
-def _kernel(layout: int, way: str, device: int) -> Any:
-    if way == DIRECT:
-        return compile_cuda(["codec.cu"], {"LAYOUT": layout}, "codec_decode", device)
-    return compile_cuda(["codec.cu", "codec_staged.cu"], {"LAYOUT": layout}, "codec_decode_staged", device)
+def _kernel(layout: int, staged: bool, device: int) -> Any:
+    if staged:
+        return compile_cuda(
+            ["codec.cu", "codec_staged.cu"], {"LAYOUT": layout}, "codec_decode_staged", device
+        )
+    return compile_cuda(["codec.cu"], {"LAYOUT": layout}, "codec_decode", device)
