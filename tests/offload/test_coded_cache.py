@@ -1,6 +1,7 @@
 """Coded layers on disk: a second start reads no exact layer, rebuilds the same bits, and trusts nothing unchecked."""
 
 import errno
+import gc
 import hashlib
 import json
 import shutil
@@ -183,6 +184,29 @@ def test_a_layer_is_read_into_its_own_place(start, model, monkeypatch):
     start(model, resident=())
     assert made == read
     assert len(made) == LAYERS
+
+
+def test_what_was_read_ahead_and_not_asked_for_is_let_go(start, model, monkeypatch):
+    """As of a layer that quant.skip_layers keeps exact this time: it would be in memory as long as the run."""
+    start(model)
+    quantizer = CachedCodes(HqqCodes(), SubstituteStore(start.substitute))
+    cache = CodedCache(start.folder, quantizer, LINEARS)
+    read = []
+    original = CodedCache._load
+
+    def watched(cache, index):
+        kept = original(cache, index)
+        read.append((index, weakref.ref(kept.buffer)))
+        return kept
+
+    monkeypatch.setattr(CodedCache, "_load", watched)
+    with quantizer, cache:
+        assert quantizer.store.stored("0.mlp.up_proj") is not None
+        assert cache.find(0) is not None
+    assert [index for index, _ in read] == [0, 1]
+    gc.collect()
+    assert [buffer() for _, buffer in read] == [None, None]
+    assert not quantizer.store._ahead
 
 
 def test_whoever_changes_the_code_raises_the_format():
