@@ -68,6 +68,19 @@ def test_linears_that_stay_exact_are_streamed_as_they_are():
     assert part.layer_bytes - whole.layer_bytes == pytest.approx(mlp * (16 - 7.1) / 8, rel=0.001)
 
 
+@pytest.mark.parametrize("draft", ["subspec", "none"])
+@pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "up_proj"]])
+def test_where_no_linear_of_a_layer_is_quantized_none_is_coded(modules, draft):
+    """q, k and v are one Linear of the substitute: one exact part keeps the whole of it exact."""
+    assert planned(settings(20.0, draft, codec=AUTO, quant={"modules": modules})).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"offload\.codec=substitute .*quant\.modules.*offload\.codec=none"):
+        planned(settings(20.0, draft, codec=CODED, quant={"modules": modules}))
+
+
+def test_plain_decoding_does_not_look_at_a_quantizer_that_nobody_uses():
+    assert planned(settings(8.0, "none", codec=AUTO, quant={"modules": []})).codec is Codec.none
+
+
 def test_skipped_layers_are_resident_and_plain():
     plan = planned(settings(9.0, codec=CODED, quant={"skip_layers": [0, 27]}))
     assert {0, 27} <= set(plan.resident_layers)
