@@ -28,6 +28,9 @@ from subspec.quant.module_bits import bits_by_linear
 
 AUTO = "auto"
 
+TILE_ROWS = 16
+"""Rows of a gate and an up projection that take turns in one Linear (:func:`subspec.kernels.int4.interleave`)."""
+
 
 @dataclass(frozen=True)
 class FusedQuantization:
@@ -101,6 +104,12 @@ def fused_quantization(
     if type(quant) not in METHODS:
         raise ConfigError(
             f"quant={quant.name} has no fused level for offload=stream: set quant=hqq or quant=higgs"
+        )
+    outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
+    if outputs % TILE_ROWS:
+        raise ConfigError(
+            f"this target's {ROLES['gate_up'][0]} has {outputs} outputs, and the fused substitute of offload=stream "
+            f"takes a multiple of {TILE_ROWS}: set offload=none, or draft=none with offload.codec=none"
         )
     return METHODS[type(quant)](quant, layer, head, kernel)
 

@@ -47,7 +47,7 @@ PADDING_WORDS = 20
 """Behind a stream: the decoder reads ahead, three words or, by way of shared memory, up to 19."""
 
 BLOCK = 1 << 21
-"""Weights that are encoded at a time; a multiple of :data:`CHUNK`. Bounds the temporaries to about half a GiB."""
+"""Weights that are encoded at a time; a multiple of :data:`CHUNK`. Bounds the temporaries to a quarter of a GiB."""
 
 MIN_EXPONENT, MAX_EXPONENT = -110, 126
 """Of an interval's larger end; beyond, cells or their numbers would leave float32's normal range."""

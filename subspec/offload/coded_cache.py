@@ -110,6 +110,13 @@ class CodedCache(LayerFiles):
         super().__init__(folder, expected_bytes=expected_bytes, facts=facts, note=note)
         self._stamp = self._written()
 
+    def close(self) -> None:
+        """See :meth:`LayerFiles.close`; what was read ahead in vain is let go."""
+        try:
+            super().close()
+        finally:
+            self._ahead = None
+
     def report(self) -> dict[str, Any]:
         """For the record."""
         return {

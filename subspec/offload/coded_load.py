@@ -97,6 +97,10 @@ class TargetCoding:
         kept = None if found is None else cache.find(index)
         if found is None or kept is None:
             return None
+        # All layers are decoded into one buffer, and what is exact is copied there in one run.
+        if list(kept.layer.exact.items()) != [own for own in shapes.items() if own[0] not in cache.linears]:
+            cache.reject(index, "is laid out otherwise")
+            return None
         codes = {f"{module}.weight": own for module, own in found.items()}
         if {name: own.codes for name, own in kept.checks.items()} != {
             name: codes_checksum(own) for name, own in codes.items()

@@ -15,14 +15,14 @@ from subspec.config import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
-from subspec.drafts.fused_build import ROLES
+from subspec.drafts.fused_build import ROLES, is_kept
 from subspec.drafts.fused_quant import FusedQuantization
 from subspec.errors import ConfigError
 from subspec.kernels.codec import KERNELS
 from subspec.kernels.formats import AffineFormat, Format, describe
 from subspec.kernels.lut_format import LutFormat
 from subspec.offload.sizes import PlainCodec
-from subspec.quant.base import HEAD
+from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
 from subspec.quant.grids import load_grid
 
 BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
@@ -49,12 +49,12 @@ def codec_of(config: Config) -> Codec:
     offload = config.offload
     if not isinstance(offload, StreamOffloadConfig) or offload.codec is Codec.none:
         return Codec.none
+    if offload.codec is Codec.auto and isinstance(config.draft, NoDraftConfig):
+        return Codec.none
     problem = _problem(config)
-    if offload.codec is Codec.substitute:
-        if problem:
-            raise ConfigError(f"offload.codec=substitute {problem}, or offload.codec=none")
-        return Codec.substitute
-    return Codec.none if problem or isinstance(config.draft, NoDraftConfig) else Codec.substitute
+    if problem and offload.codec is Codec.substitute:
+        raise ConfigError(f"offload.codec=substitute {problem}, or offload.codec=none")
+    return Codec.none if problem else Codec.substitute
 
 
 def _problem(config: Config) -> str | None:
@@ -63,6 +63,14 @@ def _problem(config: Config) -> str | None:
         return f"needs the quantized target on the device, and draft={draft.name} has none there: set draft=subspec"
     if not isinstance(quant, HqqConfig | HiggsConfig):
         return f"needs a substitute that says about where a weight is, and quant={quant.name} has none: set quant=hqq"
+    exact = frozenset(name for names in MODULE_CLASSES.values() for name in names) - linear_names(
+        quant.modules
+    )
+    if all(is_kept(role, exact) for role in ROLES):
+        return (
+            f"codes the Linears of a layer that are quantized, and quant.modules=[{','.join(quant.modules)}] quantizes "
+            "none (q, k and v are one, so are gate and up): set quant.modules=[attention,mlp]"
+        )
     if config.target.dtype in (Dtype.float32, Dtype.float16):
         return (
             f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"

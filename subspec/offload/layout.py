@@ -307,7 +307,10 @@ class Layout:
         streamed = self.shapes.layers - choice.resident
         table = self.table_bytes * (choice.embedding is Placement.host)
         waiting = self.waiting_layers(choice)
+        # Resident ones too are coded to the host, and go to the device when nothing is quantized there any more.
+        coded = (choice.resident - len(self.forced)) * self.coded
         loading = LOADING_LAYERS * self.exact_bytes + waiting * self.packed_bytes + PROCESS_BYTES
+        loading += coded * self.layer_bytes
         return [
             ("streamed layers", streamed * self.layer_bytes, f"{streamed} layers, pinned"),
             *_named(self.draft.host() if self.draft is not None else []),
@@ -315,7 +318,8 @@ class Layout:
             (
                 "loading and process",
                 loading,
-                f"{LOADING_LAYERS} layers, {f'{waiting} of the substitute, ' * bool(waiting)}1 GiB for CUDA",
+                f"{LOADING_LAYERS} layers, {f'{coded} coded, ' * bool(coded)}"
+                f"{f'{waiting} of the substitute, ' * bool(waiting)}1 GiB for CUDA",
             ),
         ]
 

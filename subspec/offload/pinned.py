@@ -20,15 +20,21 @@ class PinnedBuffer:
         tensor: uint8 [nbytes] over the memory.
 
     Raises:
-        SubspecError: the system does not let the process lock that much memory.
+        SubspecError: the system has not that much memory, or does not let the process lock it.
     """
 
     def __init__(self, nbytes: int, *, pin: bool = True) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, 1))
+        self._registered = False
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1))
+        except OSError as error:
+            raise SubspecError(
+                f"{nbytes / 2**30:.2f} GiB of host memory cannot be had ({error.strerror}): "
+                "free memory (or raise ulimit -v), or set offload.resident_layers higher"
+            ) from error
         with contextlib.suppress(AttributeError, OSError):  # huge pages: fewer faults, faster pinning
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
-        self._registered = False
         if pin:
             self.lock()
 

@@ -61,7 +61,7 @@ def refuse_host(
         remedies = [f"raise offload.ram_gib to at least {ceil_gib(needed)} if the machine has it"]
     more = math.ceil((needed - limit) / layout.layer_bytes)
     streamed = layout.shapes.layers - choice.resident
-    if more <= streamed:
+    if more <= streamed and not layout.coded:  # coded layers wait on the host while loading, wherever they go
         wanted = least_budget(layout.device_bytes(replace(choice, resident=choice.resident + more)))
         if wanted > budget:
             remedies.append(

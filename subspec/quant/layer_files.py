@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -131,7 +131,7 @@ class LayerFiles:
         assert self.folder is not None
         try:
             files = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            return {str(name): dict(entry) for name, entry in files.items()}
+            return {str(name): dict(entry) | {"bytes": int(entry["bytes"])} for name, entry in files.items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,9 +161,10 @@ class LayerFiles:
             return
         self._locked = True
         for part in self.folder.glob(f"*{self.suffix}.*"):  # of a process that was killed
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's
+                part.unlink(missing_ok=True)
         self._files = self._manifest()
-        there = sum(int(entry.get("bytes", 0)) for entry in self._files.values())
+        there = sum(int(entry["bytes"]) for entry in self._files.values())
         needed = int(max(0, self.expected_bytes - there) * SLACK)
         free = free_space(self.folder)
         if free < needed:

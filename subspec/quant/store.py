@@ -83,6 +83,13 @@ class SubstituteStore(LayerFiles):
         self._ahead: dict[str, Future[Stored]] = {}
         super().__init__(folder, expected_bytes=expected_bytes, facts=facts, note=note)
 
+    def close(self) -> None:
+        """See :meth:`LayerFiles.close`; what was read ahead in vain is let go."""
+        try:
+            super().close()
+        finally:
+            self._ahead.clear()
+
     def report(self) -> dict[str, Any]:
         """For the record."""
         return {

@@ -261,8 +261,21 @@ class PlantedSource:
         }
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
-        """Nothing: all of it follows from :attr:`identity`, and drawing a row means drawing all before it."""
-        return {}
+        """Vectors, and the first row of the smallest matrix: drawing one means drawing all before it.
+
+        All matrices are drawn alike, so it tells what :attr:`identity` does not: another meaning of the shape's name,
+        and other numbers from a GPU of the same name.
+        """
+        shapes = self._layer_shapes
+        smallest = min(
+            (name for name in shapes if len(shapes[name]) > 1), key=lambda name: shapes[name].numel()
+        )
+        sample = {}
+        for name, shape in shapes.items():
+            if len(shape) == 1 or name == smallest:
+                tensor = self._draw(layer_name(index, name), shape)
+                sample[name] = (tensor if len(shape) == 1 else tensor[:1].clone()).cpu()
+        return sample
 
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Embedding, final norm and, unless tied, the LM head that plants the map."""

@@ -1,6 +1,7 @@
 """Coded layers on disk: a second start reads no exact layer, rebuilds the same bits, and trusts nothing unchecked."""
 
 import errno
+import gc
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from subspec.kernels.codec import PieceDecoder
 from subspec.offload import codec, coded_cache, coded_load, load
 from subspec.offload.checksum import checksum
 from subspec.offload.coded_cache import LENGTH_BYTES, CodedCache, coded_folder
+from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.load import load_streamed
 from subspec.quant import layer_files
 from subspec.quant.code_cache import CachedCodes
@@ -184,6 +186,29 @@ def test_a_layer_is_read_into_its_own_place(start, model, monkeypatch):
     assert len(made) == LAYERS
 
 
+def test_what_was_read_ahead_and_not_asked_for_is_let_go(start, model, monkeypatch):
+    """As of a layer that quant.skip_layers keeps exact this time: it would be in memory as long as the run."""
+    start(model)
+    quantizer = CachedCodes(HqqCodes(), SubstituteStore(start.substitute))
+    cache = CodedCache(start.folder, quantizer, LINEARS)
+    read = []
+    original = CodedCache._load
+
+    def watched(cache, index):
+        kept = original(cache, index)
+        read.append((index, weakref.ref(kept.buffer)))
+        return kept
+
+    monkeypatch.setattr(CodedCache, "_load", watched)
+    with quantizer, cache:
+        assert quantizer.store.stored("0.mlp.up_proj") is not None
+        assert cache.find(0) is not None
+    assert [index for index, _ in read] == [0, 1]
+    gc.collect()
+    assert [buffer() for _, buffer in read] == [None, None]
+    assert not quantizer.store._ahead
+
+
 def test_whoever_changes_the_code_raises_the_format():
     """A file of an earlier version must not be found under this one's key: its bits would mean something else."""
     number = torch.arange(8 * 128).view(8, 128)
@@ -250,7 +275,9 @@ def test_a_file_of_another_layout_is_coded_again(start, model, tail):
     assert start(model) == (1, 1)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": 3}', "{", '{"files": {"layer_000.coded": {"bytes": null, "sha256": ""}}}']
+)
 def test_a_damaged_manifest_costs_coding(start, model, text):
     start(model)
     (start.folder / MANIFEST).write_text(text)
@@ -266,6 +293,29 @@ def test_without_its_substitute_a_code_is_of_no_use(start, model):
     assert start.source.asked == list(range(LAYERS))
     assert start.notes == []
     assert start(model) == (LAYERS, 0)
+
+
+def test_exact_parameters_in_another_order_are_coded_again(start, model):
+    """Decoding copies what is not coded in one run: a layer laid out otherwise than the others would swap its norms."""
+    start(model, resident=())
+    file = start.folder / "layer_001.coded"
+    content = file.read_bytes()
+    length = int.from_bytes(content[-LENGTH_BYTES:], "little")
+    code, meaning = (
+        bytearray(content[: -LENGTH_BYTES - length]),
+        json.loads(content[-LENGTH_BYTES - length : -LENGTH_BYTES]),
+    )
+    exact = {name: torch.Size(shape) for name, shape in meaning["exact"].items()}
+    turned = dict(reversed(exact.items()))
+    before = parameter_views(torch.frombuffer(bytearray(code), dtype=torch.uint8), exact, torch.bfloat16)
+    after = parameter_views(torch.frombuffer(code, dtype=torch.uint8), turned, torch.bfloat16)
+    for name, view in after.items():
+        view.copy_(before[name])
+    text = json.dumps(meaning | {"exact": turned}).encode()
+    vouch(start.folder, file.name, bytes(code) + text + len(text).to_bytes(LENGTH_BYTES, "little"))
+    assert start(model, resident=()) == (1, 1)
+    assert start.notes == ["the cached code of layer 1 is laid out otherwise: coding it again"]
+    assert start(model, resident=()) == (2, 0)
 
 
 def test_the_codes_of_another_substitute_decode_nothing(start, model, monkeypatch):
@@ -339,6 +389,13 @@ def test_a_folder_that_cannot_be_made_ends_caching_not_the_run(start, model):
     assert start(model) == (0, LAYERS)
     assert len(start.notes) == 1
     assert "not cached" in start.notes[0]
+
+
+def test_what_a_killed_process_left_and_cannot_be_removed_fails_no_run(start, model):
+    left = start.folder / "layer_000.coded.123"
+    left.mkdir(parents=True)  # as a file of another user in a shared cache: unlinking it is refused
+    assert start(model) == (0, LAYERS)
+    assert start(model) == (LAYERS, 0)
 
 
 def test_nobody_waits_for_another_process_that_writes_here(start, model):

@@ -7,6 +7,7 @@ import pytest
 from subspec.choices import Codec, Dtype, Kernel
 from subspec.config import BitsByModule, HiggsConfig, NoQuantConfig, Placement, SubstituteDraftConfig
 from subspec.errors import ConfigError
+from subspec.offload.sizes import GIB
 from tests.offload.settings import planned, settings
 
 AUTO, CODED = Codec.auto, Codec.substitute
@@ -67,6 +68,19 @@ def test_linears_that_stay_exact_are_streamed_as_they_are():
     assert part.layer_bytes - whole.layer_bytes == pytest.approx(mlp * (16 - 7.1) / 8, rel=0.001)
 
 
+@pytest.mark.parametrize("draft", ["subspec", "none"])
+@pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "up_proj"]])
+def test_where_no_linear_of_a_layer_is_quantized_none_is_coded(modules, draft):
+    """q, k and v are one Linear of the substitute: one exact part keeps the whole of it exact."""
+    assert planned(settings(20.0, draft, codec=AUTO, quant={"modules": modules})).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"offload\.codec=substitute .*quant\.modules.*offload\.codec=none"):
+        planned(settings(20.0, draft, codec=CODED, quant={"modules": modules}))
+
+
+def test_plain_decoding_does_not_look_at_a_quantizer_that_nobody_uses():
+    assert planned(settings(8.0, "none", codec=AUTO, quant={"modules": []})).codec is Codec.none
+
+
 def test_skipped_layers_are_resident_and_plain():
     plan = planned(settings(9.0, codec=CODED, quant={"skip_layers": [0, 27]}))
     assert {0, 27} <= set(plan.resident_layers)
@@ -124,6 +138,25 @@ def test_what_is_for_a_better_draft_is_not_asked_of_a_substitute_that_only_decod
     plan = planned(settings(8.0, "none", codec=CODED))
     head = {"modules": ["attention", "mlp", "lm_head"], "bits_by": BitsByModule(lm_head=8)}
     assert planned(settings(8.0, "none", codec=CODED, quant={"skip_layers": [0, 27], **head})) == plan
+
+
+@pytest.mark.parametrize("gib", [8.0, 14.0])
+def test_host_memory_holds_resident_layers_while_loading(gib):
+    """They go to the device last, when nothing is quantized there any more."""
+    plan = planned(settings(gib, codec=CODED, quant={"skip_layers": [3]}))
+    exact = item(planned(settings(8.0)), "streamed layers") // len(planned(settings(8.0)).streamed_layers)
+    coded = (len(plan.resident_layers) - 1 + len(plan.streamed_layers)) * plan.layer_bytes
+    assert item(plan, "streamed layers") + item(plan, "loading and process") == coded + 3 * exact + GIB
+    assert f"{len(plan.resident_layers) - 1} coded" in next(
+        item.note for item in plan.items if item.name == "loading and process"
+    )
+
+
+def test_a_refusal_for_host_memory_does_not_move_coded_layers_to_the_device():
+    with pytest.raises(ConfigError, match=r"host memory cannot hold") as refusal:
+        planned(settings(8.0, codec=CODED), host_free=7 * GIB)
+    assert "vram_gib" not in str(refusal.value)
+    assert "resident_layers" not in str(refusal.value)
 
 
 def test_auto_streams_plainly_where_the_decoded_layer_is_what_does_not_fit():

@@ -10,8 +10,10 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import LayerFuser
+from subspec.errors import SubspecError
 from subspec.offload.layer_bytes import parameter_views, write_layer
 from subspec.offload.load import load_streamed
+from subspec.offload.pinned import PinnedBuffer
 from subspec.offload.plan import Plan
 from subspec.offload.sizes import PlainCodec
 from subspec.offload.stream import LayerStreamer
@@ -168,8 +170,6 @@ def test_flat_bytes_hold_every_parameter_exactly():
 
 def _readers_see_their_own_layer(guard):
     """Slow readers over a ring: the share of layers whose reader saw the right bytes."""
-    from subspec.offload.pinned import PinnedBuffer
-
     count, size = 6, 32 * 2**20
     buffers = [PinnedBuffer(size) for _ in range(count)]
     for i, buffer in enumerate(buffers):
@@ -224,8 +224,6 @@ def test_streamed_weights_stay_exact_under_load():
 def test_pinned_memory_is_given_back():
     import psutil
 
-    from subspec.offload.pinned import PinnedBuffer
-
     process = psutil.Process()
     before = process.memory_info().rss
     for _ in range(4):
@@ -235,3 +233,8 @@ def test_pinned_memory_is_given_back():
         buffer.close()
         del buffer
     assert process.memory_info().rss - before < 1.5 * 2**30
+
+
+def test_more_host_memory_than_there_is_ends_in_one_line():
+    with pytest.raises(SubspecError, match=r"GiB of host memory cannot be had.*offload\.resident_layers"):
+        PinnedBuffer(1 << 62, pin=False)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from subspec.config import BitsByModule, HqqConfig
+from subspec.config import BitsByModule, HiggsConfig, HqqConfig
 from subspec.drafts.fused_build import LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.errors import ConfigError
@@ -146,3 +146,13 @@ def test_a_quantized_head_is_read_instead_of_the_targets():
     head = planned(settings(12.0, quant={"modules": ["attention", "mlp", "lm_head"]}))
     table = 152064 * 3584
     assert plain.level_read_bytes - head.level_read_bytes == table * 2 - table * 4.5 / 8
+
+
+@pytest.mark.parametrize("quant", [HqqConfig(name="hqq", group_size=40), HiggsConfig(name="higgs")])
+def test_gate_and_up_that_cannot_take_turns_are_refused_before_loading(quant):
+    """16 rows of either in turn: what a fused level and its activation are built for."""
+    shapes = {f"mlp.{name}_proj.weight": torch.Size((200, 320)) for name in ("gate", "up")}
+    shapes |= {f"self_attn.{name}_proj.weight": torch.Size((320, 320)) for name in "qkvo"}
+    shapes["mlp.down_proj.weight"] = torch.Size((320, 200))
+    with pytest.raises(ConfigError, match=r"mlp\.gate_proj.*200.*multiple of 16.*offload="):
+        fused_quantization(quant, shapes, (1000, 320))

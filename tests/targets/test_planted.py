@@ -107,6 +107,28 @@ def test_every_tensor_is_its_own():
         source.layer(8, CPU)
 
 
+def test_a_sample_tells_other_draws_apart(monkeypatch):
+    """What the name of a shape stands for may change, and a GPU of the same name may draw other numbers."""
+    mine = made("tiny_tied", torch.bfloat16)
+    for index in range(2):
+        sample, whole = mine.sample(index), mine.layer(index, CPU)
+        assert sample
+        assert {name for name, tensor in whole.items() if tensor.dim() == 1} < sample.keys()
+        for name, tensor in sample.items():
+            assert torch.equal(tensor, whole[name] if tensor.dim() == 1 else whole[name][:1])
+    shape = SHAPES["tiny_tied"]
+
+    def wider():
+        config = shape()
+        config.initializer_range *= 2
+        return config
+
+    monkeypatch.setitem(SHAPES, "tiny_tied", wider)
+    other = made("tiny_tied", torch.bfloat16)
+    assert other.identity == mine.identity
+    assert any(not torch.equal(other.sample(0)[name], tensor) for name, tensor in mine.sample(0).items())
+
+
 def test_tables_are_never_whole_in_float32(monkeypatch):
     """A bf16 head of 152064 rows must not pass through a float32 copy: only a few rows at a time may."""
     monkeypatch.setattr(planted, "CHUNK_ROWS", 128)
