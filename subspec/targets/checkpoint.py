@@ -96,7 +96,8 @@ def check_folder_config(folder: Path, name: str) -> PretrainedConfig:
 def checkpoint_identity(folder: Path, source: str) -> str:
     """What tells a checkpoint's weights from all others', for what is kept on disk and follows from them.
 
-    The commit or package and its files' sizes; of a local folder, which may change, also place and dates.
+    The commit or package and its files' sizes; of a local folder, which may change, also place and dates: the date of
+    the last change of any kind, too, which whoever edits weights in place cannot set back.
 
     Args:
         source: what a record says was loaded (``Located.source``).
@@ -105,7 +106,7 @@ def checkpoint_identity(folder: Path, source: str) -> str:
     parts = [str(folder.resolve()) if local else source]
     for name in sorted(weight_files(folder)):
         stat = (folder / name).stat()
-        parts.append(f"{name} {stat.st_size}" + (f" {stat.st_mtime_ns}" if local else ""))
+        parts.append(f"{name} {stat.st_size}" + (f" {stat.st_mtime_ns} {stat.st_ctime_ns}" if local else ""))
     return "\n".join(parts)
 
 

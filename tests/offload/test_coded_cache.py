@@ -21,6 +21,9 @@ from subspec.offload.load import load_streamed
 from subspec.quant import layer_files
 from subspec.quant.code_cache import CachedCodes
 from subspec.quant.codes import Codes, HqqCodes
+from subspec.quant.grids import load_grid
+from subspec.quant.hadamard import Rotation
+from subspec.quant.higgs_codes import HiggsCodes
 from subspec.quant.store import SubstituteStore, cache_folder
 from subspec.targets.cache import MANIFEST
 from tests.helpers.tiny import tiny_model
@@ -216,8 +219,14 @@ def test_whoever_changes_the_code_raises_the_format():
     weight.view(-1)[5::97] = torch.tensor(float("nan"))
     q = (number * 31 % 16).to(torch.uint8)
     codes = Codes(q, torch.full((8, 2), 2.0**-7), torch.full((8, 2), 7.5), 64)
-    coded = codec.encode(weight, codes, 2.0**-8)
-    assert {coded_cache.FORMAT: checksum(coded.starts, coded.stream)} == {2: -5549655439637921423}
+    rotation = Rotation.of(128, 64)
+    scale = torch.full((8, 2), 2.0**-5, dtype=torch.float16)
+    higgs = HiggsCodes((number * 37 % 256).to(torch.uint8)[:, :64], scale, load_grid(4, 2), 64, rotation)
+    sums = [
+        checksum(coded.starts, coded.stream)
+        for coded in (codec.encode(weight, codes, 2.0**-8), codec.encode(weight, higgs, 0.25))
+    ]
+    assert {coded_cache.FORMAT: sums} == {2: [-5549655439637921423, 676359563469398461]}
 
 
 # ------------------------------------------------------------------------------------------- what may have changed

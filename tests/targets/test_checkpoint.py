@@ -250,6 +250,14 @@ def test_a_folder_is_known_by_its_place_and_dates_and_a_commit_by_its_name(tmp_p
     assert (
         found[0] != found[1] == checkpoint_identity(tmp_path / "b" / "model", str(tmp_path / "b" / "model"))
     )
-    os.utime(tmp_path / "b" / "model" / "model.safetensors", ns=(1, 1))
+    file = tmp_path / "b" / "model" / "model.safetensors"
+    before = file.stat()
+    file.write_bytes(b"7654321\0"[: before.st_size])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been written
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert file.stat().st_size == before.st_size
+    assert checkpoint_identity(Path("model"), "model") != found[1]
+    found[1] = checkpoint_identity(Path("model"), "model")
+    os.utime(file, ns=(1, 1))
     assert checkpoint_identity(Path("model"), "model") != found[1]
     assert checkpoint_identity(Path("model"), "org/model@1234") == "org/model@1234\nmodel.safetensors 8"
