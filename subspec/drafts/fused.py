@@ -93,14 +93,17 @@ class FusedSubstitute:
         model: the substitute.
         temperature: of the draft distribution.
         attention_splits: slices of the prefix that attention works on in parallel.
-        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: as
-            that module says, where the device can.
+        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: where
+            the device can.
         fused_attention: whether one kernel does all between a layer's q/k/v projection and its output projection
             (:mod:`subspec.kernels.attend`), in levels that it takes; None: as that module says, where the device can.
     """
 
     needs_features = False
     shares_cache = True
+
+    launches: str
+    """How kernels are launched, for the record: see :func:`subspec.kernels.launch.how`."""
 
     def __init__(
         self,
@@ -121,7 +124,8 @@ class FusedSubstitute:
         self.temperature = temperature
         self.splits = attention_splits
         self.device = model.head.device
-        self.overlap = _decide(overlap, launch.OVERLAP, launch.problem(self.device), "overlapping launches")
+        self.launches = launch.how(self.device, overlap)
+        self.overlap = self.launches == launch.OVERLAPPING
         self.fused_attention = _decide(
             fused_attention, attend.ATTEND, attend.problem(self.device), "the fused attention kernel"
         )

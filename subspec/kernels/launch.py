@@ -32,8 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OVERLAP = False
+OVERLAP = True
 """Whether levels overlap their kernels' launches where the device can, unless they are told."""
+
+OVERLAPPING = "overlapping"
+"""How a level's kernels are launched, in records; anything else says why they are not."""
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _on = False
@@ -65,6 +68,23 @@ def problem(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "needs compute capability 9.0 (Hopper) or later"
     return None
+
+
+def how(device: torch.device, asked: bool | None = None) -> str:
+    """How a level's kernels are launched on ``device``: :data:`OVERLAPPING`, or ``in order`` and why.
+
+    Args:
+        asked: whether they are to overlap; None: as :data:`OVERLAP` says, where the device can.
+
+    Raises:
+        ValueError: they are to overlap, and cannot.
+    """
+    reason = problem(device)
+    if asked and reason:
+        raise ValueError(f"overlapping launches: {reason}")
+    if not (OVERLAP if asked is None else asked):
+        reason = "switched off"
+    return f"in order ({reason})" if reason else OVERLAPPING
 
 
 @contextmanager

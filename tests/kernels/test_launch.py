@@ -71,8 +71,22 @@ def test_a_cpu_overlaps_nothing():
 
     model = model_of("llama", "cpu")
     assert not fused_draft(model, torch.device("cpu")).overlap
+    assert fused_draft(model, torch.device("cpu")).launches == "in order (no CUDA device)"
     with pytest.raises(ValueError, match="overlapping launches: no CUDA device"):
         fused_draft(model, torch.device("cpu"), overlap=True)
+
+
+def test_levels_overlap_where_the_device_can_unless_they_are_told(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert launch.how(device) == launch.how(device, True) == "overlapping"
+    assert launch.how(device, False) == "in order (switched off)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert launch.how(device) == "in order (needs compute capability 9.0 (Hopper) or later)"
+    assert launch.how(device, False) == "in order (switched off)"
+    with pytest.raises(ValueError, match=r"overlapping launches: needs compute capability 9\.0"):
+        launch.how(device, True)
 
 
 def test_the_ring_is_a_candidate_when_it_is_asked_for(monkeypatch):
