@@ -17,7 +17,7 @@ from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
-from subspec.kernels import attend, launch
+from subspec.kernels import launch
 from subspec.kernels.capture import capture_stream, capturing
 from subspec.kernels.ops import LevelLinear
 from subspec.rounding import next_power_of_two
@@ -95,8 +95,6 @@ class FusedSubstitute:
         attention_splits: slices of the prefix that attention works on in parallel.
         overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: where
             the device can.
-        fused_attention: whether one kernel does all between a layer's q/k/v projection and its output projection
-            (:mod:`subspec.kernels.attend`), in levels that it takes; None: as that module says, where the device can.
     """
 
     needs_features = False
@@ -112,7 +110,6 @@ class FusedSubstitute:
         *,
         attention_splits: int = 16,
         overlap: bool | None = None,
-        fused_attention: bool | None = None,
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"draft.temperature must be positive, not {temperature}")
@@ -126,9 +123,6 @@ class FusedSubstitute:
         self.device = model.head.device
         self.launches = launch.how(self.device, overlap)
         self.overlap = self.launches == launch.OVERLAPPING
-        self.fused_attention = _decide(
-            fused_attention, attend.ATTEND, attend.problem(self.device), "the fused attention kernel"
-        )
         self._overlapped: dict[str, bool] = (
             {"OVERLAP": True, "launch_pdl": True}
             if self.overlap
@@ -357,26 +351,6 @@ class FusedSubstitute:
         k_rows, v_rows = cache.rows[index, 0], cache.rows[index, 1]
         head_stride, row_stride = k_rows.stride(0), k_rows.stride(1)
         start_row = cache.draft_rows - place.used - rows
-        if self.fused_attention and attend.unfit(rows, heads, kv_heads, dim, qkv.dtype) is None:
-            return attend.attend(
-                qkv,
-                k_rows,
-                v_rows,
-                bias=layer.qkv_bias,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                inverse_frequency=model.inverse_frequency,
-                depths=depths,
-                length=self._length,
-                ancestors=tree.ancestors.view(torch.int8),
-                nodes=nodes,
-                node_of_row=self._node_of_row,
-                start_row=start_row,
-                drafted=place.used + rows,
-                attention_scaling=model.attention_scaling,
-                eps=model.eps,
-                heads=heads,
-            )
         query = torch.empty(rows, heads, dim, dtype=torch.bfloat16, device=self.device)
         norm = layer.q_norm is not None
         self.kernels.rope_store[(rows, heads + 2 * kv_heads)](
@@ -502,14 +476,3 @@ class FusedSubstitute:
             num_warps=8,
             **self._overlapped,
         )
-
-
-def _decide(asked: bool | None, usual: bool, problem: str | None, what: str) -> bool:
-    """Whether to use something: as asked, or as usual where it can be used.
-
-    Raises:
-        ValueError: it was asked for, and cannot be used.
-    """
-    if asked and problem:
-        raise ValueError(f"{what}: {problem}")
-    return (usual if asked is None else asked) and problem is None

@@ -138,8 +138,7 @@ def test_every_kernel_of_a_level_waits_before_it_touches_what_others_write():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused_attention", [False, True])
-def test_a_level_that_overlaps_gives_the_same_tree_and_cache(fused_attention):
+def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
     pytest.importorskip("triton")
     from subspec.decoding.decoder import Decoder
     from subspec.decoding.engine import Engine
@@ -153,7 +152,7 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache(fused_attention):
     growth = Beam(12, 6)
     results = []
     for overlap in (False, True):
-        draft = fused_draft(model, device, overlap=overlap, fused_attention=fused_attention)
+        draft = fused_draft(model, device, overlap=overlap)
         engine = Engine(Decoder(model), draft, growth, max_length=128, prefill_chunk=16)
         with torch.inference_mode():
             root = engine._prefill(PROMPT)

@@ -1,11 +1,11 @@
-"""Time of a draft level with and without what makes it faster, side by side in one process (random weights).
+"""Ways to compute a draft level, side by side in one process (random weights).
 
-    python scripts/overlap_benchmark.py [--shape qwen2_5_7b] [--width 6] [--levels 48] [--json FILE]
+    python scripts/level_variants_benchmark.py [--shape qwen2_5_7b] [--width 6] [--levels 48] [--json FILE]
 
 First our 4-bit kernel is held against its reference in every setting, and timed; then whole trees are drafted by every
 candidate over a prefix of 512 tokens: milliseconds per level, whether tree and cache are those of today's level bit for
-bit (they are where sums are added in the same order: today's tiles and splits, without the attention kernel), and how
-far the logits of a first level are off. PyTorch's profiler tells what one replayed level consists of, for today's level
+bit (they are where sums are added in the same order: today's tiles and splits), and how far the logits of a first
+level are off. PyTorch's profiler tells what one replayed level consists of, for today's level
 and the fastest: how long every kernel takes, and by how much it delays the end of all before it (``critical``: with
 overlapping launches a kernel's own time contains its waiting; this column and the gaps add up to the level's time).
 """
@@ -26,7 +26,7 @@ from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import FusedModel, FusedSubstitute
-from subspec.kernels import attend, int4, launch
+from subspec.kernels import int4, launch
 from subspec.kernels.formats import AffineFormat, random_codes
 from subspec.kernels.ops import MmaInt4, Variant
 from subspec.kernels.timing import graph_time, rotation
@@ -85,55 +85,6 @@ def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[
                                 f"NOT THE SAME: {name} ring {stages} {overlap=} {rows=}: {worst}", flush=True
                             )
                             errors[f"{name} ring {stages} {overlap=}"] = worst
-    return errors
-
-
-def check_attention(heads: int, kv: int, dim: int, rows: int, overlap: bool) -> dict[str, float]:
-    """Relative error of the fused attention kernel at some prefixes, and of the rows it writes."""
-    errors = {}
-    capacity, draft_rows = 512, 300
-    for used, length in ((0, 1), (144, 512), (282, 1500)):
-        drafted = used + rows
-        start, end = draft_rows - drafted, draft_rows + length
-        cache = torch.randn(2, kv, end + 70, dim, device=DEVICE, dtype=torch.bfloat16)
-        cache[:, :, : start + rows] = torch.nan  # nothing there may be read
-        cache[:, :, end:] = torch.nan
-        nodes = torch.arange(used, used + rows, device=DEVICE)
-        node_of_row = torch.randint(0, capacity, (draft_rows,), device=DEVICE)
-        node_of_row[start : start + rows] = nodes
-        ancestors = (torch.rand(capacity, capacity, device=DEVICE) < 0.1).to(torch.int8)
-        ancestors[nodes, nodes] = 1
-        parts = {
-            "partial": torch.randn(3, rows, (heads + 2 * kv) * dim, device=DEVICE),
-            "bias": torch.randn((heads + 2 * kv) * dim, device=DEVICE, dtype=torch.bfloat16),
-            "q_norm": None,
-            "k_norm": None,
-            "inverse_frequency": 1e6 ** (-torch.arange(0, dim, 2, device=DEVICE).float() / dim),
-            "depths": torch.randint(0, 40, (rows,), device=DEVICE),
-            "length": torch.tensor([length], device=DEVICE),
-            "ancestors": ancestors,
-            "nodes": nodes,
-            "node_of_row": node_of_row,
-            "start_row": start,
-            "drafted": drafted,
-            "attention_scaling": 1.0,
-            "eps": 1e-6,
-            "heads": heads,
-        }
-        expected = cache.clone()
-        want = attend.reference(k_rows=expected[0], v_rows=expected[1], **parts).float()
-        own = cache.clone()
-        with launch.overlapping(overlap):
-            got = attend.attend(k_rows=own[0], v_rows=own[1], **parts).float()
-        both = (slice(None), slice(None), slice(start, start + rows))
-        rows_off = (own[both].float() - expected[both].float()).norm() / expected[both].float().norm()
-        off = (got - want).norm() / want.norm()
-        name = (
-            f"attention {rows} rows, {drafted} drafted, prefix {length}{', overlapping' if overlap else ''}"
-        )
-        errors[name] = max(off.item(), rows_off.item())
-        if not errors[name] < 1e-2:
-            print(f"WRONG: {name}: {off.item():.1e}, its rows {rows_off.item():.1e}", flush=True)
     return errors
 
 
@@ -310,27 +261,19 @@ def print_table(title: str, table: dict) -> None:
         )
 
 
-def candidates(
-    times: Mapping[bool, Mapping[str, Mapping[str, float]]],
-) -> tuple[list[Candidate], list[Candidate]]:
-    """Today's level first: the others are compared with it. Then those with the attention kernel, and a control."""
-    on, both = {"overlap": True}, {"overlap": True, "fused_attention": True}
-    first = [Candidate("today", TODAY), Candidate("ring 4", ring(TODAY, 4))]
-    second = [Candidate("attention", TODAY, {"fused_attention": True})]
+def candidates(times: Mapping[bool, Mapping[str, Mapping[str, float]]]) -> list[Candidate]:
+    """Today's level first: the others are compared with it. A control at the end."""
+    off, on = {"overlap": False}, {"overlap": True}
+    found = [Candidate("today", TODAY, off), Candidate("ring 4", ring(TODAY, 4), off)]
     if True in times:
-        alone, overlapping = (best_of(times[key], ringed=True) for key in (False, True))
-        first += [
+        overlapping = best_of(times[True], ringed=True)
+        found += [
             Candidate("overlap", TODAY, on),
-            Candidate("overlap, ring 4", ring(TODAY, 4), on),
+            *(Candidate(f"overlap, ring {n}", ring(TODAY, n), on) for n in STAGES),
+            Candidate("overlap, fastest with a 4-bit head", overlapping, on, Variant("int4_mma", 4, 1, 4)),
             Candidate("overlap, fastest", overlapping, on),
         ]
-        second += [
-            *(Candidate(f"overlap, attention, ring {n}", ring(TODAY, n), both) for n in STAGES),
-            Candidate("overlap, attention, fastest", overlapping, both),
-            Candidate("overlap, attention, fastest alone", alone, both),
-            Candidate("the fastest with a 4-bit head", overlapping, both, Variant("int4_mma", 4, 1, 4)),
-        ]
-    return first, [*second, replace(first[-1], name=f"{first[-1].name}, again")]
+    return [*found, replace(found[-1], name=f"{found[-1].name}, again")]
 
 
 class Benchmark:
@@ -473,13 +416,7 @@ def main() -> None:
     with torch.inference_mode():
         benchmark = Benchmark(options.shape, options.width, options.levels, options.json)
         benchmark.check("kernels", check_kernels, benchmark.shapes)
-        first, second = candidates(benchmark.time_all())
-        benchmark.measure_all(first)
-        # Last, so that a fault of the newest kernel loses nothing.
-        if attend.problem(DEVICE) is None:
-            sizes = (benchmark.heads, benchmark.kv, benchmark.dim, options.width)
-            benchmark.check("attention", check_attention, *sizes)
-            benchmark.measure_all(second)
+        benchmark.measure_all(candidates(benchmark.time_all()))
     benchmark.say("done")
 
 

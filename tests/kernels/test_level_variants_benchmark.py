@@ -1,4 +1,4 @@
-"""What the benchmark of overlapping levels makes of its measurements."""
+"""What the benchmark of ways to compute a level makes of its measurements."""
 
 import importlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from subspec.kernels.ops import Variant
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    return importlib.import_module("overlap_benchmark")
+    return importlib.import_module("level_variants_benchmark")
 
 
 def test_a_kernels_critical_time_is_what_it_adds_to_the_end_of_all_before(benchmark):
