@@ -116,7 +116,7 @@ class KernelChoice:
                 "kernel": picked.variant.kernel,
                 "tiles": picked.variant.tiles,
                 "splits": picked.variant.splits,
-                "stages": picked.variant.stages,
+                "ring": str(picked.variant.ring or ""),
                 "shape": list(picked.shape),
                 "format": picked.format,
                 "microseconds": picked.microseconds,
@@ -231,7 +231,17 @@ def candidates(
 
 
 SOURCES = (
-    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py", "timing.py", "activation.py"),
+    *(
+        "int4.cu",
+        "int4_ring.cu",
+        "int4.py",
+        "wq.py",
+        "wq_kernel.py",
+        "ops.py",
+        "formats.py",
+        "timing.py",
+        "activation.py",
+    ),
     "launch.py",
     *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
 )

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from subspec.kernels import int4, launch
-from subspec.kernels.formats import AffineFormat
+from subspec.kernels import launch
 
 CONSTANTS = {"weight", "bias", "inverse_frequency", "q_norm", "k_norm"}
 """Arguments of a level's kernels that no kernel writes."""
@@ -87,19 +86,6 @@ def test_levels_overlap_where_the_device_can_unless_they_are_told(monkeypatch):
     assert launch.how(device, False) == "in order (switched off)"
     with pytest.raises(ValueError, match=r"overlapping launches: needs compute capability 9\.0"):
         launch.how(device, True)
-
-
-def test_the_ring_is_a_candidate_when_it_is_asked_for(monkeypatch):
-    format_ = AffineFormat()
-    today = format_.variants("int4_mma", "down", 3584, 18944)
-    assert {variant.stages for variant in today} == {0}
-    monkeypatch.setattr(int4, "STAGES", (0, 4))
-    more = format_.variants("int4_mma", "down", 3584, 18944)
-    assert {variant.stages for variant in more} == {0, 4}
-    assert len({str(variant) for variant in more}) == len(more) == 2 * len(today)
-    assert str(more[-1]).endswith(" ring 4")
-    # Four blocks of 32 outputs, or three of 64, fit into a multiprocessor of 227 KiB.
-    assert 4 * int4.ring_bytes(2, 4) < 227 << 10 > 3 * int4.ring_bytes(4, 4)
 
 
 def loads_and_stores(function):
