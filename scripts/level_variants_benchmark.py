@@ -25,7 +25,8 @@ from torch import Tensor
 from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.drafts.fused import FusedModel, FusedSubstitute
+from subspec.drafts.fused import FusedSubstitute
+from subspec.drafts.fused_model import FusedModel
 from subspec.kernels import int4, launch
 from subspec.kernels.formats import AffineFormat, random_codes
 from subspec.kernels.ops import MmaInt4, Variant
