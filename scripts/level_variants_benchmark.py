@@ -2,46 +2,50 @@
 
     python scripts/level_variants_benchmark.py [--shape qwen2_5_7b] [--width 6] [--levels 48] [--json FILE]
 
-First our 4-bit kernel is held against its reference in every setting, and timed; then whole trees are drafted by every
-candidate over a prefix of 512 tokens: milliseconds per level, whether tree and cache are those of today's level bit for
-bit (they are where sums are added in the same order: today's tiles and splits), and how far the logits of a first
-level are off. PyTorch's profiler tells what one replayed level consists of, for today's level
-and the fastest: how long every kernel takes, and by how much it delays the end of all before it (``critical``: with
-overlapping launches a kernel's own time contains its waiting; this column and the gaps add up to the level's time).
+Everything that exists is held against its reference and timed first, then whole trees are drafted over a prefix of 512
+tokens: milliseconds per level, whether tree and cache are those of today's level bit for bit (they are where sums are
+added in the same order: the same tiles and slices), and how far the logits of a first level are off (with other tiles
+the made-up weights are others: compare nothing there). Then the settings of attention, by themselves and in a level.
+What has never run comes last: the 4-bit kernel with a ring (``int4_ring.cu``). PyTorch's profiler
+tells what one replayed level consists of, for today's level and the fastest: how long every kernel takes, and by how
+much it delays the end of all before it (``critical``: with overlapping launches a kernel's own time contains its
+waiting; this column and the gaps add up to the level's time).
 """
 
 import argparse
+import faulthandler
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from kernel_benchmark import DEVICE, SHAPES, random_model, role_shapes
+from level_kernels import LENGTHS, best_attention, best_of, check_kernels, time_attention, time_kernels
 from torch import Tensor
 
 from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_model import FusedModel
+from subspec.drafts.fused_model import Attention, FusedModel
 from subspec.kernels import int4, launch
-from subspec.kernels.formats import AffineFormat, random_codes
+from subspec.kernels.formats import AffineFormat
 from subspec.kernels.ops import MmaInt4, Variant
-from subspec.kernels.timing import graph_time, rotation
 
 TODAY = {
     "qkv": Variant("int4_mma", 4, 3),
-    "out": Variant("int4_mma", 2, 2),
-    "gate_up": Variant("int4_mma", 2, 1),
+    "out": Variant("int4_mma", 4, 4),
+    "gate_up": Variant("int4_mma", 4, 1),
     "down": Variant("int4_mma", 4, 4),
 }
-"""What the choice of kernels takes on an H200 for Qwen2.5-7B."""
+"""What the choice of kernels takes on an H200 for Qwen2.5-7B, launches overlapping."""
 
-STAGES = (3, 4, 6)
 LENGTH = 512
+WATCHDOG_S = 60
+"""Most that one step may take before the process ends, with a trace: a kernel may wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -50,91 +54,8 @@ class Candidate:
 
     name: str
     variants: Mapping[str, Variant]
-    options: Mapping[str, bool] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     head: Variant | None = None
-
-
-def ring(variants: Mapping[str, Variant], stages: int) -> dict[str, Variant]:
-    """The same kernels with weights in shared memory."""
-    return {role: replace(variant, stages=stages) for role, variant in variants.items()}
-
-
-def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[str, float]:
-    """Relative error against the reference by role and setting; the ring's bits must be the registers'."""
-    errors = {}
-    for role, (n, k) in shapes.items():
-        codes = random_codes(min(n, 8192), k, DEVICE)
-        for tiles in (2, 4):
-            packed = int4.pack(codes.q, codes.scale, codes.zero, tiles=tiles, swiglu=role == "gate_up")
-            for rows in (1, 6, 8):
-                x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
-                expected = int4.reference(packed, x)
-                for splits in (1,) if role == "gate_up" else (1, 3):
-                    plain = MmaInt4(packed, splits)(x)
-                    y = plain.float() if role == "gate_up" else plain.sum(0)
-                    error = ((y[:, : expected.shape[1]] - expected).norm() / expected.norm()).item()
-                    name = f"{role} {tiles}x{splits}"
-                    errors[name] = max(error, errors.get(name, 0.0))
-                    if not error < (6e-3 if role == "gate_up" else 2e-3):
-                        raise SystemExit(f"{name}, {rows} rows: relative error {error}")
-                    for stages in (0, *STAGES):
-                        with launch.overlapping(overlap):
-                            got = MmaInt4(packed, splits, stages)(x)
-                        if not torch.equal(got, plain):
-                            worst = (got.float() - plain.float()).abs().max().item()
-                            print(
-                                f"NOT THE SAME: {name} ring {stages} {overlap=} {rows=}: {worst}", flush=True
-                            )
-                            errors[f"{name} ring {stages} {overlap=}"] = worst
-    return errors
-
-
-def call_each(linears: list[MmaInt4], x: Tensor) -> None:
-    for linear in linears:
-        linear(x)
-
-
-def time_kernels(
-    shapes: Mapping[str, tuple[int, int]], width: int, overlap: bool
-) -> dict[str, dict[str, float]]:
-    """Microseconds per call, weights not cached, one call behind the other."""
-    times: dict[str, dict[str, float]] = {}
-    format_ = AffineFormat()
-    for role, (n, k) in shapes.items():
-        times[role] = {}
-        x = torch.randn(width, k, device=DEVICE, dtype=torch.bfloat16)
-        for tiles in (2, 4):
-            base = Variant("int4_mma", tiles, 1)
-            linears = rotation(format_.random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
-            for variant in format_.variants("int4_mma", role, n, k):
-                if variant.tiles != tiles or variant.stages:
-                    continue
-                for stages in (0, *STAGES):
-                    for linear in linears:
-                        linear.splits, linear.stages = variant.splits, stages
-                    with launch.overlapping(overlap):
-                        seconds = graph_time(partial(call_each, linears, x)) / len(linears)
-                    times[role][str(replace(variant, stages=stages))] = seconds * 1e6
-            del linears
-    return times
-
-
-def best_of(times: Mapping[str, Mapping[str, float]], ringed: bool) -> dict[str, Variant]:
-    """The fastest of each role; of those within 2 % the one with the fewest slices."""
-    best = {}
-    for role, own in times.items():
-        known = {parse(name): value for name, value in own.items() if ringed or "ring" not in name}
-        limit = 1.02 * min(known.values())
-        near = [variant for variant, value in known.items() if value <= limit]
-        best[role] = min(near, key=lambda variant: (variant.splits, known[variant]))
-    return best
-
-
-def parse(name: str) -> Variant:
-    """``int4_mma 4x3 ring 4`` as a variant."""
-    kernel, size, *stages = name.split()
-    tiles, splits = size.split("x")
-    return Variant(kernel, int(tiles), int(splits), int(stages[1]) if stages else 0)
 
 
 def with_variants(model: FusedModel, variants: Mapping[str, Variant]) -> FusedModel:
@@ -147,7 +68,7 @@ def with_variants(model: FusedModel, variants: Mapping[str, Variant]) -> FusedMo
             words = packed.words.view(-1, groups, tiles, 32, 4)
             meta = packed.meta.view(-1, groups, 8, 2 * tiles, 2)
             packed = replace(packed, words=words, meta=meta, tiles=tiles)
-        return MmaInt4(packed, variant.splits, variant.stages)
+        return MmaInt4(packed, variant.splits, variant.ring)
 
     layers = [
         replace(layer, **{role: other(getattr(layer, role), variant) for role, variant in variants.items()})
@@ -171,7 +92,7 @@ class Drafted:
 
 
 def draft_trees(
-    model: FusedModel, cache: KVCache, growth: Beam, levels: int, options: Mapping[str, bool]
+    model: FusedModel, cache: KVCache, growth: Beam, levels: int, options: Mapping[str, Any]
 ) -> Drafted:
     """Capture a tree's levels, then replay eight trees."""
     cache.rows[:, :, :, : cache.draft_rows].zero_()
@@ -262,21 +183,6 @@ def print_table(title: str, table: dict) -> None:
         )
 
 
-def candidates(times: Mapping[bool, Mapping[str, Mapping[str, float]]]) -> list[Candidate]:
-    """Today's level first: the others are compared with it. A control at the end."""
-    off, on = {"overlap": False}, {"overlap": True}
-    found = [Candidate("today", TODAY, off), Candidate("ring 4", ring(TODAY, 4), off)]
-    if True in times:
-        overlapping = best_of(times[True], ringed=True)
-        found += [
-            Candidate("overlap", TODAY, on),
-            *(Candidate(f"overlap, ring {n}", ring(TODAY, n), on) for n in STAGES),
-            Candidate("overlap, fastest with a 4-bit head", overlapping, on, Variant("int4_mma", 4, 1, 4)),
-            Candidate("overlap, fastest", overlapping, on),
-        ]
-    return [*found, replace(found[-1], name=f"{found[-1].name}, again")]
-
-
 class Benchmark:
     """The measurements, and where they are kept: rewritten after each, because an error on the device ends all."""
 
@@ -285,7 +191,7 @@ class Benchmark:
         self.shapes = {role: sizes for role, sizes in role_shapes(shape).items() if role != "head"}
         self.width, self.levels, self.file = width, levels, file
         self.started = time.perf_counter()
-        self.overlaps = (False,) if launch.problem(DEVICE) else (False, True)
+        self.overlap = launch.problem(DEVICE) is None
         self.result: dict = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
@@ -295,6 +201,7 @@ class Benchmark:
             "prefix": LENGTH,
             "errors": {},
             "us": {},
+            "attention": {},
             "candidates": {},
             "profiles": {},
         }
@@ -310,6 +217,7 @@ class Benchmark:
         self.cache.rows.normal_()
         self.cache.extend(LENGTH)
         self.today: Drafted | None = None
+        self.kept: dict[str, Drafted] = {}
         self.say(f"{self.result['device']}, torch {torch.__version__}, {launch.problem(DEVICE) or 'overlap'}")
 
     def say(self, text: str) -> None:
@@ -322,6 +230,7 @@ class Benchmark:
 
     def attempt(self, name: str, call: Callable[[], Any]) -> Any:
         """The result of ``call``; None, said and kept, when it fails."""
+        faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
         try:
             outcome = call()
             torch.cuda.synchronize()
@@ -329,33 +238,41 @@ class Benchmark:
             self.say(f"{name} FAILED: {type(error).__name__}: {str(error)[:400]}")
             self.result.setdefault("failed", {})[name] = str(error)[:2000]
             outcome = None
+        faulthandler.cancel_dump_traceback_later()
         self.keep()
         return outcome
 
-    def check(self, what: str, call: Callable[..., dict[str, float]], *arguments: Any) -> None:
-        for overlap in self.overlaps:
-            name = f"{what}{', overlapping' if overlap else ''}"
-            errors = self.attempt(name, partial(call, *arguments, overlap))
-            if errors is not None:
-                self.result["errors"][name] = errors
-                self.say(f"{name} checked, largest relative error {max(errors.values()):.1e}")
+    def check(self, rings: bool, overlap: bool) -> bool:
+        """Whether all kernels are right."""
+        name = f"kernels{' with a ring' if rings else ''}{', overlapping' if overlap else ''}"
+        errors = self.attempt(name, partial(check_kernels, self.shapes, rings, overlap))
+        if errors is None:
+            return False
+        self.result["errors"][name] = errors
+        self.say(f"{len(errors)} {name} checked, largest relative error {max(errors.values()):.1e}")
+        return max(errors.values()) < 1
 
-    def time_all(self) -> dict[bool, dict[str, dict[str, float]]]:
-        times = {}
-        for overlap in self.overlaps:
-            name = "overlapping" if overlap else "alone"
-            own = self.attempt(name, partial(time_kernels, self.shapes, self.width, overlap))
-            if own is None:
-                continue
-            times[overlap] = self.result["us"][name] = own
-            for role, values in own.items():
-                shown = sorted(values.items(), key=lambda item: item[1])[:4]
-                line = ", ".join(
-                    f"{variant.removeprefix('int4_mma ')} {value:.1f}" for variant, value in shown
-                )
-                today_us = values.get(str(TODAY[role]), float("nan"))
-                self.say(f"{role} {name}: {line}; today {today_us:.1f} us")
+    def time(self, rings: bool, overlap: bool) -> dict[str, dict[Variant, float]] | None:
+        name = f"kernels{' with a ring' if rings else ''}{', overlapping' if overlap else ''}"
+        times = self.attempt(name, partial(time_kernels, self.shapes, self.width, rings, overlap))
+        for role, own in (times or {}).items():
+            self.result["us"].setdefault(name, {})[role] = {str(variant): us for variant, us in own.items()}
+            n, k = self.shapes[role]
+            shown = sorted(own.items(), key=lambda item: item[1])[:5]
+            line = ", ".join(f"{str(variant).removeprefix('int4_mma ')} {us:.2f}" for variant, us in shown)
+            bytes_ = AffineFormat().device_bytes(n, k)
+            self.say(f"{role} {name}: {line} us; the first moves {bytes_ / shown[0][1] / 1e6:.2f} TB/s")
         return times
+
+    def time_attention(self) -> Attention:
+        times = time_attention(self.model, self.width, self.overlap, self.say)
+        self.result["attention"] = {str(how): own for how, own in times.items()}
+        best = best_attention(times)
+        for how, own in sorted(times.items(), key=lambda item: item[1][0]):
+            mark = "  <- taken" if how == best else "  (today)" if how == Attention() else ""
+            print(f"    {how!s:44} {'  '.join(f'{us:6.2f}' for us in own)} us at {LENGTHS}{mark}", flush=True)
+        self.say(f"attention of a layer, with rotary embedding and merge: {best} {times[best][0]:.2f} us")
+        return best
 
     def measure(self, candidate: Candidate) -> Drafted:
         model = with_variants(self.model, candidate.variants)
@@ -375,7 +292,7 @@ class Benchmark:
             "same_cache": same_rows,
             "logits_off": off,
             "variants": {role: str(variant) for role, variant in candidate.variants.items()},
-            "options": dict(candidate.options),
+            "options": {key: str(value) for key, value in candidate.options.items()},
         }
         kernels = ", ".join(str(own).removeprefix("int4_mma ") for own in candidate.variants.values())
         self.say(
@@ -384,26 +301,63 @@ class Benchmark:
         )
         return own
 
-    def measure_all(self, wanted: Sequence[Candidate]) -> None:
-        """Measure, then take profiles of the fastest and of today's level."""
-        profiles: dict[str, Drafted] = {}
-        fastest: Drafted | None = None
+    def measure_all(self, *wanted: Candidate) -> None:
+        """Measure; the fastest so far is kept, and today's."""
         for candidate in wanted:
             own = self.attempt(candidate.name, partial(self.measure, candidate))
             if own is None:
                 continue
             if candidate.name == "today":
-                profiles["today"] = own
-            if candidate.head is None and (fastest is None or own.ms_per_level < fastest.ms_per_level):
-                fastest = own
-                profiles = {name: drafted for name, drafted in profiles.items() if name == "today"}
-                profiles[candidate.name] = own
-        for name, drafted in profiles.items():
+                self.kept["today"] = own
+            others = [drafted for name, drafted in self.kept.items() if name != "today"]
+            if candidate.head is None and all(own.ms_per_level < other.ms_per_level for other in others):
+                self.kept = {name: drafted for name, drafted in self.kept.items() if name == "today"}
+                self.kept[candidate.name] = own
+
+    def profile_all(self) -> None:
+        """Kernels of what was kept."""
+        for name, drafted in self.kept.items():
             table = self.attempt(f"profile of {name}", partial(profile, drafted, self.levels // 2))
             if table is not None:
                 self.result["profiles"][name] = table
                 print_table(name, table)
                 self.keep()
+
+    def run(self) -> None:
+        """Everything, the surest first."""
+        overlap, options = self.overlap, {"overlap": self.overlap}
+        self.check(False, overlap)
+        plain = self.time(False, overlap)
+        fastest = TODAY if plain is None else best_of(plain)
+        self.measure_all(
+            Candidate("today", TODAY, options),
+            Candidate("in order", TODAY, {"overlap": False}),
+            Candidate("fastest without a ring", fastest, options),
+        )
+        attention = self.attempt("attention", self.time_attention)
+        if attention is not None:
+            options = {**options, "attention": attention}
+        self.measure_all(Candidate("its attention changed", fastest, options))
+        self.profile_all()
+        if not overlap or plain is None:
+            return
+        if not self.check(True, True):
+            return
+        self.kept.pop("today", None)
+        ringed = self.time(True, True)
+        if ringed is not None:
+            mixed = best_of(plain, ringed)
+            head = Variant("int4_mma", 4, 0, int4.Ring(16, 1, 200))
+            self.measure_all(
+                Candidate("rings everywhere", best_of(ringed), options),
+                *(Candidate(f"ring for {role} alone", {**fastest, role: best_of(ringed)[role]}, options)
+                  for role in self.shapes),
+                Candidate("fastest of both", mixed, options),
+                Candidate("fastest with a 4-bit head", mixed, options, Variant("int4_mma", 4, 1)),
+                Candidate("fastest with a 4-bit head, ring", mixed, options, head),
+                Candidate("fastest of both, again", mixed, options),
+            )  # fmt: skip
+            self.profile_all()
 
 
 def main() -> None:
@@ -416,8 +370,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         benchmark = Benchmark(options.shape, options.width, options.levels, options.json)
-        benchmark.check("kernels", check_kernels, benchmark.shapes)
-        benchmark.measure_all(candidates(benchmark.time_all()))
+        benchmark.run()
     benchmark.say("done")
 
 
