@@ -231,18 +231,8 @@ def candidates(
 
 
 SOURCES = (
-    *(
-        "int4.cu",
-        "int4_ring.cu",
-        "int4.py",
-        "wq.py",
-        "wq_kernel.py",
-        "ops.py",
-        "formats.py",
-        "timing.py",
-        "activation.py",
-    ),
-    "launch.py",
+    *("int4.cu", "int4_ring.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
+    *("timing.py", "activation.py", "launch.py"),
     *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
 )
 """Files whose change makes times out of date."""

@@ -173,6 +173,7 @@ def tree_attention(
         exists = column < end
         memory_row = (start_row + column).to(tl.int64) * row_stride
         key = tl.load(k_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
+        value = tl.load(v_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
         score = tl.dot(query.to(OPERAND), tl.trans(key).to(OPERAND)) * scale
         if MASKS_PREFIX:
             visible = visible_keys(
@@ -189,7 +190,6 @@ def tree_attention(
         weight = tl.where(visible, tl.exp(score - new_highest[:, None]), 0.0)
         correction = tl.exp(highest - new_highest)
         denominator = denominator * correction + tl.sum(weight, axis=1)
-        value = tl.load(v_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
         output = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
         highest = new_highest
     slot = (split * rows + row) * q_heads + head
