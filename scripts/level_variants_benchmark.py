@@ -44,7 +44,7 @@ TODAY = {
 """What the choice of kernels takes on an H200 for Qwen2.5-7B, launches overlapping."""
 
 LENGTH = 512
-WATCHDOG_S = 60
+WATCHDOG_S = 90
 """Most that one step may take before the process ends, with a trace: a kernel may wait for ever."""
 
 
