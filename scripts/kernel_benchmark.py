@@ -20,7 +20,8 @@ from torch import Tensor
 from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.drafts.fused import FusedLayer, FusedModel, FusedSubstitute
+from subspec.drafts.fused import FusedSubstitute
+from subspec.drafts.fused_model import Attention, FusedLayer, FusedModel
 from subspec.kernels import int4
 from subspec.kernels.choose import choose_kernels
 from subspec.kernels.formats import AffineFormat, Format, affine_format, describe
@@ -180,7 +181,7 @@ def levels(
         cache.rows.normal_()
         cache.extend(length)
         for splits in slices:
-            draft = FusedSubstitute(model, attention_splits=splits)
+            draft = FusedSubstitute(model, attention=Attention(splits=splits))
             draft.begin(cache)
             step = draft.level_step(growth)
             tree = Tree(growth.capacity, DEVICE)

@@ -88,12 +88,14 @@ class NoDraftConfig(DraftConfig):
 class SubstituteDraftConfig(DraftConfig):
     """The quantized substitute of the target itself (SubSpec, arXiv 2509.18344).
 
-    ``unpack`` is for a substitute of single modules (``offload=none``), ``kernel`` for the fused one of ``stream``.
+    ``unpack`` is for a substitute of single modules (``offload=none``); ``kernel`` and ``overlap_launches`` are for the
+    fused one of ``stream``.
     """
 
     temperature: float = 0.2
     unpack: Unpack = Unpack.auto
     kernel: Kernel = Kernel.auto
+    overlap_launches: bool = True
 
 
 @dataclass
@@ -120,6 +122,7 @@ class SmallModelDraftConfig(DraftConfig):
     dtype: Dtype = Dtype.auto
     temperature: float = 1.0
     quantize: bool = False
+    overlap_launches: bool = True
 
 
 @dataclass
@@ -133,6 +136,7 @@ class LayerSkipDraftConfig(DraftConfig):
     temperature: float = 1.0
     layers: list[int] | None = None
     keep: int | None = None
+    overlap_launches: bool = True
 
 
 # ----------------------------------------------------------------------------------------------- quant

@@ -73,6 +73,8 @@ class Loaded:
             facts["draft"] = self.assembly.draft_facts
         if hasattr(draft, "graphs_captured"):
             facts["graphs_captured"] = draft.graphs_captured
+        if launches := getattr(draft, "launches", ""):
+            facts["draft_launches"] = launches
         for name in ("modules_on_device", "modules_offloaded"):
             if hasattr(decoder, name):
                 facts[name] = getattr(decoder, name)

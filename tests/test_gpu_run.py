@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from subspec.kernels import launch
 from tests.helpers.cli import cli, command
 
 pytestmark = pytest.mark.gpu
@@ -178,7 +179,7 @@ SKIP = ["draft=layer_skip"]
     "extra",
     [
         SMALL,
-        [*SMALL, "tree=chain"],
+        [*SMALL, "tree=chain", "draft.overlap_launches=false"],
         [*SMALL, "tree=adaptive"],
         [*SMALL, "tree.ahead=8"],
         [*SMALL, "decoding=sampling"],
@@ -205,6 +206,8 @@ def test_streamed_drafts_without_a_substitute_keep_their_budget_and_pass_the_aud
     assert facts["substitute"] is None  # nothing was quantized, whatever `quant` says
     assert facts["draft"]["levels"] == "fused, bfloat16"
     assert facts["graphs_captured"] >= 8
+    in_order = "draft.overlap_launches=false" in extra
+    assert facts["draft_launches"] == launch.how(torch.device("cuda"), False if in_order else None)
     assert summary["totals"]["tau"] > 1.2
 
 

@@ -38,13 +38,14 @@ class StreamedLayerSkip(StreamedBuild):
         assert isinstance(draft, LayerSkipDraftConfig)
         check_fused(source.config, source.dtype, f"target {source.name}")
         self._source, self._temperature = source, draft.temperature
+        self._overlap = None if draft.overlap_launches else False
         self._layers = streamed_layers(draft, context.plan.resident_layers, source.config.num_hidden_layers)
 
     def finish(self, streamed: StreamedTarget) -> BuiltDraft:
         layers = [dense_layer(streamed.resident[index], cache_layer=index) for index in self._layers]
         decoder = streamed.decoder
         fused = fuse_model(self._source.config, layers, streamed.shared, decoder.base.rotary_emb)
-        draft = FusedSubstitute(fused, self._temperature)
+        draft = FusedSubstitute(fused, self._temperature, overlap=self._overlap)
         return _built(draft, self._layers, decoder.num_layers, "fused, bfloat16")
 
 

@@ -80,7 +80,7 @@ class StreamedSmallModel(StreamedBuild):
             "lm_head.weight": model.get_output_embeddings().weight.data,
         }
         fused = fuse_model(source.config, layers, shared, model.get_decoder().rotary_emb)
-        levels = FusedSubstitute(fused, draft.temperature)
+        levels = FusedSubstitute(fused, draft.temperature, overlap=None if draft.overlap_launches else False)
         own = _own_cache(levels, decoder, config, context.growth, vocab_size)
         self._built = _built(own, source, None, "fused, bfloat16")
 

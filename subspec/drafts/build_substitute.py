@@ -69,6 +69,7 @@ class StreamedSubstitute(StreamedBuild):
         assert isinstance(draft, SubstituteDraftConfig)
         self._started = time.perf_counter()
         self._temperature = draft.temperature
+        self._overlap = None if draft.overlap_launches else False
         self._quantization = quantization = fused_quantization(
             config.quant,
             source.layer_shapes(0),
@@ -84,6 +85,7 @@ class StreamedSubstitute(StreamedBuild):
                 formats=quantization.formats,
                 kernel=draft.kernel.value,
                 allowed=DECODED_KERNELS if coded else None,
+                overlap=self._overlap,
                 note=context.note,
             )
         except ConfigError as error:
@@ -160,7 +162,8 @@ class StreamedSubstitute(StreamedBuild):
         report.bits = fuser.bits
         report.details["cache"] = self._quantizer.report()
         report.seconds = time.perf_counter() - self._started
-        return BuiltDraft(FusedSubstitute(streamed.substitute, self._temperature), report)
+        draft = FusedSubstitute(streamed.substitute, self._temperature, overlap=self._overlap)
+        return BuiltDraft(draft, report)
 
 
 def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModules | None:

@@ -17,63 +17,16 @@ from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
-from subspec.kernels import attend, launch
+from subspec.drafts.fused_model import Attention, FusedLayer, FusedModel
+from subspec.kernels import launch
 from subspec.kernels.capture import capture_stream, capturing
-from subspec.kernels.ops import LevelLinear
 from subspec.rounding import next_power_of_two
 
-ATTENTION_BLOCK = 64
 TOP_K_BLOCK = 4096
 SUM_BLOCK = 4096
 
 USUAL_ROWS = 8
 """Rows of the buffer for a level's logits, unless a level is wider."""
-
-
-@dataclass
-class FusedLayer:
-    """One decoder layer of the draft; Linears as :class:`~subspec.kernels.ops.LevelLinear`.
-
-    ``cache_layer``: the layer of the KV cache it writes and reads; None: its place among the draft's layers.
-    """
-
-    qkv: LevelLinear
-    out: LevelLinear
-    gate_up: LevelLinear
-    down: LevelLinear
-    qkv_bias: Tensor | None
-    input_norm: Tensor
-    post_norm: Tensor
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    cache_layer: int | None = None
-
-
-@dataclass
-class FusedModel:
-    """The substitute's layers and what it shares with the target.
-
-    Attributes:
-        embedding: [vocabulary, hidden], on the device or in pinned host memory.
-        head: LM head [vocabulary, hidden], the target's own.
-        draft_head: what drafts with instead, quantized; None: ``head``.
-        inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
-        attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
-    """
-
-    layers: list[FusedLayer]
-    embedding: Tensor
-    final_norm: Tensor
-    head: Tensor
-    inverse_frequency: Tensor
-    attention_scaling: float
-    eps: float
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocab_size: int
-    draft_head: LevelLinear | None = None
 
 
 @dataclass
@@ -92,24 +45,24 @@ class FusedSubstitute:
     Args:
         model: the substitute.
         temperature: of the draft distribution.
-        attention_splits: slices of the prefix that attention works on in parallel.
-        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: as
-            that module says, where the device can.
-        fused_attention: whether one kernel does all between a layer's q/k/v projection and its output projection
-            (:mod:`subspec.kernels.attend`), in levels that it takes; None: as that module says, where the device can.
+        attention: settings of attention.
+        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: where
+            the device can.
     """
 
     needs_features = False
     shares_cache = True
+
+    launches: str
+    """How kernels are launched, for the record: see :func:`subspec.kernels.launch.how`."""
 
     def __init__(
         self,
         model: FusedModel,
         temperature: float = 0.2,
         *,
-        attention_splits: int = 16,
+        attention: Attention = Attention(),  # noqa: B008 (frozen)
         overlap: bool | None = None,
-        fused_attention: bool | None = None,
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"draft.temperature must be positive, not {temperature}")
@@ -119,12 +72,10 @@ class FusedSubstitute:
         self.kernels = level
         self.model = model
         self.temperature = temperature
-        self.splits = attention_splits
+        self.attention = attention
         self.device = model.head.device
-        self.overlap = _decide(overlap, launch.OVERLAP, launch.problem(self.device), "overlapping launches")
-        self.fused_attention = _decide(
-            fused_attention, attend.ATTEND, attend.problem(self.device), "the fused attention kernel"
-        )
+        self.launches = launch.how(self.device, overlap)
+        self.overlap = self.launches == launch.OVERLAPPING
         self._overlapped: dict[str, bool] = (
             {"OVERLAP": True, "launch_pdl": True}
             if self.overlap
@@ -353,26 +304,6 @@ class FusedSubstitute:
         k_rows, v_rows = cache.rows[index, 0], cache.rows[index, 1]
         head_stride, row_stride = k_rows.stride(0), k_rows.stride(1)
         start_row = cache.draft_rows - place.used - rows
-        if self.fused_attention and attend.unfit(rows, heads, kv_heads, dim, qkv.dtype) is None:
-            return attend.attend(
-                qkv,
-                k_rows,
-                v_rows,
-                bias=layer.qkv_bias,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                inverse_frequency=model.inverse_frequency,
-                depths=depths,
-                length=self._length,
-                ancestors=tree.ancestors.view(torch.int8),
-                nodes=nodes,
-                node_of_row=self._node_of_row,
-                start_row=start_row,
-                drafted=place.used + rows,
-                attention_scaling=model.attention_scaling,
-                eps=model.eps,
-                heads=heads,
-            )
         query = torch.empty(rows, heads, dim, dtype=torch.bfloat16, device=self.device)
         norm = layer.q_norm is not None
         self.kernels.rope_store[(rows, heads + 2 * kv_heads)](
@@ -402,10 +333,12 @@ class FusedSubstitute:
             num_warps=1,
             **self._overlapped,
         )
-        splits = self.splits
+        how = self.attention
+        splits, group = how.splits, next_power_of_two(rows * heads // kv_heads)
+        chunk = max(16, min(how.chunk or group, group))
         sums = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=self.device)
         outs = torch.empty(splits, rows, heads, dim, dtype=torch.float32, device=self.device)
-        self.kernels.tree_attention[(kv_heads, splits)](
+        self.kernels.tree_attention[(kv_heads, splits, -(-rows * heads // kv_heads // chunk))](
             query,
             k_rows,
             v_rows,
@@ -426,11 +359,13 @@ class FusedSubstitute:
             heads,
             kv_heads,
             SPLITS=splits,
-            M=max(16, next_power_of_two(rows * heads // kv_heads)),
-            BLOCK=ATTENTION_BLOCK,
+            M=chunk,
+            BLOCK=how.block,
             D=dim,
             OPERAND=self.kernels.tl.bfloat16 if self.device.type == "cuda" else self.kernels.tl.float32,
-            num_warps=4,
+            MASKS_PREFIX=how.masks_prefix,
+            num_warps=how.warps,
+            num_stages=how.stages,
             **self._overlapped,
         )
         attended = torch.empty(rows, heads * dim, dtype=torch.bfloat16, device=self.device)
@@ -498,14 +433,3 @@ class FusedSubstitute:
             num_warps=8,
             **self._overlapped,
         )
-
-
-def _decide(asked: bool | None, usual: bool, problem: str | None, what: str) -> bool:
-    """Whether to use something: as asked, or as usual where it can be used.
-
-    Raises:
-        ValueError: it was asked for, and cannot be used.
-    """
-    if asked and problem:
-        raise ValueError(f"{what}: {problem}")
-    return (usual if asked is None else asked) and problem is None

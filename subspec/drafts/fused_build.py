@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from subspec.drafts.fused import FusedLayer, FusedModel
+from subspec.drafts.fused_model import FusedLayer, FusedModel
 from subspec.errors import ConfigError
 from subspec.kernels.formats import TILES, AffineFormat, Format
 from subspec.kernels.ops import Dense, LevelLinear, Variant

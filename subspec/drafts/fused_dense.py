@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from subspec.drafts.fused import FusedLayer
+from subspec.drafts.fused_model import FusedLayer
 from subspec.errors import ConfigError
 from subspec.kernels.ops import Dense
 from subspec.offload.layer_bytes import NEIGHBOURS

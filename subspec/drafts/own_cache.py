@@ -73,6 +73,11 @@ class OwnCacheDraft:
         """Number of captured graphs, for the record; 0 where levels run module by module."""
         return getattr(self.levels, "graphs_captured", 0)
 
+    @property
+    def launches(self) -> str:
+        """How the levels' kernels are launched, for the record; empty where levels run module by module."""
+        return getattr(self.levels, "launches", "")
+
     def begin(self, cache: KVCache) -> None:
         self.cache.reset()
         self.levels.begin(self.cache)

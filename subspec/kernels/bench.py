@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from subspec.kernels import lut, ops
+from subspec.kernels import launch, lut, ops
 from subspec.kernels.formats import Format
 from subspec.kernels.ops import GemLite, Variant
 from subspec.kernels.timing import variant_time
@@ -27,10 +27,12 @@ class Bench(Protocol):
     Attributes:
         name: of the card, as records and file names have it.
         device: where the kernels will run.
+        launches: how they are launched there (:func:`subspec.kernels.launch.how`), and measured.
     """
 
     name: str
     device: torch.device
+    launches: str
 
     def unavailable(self, kernel: str) -> str | None:
         """Why a kernel cannot run here; None when it can."""
@@ -46,10 +48,15 @@ class Bench(Protocol):
 
 
 class CudaBench:
-    """The :class:`Bench` of a CUDA device."""
+    """The :class:`Bench` of a CUDA device.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        overlap: whether launches are to overlap; None: where the device can.
+    """
+
+    def __init__(self, device: torch.device, overlap: bool | None = None) -> None:
         self.device = device
+        self.launches = launch.how(device, overlap)
         self.name = torch.cuda.get_device_name(device)
         self._gemlite = False
 
@@ -61,7 +68,10 @@ class CudaBench:
 
     def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:
         with torch.cuda.device(self.device):
-            return variant_time(variant, n, k, rows, self.device, swiglu=role == "gate_up", format_=format_)
+            overlap = self.launches == launch.OVERLAPPING
+            return variant_time(
+                variant, n, k, rows, self.device, swiglu=role == "gate_up", format_=format_, overlap=overlap
+            )
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
         self._gemlite = GemLite.kind in kernels

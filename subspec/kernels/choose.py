@@ -26,6 +26,7 @@ import torch
 from subspec.errors import ConfigError
 from subspec.kernels.bench import Bench, CudaBench, slug
 from subspec.kernels.formats import AffineFormat, Format, describe
+from subspec.kernels.launch import OVERLAPPING
 from subspec.kernels.ops import GemLite, Variant, gemlite_version
 from subspec.targets.cache import cache_root, replace_file
 from subspec.targets.console import Note, print_note
@@ -72,6 +73,7 @@ class KernelChoice:
         unavailable: why a kernel did not take part.
         seconds: that choosing took.
         file: where the times are kept; empty where nothing is measured.
+        launches: how kernels were launched to be measured (:func:`subspec.kernels.launch.how`).
     """
 
     asked: str
@@ -80,6 +82,7 @@ class KernelChoice:
     unavailable: dict[str, str]
     seconds: float
     file: str = ""
+    launches: str = ""
 
     @property
     def variants(self) -> dict[str, Variant]:
@@ -113,7 +116,7 @@ class KernelChoice:
                 "kernel": picked.variant.kernel,
                 "tiles": picked.variant.tiles,
                 "splits": picked.variant.splits,
-                "stages": picked.variant.stages,
+                "ring": str(picked.variant.ring or ""),
                 "shape": list(picked.shape),
                 "format": picked.format,
                 "microseconds": picked.microseconds,
@@ -129,6 +132,7 @@ class KernelChoice:
             "unavailable": self.unavailable,
             "seconds": self.seconds,
             "file": self.file,
+            "launches": self.launches,
         }
 
 
@@ -140,6 +144,7 @@ def choose_kernels(
     formats: Mapping[str, Format] | None = None,
     kernel: str = AUTO,
     allowed: Collection[str] | None = None,
+    overlap: bool | None = None,
     note: Note = print_note,
     bench: Bench | None = None,
     folder: Path | None = None,
@@ -152,6 +157,7 @@ def choose_kernels(
         rows: of a level: the tree's width.
         kernel: ``auto``, or the one to use, whose settings alone are then measured.
         allowed: kernels that ``auto`` may take; None: all.
+        overlap: whether launches overlap; None: where the device can. Times of one are not times of the other.
         note: told what takes long, and what is wrong with the file.
         bench: the device; this machine's when None.
         folder: of the file; the cache's own when None.
@@ -163,7 +169,7 @@ def choose_kernels(
     formats = {role: (formats or {}).get(role, AffineFormat()) for role in shapes}
     if bench is None and device.type != "cuda":
         return _reference(shapes, formats, rows, device, kernel)
-    bench = bench or CudaBench(device)
+    bench = bench or CudaBench(device, overlap)
     folder = folder or cache_root() / "kernels"
     problems, taking_part = {}, []
     known_kernels = dict.fromkeys(name for format_ in formats.values() for name in format_.kernels)
@@ -183,7 +189,8 @@ def choose_kernels(
         role: candidates(formats[role], role, *shape, taking_part, problems) for role, shape in shapes.items()
     }
     times = {
-        role: known.setdefault(_key(formats[role], role, shape, rows), {}) for role, shape in shapes.items()
+        role: known.setdefault(_key(formats[role], role, shape, rows, bench.launches), {})
+        for role, shape in shapes.items()
     }
     missing = {role for role in wanted if any(_name(variant) not in times[role] for variant in wanted[role])}
     if missing:
@@ -205,7 +212,8 @@ def choose_kernels(
     bench.finish(won, rows, bool(missing), folder, note)
     if missing:
         write_times(file, known, note)
-    return KernelChoice(kernel, rows, picked, problems, time.perf_counter() - started, str(file))
+    seconds = time.perf_counter() - started
+    return KernelChoice(kernel, rows, picked, problems, seconds, str(file), bench.launches)
 
 
 def candidates(
@@ -223,8 +231,8 @@ def candidates(
 
 
 SOURCES = (
-    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py", "timing.py", "activation.py"),
-    "launch.py",
+    *("int4.cu", "int4_ring.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
+    *("timing.py", "activation.py", "launch.py"),
     *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
 )
 """Files whose change makes times out of date."""
@@ -341,5 +349,6 @@ def _name(variant: Variant) -> str:
     return f"{variant} {gemlite_version()}" if variant.kernel == GemLite.kind else str(variant)
 
 
-def _key(format_: Format, role: str, shape: tuple[int, int], rows: int) -> str:
-    return f"{role} {shape[0]}x{shape[1]} {format_.key} rows {rows}"
+def _key(format_: Format, role: str, shape: tuple[int, int], rows: int, launches: str) -> str:
+    how = " overlapping" if launches == OVERLAPPING else ""
+    return f"{role} {shape[0]}x{shape[1]} {format_.key} rows {rows}{how}"

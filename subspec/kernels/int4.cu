@@ -10,17 +10,19 @@
 //   sum_k s (q - z) x = s (sum_k (128 + q) x - (128 + z) sum_k x),
 // where sum_k x comes from the same instruction with A = 1.
 //
-// TILES (16-row tiles per block), WARPS, SWIGLU, STAGES and OVERLAP are set by the host. Each block covers TILES * 16
-// rows; its warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1
-// splits k further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
+// TILES (16-row tiles per block), WARPS, SWIGLU and OVERLAP are set by the host. Each block covers TILES * 16 rows; its
+// warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1 splits k
+// further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
 //
-// What a warp has on its way from memory decides the speed. With STAGES 0 that is one group in registers ahead of the
-// one that is computed; else STAGES groups in shared memory, copied asynchronously, all warps for themselves.
 // OVERLAP: the launch may overlap with the kernel before (launch.py says why that is safe). Only weight and meta are
 // touched before the wait: nothing writes them.
+//
+// With RING, int4_ring.cu follows: another kernel of the same arithmetic. With HOST_TEST the file compiles as C++ behind
+// an emulation of what is device code here.
 
 struct Word4 { unsigned x, y, z, w; };
 
+#ifndef HOST_TEST
 __device__ __forceinline__ void release_next() {  // the next kernel's blocks may start
 #if OVERLAP
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -60,10 +62,6 @@ __device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, uns
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ unsigned pair(unsigned word, int shift) {  // two nibbles -> bfloat16 128+q each
-  return ((word >> shift) & 0x000F000Fu) | 0x43004300u;
-}
-
 __device__ __forceinline__ float2 half_pair(unsigned v) {
   float2 f;
   asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
@@ -75,6 +73,11 @@ __device__ __forceinline__ unsigned short to_bf16(float v) {
   unsigned short r;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
   return r;
+}
+#endif
+
+__device__ __forceinline__ unsigned pair(unsigned word, int shift) {  // two nibbles -> bfloat16 128+q each
+  return ((word >> shift) & 0x000F000Fu) | 0x43004300u;
 }
 
 __device__ __forceinline__ void mma_word(float (&d)[4], unsigned word, unsigned b0, unsigned b1) {
@@ -106,35 +109,56 @@ __device__ __forceinline__ void add_tile(float (&acc)[4], const Word4& w, unsign
   acc[3] += high.x * (d[3] - high_zero * xs[1]);
 }
 
-#if STAGES
-// A ring of STAGES groups for every warp. Lanes read back the words they have copied themselves; meta is copied by the
-// first lane of each four that share it.
-struct __align__(16) Slot {
-  Word4 words[TILES][32];
-  Word4 meta[8][TILES / 2];
-};
-static_assert(sizeof(Slot) == TILES * 16 * 9 * sizeof(float), "the sums take a slot's place");
-
-__device__ __forceinline__ void copy_async(Word4* to, const Word4* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-      :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy_group(Slot& slot, const Word4* w, const Word4* m, int lane) {
-  const int g = lane >> 2;
+// One group of all tiles.
+__device__ __forceinline__ void add_group(float (&acc)[TILES][4], const Word4 (&w)[TILES], const Word4 (&m)[TILES / 2],
+                                          const Word4& xa, const Word4& xb) {
+  float xs[4] = {0.f, 0.f, 0.f, 0.f};
+  sum_x(xs, xa, xb);
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) copy_async(&slot.words[i][lane], w + i * 32);
-  if ((lane & 3) == 0) {
-#pragma unroll
-    for (int i = 0; i < TILES / 2; ++i) copy_async(&slot.meta[g][i], m + i);
+  for (int i = 0; i < TILES; ++i) {
+    const Word4 mm = m[i / 2];
+    add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
   }
 }
-#define BOUNDS WARPS * 32, (TILES == 2 ? 4 : 3)  // blocks on a multiprocessor that the registers are to allow
-#else
-#define BOUNDS WARPS * 32
-#endif
 
-extern "C" __global__ void __launch_bounds__(BOUNDS) int4_linear(
+typedef float Sums[TILES * 16][9];  // of a warp; 9: rows of 8 would collide in the banks
+
+__device__ __forceinline__ void keep_sums(Sums& sums, const float (&acc)[TILES][4], int g, int t) {
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+    sums[i * 16 + g][2 * t] = acc[i][0];
+    sums[i * 16 + g][2 * t + 1] = acc[i][1];
+    sums[i * 16 + g + 8][2 * t] = acc[i][2];
+    sums[i * 16 + g + 8][2 * t + 1] = acc[i][3];
+  }
+}
+
+// The sums of all warps, for one block of rows of the weight: their activation, or one slice of the output.
+__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int n, long long block, int slice) {
+#if SWIGLU
+  // Tiles alternate gate, up: the activation needs no kernel of its own.
+  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
+    const int r = e / (TILES * 8), c = e % (TILES * 8);
+    const int gate_row = (c / 16) * 32 + c % 16;
+    float gate = 0.f, up = 0.f;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
+    const float y = gate / (1.f + __expf(-gate)) * up;
+    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
+  }
+#else
+  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
+    const int r = e / (TILES * 16), c = e % (TILES * 16);
+    float y = 0.f;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
+    ((float*)out)[((long long)slice * rows + r) * n + block * TILES * 16 + c] = y;
+  }
+#endif
+}
+
+#ifndef RING
+extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     const Word4* __restrict__ weight,  // [blocks][groups][TILES][32 lanes] of 4 words
     const Word4* __restrict__ meta,    // [blocks][groups][8][TILES * 2] pairs of half: scale, zero
     const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
@@ -160,47 +184,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) int4_linear(
   Word4 xa = nothing, xb = nothing;
   int group = first + warp;
 
-#if STAGES
-  extern __shared__ __align__(16) unsigned char dynamic[];
-  Slot* ring = (Slot*)dynamic + warp * STAGES;
-#pragma unroll
-  for (int i = 0; i < STAGES; ++i) {
-    const int ahead = group + i * WARPS;
-    if (ahead < last)
-      copy_group(ring[i], w_block + (long long)ahead * TILES * 32, m_block + (long long)ahead * 8 * (TILES / 2), lane);
-    asm volatile("cp.async.commit_group;" ::: "memory");  // also of nothing: the count below stays right
-  }
-  wait_for_previous();
-  if (group < last && g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
-  for (int stage = 0; group < last; group += WARPS) {
-    const int next = group + WARPS;
-    Word4 xa_next = nothing, xb_next = nothing;
-    if (next < last && g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
-    asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 1) : "memory");
-    __syncwarp();  // the copies of the lane that fetched meta are there for the others too
-    Slot& slot = ring[stage];
-    Word4 w[TILES], m[TILES / 2];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) w[i] = slot.words[i][lane];
-#pragma unroll
-    for (int i = 0; i < TILES / 2; ++i) m[i] = slot.meta[g][i];
-    float xs[4] = {0.f, 0.f, 0.f, 0.f};
-    sum_x(xs, xa, xb);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      const Word4 mm = m[i / 2];
-      add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
-    }
-    __syncwarp();  // all lanes have read the slot
-    const int ahead = group + STAGES * WARPS;
-    if (ahead < last)
-      copy_group(slot, w_block + (long long)ahead * TILES * 32, m_block + (long long)ahead * 8 * (TILES / 2), lane);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    xa = xa_next;
-    xb = xb_next;
-  }
-#else
   Word4 w[TILES], m[TILES / 2];
   if (group < last) {
 #pragma unroll
@@ -220,13 +203,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) int4_linear(
       for (int i = 0; i < TILES / 2; ++i) m_next[i] = load_once(m_block + (long long)next * 8 * (TILES / 2) + i);
       if (g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
     }
-    float xs[4] = {0.f, 0.f, 0.f, 0.f};
-    sum_x(xs, xa, xb);
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      const Word4 mm = m[i / 2];
-      add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
-    }
+    add_group(acc, w, m, xa, xb);
 #pragma unroll
     for (int i = 0; i < TILES; ++i) w[i] = w_next[i];
 #pragma unroll
@@ -235,42 +212,10 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) int4_linear(
     xb = xb_next;
     group = next;
   }
-#endif
 
-#if STAGES
-  // Every warp's sums lie where its ring was, and take no more than one slot.
-  float (*sums)[STAGES][TILES * 16][9] = (float (*)[STAGES][TILES * 16][9])dynamic;
-#define SUM(warp, row, column) sums[warp][0][row][column]
-#else
-  __shared__ float sums[WARPS][TILES * 16][9];  // 9: rows of 8 would collide in the banks
-#define SUM(warp, row, column) sums[warp][row][column]
-#endif
-#pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    SUM(warp, i * 16 + g, 2 * t) = acc[i][0];
-    SUM(warp, i * 16 + g, 2 * t + 1) = acc[i][1];
-    SUM(warp, i * 16 + g + 8, 2 * t) = acc[i][2];
-    SUM(warp, i * 16 + g + 8, 2 * t + 1) = acc[i][3];
-  }
+  __shared__ Sums sums[WARPS];
+  keep_sums(sums[warp], acc, g, t);
   __syncthreads();
-#if SWIGLU
-  // Tiles alternate gate, up: the activation needs no kernel of its own.
-  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 8), c = e % (TILES * 8);
-    const int gate_row = (c / 16) * 32 + c % 16;
-    float gate = 0.f, up = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) { gate += SUM(k, gate_row, r); up += SUM(k, gate_row + 16, r); }
-    const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
-  }
-#else
-  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 16), c = e % (TILES * 16);
-    float y = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) y += SUM(k, c, r);
-    ((float*)out)[((long long)blockIdx.y * rows + r) * n + block * TILES * 16 + c] = y;
-  }
-#endif
+  write_sums(sums, out, rows, n, block, blockIdx.y);
 }
+#endif

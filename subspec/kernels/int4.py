@@ -1,11 +1,11 @@
-"""4-bit Linear layers for the few rows of a draft level: packing, the CUDA kernel, and its torch reference.
+"""4-bit Linear layers for the few rows of a draft level: packing, the CUDA kernels, and their torch reference.
 
-The kernel (``int4.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA
-toolkit is needed. It computes up to eight rows in one launch; more rows take several.
+The kernels (``int4.cu``, ``int4_ring.cu``) are compiled once per process by the run-time compiler that ships with
+PyTorch; no CUDA toolkit is needed. They compute up to eight rows in one launch; more rows take several.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -24,9 +24,74 @@ PACKED_AT_ONCE = 1 << 24
 MAX_ROWS = 8
 WARPS = 8
 
-STAGES: tuple[int, ...] = (0,)
-"""What the choice of kernels tries: groups of weights that a warp keeps on their way from memory, in a ring in shared
-memory; 0: one group, in registers."""
+
+@dataclass(frozen=True)
+class Ring:
+    """Settings of the kernel whose blocks live as long as it does (``int4_ring.cu``); needs compute capability 9.0.
+
+    Attributes:
+        warps: of a block; one more copies.
+        blocks: on each multiprocessor.
+        kib: shared memory that a multiprocessor's blocks take together, in KiB.
+        x_shared: whether all of x is copied there first.
+    """
+
+    warps: int = 8
+    blocks: int = 1
+    kib: int = 112
+    x_shared: bool = False
+
+    def __str__(self) -> str:
+        return f"ring {self.warps}x{self.blocks} {self.kib}K{' x' if self.x_shared else ''}"
+
+    def stages(self, tiles: int, rows: int, groups: int) -> int:
+        """Slots of the ring, a unit for each warp: what a block's shared memory holds beside the rest."""
+        slot = self.warps * tiles * (32 * 16 + 64)
+        rest = self.bytes(tiles, rows, groups, 0)
+        return max(0, (self.kib * 1024 // self.blocks - rest) // (slot + 16))
+
+    def bytes(self, tiles: int, rows: int, groups: int, stages: int) -> int:
+        """Shared memory of a block, as ``int4_ring.cu`` lays it out."""
+        slot = self.warps * tiles * (32 * 16 + 64)
+        x = rows * (groups * 2 * GROUP + 16) if self.x_shared else 0
+        sums = self.warps * tiles * 16 * 9 * 4
+        return stages * slot + x + sums + (2 * stages + 1) * 8
+
+    def fits(self, tiles: int, groups: int) -> bool:
+        """Whether enough slots are left to be worth it."""
+        return self.stages(tiles, MAX_ROWS, groups) >= 3
+
+    def grid(self, row_blocks: int, groups: int, swiglu: bool, multiprocessors: int) -> int:
+        """Blocks of a launch: all have something to do."""
+        return min(self.blocks * multiprocessors, row_blocks * (1 if swiglu else groups))
+
+
+def ring_slices(row_blocks: int, groups: int, swiglu: bool, grid: int) -> int:
+    """Slices of the output that :class:`Ring` writes: the most pieces that a block of rows is cut into.
+
+    Args:
+        grid: blocks of the launch, which share all units of row_blocks x groups equally.
+    """
+    if swiglu:
+        return 1
+    units = row_blocks * groups
+
+    def owner(unit: int) -> int:
+        return ((unit + 1) * grid - 1) // units
+
+    return max(1 + owner((b + 1) * groups - 1) - owner(b * groups) for b in range(row_blocks))
+
+
+RINGS: tuple[Ring | None, ...] = (None,)
+"""What the choice of kernels tries; None: the kernel without a ring."""
+
+RING_TILES = (2, 4, 8)
+"""Tiles per block that a ring is tried with."""
+
+
+def has_rings() -> bool:
+    """Whether the device in use can run them."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @dataclass(frozen=True)
@@ -131,26 +196,33 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
     return apply_swiglu(y) if weight.swiglu else y
 
 
-def ring_bytes(tiles: int, stages: int) -> int:
-    """Shared memory of a block's rings: words, scales and zeros of a group for each warp and stage."""
-    return WARPS * stages * tiles * (32 * 16 + 64)
+MOST_SHARED = 227 * 1024
+"""Bytes of a block on every card that has rings."""
+
+
+def _kernel(tiles: int, swiglu: bool, overlap: bool, device: int, ring: Ring | None = None) -> Any:
+    if ring is not None:
+        # How much shared memory it takes is said at its launch. Registers are to leave room for 16 warps of a
+        # multiprocessor at least, and so for the next kernel's blocks.
+        ring = replace(ring, kib=0, blocks=max(ring.blocks, 16 // ring.warps))
+    return _compiled(tiles, swiglu, overlap, device, ring)
 
 
 @functools.cache
-def _kernel(tiles: int, swiglu: bool, stages: int, overlap: bool, device: int) -> Any:
-    source = resources.files("subspec.kernels").joinpath("int4.cu").read_text(encoding="utf-8")
-    settings = {
-        "TILES": tiles,
-        "WARPS": WARPS,
-        "SWIGLU": int(swiglu),
-        "STAGES": stages,
-        "OVERLAP": int(overlap),
-    }
+def _compiled(tiles: int, swiglu: bool, overlap: bool, device: int, ring: Ring | None) -> Any:
+    name = "int4_ring" if ring else "int4_linear"
+    settings = {"TILES": tiles, "SWIGLU": int(swiglu), "OVERLAP": int(overlap), "WARPS": WARPS}
+    files = ["int4.cu"]
+    if ring:
+        settings |= {"RING": 1, "WARPS": ring.warps, "BLOCKS": ring.blocks, "X_SHARED": int(ring.x_shared)}
+        files.append("int4_ring.cu")
+    folder = resources.files("subspec.kernels")
     header = "".join(f"#define {name} {value}\n" for name, value in settings.items())
+    source = header + "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in files)
     with torch.cuda.device(device):
-        kernel = torch.cuda._compile_kernel(header + source, "int4_linear")
-        if stages:
-            kernel.set_shared_memory_config(ring_bytes(tiles, stages))
+        kernel = torch.cuda._compile_kernel(source, name)
+        if ring:
+            kernel.set_shared_memory_config(MOST_SHARED)
         return kernel
 
 
@@ -161,37 +233,48 @@ def unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs compute capability 8.0 (Ampere) or later"
     try:
-        _kernel(4, False, 0, False, torch.cuda.current_device())
+        _kernel(4, False, False, torch.cuda.current_device())
     except Exception as error:
         return f"the run-time compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
 
 
-def splits_for(weight: PackedInt4, multiprocessors: int) -> int:
-    """Slices of the input dimension that give every multiprocessor a few blocks to overlap loads with."""
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits_for(weight: PackedInt4, count: int) -> int:
+    """Slices of the input dimension that give every multiprocessor a few blocks to overlap loads with.
+
+    Args:
+        count: multiprocessors of the device.
+    """
     blocks, groups = weight.words.shape[0], weight.in_features // GROUP
     if weight.swiglu:
         return 1  # the activation needs the whole sum
-    wanted = -(-3 * multiprocessors // blocks)
+    wanted = -(-3 * count // blocks)
     return max(1, min(wanted, groups // WARPS))
 
 
-def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, stages: int = 0) -> None:
+def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, ring: Ring | None = None) -> None:
     """Run the kernel on up to eight rows; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
         x: bfloat16 [rows, in_features], contiguous.
         out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
             [rows, padded / 2] and ``splits`` 1.
-        stages: see :data:`STAGES`.
+        ring: the kernel with a ring, whose ``splits`` are :func:`ring_slices`.
     """
-    rows, groups = x.shape[0], weight.in_features // GROUP
-    per_split = -(-groups // splits)
-    kernel = _kernel(weight.tiles, weight.swiglu, stages, launch.is_overlapping(), x.device.index or 0)
-    launch.launch(
-        kernel,
-        (weight.words.shape[0], splits, 1),
-        WARPS * 32,
-        [weight.words, weight.meta, x, out, rows, weight.padded, groups, per_split],
-        ring_bytes(weight.tiles, stages),
-    )
+    rows, groups, row_blocks = x.shape[0], weight.in_features // GROUP, weight.words.shape[0]
+    device = x.device.index or 0
+    kernel = _kernel(weight.tiles, weight.swiglu, launch.is_overlapping(), device, ring)
+    args = [weight.words, weight.meta, x, out, rows, weight.padded, groups]
+    if ring is None:
+        per_split = -(-groups // splits)
+        launch.launch(kernel, (row_blocks, splits, 1), WARPS * 32, [*args, per_split])
+        return
+    grid = ring.grid(row_blocks, groups, weight.swiglu, multiprocessors(x.device))
+    stages = ring.stages(weight.tiles, rows, groups)
+    shared = ring.bytes(weight.tiles, rows, groups, stages)
+    launch.launch(kernel, (grid, 1, 1), ring.warps * 32 + 32, [*args, splits, stages], shared)

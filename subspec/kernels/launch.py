@@ -16,8 +16,8 @@ before they read anything but constants, and before they write anything.**
   before it. Whoever has waited for n has waited for all of them.
 - *Write after read* (scratch that the allocator hands on within a level, the residual): writes lie behind the wait too.
 - *Constants* read before the wait are written by no kernel of the same level: weights, norms' gains, biases, rotary
-  frequencies; and of what earlier levels left, the tree and the cache's rows of the prefix and those levels
-  (``attend.cu``). Whatever wrote them had ended before the level's first kernel began.
+  frequencies. A thread that does nothing but copy such into shared memory (``int4_ring.cu``) need not wait: its block's
+  other threads do, so the kernel does not end sooner.
 - Kernels of others in between (cuBLAS, other quantizers') are launched the ordinary way: they start when the kernel
   before them has ended, and to their successors they look like kernels that release nothing early.
 - *No deadlock*: a kernel's blocks start only when all blocks of the kernel before run or have ended, so waiting
@@ -32,8 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OVERLAP = False
+OVERLAP = True
 """Whether levels overlap their kernels' launches where the device can, unless they are told."""
+
+OVERLAPPING = "overlapping"
+"""How a level's kernels are launched, in records; anything else says why they are not."""
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _on = False
@@ -65,6 +68,23 @@ def problem(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "needs compute capability 9.0 (Hopper) or later"
     return None
+
+
+def how(device: torch.device, asked: bool | None = None) -> str:
+    """How a level's kernels are launched on ``device``: :data:`OVERLAPPING`, or ``in order`` and why.
+
+    Args:
+        asked: whether they are to overlap; None: as :data:`OVERLAP` says, where the device can.
+
+    Raises:
+        ValueError: they are to overlap, and cannot.
+    """
+    reason = problem(device)
+    if asked and reason:
+        raise ValueError(f"overlapping launches: {reason}")
+    if not (OVERLAP if asked is None else asked):
+        reason = "switched off"
+    return f"in order ({reason})" if reason else OVERLAPPING
 
 
 @contextmanager

@@ -116,19 +116,33 @@ def rope_store(
 
 
 @triton.jit
+def visible_keys(ancestors, node, valid, node_of_column, column, exists, drafted, capacity):
+    """Which keys a query sees, [M, BLOCK]: ancestors of its node, and all of the prefix."""
+    in_tree = column < drafted
+    key_node = tl.load(node_of_column + column, mask=exists & in_tree, other=0)
+    is_ancestor = tl.load(
+        ancestors + node[:, None] * capacity + key_node[None, :],
+        mask=valid[:, None] & (exists & in_tree)[None, :],
+        other=0,
+    )
+    return exists[None, :] & ((is_ancestor != 0) | (column >= drafted)[None, :])
+
+
+@triton.jit
 def tree_attention(
     q, k_rows, v_rows, ancestors, nodes, node_of_row, length, partial_out, partial_max, partial_sum,
     rows, start_row, drafted, capacity, row_stride, head_stride, scale,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
+    MASKS_PREFIX: tl.constexpr = True, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """One slice of attention for all rows of one kv head (split-KV decoding). Grid: (kv_heads, SPLITS).
+    """One slice of attention for one kv head (split-KV decoding). Grid: (kv_heads, SPLITS, chunks of M).
 
     The keys are rows start_row .. of the cache: first ``drafted`` rows of the tree (visible where the row's node
     is an ancestor of the query's node), then the committed prefix of ``length`` rows (visible to all).
-    M: query rows x heads per kv head, padded to a power of two of at least 16. OPERAND: type of the products'
-    factors, bfloat16 on a GPU (Triton's interpreter multiplies no bfloat16).
+    M: of the query rows x heads per kv head those of one program, a power of two of at least 16. MASKS_PREFIX: blocks
+    without rows of the tree are masked like the others; else a branch leads around the look-ups. OPERAND: type of
+    the products' factors, bfloat16 on a GPU (Triton's interpreter multiplies no bfloat16).
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -136,7 +150,7 @@ def tree_attention(
         tl.extra.cuda.gdc_wait()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = q_heads // kv_heads
-    m = tl.arange(0, M)
+    m = tl.program_id(2) * M + tl.arange(0, M)
     row = m // group
     head = kv_head * group + m % group
     valid = row < rows
@@ -159,21 +173,23 @@ def tree_attention(
         exists = column < end
         memory_row = (start_row + column).to(tl.int64) * row_stride
         key = tl.load(k_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
+        value = tl.load(v_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
         score = tl.dot(query.to(OPERAND), tl.trans(key).to(OPERAND)) * scale
-        in_tree = column < drafted
-        key_node = tl.load(node_of_row + start_row + column, mask=exists & in_tree, other=0)
-        is_ancestor = tl.load(
-            ancestors + node[:, None] * capacity + key_node[None, :],
-            mask=valid[:, None] & (exists & in_tree)[None, :],
-            other=0,
-        )
-        visible = exists[None, :] & ((is_ancestor != 0) | (column >= drafted)[None, :])
+        if MASKS_PREFIX:
+            visible = visible_keys(
+                ancestors, node, valid, node_of_row + start_row, column, exists, drafted, capacity
+            )
+        else:
+            visible = tl.broadcast_to(exists[None, :], (M, BLOCK))
+            if at < drafted:
+                visible = visible_keys(
+                    ancestors, node, valid, node_of_row + start_row, column, exists, drafted, capacity
+                )
         score = tl.where(visible, score, -1e30)
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         weight = tl.where(visible, tl.exp(score - new_highest[:, None]), 0.0)
         correction = tl.exp(highest - new_highest)
         denominator = denominator * correction + tl.sum(weight, axis=1)
-        value = tl.load(v_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
         output = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
         highest = new_highest
     slot = (split * rows + row) * q_heads + head

@@ -54,19 +54,20 @@ class MmaInt4(LevelLinear):
 
     Args:
         splits: slices of the input dimension; 0: a rule of thumb.
-        stages: of a warp's ring of weights; 0: none (:data:`subspec.kernels.int4.STAGES`).
+        ring: of the kernel with a ring, whose slices follow from it; None: the one without.
     """
 
     kind = "int4_mma"
 
-    def __init__(self, weight: int4.PackedInt4, splits: int = 0, stages: int = 0) -> None:
-        self.weight, self.stages = weight, stages
-        cuda = weight.words.is_cuda
-        if splits and cuda:
-            self.splits = splits
-        elif cuda:
-            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
-            self.splits = int4.splits_for(weight, count)
+    def __init__(self, weight: int4.PackedInt4, splits: int = 0, ring: int4.Ring | None = None) -> None:
+        self.weight, self.ring = weight, ring
+        if weight.words.is_cuda:
+            count = int4.multiprocessors(weight.words.device)
+            if ring is not None:
+                shape = (*weight.words.shape[:2], weight.swiglu)
+                self.splits = int4.ring_slices(*shape, ring.grid(*shape, count))
+            else:
+                self.splits = splits or int4.splits_for(weight, count)
         self.stride = weight.padded
         self.nbytes = weight.nbytes
 
@@ -92,7 +93,7 @@ class MmaInt4(LevelLinear):
             out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
         else:
             out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
-        int4.linear(self.weight, x, out, splits=self.splits, stages=self.stages)
+        int4.linear(self.weight, x, out, splits=self.splits, ring=self.ring)
         return out
 
 
@@ -254,19 +255,19 @@ class Variant:
         kernel: its name.
         tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
         splits: of our kernels, slices of the input dimension (0: a rule of thumb).
-        stages: of our 4-bit kernel, groups of weights that a warp has on their way (0: one, in registers).
+        ring: of our 4-bit kernel with a ring, its settings.
     """
 
     kernel: str
     tiles: int = 0
     splits: int = 0
-    stages: int = 0
+    ring: int4.Ring | None = None
 
     def __str__(self) -> str:
         if not self.tiles:
             return self.kernel
         name = f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
-        return f"{name} ring {self.stages}" if self.stages else name
+        return f"{name} {self.ring}" if self.ring else name
 
 
 KERNELS = (MmaInt4.kind, Tinygemm.kind, GemLite.kind, TritonWq.kind)
@@ -283,7 +284,7 @@ def make_linear(variant: Variant, codes: Codes, *, swiglu: bool, bits: int | Non
     kernel, parts = variant.kernel, (codes.q, codes.scale, codes.zero)
     bits = bits or codes.bits
     if kernel == MmaInt4.kind:
-        return MmaInt4(int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu), variant.splits, variant.stages)
+        return MmaInt4(int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu), variant.splits, variant.ring)
     if kernel == TritonWq.kind:
         packed = wq.pack(*parts, bits=bits, swiglu=swiglu)
         return TritonWq(packed, variant.tiles, max(variant.splits, 1))

@@ -67,13 +67,18 @@ def variant_time(
     *,
     swiglu: bool,
     format_: Format = AffineFormat(),  # noqa: B008 (frozen)
+    overlap: bool | None = None,
 ) -> float:
     """Seconds of one call of a kernel on a weight [n, k] and ``rows`` rows, weights not cached.
 
     Takes three times the L2 cache of device memory (at least two weights), and gives it back.
+
+    Args:
+        overlap: whether launches overlap (:func:`subspec.kernels.launch.how`). Captured, the first one has nothing in
+            its graph to overlap with, and graphs replayed one after the other do not overlap.
     """
-    overlap = launch.OVERLAP and launch.problem(device) is None
-    with torch.inference_mode(), launch.overlapping(overlap):
+    on = launch.how(device, overlap) == launch.OVERLAPPING
+    with torch.inference_mode(), launch.overlapping(on):
         linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         return rotated_time(linears, x)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspec.drafts.fused import FusedLayer
 from subspec.drafts.fused_build import ROLES
+from subspec.drafts.fused_model import FusedLayer
 from subspec.errors import SubspecError
 from subspec.kernels.codec import Piece, PieceDecoder, Rows, Spans, decode_into
 from subspec.offload.codec import encode

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from subspec.drafts.fused import FusedLayer
 from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_model import FusedLayer
 from subspec.kernels.codec import PieceDecoder, time_ways
 from subspec.offload.checksum import checksum
 from subspec.offload.coded_cache import Checks, CodedCache, KeptLayer, codes_checksum

@@ -15,8 +15,8 @@ import torch
 
 from subspec.choices import Codec
 from subspec.config import Placement
-from subspec.drafts.fused import FusedModel
 from subspec.drafts.fused_build import LayerFuser, compact, fuse_model
+from subspec.drafts.fused_model import FusedModel
 from subspec.offload.coded_cache import CodedCache
 from subspec.offload.coded_load import TargetCoding
 from subspec.offload.layer_bytes import flat_layer, write_layer

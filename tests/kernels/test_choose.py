@@ -24,8 +24,8 @@ class FakeBench:
     name = "NVIDIA Imaginary (80 GB)"
     device = CUDA
 
-    def __init__(self, time, missing=None):
-        self.time, self.missing = time, missing or {}
+    def __init__(self, time, missing=None, launches="in order (switched off)"):
+        self.time, self.missing, self.launches = time, missing or {}, launches
         self.asked, self.finished = [], []
 
     def unavailable(self, kernel):
@@ -234,6 +234,22 @@ def test_slices_leave_work_for_every_warp():
     assert {variant.splits for variant in few} == {1}
     many = candidates(AffineFormat(), "out", 64, 64 * 16, ["int4_mma"], {})
     assert {variant.splits for variant in many} == {1, 2, 3, 4}
+
+
+def test_times_of_overlapping_launches_are_kept_apart(choose):
+    """What is fastest one after the other need not be fastest overlapping, and a file holds both."""
+    fewest = FakeBench(lambda variant, role: variant.splits + 1.0 if variant.tiles else 50.0)
+    most = FakeBench(
+        lambda variant, role: 20.0 - variant.splits if variant.tiles else 50.0, None, "overlapping"
+    )
+    in_order, overlapping = choose(fewest, {"out": SHAPES["out"]}), choose(most, {"out": SHAPES["out"]})
+    assert in_order.measured == overlapping.measured == 1
+    assert in_order.variants["out"].splits == 1
+    assert overlapping.variants["out"].splits == 8
+    assert overlapping.to_dict()["launches"] == "overlapping"
+    again = choose(fewest, {"out": SHAPES["out"]})
+    assert not again.measured
+    assert again.variants == in_order.variants
 
 
 def test_file_names_are_plain():

@@ -11,6 +11,7 @@ from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import fuse_model
 from subspec.drafts.fused_dense import check_fused, dense_layer
+from subspec.drafts.fused_model import Attention
 from subspec.drafts.layer_skip import skip_layers
 from subspec.drafts.own_cache import OwnCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
@@ -82,13 +83,13 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
         layers = (0, 2)
         drafts = [
             SubstituteDraft(skip_layers(model, layers), 1.0),
-            FusedSubstitute(fused_model(model, device, layers), 1.0, attention_splits=4),
+            FusedSubstitute(fused_model(model, device, layers), 1.0, attention=Attention(splits=4)),
         ]
     else:
         small = model_of("llama", device, layers=2, hidden_size=64, intermediate_size=96, seed=5)
         levels = (
             SubstituteDraft(small, 1.0),
-            FusedSubstitute(fused_model(small, device, (0, 1)), 1.0, attention_splits=4),
+            FusedSubstitute(fused_model(small, device, (0, 1)), 1.0, attention=Attention(splits=4)),
         )
         drafts = [own_cache(each, small, growth, 320) for each in levels]
     engines = [Engine(Decoder(model), draft, growth, max_length=96, prefill_chunk=4) for draft in drafts]
@@ -135,7 +136,7 @@ def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(devi
 
     device = torch.device(device)
     model, growth = model_of("llama", device, layers=1), Beam(2, 1)
-    levels = FusedSubstitute(fused_model(model, device, (0,)), 1.0, attention_splits=2)
+    levels = FusedSubstitute(fused_model(model, device, (0,)), 1.0, attention=Attention(splits=2))
     draft = own_cache(levels, model, growth, 320)
     engine = Engine(Decoder(model), draft, growth, max_length=96, prefill_chunk=16)
     count = 60 if device.type == "cuda" else 8

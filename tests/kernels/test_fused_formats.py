@@ -12,6 +12,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import LayerFuser, fuse_model
+from subspec.drafts.fused_model import Attention
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels import ops
@@ -67,7 +68,7 @@ def fused_draft(model, quant, device, kernel="auto", variants=None):
     shared = {name: p for name, p in model.named_parameters() if "layers." not in name}
     head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     fused = fuse_model(model.config, layers, shared, model.model.rotary_emb, head)
-    return FusedSubstitute(fused, attention_splits=4)
+    return FusedSubstitute(fused, attention=Attention(splits=4))
 
 
 def module_draft(model, quant):

@@ -11,6 +11,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import ROLES, LayerFuser, fuse_model
+from subspec.drafts.fused_model import Attention
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
@@ -40,7 +41,7 @@ def fused_draft(model, device, kernel, bits=4):
     layers = [fuser.fuse(dict(layer.named_parameters()), device) for layer in model.model.layers]
     shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
     fused = fuse_model(model.config, layers, shared, model.model.rotary_emb)
-    return FusedSubstitute(fused, attention_splits=4), fuser
+    return FusedSubstitute(fused, attention=Attention(splits=4)), fuser
 
 
 def module_draft(model, bits=4):

@@ -10,8 +10,8 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import LayerFuser, fuse_model
+from subspec.drafts.fused_model import Attention
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.kernels import attend
 from subspec.quant.codes import HqqCodes
 from tests.helpers.tiny import tiny_model
 
@@ -32,9 +32,8 @@ def fused_draft(model, device, kernel="int4_mma", **options):
     fuser = LayerFuser(model.config, HqqCodes(), kernel=kernel, keep_exact=frozenset())
     layers = [fuser.fuse(layer_tensors(model, i), device) for i in range(len(model.model.layers))]
     shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
-    return FusedSubstitute(
-        fuse_model(model.config, layers, shared, model.model.rotary_emb), attention_splits=4, **options
-    )
+    options = {"attention": Attention(splits=4), **options}
+    return FusedSubstitute(fuse_model(model.config, layers, shared, model.model.rotary_emb), **options)
 
 
 def module_draft(model):
@@ -54,14 +53,11 @@ def module_draft(model):
     # Biases, norms of queries and keys, and neither; Mistral's graph is Llama's.
     ["llama", "qwen2", "qwen3", pytest.param("mistral", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("fused_attention", [False, True])
-def test_a_tree_is_the_module_by_module_substitutes(family, device, fused_attention):
+def test_a_tree_is_the_module_by_module_substitutes(family, device):
     device = torch.device(device)
-    # Heads of 64, which the one kernel for attention takes, or of 32.
-    model = model_of(family, device, **({"heads": 2, "kv_heads": 1} if fused_attention else {}))
+    model = model_of(family, device)
     growth = Beam(3, 3)
-    fused = fused_draft(model, device, fused_attention=fused_attention)
-    assert not fused_attention or attend.unfit(3, 2, 1, fused.model.head_dim, torch.float32) is None
+    fused = fused_draft(model, device)
     engines = [
         Engine(Decoder(model), draft, growth, max_length=64, prefill_chunk=16)
         for draft in (module_draft(model), fused)
@@ -93,6 +89,27 @@ def test_a_tree_is_the_module_by_module_substitutes(family, device, fused_attent
         engine.cache.rows[:, :, :, : engine.cache.draft_rows].float() for engine in engines
     )
     assert (module_cache - fused_cache).norm() / module_cache.norm() < 0.08
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "attention",
+    [Attention(2, 16, 16, 2, 1, False), Attention(8, 32, 0, 4, 2, False), Attention(1, 128, 16, 8, 1)],
+    ids=str,
+)
+def test_every_setting_of_attention_gives_the_same_logits(device, attention):
+    """Several chunks, blocks of the prefix alone, of the tree alone and of both."""
+    device = torch.device(device)
+    model = model_of("llama", device, heads=8, kv_heads=1, layers=1)
+    logits = []
+    with torch.inference_mode():
+        for settings in (Attention(), attention):
+            draft = fused_draft(model, device, attention=settings)
+            engine = Engine(Decoder(model), draft, Beam(3, 3), max_length=96, prefill_chunk=16)
+            root = engine._prefill(PROMPT * 6)
+            engine._draft(root, 40)
+            logits.append(draft._logits_of(3).float().clone())  # of the last level, which sees all others
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("device", DEVICES)

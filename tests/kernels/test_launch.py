@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from subspec.kernels import int4, launch
-from subspec.kernels.formats import AffineFormat
+from subspec.kernels import launch
 
 CONSTANTS = {"weight", "bias", "inverse_frequency", "q_norm", "k_norm"}
 """Arguments of a level's kernels that no kernel writes."""
@@ -71,21 +70,22 @@ def test_a_cpu_overlaps_nothing():
 
     model = model_of("llama", "cpu")
     assert not fused_draft(model, torch.device("cpu")).overlap
+    assert fused_draft(model, torch.device("cpu")).launches == "in order (no CUDA device)"
     with pytest.raises(ValueError, match="overlapping launches: no CUDA device"):
         fused_draft(model, torch.device("cpu"), overlap=True)
 
 
-def test_the_ring_is_a_candidate_when_it_is_asked_for(monkeypatch):
-    format_ = AffineFormat()
-    today = format_.variants("int4_mma", "down", 3584, 18944)
-    assert {variant.stages for variant in today} == {0}
-    monkeypatch.setattr(int4, "STAGES", (0, 4))
-    more = format_.variants("int4_mma", "down", 3584, 18944)
-    assert {variant.stages for variant in more} == {0, 4}
-    assert len({str(variant) for variant in more}) == len(more) == 2 * len(today)
-    assert str(more[-1]).endswith(" ring 4")
-    # Four blocks of 32 outputs, or three of 64, fit into a multiprocessor of 227 KiB.
-    assert 4 * int4.ring_bytes(2, 4) < 227 << 10 > 3 * int4.ring_bytes(4, 4)
+def test_levels_overlap_where_the_device_can_unless_they_are_told(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert launch.how(device) == launch.how(device, True) == "overlapping"
+    assert launch.how(device, False) == "in order (switched off)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert launch.how(device) == "in order (needs compute capability 9.0 (Hopper) or later)"
+    assert launch.how(device, False) == "in order (switched off)"
+    with pytest.raises(ValueError, match=r"overlapping launches: needs compute capability 9\.0"):
+        launch.how(device, True)
 
 
 def loads_and_stores(function):
@@ -124,8 +124,7 @@ def test_every_kernel_of_a_level_waits_before_it_touches_what_others_write():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused_attention", [False, True])
-def test_a_level_that_overlaps_gives_the_same_tree_and_cache(fused_attention):
+def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
     pytest.importorskip("triton")
     from subspec.decoding.decoder import Decoder
     from subspec.decoding.engine import Engine
@@ -139,7 +138,7 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache(fused_attention):
     growth = Beam(12, 6)
     results = []
     for overlap in (False, True):
-        draft = fused_draft(model, device, overlap=overlap, fused_attention=fused_attention)
+        draft = fused_draft(model, device, overlap=overlap)
         engine = Engine(Decoder(model), draft, growth, max_length=128, prefill_chunk=16)
         with torch.inference_mode():
             root = engine._prefill(PROMPT)

@@ -105,10 +105,11 @@ def test_coded_speculation_passes_the_audit(device, quant):
     pytest.importorskip("triton")
     from subspec.decoding.audit import Auditor
     from subspec.drafts.fused import FusedSubstitute
+    from subspec.drafts.fused_model import Attention
 
     model = tiny(layers=3, device=device)
     loaded = load(model, (1,), device=device, quant=quant)
-    draft = FusedSubstitute(loaded.substitute, attention_splits=4)
+    draft = FusedSubstitute(loaded.substitute, attention=Attention(splits=4))
     engine = Engine(loaded.decoder, draft, Beam(4, 3), max_length=96)
     result = engine.generate(PROMPT, max_new_tokens=60 if device == "cuda" else 3)
     assert Auditor(Decoder(model)).audit(PROMPT, result.token_ids).mismatch == 0

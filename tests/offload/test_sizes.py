@@ -147,7 +147,8 @@ class NoKernels:
 @pytest.mark.parametrize("width", [1, 6, 16])
 def test_fused_levels_hold_what_the_formula_says(name, width):
     pytest.importorskip("triton")
-    from subspec.drafts.fused import FusedLayer, FusedModel, FusedSubstitute
+    from subspec.drafts.fused import FusedSubstitute
+    from subspec.drafts.fused_model import FusedLayer, FusedModel
     from subspec.kernels.ops import Dense
 
     shapes = ModelShapes.of(two_layers(name))

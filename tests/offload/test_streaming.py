@@ -10,6 +10,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import LayerFuser
+from subspec.drafts.fused_model import Attention
 from subspec.errors import SubspecError
 from subspec.offload.layer_bytes import parameter_views, write_layer
 from subspec.offload.load import load_streamed
@@ -115,7 +116,10 @@ def test_streamed_speculation_passes_the_audit(device):
     fuser = LayerFuser(model.config, HqqCodes(), kernel="int4_mma", keep_exact=frozenset())
     loaded = load_streamed(source, plan_for([1]), device, fuser=fuser, skip_layers=frozenset({1}))
     engine = Engine(
-        loaded.decoder, FusedSubstitute(loaded.substitute, attention_splits=4), Beam(4, 3), max_length=96
+        loaded.decoder,
+        FusedSubstitute(loaded.substitute, attention=Attention(splits=4)),
+        Beam(4, 3),
+        max_length=96,
     )
     count = 60 if device.type == "cuda" else 8
     result = engine.generate(PROMPT, max_new_tokens=count)

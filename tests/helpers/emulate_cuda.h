@@ -1,0 +1,226 @@
+// The parts of CUDA that subspec/kernels/int4*.cu use, as C++ in one host thread: every thread of a block is a context
+// that runs until it waits. Threads take turns in an order drawn from a seed; copies into shared memory come when they
+// like, one at a time, and shared memory holds NaN before: whoever does not wait reads nonsense.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define DYNAMIC_SHARED(name) unsigned char* name = emulated::shared
+
+#define __expf expf
+
+using std::min;
+
+struct float2 { float x, y; };
+struct Place { int x, y, z; };
+struct Word4;
+static Place gridDim, blockIdx, threadIdx;
+
+namespace emulated {
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  int number;
+  bool done = false;
+  std::function<bool()> ready;
+};
+
+struct Rendezvous { int count = 0, generation = 0; };
+
+struct Copy { void* to; const void* from; unsigned bytes; struct Phase* phase; };
+
+struct Phase { long long arrivals, expected, missing; unsigned parity; };  // of an mbarrier
+
+static std::vector<std::unique_ptr<Thread>> threads;
+static Thread* current;
+static ucontext_t scheduler;
+static std::map<int, Rendezvous> meetings;
+static std::vector<Copy> copies;
+static std::function<void()> body;
+static unsigned char* shared;
+static unsigned lanes[64][32][6];
+
+static const char* problem;  // the first one, which ends the block
+
+static void fail(const char* why) {
+  problem = why;
+  if (current) swapcontext(&current->context, &scheduler);
+}
+
+static void pause_until(std::function<bool()> ready) {
+  while (!ready()) {
+    current->ready = ready;
+    swapcontext(&current->context, &scheduler);
+  }
+  current->ready = nullptr;
+  threadIdx.x = current->number;
+}
+
+static void meet(int which, int count) {
+  Rendezvous& own = meetings[which];
+  const int generation = own.generation;
+  if (++own.count == count) {
+    own.count = 0;
+    ++own.generation;
+    return;
+  }
+  pause_until([&own, generation] { return own.generation != generation; });
+}
+
+static void turn(Phase& phase) {  // a phase ends when all have arrived and all bytes have come
+  if (phase.arrivals || phase.missing) return;
+  phase.arrivals = phase.expected;
+  phase.parity ^= 1;
+}
+
+static void run_block(int count, size_t shared_bytes, unsigned seed) {
+  std::mt19937 draw(seed);
+  std::vector<unsigned char> memory(shared_bytes + 128, 0xff);
+  problem = nullptr;
+  copies.clear();
+  shared = (unsigned char*)(((uintptr_t)memory.data() + 127) & ~(uintptr_t)127);
+  meetings.clear();
+  threads.clear();
+  for (int i = 0; i < count; ++i) {
+    threads.push_back(std::make_unique<Thread>());
+    Thread& own = *threads.back();
+    own.number = i;
+    getcontext(&own.context);
+    own.context.uc_stack.ss_sp = own.stack.data();
+    own.context.uc_stack.ss_size = own.stack.size();
+    own.context.uc_link = &scheduler;
+    makecontext(&own.context, (void (*)())+[] { body(); current->done = true; }, 0);
+  }
+  for (int left = count; left;) {
+    bool moved = false;
+    const int start = draw() % count, step = draw() % 2 ? 1 : count - 1;
+    for (int i = 0, at = start; i < count; ++i, at = (at + step) % count) {
+      Thread& own = *threads[at];
+      if (own.done || (own.ready && !own.ready())) continue;
+      current = &own;
+      threadIdx.x = own.number;
+      swapcontext(&scheduler, &own.context);
+      current = nullptr;
+      if (problem) return;
+      moved = true;
+      left -= own.done;
+    }
+    if (!copies.empty() && (!moved || draw() % 4 == 0)) {
+      const size_t which = draw() % copies.size();
+      const Copy copy = copies[which];
+      copies.erase(copies.begin() + which);
+      memcpy(copy.to, copy.from, copy.bytes);
+      copy.phase->missing -= copy.bytes;
+      turn(*copy.phase);
+      moved = true;
+    }
+    if (!moved) return fail("every thread waits");
+  }
+  if (!copies.empty()) fail("a block ends before its copies have come");
+}
+
+static float from_bits(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace emulated
+
+using Barrier = emulated::Phase*;
+
+static void __syncthreads() { emulated::meet(-1, (int)emulated::threads.size()); }
+static void __syncwarp() { emulated::meet(threadIdx.x / 32, 32); }
+static void sync_readers() { emulated::meet(-2, WARPS * 32); }
+static void release_next() {}
+static void wait_for_previous() {}
+
+struct Word4;
+static Word4 load_once(const Word4* p);
+static Word4 load(const Word4* p);
+
+static void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  unsigned(*all)[6] = emulated::lanes[warp];
+  const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(all[lane], own, sizeof own);
+  __syncwarp();
+  const auto half = [](unsigned word, int k) { return emulated::from_bits(k & 1 ? word & 0xffff0000u : word << 16); };
+  for (int j = 0; j < 4; ++j) {  // PTX ISA, fragments of mma.m16n8k16
+    const int row = lane / 4 + (j >= 2 ? 8 : 0), column = 2 * (lane % 4) + (j & 1);
+    float sum = 0.f;
+    for (int k = 0; k < 16; ++k) {
+      const int t = (k % 8) / 2;
+      const unsigned a = all[(row % 8) * 4 + t][row / 8 + 2 * (k / 8)], b = all[column * 4 + t][4 + k / 8];
+      sum += half(a, k) * half(b, k);
+    }
+    d[j] += sum;
+  }
+  __syncwarp();
+}
+
+static float2 half_pair(unsigned v) {
+  const auto wide = [](unsigned half) {  // scales and zeros are finite
+    const unsigned exponent = (half >> 10) & 31, fraction = half & 1023;
+    const float size = exponent ? ldexpf(1024 + fraction, (int)exponent - 25) : ldexpf(fraction, -24);
+    return half >> 15 ? -size : size;
+  };
+  return {wide(v & 0xffff), wide(v >> 16)};
+}
+
+static unsigned short to_bf16(float v) {
+  unsigned bits;
+  memcpy(&bits, &v, 4);
+  return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Barriers are kept aside; where they lie, the kernel has a pointer's eight bytes.
+static std::map<Barrier*, emulated::Phase> phases;
+
+static void start_barrier(Barrier* barrier, int arrivals) { phases[barrier] = {arrivals, arrivals, 0, 0}; }
+static void publish_barriers() {}
+
+static emulated::Phase& phase_of(Barrier* barrier) {
+  const auto found = phases.find(barrier);
+  if (found == phases.end()) emulated::fail("a barrier is used before it is there");
+  return found->second;
+}
+
+static void arrive(Barrier* barrier) {
+  emulated::Phase& phase = phase_of(barrier);
+  if (--phase.arrivals < 0) emulated::fail("a barrier has more arrivals than it expects");
+  emulated::turn(phase);
+}
+
+static void announce(Barrier* barrier, unsigned bytes) {
+  phase_of(barrier).missing += bytes;
+  arrive(barrier);
+}
+
+static void wait(Barrier* barrier, unsigned parity) {
+  emulated::Phase& phase = phase_of(barrier);
+  emulated::pause_until([&phase, parity] { return phase.parity != parity; });
+}
+
+static void copy(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes) emulated::fail("a copy is not aligned");
+  memset(to, 0xff, bytes);  // what was there is gone from now on
+  emulated::copies.push_back({to, from, bytes, &phase_of(barrier)});
+}

@@ -1,0 +1,54 @@
+"""What the benchmark of ways to compute a level makes of its measurements."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from subspec.drafts.fused_model import Attention
+from subspec.kernels import int4
+from subspec.kernels.ops import Variant
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    return importlib.import_module("level_variants_benchmark")
+
+
+def test_a_kernels_critical_time_is_what_it_adds_to_the_end_of_all_before(benchmark):
+    spans = [(10.0, 14.0, "a"), (12.0, 15.0, "b"), (12.5, 13.0, "c"), (18.0, 20.0, "a")]
+    table = benchmark.kernel_table(spans, replays=1)
+    assert table["level_us"] == 10
+    assert table["gaps_us"] == 3
+    assert table["kernels"]["a"] == {"count": 2, "us": 6, "critical_us": 6}
+    assert table["kernels"]["b"] == {"count": 1, "us": 3, "critical_us": 1}
+    assert table["kernels"]["c"]["critical_us"] == 0
+    critical = sum(kernel["critical_us"] for kernel in table["kernels"].values())
+    assert critical + table["gaps_us"] == table["level_us"]
+    assert benchmark.kernel_table(spans, replays=2)["kernels"]["a"] == {"count": 1, "us": 3, "critical_us": 3}
+
+
+def test_the_fastest_variant_of_both_kinds_is_taken(benchmark):
+    ring = Variant("int4_mma", 2, 0, int4.Ring(16, 1, 200))
+    plain = {"out": {Variant("int4_mma", 4, 4): 5.0, Variant("int4_mma", 4, 1): 5.05}}
+    assert benchmark.best_of(plain) == {
+        "out": Variant("int4_mma", 4, 1)
+    }  # as good as the fastest, and fewer slices
+    assert benchmark.best_of(plain, {"out": {ring: 4.0}}) == {"out": ring}
+    assert benchmark.best_of(plain, {"out": {ring: 6.0}}) == {"out": Variant("int4_mma", 4, 1)}
+
+
+def test_every_role_has_settings_of_the_ring_that_fit_a_multiprocessor(benchmark):
+    settings_of = benchmark.check_kernels.__globals__["settings_of"]
+    for role, (n, k) in {"gate_up": (37888, 3584), "down": (3584, 18944), "qkv": (4608, 3584)}.items():
+        found = settings_of(role, n, k, rings=True)
+        assert len(found) == len({str(variant) for variant in found}) > 8
+        assert {variant.tiles for variant in found} == {2, 4, 8}
+        assert not any(variant.ring.x_shared for variant in found) or role != "down"
+
+
+def test_attention_is_not_chosen_for_short_prefixes_alone(benchmark):
+    first, second, third = Attention(), Attention(8), Attention(32)
+    times = {first: [10.0, 20.0], second: [4.0, 30.0], third: [6.0, 20.5]}
+    assert benchmark.best_attention(times) == third
