@@ -1,6 +1,6 @@
 """CUDA sources of this package, compiled by the run-time compiler that ships with PyTorch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -21,3 +21,20 @@ def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str,
     text = "".join(folder.joinpath(source).read_text(encoding="utf-8") for source in sources)
     with torch.cuda.device(device):
         return torch.cuda._compile_kernel(header + text, name)
+
+
+def problem(trial: Callable[[], object]) -> str | None:
+    """Why sources for tensor cores cannot be compiled here, in a few words; None when they can.
+
+    Args:
+        trial: compiles one of them.
+    """
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or later"
+    try:
+        trial()
+    except Exception as error:
+        return f"the run-time compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None

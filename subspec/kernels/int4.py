@@ -6,7 +6,6 @@ PyTorch; no CUDA toolkit is needed. They compute up to eight rows in one launch;
 
 import functools
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from subspec.kernels import launch
 from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.compile import compile_cuda, problem
 
 GROUP = 64
 """Weights along the input dimension that share a scale and a zero; the kernel is built for this size."""
@@ -216,27 +216,16 @@ def _compiled(tiles: int, swiglu: bool, overlap: bool, device: int, ring: Ring |
     if ring:
         settings |= {"RING": 1, "WARPS": ring.warps, "BLOCKS": ring.blocks, "X_SHARED": int(ring.x_shared)}
         files.append("int4_ring.cu")
-    folder = resources.files("subspec.kernels")
-    header = "".join(f"#define {name} {value}\n" for name, value in settings.items())
-    source = header + "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in files)
-    with torch.cuda.device(device):
-        kernel = torch.cuda._compile_kernel(source, name)
-        if ring:
+    kernel = compile_cuda(files, settings, name, device)
+    if ring:
+        with torch.cuda.device(device):
             kernel.set_shared_memory_config(MOST_SHARED)
-        return kernel
+    return kernel
 
 
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None when it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or later"
-    try:
-        _kernel(4, False, False, torch.cuda.current_device())
-    except Exception as error:
-        return f"the run-time compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return None
+    return problem(lambda: _kernel(4, False, False, torch.cuda.current_device()))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -6,7 +6,6 @@ to eight rows in one launch.
 
 import functools
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.compile import compile_cuda, problem
 from subspec.quant.higgs_codes import HiggsCodes
 
 STEP = 64
@@ -141,7 +141,6 @@ def reference(weight: PackedLut, x: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(bits: int, group_steps: int, tiles: int, swiglu: bool, device: int) -> Any:
-    source = resources.files("subspec.kernels").joinpath("lut.cu").read_text(encoding="utf-8")
     settings = {
         "BITS": bits,
         "GROUP_STEPS": group_steps,
@@ -149,22 +148,12 @@ def _kernel(bits: int, group_steps: int, tiles: int, swiglu: bool, device: int) 
         "WARPS": WARPS,
         "SWIGLU": int(swiglu),
     }
-    header = "".join(f"#define {name} {value}\n" for name, value in settings.items())
-    with torch.cuda.device(device):
-        return torch.cuda._compile_kernel(header + source, "lut_linear")
+    return compile_cuda(["lut.cu"], settings, "lut_linear", device)
 
 
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None when it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or later"
-    try:
-        _kernel(4, 4, 2, False, torch.cuda.current_device())
-    except Exception as error:
-        return f"the run-time compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return None
+    return problem(lambda: _kernel(4, 4, 2, False, torch.cuda.current_device()))
 
 
 def splits_for(weight: PackedLut, multiprocessors: int) -> int:
