@@ -1,9 +1,9 @@
-"""Time to rebuild one coded layer, by quantizer, bits and way, on this card (planted weights of a real shape).
+"""Time to rebuild one coded layer, by quantizer and bits, on this card (planted weights of a real shape).
 
     python scripts/codec_benchmark.py [--target qwen2_5_7b] [--formats hqq4,hqq8,higgs4] [--json FILE]
 
 Codes the first layer of a planted target beside each substitute, as loading does (every Linear is decoded again and
-compared bit by bit), and times its decoding by every way there is. Beside it stand the layer's bytes, the time they
+compared bit by bit), and times its decoding. Beside it stand the layer's bytes, the time they
 take over the measured link, which decoding has to hide behind, and the weights rebuilt per second. One JSON line last.
 """
 
@@ -16,11 +16,10 @@ from rich.table import Table
 
 from subspec.config import PlantedTargetConfig
 from subspec.drafts.fused_build import ROLES, LayerFuser
-from subspec.kernels.codec import DIRECT, FEWER, STAGED, PieceDecoder, milliseconds
+from subspec.kernels.codec import PieceDecoder
 from subspec.kernels.formats import AffineFormat, Format
-from subspec.kernels.lut import MmaLut
 from subspec.kernels.lut_format import LutFormat
-from subspec.kernels.ops import MmaInt4
+from subspec.kernels.timing import graph_time
 from subspec.offload.coded_layer import encode_layer
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.link import measure_link
@@ -40,8 +39,8 @@ def substitute_of(name: str) -> tuple[CodeQuantizer, Format, str]:
     return HqqCodes(bits), AffineFormat(bits), "int4_mma" if bits == 4 else "triton_wq"
 
 
-def measure(name: str, source: PlantedSource, device: torch.device) -> list[dict[str, float | str]]:
-    """One row per way."""
+def measure(name: str, source: PlantedSource, device: torch.device) -> dict[str, float | str]:
+    """One layer's figures beside one substitute."""
     quantizer, kept, kernel = substitute_of(name)
     formats = dict.fromkeys(ROLES, kept)
     fuser = LayerFuser(source.config, quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats)
@@ -54,21 +53,15 @@ def measure(name: str, source: PlantedSource, device: torch.device) -> list[dict
     buffer = torch.empty(PlainCodec().layer_bytes(shapes), dtype=torch.uint8, device=device)
     views = parameter_views(buffer, shapes, torch.bfloat16)
     pieces = [part.piece(views[part.name], substitute) for part in coded.parts]
-    rows: list[dict[str, float | str]] = []
-    for way in (DIRECT, FEWER, STAGED) if isinstance(pieces[0].linear, MmaInt4) else (DIRECT,):
-        decoder = PieceDecoder(pieces, way)
-        taken = milliseconds(lambda: decoder(flat), rounds=10)  # noqa: B023 (called at once)
-        rows.append(
-            {
-                "format": name,
-                "way": "rotated back, direct" if isinstance(pieces[0].linear, MmaLut) else way,
-                "ms": taken,
-                "bits_per_weight": 8 * coded.nbytes / weights,
-                "gigabytes": coded.nbytes / 1e9,
-                "weights_per_s": weights / taken * 1e3,
-            }
-        )
-    return rows
+    decoder = PieceDecoder(pieces)
+    taken = graph_time(lambda: decoder(flat))
+    return {
+        "format": name,
+        "ms": taken * 1e3,
+        "bits_per_weight": 8 * coded.nbytes / weights,
+        "gigabytes": coded.nbytes / 1e9,
+        "weights_per_s": weights / taken,
+    }
 
 
 def main() -> None:
@@ -90,18 +83,17 @@ def main() -> None:
     }
     rows: list[dict[str, float | str]] = []
     for name in options.formats.split(","):
-        rows += measure(name, source, device)
+        rows.append(measure(name, source, device))
         torch.cuda.empty_cache()
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(facts | {"rows": rows}, file, indent=1)
     shown = Table(title=f"one layer of {options.target}, link {link:.1f} GB/s (no language model)")
-    for column in ("substitute", "way", "ms", "link ms", "bits per weight", "1e9 weights/s"):
-        shown.add_column(column, justify="left" if column in ("substitute", "way") else "right")
+    for column in ("substitute", "ms", "link ms", "bits per weight", "1e9 weights/s"):
+        shown.add_column(column, justify="left" if column == "substitute" else "right")
     for row in rows:
         shown.add_row(
             str(row["format"]),
-            str(row["way"]),
             f"{row['ms']:.2f}",
             f"{float(row['gigabytes']) / link * 1e3:.2f}",
             f"{row['bits_per_weight']:.2f}",

@@ -19,7 +19,6 @@ from subspec.config import (
 from subspec.decoding.engine import Engine
 from subspec.decoding_config import build_sampling
 from subspec.errors import ConfigError
-from subspec.kernels.codec import way_facts
 from subspec.offload.plan import Plan, plan_run
 from subspec.offload.plan_table import plan_table
 from subspec.targets import Target, load_target, open_source, resolve_dtype
@@ -65,7 +64,6 @@ class Loaded:
             streamed = self.assembly.streamed
             if streamed is not None and streamed.bits_per_weight is not None:
                 facts["coded_bits_per_weight"] = streamed.bits_per_weight
-                facts["coded_decoder"] = way_facts(streamed.decoder.device)
             if streamed is not None and streamed.coded is not None:
                 facts["coded_cache"] = streamed.coded.report()
         draft = self.assembly.engine.draft

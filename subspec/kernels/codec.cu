@@ -12,7 +12,8 @@
 //
 // LAYOUT says how the substitute lies in memory:
 //   1  the draft kernel's own 4-bit order (int4.cu): words, and half pairs of scale and zero; group 64. The rows of a
-//      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's.
+//      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's. Its
+//      kernel is in codec_staged.cu.
 //   2  the Triton kernel's order (wq.py), for other bits and groups: word j of a row holds the inputs j, j + S, ... of
 //      S words; outputs are neighbours. Reads are scattered, as neither order can suit both kernels.
 //   3  grid points of rotated weights (HIGGS, lut.cu): lut_dequantize.cu has written the dequantized weights, rotated
@@ -221,30 +222,6 @@ DEVICE Word4 decode_eight(Source& bits, const unsigned* table, unsigned first, u
   return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
 }
 
-DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
-  const float half = as_float((unsigned)part.half);
-  Bits bits;
-  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
-  const long long begin = chunk * CHUNK;
-  int row = (int)(begin / part.columns), group = (int)((begin - (long long)row * part.columns) / 64);
-  const int steps = (int)(part.total - begin < CHUNK ? (part.total - begin) / 64 : CHUNK / 64);
-  unsigned short* to = (unsigned short*)part.out + begin;
-  for (int step = 0; step < steps; ++step) {
-    const Group own = locate(part, row, group);
-    fill(table, 16, own.scale, own.zero, half);
-#pragma unroll 1
-    for (int t = 0; t < 4; ++t) {
-      const Word4 word = load4(own.lanes + 4 * t);
-      const Word4 first = decode_eight(bits, table, word.x >> own.shift, word.y >> own.shift);
-      store4(to + t * 16, first.x, first.y, first.z, first.w);
-      const Word4 second = decode_eight(bits, table, word.z >> own.shift, word.w >> own.shift);
-      store4(to + t * 16 + 8, second.x, second.y, second.z, second.w);
-    }
-    to += 64;
-    if (++group == (int)part.columns / 64) { group = 0; ++row; }
-  }
-}
-
 #elif LAYOUT == 2
 
 // words: [columns / per_word][rows], high: [columns / 16][rows] (3 bits), meta: [2][columns / group][rows] of half.
@@ -332,7 +309,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
 
 #endif
 
-#if !defined(HOST_TEST) && LAYOUT > 0
+#if !defined(HOST_TEST) && LAYOUT > 1
 extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* parts, const unsigned char* flat,
                                                                    int count) {
   __shared__ unsigned table[16 * THREADS];

@@ -7,7 +7,7 @@ here can serve (:data:`KERNELS`). HIGGS is dequantized first, into the place of 
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,18 +28,6 @@ KERNELS = (MmaInt4.kind, TritonWq.kind, MmaLut.kind)
 
 THREADS = 128
 """Of a block, each of which decodes a chunk."""
-
-DIRECT, FEWER, STAGED = "direct", "direct, fewer threads", "staged"
-"""Ways to decode beside :class:`~subspec.kernels.ops.MmaInt4`. A thread reads and writes cache lines of its own from
-one end to the other, so with many threads the caches hold no line until its end is reached: ``codec.cu``, the same
-with fewer threads at a time, or ``codec_staged.cu``'s detour by shared memory. Which is the fastest depends on the
-device: a process times all of them on the first large weight."""
-
-RESERVED = 36 << 10
-"""Bytes of shared memory that keep other blocks away: five of them share a Hopper multiprocessor, not twelve."""
-
-TELLING = 1 << 24
-"""Weights at least of a Linear that the ways are timed with."""
 
 FIELDS = 16
 """64-bit numbers that say all about one Linear: ``Part`` in ``codec.cu``."""
@@ -129,13 +117,12 @@ class PieceDecoder:
 
     Args:
         pieces: on one device.
-        way: of :data:`DIRECT`, :data:`FEWER` and :data:`STAGED`; None: the fastest, as far as that is known.
 
     Raises:
         TypeError: the order of a Linear's kernel is not known here.
     """
 
-    def __init__(self, pieces: Sequence[Piece], way: str | None = None) -> None:
+    def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
         self._dequantize: Dequantizer | None = None
         self._launches: list[tuple[Any, Tensor, dict[str, Any], int]] = []
@@ -159,10 +146,7 @@ class PieceDecoder:
         for layout, rows in parts.items():
             table = torch.tensor(rows, dtype=torch.int64, device=device)
             shape = {"grid": (blocks[layout], 1, 1), "block": (THREADS, 1, 1)}
-            kernel = _kernel(
-                layout, (way or decoding_way(device)) if layout == 1 else DIRECT, device.index or 0
-            )
-            self._launches.append((kernel, table, shape, len(rows)))
+            self._launches.append((_kernel(layout, device.index or 0), table, shape, len(rows)))
 
     def __call__(self, flat: Tensor) -> None:
         """Write every piece's weight from ``flat`` (uint8, 4-byte aligned, on the pieces' device)."""
@@ -181,56 +165,7 @@ def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> N
     """Write one exact weight; arguments as in :class:`Piece`."""
     starts, stream = coded.starts.numel(), coded.stream.numel()
     flat = torch.cat([coded.starts, coded.stream]).view(torch.uint8)
-    piece = Piece(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)
-    time_ways(piece, flat)
-    PieceDecoder([piece])(flat)
-
-
-_times: dict[int, dict[str, float]] = {}
-"""Milliseconds by way, by device number."""
-
-
-def decoding_way(device: torch.device) -> str:
-    """The fastest way of those that were timed on a device."""
-    times = _times.get(device.index or 0)
-    return DIRECT if not times else min(times, key=times.__getitem__)
-
-
-def way_facts(device: torch.device) -> dict[str, Any] | None:
-    """The way and the milliseconds it was chosen by, for a run's facts; None: nothing was timed."""
-    times = _times.get(device.index or 0)
-    return None if times is None else {"way": decoding_way(device), "milliseconds": times}
-
-
-def time_ways(piece: Piece, flat: Tensor) -> None:
-    """Decode a weight by every way and remember how long each took, once per device of a process.
-
-    Does nothing where there is nothing to choose, and with weights of less than :data:`TELLING`.
-    """
-    device = piece.out.device.index or 0
-    if not (piece.out.is_cuda and isinstance(piece.linear, MmaInt4) and piece.out.numel() >= TELLING):
-        return
-    if device in _times:
-        return
-    times = {}
-    for way in (DIRECT, FEWER, STAGED):
-        decoder = PieceDecoder([piece], way)
-        times[way] = milliseconds(lambda: decoder(flat))  # noqa: B023 (called at once)
-    _times[device] = times
-
-
-def milliseconds(call: Callable[[], object], rounds: int = 3) -> float:
-    """Of a call, at best, on the current stream."""
-    call()
-    best = float("inf")
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end))
-    return best
+    PieceDecoder([Piece(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)])(flat)
 
 
 def describe(piece: Piece) -> tuple[int, list[int]]:
@@ -262,9 +197,6 @@ def _unknown(linear: LevelLinear) -> TypeError:
 
 
 @functools.cache
-def _kernel(layout: int, staged: bool, device: int) -> Any:
-    if staged:
-        return compile_cuda(
-            ["codec.cu", "codec_staged.cu"], {"LAYOUT": layout}, "codec_decode_staged", device
-        )
-    return compile_cuda(["codec.cu"], {"LAYOUT": layout}, "codec_decode", device)
+def _kernel(layout: int, device: int) -> Any:
+    sources = ["codec.cu", "codec_staged.cu"] if layout == 1 else ["codec.cu"]
+    return compile_cuda(sources, {"LAYOUT": layout}, "codec_decode", device)

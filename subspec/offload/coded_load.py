@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspec.drafts.fused_build import LayerFuser
 from subspec.drafts.fused_model import FusedLayer
-from subspec.kernels.codec import PieceDecoder, time_ways
+from subspec.kernels.codec import PieceDecoder
 from subspec.offload.checksum import checksum
 from subspec.offload.coded_cache import Checks, CodedCache, KeptLayer, codes_checksum
 from subspec.offload.coded_layer import CodedLayer, LayerDecoder, encode_layer
@@ -180,9 +180,7 @@ def _problem(
     flat = host.to(device)
     for part in kept.layer.parts:
         decoded = torch.empty(part.shape, dtype=torch.bfloat16, device=device)
-        piece = part.piece(decoded, substitute)
-        time_ways(piece, flat)
-        PieceDecoder([piece])(flat)
+        PieceDecoder([part.piece(decoded, substitute)])(flat)
         if checksum(decoded) != kept.checks[part.name].weight:
             return "is not rebuilt to what it was made from"
         if not _same(decoded[:1].cpu(), sample.get(part.name)):

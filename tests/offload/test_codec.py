@@ -8,23 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.errors import SubspecError
-from subspec.kernels import codec as kernel
 from subspec.kernels import int4, wq
 from subspec.kernels.codec import (
-    DIRECT,
-    FEWER,
     FIELDS,
-    STAGED,
     THREADS,
     Piece,
-    PieceDecoder,
     Rows,
     Spans,
     decode_into,
-    decoding_way,
     describe,
     substitute_codes,
-    way_facts,
 )
 from subspec.kernels.ops import MmaInt4, TritonWq
 from subspec.offload.codec import CHUNK, decode, encode
@@ -184,13 +177,13 @@ def test_decoding_reads_the_kernels_own_order(kind, swiglu, bits, tiles, device)
 HOST = r"""
 #define HOST_TEST
 #include "codec.cu"
-#if STAGE
+#if LAYOUT == 1
 #include "codec_staged.cu"
 #include <cstdlib>
 #endif
 static unsigned table[16 * THREADS];
 
-#if STAGE
+#if LAYOUT == 1
 // A block's threads one after the other, between the barriers of the kernel.
 static void decode_block(const Part& part, const unsigned char* flat, long long block) {
   static unsigned ring[RING * THREADS];
@@ -228,15 +221,12 @@ extern "C" void decode(const Part* parts, const unsigned char* flat, int count, 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The CUDA source as C++, by layout and way."""
+    """The CUDA source as C++, by layout."""
     folder = tmp_path_factory.mktemp("codec")
-    return {
-        (layout, stage): compile_host(folder, HOST, {"LAYOUT": layout, "STAGE": stage})
-        for layout, stage in [(1, 0), (1, 1), (2, 0)]
-    }
+    return {layout: compile_host(folder, HOST, {"LAYOUT": layout}) for layout in (1, 2)}
 
 
-def run_on_host(compiled, pieces, flat, stage):
+def run_on_host(compiled, pieces, flat):
     """What :class:`PieceDecoder` launches, as C++; ``flat``: int32, 16-byte aligned as a device's memory is."""
     described = [describe(piece) for piece in pieces]
     (layout,) = {layout for layout, _ in described}
@@ -245,14 +235,11 @@ def run_on_host(compiled, pieces, flat, stage):
     assert table.shape == (len(pieces), FIELDS)
     assert flat.data_ptr() % 16 == 0
     arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, flat)]
-    compiled[layout, stage].decode(*arguments, len(pieces), sum(blocks))
+    compiled[layout].decode(*arguments, len(pieces), sum(blocks))
 
 
-@pytest.mark.parametrize(
-    ("kind", "swiglu", "bits", "tiles", "stage"),
-    [(*case, 0) for case in CASES] + [(*case, 1) for case in CASES if case[0] == "int4_mma"],
-)
-def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits, tiles, stage):
+@pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)
+def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits, tiles):
     """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
     linear, members = fused(kind, parts_of(swiglu), swiglu=swiglu, bits=bits, tiles=tiles)
     flat, pieces = torch.zeros(0, dtype=torch.int32), []
@@ -263,12 +250,12 @@ def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits
         behind = begin + coded.starts.numel()
         spans = Spans((4 * begin, coded.starts.numel()), (4 * behind, coded.stream.numel()))
         pieces.append(Piece(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
-    run_on_host(compiled, pieces, flat, stage)
+    run_on_host(compiled, pieces, flat)
     for piece, (weight, _, _) in zip(pieces, members, strict=True):
         assert same(piece.out, weight)
 
 
-def test_several_blocks_are_decoded_by_way_of_shared_memory(compiled):
+def test_several_blocks_are_decoded(compiled):
     """More chunks than a block has threads, and a last one that is short."""
     weight = spoiled(gaussian(45, 64 * 23))
     codes = HqqCodes().codes(weight)
@@ -279,39 +266,10 @@ def test_several_blocks_are_decoded_by_way_of_shared_memory(compiled):
     assert count > THREADS
     assert weight.numel() % CHUNK
     piece = Piece(torch.zeros_like(weight), linear, rows, Spans((0, count), (4 * count, 0)), coded.margin)
-    run_on_host(compiled, [piece], torch.cat([coded.starts, coded.stream]), 1)
+    run_on_host(compiled, [piece], torch.cat([coded.starts, coded.stream]))
     assert same(piece.out, weight)
 
 
-def test_the_fastest_way_is_taken_and_told(monkeypatch):
-    device = torch.device("cuda", 3)
-    assert decoding_way(device) == DIRECT
-    assert way_facts(device) is None
-    monkeypatch.setitem(kernel._times, 3, {DIRECT: 2.0, FEWER: 1.5, STAGED: 1.0})
-    assert decoding_way(device) == STAGED
-    assert way_facts(device) == {"way": STAGED, "milliseconds": {DIRECT: 2.0, FEWER: 1.5, STAGED: 1.0}}
-
-
-@pytest.mark.gpu
-def test_all_ways_of_a_large_weight_are_timed_and_exact(monkeypatch):
-    monkeypatch.setattr(kernel, "_times", {})
-    weight = spoiled(gaussian(4096, 4096 + 64).cuda())
-    linear, ((_, codes, rows),) = fused("int4_mma", [weight], swiglu=False)
-    coded = encode(weight, codes, margin_for(4))
-    out = torch.zeros_like(weight)
-    decode_into(out, coded, linear, rows)
-    assert same(out, weight)
-    assert set(kernel._times[0]) == {DIRECT, FEWER, STAGED}
-    flat = torch.cat([coded.starts, coded.stream]).view(torch.uint8)
-    count = coded.starts.numel()
-    for way in (DIRECT, FEWER, STAGED):
-        out.zero_()
-        spans = Spans((0, count), (4 * count, coded.stream.numel()))
-        PieceDecoder([Piece(out, linear, rows, spans, coded.margin)], way)(flat)
-        assert same(out, weight)
-
-
-@pytest.mark.parametrize("stage", [0, 1])
 @settings(max_examples=20, deadline=None)
 @given(
     scale=st.one_of(st.floats(width=16), st.floats(2.0**-14, 1024.0, width=16)),
@@ -319,7 +277,7 @@ def test_all_ways_of_a_large_weight_are_timed_and_exact(monkeypatch):
     seed=st.integers(0, 99),
     margin=st.sampled_from([0.0, 2.0**-8, 0.0625]),
 )
-def test_the_cuda_source_decodes_every_bit_pattern(compiled, stage, scale, zero, seed, margin):
+def test_the_cuda_source_decodes_every_bit_pattern(compiled, scale, zero, seed, margin):
     generator = torch.Generator().manual_seed(seed)
     weight = EVERY_BFLOAT16[torch.randint(0, 1 << 16, (32 * 64,), generator=generator)].view(32, 64)
     q = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=generator)
@@ -329,5 +287,5 @@ def test_the_cuda_source_decodes_every_bit_pattern(compiled, stage, scale, zero,
     flat = torch.cat([coded.starts, coded.stream])
     count = coded.starts.numel()
     piece = Piece(torch.zeros_like(weight), linear, rows, Spans((0, count), (4 * count, 0)), margin)
-    run_on_host(compiled, [piece], flat, stage)
+    run_on_host(compiled, [piece], flat)
     assert same(piece.out, weight)

@@ -258,7 +258,7 @@ extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The CUDA sources as C++: the decoder by layout and way, and what dequantizes by bits and block."""
+    """The CUDA sources as C++: the decoder by layout, and what dequantizes by bits and block."""
     folder = tmp_path_factory.mktemp("higgs")
     libraries = {
         (bits, block): compile_host(
@@ -266,7 +266,7 @@ def compiled(tmp_path_factory):
         )
         for bits, block, *_ in CASES
     }
-    return libraries | {(3, 0): compile_host(folder, HOST, {"LAYOUT": 3, "STAGE": 0})}
+    return libraries | {3: compile_host(folder, HOST, {"LAYOUT": 3})}
 
 
 def pointer(tensor):
@@ -314,6 +314,6 @@ def test_the_cuda_source_decodes_what_torch_encoded(compiled, bits, block, tiles
         pieces.append(Piece(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
     rotated = [Rotated(piece.out, linear, piece.rows.first, piece.rows.interleaved) for piece in pieces]
     dequantize_on_host(compiled[bits, block], rotated)
-    run_on_host(compiled, pieces, flat, 0)
+    run_on_host(compiled, pieces, flat)
     for piece, (weight, _, _) in zip(pieces, members, strict=True):
         assert same(piece.out, weight)
