@@ -242,8 +242,9 @@ class _Run:
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
         if self.config.warmup:
             self.assembly.engine.prepare(prompt)
+        tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
         for _ in range(self.config.warmup):
-            self.assembly.engine.generate(prompt, max_new_tokens=WARMUP_TOKENS, ignore_eos=True)
+            self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
