@@ -15,7 +15,7 @@ WEIGHTS = 28 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944)
 
 def main() -> None:
     plain = json.loads((HERE / "plain_h200.json").read_text())
-    coded = json.loads((HERE / "coded_h200.json").read_text())
+    coded = json.loads((HERE / "staged_h200.json").read_text())
     link = coded["link_gb_per_s"] * 1e9
     bits = coded["results"][0]["bits_per_coded_weight"]
     figure, axes = pyplot.subplots(figsize=(8.5, 6), constrained_layout=True)
@@ -33,12 +33,19 @@ def main() -> None:
         axes.plot(
             taus, [tau * link / streamed for tau in taus], style, color=colour, label=f"ceiling: {name}"
         )
-    markers = {"plain": "D", "beam:48:6:0": "^", "adaptive:48:6:0": "o", "beam:32:6:32": "s"}
+    markers = {
+        "plain": "D",
+        "beam:48:6:0": "^",
+        "adaptive:48:6:0": "o",
+        "beam:32:6:32": "s",
+        "beam:32:6:0": "v",
+    }
     names = {
         "plain": "plain decoding",
         "beam:48:6:0": "beam 48 x 6",
         "adaptive:48:6:0": "adaptive, up to 48 x 6",
         "beam:32:6:32": "beam 32 x 6, up to 32 ahead",
+        "beam:32:6:0": "beam 32 x 6",
     }
     for results, colour, how in (
         (plain["results"], "#2a7f62", "as they are"),
