@@ -43,6 +43,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam, Growth
 from subspec.decoding_config import build_sampling
 from subspec.drafts.fused import FusedSubstitute
+from subspec.loading import cap_device
 from subspec.offload.link import measure_link
 from subspec.offload.plan import plan_run
 from subspec.offload.streamed_decoder import StreamedDecoder
@@ -97,18 +98,13 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     )
 
 
-def cap(vram: float | None) -> None:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.0 if vram is None else vram * GIB / total)
-
-
 def run_mode(
     options: argparse.Namespace, mode: str, source: PlantedSource, link: float
 ) -> list[dict[str, Any]]:
     """One or, for ``subspec``, several measurements (one per tree) of one loaded target."""
     device = torch.device("cuda")
     config = configuration(options, mode)
-    cap(options.vram)
+    cap_device(options.vram, device)
     started = time.perf_counter()
     facts: dict[str, Any] = {"mode": mode}
     if mode == "accelerate":
@@ -145,7 +141,7 @@ def run_mode(
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        cap(options.vram)
+        cap_device(options.vram, device)
         if variant is not None and streamed.substitute is not None:
             draft = FusedSubstitute(streamed.substitute)
         engine = Engine(
@@ -243,7 +239,9 @@ def measure(
         folder.mkdir(parents=True, exist_ok=True)
         record_timeline(engine, prompts[0], folder)
     if options.audit and per_pass is not None:
-        cap(None)  # measured: the audit's own workspace is not the run's
+        torch.cuda.set_per_process_memory_fraction(
+            1.0
+        )  # measured: the audit's own workspace is not the run's
         auditor = Auditor(decoder)
         audits = [auditor.audit(p, t.token_ids) for p, t in zip(prompts, texts, strict=True)]
         result["audit"] = {

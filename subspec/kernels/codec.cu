@@ -104,7 +104,6 @@ DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsign
 
 #define CHUNK 512
 #define THREADS 128
-
 #define STRIDE THREADS  // each thread has a column of the table in shared memory: no two threads meet in a bank
 
 struct Bits {  // the word at hand, the next one, and the one after it, which is on its way
@@ -189,6 +188,25 @@ struct Part {
   long long total, columns, rows, tiles, width, group, row_offset, interleave, half, first_block;
 };
 
+// Where a chunk's code begins.
+DEVICE const unsigned* code_of(const Part& part, const unsigned char* flat, long long chunk) {
+  return (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk];
+}
+
+// The row of the fused weight that a row of the part is.
+template <class Described>
+DEVICE int fused_row(const Described& part, int row) {
+  return (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+}
+
+// The part that a block of the launch works on (part_launch.py).
+template <class Described>
+DEVICE const Described& part_of(const Described* parts, int count, unsigned block) {
+  int own = 0;
+  while (own + 1 < count && parts[own + 1].first_block <= block) ++own;
+  return parts[own];
+}
+
 #if LAYOUT == 1
 
 // words: [blocks][groups][tiles][32][4], meta: [blocks][groups][8][2 * tiles] pairs of half (int4.py).
@@ -200,7 +218,7 @@ struct Group {  // where 64 weights of a row are
 
 DEVICE Group locate(const Part& part, int row, int group) {
   const int groups = (int)part.columns / 64, tiles = (int)part.tiles;
-  const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+  const int fused = fused_row(part, row);
   const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
   const long long cell = (long long)block * groups + group;
   const unsigned pair = ((const unsigned*)part.meta)[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
@@ -232,7 +250,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   const int columns = (int)part.columns, rows = (int)part.rows, width = (int)part.width, group = (int)part.group;
   const float half = as_float((unsigned)part.half);
   Bits bits;
-  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
+  open_at(bits, code_of(part, flat, chunk));
   const long long begin = chunk * CHUNK;
   const long long end = begin + CHUNK < part.total ? begin + CHUNK : part.total;
   const int low = width == 3 ? 2 : width, per_word = 32 / low, run = columns / per_word;
@@ -241,7 +259,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   int slot = column / run, word = column - slot * run, left = 0;
   float scale = 0.0f, zero = 0.0f;
   for (long long at = begin; at < end; ++at) {
-    const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+    const int fused = fused_row(part, row);
     if (left == 0) {
       const long long place = (long long)(column / group) * rows + fused;
       scale = half_to_float(meta[place]);
@@ -270,7 +288,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   const int groups = (columns + 63) / 64 * 64 / group;
   const float half = as_float((unsigned)part.half);
   Bits bits;
-  open_at(bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk]);
+  open_at(bits, code_of(part, flat, chunk));
   const long long begin = chunk * CHUNK;
   const long long end = begin + CHUNK < part.total ? begin + CHUNK : part.total;
   int row = (int)(begin / columns), column = (int)(begin - (long long)row * columns);
@@ -279,7 +297,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
   float reach = 0.0f;
   for (long long at = begin; at < end; at += taken) {
     if (at == begin || (column & (block - 1)) == 0) {
-      const int fused = (int)part.row_offset + (part.interleave ? (row >> 4) * 32 + (row & 15) : row);
+      const int fused = fused_row(part, row);
       const int tile = (fused >> 4) % tiles, h = (fused >> 3) & 1, g = fused & 7, first = column & -block;
       const unsigned short* scales = (const unsigned short*)part.meta +
                                      (((long long)((fused >> 4) / tiles) * groups * 8 + g) * tiles + tile) * 2 + h;
@@ -313,9 +331,8 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
 extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* parts, const unsigned char* flat,
                                                                    int count) {
   __shared__ unsigned table[16 * THREADS];
-  int own = 0;
-  while (own + 1 < count && parts[own + 1].first_block <= blockIdx.x) ++own;
-  const long long chunk = (blockIdx.x - parts[own].first_block) * THREADS + threadIdx.x;
-  if (chunk * CHUNK < parts[own].total) decode_chunk(parts[own], flat, chunk, table + threadIdx.x);
+  const Part& part = part_of(parts, count, blockIdx.x);
+  const long long chunk = (blockIdx.x - part.first_block) * THREADS + threadIdx.x;
+  if (chunk * CHUNK < part.total) decode_chunk(part, flat, chunk, table + threadIdx.x);
 }
 #endif

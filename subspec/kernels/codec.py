@@ -6,7 +6,6 @@ here can serve (:data:`KERNELS`). HIGGS is dequantized first, into the place of 
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from subspec.kernels.compile import compile_cuda
 from subspec.kernels.lut import MmaLut
 from subspec.kernels.lut_dequantize import Dequantizer, Rotated
 from subspec.kernels.ops import LevelLinear, MmaInt4, TritonWq
+from subspec.kernels.part_launch import PartLaunch, float_bits
 from subspec.offload.codec import CHUNK, Coded, decode
 from subspec.offload.intervals import reach_factor
 from subspec.quant.codes import Codes, QuantizedWeight
@@ -125,7 +125,7 @@ class PieceDecoder:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
         self._dequantize: Dequantizer | None = None
-        self._launches: list[tuple[Any, Tensor, dict[str, Any], int]] = []
+        self._launches: list[PartLaunch] = []
         device = pieces[0].out.device if pieces else torch.device("cpu")
         if device.type != "cuda":
             return
@@ -135,25 +135,22 @@ class PieceDecoder:
             if isinstance(piece.linear, MmaLut)
         ]
         self._dequantize = Dequantizer(rotated)
-        parts: dict[int, list[list[int]]] = {}
-        blocks: dict[int, int] = {}
+        parts: dict[int, list[tuple[list[int], int]]] = {}
         # The large ones first: what is left at the end is short.
         for piece in sorted(pieces, key=lambda piece: -piece.out.numel()):
             layout, fields = describe(piece)
-            first = blocks.get(layout, 0)
-            blocks[layout] = first + -(-piece.out.numel() // (CHUNK * THREADS))
-            parts.setdefault(layout, []).append([*fields, first])
-        for layout, rows in parts.items():
-            table = torch.tensor(rows, dtype=torch.int64, device=device)
-            shape = {"grid": (blocks[layout], 1, 1), "block": (THREADS, 1, 1)}
-            self._launches.append((_kernel(layout, device.index or 0), table, shape, len(rows)))
+            parts.setdefault(layout, []).append((fields, -(-piece.out.numel() // (CHUNK * THREADS))))
+        self._launches = [
+            PartLaunch(_kernel(layout, device.index or 0), members, THREADS, device)
+            for layout, members in parts.items()
+        ]
 
     def __call__(self, flat: Tensor) -> None:
         """Write every piece's weight from ``flat`` (uint8, 4-byte aligned, on the pieces' device)."""
         if self._dequantize is not None:
             self._dequantize()
-        for kernel, table, shape, count in self._launches:
-            kernel(**shape, args=[table, flat, count])
+        for launch in self._launches:
+            launch(flat)
         if flat.is_cuda:
             return
         for piece in self.pieces:
@@ -186,8 +183,7 @@ def describe(piece: Piece) -> tuple[int, list[int]]:
         reach = reach_factor(piece.margin, rotation.block)
     else:
         raise _unknown(linear)
-    (half,) = struct.unpack("<I", struct.pack("<f", reach))
-    place = [piece.rows.first, int(piece.rows.interleaved), half]
+    place = [piece.rows.first, int(piece.rows.interleaved), float_bits(reach)]
     spans = [piece.spans.starts[0], piece.spans.stream[0]]
     return layout, [*spans, *sources, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
 

@@ -62,7 +62,7 @@ DEVICE void begin_chunk(Lane& lane, const Part& part, const unsigned char* flat,
   const long long begin = chunk * CHUNK, left = part.total - begin;
   lane.steps = left <= 0 ? 0 : left < CHUNK ? (int)(left / 64) : STEPS;
   if (lane.steps == 0) return;
-  open_at(lane.bits, (const unsigned*)(flat + part.stream) + ((const unsigned*)(flat + part.starts))[chunk], ring);
+  open_at(lane.bits, code_of(part, flat, chunk), ring);
   lane.row = (int)(begin / part.columns);
   lane.group = (int)((begin - (long long)lane.row * part.columns) / 64);
 }
@@ -98,9 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* p
                                                                    int count) {
   __shared__ unsigned table[16 * THREADS], ring[RING * THREADS];
   __shared__ __align__(16) unsigned lines[LINE * THREADS];
-  int own = 0;
-  while (own + 1 < count && parts[own + 1].first_block <= blockIdx.x) ++own;
-  const Part& part = parts[own];
+  const Part& part = part_of(parts, count, blockIdx.x);
   const int thread = threadIdx.x & 31;
   const long long chunk = (blockIdx.x - part.first_block) * THREADS + threadIdx.x;
   Lane lane;

@@ -52,7 +52,7 @@ DEVICE Site site_of(const Rotated& part, int block) {
 // words: [blocks][steps][tiles][32 lanes][4], with BITS < 4 [..][BITS][32 lanes]; scale: half [blocks][groups][8][tiles][2].
 DEVICE void look_up(float (&v)[16], const Rotated& part, const unsigned* table, Site site, int thread) {
   const int row = site.first_row + ((thread & 31) >> 2), last = (int)part.rows - 1, own_row = row < last ? row : last;
-  const int fused = (int)part.row_offset + (part.interleave ? (own_row >> 4) * 32 + (own_row & 15) : own_row);
+  const int fused = fused_row(part, own_row);
   const int step = site.origin + (thread >> 5), steps = (int)(part.columns + 63) / 64;
   const int tiles = (int)part.tiles, group_steps = (int)part.group_steps;
   const int tile = (fused >> 4) % tiles, h = (fused >> 3) & 1, g = fused & 7, lane = g * 4 + (thread & 3);
@@ -150,9 +150,7 @@ DEVICE void finish(const float* shared, const Rotated& part, Site site, int thre
 extern "C" __global__ void __launch_bounds__(32 * STEPS) lut_dequantize(const Rotated* parts, int count) {
   __shared__ __align__(16) float shared[ROWS * ROW_STRIDE];
   __shared__ unsigned entries[ENTRIES];
-  int own = 0;
-  while (own + 1 < count && parts[own + 1].first_block <= blockIdx.x) ++own;
-  const Rotated& part = parts[own];
+  const Rotated& part = part_of(parts, count, blockIdx.x);
   for (int e = threadIdx.x; e < ENTRIES; e += 32 * STEPS) entries[e] = ((const unsigned*)part.table)[e];
   __syncthreads();
   const Site site = site_of(part, (int)(blockIdx.x - part.first_block));

@@ -4,7 +4,6 @@ The bits are those of :func:`subspec.offload.intervals.rebuild`, which the encod
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from subspec.kernels.compile import compile_cuda
 from subspec.kernels.lut import MmaLut
+from subspec.kernels.part_launch import PartLaunch, float_bits
 from subspec.quant.hadamard import LEAST_BLOCK
 
 ROWS = 8
@@ -52,7 +52,6 @@ class Rotated:
             tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)
         ]
         group_steps = packed.steps // packed.scale.shape[1]
-        (factor,) = struct.unpack("<I", struct.pack("<f", rotation.block**-0.5))
         return [
             *sources,
             *self.out.shape,
@@ -60,7 +59,7 @@ class Rotated:
             group_steps,
             self.first,
             int(self.interleaved),
-            factor,
+            float_bits(rotation.block**-0.5),
         ]
 
 
@@ -73,26 +72,21 @@ class Dequantizer:
 
     def __init__(self, parts: Sequence[Rotated]) -> None:
         self._parts = parts  # which own what the table points to
-        self._launches: list[tuple[Any, Tensor, dict[str, Any], int]] = []
+        self._launches: list[PartLaunch] = []
         alike: dict[tuple[int, int], list[Rotated]] = {}
         for part in parts:
             steps = part.linear.rotation.block // LEAST_BLOCK
             alike.setdefault((part.linear.weight.bits, steps), []).append(part)
         for (bits, steps), members in alike.items():
-            rows: list[list[int]] = []
-            blocks = 0
-            for part in members:
-                rows.append([*part.describe(), blocks])
-                blocks += part.blocks
             device = members[0].out.device
-            table = torch.tensor(rows, dtype=torch.int64, device=device)
-            shape = {"grid": (blocks, 1, 1), "block": (32 * steps, 1, 1)}
-            self._launches.append((_kernel(bits, steps, device.index or 0), table, shape, len(rows)))
+            kernel = _kernel(bits, steps, device.index or 0)
+            described = [(part.describe(), part.blocks) for part in members]
+            self._launches.append(PartLaunch(kernel, described, 32 * steps, device))
 
     def __call__(self) -> None:
         """Write them all."""
-        for kernel, table, shape, count in self._launches:
-            kernel(**shape, args=[table, count])
+        for launch in self._launches:
+            launch()
 
 
 @functools.cache

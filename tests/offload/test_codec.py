@@ -210,11 +210,7 @@ static void decode_block(const Part& part, const unsigned char* flat, long long 
 #endif
 
 extern "C" void decode(const Part* parts, const unsigned char* flat, int count, int blocks) {
-  for (int block = 0; block < blocks; ++block) {
-    int own = 0;
-    while (own + 1 < count && parts[own + 1].first_block <= block) ++own;
-    decode_block(parts[own], flat, block);
-  }
+  for (int block = 0; block < blocks; ++block) decode_block(part_of(parts, count, block), flat, block);
 }
 """
 

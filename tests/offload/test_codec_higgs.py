@@ -237,11 +237,11 @@ DEQUANTIZE = r"""
 extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
   static float v[32 * STEPS][16], before[32 * STEPS][16];
   alignas(16) static float shared[ROWS * ROW_STRIDE];
-  for (int block = 0, own = 0; block < blocks; ++block) {
-    while (own + 1 < count && parts[own + 1].first_block <= block) ++own;
-    const Site site = site_of(parts[own], block - (int)parts[own].first_block);
+  for (int block = 0; block < blocks; ++block) {
+    const Rotated& part = part_of(parts, count, block);
+    const Site site = site_of(part, block - (int)part.first_block);
     for (int i = 0; i < 32 * STEPS; ++i) {
-      look_up(v[i], parts[own], (const unsigned*)parts[own].table, site, i);
+      look_up(v[i], part, (const unsigned*)part.table, site, i);
       within(v[i]);
     }
     for (int mask = 1; mask < 4; mask *= 2) {
@@ -250,7 +250,7 @@ extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
         for (int j = 0; j < 16; ++j) v[i][j] = across(before[i][j], before[i ^ mask][j], i & mask);
     }
     for (int i = 0; i < 32 * STEPS; ++i) put(shared, v[i], i);
-    for (int i = 0; i < 32 * STEPS; ++i) finish(shared, parts[own], site, i);
+    for (int i = 0; i < 32 * STEPS; ++i) finish(shared, part, site, i);
   }
 }
 """

@@ -27,7 +27,7 @@ from subspec.quant.higgs_codes import HiggsCodes
 from subspec.quant.store import SubstituteStore, cache_folder
 from subspec.targets.cache import MANIFEST
 from tests.helpers.tiny import tiny_model
-from tests.offload.test_coded_layer import ROOM, fuser_of
+from tests.offload.test_coded_layer import ROOM, assert_exact, fuser_of
 from tests.offload.test_streaming import ModelSource, plan_for
 
 CPU = torch.device("cpu")
@@ -113,18 +113,6 @@ class Start:
         assert quantizer.store.read + quantizer.store.quantized == 7 * LAYERS == self.fuser.modules
         loaded.close()
         return cache.read, cache.coded
-
-
-def assert_exact(loaded, model):
-    """Every parameter of every layer, bit for bit."""
-    decoder = loaded.decoder
-    if decoder.streamer is not None:
-        decoder.streamer.rewind()
-    for index, layer in enumerate(model.model.layers):
-        decoder._decode(index)
-        for name, exact in layer.named_parameters():
-            rebuilt = decoder.decoding.parameters[name]
-            assert torch.equal(rebuilt.view(torch.int16), exact.data.view(torch.int16)), (index, name)
 
 
 @pytest.fixture

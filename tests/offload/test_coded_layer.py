@@ -44,6 +44,18 @@ def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), k
     )
 
 
+def assert_exact(loaded, model):
+    """Every parameter of every layer, bit for bit."""
+    decoder = loaded.decoder
+    if decoder.streamer is not None:
+        decoder.streamer.rewind()
+    for index, layer in enumerate(model.model.layers):
+        decoder._decode(index)
+        for name, exact in layer.named_parameters():
+            rebuilt = decoder.decoding.parameters[name]
+            assert torch.equal(rebuilt.view(torch.int16), exact.data.view(torch.int16)), (index, name)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("family", "resident", "slots", "quant"),
@@ -64,13 +76,7 @@ def test_every_layer_is_rebuilt_bit_for_bit(family, resident, slots, quant, devi
         assert decoder.decoding is not None
         assert sorted(decoder.decoding.resident) == sorted(resident)
         for _ in range(1 if device == "cpu" else 5):
-            if decoder.streamer is not None:
-                decoder.streamer.rewind()
-            for index, layer in enumerate(model.model.layers):
-                decoder._decode(index)
-                for name, exact in layer.named_parameters():
-                    rebuilt = decoder.decoding.parameters[name]
-                    assert torch.equal(rebuilt.view(torch.int16), exact.data.view(torch.int16)), (index, name)
+            assert_exact(loaded, model)
         assert loaded.bits_per_weight < 16
     finally:
         loaded.close()

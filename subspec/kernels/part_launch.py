@@ -1,0 +1,44 @@
+"""One launch for several Linears: a table on the device says what each is, and which blocks of threads are its own."""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PartLaunch:
+    """A kernel whose first argument is the table, and whose last is the number of its rows.
+
+    Args:
+        kernel: of :func:`subspec.kernels.compile.compile_cuda`.
+        parts: of each Linear its fields (64-bit integers), to which its first block is added, and its blocks.
+        threads: of a block.
+        device: of the table.
+    """
+
+    def __init__(
+        self, kernel: Any, parts: Sequence[tuple[list[int], int]], threads: int, device: torch.device
+    ) -> None:
+        rows: list[list[int]] = []
+        blocks = 0
+        for fields, own in parts:
+            rows.append([*fields, blocks])
+            blocks += own
+        self._kernel, self._blocks, self._threads = kernel, blocks, threads
+        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def __call__(self, *arguments: Tensor) -> None:
+        """Launch on the current stream, with ``arguments`` between the table and its length."""
+        self._kernel(
+            grid=(self._blocks, 1, 1),
+            block=(self._threads, 1, 1),
+            args=[self._table, *arguments, len(self._table)],
+        )
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32, as a table has them."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return bits
