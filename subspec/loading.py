@@ -191,8 +191,7 @@ def _load_accelerate(
 
     free_device(device)
     cap_device(offload.vram_gib, device)
-    cpu = torch.device("cpu")
-    source = open_source(config.target, resolve_dtype(config.target.dtype, device), cpu, note=console.note)
+    source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
     if offload.vram_gib <= ACCELERATE_RESERVE:
         raise ConfigError(
             f"offload.vram_gib={offload.vram_gib} leaves nothing for weights: accelerate needs more than "

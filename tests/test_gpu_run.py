@@ -143,6 +143,7 @@ def test_accelerates_offloading_runs_the_same_target(tmp_path):
     summary = summary_of(folder)
     assert summary["audit"]["mismatch"] == 0
     assert summary["run"]["modules_offloaded"] >= 0
+    assert "drawn on cuda" in summary["run"]["target_source"]  # the same weights as every other run's
 
 
 def test_an_interrupted_streamed_run_frees_the_device_and_resumes(tmp_path):

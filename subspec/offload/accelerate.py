@@ -29,6 +29,8 @@ class AccelerateDecoder(Decoder):
         from accelerate import dispatch_model, infer_auto_device_map
 
         model = build_model(source, torch.device("cpu"))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what drawing planted weights took
         super().__init__(model)
         index = device.index or 0
         placement = infer_auto_device_map(
