@@ -66,12 +66,12 @@ class Attention:
         masks_prefix: whether blocks of the prefix go through the tree's mask too, instead of a branch around it.
     """
 
-    splits: int = 16
-    block: int = 64
-    chunk: int = 0
+    splits: int = 32
+    block: int = 32
+    chunk: int = 16
     warps: int = 4
-    stages: int = 3
-    masks_prefix: bool = True
+    stages: int = 2
+    masks_prefix: bool = False
 
     def __str__(self) -> str:
         chunk = f" chunk {self.chunk}" if self.chunk else ""
