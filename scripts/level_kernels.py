@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 
 import torch
 from kernel_benchmark import DEVICE
@@ -17,30 +18,19 @@ from subspec.kernels.formats import AffineFormat, random_codes
 from subspec.kernels.ops import MmaInt4, Variant
 from subspec.kernels.timing import graph_time, rotation
 
-RINGS = tuple(
-    int4.Ring(warps, blocks, kib, x_shared)
-    for warps, blocks in ((8, 1), (8, 2), (16, 1))
-    for kib in (112, 200)
-    for x_shared in (False, True)
-)
+TILES, WARPS, AHEAD, SPLITS = (2, 4), (2, 4, 8), (1, 2, 3), (1, 2, 3, 4, 6, 7, 8, 12, 16)
+"""Settings of the 4-bit kernel."""
 
 ATTENTIONS = (
     Attention(),
-    Attention(masks_prefix=False),
-    Attention(warps=8, stages=1, masks_prefix=False),
-    Attention(chunk=32, warps=8, stages=1, masks_prefix=False),
-    Attention(chunk=16, stages=1, masks_prefix=False),
-    Attention(chunk=16, stages=2, masks_prefix=False),
-    Attention(chunk=16, warps=8, stages=1, masks_prefix=False),
-    Attention(chunk=16, warps=8, stages=2, masks_prefix=False),
-    Attention(chunk=16, warps=8, stages=1),
+    Attention(16, 64, 0, 4, 3, True),
+    Attention(16, 64, 16, 8, 1, True),
+    Attention(16, 64, 16, 8, 2, False),
     Attention(16, 32, 16, 4, 2, False),
-    Attention(16, 128, 16, 8, 1, False),
-    Attention(32, 32, 0, 4, 1, False),
-    Attention(32, 32, 32, 4, 1, False),
     Attention(32, 32, 16, 4, 1, False),
-    Attention(32, 32, 16, 4, 2, False),
-    Attention(32, 32, 16, 2, 1, False),
+    Attention(32, 32, 16, 4, 3, False),
+    Attention(32, 16, 16, 4, 2, False),
+    Attention(64, 32, 16, 4, 2, False),
     Attention(32, 64, 16, 8, 1, False),
     Attention(8, 64, 16, 8, 2, False),
 )
@@ -51,31 +41,29 @@ LENGTHS = (512, 2000)
 """Prefixes that attention is timed at."""
 
 
-def settings_of(role: str, n: int, k: int, rings: bool) -> list[Variant]:
-    """Kernels of a role: those with a ring, or those without."""
-    if not rings:
-        return AffineFormat().variants("int4_mma", role, n, k)
+def settings_of(role: str, k: int) -> list[Variant]:
+    """Kernels of a role: slices have some groups for each warp, and registers suffice."""
     return [
-        Variant("int4_mma", tiles, 0, ring)
-        for tiles in int4.RING_TILES
-        for ring in RINGS
-        if ring.fits(tiles, k // int4.GROUP) and not n % (16 * tiles)
+        Variant("int4_mma", tiles, splits, warps, ahead)
+        for tiles, warps, ahead, splits in product(TILES, WARPS, AHEAD, SPLITS)
+        if splits <= (1 if role == "gate_up" else max(1, 2 * (k // int4.GROUP) // warps))
+        and tiles * ahead <= 8
     ]
 
 
-def check_kernels(shapes: Mapping[str, tuple[int, int]], rings: bool, overlap: bool) -> dict[str, float]:
+def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[str, float]:
     """Relative error against the reference by role and setting; a second call must give the same bits."""
     errors: dict[str, float] = {}
     for role, (n, k) in shapes.items():
         codes, swiglu = random_codes(min(n, 8192), k, DEVICE), role == "gate_up"
-        variants = settings_of(role, min(n, 8192), k, rings)
+        variants = settings_of(role, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             packed = int4.pack(codes.q, codes.scale, codes.zero, tiles=tiles, swiglu=swiglu)
             for rows in (1, 6, 8):
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
                 expected = int4.reference(packed, x)
                 for variant in (variant for variant in variants if variant.tiles == tiles):
-                    linear = MmaInt4(packed, variant.splits, variant.ring)
+                    linear = MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
                     with launch.overlapping(overlap):
                         got, again = linear(x), linear(x)
                     y = got.float() if swiglu else got.sum(0)
@@ -97,33 +85,34 @@ def call_each(linears: list[MmaInt4], x: Tensor) -> None:
 
 
 def time_kernels(
-    shapes: Mapping[str, tuple[int, int]], width: int, rings: bool, overlap: bool
+    shapes: Mapping[str, tuple[int, int]], width: int, overlap: bool
 ) -> dict[str, dict[Variant, float]]:
     """Microseconds per call, weights not cached, one call behind the other."""
     times: dict[str, dict[Variant, float]] = {}
     for role, (n, k) in shapes.items():
         times[role] = {}
         x = torch.randn(width, k, device=DEVICE, dtype=torch.bfloat16)
-        variants = settings_of(role, n, k, rings)
+        variants = settings_of(role, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             base = Variant("int4_mma", tiles, 1)
             own = rotation(AffineFormat().random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
             for variant in (variant for variant in variants if variant.tiles == tiles):
-                linears = [MmaInt4(linear.weight, variant.splits, variant.ring) for linear in own]
+                linears = [
+                    MmaInt4(linear.weight, variant.splits, variant.warps, variant.ahead) for linear in own
+                ]
                 with launch.overlapping(overlap):
                     times[role][variant] = graph_time(partial(call_each, linears, x)) / len(linears) * 1e6
             del own, linears
     return times
 
 
-def best_of(*times: Mapping[str, Mapping[Variant, float]]) -> dict[str, Variant]:
-    """The fastest of each role; of those within 2 % the one with the fewest slices (a ring's are few)."""
+def best_of(times: Mapping[str, Mapping[Variant, float]]) -> dict[str, Variant]:
+    """The fastest of each role; of those within 2 % the one with the fewest slices."""
     best = {}
-    for role in times[0]:
-        known = {variant: value for own in times for variant, value in own[role].items()}
+    for role, known in times.items():
         limit = 1.02 * min(known.values())
         near = [variant for variant, value in known.items() if value <= limit]
-        best[role] = min(near, key=lambda variant: (max(variant.splits, 1), known[variant]))
+        best[role] = min(near, key=lambda variant: (variant.splits, known[variant]))
     return best
 
 

@@ -6,7 +6,7 @@ Everything that exists is held against its reference and timed first, then whole
 tokens: milliseconds per level, whether tree and cache are those of today's level bit for bit (they are where sums are
 added in the same order: the same tiles and slices), and how far the logits of a first level are off (with other tiles
 the made-up weights are others: compare nothing there). Then the settings of attention, by themselves and in a level.
-What has never run comes last: the 4-bit kernel with a ring (``int4_ring.cu``). PyTorch's profiler
+PyTorch's profiler
 tells what one replayed level consists of, for today's level and the fastest: how long every kernel takes, and by how
 much it delays the end of all before it (``critical``: with overlapping launches a kernel's own time contains its
 waiting; this column and the gaps add up to the level's time).
@@ -31,7 +31,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_model import Attention, FusedModel
-from subspec.kernels import int4, launch
+from subspec.kernels import launch
 from subspec.kernels.formats import AffineFormat
 from subspec.kernels.ops import MmaInt4, Variant
 
@@ -68,7 +68,7 @@ def with_variants(model: FusedModel, variants: Mapping[str, Variant]) -> FusedMo
             words = packed.words.view(-1, groups, tiles, 32, 4)
             meta = packed.meta.view(-1, groups, 8, 2 * tiles, 2)
             packed = replace(packed, words=words, meta=meta, tiles=tiles)
-        return MmaInt4(packed, variant.splits, variant.ring)
+        return MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
 
     layers = [
         replace(layer, **{role: other(getattr(layer, role), variant) for role, variant in variants.items()})
@@ -242,26 +242,22 @@ class Benchmark:
         self.keep()
         return outcome
 
-    def check(self, rings: bool, overlap: bool) -> bool:
+    def check(self) -> None:
         """Whether all kernels are right."""
-        name = f"kernels{' with a ring' if rings else ''}{', overlapping' if overlap else ''}"
-        errors = self.attempt(name, partial(check_kernels, self.shapes, rings, overlap))
-        if errors is None:
-            return False
-        self.result["errors"][name] = errors
-        self.say(f"{len(errors)} {name} checked, largest relative error {max(errors.values()):.1e}")
-        return max(errors.values()) < 1
+        errors = self.attempt("kernels", partial(check_kernels, self.shapes, self.overlap))
+        if errors is not None:
+            self.result["errors"] = errors
+            self.say(f"{len(errors)} kernels checked, largest relative error {max(errors.values()):.1e}")
 
-    def time(self, rings: bool, overlap: bool) -> dict[str, dict[Variant, float]] | None:
-        name = f"kernels{' with a ring' if rings else ''}{', overlapping' if overlap else ''}"
-        times = self.attempt(name, partial(time_kernels, self.shapes, self.width, rings, overlap))
+    def time(self) -> dict[str, dict[Variant, float]] | None:
+        times = self.attempt("times of kernels", partial(time_kernels, self.shapes, self.width, self.overlap))
         for role, own in (times or {}).items():
-            self.result["us"].setdefault(name, {})[role] = {str(variant): us for variant, us in own.items()}
+            self.result["us"][role] = {str(variant): us for variant, us in own.items()}
             n, k = self.shapes[role]
-            shown = sorted(own.items(), key=lambda item: item[1])[:5]
+            shown = sorted(own.items(), key=lambda item: item[1])[:8]
             line = ", ".join(f"{str(variant).removeprefix('int4_mma ')} {us:.2f}" for variant, us in shown)
             bytes_ = AffineFormat().device_bytes(n, k)
-            self.say(f"{role} {name}: {line} us; the first moves {bytes_ / shown[0][1] / 1e6:.2f} TB/s")
+            self.say(f"{role}: {line} us; the first moves {bytes_ / shown[0][1] / 1e6:.2f} TB/s")
         return times
 
     def time_attention(self) -> Attention:
@@ -326,38 +322,25 @@ class Benchmark:
     def run(self) -> None:
         """Everything, the surest first."""
         overlap, options = self.overlap, {"overlap": self.overlap}
-        self.check(False, overlap)
-        plain = self.time(False, overlap)
-        fastest = TODAY if plain is None else best_of(plain)
+        self.check()
+        times = self.time()
+        fastest = TODAY if times is None else best_of(times)
         self.measure_all(
             Candidate("today", TODAY, options),
             Candidate("in order", TODAY, {"overlap": False}),
-            Candidate("fastest without a ring", fastest, options),
+            Candidate("fastest kernels", fastest, options),
+            *(
+                Candidate(f"fastest {role} alone", {**TODAY, role: fastest[role]}, options)
+                for role in self.shapes
+            ),
         )
         attention = self.attempt("attention", self.time_attention)
         if attention is not None:
-            options = {**options, "attention": attention}
-        self.measure_all(Candidate("its attention changed", fastest, options))
-        self.profile_all()
-        if not overlap or plain is None:
-            return
-        if not self.check(True, True):
-            return
-        self.kept.pop("today", None)
-        ringed = self.time(True, True)
-        if ringed is not None:
-            mixed = best_of(plain, ringed)
-            head = Variant("int4_mma", 4, 0, int4.Ring(16, 1, 200))
             self.measure_all(
-                Candidate("rings everywhere", best_of(ringed), options),
-                *(Candidate(f"ring for {role} alone", {**fastest, role: best_of(ringed)[role]}, options)
-                  for role in self.shapes),
-                Candidate("fastest of both", mixed, options),
-                Candidate("fastest with a 4-bit head", mixed, options, Variant("int4_mma", 4, 1)),
-                Candidate("fastest with a 4-bit head, ring", mixed, options, head),
-                Candidate("fastest of both, again", mixed, options),
-            )  # fmt: skip
-            self.profile_all()
+                Candidate("its attention changed", fastest, {"overlap": overlap, "attention": attention}),
+                Candidate("fastest with a 4-bit head", fastest, options, Variant("int4_mma", 4, 1, 4)),
+            )
+        self.profile_all()
 
 
 def main() -> None:

@@ -116,7 +116,6 @@ class KernelChoice:
                 "kernel": picked.variant.kernel,
                 "tiles": picked.variant.tiles,
                 "splits": picked.variant.splits,
-                "ring": str(picked.variant.ring or ""),
                 "shape": list(picked.shape),
                 "format": picked.format,
                 "microseconds": picked.microseconds,
@@ -231,7 +230,7 @@ def candidates(
 
 
 SOURCES = (
-    *("int4.cu", "int4_ring.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
+    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
     *("timing.py", "activation.py", "launch.py"),
     *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
 )

@@ -161,20 +161,7 @@ class AffineFormat:
         if kernel == MmaInt4.kind:
             # Slices need some groups of 64 for each warp.
             most = 1 if role in WHOLE_SUMS else max(1, 2 * (k // int4.GROUP) // int4.WARPS)
-            plain = [
-                Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most
-            ]
-            # A ring's shares cut the LM head's rows too, whose slices would take memory.
-            rings = [
-                Variant(kernel, tiles, 0, ring)
-                for ring in int4.RINGS
-                for tiles in int4.RING_TILES
-                if ring is not None
-                and role != "head"
-                and ring.fits(tiles, k // int4.GROUP)
-                and not n % (16 * tiles)
-            ]
-            return plain + rings if int4.has_rings() else plain
+            return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
         if kernel == TritonWq.kind:
             sizes = (
                 (2, 4) if self.words < 4 else (2, 4, 8)
@@ -204,7 +191,8 @@ class AffineFormat:
             words = random_words(blocks, groups, tiles, 32, 4, device=device)
             meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
             meta[..., 0], meta[..., 1] = 0.005, 7.5
-            return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits, variant.ring)
+            packed = int4.PackedInt4(words, meta, n, k, tiles, swiglu)
+            return MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
         if variant.kernel == TritonWq.kind:
             words = random_words(k // wq.PER_WORD[self.words], n, device=device)
             high = torch.empty((k // 16, n) if self.words == 3 else (1,), dtype=torch.int16, device=device)

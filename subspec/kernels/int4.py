@@ -1,11 +1,11 @@
-"""4-bit Linear layers for the few rows of a draft level: packing, the CUDA kernels, and their torch reference.
+"""4-bit Linear layers for the few rows of a draft level: packing, the CUDA kernel, and its torch reference.
 
-The kernels (``int4.cu``, ``int4_ring.cu``) are compiled once per process by the run-time compiler that ships with
-PyTorch; no CUDA toolkit is needed. They compute up to eight rows in one launch; more rows take several.
+The kernel (``int4.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit
+is needed. It computes up to eight rows in one launch; more rows take several.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,75 +23,6 @@ PACKED_AT_ONCE = 1 << 24
 
 MAX_ROWS = 8
 WARPS = 8
-
-
-@dataclass(frozen=True)
-class Ring:
-    """Settings of the kernel whose blocks live as long as it does (``int4_ring.cu``); needs compute capability 9.0.
-
-    Attributes:
-        warps: of a block; one more copies.
-        blocks: on each multiprocessor.
-        kib: shared memory that a multiprocessor's blocks take together, in KiB.
-        x_shared: whether all of x is copied there first.
-    """
-
-    warps: int = 8
-    blocks: int = 1
-    kib: int = 112
-    x_shared: bool = False
-
-    def __str__(self) -> str:
-        return f"ring {self.warps}x{self.blocks} {self.kib}K{' x' if self.x_shared else ''}"
-
-    def stages(self, tiles: int, rows: int, groups: int) -> int:
-        """Slots of the ring, a unit for each warp: what a block's shared memory holds beside the rest."""
-        slot = self.warps * tiles * (32 * 16 + 64)
-        rest = self.bytes(tiles, rows, groups, 0)
-        return max(0, (self.kib * 1024 // self.blocks - rest) // (slot + 16))
-
-    def bytes(self, tiles: int, rows: int, groups: int, stages: int) -> int:
-        """Shared memory of a block, as ``int4_ring.cu`` lays it out."""
-        slot = self.warps * tiles * (32 * 16 + 64)
-        x = rows * (groups * 2 * GROUP + 16) if self.x_shared else 0
-        sums = self.warps * tiles * 16 * 9 * 4
-        return stages * slot + x + sums + (2 * stages + 1) * 8
-
-    def fits(self, tiles: int, groups: int) -> bool:
-        """Whether enough slots are left to be worth it."""
-        return self.stages(tiles, MAX_ROWS, groups) >= 3
-
-    def grid(self, row_blocks: int, groups: int, swiglu: bool, multiprocessors: int) -> int:
-        """Blocks of a launch: all have something to do."""
-        return min(self.blocks * multiprocessors, row_blocks * (1 if swiglu else groups))
-
-
-def ring_slices(row_blocks: int, groups: int, swiglu: bool, grid: int) -> int:
-    """Slices of the output that :class:`Ring` writes: the most pieces that a block of rows is cut into.
-
-    Args:
-        grid: blocks of the launch, which share all units of row_blocks x groups equally.
-    """
-    if swiglu:
-        return 1
-    units = row_blocks * groups
-
-    def owner(unit: int) -> int:
-        return ((unit + 1) * grid - 1) // units
-
-    return max(1 + owner((b + 1) * groups - 1) - owner(b * groups) for b in range(row_blocks))
-
-
-RINGS: tuple[Ring | None, ...] = (None,)
-"""What the choice of kernels tries; None: the kernel without a ring."""
-
-RING_TILES = (2, 4, 8)
-"""Tiles per block that a ring is tried with."""
-
-
-def has_rings() -> bool:
-    """Whether the device in use can run them."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @dataclass(frozen=True)
@@ -196,36 +127,21 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
     return apply_swiglu(y) if weight.swiglu else y
 
 
-MOST_SHARED = 227 * 1024
-"""Bytes of a block on every card that has rings."""
-
-
-def _kernel(tiles: int, swiglu: bool, overlap: bool, device: int, ring: Ring | None = None) -> Any:
-    if ring is not None:
-        # How much shared memory it takes is said at its launch. Registers are to leave room for 16 warps of a
-        # multiprocessor at least, and so for the next kernel's blocks.
-        ring = replace(ring, kib=0, blocks=max(ring.blocks, 16 // ring.warps))
-    return _compiled(tiles, swiglu, overlap, device, ring)
-
-
 @functools.cache
-def _compiled(tiles: int, swiglu: bool, overlap: bool, device: int, ring: Ring | None) -> Any:
-    name = "int4_ring" if ring else "int4_linear"
-    settings = {"TILES": tiles, "SWIGLU": int(swiglu), "OVERLAP": int(overlap), "WARPS": WARPS}
-    files = ["int4.cu"]
-    if ring:
-        settings |= {"RING": 1, "WARPS": ring.warps, "BLOCKS": ring.blocks, "X_SHARED": int(ring.x_shared)}
-        files.append("int4_ring.cu")
-    kernel = compile_cuda(files, settings, name, device)
-    if ring:
-        with torch.cuda.device(device):
-            kernel.set_shared_memory_config(MOST_SHARED)
-    return kernel
+def _kernel(tiles: int, warps: int, ahead: int, swiglu: bool, overlap: bool, device: int) -> Any:
+    settings = {
+        "TILES": tiles,
+        "WARPS": warps,
+        "AHEAD": ahead,
+        "SWIGLU": int(swiglu),
+        "OVERLAP": int(overlap),
+    }
+    return compile_cuda(["int4.cu"], settings, "int4_linear", device)
 
 
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None when it can."""
-    return problem(lambda: _kernel(4, False, False, torch.cuda.current_device()))
+    return problem(lambda: _kernel(4, WARPS, 1, False, False, torch.cuda.current_device()))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -246,24 +162,19 @@ def splits_for(weight: PackedInt4, count: int) -> int:
     return max(1, min(wanted, groups // WARPS))
 
 
-def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, ring: Ring | None = None) -> None:
+def linear(
+    weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS, ahead: int = 1
+) -> None:
     """Run the kernel on up to eight rows; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
         x: bfloat16 [rows, in_features], contiguous.
         out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
             [rows, padded / 2] and ``splits`` 1.
-        ring: the kernel with a ring, whose ``splits`` are :func:`ring_slices`.
+        warps: of a block, which share the groups of its slice.
+        ahead: groups of a warp whose loads are on their way while one is computed, at least 1.
     """
-    rows, groups, row_blocks = x.shape[0], weight.in_features // GROUP, weight.words.shape[0]
-    device = x.device.index or 0
-    kernel = _kernel(weight.tiles, weight.swiglu, launch.is_overlapping(), device, ring)
-    args = [weight.words, weight.meta, x, out, rows, weight.padded, groups]
-    if ring is None:
-        per_split = -(-groups // splits)
-        launch.launch(kernel, (row_blocks, splits, 1), WARPS * 32, [*args, per_split])
-        return
-    grid = ring.grid(row_blocks, groups, weight.swiglu, multiprocessors(x.device))
-    stages = ring.stages(weight.tiles, rows, groups)
-    shared = ring.bytes(weight.tiles, rows, groups, stages)
-    launch.launch(kernel, (grid, 1, 1), ring.warps * 32 + 32, [*args, splits, stages], shared)
+    rows, groups = x.shape[0], weight.in_features // GROUP
+    kernel = _kernel(weight.tiles, warps, ahead, weight.swiglu, launch.is_overlapping(), x.device.index or 0)
+    args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
+    launch.launch(kernel, (weight.words.shape[0], splits, 1), warps * 32, args)

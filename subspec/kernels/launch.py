@@ -16,8 +16,7 @@ before they read anything but constants, and before they write anything.**
   before it. Whoever has waited for n has waited for all of them.
 - *Write after read* (scratch that the allocator hands on within a level, the residual): writes lie behind the wait too.
 - *Constants* read before the wait are written by no kernel of the same level: weights, norms' gains, biases, rotary
-  frequencies. A thread that does nothing but copy such into shared memory (``int4_ring.cu``) need not wait: its block's
-  other threads do, so the kernel does not end sooner.
+  frequencies.
 - Kernels of others in between (cuBLAS, other quantizers') are launched the ordinary way: they start when the kernel
   before them has ended, and to their successors they look like kernels that release nothing early.
 - *No deadlock*: a kernel's blocks start only when all blocks of the kernel before run or have ended, so waiting

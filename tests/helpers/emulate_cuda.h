@@ -1,6 +1,5 @@
-// The parts of CUDA that subspec/kernels/int4*.cu use, as C++ in one host thread: every thread of a block is a context
-// that runs until it waits. Threads take turns in an order drawn from a seed; copies into shared memory come when they
-// like, one at a time, and shared memory holds NaN before: whoever does not wait reads nonsense.
+// The parts of CUDA that subspec/kernels/int4.cu uses, as C++ in one host thread: every thread of a block is a context
+// that runs until it waits. Threads take turns in an order drawn from a seed.
 
 #include <ucontext.h>
 
@@ -21,7 +20,6 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) alignas(n)
-#define DYNAMIC_SHARED(name) unsigned char* name = emulated::shared
 
 #define __expf expf
 
@@ -44,17 +42,11 @@ struct Thread {
 
 struct Rendezvous { int count = 0, generation = 0; };
 
-struct Copy { void* to; const void* from; unsigned bytes; struct Phase* phase; };
-
-struct Phase { long long arrivals, expected, missing; unsigned parity; };  // of an mbarrier
-
 static std::vector<std::unique_ptr<Thread>> threads;
 static Thread* current;
 static ucontext_t scheduler;
 static std::map<int, Rendezvous> meetings;
-static std::vector<Copy> copies;
 static std::function<void()> body;
-static unsigned char* shared;
 static unsigned lanes[64][32][6];
 
 static const char* problem;  // the first one, which ends the block
@@ -84,18 +76,9 @@ static void meet(int which, int count) {
   pause_until([&own, generation] { return own.generation != generation; });
 }
 
-static void turn(Phase& phase) {  // a phase ends when all have arrived and all bytes have come
-  if (phase.arrivals || phase.missing) return;
-  phase.arrivals = phase.expected;
-  phase.parity ^= 1;
-}
-
-static void run_block(int count, size_t shared_bytes, unsigned seed) {
+static void run_block(int count, unsigned seed) {
   std::mt19937 draw(seed);
-  std::vector<unsigned char> memory(shared_bytes + 128, 0xff);
   problem = nullptr;
-  copies.clear();
-  shared = (unsigned char*)(((uintptr_t)memory.data() + 127) & ~(uintptr_t)127);
   meetings.clear();
   threads.clear();
   for (int i = 0; i < count; ++i) {
@@ -122,18 +105,8 @@ static void run_block(int count, size_t shared_bytes, unsigned seed) {
       moved = true;
       left -= own.done;
     }
-    if (!copies.empty() && (!moved || draw() % 4 == 0)) {
-      const size_t which = draw() % copies.size();
-      const Copy copy = copies[which];
-      copies.erase(copies.begin() + which);
-      memcpy(copy.to, copy.from, copy.bytes);
-      copy.phase->missing -= copy.bytes;
-      turn(*copy.phase);
-      moved = true;
-    }
     if (!moved) return fail("every thread waits");
   }
-  if (!copies.empty()) fail("a block ends before its copies have come");
 }
 
 static float from_bits(unsigned bits) {
@@ -144,11 +117,8 @@ static float from_bits(unsigned bits) {
 
 }  // namespace emulated
 
-using Barrier = emulated::Phase*;
-
 static void __syncthreads() { emulated::meet(-1, (int)emulated::threads.size()); }
 static void __syncwarp() { emulated::meet(threadIdx.x / 32, 32); }
-static void sync_readers() { emulated::meet(-2, WARPS * 32); }
 static void release_next() {}
 static void wait_for_previous() {}
 
@@ -189,38 +159,4 @@ static unsigned short to_bf16(float v) {
   unsigned bits;
   memcpy(&bits, &v, 4);
   return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Barriers are kept aside; where they lie, the kernel has a pointer's eight bytes.
-static std::map<Barrier*, emulated::Phase> phases;
-
-static void start_barrier(Barrier* barrier, int arrivals) { phases[barrier] = {arrivals, arrivals, 0, 0}; }
-static void publish_barriers() {}
-
-static emulated::Phase& phase_of(Barrier* barrier) {
-  const auto found = phases.find(barrier);
-  if (found == phases.end()) emulated::fail("a barrier is used before it is there");
-  return found->second;
-}
-
-static void arrive(Barrier* barrier) {
-  emulated::Phase& phase = phase_of(barrier);
-  if (--phase.arrivals < 0) emulated::fail("a barrier has more arrivals than it expects");
-  emulated::turn(phase);
-}
-
-static void announce(Barrier* barrier, unsigned bytes) {
-  phase_of(barrier).missing += bytes;
-  arrive(barrier);
-}
-
-static void wait(Barrier* barrier, unsigned parity) {
-  emulated::Phase& phase = phase_of(barrier);
-  emulated::pause_until([&phase, parity] { return phase.parity != parity; });
-}
-
-static void copy(void* to, const void* from, unsigned bytes, Barrier* barrier) {
-  if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || !bytes) emulated::fail("a copy is not aligned");
-  memset(to, 0xff, bytes);  // what was there is gone from now on
-  emulated::copies.push_back({to, from, bytes, &phase_of(barrier)});
 }

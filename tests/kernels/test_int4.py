@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.kernels import int4, launch
-from subspec.kernels.formats import AffineFormat
+from subspec.kernels import int4
 from tests.helpers.host_cuda import compile_host
 
 
@@ -86,11 +85,12 @@ def test_shapes_the_kernel_has_not_are_refused():
     ("n", "k", "tiles"), [(4608, 3584, 2), (37888, 3584, 4), (3584, 18944, 2), (960, 576, 2)]
 )
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu):
+@pytest.mark.parametrize(("warps", "ahead"), [(8, 1), (4, 1), (4, 2), (2, 3)])
+def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu, warps, ahead):
     assert int4.unavailable() is None
     weight = int4.pack(*codes(n, k, device="cuda"), tiles=tiles, swiglu=swiglu)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    out = run(weight, x, 1 if swiglu else 3)
+    out = run(weight, x, 1 if swiglu else 3, warps, ahead)
     result = out.float() if swiglu else out.sum(0)
     expected = int4.reference(weight, x)
     result = result[:, : expected.shape[1]]
@@ -98,53 +98,13 @@ def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu):
     assert error < (5e-3 if swiglu else 1e-3)
 
 
-RINGS = [
-    int4.Ring(8, 1, 100),
-    int4.Ring(8, 2, 112, True),
-    int4.Ring(16, 1, 200),
-    int4.Ring(16, 1, 200, True),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("ring", RINGS, ids=str)
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(
-    ("n", "k", "tiles", "swiglu"),
-    [
-        (4608, 3584, 4, False),
-        (37888, 3584, 2, True),
-        (3584, 18944, 8, False),
-        (3584, 18944, 2, False),
-        (960, 576, 2, False),
-        (64, 64, 2, True),  # fewer blocks of rows than multiprocessors
-    ],
-)
-def test_a_ring_computes_the_reference(n, k, tiles, swiglu, ring, overlap):
-    if reason := launch.problem(torch.device("cuda")):
-        pytest.skip(reason)
-    if not ring.fits(tiles, k // 64):
-        pytest.skip("no room for its slots")
-    weight = int4.pack(*codes(n, k, device="cuda"), tiles=tiles, swiglu=swiglu)
-    grid = ring.grid(*weight.words.shape[:2], swiglu, int4.multiprocessors(torch.device("cuda")))
-    slices = int4.ring_slices(*weight.words.shape[:2], swiglu, grid)
-    for rows in (1, 6, 8):
-        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-        with launch.overlapping(overlap):
-            out, again = (run(weight, x, slices, ring) for _ in range(2))
-        assert torch.equal(out, again)
-        expected = int4.reference(weight, x)
-        result = (out.float() if swiglu else out.sum(0))[:, : expected.shape[1]]
-        assert (result - expected).norm() / expected.norm() < (5e-3 if swiglu else 1e-3)
-
-
-def run(weight, x, splits, ring=None):
+def run(weight, x, splits, warps=int4.WARPS, ahead=1):
     rows = x.shape[0]
     if weight.swiglu:
         out = torch.full((rows, weight.padded // 2), torch.nan, dtype=torch.bfloat16, device="cuda")
     else:
         out = torch.full((splits, rows, weight.padded), torch.nan, dtype=torch.float32, device="cuda")
-    int4.linear(weight, x, out, splits=splits, ring=ring)
+    int4.linear(weight, x, out, splits=splits, warps=warps, ahead=ahead)
     return out
 
 
@@ -154,18 +114,16 @@ EMULATED = r"""
 #define HOST_TEST
 #include "{emulation}"
 #include "int4.cu"
-{ring}
 static Word4 load_once(const Word4* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
 extern "C" const char* go(const Word4* weight, const Word4* meta, const Word4* x, void* out, int rows, int n,
-                          int groups, int split, int stages, int bytes, int blocks, int slices, unsigned seed) {{
+                          int groups, int split, int blocks, int slices, unsigned seed) {{
   gridDim = {{blocks, slices, 1}};
-  emulated::body = [=] {{ {call}; }};
+  emulated::body = [=] {{ int4_linear(weight, meta, x, out, rows, n, groups, split); }};
   for (int y = 0; y < slices; ++y)
     for (int b = 0; b < blocks; ++b) {{
       blockIdx = {{b, y, 0}};
-      phases.clear();
-      emulated::run_block({threads}, bytes, seed + 7 * b);
+      emulated::run_block(32 * WARPS, seed + 7 * b);
       if (emulated::problem) return emulated::problem;
     }}
   return nullptr;
@@ -178,23 +136,15 @@ def emulated(tmp_path_factory):
     """The CUDA source as C++: a function of the kernel's settings."""
     folder = tmp_path_factory.mktemp("int4")
 
-    def build(tiles, swiglu, warps=int4.WARPS, ring=None):
-        source = EMULATED.format(
-            emulation=Path(__file__).parents[1] / "helpers" / "emulate_cuda.h",
-            ring='#include "int4_ring.cu"' if ring else "",
-            call="int4_ring(weight, meta, x, out, rows, n, groups, split, stages)"
-            if ring
-            else "int4_linear(weight, meta, x, out, rows, n, groups, split)",
-            threads=(warps + 1) * 32 if ring else warps * 32,
-        )
-        settings = {"TILES": tiles, "WARPS": warps, "SWIGLU": int(swiglu), "OVERLAP": 1}
-        if ring:
-            settings |= {"RING": 1, "BLOCKS": 1, "X_SHARED": int(ring.x_shared)}
+    @functools.cache
+    def build(tiles, swiglu, warps, ahead):
+        source = EMULATED.format(emulation=Path(__file__).parents[1] / "helpers" / "emulate_cuda.h")
+        settings = {"TILES": tiles, "WARPS": warps, "AHEAD": ahead, "SWIGLU": int(swiglu), "OVERLAP": 1}
         go = compile_host(folder, source, settings).go
         go.restype = ctypes.c_char_p
         return go
 
-    return functools.cache(build)
+    return build
 
 
 def pointer(tensor):
@@ -216,85 +166,24 @@ def empty_output(weight, rows, slices):
 
 
 @pytest.mark.parametrize(
-    ("n", "groups", "tiles", "swiglu", "rows", "splits"),
-    [(70, 11, 4, False, 3, 2), (64, 9, 2, True, 8, 1), (40, 3, 2, False, 6, 1)],
+    ("n", "groups", "tiles", "swiglu", "rows", "splits", "warps", "ahead"),
+    [
+        (70, 11, 4, False, 3, 2, 8, 1),
+        (64, 9, 2, True, 8, 1, 8, 1),
+        (40, 3, 2, False, 6, 1, 8, 2),  # fewer groups than warps
+        (96, 23, 4, True, 5, 1, 4, 2),
+        (70, 23, 2, False, 6, 3, 2, 3),
+        (32, 12, 2, False, 1, 1, 4, 3),  # exactly three groups a warp
+    ],
 )
-def test_the_source_computes_the_reference(emulated, n, groups, tiles, swiglu, rows, splits):
+def test_the_source_computes_the_reference(emulated, n, groups, tiles, swiglu, rows, splits, warps, ahead):
     weight = int4.pack(*codes(n, groups * 64), tiles=tiles, swiglu=swiglu)
     x = torch.randn(rows, groups * 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     out = empty_output(weight, rows, splits)
     parts = [pointer(tensor) for tensor in (weight.words, weight.meta, x, out)]
     blocks, split = weight.words.shape[0], -(-groups // splits)
-    problem = emulated(tiles, swiglu)(*parts, rows, weight.padded, groups, split, 0, 0, blocks, splits, 0)
-    assert problem is None, problem
-    check(weight, x, out)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    row_blocks=st.integers(1, 5),
-    groups=st.integers(1, 20),
-    kind=st.sampled_from([(2, False, False), (2, True, True), (4, False, True), (4, True, False)]),
-    warps=st.sampled_from([2, 4]),
-    rows=st.integers(1, 8),
-    grid=st.integers(1, 9),
-    stages=st.integers(1, 4),
-    seed=st.integers(0, 999),
-)
-@example(5, 1, (2, False, False), 4, 3, 1, 2, 0)  # fewer groups than warps
-def test_the_rings_source_computes_the_reference(
-    emulated, row_blocks, groups, kind, warps, rows, grid, stages, seed
-):
-    """Any shares of the weight, any order of the threads, and copies that come when they like."""
-    tiles, swiglu, x_shared = kind
-    weight = int4.pack(*codes(row_blocks * tiles * 16, groups * 64, seed), tiles=tiles, swiglu=swiglu)
-    x = torch.randn(rows, groups * 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    ring = int4.Ring(warps, 1, 0, x_shared)
-    grid = min(grid, row_blocks * (1 if swiglu else groups))
-    slices = int4.ring_slices(row_blocks, groups, swiglu, grid)
-    out = empty_output(weight, rows, slices)
-    parts = [pointer(tensor) for tensor in (weight.words, weight.meta, x, out)]
-    bytes_ = ring.bytes(tiles, rows, groups, stages)
-    problem = emulated(tiles, swiglu, warps, ring)(
-        *parts, rows, weight.padded, groups, slices, stages, bytes_, grid, 1, seed
+    problem = emulated(tiles, swiglu, warps, ahead)(
+        *parts, rows, weight.padded, groups, split, blocks, splits, 0
     )
     assert problem is None, problem
     check(weight, x, out)
-
-
-@settings(max_examples=50, deadline=None)
-@given(row_blocks=st.integers(1, 60), groups=st.integers(1, 300), grid=st.integers(1, 300))
-def test_a_rings_slices_are_the_pieces_of_the_most_cut_rows(row_blocks, groups, grid):
-    units = row_blocks * groups
-    grid = min(grid, units)
-    begins = [units * c // grid for c in range(grid)]
-    ends = [*begins[1:], units]
-    pieces = [
-        sum(begin < (b + 1) * groups and end > b * groups for begin, end in zip(begins, ends, strict=True))
-        for b in range(row_blocks)
-    ]
-    assert int4.ring_slices(row_blocks, groups, False, grid) == max(pieces)
-
-
-def test_the_ring_is_a_candidate_when_it_is_asked_for(monkeypatch):
-    format_, ring = AffineFormat(), int4.Ring(8, 1, 112, True)
-    today = format_.variants("int4_mma", "gate_up", 37888, 3584)
-    assert {variant.ring for variant in today} == {None}
-    monkeypatch.setattr(int4, "RINGS", (None, ring))
-    assert format_.variants("int4_mma", "gate_up", 37888, 3584) == today  # no device that has it
-    monkeypatch.setattr(int4, "has_rings", lambda: True)
-    more = format_.variants("int4_mma", "gate_up", 37888, 3584)
-    assert [str(variant) for variant in more if variant not in today] == ["int4_mma 2 ring 8x1 112K x"]
-    assert all(variant.ring is None for variant in format_.variants("int4_mma", "head", 152064, 3584))
-    assert all(
-        variant.ring is None for variant in format_.variants("int4_mma", "down", 3584, 18944)
-    )  # x is too long
-
-
-@pytest.mark.parametrize("ring", RINGS, ids=str)
-def test_a_rings_slots_fill_its_share_of_a_multiprocessor(ring):
-    for tiles in int4.RING_TILES:
-        stages = ring.stages(tiles, 6, 56)
-        assert stages == 0 or ring.bytes(tiles, 6, 56, stages) <= ring.kib * 1024 // ring.blocks
-        assert ring.bytes(tiles, 6, 56, stages + 1) > ring.kib * 1024 // ring.blocks
-    assert ring.kib + ring.blocks <= 228  # a multiprocessor's, of which every block takes one more
