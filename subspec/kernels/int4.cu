@@ -171,7 +171,14 @@ __device__ __forceinline__ void load_row(Word4& xa, Word4& xb, const Word4* x_ro
   xb = load(x_row + group * 8 + 1);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
+// With few words on their way registers suffice for 1024 threads of a multiprocessor; the compiler has to be told.
+#if TILES * AHEAD <= 2
+#define BOUNDS __launch_bounds__(WARPS * 32, 1024 / (WARPS * 32))
+#else
+#define BOUNDS __launch_bounds__(WARPS * 32)
+#endif
+
+extern "C" __global__ void BOUNDS int4_linear(
     const Word4* __restrict__ weight,  // [blocks][groups][TILES][32 lanes] of 4 words
     const Word4* __restrict__ meta,    // [blocks][groups][8][TILES * 2] pairs of half: scale, zero
     const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
