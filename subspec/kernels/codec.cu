@@ -12,14 +12,15 @@
 //
 // LAYOUT says how the substitute lies in memory:
 //   1  the draft kernel's own 4-bit order (int4.cu): words, and half pairs of scale and zero; group 64. The rows of a
-//      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's. Its
-//      kernel is in codec_staged.cu.
+//      Linear start at row_offset of the fused weight; with interleave they alternate 16 by 16 with another's.
 //   2  the Triton kernel's order (wq.py), for other bits and groups: word j of a row holds the inputs j, j + S, ... of
-//      S words; outputs are neighbours. Reads are scattered, as neither order can suit both kernels.
+//      S words; outputs are neighbours. For any numbers of inputs, and slow: reads are scattered.
 //   3  grid points of rotated weights (HIGGS, lut.cu): lut_dequantize.cu has written the dequantized weights, rotated
 //      back and rounded to bfloat16, where the exact ones are to be; of the substitute only the scales are read here.
 //      Every weight has an interval of its own.
+//   4  as 2, of WIDTH bits: inputs are a multiple of 64 and groups one of 4.
 //
+// 1 and 4 are decoded by way of shared memory (codec_staged.cu, compiled behind this file), 2 and 3 by what is here.
 // The file also compiles as plain C++ (HOST_TEST), so that its arithmetic is tested where there is no GPU.
 
 #ifdef HOST_TEST
@@ -48,6 +49,8 @@ static inline void advance_if(unsigned full, unsigned* words, const unsigned*& n
   words[1] = words[2];
   words[2] = *next++;
 }
+static inline unsigned load1(const unsigned* p) { return *p; }
+static inline unsigned load_half(const unsigned short* p) { return *p; }
 static inline Word4 load4(const unsigned* p) { return {p[0], p[1], p[2], p[3]}; }
 static inline Word4 read4(const unsigned short* p) {
   Word4 v;
@@ -85,6 +88,16 @@ DEVICE void advance_if(unsigned full, unsigned* words, const unsigned*& next) {
       "mad.wide.u32 %3, %4, 4, %3;}"
       : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+l"(next)
       : "r"(full));
+}
+DEVICE unsigned load1(const unsigned* p) {
+  unsigned v;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+DEVICE unsigned load_half(const unsigned short* p) {
+  unsigned short v;
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
 }
 DEVICE Word4 load4(const unsigned* p) {
   Word4 v;
@@ -138,14 +151,14 @@ DEVICE unsigned entry_of(float low, float high) {
   return usable ? k | extra << 5 | (field - 7) << 14 | (unsigned)first << 22 : 0u;
 }
 
-DEVICE unsigned entry_at(int q, float scale, float zero, float half) {
-  const float centre = add((float)q, -zero);
+DEVICE unsigned entry_at(float level, float scale, float zero, float half) {
+  const float centre = add(level, -zero);
   return entry_of(mul(add(centre, -half), scale), mul(add(centre, half), scale));
 }
 
 DEVICE void fill(unsigned* table, int levels, float scale, float zero, float half) {
 #pragma unroll 4
-  for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at(q, scale, zero, half);
+  for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at((float)q, scale, zero, half);
 }
 
 DEVICE void advance(Bits& bits) {
@@ -207,40 +220,7 @@ DEVICE const Described& part_of(const Described* parts, int count, unsigned bloc
   return parts[own];
 }
 
-#if LAYOUT == 1
-
-// words: [blocks][groups][tiles][32][4], meta: [blocks][groups][8][2 * tiles] pairs of half (int4.py).
-struct Group {  // where 64 weights of a row are
-  const unsigned* lanes;  // of four threads of the multiplication, 16 weights each
-  int shift;              // of the row's nibbles in their words
-  float scale, zero;
-};
-
-DEVICE Group locate(const Part& part, int row, int group) {
-  const int groups = (int)part.columns / 64, tiles = (int)part.tiles;
-  const int fused = fused_row(part, row);
-  const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
-  const long long cell = (long long)block * groups + group;
-  const unsigned pair = ((const unsigned*)part.meta)[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
-  const unsigned* lanes = (const unsigned*)part.words + ((cell * tiles + tile) * 32 + g * 4) * 4;
-  return {lanes, 4 * h, half_to_float(pair & 0xffffu), half_to_float(pair >> 16)};
-}
-
-template <class Source>
-DEVICE Word4 decode_eight(Source& bits, const unsigned* table, unsigned first, unsigned second) {
-  unsigned v[8];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned w = i ? second : first;
-    v[4 * i] = decode_one(bits, table[(w & 15) * STRIDE]);
-    v[4 * i + 1] = decode_one(bits, table[((w >> 16) & 15) * STRIDE]);
-    v[4 * i + 2] = decode_one(bits, table[((w >> 8) & 15) * STRIDE]);
-    v[4 * i + 3] = decode_one(bits, table[((w >> 24) & 15) * STRIDE]);
-  }
-  return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
-}
-
-#elif LAYOUT == 2
+#if LAYOUT == 2
 
 // words: [columns / per_word][rows], high: [columns / 16][rows] (3 bits), meta: [2][columns / group][rows] of half.
 DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long chunk, unsigned* table) {
@@ -270,7 +250,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
     const long long place = (long long)word * rows + fused;
     int q = (int)((words[place] >> (slot * low)) & ((1u << low) - 1u));
     if (width == 3) q |= ((high[place] >> slot) & 1) << 2;
-    out[at] = (unsigned short)decode_one(bits, width <= 4 ? table[q * STRIDE] : entry_at(q, scale, zero, half));
+    out[at] = (unsigned short)decode_one(bits, width <= 4 ? table[q * STRIDE] : entry_at((float)q, scale, zero, half));
     --left;
     ++column;
     if (++word == run) { word = 0; ++slot; }
@@ -327,7 +307,7 @@ DEVICE void decode_chunk(const Part& part, const unsigned char* flat, long long 
 
 #endif
 
-#if !defined(HOST_TEST) && LAYOUT > 1
+#if !defined(HOST_TEST) && (LAYOUT == 2 || LAYOUT == 3)
 extern "C" __global__ void __launch_bounds__(THREADS) codec_decode(const Part* parts, const unsigned char* flat,
                                                                    int count) {
   __shared__ unsigned table[16 * THREADS];

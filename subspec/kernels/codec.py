@@ -6,6 +6,7 @@ here can serve (:data:`KERNELS`). HIGGS is dequantized first, into the place of 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from subspec.kernels.part_launch import PartLaunch, float_bits
 from subspec.offload.codec import CHUNK, Coded, decode
 from subspec.offload.intervals import reach_factor
 from subspec.quant.codes import Codes, QuantizedWeight
+from subspec.rounding import round_up
 
 KERNELS = (MmaInt4.kind, TritonWq.kind, MmaLut.kind)
 """Kernels of the draft whose packed weights the decoder reads."""
@@ -31,6 +33,29 @@ THREADS = 128
 
 FIELDS = 16
 """64-bit numbers that say all about one Linear: ``Part`` in ``codec.cu``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of the decoders reads a substitute.
+
+    Attributes:
+        number: ``LAYOUT`` of ``codec.cu``.
+        bits: of the substitute, where the decoder is compiled for them; else 0.
+    """
+
+    number: int
+    bits: int = 0
+
+    @property
+    def sources(self) -> list[str]:
+        """Files that are compiled as one."""
+        return ["codec.cu", "codec_staged.cu"] if self.number in (1, 4) else ["codec.cu"]
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What these files expect."""
+        return {"LAYOUT": self.number, "WIDTH": self.bits}
 
 
 @dataclass(frozen=True)
@@ -135,11 +160,11 @@ class PieceDecoder:
             if isinstance(piece.linear, MmaLut)
         ]
         self._dequantize = Dequantizer(rotated)
-        parts: dict[int, list[tuple[list[int], int]]] = {}
+        parts: dict[Layout, list[tuple[list[int], int]]] = {}
         # The large ones first: what is left at the end is short.
         for piece in sorted(pieces, key=lambda piece: -piece.out.numel()):
             layout, fields = describe(piece)
-            parts.setdefault(layout, []).append((fields, -(-piece.out.numel() // (CHUNK * THREADS))))
+            parts.setdefault(layout, []).append((fields, blocks_of(layout, piece.out)))
         self._launches = [
             PartLaunch(_kernel(layout, device.index or 0), members, THREADS, device)
             for layout, members in parts.items()
@@ -165,19 +190,30 @@ def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> N
     PieceDecoder([Piece(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)])(flat)
 
 
-def describe(piece: Piece) -> tuple[int, list[int]]:
+def blocks_of(layout: Layout, out: Tensor) -> int:
+    """Blocks of threads that decode a weight ``out`` [n, k]."""
+    threads = -(-out.numel() // CHUNK)
+    if layout.number == 4:  # the chunks of a warp lie apart: ``chunk_of`` in ``codec_staged.cu``
+        columns = out.shape[1]
+        threads = round_up(threads, 32 * (columns // math.gcd(columns, CHUNK)))
+    return -(-threads // THREADS)
+
+
+def describe(piece: Piece) -> tuple[Layout, list[int]]:
     """The layout of a piece's substitute, and all fields of ``Part`` but the last one."""
     linear, out, reach = piece.linear, piece.out, 0.5 + piece.margin
     if isinstance(linear, MmaInt4):
-        layout, packed = 1, linear.weight
+        layout, packed = Layout(1), linear.weight
         sources = [packed.words.data_ptr(), 0, packed.meta.data_ptr()]
         form = [0, packed.tiles, 4, int4.GROUP]
     elif isinstance(linear, TritonWq):
-        layout, weight = 2, linear.weight
+        weight = linear.weight
+        whole = weight.in_features % 64 == 0 and weight.group % 4 == 0
+        layout = Layout(4, weight.bits) if whole else Layout(2)
         sources = [weight.words.data_ptr(), weight.high.data_ptr(), weight.meta.data_ptr()]
         form = [weight.out_features, 0, weight.bits, weight.group]
     elif isinstance(linear, MmaLut):
-        layout, look_up, rotation = 3, linear.weight, linear.rotation
+        layout, look_up, rotation = Layout(3), linear.weight, linear.rotation
         sources = [0, 0, look_up.scale.data_ptr()]
         form = [rotation.block, look_up.tiles, look_up.bits, rotation.padded // look_up.scale.shape[1]]
         reach = reach_factor(piece.margin, rotation.block)
@@ -193,6 +229,5 @@ def _unknown(linear: LevelLinear) -> TypeError:
 
 
 @functools.cache
-def _kernel(layout: int, device: int) -> Any:
-    sources = ["codec.cu", "codec_staged.cu"] if layout == 1 else ["codec.cu"]
-    return compile_cuda(sources, {"LAYOUT": layout}, "codec_decode", device)
+def _kernel(layout: Layout, device: int) -> Any:
+    return compile_cuda(layout.sources, layout.macros, "codec_decode", device)

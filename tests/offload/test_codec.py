@@ -12,9 +12,11 @@ from subspec.kernels import int4, wq
 from subspec.kernels.codec import (
     FIELDS,
     THREADS,
+    Layout,
     Piece,
     Rows,
     Spans,
+    blocks_of,
     decode_into,
     describe,
     substitute_codes,
@@ -124,9 +126,9 @@ def test_more_weights_than_the_decoder_can_number_are_refused():
 # ------------------------------------------------------------------------- from the kernels' own order of codes
 
 
-def fused(kind, parts, *, swiglu, bits=4, tiles=2):
+def fused(kind, parts, *, swiglu, bits=4, tiles=2, group=64):
     """Several weights quantized and fused as a draft level has them: the Linear, and each weight's codes and rows."""
-    codes = [HqqCodes(bits).codes(part) for part in parts]
+    codes = [HqqCodes(bits, group).codes(part) for part in parts]
     stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
     if kind == "int4_mma":
         linear = MmaInt4(int4.pack(stacked.q, stacked.scale, stacked.zero, tiles=tiles, swiglu=swiglu))
@@ -177,28 +179,39 @@ def test_decoding_reads_the_kernels_own_order(kind, swiglu, bits, tiles, device)
 HOST = r"""
 #define HOST_TEST
 #include "codec.cu"
-#if LAYOUT == 1
-#include "codec_staged.cu"
 #include <cstdlib>
-#endif
 static unsigned table[16 * THREADS];
 
-#if LAYOUT == 1
+#if LAYOUT == 1 || LAYOUT == 4
+#include "codec_staged.cu"
 // A block's threads one after the other, between the barriers of the kernel.
 static void decode_block(const Part& part, const unsigned char* flat, long long block) {
   static unsigned ring[RING * THREADS];
   alignas(16) static unsigned lines[LINE * THREADS];
+  for (unsigned& word : table) word = rand();
   for (unsigned& word : ring) word = rand();
   for (unsigned& word : lines) word = rand();
   static Lane lanes[THREADS];
-  const long long first = (block - part.first_block) * THREADS;
-  for (int t = 0; t < THREADS; ++t) begin_chunk(lanes[t], part, flat, first + t, ring + t);
+  static Chunk chunks[THREADS];
+  for (int t = 0; t < THREADS; ++t) {
+    chunks[t] = chunk_of(part, (block - part.first_block) * THREADS + t);
+    begin_chunk(lanes[t], part, flat, chunks[t].number, ring + t);
+  }
   for (int step = 0; step < STEPS; ++step) {
     for (int t = 0; t < THREADS; ++t)
-      if (step < lanes[t].steps) decode_group(lanes[t], part, table + t, lines + t * LINE);
+      if (step < lanes[t].steps) {
+        decode_stretch(lanes[t], part, table + t, lines + t * LINE);
+        pass_stretch(lanes[t], part);
+      }
     for (int t = 0; t < THREADS; ++t)
-      write_lines(part, first + t / 32 * 32, step, t % 32, lines + t / 32 * 32 * LINE);
+      write_lines(part, chunks[t], step, t % 32, lines + t / 32 * 32 * LINE);
   }
+}
+
+extern "C" void number_chunks(long long columns, int threads, long long* numbers) {
+  Part part = {};
+  part.columns = columns;
+  for (int t = 0; t < threads; ++t) numbers[t] = chunk_of(part, t).number;
 }
 #else
 static void decode_block(const Part& part, const unsigned char* flat, long long block) {
@@ -214,19 +227,21 @@ extern "C" void decode(const Part* parts, const unsigned char* flat, int count, 
 }
 """
 
+LAYOUTS = [Layout(1), Layout(2), *(Layout(4, bits) for bits in (2, 3, 4, 8))]
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The CUDA source as C++, by layout."""
     folder = tmp_path_factory.mktemp("codec")
-    return {layout: compile_host(folder, HOST, {"LAYOUT": layout}) for layout in (1, 2)}
+    return {layout: compile_host(folder, HOST, layout.macros) for layout in LAYOUTS}
 
 
 def run_on_host(compiled, pieces, flat):
     """What :class:`PieceDecoder` launches, as C++; ``flat``: int32, 16-byte aligned as a device's memory is."""
     described = [describe(piece) for piece in pieces]
     (layout,) = {layout for layout, _ in described}
-    blocks = [-(-piece.out.numel() // (CHUNK * THREADS)) for piece in pieces]
+    blocks = [blocks_of(layout, piece.out) for piece in pieces]
     table = torch.tensor([[*fields, sum(blocks[:i])] for i, (_, fields) in enumerate(described)])
     assert table.shape == (len(pieces), FIELDS)
     assert flat.data_ptr() % 16 == 0
@@ -236,8 +251,12 @@ def run_on_host(compiled, pieces, flat):
 
 @pytest.mark.parametrize(("kind", "swiglu", "bits", "tiles"), CASES)
 def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits, tiles):
-    """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
     linear, members = fused(kind, parts_of(swiglu), swiglu=swiglu, bits=bits, tiles=tiles)
+    decode_members(compiled, linear, members, bits)
+
+
+def decode_members(compiled, linear, members, bits):
+    """All weights of a fused Linear in one call, from one run of bytes, as a layer's are: the layout they have."""
     flat, pieces = torch.zeros(0, dtype=torch.int32), []
     for weight, _, rows in members:
         coded = encode(weight, substitute_codes(linear, rows, weight.shape[0]), margin_for(bits))
@@ -249,6 +268,81 @@ def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits
     run_on_host(compiled, pieces, flat)
     for piece, (weight, _, _) in zip(pieces, members, strict=True):
         assert same(piece.out, weight)
+    return describe(pieces[0])[0]
+
+
+# bits, inputs, group, rows of each weight, gate and up
+TRITON_CASES = [
+    (8, 512, 64, (96, 32, 48), False),  # a warp's rows are neighbours
+    (8, 1024, 128, (37, 70), False),  # a warp lacks some of its rows
+    (8, 512, 16, (64, 64), True),
+    (4, 1024, 32, (45, 3), False),
+    (4, 1536, 128, (64, 64), True),
+    (3, 512, 128, (33, 31), False),
+    (3, 1024, 32, (64, 64), True),
+    (2, 1024, 16, (40,), False),
+    (2, 3584, 64, (33, 5), False),
+    (8, 192, 64, (37, 64, 5), False),  # chunks go on in the next row, and the last one is short
+    (8, 576, 32, (96, 96), True),
+    (8, 768, 96, (70,), False),  # groups end within 64 weights
+    (4, 576, 192, (33, 50), False),
+    (4, 320, 20, (64,), False),
+    (3, 192, 16, (65, 7), False),
+    (3, 896, 128, (64, 64), True),
+    (2, 576, 24, (41,), False),
+    (2, 64, 64, (1, 300), False),
+    (8, 2048, 64, (530,), False),  # several blocks
+    (2, 1088, 64, (300, 2), False),
+]
+
+
+@pytest.mark.parametrize(("bits", "k", "group", "rows", "swiglu"), TRITON_CASES)
+def test_the_cuda_source_decodes_the_triton_order_by_way_of_shared_memory(
+    compiled, bits, k, group, rows, swiglu
+):
+    parts = [gaussian(n, k, seed) for seed, n in enumerate(rows)]
+    linear, members = fused("triton_wq", parts, swiglu=swiglu, bits=bits, group=group)
+    assert decode_members(compiled, linear, members, bits) == Layout(4, bits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "k", "group", "rows", "swiglu"), TRITON_CASES)
+def test_the_device_decodes_the_triton_order(bits, k, group, rows, swiglu):
+    parts = [gaussian(n, k, seed).cuda() for seed, n in enumerate(rows)]
+    linear, members = fused("triton_wq", parts, swiglu=swiglu, bits=bits, group=group)
+    for weight, codes, own in members:
+        out = torch.full_like(weight, 5.0)
+        decode_into(out, encode(weight, codes, margin_for(bits)), linear, own)
+        assert same(out, weight)
+
+
+@pytest.mark.parametrize(
+    ("bits", "k", "group", "rows"),
+    [
+        (8, 100, 20, (33, 7)),
+        (4, 1056, 32, (70,)),
+        (3, 144, 16, (21, 40)),
+        (2, 80, 16, (129,)),
+        (8, 192, 6, (9,)),
+    ],
+)
+def test_inputs_or_groups_that_no_quads_fill_are_decoded_without_it(compiled, bits, k, group, rows):
+    parts = [gaussian(n, k, seed) for seed, n in enumerate(rows)]
+    linear, members = fused("triton_wq", parts, swiglu=False, bits=bits, group=group)
+    assert decode_members(compiled, linear, members, bits) == Layout(2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(columns=st.integers(1, 80).map(lambda n: 64 * n), rows=st.integers(1, 400))
+def test_every_chunk_has_one_thread_and_a_warps_begin_at_one_column(compiled, columns, rows):
+    layout = Layout(4, 8)
+    threads = THREADS * blocks_of(layout, torch.empty(rows, columns, device="meta"))
+    numbers = torch.empty(threads, dtype=torch.int64)
+    compiled[layout].number_chunks(ctypes.c_longlong(columns), threads, ctypes.c_void_p(numbers.data_ptr()))
+    chunks = -(-rows * columns // CHUNK)
+    assert torch.equal(numbers[numbers < chunks].sort().values, torch.arange(chunks))
+    begins = (numbers * CHUNK % columns).view(-1, 32)
+    assert torch.equal(begins, begins[:, :1].expand_as(begins))
 
 
 def test_several_blocks_are_decoded(compiled):
@@ -266,18 +360,23 @@ def test_several_blocks_are_decoded(compiled):
     assert same(piece.out, weight)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
+    kind=st.sampled_from([("int4_mma", 4), ("triton_wq", 2), ("triton_wq", 3), ("triton_wq", 8)]),
     scale=st.one_of(st.floats(width=16), st.floats(2.0**-14, 1024.0, width=16)),
     zero=st.one_of(st.floats(width=16), st.floats(-20, 20, width=16)),
     seed=st.integers(0, 99),
     margin=st.sampled_from([0.0, 2.0**-8, 0.0625]),
 )
-def test_the_cuda_source_decodes_every_bit_pattern(compiled, scale, zero, seed, margin):
-    generator = torch.Generator().manual_seed(seed)
+def test_the_cuda_source_decodes_every_bit_pattern(compiled, kind, scale, zero, seed, margin):
+    (order, bits), generator = kind, torch.Generator().manual_seed(seed)
     weight = EVERY_BFLOAT16[torch.randint(0, 1 << 16, (32 * 64,), generator=generator)].view(32, 64)
-    q = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=generator)
-    linear = MmaInt4(int4.pack(q, torch.full((32, 1), scale), torch.full((32, 1), zero), tiles=2))
+    q = torch.randint(0, 1 << bits, (32, 64), dtype=torch.uint8, generator=generator)
+    scales, zeros = torch.full((32, 1), scale), torch.full((32, 1), zero)
+    if order == "int4_mma":
+        linear = MmaInt4(int4.pack(q, scales, zeros, tiles=2))
+    else:
+        linear = TritonWq(wq.pack(q, scales, zeros, bits=bits))
     rows = Rows(0, False)
     coded = encode(weight, substitute_codes(linear, rows, 32), margin)
     flat = torch.cat([coded.starts, coded.stream])

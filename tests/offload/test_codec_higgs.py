@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.kernels.codec import Piece, Rows, Spans, decode_into, substitute_codes
+from subspec.kernels.codec import Layout, Piece, Rows, Spans, decode_into, substitute_codes
 from subspec.kernels.lut import MmaLut, ReferenceLut, make_lut_linear
 from subspec.kernels.lut_dequantize import FIELDS, ROWS, Dequantizer, Rotated
 from subspec.kernels.lut_format import LutFormat
@@ -266,7 +266,7 @@ def compiled(tmp_path_factory):
         )
         for bits, block, *_ in CASES
     }
-    return libraries | {3: compile_host(folder, HOST, {"LAYOUT": 3})}
+    return libraries | {Layout(3): compile_host(folder, HOST, Layout(3).macros)}
 
 
 def pointer(tensor):
