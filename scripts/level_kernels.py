@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import product
 
 import torch
 from kernel_benchmark import DEVICE
@@ -17,9 +16,6 @@ from subspec.kernels import int4, launch
 from subspec.kernels.formats import AffineFormat, random_codes
 from subspec.kernels.ops import MmaInt4, Variant
 from subspec.kernels.timing import graph_time, rotation
-
-TILES, WARPS, AHEAD, SPLITS = (2, 4), (2, 4, 8), (1, 2, 3), (1, 2, 3, 4, 6, 7, 8, 12, 16)
-"""Settings of the 4-bit kernel."""
 
 ATTENTIONS = (
     Attention(),
@@ -41,29 +37,19 @@ LENGTHS = (512, 2000)
 """Prefixes that attention is timed at."""
 
 
-def settings_of(role: str, k: int) -> list[Variant]:
-    """Kernels of a role: slices have some groups for each warp, and registers suffice."""
-    return [
-        Variant("int4_mma", tiles, splits, warps, ahead)
-        for tiles, warps, ahead, splits in product(TILES, WARPS, AHEAD, SPLITS)
-        if splits <= (1 if role == "gate_up" else max(1, 2 * (k // int4.GROUP) // warps))
-        and tiles * ahead <= 8
-    ]
-
-
 def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[str, float]:
     """Relative error against the reference by role and setting; a second call must give the same bits."""
     errors: dict[str, float] = {}
     for role, (n, k) in shapes.items():
         codes, swiglu = random_codes(min(n, 8192), k, DEVICE), role == "gate_up"
-        variants = settings_of(role, k)
+        variants = AffineFormat().variants("int4_mma", role, n, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             packed = int4.pack(codes.q, codes.scale, codes.zero, tiles=tiles, swiglu=swiglu)
             for rows in (1, 6, 8):
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
                 expected = int4.reference(packed, x)
                 for variant in (variant for variant in variants if variant.tiles == tiles):
-                    linear = MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
+                    linear = MmaInt4(packed, variant.splits)
                     with launch.overlapping(overlap):
                         got, again = linear(x), linear(x)
                     y = got.float() if swiglu else got.sum(0)
@@ -92,14 +78,12 @@ def time_kernels(
     for role, (n, k) in shapes.items():
         times[role] = {}
         x = torch.randn(width, k, device=DEVICE, dtype=torch.bfloat16)
-        variants = settings_of(role, k)
+        variants = AffineFormat().variants("int4_mma", role, n, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             base = Variant("int4_mma", tiles, 1)
             own = rotation(AffineFormat().random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
             for variant in (variant for variant in variants if variant.tiles == tiles):
-                linears = [
-                    MmaInt4(linear.weight, variant.splits, variant.warps, variant.ahead) for linear in own
-                ]
+                linears = [MmaInt4(linear.weight, variant.splits) for linear in own]
                 with launch.overlapping(overlap):
                     times[role][variant] = graph_time(partial(call_each, linears, x)) / len(linears) * 1e6
             del own, linears

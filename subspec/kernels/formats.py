@@ -191,8 +191,7 @@ class AffineFormat:
             words = random_words(blocks, groups, tiles, 32, 4, device=device)
             meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
             meta[..., 0], meta[..., 1] = 0.005, 7.5
-            packed = int4.PackedInt4(words, meta, n, k, tiles, swiglu)
-            return MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
+            return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits)
         if variant.kernel == TritonWq.kind:
             words = random_words(k // wq.PER_WORD[self.words], n, device=device)
             high = torch.empty((k // 16, n) if self.words == 3 else (1,), dtype=torch.int16, device=device)

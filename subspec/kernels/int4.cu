@@ -10,8 +10,7 @@
 //   sum_k s (q - z) x = s (sum_k (128 + q) x - (128 + z) sum_k x),
 // where sum_k x comes from the same instruction with A = 1.
 //
-// TILES (16-row tiles per block), WARPS, AHEAD (groups of a warp whose loads are on their way), SWIGLU and OVERLAP are set
-// by the host. Each block covers TILES * 16 rows; its
+// TILES (16-row tiles per block), WARPS, SWIGLU and OVERLAP are set by the host. Each block covers TILES * 16 rows; its
 // warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1 splits k
 // further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
 //
@@ -157,28 +156,7 @@ __device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows
 #endif
 }
 
-// A thread's share of a group's weights, scales and zeros.
-__device__ __forceinline__ void load_group(Word4 (&w)[TILES], Word4 (&m)[TILES / 2], const Word4* w_block,
-                                           const Word4* m_block, int group) {
-#pragma unroll
-  for (int i = 0; i < TILES; ++i) w[i] = load_once(w_block + ((long long)group * TILES + i) * 32);
-#pragma unroll
-  for (int i = 0; i < TILES / 2; ++i) m[i] = load_once(m_block + (long long)group * 8 * (TILES / 2) + i);
-}
-
-__device__ __forceinline__ void load_row(Word4& xa, Word4& xb, const Word4* x_row, int group) {
-  xa = load(x_row + group * 8);
-  xb = load(x_row + group * 8 + 1);
-}
-
-// With few words on their way registers suffice for 1024 threads of a multiprocessor; the compiler has to be told.
-#if TILES * AHEAD <= 2
-#define BOUNDS __launch_bounds__(WARPS * 32, 1024 / (WARPS * 32))
-#else
-#define BOUNDS __launch_bounds__(WARPS * 32)
-#endif
-
-extern "C" __global__ void BOUNDS int4_linear(
+extern "C" __global__ void __launch_bounds__(WARPS * 32) int4_linear(
     const Word4* __restrict__ weight,  // [blocks][groups][TILES][32 lanes] of 4 words
     const Word4* __restrict__ meta,    // [blocks][groups][8][TILES * 2] pairs of half: scale, zero
     const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
@@ -200,31 +178,37 @@ extern "C" __global__ void BOUNDS int4_linear(
 #pragma unroll
     for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
 
-  // Loads of the groups ahead fly while one is computed. The loop is unrolled so that every group has registers of its
-  // own: to move loaded words from one place to another is to wait for them.
   const Word4 nothing = {0u, 0u, 0u, 0u};
-  Word4 w[AHEAD + 1][TILES], m[AHEAD + 1][TILES / 2], xa[AHEAD + 1], xb[AHEAD + 1];
-#pragma unroll
-  for (int s = 0; s <= AHEAD; ++s) xa[s] = xb[s] = nothing;
+  Word4 xa = nothing, xb = nothing;
   int group = first + warp;
+
+  Word4 w[TILES], m[TILES / 2];
+  if (group < last) {
 #pragma unroll
-  for (int s = 0; s < AHEAD; ++s)
-    if (group + s * WARPS < last) load_group(w[s], m[s], w_block, m_block, group + s * WARPS);
+    for (int i = 0; i < TILES; ++i) w[i] = load_once(w_block + ((long long)group * TILES + i) * 32);
+#pragma unroll
+    for (int i = 0; i < TILES / 2; ++i) m[i] = load_once(m_block + (long long)group * 8 * (TILES / 2) + i);
+  }
   wait_for_previous();
-#pragma unroll
-  for (int s = 0; s < AHEAD; ++s)
-    if (group + s * WARPS < last && g < rows) load_row(xa[s], xb[s], x_row, group + s * WARPS);
+  if (group < last && g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
   while (group < last) {
+    const int next = group + WARPS;
+    Word4 w_next[TILES], m_next[TILES / 2], xa_next = nothing, xb_next = nothing;
+    if (next < last) {  // the next group's loads fly while this one is computed
 #pragma unroll
-    for (int s = 0; s <= AHEAD; ++s) {
-      const int next = group + AHEAD * WARPS, to = (s + AHEAD) % (AHEAD + 1);
-      if (next < last) {
-        load_group(w[to], m[to], w_block, m_block, next);
-        if (g < rows) load_row(xa[to], xb[to], x_row, next);
-      }
-      if (group < last) add_group(acc, w[s], m[s], xa[s], xb[s]);
-      group += WARPS;
+      for (int i = 0; i < TILES; ++i) w_next[i] = load_once(w_block + ((long long)next * TILES + i) * 32);
+#pragma unroll
+      for (int i = 0; i < TILES / 2; ++i) m_next[i] = load_once(m_block + (long long)next * 8 * (TILES / 2) + i);
+      if (g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
     }
+    add_group(acc, w, m, xa, xb);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) w[i] = w_next[i];
+#pragma unroll
+    for (int i = 0; i < TILES / 2; ++i) m[i] = m_next[i];
+    xa = xa_next;
+    xb = xb_next;
+    group = next;
   }
 
   __shared__ Sums sums[WARPS];

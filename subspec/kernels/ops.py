@@ -54,14 +54,12 @@ class MmaInt4(LevelLinear):
 
     Args:
         splits: slices of the input dimension; 0: a rule of thumb.
-        warps, ahead: see :func:`subspec.kernels.int4.linear`; 0: its defaults.
     """
 
     kind = "int4_mma"
 
-    def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0, ahead: int = 0) -> None:
+    def __init__(self, weight: int4.PackedInt4, splits: int = 0) -> None:
         self.weight = weight
-        self.warps, self.ahead = warps or int4.WARPS, ahead or 1
         if weight.words.is_cuda:
             self.splits = splits or int4.splits_for(weight, int4.multiprocessors(weight.words.device))
         self.stride = weight.padded
@@ -89,7 +87,7 @@ class MmaInt4(LevelLinear):
             out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
         else:
             out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
-        int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps, ahead=self.ahead)
+        int4.linear(self.weight, x, out, splits=self.splits)
         return out
 
 
@@ -251,24 +249,16 @@ class Variant:
         kernel: its name.
         tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
         splits: of our kernels, slices of the input dimension (0: a rule of thumb).
-        warps, ahead: of our 4-bit kernel (:func:`subspec.kernels.int4.linear`; 0: its defaults).
     """
 
     kernel: str
     tiles: int = 0
     splits: int = 0
-    warps: int = 0
-    ahead: int = 0
 
     def __str__(self) -> str:
         if not self.tiles:
             return self.kernel
-        name = f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
-        return (
-            name
-            + (f" warps {self.warps}" if self.warps else "")
-            + (f" ahead {self.ahead}" if self.ahead else "")
-        )
+        return f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
 
 
 KERNELS = (MmaInt4.kind, Tinygemm.kind, GemLite.kind, TritonWq.kind)
@@ -285,8 +275,7 @@ def make_linear(variant: Variant, codes: Codes, *, swiglu: bool, bits: int | Non
     kernel, parts = variant.kernel, (codes.q, codes.scale, codes.zero)
     bits = bits or codes.bits
     if kernel == MmaInt4.kind:
-        packed = int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu)
-        return MmaInt4(packed, variant.splits, variant.warps, variant.ahead)
+        return MmaInt4(int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu), variant.splits)
     if kernel == TritonWq.kind:
         packed = wq.pack(*parts, bits=bits, swiglu=swiglu)
         return TritonWq(packed, variant.tiles, max(variant.splits, 1))
