@@ -49,7 +49,7 @@ def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
                 expected = int4.reference(packed, x)
                 for variant in (variant for variant in variants if variant.tiles == tiles):
-                    linear = MmaInt4(packed, variant.splits)
+                    linear = MmaInt4(packed, variant.splits, variant.warps)
                     with launch.overlapping(overlap):
                         got, again = linear(x), linear(x)
                     y = got.float() if swiglu else got.sum(0)
@@ -83,7 +83,7 @@ def time_kernels(
             base = Variant("int4_mma", tiles, 1)
             own = rotation(AffineFormat().random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
             for variant in (variant for variant in variants if variant.tiles == tiles):
-                linears = [MmaInt4(linear.weight, variant.splits) for linear in own]
+                linears = [MmaInt4(linear.weight, variant.splits, variant.warps) for linear in own]
                 with launch.overlapping(overlap):
                     times[role][variant] = graph_time(partial(call_each, linears, x)) / len(linears) * 1e6
             del own, linears

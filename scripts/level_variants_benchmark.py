@@ -38,7 +38,7 @@ from subspec.kernels.ops import MmaInt4, Variant
 TODAY = {
     "qkv": Variant("int4_mma", 4, 3),
     "out": Variant("int4_mma", 4, 4),
-    "gate_up": Variant("int4_mma", 4, 1),
+    "gate_up": Variant("int4_mma", 4, 1, 4),
     "down": Variant("int4_mma", 4, 4),
 }
 """What the choice of kernels takes on an H200 for Qwen2.5-7B, launches overlapping."""
@@ -68,7 +68,7 @@ def with_variants(model: FusedModel, variants: Mapping[str, Variant]) -> FusedMo
             words = packed.words.view(-1, groups, tiles, 32, 4)
             meta = packed.meta.view(-1, groups, 8, 2 * tiles, 2)
             packed = replace(packed, words=words, meta=meta, tiles=tiles)
-        return MmaInt4(packed, variant.splits)
+        return MmaInt4(packed, variant.splits, variant.warps)
 
     layers = [
         replace(layer, **{role: other(getattr(layer, role), variant) for role, variant in variants.items()})
@@ -338,7 +338,7 @@ class Benchmark:
         if attention is not None:
             self.measure_all(
                 Candidate("its attention changed", fastest, {"overlap": overlap, "attention": attention}),
-                Candidate("fastest with a 4-bit head", fastest, options, Variant("int4_mma", 4, 1)),
+                Candidate("fastest with a 4-bit head", fastest, options, Variant("int4_mma", 4, 1, 4)),
             )
         self.profile_all()
 

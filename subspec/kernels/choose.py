@@ -116,6 +116,7 @@ class KernelChoice:
                 "kernel": picked.variant.kernel,
                 "tiles": picked.variant.tiles,
                 "splits": picked.variant.splits,
+                "warps": picked.variant.warps,
                 "shape": list(picked.shape),
                 "format": picked.format,
                 "microseconds": picked.microseconds,

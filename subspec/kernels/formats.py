@@ -159,8 +159,10 @@ class AffineFormat:
     def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
         """Tiles and splits of our kernels; the others decide for themselves."""
         if kernel == MmaInt4.kind:
+            if role in WHOLE_SUMS:
+                return [Variant(kernel, tiles, 1, warps) for tiles in (2, 4) for warps in (0, 4)]
             # Slices need some groups of 64 for each warp.
-            most = 1 if role in WHOLE_SUMS else max(1, 2 * (k // int4.GROUP) // int4.WARPS)
+            most = max(1, 2 * (k // int4.GROUP) // int4.WARPS)
             return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
         if kernel == TritonWq.kind:
             sizes = (
@@ -191,7 +193,8 @@ class AffineFormat:
             words = random_words(blocks, groups, tiles, 32, 4, device=device)
             meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
             meta[..., 0], meta[..., 1] = 0.005, 7.5
-            return MmaInt4(int4.PackedInt4(words, meta, n, k, tiles, swiglu), variant.splits)
+            packed = int4.PackedInt4(words, meta, n, k, tiles, swiglu)
+            return MmaInt4(packed, variant.splits, variant.warps)
         if variant.kernel == TritonWq.kind:
             words = random_words(k // wq.PER_WORD[self.words], n, device=device)
             high = torch.empty((k // 16, n) if self.words == 3 else (1,), dtype=torch.int16, device=device)

@@ -128,14 +128,14 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel(tiles: int, swiglu: bool, overlap: bool, device: int) -> Any:
-    settings = {"TILES": tiles, "SWIGLU": int(swiglu), "OVERLAP": int(overlap), "WARPS": WARPS}
+def _kernel(tiles: int, warps: int, swiglu: bool, overlap: bool, device: int) -> Any:
+    settings = {"TILES": tiles, "WARPS": warps, "SWIGLU": int(swiglu), "OVERLAP": int(overlap)}
     return compile_cuda(["int4.cu"], settings, "int4_linear", device)
 
 
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None when it can."""
-    return problem(lambda: _kernel(4, False, False, torch.cuda.current_device()))
+    return problem(lambda: _kernel(4, WARPS, False, False, torch.cuda.current_device()))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -156,15 +156,16 @@ def splits_for(weight: PackedInt4, count: int) -> int:
     return max(1, min(wanted, groups // WARPS))
 
 
-def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
+def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
     """Run the kernel on up to eight rows; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
         x: bfloat16 [rows, in_features], contiguous.
         out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
             [rows, padded / 2] and ``splits`` 1.
+        warps: of a block, 4 or 8, which share the groups of its slice.
     """
     rows, groups = x.shape[0], weight.in_features // GROUP
-    kernel = _kernel(weight.tiles, weight.swiglu, launch.is_overlapping(), x.device.index or 0)
+    kernel = _kernel(weight.tiles, warps, weight.swiglu, launch.is_overlapping(), x.device.index or 0)
     args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
-    launch.launch(kernel, (weight.words.shape[0], splits, 1), WARPS * 32, args)
+    launch.launch(kernel, (weight.words.shape[0], splits, 1), warps * 32, args)

@@ -54,12 +54,13 @@ class MmaInt4(LevelLinear):
 
     Args:
         splits: slices of the input dimension; 0: a rule of thumb.
+        warps: of a block; 0: the usual number.
     """
 
     kind = "int4_mma"
 
-    def __init__(self, weight: int4.PackedInt4, splits: int = 0) -> None:
-        self.weight = weight
+    def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
+        self.weight, self.warps = weight, warps or int4.WARPS
         if weight.words.is_cuda:
             self.splits = splits or int4.splits_for(weight, int4.multiprocessors(weight.words.device))
         self.stride = weight.padded
@@ -87,7 +88,7 @@ class MmaInt4(LevelLinear):
             out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
         else:
             out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
-        int4.linear(self.weight, x, out, splits=self.splits)
+        int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps)
         return out
 
 
@@ -249,16 +250,19 @@ class Variant:
         kernel: its name.
         tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
         splits: of our kernels, slices of the input dimension (0: a rule of thumb).
+        warps: of our 4-bit kernel, of a block (0: the usual number).
     """
 
     kernel: str
     tiles: int = 0
     splits: int = 0
+    warps: int = 0
 
     def __str__(self) -> str:
         if not self.tiles:
             return self.kernel
-        return f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
+        name = f"{self.kernel} {self.tiles}x{self.splits}" if self.splits else f"{self.kernel} {self.tiles}"
+        return f"{name} warps {self.warps}" if self.warps else name
 
 
 KERNELS = (MmaInt4.kind, Tinygemm.kind, GemLite.kind, TritonWq.kind)
@@ -275,7 +279,8 @@ def make_linear(variant: Variant, codes: Codes, *, swiglu: bool, bits: int | Non
     kernel, parts = variant.kernel, (codes.q, codes.scale, codes.zero)
     bits = bits or codes.bits
     if kernel == MmaInt4.kind:
-        return MmaInt4(int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu), variant.splits)
+        packed = int4.pack(*parts, tiles=variant.tiles, swiglu=swiglu)
+        return MmaInt4(packed, variant.splits, variant.warps)
     if kernel == TritonWq.kind:
         packed = wq.pack(*parts, bits=bits, swiglu=swiglu)
         return TritonWq(packed, variant.tiles, max(variant.splits, 1))

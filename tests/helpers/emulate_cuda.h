@@ -146,6 +146,8 @@ static void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   __syncwarp();
 }
 
+static unsigned nibbles_on_128(unsigned value) { return (value & 0x000F000Fu) | 0x43004300u; }
+
 static float2 half_pair(unsigned v) {
   const auto wide = [](unsigned half) {  // scales and zeros are finite
     const unsigned exponent = (half >> 10) & 31, fraction = half & 1023;

@@ -85,11 +85,12 @@ def test_shapes_the_kernel_has_not_are_refused():
     ("n", "k", "tiles"), [(4608, 3584, 2), (37888, 3584, 4), (3584, 18944, 2), (960, 576, 2)]
 )
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu):
+@pytest.mark.parametrize("warps", [4, 8])
+def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu, warps):
     assert int4.unavailable() is None
     weight = int4.pack(*codes(n, k, device="cuda"), tiles=tiles, swiglu=swiglu)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-    out = run(weight, x, 1 if swiglu else 3)
+    out = run(weight, x, 1 if swiglu else 3, warps)
     result = out.float() if swiglu else out.sum(0)
     expected = int4.reference(weight, x)
     result = result[:, : expected.shape[1]]
@@ -97,13 +98,13 @@ def test_the_kernel_computes_the_reference(rows, n, k, tiles, swiglu):
     assert error < (5e-3 if swiglu else 1e-3)
 
 
-def run(weight, x, splits):
+def run(weight, x, splits, warps):
     rows = x.shape[0]
     if weight.swiglu:
         out = torch.full((rows, weight.padded // 2), torch.nan, dtype=torch.bfloat16, device="cuda")
     else:
         out = torch.full((splits, rows, weight.padded), torch.nan, dtype=torch.float32, device="cuda")
-    int4.linear(weight, x, out, splits=splits)
+    int4.linear(weight, x, out, splits=splits, warps=warps)
     return out
 
 
@@ -136,9 +137,9 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int4")
 
     @functools.cache
-    def build(tiles, swiglu):
+    def build(tiles, swiglu, warps):
         source = EMULATED.format(emulation=Path(__file__).parents[1] / "helpers" / "emulate_cuda.h")
-        settings = {"TILES": tiles, "WARPS": int4.WARPS, "SWIGLU": int(swiglu), "OVERLAP": 1}
+        settings = {"TILES": tiles, "WARPS": warps, "SWIGLU": int(swiglu), "OVERLAP": 1}
         go = compile_host(folder, source, settings).go
         go.restype = ctypes.c_char_p
         return go
@@ -165,15 +166,20 @@ def empty_output(weight, rows, slices):
 
 
 @pytest.mark.parametrize(
-    ("n", "groups", "tiles", "swiglu", "rows", "splits"),
-    [(70, 11, 4, False, 3, 2), (64, 9, 2, True, 8, 1), (40, 3, 2, False, 6, 1)],
+    ("n", "groups", "tiles", "swiglu", "rows", "splits", "warps"),
+    [
+        (70, 11, 4, False, 3, 2, 8),
+        (64, 9, 2, True, 8, 1, 4),
+        (96, 9, 4, True, 5, 1, 4),
+        (40, 3, 2, False, 6, 1, 8),
+    ],
 )
-def test_the_source_computes_the_reference(emulated, n, groups, tiles, swiglu, rows, splits):
+def test_the_source_computes_the_reference(emulated, n, groups, tiles, swiglu, rows, splits, warps):
     weight = int4.pack(*codes(n, groups * 64), tiles=tiles, swiglu=swiglu)
     x = torch.randn(rows, groups * 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     out = empty_output(weight, rows, splits)
     parts = [pointer(tensor) for tensor in (weight.words, weight.meta, x, out)]
     blocks, split = weight.words.shape[0], -(-groups // splits)
-    problem = emulated(tiles, swiglu)(*parts, rows, weight.padded, groups, split, blocks, splits, 0)
+    problem = emulated(tiles, swiglu, warps)(*parts, rows, weight.padded, groups, split, blocks, splits, 0)
     assert problem is None, problem
     check(weight, x, out)
