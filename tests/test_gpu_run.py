@@ -121,6 +121,32 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
     )
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["quant=higgs"],
+        ["quant=higgs", "decoding=sampling"],
+        ["quant=higgs", "offload.codec=substitute", "decoding=sampling"],
+        ["quant.bits=8", "offload.codec=substitute"],
+        ["quant.bits=3", "draft.kernel=triton_wq", "offload.codec=substitute"],
+        ["offload.codec=substitute", "decoding=sampling"],
+    ],
+    ids=lambda extra: " ".join(extra),
+)
+def test_streamed_runs_by_higgs_and_coded_ones_keep_their_budget_and_pass_the_audit(tmp_path, extra):
+    folder, budget = tmp_path / "run", 0.5
+    limits = ["decoding.max_new_tokens=60", "decoding.max_length=1024", "tree.depth=8"]
+    ran = cli(*TINY, *extra, *limits, "offload=stream", f"offload.vram_gib={budget}", "offload.resident_layers=2",
+              "audit=true", f"run_dir={folder}")  # fmt: skip
+    assert ran.code == 0, ran.err
+    summary = summary_of(folder)
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["audit"]["exact"] > 100
+    assert 0 < summary["peak_vram_gib"] <= budget
+    assert summary["totals"]["bytes_streamed"] > 0
+    assert summary["run"]["substitute"]["quantizer"] == ("higgs" if "quant=higgs" in extra else "hqq")
+
+
 def test_a_run_on_the_device_and_a_streamed_one_agree_up_to_near_ties(tmp_path):
     texts = []
     for name, offload in (
