@@ -17,6 +17,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import USUAL_ROWS
+from subspec.drafts.fused_model import Attention
 from subspec.drafts.fused_quant import FusedQuantization
 from subspec.rounding import round_up
 from subspec.targets.skeleton import parameter_shapes
@@ -42,8 +43,8 @@ GRAPH_BYTES = 32 * MIB
 """The captured graphs' private pool never gives memory back: the fragments between a level's activations, which are
 counted apart. Levels never run at once, so their graphs share one pool; their logits lie outside it."""
 
-ATTENTION_SPLITS, LINEAR_SPLITS = 16, 4
-"""Float32 partial results of a fused level: slices of the prefix (``FusedSubstitute``'s default), and slices of a
+ATTENTION_SPLITS, LINEAR_SPLITS = Attention().splits, 4
+"""Float32 partial results of a fused level: slices of the prefix, and slices of a
 Linear's inputs (our kernel's choice for a 7B on a card of 132 multiprocessors)."""
 
 ALLOCATOR_BYTES = 64 * MIB
@@ -261,7 +262,7 @@ def level_bytes(
     """The fused draft's levels: their logits, one level's activations, and what growing it takes.
 
     * logits: itemsize * max(width, 8) * vocab, one buffer that all captured levels write to (``USUAL_ROWS``);
-    * activations: width * (4 * (16 * heads * head dim + 4 * (heads + 2 kv heads) * head dim)
+    * activations: width * (4 * (32 * heads * head dim + 4 * (heads + 2 kv heads) * head dim)
       + itemsize * (3 * intermediate + 2 * heads * head dim + 4 * hidden)); the prefix is read where it lies;
     * sampling: width * vocab * (12 + b), b as above. A greedy level grows inside its graph, from a few candidates;
     * a quantized head: 4 * width * vocab for its float32 result, twice that where a kernel takes 8 rows at a time.

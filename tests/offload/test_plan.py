@@ -39,7 +39,7 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert found["KV cache"] == (drafted + 2048 + 512) * row
     assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
     logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
-    attention = 4 * (16 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
+    attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
     activations = attention + 2 * (3 * 18944 + 2 * 3584 + 4 * 3584)
     assert found["draft level"] == logits + 6 * activations + 32 * MIB  # 0.04 GiB
     prefill = 512 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
