@@ -122,7 +122,7 @@ class SearchSweeper(Sweeper):
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(continued_by(folder)) from stop
             finally:
-                rows = self._show(console, folder, optimise.value, keys)
+                rows = self._show(console, folder, optimise.value, keys) if folder.jobs else []
             folder.write(finished=True)
         best = rows[0] if rows and rows[0].value is not None else None
         if best is None:

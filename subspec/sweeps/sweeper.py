@@ -79,7 +79,8 @@ class GridSweeper(Sweeper):
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(continued_by(folder)) from stop
             finally:
-                rows = show(console, folder, launcher)
+                # A misspelt value is refused before there is a job, and there is nothing to show.
+                rows = show(console, folder, launcher) if launcher.jobs else []
             folder.write(finished=all(row.status == OK for row in rows))
             raise_failures(folder, rows)
 

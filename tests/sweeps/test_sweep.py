@@ -61,6 +61,17 @@ def test_refused_in_one_line(tmp_path, monkeypatch, arguments, line):
     assert re.search(line, ran.error), ran.error
 
 
+def test_what_is_refused_before_there_is_a_job_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = cli("-m", "draft=none,nope")
+    assert ran.code == 2
+    assert ran.out == ""  # no table without a row
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    cli("-m", "draft=none,nope", "sweep_dir=mine")
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_what_is_a_sweep_without_saying_so():
     assert is_sweep(["experiment=planted/table_main"])
     assert is_sweep(["hparams_search=tree"])
