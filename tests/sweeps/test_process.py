@@ -75,6 +75,16 @@ def test_an_interrupted_job_can_be_continued(tmp_path):
     assert not is_finished(tmp_path, 2, plan_only=False)
 
 
+def test_a_job_that_the_sweep_had_to_kill_was_interrupted(tmp_path):
+    """A second Ctrl-C: nobody else killed it, and no memory ran out."""
+    job = started(tmp_path, seconds=60)
+    wait_for_sample(job)
+    job.kill()
+    outcome = job.wait()
+    assert (outcome.status, outcome.exit_code) == ("interrupted", -9)
+    assert "memory" not in outcome.reason
+
+
 def test_a_reason_where_nothing_was_said():
     assert end_reason(1, "\n") == "ended with status 1 and no word"
     assert end_reason(-11, "") == "killed by SIGSEGV"
