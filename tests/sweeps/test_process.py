@@ -100,6 +100,17 @@ def test_a_finished_job_needs_its_files_and_as_many_samples(tmp_path):
     assert not is_finished(tmp_path, 2, plan_only=False)
 
 
+def test_a_damaged_record_is_a_turn_to_run_again(tmp_path):
+    started(tmp_path, samples=3).wait()
+    file = tmp_path / "records.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"sample_id": "s2", "tu')  # nothing is missing
+    assert is_finished(tmp_path, 3, plan_only=False)
+    first, rest = whole.split(b"\n", 1)
+    file.write_bytes(first[:20] + b"\n" + rest)
+    assert not is_finished(tmp_path, 3, plan_only=False)
+
+
 def test_outcomes_that_cannot_be_read_are_none(tmp_path):
     for text in ("{", "[]", '{"unknown": 1}'):
         (tmp_path / "job.json").write_text(text)

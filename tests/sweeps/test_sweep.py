@@ -175,6 +175,21 @@ def test_more_samples_extend_the_jobs_and_more_values_add_some(tmp_path):
     assert all(after[name][:2] == before[name] for name in "01")
 
 
+def test_a_damaged_record_of_a_finished_job_is_made_again(tmp_path):
+    options = ["-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={tmp_path / 's'}"]
+    assert cli(*options).code == 0
+    before = sweep_records(tmp_path / "s")
+    file = tmp_path / "s" / "1" / "records.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(f"{first[:50]}\x00{first[50:90]}\n{rest}")
+    ran = cli(*options)
+    assert ran.code == 0, ran.err
+    assert "1 of 2 job(s) had been finished before" in ran.out
+    after = sweep_records(tmp_path / "s")
+    in_order = {job: sorted(kept, key=lambda record: record["sample_id"]) for job, kept in before.items()}
+    assert {job: sorted(kept, key=lambda one: one["sample_id"]) for job, kept in after.items()} == in_order
+
+
 def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
     ran = cli(
         "-m",
