@@ -321,6 +321,19 @@ def running_jobs(sweep):
     return found
 
 
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.launcher import Launcher
+
+    def launch(self, job_overrides, initial_job_idx):
+        raise RuntimeError("no srun here")
+
+    (basic,) = (one for one in Plugins.instance().discover(Launcher) if one.__name__ == "BasicLauncher")
+    monkeypatch.setattr(basic, "launch", launch)
+    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran.refused(1, r"hydra/launcher=basic could not start a job \(no srun here\): .*hydra/launcher=process")
+
+
 def test_a_job_in_use_elsewhere_ends_no_other(tmp_path, monkeypatch):
     sweep = tmp_path / "s"
     assert cli("-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}").code == 0
