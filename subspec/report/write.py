@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec.report.collect import RunData, State, collect
+from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.plots import DRAWINGS, MISSING, save
 from subspec.report.rows import Row, make_rows
 from subspec.report.tables import (
@@ -70,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     """
     runs = collect(folders)
     rows, notes = make_rows(runs, baseline)
-    notes = [*_run_notes(runs), *notes]
+    notes = [*_run_notes(runs), *sweep_notes(folders), *notes]
     out = Path(out)
     try:
         (out / PLOTS).mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,8 @@ def show(console: RunConsole, folder: SweepFolder, launcher: ResumableLauncher) 
         console.note(f"table: {files[0]}, {files[1]}")
     except SubspecError as error:
         console.warn(str(error))
-    write_report([path for path in paths if (path / "records.jsonl").exists()], folder.path / REPORT, console)
+    if any((path / "records.jsonl").exists() for path in paths):  # the report also names the jobs that failed
+        write_report([path for path in paths if path.is_dir()], folder.path / REPORT, console)
     return rows
 
 

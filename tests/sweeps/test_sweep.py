@@ -237,6 +237,7 @@ def test_jobs_in_processes_of_their_own(tmp_path):
     assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", out)
     assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", out)
     assert "error: " in (sweep / "1" / "job.log").read_text()
+    assert "1: its job failed: " in (sweep / "report" / "REPORT.md").read_text(encoding="utf-8")
     assert len(records_of(sweep / "0")) == 2
     assert cli(*options[1:-2], f"run_dir={sweep / '0'}", "resume=true").code == 0  # a run like any other
 
