@@ -131,7 +131,7 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     figure, axes = _grid(len(panels), "Acceptance by depth of the draft tree")
-    styles = _styles(sorted({row.method for row in shown}))
+    styles = _styles(sorted({row.method for row in rows}))  # one method per draft: the colours of its bars
     for axis, (title, members) in zip(axes, panels.items(), strict=True):
         for row in members:
             rates = [
@@ -199,7 +199,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     if not targets:
         return None
     figure, axes = _grid(len(targets), "Speed under the link's ceiling (roofline)")
-    styles = _styles(sorted({row.method for row in shown}))
+    styles = _styles(sorted({row.method for row in rows}))
     for axis, (title, members) in zip(axes, targets.items(), strict=True):
         most = 1.15 * max(row.totals["tau"] for row in members)
         for index, (name, seconds, methods) in enumerate(_ceilings(members)):
