@@ -47,7 +47,9 @@ PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
 )
 SAMPLE = "SAMPLE prompts packaged with the project, not the benchmark: do not compare with published figures."
-CPU = "On a CPU there is no link to hide behind: drafting brings no speed here. Look at acceptance and losslessness."
+CPU = (
+    "On a CPU there is no link to hide behind: speeds here say nothing about offloading. Look at acceptance."
+)
 
 Drawing = Callable[[Sequence[Row]], Figure | None]
 

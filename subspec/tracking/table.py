@@ -22,7 +22,7 @@ PLANTED_DRAFT = (
     "means nothing"
 )
 ON_CPU = (
-    "note: on a CPU there is no link to hide behind, so a draft brings no speed here: "
+    "note: on a CPU there is no link to hide behind, so that speeds here say nothing about offloading: "
     "acceptance and losslessness are what to look at"
 )
 

@@ -56,7 +56,9 @@ def test_a_draft_of_one_method_has_one_colour_in_all_pictures(tmp_path):
     for draft in drafts:
         write_run(tmp_path / draft, turns([30.0, 20.0], draft=draft, link=link), config_of(draft))
     rows = make_rows(collect([tmp_path]))[0]
-    bars = {row.draft: bar.get_facecolor() for row, bar in zip(rows, speed(rows).axes[0].patches, strict=True)}
+    bars = {
+        row.draft: bar.get_facecolor() for row, bar in zip(rows, speed(rows).axes[0].patches, strict=True)
+    }
     for picture in (acceptance(rows), roofline(rows)):
         handles, labels = picture.axes[0].get_legend_handles_labels()
         drawn = {
