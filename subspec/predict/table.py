@@ -92,9 +92,8 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     axes = figure.subplots()
     depths = prediction.depths
     axes.plot(*_line(depths, "serial"), "-o", color="#0072B2", label="draft, then verify")
-    axes.plot(
-        *_line(depths, "overlapped"), "--s", color="#D55E00", label="levels drafted ahead while streaming"
-    )
+    ahead = "levels drafted ahead while streaming" + (" (decoding left out)" if prediction.coded else "")
+    axes.plot(*_line(depths, "overlapped"), "--s", color="#D55E00", label=ahead)
     ceilings = [(one.depth, one.serial.ceiling) for one in depths if one.serial.ceiling is not None]
     if ceilings:
         axes.plot(*zip(*ceilings, strict=True), ":", color="#666666", label="ceiling of the link at that tau")
