@@ -171,6 +171,7 @@ def test_acceptance_of_a_run(tmp_path):
             [1.0, 27 / 33, 16 / 33]
         )
         assert found.level_s is None, "a CPU's levels say nothing about a GPU's"
+        assert "of subspec hqq4, beam 3x2 of some_target: 1 run(s)" in found.acceptance.source
 
 
 def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
@@ -292,7 +293,7 @@ def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
         measured,
     )
     assert code == 0, err
-    assert "acceptance by depth of 1 run(s)" in out
+    assert "acceptance: by depth, of subspec hqq4" in out
     assert "planted" not in out
 
 
