@@ -20,7 +20,7 @@ from subspec.report.tables import (
     run_cells,
 )
 from subspec.tracking.files import write_atomic, write_error
-from subspec.tracking.table import ON_CPU, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.tracking.table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
 
 REPORT = "REPORT.md"
 PLOTS = "plots"
@@ -170,6 +170,10 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
     if planted:
         names = ", ".join(sorted({row.target for row in planted}))
         lines.append(f"> **{PLANTED_WEIGHTS[0].upper()}{PLANTED_WEIGHTS[1:]}.** These rows: target {names}.")
+        others = ", ".join(sorted({row.draft for row in planted} - FROM_NOISE))
+        if others:
+            text = f"{PLANTED_DRAFT[0].upper()}{PLANTED_DRAFT[1:]}"
+            lines.append(f"> **{text}.** These of them: draft {others}.")
     if sample:
         names = ", ".join(sorted({row.benchmark for row in sample}))
         text = SAMPLE_PROMPTS.removeprefix("note: ")

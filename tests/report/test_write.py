@@ -53,6 +53,20 @@ def test_a_partial_sweep(sweep, tmp_path):
     )
 
 
+def test_a_planted_draft_that_is_no_substitute_is_not_called_noise(sweep, tmp_path):
+    options = {"planted": True, "source": "sample"}
+    page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
+    assert "means nothing" not in page
+    write_run(
+        sweep / "3",
+        turns([30.0, 20.0], draft="small_model", **options),
+        config_of("small_model"),
+        finished=True,
+    )
+    page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
+    assert re.search(r"> \*\*Planted weights: .*means nothing\.\*\* These of them: draft small_model\.", page)
+
+
 def test_jobs_that_left_no_run_are_named(sweep, tmp_path):
     from subspec.sweeps.folder import SweepFolder
     from subspec.sweeps.outcome import Outcome, write_outcome
