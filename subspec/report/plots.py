@@ -47,7 +47,9 @@ LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
 PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
 )
-PLANTED_DRAFT = "PLANTED weights: made-up, real speed but no language model; only a substitute's acceptance means anything."
+PLANTED_DRAFT = (
+    "PLANTED weights: made-up, real speed but no language model; acceptance means nothing but a substitute's."
+)
 SAMPLE = "SAMPLE prompts packaged with the project, not the benchmark: do not compare with published figures."
 CPU = (
     "On a CPU there is no link to hide behind: speeds here say nothing about offloading. Look at acceptance."

@@ -139,13 +139,13 @@ def test_the_same_command_does_only_what_is_missing(tmp_path, monkeypatch):
     (sweep,) = tmp_path.glob("multirun/*/*")
     assert statuses(sweep) == ["ok", "ok", "ok", "failed"]
     before = sweep_records(sweep)
-    (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
 
     again = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
     assert f"continuing the sweep in {sweep.relative_to(tmp_path)}" in again.out
     assert "3 of 4 job(s) had been finished before" in again.out
     assert list(tmp_path.glob("multirun/*/*")) == [sweep]
 
+    (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
     (sweep / "1" / "job.json").unlink()  # as if it had been killed there
     third = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
     assert "half-written last line" in third.out
