@@ -322,6 +322,15 @@ def running_jobs(sweep):
     return found
 
 
+def test_an_interrupt_of_the_report_tells_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subspec.sweeps.sweeper.write_report", interrupted)
+    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran.refused(130, r"interrupted: finished samples are kept; continue with the same command and sweep_dir=")
+
+
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     from hydra.core.plugins import Plugins
     from hydra.plugins.launcher import Launcher
