@@ -118,9 +118,12 @@ def unknown_key(key: str, node: type) -> str:
 def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
     from subspec.config import Config
 
-    key = override.partition("=")[0] if override else str(error.full_key or error.key)
+    missing = str(error.full_key or error.key)
+    key = override.partition("=")[0].lstrip("+") if override else missing
+    if key.startswith(f"{missing}."):  # quatn.bits: it is quatn that is not there
+        key = missing
     node: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else Config
-    text = unknown_key(key.lstrip("+"), node)
+    text = unknown_key(key, node)
     return text + (_PACKAGE_HINT if override is None and node is Config else "")
 
 

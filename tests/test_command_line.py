@@ -37,6 +37,8 @@ COMMAND_LINE = {
         r"tree\.dept: no such key \(did you mean depth\?\); tree has ahead, depth, name, width",
     ),
     "misspelt key, added": ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
+    "misspelt group of a key": ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
+    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has ahead, depth"),
     "key of another option": ("tree=chain tree.width=3", r"tree\.width: no such key; tree has depth, name"),
     "misspelt length": (
         "decoding.max_newtokens=3",

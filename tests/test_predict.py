@@ -171,6 +171,7 @@ def test_acceptance_of_a_run(tmp_path):
             [1.0, 27 / 33, 16 / 33]
         )
         assert found.level_s is None, "a CPU's levels say nothing about a GPU's"
+        assert "of subspec hqq4, beam 3x2 of some_target: 1 run(s)" in found.acceptance.source
 
 
 def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
@@ -230,9 +231,30 @@ def test_the_question_in_one_line(tmp_path, capsys, monkeypatch):
     plain = found["plan"]["plain_bytes_per_pass"] / (found["machine"]["link_gb_per_s"] * 1e9)
     assert found["plain"]["tokens_per_s"] == pytest.approx(1 / plain, rel=1e-3)
     shown = re.search(r"best: depth (\d+).*?, ([\d.]+) tokens/s", out)
-    best = max(w["tokens_per_s"] for one in found["depths"] for w in (one["serial"], one["overlapped"]) if w)
+    assert found["plan"]["codec"] == "substitute"
+    best = max(one["serial"]["tokens_per_s"] for one in found["depths"])
+    assert best < max(one["overlapped"]["tokens_per_s"] for one in found["depths"])
     assert float(shown[2]) == pytest.approx(best, abs=0.05)
+    assert "levels ahead are predicted far too fast beside coded weights" in out
+    assert "pass s: what is left of a pass after drafting" in out
     assert (tmp_path / "new" / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_levels_ahead_may_be_best_where_weights_are_not_coded(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    options = (
+        "target=planted_qwen2_5_7b",
+        "card=rtx_4090",
+        "offload.vram_gib=8",
+        "offload.codec=none",
+        "tau=26",
+    )
+    code, out, err = run(capsys, *options, "depths=[16]", f"--json={file}")
+    assert (code, err) == (0, "")
+    found = json.loads(file.read_text())
+    best = max(w["tokens_per_s"] for one in found["depths"] for w in (one["serial"], one["overlapped"]) if w)
+    assert re.search(rf"best: depth \d+ with \d+ levels ahead, {best:.1f} tokens/s", out)
+    assert "predicted far too fast" not in out
 
 
 def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
@@ -271,7 +293,7 @@ def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
         measured,
     )
     assert code == 0, err
-    assert "acceptance by depth of 1 run(s)" in out
+    assert "acceptance: by depth, of subspec hqq4" in out
     assert "planted" not in out
 
 

@@ -65,7 +65,8 @@ def read_measured(place: Path) -> Measured:
     cuda = summary["context"]["device"] == "cuda"
     serial = not tree.get("ahead") and cuda
     gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
-    source = f"acceptance by depth of {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    ((method, target),) = methods
+    source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
     return Measured(
         Acceptance.from_counts(totals["drafted_by_depth"], totals["accepted_by_depth"], source),
         totals["draft_s"] / levels if serial and levels and totals["draft_s"] else None,

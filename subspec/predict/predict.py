@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from subspec.choices import Codec
 from subspec.config import BeamTreeConfig, Config, StreamOffloadConfig
 from subspec.errors import ConfigError
 from subspec.offload.plan import Plan, plan_run
@@ -60,9 +61,17 @@ class Prediction:
     too_deep: tuple[int, ...]
 
     @property
+    def coded(self) -> bool:
+        """Whether streamed weights are coded. Their decoding shares the GPU with levels drafted ahead, which the model
+        leaves out: the run that was measured was slower than its serial twin (``experiments/predict``)."""
+        return bool(self.plan.streamed_layers) and self.plan.codec is not Codec.none
+
+    @property
     def best(self) -> tuple[Depth, Iteration]:
-        """The fastest of all depths and ways."""
-        ways = [(one, way) for one in self.depths for way in (one.serial, one.overlapped) if way is not None]
+        """The fastest of all depths and ways; without levels ahead where weights are coded (see :attr:`coded`)."""
+        ways = [(one, one.serial) for one in self.depths]
+        if not self.coded:
+            ways += [(one, one.overlapped) for one in self.depths if one.overlapped is not None]
         return max(ways, key=lambda pair: pair[1].tokens_per_s)
 
     def to_dict(self) -> dict[str, Any]:

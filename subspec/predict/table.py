@@ -59,7 +59,13 @@ def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list
     how = f" with {depth.ahead} levels ahead" if way is depth.overlapped else ""
     over = f", {way.tokens_per_s / plain.tokens_per_s:.1f} times plain streaming" if plain else ""
     lines.append(f"best: depth {depth.depth}{how}, {way.tokens_per_s:.1f} tokens/s{over}")
+    lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
     lines.append("share: of the link's ceiling at that tau; ahead: levels drafted while the target streams")
+    if prediction.coded and any(one.overlapped is not None for one in prediction.depths):
+        lines.append(
+            "levels ahead are predicted far too fast beside coded weights, whose decoding shares the GPU: "
+            "not taken for the best"
+        )
     if any(one.extrapolated for one in prediction.depths):
         lines.append(
             f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated"
@@ -86,9 +92,8 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     axes = figure.subplots()
     depths = prediction.depths
     axes.plot(*_line(depths, "serial"), "-o", color="#0072B2", label="draft, then verify")
-    axes.plot(
-        *_line(depths, "overlapped"), "--s", color="#D55E00", label="levels drafted ahead while streaming"
-    )
+    ahead = "levels drafted ahead while streaming" + (" (decoding left out)" if prediction.coded else "")
+    axes.plot(*_line(depths, "overlapped"), "--s", color="#D55E00", label=ahead)
     ceilings = [(one.depth, one.serial.ceiling) for one in depths if one.serial.ceiling is not None]
     if ceilings:
         axes.plot(*zip(*ceilings, strict=True), ":", color="#666666", label="ceiling of the link at that tau")

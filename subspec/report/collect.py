@@ -17,6 +17,8 @@ import yaml
 
 from subspec.errors import SubspecError
 from subspec.resume import OVERRIDES
+from subspec.sweeps.folder import MANIFEST, read_manifest
+from subspec.sweeps.outcome import FAILED, OUTCOME, read_outcome
 from subspec.tracking.metrics import summarise
 from subspec.tracking.records import CONFIG, ENVIRONMENT, RECORDS, SUMMARY, read_records
 
@@ -87,7 +89,8 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
                 found[resolved] = read_run(folder, _name(folder, root))
     if not found:
         shown = ", ".join(map(str, folders))
-        raise SubspecError(f"no run below {shown}: a run's folder holds {RECORDS} or {CONFIG}")
+        why = f" ({said[0]})" if (said := sweep_notes(folders)) else ""
+        raise SubspecError(f"no run below {shown}: a run's folder holds {RECORDS} or {CONFIG}{why}")
     return list(found.values())
 
 
@@ -98,6 +101,25 @@ def run_folders(root: Path) -> Iterator[Path]:
         # A folder with a plan alone planned something (plan_only=true), it ran nothing.
         if RECORDS in files or (CONFIG in files and (ENVIRONMENT in files or OVERRIDES in files)):
             yield Path(place)
+
+
+def sweep_notes(folders: Sequence[Path]) -> list[str]:
+    """Jobs of the sweeps in or below ``folders`` that failed or have not been started, one line each: they may have
+    left no run behind, and a table without their rows would not tell."""
+    notes: dict[Path, str] = {}
+    for root in map(Path, folders):
+        for place, names, files in os.walk(root):
+            names[:] = sorted(name for name in names if name not in PASSED_OVER)
+            folder = Path(place)
+            outcome = read_outcome(folder) if OUTCOME in files else None
+            if outcome is not None and outcome.status == FAILED:
+                notes.setdefault(folder.resolve(), f"{_name(folder, root)}: its job failed: {outcome.reason}")
+            jobs = (read_manifest(folder) or {}).get("jobs", []) if MANIFEST in files else []
+            waiting = sum(not (folder / str(job["number"]) / OUTCOME).exists() for job in jobs)
+            if waiting:
+                text = f"{_name(folder, root)}: {waiting} of {len(jobs)} jobs have not been started"
+                notes.setdefault(folder.resolve(), text)
+    return list(notes.values())
 
 
 def read_run(folder: Path, name: str | None = None) -> RunData:

@@ -18,6 +18,7 @@ from subspec.report.bootstrap import Interval
 from subspec.report.rows import Row
 from subspec.report.tables import number
 from subspec.tracking.method import config_group, method_label
+from subspec.tracking.table import FROM_NOISE
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -46,8 +47,13 @@ LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
 PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
 )
+PLANTED_DRAFT = (
+    "PLANTED weights: made-up, real speed but no language model; acceptance means nothing but a substitute's."
+)
 SAMPLE = "SAMPLE prompts packaged with the project, not the benchmark: do not compare with published figures."
-CPU = "On a CPU there is no link to hide behind: drafting brings no speed here. Look at acceptance and losslessness."
+CPU = (
+    "On a CPU there is no link to hide behind: speeds here say nothing about offloading. Look at acceptance."
+)
 
 Drawing = Callable[[Sequence[Row]], Figure | None]
 
@@ -131,7 +137,7 @@ def acceptance(rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     figure, axes = _grid(len(panels), "Acceptance by depth of the draft tree")
-    styles = _styles(sorted({row.method for row in shown}))
+    styles = _styles(sorted({row.method for row in rows}))  # one method per draft: the colours of its bars
     for axis, (title, members) in zip(axes, panels.items(), strict=True):
         for row in members:
             rates = [
@@ -199,7 +205,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     if not targets:
         return None
     figure, axes = _grid(len(targets), "Speed under the link's ceiling (roofline)")
-    styles = _styles(sorted({row.method for row in shown}))
+    styles = _styles(sorted({row.method for row in rows}))
     for axis, (title, members) in zip(axes, targets.items(), strict=True):
         most = 1.15 * max(row.totals["tau"] for row in members)
         for index, (name, seconds, methods) in enumerate(_ceilings(members)):
@@ -327,7 +333,8 @@ def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
     """Say what must be said at the bottom, with the legend (``legend`` inches) above it, in room of their own."""
     lines = []
     if any(row.planted for row in rows):
-        lines.append(PLANTED)
+        other = {row.draft for row in rows if row.planted} - FROM_NOISE
+        lines.append(PLANTED_DRAFT if other else PLANTED)
     if any(row.sample for row in rows):
         lines.append(SAMPLE)
     if any(row.on_cpu and row.draft != "none" for row in rows):

@@ -83,7 +83,7 @@ class Row:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it ran on a CPU, where drafting brings no speed."""
+        """Whether it ran on a CPU, whose speeds say nothing about offloading."""
         return self.summary["context"]["device"] == "cpu"
 
     @property

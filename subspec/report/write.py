@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec.report.collect import RunData, State, collect
+from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.plots import DRAWINGS, MISSING, save
 from subspec.report.rows import Row, make_rows
 from subspec.report.tables import (
@@ -20,7 +20,7 @@ from subspec.report.tables import (
     run_cells,
 )
 from subspec.tracking.files import write_atomic, write_error
-from subspec.tracking.table import ON_CPU, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.tracking.table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
 
 REPORT = "REPORT.md"
 PLOTS = "plots"
@@ -70,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     """
     runs = collect(folders)
     rows, notes = make_rows(runs, baseline)
-    notes = [*_run_notes(runs), *notes]
+    notes = [*_run_notes(runs), *sweep_notes(folders), *notes]
     out = Path(out)
     try:
         (out / PLOTS).mkdir(parents=True, exist_ok=True)
@@ -170,6 +170,10 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
     if planted:
         names = ", ".join(sorted({row.target for row in planted}))
         lines.append(f"> **{PLANTED_WEIGHTS[0].upper()}{PLANTED_WEIGHTS[1:]}.** These rows: target {names}.")
+        others = ", ".join(sorted({row.draft for row in planted} - FROM_NOISE))
+        if others:
+            text = f"{PLANTED_DRAFT[0].upper()}{PLANTED_DRAFT[1:]}"
+            lines.append(f"> **{text}.** These of them: draft {others}.")
     if sample:
         names = ", ".join(sorted({row.benchmark for row in sample}))
         text = SAMPLE_PROMPTS.removeprefix("note: ")

@@ -5,6 +5,7 @@ override differently or in another order finds the same job, changing the config
 for more samples extends the old one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,12 +46,15 @@ class Job:
 class SweepFolder:
     """A sweep's folder, held by one process. Make one with :meth:`open`; use it as a context manager."""
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, command: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, lock: filelock.BaseFileLock, command: Sequence[str], made: Sequence[Path] = ()
+    ) -> None:
         self.path = path
         self.command = list(command)
         self.jobs: dict[str, Job] = {}
         self.finished = False
         self._lock = lock
+        self._made = list(made)  # folders that were not there before, the innermost first
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], command: Sequence[str]) -> Self:
@@ -64,6 +68,7 @@ class SweepFolder:
             ConfigError: it holds a single run, or a manifest that cannot be read.
         """
         path = Path(path)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
@@ -73,7 +78,7 @@ class SweepFolder:
             raise SubspecError(
                 f"sweep_dir={path} is in use by another process: wait for it, or {REMEDY}FOLDER"
             )
-        folder = cls(path, lock, command)
+        folder = cls(path, lock, command, made)
         try:
             if (path / "records.jsonl").exists():
                 raise ConfigError(f"sweep_dir={path} holds the records of a single run: {REMEDY}FOLDER")
@@ -131,7 +136,14 @@ class SweepFolder:
             raise write_error(error, self.path / MANIFEST, REMEDY) from error
 
     def close(self) -> None:
-        """Let go of the lock. May be called twice."""
+        """Let go of the lock. May be called twice. A folder made for jobs that never came to be goes again."""
+        if self._made and not self.jobs:
+            with contextlib.suppress(OSError):  # something lies in it
+                if not any(entry.name != LOCK for entry in self.path.iterdir()):
+                    (self.path / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._made = []
         self._lock.release()
 
     def _free_number(self) -> int:

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subspec.errors import SubspecError
 from subspec.tracking.files import write_json
+from subspec.tracking.records import read_records
 
 OUTCOME = "job.json"
 LOG = "job.log"
@@ -65,12 +67,22 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def is_finished(folder: Path, samples: int | None, plan_only: bool) -> bool:
-    """Whether the job in ``folder`` ended well, with as many samples as asked for now, and its files are there."""
+    """Whether the job in ``folder`` ended well, with as many samples as asked for now, and its files are whole: a
+    record line that was damaged since is a turn to run again."""
     outcome = read_outcome(folder)
     if outcome is None or outcome.status != OK or outcome.samples != samples:
         return False
-    needed = ("plan.json",) if plan_only else ("records.jsonl", "summary.json")
-    return all((folder / name).is_file() for name in needed)
+    if plan_only:
+        return (folder / "plan.json").is_file()
+    summary = read_summary(folder)
+    if summary is None:
+        return False
+    try:
+        records, _ = read_records(folder)
+    except SubspecError:
+        return False
+    counts = summary["counts"]
+    return len(records) >= counts["turns"] + sum(counts["skipped"].values())
 
 
 def objective(summary: Mapping[str, Any] | None, name: str | None) -> float | None:

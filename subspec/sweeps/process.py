@@ -139,6 +139,7 @@ class JobProcess:
     _read: int = 0
     _log_start: int = 0
     _log_read: int = 0
+    _ended_by_us: bool = False
     _started: float = 0.0
     _process: subprocess.Popen | None = None
 
@@ -193,7 +194,8 @@ class JobProcess:
         self._signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, where an interrupt takes too long; what is finished remains."""
+        self._ended_by_us = True
         self._signal(signal.SIGKILL)
 
     def wait(self) -> Outcome:
@@ -268,7 +270,8 @@ class JobProcess:
             self._process.stdin.close()
         if code == 0:
             status, reason = OK, ""
-        elif code in (INTERRUPT_EXIT, -signal.SIGINT):  # the latter: while the interpreter was leaving
+        elif self._ended_by_us or code in (INTERRUPT_EXIT, -signal.SIGINT):
+            # The latter: while the interpreter was leaving.
             status, reason = INTERRUPTED, "interrupted; it continues when the sweep is run again"
         else:
             status, reason = FAILED, end_reason(code, self._log_text())

@@ -110,8 +110,13 @@ class SweepProgress:
         filled = int(24 * (done + sum(_share(job) for job in self._running)) / max(self.total, 1))
         failed = f", {self.failed} failed" if self.failed else ""
         head = f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"
-        lines = [head, *(f"  {describe(job)}  {figures(job)}  {clock(job.seconds)}" for job in self._running)]
-        return Group(*(Text(one_line(line)[: width - 1]) for line in lines))
+        lines = [head]
+        for job in self._running:  # of a long line the figures are kept: the job's number tells the rest
+            told = f"  {figures(job)}  {clock(job.seconds)}"
+            name = f"  {one_line(describe(job))}"
+            room = max(width - 1 - len(told), 10)
+            lines.append((name if len(name) <= room else f"{name[: room - 1]}…") + told)
+        return Group(*(Text(line[: width - 1]) for line in lines))
 
     def _count(self) -> str:
         return f"[{self.finished_before + self.ended}/{self.total}]"

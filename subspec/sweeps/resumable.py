@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from subspec.config import to_plain
 from subspec.config_errors import CONFIG_EXCEPTIONS, explain
+from subspec.errors import SubspecError
 from subspec.sweeps.folder import Job, SweepFolder
 from subspec.sweeps.outcome import (
     FAILED,
@@ -117,12 +118,22 @@ class ResumableLauncher:
             results = self.inner.launch(lists, initial_job_idx=first)
         except Exception as error:
             if not any(read_outcome(self.folder.job_folder(job)) for job, _ in missing):
-                raise  # no job was started: the launcher itself is at fault
+                raise self._launcher_failed(error) from error
             # Launchers of other projects stop at the first worker that dies; the folders tell what ended well.
             return [self._result(job, None, error) for job, _ in missing]
         for (job, _), config, result in zip(missing, configs, results, strict=True):
             self._keep(self.folder.job_folder(job), config, result, time.time() - began)
         return results
+
+    def _launcher_failed(self, error: Exception) -> Exception:
+        """What to raise when no job was started: the launcher itself is at fault, or its configuration."""
+        if hasattr(self.inner, "expect") or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
+            return error
+        launcher = self.config.hydra.runtime.choices["hydra/launcher"]
+        return SubspecError(
+            f"hydra/launcher={launcher} could not start a job ({str(error) or type(error).__name__}): see "
+            f"conf/hydra/launcher/{launcher}.yaml, or hydra/launcher=process runs the jobs on this machine"
+        )
 
     def _keep(self, folder: Path, config: Mapping[str, Any], result: JobReturn, seconds: float) -> None:
         """Write how a job ended that ran in this very process and so had nobody to write it."""

@@ -115,14 +115,15 @@ class SearchSweeper(Sweeper):
             engine.n_jobs = self.n_jobs or getattr(engine.launcher, "width", lambda: 1)()
             engine.launcher = launcher
             try:
-                engine.sweep(task_arguments(arguments, {}))
-            except ValueError:
-                if self._complete():
-                    raise
+                try:
+                    engine.sweep(task_arguments(arguments, {}))
+                except ValueError:
+                    if self._complete():
+                        raise
+                finally:
+                    rows = self._show(console, folder, optimise.value, keys) if folder.jobs else []
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(continued_by(folder)) from stop
-            finally:
-                rows = self._show(console, folder, optimise.value, keys)
             folder.write(finished=True)
         best = rows[0] if rows and rows[0].value is not None else None
         if best is None:

@@ -75,11 +75,13 @@ class GridSweeper(Sweeper):
         with SweepFolder.open(str(self.config.hydra.sweep.dir), command_of(arguments)) as folder:
             launcher = ResumableLauncher(self.launcher, self.hydra_context, self.config, folder)
             try:
-                launcher.launch(jobs, initial_job_idx=0)
-            except KeyboardInterrupt as stop:
+                try:
+                    launcher.launch(jobs, initial_job_idx=0)
+                finally:
+                    # A misspelt value is refused before there is a job, and there is nothing to show.
+                    rows = show(console, folder, launcher) if launcher.jobs else []
+            except KeyboardInterrupt as stop:  # of the jobs, or of the report
                 raise KeyboardInterrupt(continued_by(folder)) from stop
-            finally:
-                rows = show(console, folder, launcher)
             folder.write(finished=all(row.status == OK for row in rows))
             raise_failures(folder, rows)
 
@@ -126,7 +128,8 @@ def show(console: RunConsole, folder: SweepFolder, launcher: ResumableLauncher) 
         console.note(f"table: {files[0]}, {files[1]}")
     except SubspecError as error:
         console.warn(str(error))
-    write_report([path for path in paths if (path / "records.jsonl").exists()], folder.path / REPORT, console)
+    if any((path / "records.jsonl").exists() for path in paths):  # the report also names the jobs that failed
+        write_report([path for path in paths if path.is_dir()], folder.path / REPORT, console)
     return rows
 
 

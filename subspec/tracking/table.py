@@ -21,8 +21,10 @@ PLANTED_DRAFT = (
     "planted weights: real speed, but no language model; how much of this draft is accepted is planted too and "
     "means nothing"
 )
+FROM_NOISE = frozenset({"none", "subspec"})
+"""Drafts that :data:`PLANTED_WEIGHTS` is true of: only a substitute differs from its target by quantization noise."""
 ON_CPU = (
-    "note: on a CPU there is no link to hide behind, so a draft brings no speed here: "
+    "note: on a CPU there is no link to hide behind, so that speeds here say nothing about offloading: "
     "acceptance and losslessness are what to look at"
 )
 
@@ -51,8 +53,7 @@ def banners(summary: Summary) -> list[str]:
     if "sample" in _values(context["source"]):
         lines.append(SAMPLE_PROMPTS)
     if True in _values(context["planted"]):
-        # Only a substitute differs from its target by quantization noise.
-        other = set(_values(context["draft"])) - {"none", "subspec"}
+        other = set(_values(context["draft"])) - FROM_NOISE
         lines.append(PLANTED_DRAFT if other else PLANTED_WEIGHTS)
     if "cpu" in _values(context["device"]) and set(_values(context["draft"])) - {"none"}:
         lines.append(ON_CPU)

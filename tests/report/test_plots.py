@@ -1,6 +1,7 @@
 """What the pictures say, read off matplotlib's own objects."""
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from subspec.report.collect import collect
 from subspec.report.plots import (
@@ -46,6 +47,33 @@ def rows(request, tmp_path):
         quant = {"name": "hqq", "bits": bits}
         write_run(tmp_path / str(bits), turns([30.0, 20.0], tau=tau, **options), config_of(quant=quant))
     return make_rows(collect([tmp_path]))[0]
+
+
+def test_a_draft_of_one_method_has_one_colour_in_all_pictures(tmp_path):
+    link = LinkInfo(50.0, 5_000_000_000)
+    plain_run(tmp_path / "plain", link=link)
+    drafts = ("eagle2", "small_model", "subspec")
+    for draft in drafts:
+        write_run(tmp_path / draft, turns([30.0, 20.0], draft=draft, link=link), config_of(draft))
+    rows = make_rows(collect([tmp_path]))[0]
+    bars = {
+        row.draft: bar.get_facecolor() for row, bar in zip(rows, speed(rows).axes[0].patches, strict=True)
+    }
+    for picture in (acceptance(rows), roofline(rows)):
+        handles, labels = picture.axes[0].get_legend_handles_labels()
+        drawn = {
+            label.split()[0].rstrip(","): to_rgba(getattr(handle, "lines", [handle])[0].get_color())
+            for handle, label in zip(handles, labels, strict=True)
+        }
+        assert {draft: drawn[draft] for draft in drafts} == {draft: bars[draft] for draft in drafts}
+
+
+def test_a_picture_of_planted_drafts_does_not_call_them_noise(tmp_path):
+    plain_run(tmp_path / "plain", planted=True)
+    write_run(tmp_path / "a", turns([30.0], draft="small_model", planted=True), config_of("small_model"))
+    said = texts(tau_by_method(make_rows(collect([tmp_path]))[0]))
+    assert any("acceptance means nothing but a substitute's" in text for text in said)
+    assert not any(PLANTED in text for text in said)
 
 
 def texts(figure):

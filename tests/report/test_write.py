@@ -53,6 +53,42 @@ def test_a_partial_sweep(sweep, tmp_path):
     )
 
 
+def test_a_planted_draft_that_is_no_substitute_is_not_called_noise(sweep, tmp_path):
+    options = {"planted": True, "source": "sample"}
+    page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
+    assert "means nothing" not in page
+    write_run(
+        sweep / "3",
+        turns([30.0, 20.0], draft="small_model", **options),
+        config_of("small_model"),
+        finished=True,
+    )
+    page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
+    assert re.search(r"> \*\*Planted weights: .*means nothing\.\*\* These of them: draft small_model\.", page)
+
+
+def test_jobs_that_left_no_run_are_named(sweep, tmp_path):
+    from subspec.sweeps.folder import SweepFolder
+    from subspec.sweeps.outcome import Outcome, write_outcome
+
+    jobs = [([f"seed={seed}"], {"seed": seed}) for seed in range(5)]
+    with SweepFolder.open(sweep, []) as folder:  # 0, 1 and 2 lie there already: these are 3 to 7
+        numbers = [job.number for job in folder.assign(jobs)]
+    for number in numbers[:3]:
+        (sweep / str(number)).mkdir()
+        write_outcome(sweep / str(number), Outcome("failed", 2, "offload.vram_gib=1 cannot hold this run"))
+    write_outcome(sweep / str(numbers[1]), Outcome("ok", 0))
+    report = write_report([sweep, sweep / "3"], tmp_path / "out")
+    assert [note for note in report.notes if "job" in note] == [
+        "sweep: 2 of 5 jobs have not been started",
+        "sweep/3: its job failed: offload.vram_gib=1 cannot hold this run",
+        "sweep/5: its job failed: offload.vram_gib=1 cannot hold this run",
+    ]
+    assert "- sweep/5: its job failed" in report.page.read_text(encoding="utf-8")
+    with pytest.raises(SubspecError, match=r"no run below .*3: .*\(3: its job failed: offload\.vram_gib=1 "):
+        write_report([sweep / "3"], tmp_path / "out")
+
+
 def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
     write_report([sweep], tmp_path / "out")
     methods = {row["method"]: row for row in cells(tmp_path / "out" / "methods.csv")}

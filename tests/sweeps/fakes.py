@@ -23,7 +23,8 @@ except KeyboardInterrupt:
     sys.exit(130)
 if ending == "ok":
     with open(f"{folder}/summary.json", "w") as file:
-        json.dump({"totals": {"tokens_per_s": 15.0, "tau": 10.0}}, file)
+        counts = {"turns": samples, "skipped": {}}
+        json.dump({"totals": {"tokens_per_s": 15.0, "tau": 10.0}, "counts": counts}, file)
 elif ending == "refused":
     print("error: offload.vram_gib=1 cannot hold this run", file=sys.stderr)
     sys.exit(2)

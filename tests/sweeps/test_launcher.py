@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import threading
 import time
@@ -136,3 +137,16 @@ def test_a_terminal_gets_a_bar_with_the_running_jobs(tmp_path):
     assert "1/4 jobs" in head
     assert head.count("█") == 9  # one and a half of four, of 24
     assert "job 7 on GPU 1: draft=none  1/2 samples  3.00 tokens/s  tau 1.00" in line
+
+
+def test_a_narrow_terminal_keeps_the_figures(tmp_path):
+    from subspec.sweeps.process import JobProcess
+
+    progress = SweepProgress(4, console=RunConsole(file=io.StringIO(), width=80))
+    label = "draft=subspec quant.bits=4 tree.depth=48 tree.width=6 benchmark=livecodebench"
+    job = JobProcess(fake_job(tmp_path / "7"), label, done=1, total=2, tokens_per_s=3.0, tau=1.0)
+    job._started = time.monotonic()
+    progress._running = [job]
+    _, line = (str(text) for text in progress._block().renderables)
+    assert re.fullmatch(r"  job 7: draft=subspec.*…  1/2 samples  3\.00 tokens/s  tau 1\.00  0:00:00", line)
+    assert len(line) < 80

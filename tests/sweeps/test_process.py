@@ -75,6 +75,16 @@ def test_an_interrupted_job_can_be_continued(tmp_path):
     assert not is_finished(tmp_path, 2, plan_only=False)
 
 
+def test_a_job_that_the_sweep_had_to_kill_was_interrupted(tmp_path):
+    """A second Ctrl-C: nobody else killed it, and no memory ran out."""
+    job = started(tmp_path, seconds=60)
+    wait_for_sample(job)
+    job.kill()
+    outcome = job.wait()
+    assert (outcome.status, outcome.exit_code) == ("interrupted", -9)
+    assert "memory" not in outcome.reason
+
+
 def test_a_reason_where_nothing_was_said():
     assert end_reason(1, "\n") == "ended with status 1 and no word"
     assert end_reason(-11, "") == "killed by SIGSEGV"
@@ -88,6 +98,17 @@ def test_a_finished_job_needs_its_files_and_as_many_samples(tmp_path):
     assert not is_finished(tmp_path, 2, plan_only=True)
     (tmp_path / "records.jsonl").unlink()
     assert not is_finished(tmp_path, 2, plan_only=False)
+
+
+def test_a_damaged_record_is_a_turn_to_run_again(tmp_path):
+    started(tmp_path, samples=3).wait()
+    file = tmp_path / "records.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"sample_id": "s2", "tu')  # nothing is missing
+    assert is_finished(tmp_path, 3, plan_only=False)
+    first, rest = whole.split(b"\n", 1)
+    file.write_bytes(first[:20] + b"\n" + rest)
+    assert not is_finished(tmp_path, 3, plan_only=False)
 
 
 def test_outcomes_that_cannot_be_read_are_none(tmp_path):

@@ -61,6 +61,17 @@ def test_refused_in_one_line(tmp_path, monkeypatch, arguments, line):
     assert re.search(line, ran.error), ran.error
 
 
+def test_what_is_refused_before_there_is_a_job_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = cli("-m", "draft=none,nope")
+    assert ran.code == 2
+    assert ran.out == ""  # no table without a row
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    cli("-m", "draft=none,nope", "sweep_dir=mine")
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_what_is_a_sweep_without_saying_so():
     assert is_sweep(["experiment=planted/table_main"])
     assert is_sweep(["hparams_search=tree"])
@@ -128,13 +139,13 @@ def test_the_same_command_does_only_what_is_missing(tmp_path, monkeypatch):
     (sweep,) = tmp_path.glob("multirun/*/*")
     assert statuses(sweep) == ["ok", "ok", "ok", "failed"]
     before = sweep_records(sweep)
-    (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
 
     again = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
     assert f"continuing the sweep in {sweep.relative_to(tmp_path)}" in again.out
     assert "3 of 4 job(s) had been finished before" in again.out
     assert list(tmp_path.glob("multirun/*/*")) == [sweep]
 
+    (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
     (sweep / "1" / "job.json").unlink()  # as if it had been killed there
     third = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
     assert "half-written last line" in third.out
@@ -162,6 +173,21 @@ def test_more_samples_extend_the_jobs_and_more_values_add_some(tmp_path):
     after = sweep_records(tmp_path / "s")
     assert [len(after[name]) for name in "0123"] == [3, 3, 3, 3]
     assert all(after[name][:2] == before[name] for name in "01")
+
+
+def test_a_damaged_record_of_a_finished_job_is_made_again(tmp_path):
+    options = ["-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={tmp_path / 's'}"]
+    assert cli(*options).code == 0
+    before = sweep_records(tmp_path / "s")
+    file = tmp_path / "s" / "1" / "records.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(f"{first[:50]}\x00{first[50:90]}\n{rest}")
+    ran = cli(*options)
+    assert ran.code == 0, ran.err
+    assert "1 of 2 job(s) had been finished before" in ran.out
+    after = sweep_records(tmp_path / "s")
+    in_order = {job: sorted(kept, key=lambda record: record["sample_id"]) for job, kept in before.items()}
+    assert {job: sorted(kept, key=lambda one: one["sample_id"]) for job, kept in after.items()} == in_order
 
 
 def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
@@ -211,6 +237,7 @@ def test_jobs_in_processes_of_their_own(tmp_path):
     assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", out)
     assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", out)
     assert "error: " in (sweep / "1" / "job.log").read_text()
+    assert "1: its job failed: " in (sweep / "report" / "REPORT.md").read_text(encoding="utf-8")
     assert len(records_of(sweep / "0")) == 2
     assert cli(*options[1:-2], f"run_dir={sweep / '0'}", "resume=true").code == 0  # a run like any other
 
@@ -293,6 +320,28 @@ def running_jobs(sweep):
             if b"subspec.sweeps.job" in words and any(str(sweep).encode() in word for word in words):
                 found.append(int(entry))
     return found
+
+
+def test_an_interrupt_of_the_report_tells_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subspec.sweeps.sweeper.write_report", interrupted)
+    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran.refused(130, r"interrupted: finished samples are kept; continue with the same command and sweep_dir=")
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.launcher import Launcher
+
+    def launch(self, job_overrides, initial_job_idx):
+        raise RuntimeError("no srun here")
+
+    (basic,) = (one for one in Plugins.instance().discover(Launcher) if one.__name__ == "BasicLauncher")
+    monkeypatch.setattr(basic, "launch", launch)
+    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran.refused(1, r"hydra/launcher=basic could not start a job \(no srun here\): .*hydra/launcher=process")
 
 
 def test_a_job_in_use_elsewhere_ends_no_other(tmp_path, monkeypatch):
