@@ -150,7 +150,9 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
 
 def cap_device(vram_gib: float, device: torch.device) -> None:
     """Let PyTorch allocate no more than the budget: a promise, not an estimate (DESIGN, invariant 4)."""
-    index = torch.cuda.current_device() if device.index is None else device.index  # the fraction wants a number
+    index = (
+        torch.cuda.current_device() if device.index is None else device.index
+    )  # the fraction wants a number
     total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * GIB / total), index)
 

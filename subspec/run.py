@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-"""``hydra/launcher=basic``: all jobs one after another in the sweep's own process, for debugging."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m subspec.run`` and of the console script ``subspec``."""
@@ -82,11 +79,12 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
     if cfg.study:
         cfg.experiment = cfg.study  # rows of one table are one group, to W&B and to the report
     try:
-        if sweep and settings.launcher["_target_"] != IN_PROCESS:
-            # A launcher of another project, on its worker: the job gets a process of its own there too.
-            from subspec.sweeps.process import job_spec, run_in_process
+        if sweep:
+            from subspec.sweeps.process import IN_PROCESS, job_spec, run_in_process
 
-            return run_in_process(job_spec(settings, cfg))
+            if settings.launcher["_target_"] != IN_PROCESS:
+                # A launcher of another project, on its worker: the job gets a process of its own there too.
+                return run_in_process(job_spec(settings, cfg))
         from subspec.runner import run
 
         return run(cfg, folder, overrides)

@@ -1,14 +1,12 @@
 """One job as a process: its command, its log, how far it is, and how it ended."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import subspec
 from subspec.errors import SubspecError
+from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.outcome import (
     FAILED,
     INTERRUPTED,
@@ -31,14 +30,15 @@ from subspec.sweeps.outcome import (
     write_outcome,
 )
 from subspec.tracking.files import RESUME_HINT, write_error
-from subspec.tracking.metrics import ratio
-from subspec.tracking.records import LOCK, RECORDS
+from subspec.tracking.records import LOCK
 
 INTERRUPT_EXIT = 130
+IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+"""``hydra/launcher=basic``: all jobs one after another in the sweep's own process, for debugging."""
+
 LOCK_WAIT_S = 60.0
 """How long a job waits for the orphan of a killed sweep to leave its folder."""
 
-_PROGRESS = re.compile(rb"^\[(\d+)/(\d+)\] ", re.MULTILINE)
 _OF_THE_SWEEP = re.compile(r"hydra[./](sweep|sweeper|launcher|mode)\b")
 
 
@@ -114,39 +114,21 @@ def job_environment(gpu: str | None) -> dict[str, str]:
     return environment
 
 
-@dataclass
-class JobProcess:
+class JobProcess(FollowedJob):
     """A running job.
 
-    Attributes:
+    Args:
         spec: its command and folder.
-        label: what tells it from the others, for people.
-        gpu: the one it may see; None: as the sweep itself.
-        done, total: its samples; ``total`` is None until it is known.
-        tokens_per_s, tau: over its records so far; None before the first.
+        label, gpu: see :class:`~subspec.sweeps.follow.FollowedJob`.
     """
 
-    spec: JobSpec
-    label: str = ""
-    gpu: str | None = None
-    done: int = 0
-    total: int | None = None
-    tokens_per_s: float | None = None
-    tau: float | None = None
-    outcome: Outcome | None = None
-    _sums: dict[str, float] = field(default_factory=dict)
-    _samples: set[str] = field(default_factory=set)
-    _read: int = 0
-    _log_start: int = 0
-    _log_read: int = 0
-    _ended_by_us: bool = False
-    _started: float = 0.0
-    _process: subprocess.Popen | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Its run folder."""
-        return self.spec.folder
+    def __init__(self, spec: JobSpec, label: str = "", gpu: str | None = None) -> None:
+        super().__init__(spec.folder, label, gpu)
+        self.spec = spec
+        self.outcome: Outcome | None = None
+        self._log_start = 0
+        self._ended_by_us = False
+        self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Start the process.
@@ -184,7 +166,7 @@ class JobProcess:
         """Look how far it is; its outcome once it has ended."""
         assert self._process is not None
         code = self._process.poll()
-        self._follow()
+        self.follow()
         if code is None:
             return None
         return self._ended(code)
@@ -208,11 +190,6 @@ class JobProcess:
         """The figure that a search maximises (``optimise``), if there is one."""
         return objective(read_summary(self.folder), self.spec.optimise)
 
-    @property
-    def seconds(self) -> float:
-        """Since it was started."""
-        return time.monotonic() - self._started
-
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
@@ -227,37 +204,6 @@ class JobProcess:
                 f"run_dir={self.folder} is in use by another process: wait for it, or end it"
             ) from error
         lock.release()
-
-    # ---------------------------------------------------------------------------------------- following
-
-    def _follow(self) -> None:
-        for line in self._new_lines(self.folder / RECORDS, "_read"):
-            try:
-                self._count(json.loads(line))
-            except ValueError:
-                continue
-        for line in self._new_lines(self.folder / LOG, "_log_read"):
-            if found := _PROGRESS.match(line):
-                self.done, self.total = int(found[1]), int(found[2])
-
-    def _new_lines(self, file: Path, position: str) -> list[bytes]:
-        """Whole lines written since the last look."""
-        try:
-            with file.open("rb") as stream:
-                stream.seek(getattr(self, position))
-                data = stream.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        setattr(self, position, getattr(self, position) + len(whole))
-        return whole.splitlines()
-
-    def _count(self, record: Mapping[str, Any]) -> None:
-        self._samples.add(str(record.get("sample_id")))
-        for name in ("verified_tokens", "iterations", "decode_s"):
-            self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
-        self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
-        self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])
 
     # ------------------------------------------------------------------------------------------- ending
 

@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.outcome import INTERRUPTED, LOG, OK, Outcome
-from subspec.sweeps.process import JobProcess
 from subspec.tracking.console import RunConsole, clock, number, one_line
 
 QUIET_S = 10.0
@@ -37,7 +37,7 @@ class SweepProgress:
         self.failed = 0
         self._began = time.monotonic()
         self._live: Live | None = None
-        self._running: Sequence[JobProcess] = ()
+        self._running: Sequence[FollowedJob] = ()
         self._said: dict[str, str] = {}
         self._last_line = 0.0
 
@@ -72,11 +72,11 @@ class SweepProgress:
         """One line of information."""
         self.console.note(text)
 
-    def started(self, job: JobProcess) -> None:
+    def started(self, job: FollowedJob) -> None:
         """A job begins."""
         self._line(f"{self._count()} start    {describe(job)}, log: {job.folder / LOG}")
 
-    def finished(self, job: JobProcess, outcome: Outcome) -> None:
+    def finished(self, job: FollowedJob, outcome: Outcome) -> None:
         """A job has ended, however."""
         self._running = [other for other in self._running if other is not job]
         self.ended += 1
@@ -88,7 +88,7 @@ class SweepProgress:
             parts.append(outcome.reason)
         self._line("  ".join(parts) + f"  ({self._clocks()})")
 
-    def update(self, running: Sequence[JobProcess]) -> None:
+    def update(self, running: Sequence[FollowedJob]) -> None:
         """Look at the running jobs."""
         self._running = list(running)
         if self._live is not None or time.monotonic() - self._last_line < QUIET_S:
@@ -125,18 +125,18 @@ class SweepProgress:
         return f"elapsed {clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
 
 
-def describe(job: JobProcess) -> str:
+def describe(job: FollowedJob) -> str:
     """Which job, for people."""
     gpu = f" on GPU {job.gpu}" if job.gpu is not None else ""
     return f"job {job.folder.name}{gpu}: {job.label}"
 
 
-def figures(job: JobProcess) -> str:
+def figures(job: FollowedJob) -> str:
     """How far a job is, and how fast."""
     if not job.done:
         return "starting"
     return f"{job.done}/{job.total} samples  {number(job.tokens_per_s)} tokens/s  tau {number(job.tau)}"
 
 
-def _share(job: JobProcess) -> float:
+def _share(job: FollowedJob) -> float:
     return job.done / job.total if job.total else 0.0

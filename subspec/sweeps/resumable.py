@@ -5,6 +5,7 @@ This is what makes every sweep resumable, whichever launcher runs its jobs and w
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from subspec.config import to_plain
 from subspec.config_errors import CONFIG_EXCEPTIONS, explain
 from subspec.errors import SubspecError
 from subspec.sweeps.folder import Job, SweepFolder
+from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.outcome import (
     FAILED,
     OK,
@@ -29,7 +31,8 @@ from subspec.sweeps.outcome import (
     read_summary,
     write_outcome,
 )
-from subspec.sweeps.process import JobFailed, QuietReturn, failure
+from subspec.sweeps.process import IN_PROCESS, JobFailed, QuietReturn, failure
+from subspec.sweeps.progress import SweepProgress
 from subspec.sweeps.table import labels
 
 
@@ -65,6 +68,7 @@ class ResumableLauncher:
         self.keys = keys
         self.jobs: list[Job] = []
         self.finished_before = 0
+        self._progress: SweepProgress | None = None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """One result for each list of overrides, in their order; what is finished is not run again."""
@@ -85,8 +89,7 @@ class ResumableLauncher:
         ]
         self.finished_before += len(wanted) - len(missing)
         if hasattr(self.inner, "expect"):
-            named = {str(number): text for number, text in labels(self.jobs, self.keys).items()}
-            self.inner.expect(self.total or len(self.jobs), named, self.finished_before)
+            self.inner.expect(self.total or len(self.jobs), self._labels(), self.finished_before)
         done = self._run([entry[:2] for entry in missing], [entry[2] for entry in missing], initial_job_idx)
         good = {
             job.number: result
@@ -97,6 +100,23 @@ class ResumableLauncher:
             good.get(job.number) or self._result(job, config)
             for job, config in zip(jobs, configs, strict=True)
         ]
+
+    def _labels(self) -> dict[str, str]:
+        """What to call each job, by the name of its folder."""
+        return {str(number): text for number, text in labels(self.jobs, self.keys).items()}
+
+    def _watched(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
+        """Live progress where the launcher shows none: jobs of another project's write into their folders, too."""
+        if hasattr(self.inner, "expect") or self.config.hydra.launcher._target_ == IN_PROCESS:
+            return nullcontext()
+        named = self._labels()
+        foreign = [ForeignJob(self.folder.job_folder(job), named[str(job.number)]) for job in jobs]
+        self._progress = self._progress or SweepProgress(0)
+        self._progress.total, self._progress.finished_before = (
+            self.total or len(self.jobs),
+            self.finished_before,
+        )
+        return watched(self._progress, foreign)
 
     def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -115,7 +135,8 @@ class ResumableLauncher:
         ]
         began = time.time()
         try:
-            results = self.inner.launch(lists, initial_job_idx=first)
+            with self._watched([job for job, _ in missing]):
+                results = self.inner.launch(lists, initial_job_idx=first)
         except Exception as error:
             if not any(read_outcome(self.folder.job_folder(job)) for job, _ in missing):
                 raise self._launcher_failed(error) from error

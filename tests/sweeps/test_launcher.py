@@ -10,6 +10,7 @@ import time
 import pytest
 
 from subspec.errors import ConfigError
+from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.launcher import ProcessLauncher, _Queue, _terminated_as_interrupted, visible_gpus
 from subspec.sweeps.outcome import read_outcome
 from subspec.sweeps.progress import SweepProgress
@@ -121,16 +122,12 @@ def test_running_jobs_are_spoken_of_now_and_then(tmp_path, monkeypatch):
 
 
 def test_a_terminal_gets_a_bar_with_the_running_jobs(tmp_path):
-    from subspec.sweeps.process import JobProcess
-
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     progress = SweepProgress(4, finished=1, console=RunConsole(file=Terminal(), width=100))
-    job = JobProcess(
-        fake_job(tmp_path / "7"), "draft=none", gpu="1", done=1, total=2, tokens_per_s=3.0, tau=1.0
-    )
+    job = FollowedJob(tmp_path / "7", "draft=none", gpu="1", done=1, total=2, tokens_per_s=3.0, tau=1.0)
     job._started = time.monotonic()
     progress._running = [job]
     head, line = (str(text) for text in progress._block().renderables)
@@ -140,11 +137,10 @@ def test_a_terminal_gets_a_bar_with_the_running_jobs(tmp_path):
 
 
 def test_a_narrow_terminal_keeps_the_figures(tmp_path):
-    from subspec.sweeps.process import JobProcess
 
     progress = SweepProgress(4, console=RunConsole(file=io.StringIO(), width=80))
     label = "draft=subspec quant.bits=4 tree.depth=48 tree.width=6 benchmark=livecodebench"
-    job = JobProcess(fake_job(tmp_path / "7"), label, done=1, total=2, tokens_per_s=3.0, tau=1.0)
+    job = FollowedJob(tmp_path / "7", label, done=1, total=2, tokens_per_s=3.0, tau=1.0)
     job._started = time.monotonic()
     progress._running = [job]
     _, line = (str(text) for text in progress._block().renderables)

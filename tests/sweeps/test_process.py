@@ -1,19 +1,25 @@
 """A job as a process: how far it is, how it ended, and what stays when something goes wrong."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from subspec.errors import SubspecError
+from subspec.sweeps import follow
 from subspec.sweeps import outcome as outcomes
 from subspec.sweeps.outcome import is_finished, objective, read_outcome
 from subspec.sweeps.process import JobFailed, JobProcess, end_reason, run_in_process
+from subspec.sweeps.progress import SweepProgress
+from subspec.tracking.console import RunConsole
 from subspec.tracking.records import RunFolder
 from tests.helpers.cli import ROOT
 
@@ -215,3 +221,58 @@ def test_the_outcome_is_plain_json(tmp_path):
     started(tmp_path, ending="refused").wait()
     found = json.loads((tmp_path / "job.json").read_text())
     assert {"status", "exit_code", "reason", "seconds", "attempts", "samples"} == set(found)
+
+
+class Foreign:
+    """A launcher of another project: it runs jobs one after another and tells nothing before the last has ended."""
+
+    def __init__(self, specs):
+        self.specs = specs
+
+    def launch(self):
+        for spec in self.specs:
+            with contextlib.suppress(JobFailed):
+                run_in_process(spec)
+
+
+def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "WATCH_S", 0.02)
+    specs = [
+        fake_job(tmp_path / "0", samples=2, seconds=0.5),
+        fake_job(tmp_path / "1", "refused", seconds=0.2),
+    ]
+    old = JobProcess(specs[1])  # an earlier session's: its outcome is not this one's
+    old.start()
+    old.wait()
+    out = io.StringIO()
+    progress = SweepProgress(3, finished=1, console=RunConsole(file=out))
+    seen = []
+    monkeypatch.setattr(progress, "update", lambda jobs: seen.extend((job.label, job.done) for job in jobs))
+    jobs = [follow.ForeignJob(spec.folder, f"number {spec.folder.name}") for spec in specs]
+    with follow.watched(progress, jobs):
+        assert not out.getvalue()
+        Foreign(specs).launch()
+    lines = [line.split("  (elapsed")[0] for line in out.getvalue().splitlines()]
+    log = tmp_path / "0" / "job.log"
+    assert lines[0] == f"[1/3] start    job 0: number 0, log: {log}"
+    assert lines[1].startswith(
+        "[2/3] ok       job 0: number 0  2/2 samples  15.00 tokens/s  tau 10.00  0:00:0"
+    )
+    assert lines[2].startswith("[2/3] start    job 1: number 1")
+    assert lines[3] == "[3/3] failed   job 1: number 1  offload.vram_gib=1 cannot hold this run"
+    assert len(lines) == 4
+    assert ("number 0", 2) in seen
+    assert not any(thread.name.startswith("watch") for thread in threading.enumerate())
+
+
+def test_watching_ends_with_what_it_watches(tmp_path):
+    """An interrupt of the launcher is passed on, and a job that nobody started is no line."""
+    out = io.StringIO()
+    progress = SweepProgress(1, console=RunConsole(file=out))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        follow.watched(progress, [follow.ForeignJob(tmp_path / "0", "never")]),
+    ):
+        raise KeyboardInterrupt
+    assert not out.getvalue()
+    assert not any(thread.name.startswith("watch") for thread in threading.enumerate())

@@ -1,0 +1,137 @@
+"""How far a job is, told by what it writes into its folder; whoever runs it."""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from subspec.sweeps.outcome import LOG, RUNNING, Outcome, read_outcome
+from subspec.tracking.metrics import ratio
+from subspec.tracking.records import RECORDS
+
+if TYPE_CHECKING:
+    from subspec.sweeps.progress import SweepProgress
+
+WATCH_S = 1.0
+"""Seconds between two looks at jobs that others run."""
+
+_PROGRESS = re.compile(rb"^\[(\d+)/(\d+)\] ", re.MULTILINE)
+
+
+@dataclass
+class FollowedJob:
+    """A job and its figures so far.
+
+    Attributes:
+        folder: of its run.
+        label: what tells it from the others, for people.
+        gpu: the one it may see; None: as the sweep itself, or not known.
+        done, total: its samples; ``total`` is None until it is known.
+        tokens_per_s, tau: over its records so far; None before the first.
+    """
+
+    folder: Path
+    label: str = ""
+    gpu: str | None = None
+    done: int = 0
+    total: int | None = None
+    tokens_per_s: float | None = None
+    tau: float | None = None
+    _sums: dict[str, float] = field(default_factory=dict)
+    _samples: set[str] = field(default_factory=set)
+    _read: int = 0
+    _log_read: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    def follow(self) -> None:
+        """Read what it has written since the last look."""
+        for line in self._new_lines(self.folder / RECORDS, "_read"):
+            try:
+                self._count(json.loads(line))
+            except ValueError:
+                continue
+        for line in self._new_lines(self.folder / LOG, "_log_read"):
+            if found := _PROGRESS.match(line):
+                self.done, self.total = int(found[1]), int(found[2])
+
+    def _new_lines(self, file: Path, position: str) -> list[bytes]:
+        """Whole lines written since the last look."""
+        try:
+            with file.open("rb") as stream:
+                stream.seek(getattr(self, position))
+                data = stream.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        setattr(self, position, getattr(self, position) + len(whole))
+        return whole.splitlines()
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self._samples.add(str(record.get("sample_id")))
+        for name in ("verified_tokens", "iterations", "decode_s"):
+            self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
+        self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
+        self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])
+
+
+class ForeignJob(FollowedJob):
+    """A job that a launcher of another project runs, maybe on another machine that shares the folder."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        super().__init__(folder, label)
+        before = read_outcome(folder)
+        self._attempts = before.attempts if before else 0
+        if (log := folder / LOG).exists():
+            self._log_read = log.stat().st_size
+        self.is_running = False
+
+    def look(self) -> Outcome | None:
+        """Whether it has been started meanwhile, and how far it is; its outcome once it has ended."""
+        outcome = read_outcome(self.folder)
+        if outcome is None or outcome.attempts <= self._attempts:
+            return None
+        if not self.is_running:
+            self.is_running, self._started = True, time.monotonic()
+        self.follow()
+        return outcome if outcome.status != RUNNING else None
+
+
+@contextmanager
+def watched(progress: "SweepProgress", jobs: Sequence[ForeignJob]) -> Iterator[None]:
+    """Show jobs that somebody else runs, for as long as the block takes."""
+    waiting, over = list(jobs), Event()
+
+    def look() -> None:
+        for job in list(waiting):
+            known = job.is_running
+            outcome = job.look()
+            if job.is_running and not known:
+                progress.started(job)
+            if outcome is not None:
+                waiting.remove(job)
+                progress.finished(job, outcome)
+        progress.update([job for job in waiting if job.is_running])
+
+    def keep_looking() -> None:
+        while not over.wait(WATCH_S):
+            look()
+
+    with progress.shown():
+        watcher = Thread(target=keep_looking, name="watch of a sweep", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+            look()
