@@ -21,6 +21,7 @@ from subspec.errors import ConfigError
 from subspec.kernels.codec import KERNELS
 from subspec.kernels.formats import AffineFormat, Format, describe
 from subspec.kernels.lut_format import LutFormat
+from subspec.offload.coded_head import slice_rows
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
 from subspec.quant.grids import load_grid
@@ -108,6 +109,19 @@ def reserved_bits(kept: Format) -> float:
     if isinstance(kept, LutFormat):
         return LOOKUP_BITS + math.log2(load_grid(kept.bits, kept.dim).mse) / 2
     raise TypeError(f"no exact weight is coded with {describe(kept)}")
+
+
+def coded_head_bytes(quantization: FusedQuantization, room: int) -> int:
+    """Estimated device bytes of the exact LM head, coded by the draft's own; 0: the draft has none.
+
+    Args:
+        room: bytes of the buffer that its slices are decoded into.
+    """
+    if "head" not in quantization.shapes:
+        return 0
+    n, k = quantization.shapes["head"]
+    weights = int(n * k * reserved_bits(quantization.formats["head"]) / 8)
+    return weights + len(slice_rows(n, k, room)) * 2 * PlainCodec.ALIGNMENT
 
 
 class SubstituteCodec:
