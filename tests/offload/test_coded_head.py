@@ -1,12 +1,15 @@
 """An LM head that is coded by the draft's own is the exact one, bit for bit, and so are the texts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subspec.assemble import assemble_streamed
 from subspec.choices import Codec
-from subspec.config import Placement
+from subspec.config import Placement, PlantedTargetConfig
 from subspec.decoding.audit import Auditor
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
@@ -15,17 +18,26 @@ from subspec.decoding.sampling import Sampling
 from subspec.drafts.fused_build import ROLES, LayerFuser
 from subspec.errors import SubspecError
 from subspec.kernels import codec as kernel
-from subspec.kernels.formats import affine_format
+from subspec.kernels.formats import AffineFormat, affine_format
 from subspec.kernels.lut_format import LutFormat
+from subspec.loading import Loaded
 from subspec.offload import codec, coded_layer, load
+from subspec.offload.codec import encode
 from subspec.offload.coded_head import ROW_MULTIPLE, CodedHead, encode_head, slice_rows
+from subspec.offload.coding import HEAD_BITS, reserved_bits
+from subspec.offload.intervals import margin_of
 from subspec.offload.load import load_streamed
+from subspec.offload.plan import plan_run
 from subspec.quant.codes import HqqCodes
 from subspec.quant.higgs_codes import HiggsCodeQuantizer
+from subspec.targets.layers import open_source
 from tests.helpers.tiny import tiny_model
+from tests.offload.settings import DRAFTS, settings
 from tests.offload.test_coded_layer import ROOM, assert_exact
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
 
+CPU = torch.device("cpu")
+NO_DRAFT = {Codec.none: DRAFTS["none"], Codec.substitute: DRAFTS["subspec"]}
 VOCABULARY, SMALLER = 2003, 331  # no multiples of anything; of the larger one a decoded layer holds half
 QUANTS = {
     "hqq 4": (4, "int4_mma"),
@@ -41,7 +53,7 @@ def quick(request, monkeypatch):
     """The torch decoder takes a step per weight of a chunk, whatever the matrix; the CUDA one knows its own length."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if request.node.get_closest_marker("gpu") is None:
+    if not any(request.node.get_closest_marker(name) for name in ("gpu", "slow")):
         monkeypatch.setattr(codec, "CHUNK", 32)
     yield
     torch.set_num_threads(threads)
@@ -249,6 +261,54 @@ def test_the_exact_head_is_gone_before_layers_are_loaded(monkeypatch):
     load_coded(model).close()
     assert there == [1, 1]
     assert exact == [model.lm_head.weight.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny_tied"])
+def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
+    """From the configuration to the record; a tied table is needed as it is."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    planted = PlantedTargetConfig(name=f"planted_{shape}", shape=shape)
+    quant = {"modules": ["attention", "mlp", "lm_head"]}
+    lengths = {"max_length": 128}
+    config = replace(
+        settings(1.0, codec=Codec.substitute, quant=quant, decoding=lengths, tree=(3, 3), resident_layers=1),
+        target=planted,
+    )
+    source = open_source(planted, torch.bfloat16, CPU, note=lambda text: None)
+    texts, reports = [], []
+    for kind in (Codec.none, Codec.substitute, Codec.substitute):
+        settings_of = replace(config, offload=replace(config.offload, codec=kind), draft=NO_DRAFT[kind])
+        plan = plan_run(settings_of, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        assembly = assemble_streamed(settings_of, source, plan, CPU, note=lambda text: None)
+        engine = Engine(assembly.decoder, max_length=64)
+        texts.append(engine.generate(PROMPT, max_new_tokens=4).token_ids)
+        facts, code = Loaded(None, assembly, plan).facts(), getattr(assembly.decoder, "coded_head", None)
+        assert (code is None) == (kind is Codec.none or shape == "tiny_tied")
+        assert ("coded_head_bits_per_weight" in facts) == (code is not None)
+        if assembly.quant is not None:
+            reports.append((assembly.quant.modules, assembly.quant.details["cache"]["read"]))
+        if code is not None:
+            begins = code.code.shape[0] * code.code.shape[1] // 32 * 4  # of chunks, which are short here
+            assert code.code.nbytes <= plan.coded_head_bytes + begins
+            assert_head(code, source.shared(CPU)["lm_head.weight"])
+        assembly.close()
+    assert texts[0] == texts[1] == texts[2]
+    modules = 7 * source.config.num_hidden_layers + 1
+    assert reports == [(modules, 0), (modules, modules)]  # the draft's head, made first, is kept, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_reserved_holds_the_default_models_table(default_target, bits):
+    table = default_target.model.lm_head.weight.bfloat16()
+    quantizer = HqqCodes(bits)
+    words = 0
+    for rows in table.split(8192):
+        codes = quantizer.codes(rows)
+        words += encode(rows, codes, margin_of(codes)).nbytes
+    reserved = reserved_bits(AffineFormat(bits, 64, bits)) + HEAD_BITS
+    assert reserved - 0.4 < 8 * words / table.numel() < reserved
 
 
 def test_a_decoder_that_errs_in_the_head_is_noticed(monkeypatch):
