@@ -1,5 +1,6 @@
 """An LM head that is coded by the draft's own is the exact one, bit for bit, and so are the texts."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -359,7 +360,8 @@ def test_the_exact_head_is_not_on_the_device_afterwards():
     device = torch.device("cuda")
     model = tiny(device, vocab_size=40_000, hidden_size=512, intermediate_size=1024)
     exact, sizes = 2 * model.lm_head.weight.numel(), []
-    for planned in (0, ROOM):
+    for planned in (0, 0, ROOM):  # the first one leaves what libraries keep
+        gc.collect()
         plan = plan_for((), 2, codec=Codec.substitute, layer_bytes=ROOM)
         object.__setattr__(plan, "coded_head_bytes", planned)
         before = torch.cuda.memory_allocated()
@@ -367,4 +369,4 @@ def test_the_exact_head_is_not_on_the_device_afterwards():
         sizes.append(torch.cuda.memory_allocated() - before)
         loaded.close()
         del loaded
-    assert sizes[0] - sizes[1] == pytest.approx(exact * 9 / 16, rel=0.05)
+    assert sizes[1] - sizes[2] == pytest.approx(exact * 9 / 16, rel=0.05)
