@@ -64,6 +64,8 @@ class Loaded:
             streamed = self.assembly.streamed
             if streamed is not None and streamed.bits_per_weight is not None:
                 facts["coded_bits_per_weight"] = streamed.bits_per_weight
+            if streamed is not None and streamed.head_bits_per_weight is not None:
+                facts["coded_head_bits_per_weight"] = streamed.head_bits_per_weight
             if streamed is not None and streamed.coded is not None:
                 facts["coded_cache"] = streamed.coded.report()
         draft = self.assembly.engine.draft
@@ -180,11 +182,17 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
     streamed = assembly.streamed
     assert streamed is not None
     if streamed.coded is not None:
-        console.note(f"exact weights: {streamed.coded.summary()}")
+        console.note(
+            f"exact weights: {streamed.coded.summary()}{_head_summary(streamed.head_bits_per_weight)}"
+        )
     link = None
     if streamed.decoder.streamer is not None and plan.link is not None:
         link = LinkInfo(plan.link.gb_per_s, streamed.decoder.streamed_bytes_per_pass)
     return Loaded(_target(source, assembly, device), assembly, plan, link)
+
+
+def _head_summary(bits: float | None) -> str:
+    return "" if bits is None else f"; LM head coded, {bits:.2f} bits per weight"
 
 
 def _load_accelerate(

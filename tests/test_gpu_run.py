@@ -13,6 +13,8 @@ from tests.helpers.cli import cli, command
 
 pytestmark = pytest.mark.gpu
 
+WITH_HEAD = "quant.modules=[attention,mlp,lm_head]"
+
 TINY = [
     "target=planted_tiny",
     "benchmark.source=sample",
@@ -130,6 +132,10 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
         ["quant.bits=8", "offload.codec=substitute"],
         ["quant.bits=3", "draft.kernel=triton_wq", "offload.codec=substitute"],
         ["offload.codec=substitute", "decoding=sampling"],
+        [WITH_HEAD, "offload.codec=substitute"],
+        [WITH_HEAD, "offload.codec=substitute", "tree.ahead=8"],
+        [WITH_HEAD, "quant.bits_by.lm_head=8", "offload.codec=substitute", "decoding=sampling"],
+        [WITH_HEAD, "quant=higgs", "offload.codec=substitute"],
     ],
     ids=lambda extra: " ".join(extra),
 )
@@ -145,6 +151,7 @@ def test_streamed_runs_by_higgs_and_coded_ones_keep_their_budget_and_pass_the_au
     assert 0 < summary["peak_vram_gib"] <= budget
     assert summary["totals"]["bytes_streamed"] > 0
     assert summary["run"]["substitute"]["quantizer"] == ("higgs" if "quant=higgs" in extra else "hqq")
+    assert ("coded_head_bits_per_weight" in summary["run"]) == (WITH_HEAD in extra)
 
 
 def test_a_run_on_the_device_and_a_streamed_one_agree_up_to_near_ties(tmp_path):

@@ -73,7 +73,7 @@ class FusedSubstitute:
         self.model = model
         self.temperature = temperature
         self.attention = attention
-        self.device = model.head.device
+        self.device = model.final_norm.device
         self.launches = launch.how(self.device, overlap)
         self.overlap = self.launches == launch.OVERLAPPING
         self._overlapped: dict[str, bool] = (
@@ -245,6 +245,7 @@ class FusedSubstitute:
         """Logits, bfloat16 [rows, vocabulary]; of a quantized head the sum of its slices."""
         model, out = self.model, self._logits_of(x.shape[0])
         if model.draft_head is None:
+            assert model.head is not None
             return torch.mm(x, model.head.t(), out=out)
         partial = model.draft_head(x)
         rows, vocab = out.shape

@@ -126,11 +126,18 @@ class LayerFuser:
             keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
         return self._quantized(role, codes)
 
-    def fuse_head(self, weight: Tensor) -> LevelLinear | None:
-        """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's."""
+    def fuse_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
+        """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
+
+        Args:
+            keep: where to put the quantized weight, for whoever needs it besides.
+        """
         if "head" not in self.formats:
             return None
-        head = self._quantized("head", self._codes([weight], ["head.lm_head"]))
+        codes = self._codes([weight], ["head.lm_head"])
+        if keep is not None:
+            keep += codes
+        head = self._quantized("head", codes)
         self.quantizer.end_layer()
         return head
 
@@ -213,25 +220,28 @@ def fuse_model(
 
     Args:
         draft_head: the draft's own LM head (``LayerFuser.fuse_head``).
-        shared: ``model.embed_tokens.weight``, ``model.norm.weight`` and, unless tied, ``lm_head.weight``.
+        shared: ``model.embed_tokens.weight``, ``model.norm.weight`` and, unless it is tied or coded by the draft's,
+            ``lm_head.weight``.
         rotary: the target's rotary embedding module.
     """
-    embedding = shared["model.embed_tokens.weight"]
-    head = shared.get("lm_head.weight", embedding)
+    embedding, final_norm = shared["model.embed_tokens.weight"], shared["model.norm.weight"]
+    head = shared.get("lm_head.weight")
+    if head is None and (config.tie_word_embeddings or draft_head is None):
+        head = embedding
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inverse: Any = rotary.inv_freq
     return FusedModel(
         layers=layers,
         embedding=embedding,
-        final_norm=shared["model.norm.weight"],
+        final_norm=final_norm,
         head=head,
         draft_head=draft_head,
-        inverse_frequency=inverse.float().to(head.device),
+        inverse_frequency=inverse.float().to(final_norm.device),
         attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
         eps=config.rms_norm_eps,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=dim,
         hidden=config.hidden_size,
-        vocab_size=head.shape[0],
+        vocab_size=(embedding if head is None else head).shape[0],
     )

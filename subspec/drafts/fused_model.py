@@ -32,7 +32,7 @@ class FusedModel:
 
     Attributes:
         embedding: [vocabulary, hidden], on the device or in pinned host memory.
-        head: LM head [vocabulary, hidden], the target's own.
+        head: LM head [vocabulary, hidden], the target's own; None: it is coded by ``draft_head``.
         draft_head: what drafts with instead, quantized; None: ``head``.
         inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
         attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
@@ -41,7 +41,7 @@ class FusedModel:
     layers: list[FusedLayer]
     embedding: Tensor
     final_norm: Tensor
-    head: Tensor
+    head: Tensor | None
     inverse_frequency: Tensor
     attention_scaling: float
     eps: float

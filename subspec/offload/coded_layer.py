@@ -16,7 +16,8 @@ from subspec.drafts.fused_build import ROLES
 from subspec.drafts.fused_model import FusedLayer
 from subspec.errors import SubspecError
 from subspec.kernels.codec import Piece, PieceDecoder, Rows, Spans, decode_into
-from subspec.offload.codec import encode
+from subspec.kernels.ops import LevelLinear
+from subspec.offload.codec import Coded, encode
 from subspec.offload.intervals import margin_of
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.sizes import PlainCodec
@@ -98,35 +99,76 @@ def encode_layer(
         SubspecError: what was decoded is not what was coded (a defect of this device or its software).
     """
     places = coded_rows({name: tensor.shape for name, tensor in tensors.items()})
+    device = next(iter(tensors.values())).device
     exact = {name: tensor.shape for name, tensor in tensors.items() if name not in codes}
     exact_bytes = PlainCodec().layer_bytes(exact)
     parts: list[CodedPart] = []
-    pieces: list[tuple[int, Tensor]] = []
-    offset = exact_bytes
+    run = CodeRun(exact_bytes)
     for name, own in codes.items():
         role, rows = places[name]
-        coded = encode(tensors[name], own, margin_of(own))
-        check = torch.empty_like(tensors[name], memory_format=torch.contiguous_format)
-        decode_into(check, coded, getattr(substitute, role), rows)
-        if not torch.equal(check.view(torch.int16), tensors[name].contiguous().view(torch.int16)):
-            raise SubspecError(
-                f"offload.codec=substitute: {name} was not rebuilt bit for bit: set offload.codec=none, and please "
-                "report it with the versions in the run's folder"
-            )
-        del check
-        spans = []
-        for words in (coded.starts, coded.stream):
-            pieces.append((offset, words))
-            spans.append((offset, words.numel()))
-            offset += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
-        parts.append(CodedPart(name, role, rows, coded.shape, Spans(*spans), coded.margin))
-    device = next(iter(tensors.values())).device
-    flat = torch.empty(offset, dtype=torch.uint8, device=device)
+        coded = encode_proven(name, tensors[name], own, getattr(substitute, role), rows)
+        parts.append(CodedPart(name, role, rows, coded.shape, run.add(coded), coded.margin))
+    flat = run.flat(device)
     for name, view in parameter_views(flat, exact, torch.bfloat16).items():
         view.copy_(tensors[name])
-    for first, words in pieces:
-        flat[first : first + 4 * words.numel()].view(torch.int32).copy_(words)
-    return CodedLayer(exact, exact_bytes, tuple(parts), offset), flat
+    return CodedLayer(exact, exact_bytes, tuple(parts), run.nbytes), flat
+
+
+def encode_proven(
+    name: str, weight: Tensor, codes: QuantizedWeight, substitute: LevelLinear, rows: Rows
+) -> Coded:
+    """Code a weight, decode it again, and compare bit by bit.
+
+    Args:
+        name: of the weight, for a message.
+        weight: bfloat16 [n, k].
+        codes: of its substitute.
+        substitute: the fused Linear made of these codes; what is decoded with.
+        rows: which of its rows are the weight's.
+
+    Raises:
+        SubspecError: what was decoded is not what was coded (a defect of this device or its software).
+    """
+    coded = encode(weight, codes, margin_of(codes))
+    check = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    decode_into(check, coded, substitute, rows)
+    if not torch.equal(check.view(torch.int16), weight.contiguous().view(torch.int16)):
+        raise SubspecError(
+            f"offload.codec=substitute: {name} was not rebuilt bit for bit: set offload.codec=none, and please "
+            "report it with the versions in the run's folder"
+        )
+    return coded
+
+
+class CodeRun:
+    """One run of bytes in the making, codes one behind the other.
+
+    Args:
+        first: bytes that something else takes in front.
+
+    Attributes:
+        nbytes: of the run so far.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.nbytes = first
+        self._pieces: list[tuple[int, Tensor]] = []
+
+    def add(self, coded: Coded) -> Spans:
+        """Append a weight's code; returns where it will lie."""
+        spans = []
+        for words in (coded.starts, coded.stream):
+            self._pieces.append((self.nbytes, words))
+            spans.append((self.nbytes, words.numel()))
+            self.nbytes += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
+        return Spans(*spans)
+
+    def flat(self, device: torch.device) -> Tensor:
+        """The run, uint8 on ``device``; the bytes in front are not written."""
+        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for first, words in self._pieces:
+            flat[first : first + 4 * words.numel()].view(torch.int32).copy_(words)
+        return flat
 
 
 class LayerDecoder:

@@ -21,6 +21,7 @@ from subspec.errors import ConfigError
 from subspec.kernels.codec import KERNELS
 from subspec.kernels.formats import AffineFormat, Format, describe
 from subspec.kernels.lut_format import LutFormat
+from subspec.offload.coded_head import slice_rows
 from subspec.offload.sizes import PlainCodec
 from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
 from subspec.quant.grids import load_grid
@@ -36,6 +37,11 @@ LOOKUP_BITS = 11.0
 """Bits per exact weight to reserve for HIGGS beyond the binary logarithm of its grid's error: 7.5, 8.5 and 9.4 at 4, 3
 and 2 bits. Measured (``experiments/codec``) 10.8 to 10.9 on Gaussian weights and 10.9 to 11.0 on the default model,
 whatever the groups, for the error is Gaussian and grows with the scale."""
+
+
+HEAD_BITS = 0.3
+"""More for an LM head: rows of rare tokens are coded worse. On the default model's table, at 4 bits from 7.07 for its
+first 4096 rows to 7.35 for its last ones, 7.26 on average; 3.7, 8.3 and 9.5 beside 8, 3 and 2 bits."""
 
 
 def codec_of(config: Config) -> Codec:
@@ -108,6 +114,19 @@ def reserved_bits(kept: Format) -> float:
     if isinstance(kept, LutFormat):
         return LOOKUP_BITS + math.log2(load_grid(kept.bits, kept.dim).mse) / 2
     raise TypeError(f"no exact weight is coded with {describe(kept)}")
+
+
+def coded_head_bytes(quantization: FusedQuantization, room: int) -> int:
+    """Estimated device bytes of the exact LM head, coded by the draft's own; 0: the draft has none.
+
+    Args:
+        room: bytes of the buffer that its slices are decoded into.
+    """
+    if "head" not in quantization.shapes:
+        return 0
+    n, k = quantization.shapes["head"]
+    code = int(n * k * (reserved_bits(quantization.formats["head"]) + HEAD_BITS) / 8)
+    return code + len(slice_rows(n, k, room)) * 2 * PlainCodec.ALIGNMENT
 
 
 class SubstituteCodec:

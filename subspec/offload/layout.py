@@ -23,9 +23,9 @@ from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding_config import build_growth, build_sampling
 from subspec.drafts.fused_quant import FusedQuantization, fused_quantization
 from subspec.errors import ConfigError
-from subspec.offload.coding import SubstituteCodec, codec_of, decoding_only
+from subspec.offload.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
 from subspec.offload.draft_sizes import DraftSizes, Piece, Situation, draft_sizes, substitute_pieces
-from subspec.offload.loading_sizes import loading_bytes
+from subspec.offload.loading_sizes import head_loading_bytes, loading_bytes
 from subspec.offload.sizes import (
     ALLOCATOR_BYTES,
     GIB,
@@ -95,6 +95,9 @@ class Layout:
             (``quant.skip_layers`` of a substitute, layers that draft themselves): streaming them too would only cost
             link time.
         coded: whether exact weights are coded by their substitute.
+        coded_head_bytes: of the exact LM head, coded by the draft's own; 0: it is on the device as it is, for the
+            draft has none, or the embedding is tied to it and looked up there.
+        head_loading_bytes: what making the coded head takes, before anything but the embedding is there; 0: none is.
         loading_bytes: what a layer in the making takes of the device while the substitute is loaded, before the pieces
             are there that come later; 0: nothing is quantized.
         packed_bytes: of a layer of the substitute, its quantized Linears alone.
@@ -148,15 +151,28 @@ class Layout:
         self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
         # What decodes must be there even if nothing drafts with it.
         self._decoding: list[Piece] = []
-        self.loading_bytes = self.packed_bytes = 0
+        self.loading_bytes = self.packed_bytes = self.coded_head_bytes = self.head_loading_bytes = 0
         if quantization is not None:
-            head, coded = (shapes.vocab, shapes.hidden), self.layer_bytes * self.coded
-            self.loading_bytes = loading_bytes(quantization, shapes.layer, head, self.itemsize, coded)
-            self.packed_bytes = quantization.layer_bytes
+            self._size_loading(quantization)
         if quantization is not None and self.draft is None:
             sizes = substitute_sizes(quantization, self.itemsize)
             self._decoding = substitute_pieces(sizes, shapes.layers, 0, f"decodes; {quantization.summary()}")
         self._check()
+
+    def _size_loading(self, quantization: FusedQuantization) -> None:
+        shapes, room = self.shapes, self.exact_bytes
+        head, coded = (shapes.vocab, shapes.hidden), self.layer_bytes * self.coded
+        # Where every layer is plain there is no buffer to decode the head into.
+        if self.coded and not shapes.tied and len(self.forced) < shapes.layers:
+            self.coded_head_bytes = own = coded_head_bytes(quantization, room)
+            if own:
+                self.head_loading_bytes = quantization.head_bytes + head_loading_bytes(
+                    quantization, head, room, own
+                )
+        self.loading_bytes = loading_bytes(
+            quantization, shapes.layer, head, self.itemsize, coded, head_is_coded=self.coded_head_bytes > 0
+        )
+        self.packed_bytes = quantization.layer_bytes
 
     def _check(self) -> None:
         offload, layers = self.offload, self.shapes.layers
@@ -230,19 +246,21 @@ class Layout:
         tree = tree_bytes(self.capacity)
         largest, workspace = self._workspace(choice.chunk)
         audit = self._audit_bytes(workspace)
+        head_bytes = self.coded_head_bytes or self.table_bytes
         buffers = [
             *vectors,
-            *[self.table_bytes] * (1 + own_table),
+            head_bytes,
+            *[self.table_bytes] * own_table,
             *[self.exact_bytes] * len(self.forced),
             *[self.resident_bytes] * (resident - len(self.forced)),
             *[self.layer_bytes] * slots,
             *[scratch, cache, tree, workspace, level, audit],
         ]
         head = "embedding and LM head" if shapes.tied else "LM head"
-        return [
+        pieces = [
             *_named(drafting),
             ("norms and biases", sum(vectors), ""),
-            (head, self.table_bytes, f"{shapes.vocab} x {shapes.hidden}"),
+            (head, head_bytes, f"{shapes.vocab} x {shapes.hidden}{', coded' * bool(self.coded_head_bytes)}"),
             ("embedding", self.table_bytes * own_table, f"{shapes.vocab} x {shapes.hidden}"),
             ("resident layers", self._resident_bytes(resident), self._resident_note(resident)),
             ("ring", slots * self.layer_bytes, f"{slots} layers in flight"),
@@ -259,6 +277,9 @@ class Layout:
             ("cuBLAS", LIBRARY_BYTES, "workspaces of two streams"),
             ("allocator", rounded + rounding(buffers) + ALLOCATOR_BYTES, "rounding, segments in part"),
         ]
+        first = self.head_loading_bytes and self.head_loading_bytes + self.table_bytes * own_table
+        more = max(0, first - sum(size for _, size, _ in pieces))
+        return [*pieces, ("coding the LM head", more, "before the rest is there: what that takes beyond it")]
 
     def waiting_layers(self, choice: Choice) -> int:
         """Layers of the substitute that wait on the host while the others are made.

@@ -5,7 +5,8 @@ it is or coded by the substitute (:mod:`subspec.offload.coded_load`). Host memor
 what is kept there and the layer on its way; a layer that an earlier run coded is read straight into its buffer.
 Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, and the first layers of
 the substitute wait on the host where these need their room (``Plan.waiting_layers``), so that loading itself stays
-inside the budget.
+inside the budget. An LM head that is coded (:mod:`subspec.offload.coded_head`) is quantized and coded first of all,
+when there is most room.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from subspec.choices import Codec
 from subspec.config import Placement
 from subspec.drafts.fused_build import LayerFuser, compact, fuse_model
 from subspec.drafts.fused_model import FusedModel
+from subspec.kernels.ops import LevelLinear
 from subspec.offload.coded_cache import CodedCache
+from subspec.offload.coded_head import CodedHead, HeadCode, encode_head
 from subspec.offload.coded_load import TargetCoding
 from subspec.offload.layer_bytes import flat_layer, write_layer
 from subspec.offload.pinned import PinnedBuffer
@@ -39,8 +42,9 @@ class StreamedTarget:
         buffers: page-locked memory.
         resident: parameters of each resident layer by layer number, laid out by
             :func:`subspec.offload.layer_bytes.flat_views`.
-        shared: embedding, final norm and, unless tied, LM head, wherever they live.
-        bits_per_weight: of the coded Linears; None: nothing is coded.
+        shared: embedding, final norm and, unless tied or coded, LM head, wherever they live.
+        bits_per_weight: of the coded Linears of layers; None: nothing is coded.
+        head_bits_per_weight: of the coded LM head; None: it is not.
         coded: where the coded layers came from; None: nothing is coded.
     """
 
@@ -50,6 +54,7 @@ class StreamedTarget:
     resident: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    head_bits_per_weight: float | None = None
     coded: CodedCache | None = None
 
     def close(self) -> None:
@@ -94,6 +99,13 @@ def load_streamed(
         shared[name].copy_(table)
         buffers.append(buffer)
         del table
+    plain = PlainCodec(source.dtype.itemsize)
+    head: LevelLinear | None = None
+    code: HeadCode | None = None
+    if plan.coded_head_bytes and fuser is not None:
+        head, code = _code_head(shared, fuser, plain.layer_bytes(source.layer_shapes(0)))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     fill(model, shared)
     if source.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -101,7 +113,6 @@ def load_streamed(
     layers = source.config.num_hidden_layers
     resident = set(plan.resident_layers)
     streamed, fused = {}, []
-    plain = PlainCodec(source.dtype.itemsize)
     coding = TargetCoding(resident, coded) if plan.codec is Codec.substitute else None
 
     def locked(buffer: PinnedBuffer) -> torch.Tensor:
@@ -136,27 +147,53 @@ def load_streamed(
             compact(fused[index], cpu)
         if progress is not None:
             progress(index + 1, layers)
-    head = None
-    if fuser is not None:
+    if fuser is not None and code is None:
         head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for layer in fused[: plan.waiting_layers]:
         compact(layer, device)
     # By way of the host: a layer on its way would need room on the device beside its place.
-    decoding = None
+    decoding = decoded_head = None
     if coding is not None:
         kept = sum(index in coding.layers for index in resident)
-        coding.shrink((kept + plan.ring_slots) * plan.layer_bytes, plan.ring_slots, pinned)
+        room = (kept + plan.ring_slots) * plan.layer_bytes
+        if code is not None:
+            room -= max(0, code.nbytes - plan.coded_head_bytes)
+        coding.shrink(room, plan.ring_slots, pinned)
         streamed |= coding.streamed
         decoding = coding.decoder(fused, source.layer_shapes(0), device)
+        if code is not None and head is not None:
+            assert decoding is not None  # the plan codes no head where no layer is coded
+            decoded_head = CodedHead(code, head, decoding.buffer)
     exact = {
         index: flat_layer(source.layer(index, cpu), source.dtype, device)
         for index in sorted(resident - (set(coding.layers) if coding else set()))
     }
-    decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device, decoding)
+    decoder = StreamedDecoder(model, exact, streamed, plan.ring_slots, device, decoding, decoded_head)
     substitute = None
     if fuser is not None:
         substitute = fuse_model(source.config, fused, shared, decoder.base.rotary_emb, head)
     bits = coding.bits_per_weight if coding is not None and coding.layers else None
-    return StreamedTarget(decoder, substitute, buffers, exact, shared, bits, coded if coding else None)
+    return StreamedTarget(
+        decoder,
+        substitute,
+        buffers,
+        exact,
+        shared,
+        bits,
+        None if code is None else code.bits_per_weight,
+        coded if coding else None,
+    )
+
+
+def _code_head(shared: dict[str, torch.Tensor], fuser: LayerFuser, room: int) -> tuple[LevelLinear, HeadCode]:
+    """The draft's LM head and the exact one coded by it, which is taken out of ``shared`` and forgotten.
+
+    Args:
+        room: bytes of the buffer that layers are decoded into.
+    """
+    exact, codes = shared.pop("lm_head.weight"), list[QuantizedWeight]()
+    head = fuser.fuse_head(exact, codes)
+    assert head is not None  # the plan codes no head where the draft has none
+    return head, encode_head(exact, codes[0], head, room)

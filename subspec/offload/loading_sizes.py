@@ -7,6 +7,7 @@ some of the substitute's layers wait on the host (:meth:`subspec.offload.layout.
 the cache of coded layers takes less: nothing exact.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,7 @@ from subspec.drafts.fused_build import ROLES
 from subspec.drafts.fused_quant import FusedQuantization
 from subspec.kernels.int4 import PACKED_AT_ONCE
 from subspec.offload.codec import BLOCK
+from subspec.offload.coded_head import slice_rows
 from subspec.offload.sizes import PlainCodec
 
 PACKING = 27
@@ -32,8 +34,10 @@ def loading_bytes(
     head: tuple[int, int],
     itemsize: int,
     coded_bytes: int,
+    *,
+    head_is_coded: bool = False,
 ) -> int:
-    """Most that loading holds besides what stays: packed layers and what is not in layers.
+    """Most that loading layers holds besides what stays: packed layers and what is not in layers.
 
     exact layer + codes of its Linears + the largest of
 
@@ -41,13 +45,15 @@ def loading_bytes(
     * packing: the codes of the largest fused Linear once more, and :data:`PACKING`;
     * coding: the code, and once more in one run of bytes or, before that, :data:`ENCODING` beside a decoded Linear.
 
-    An LM head of the draft's own is quantized last, when no layer is there any more.
+    An LM head of the draft's own is quantized last, when no layer is there any more, unless the exact one is coded
+    (:func:`head_loading_bytes`).
 
     Args:
         layer: shape of every parameter of a layer by name.
         head: vocabulary and hidden size.
         itemsize: bytes per exact weight.
         coded_bytes: of a coded layer; 0: the target is not coded.
+        head_is_coded: whether the exact LM head is coded, and so made before the layers.
     """
     quantizer = quantization.quantizer
     fused = {role: shape for role, shape in quantization.shapes.items() if role != "head"}
@@ -63,10 +69,39 @@ def loading_bytes(
         decoded = max(n * k * 2 for n, k, _ in linears)
         steps.append(coded_bytes + max(coded_bytes, ENCODING * BLOCK + decoded))
     most = PlainCodec(itemsize).layer_bytes(layer) + codes + max(steps, default=0)
-    if "head" in quantization.shapes:
+    if "head" in quantization.shapes and not head_is_coded:
         own = max(quantizer.peak_bytes(head, "head.lm_head"), _packing(quantization, "head"))
         most = max(most, quantizer.codes_bytes(head, "head.lm_head") + own)
     return most
+
+
+def head_loading_bytes(
+    quantization: FusedQuantization, head: tuple[int, int], room: int, coded_bytes: int
+) -> int:
+    """Most that making the draft's LM head and coding the exact one hold besides the packed one.
+
+    exact head + codes + the largest of
+
+    * quantizing it (``CodeQuantizer.peak_bytes``);
+    * packing it: its codes once more, and :data:`PACKING`;
+    * coding it: the code, and once more in one run of bytes or, before that, that of a slice once more and
+      :data:`ENCODING` or the decoded slice and what compares it.
+
+    That is done first of all, when neither the layers nor what comes later are there.
+
+    Args:
+        head: vocabulary and hidden size.
+        room: bytes of the buffer that slices are decoded into.
+        coded_bytes: of the coded head.
+    """
+    n, k = head
+    name = "head.lm_head"
+    rows = max(count for _, count in slice_rows(n, k, room))
+    slice_code = math.ceil(coded_bytes * rows / n)
+    coding = coded_bytes + max(coded_bytes, slice_code + max(ENCODING * min(BLOCK, rows * k), 3 * rows * k))
+    quantizer = quantization.quantizer
+    steps = [quantizer.peak_bytes(head, name), _packing(quantization, "head"), coding]
+    return 2 * n * k + quantizer.codes_bytes(head, name) + max(steps)
 
 
 def _packing(quantization: FusedQuantization, role: str) -> int:

@@ -69,6 +69,7 @@ class Plan:
         link: bandwidth of the predictions; None: not known.
         notes: what a reader should know, one line each.
         waiting_layers: of the substitute, the first ones, that are on the host until all are made.
+        coded_head_bytes: of the exact LM head, coded by the draft's own (an estimate); 0: it is not coded.
     """
 
     target: str
@@ -91,6 +92,7 @@ class Plan:
     link: Link | None
     notes: tuple[str, ...]
     waiting_layers: int = 0
+    coded_head_bytes: int = 0
 
     def total(self, place: Placement) -> int:
         """Bytes of all items on ``place``."""
@@ -228,6 +230,7 @@ def plan_run(
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
         waiting_layers=layout.waiting_layers(choice),
+        coded_head_bytes=layout.coded_head_bytes,
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.kv_cache import KVView
+from subspec.offload.coded_head import CodedHead
 from subspec.offload.coded_layer import LayerDecoder
 from subspec.offload.layer_bytes import parameter_views
 from subspec.offload.stream import LayerStreamer
@@ -26,12 +27,13 @@ class StreamedDecoder(Decoder):
 
     Args:
         model: the model without layer weights (``subspec.targets.skeleton.empty_model``); embeddings, norm and head
-            are filled. The embedding may lie in pinned host memory.
+            are filled, but for a coded head. The embedding may lie in pinned host memory.
         resident: parameters of each resident layer, by layer number.
         streamed: flat pinned bytes of each streamed layer, by layer number.
         slots: ring slots.
         device: where everything else is.
         decoding: rebuilds the coded layers, streamed ones from their ring slot; None: streamed bytes are parameters.
+        coded_head: multiplies with the LM head; None: the model's own does.
     """
 
     def __init__(
@@ -42,10 +44,14 @@ class StreamedDecoder(Decoder):
         slots: int,
         device: torch.device,
         decoding: LayerDecoder | None = None,
+        coded_head: CodedHead | None = None,
     ) -> None:
         super().__init__(model)
         self.device = device
-        self.dtype = self.head.weight.dtype
+        self.coded_head = coded_head
+        self.dtype = (
+            self.head.weight.dtype
+        )  # a coded head has no weight, but its place in the model has a dtype
         self.table = model.get_input_embeddings().weight
         layers = self.base.layers
         shapes = {name: parameter.shape for name, parameter in layers[0].named_parameters()}
@@ -113,6 +119,9 @@ class StreamedDecoder(Decoder):
         for index in range(self.num_layers):
             hidden = self._layer(index, hidden, arguments)
         return self.base.norm(hidden)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden) if self.coded_head is None else self.coded_head.logits(hidden)
 
     def _layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         layer = self._resident.get(index)

@@ -37,6 +37,9 @@ class QuantizedWeight(Protocol):
     def dequantize(self) -> Tensor:
         """float32 [n, k]."""
 
+    def rows(self, first: int, count: int) -> Self:
+        """Some rows that follow each other, as views."""
+
     def stacked(self, others: Sequence[Self], *, swiglu: bool) -> Self:
         """This one and ``others`` as one weight, below each other, or, with ``swiglu``, 16 rows in turn."""
 
@@ -71,6 +74,11 @@ class Codes:
         """float32 [n, k]."""
         groups = self.q.float().unflatten(1, (-1, self.group_size))
         return (self.scale.unsqueeze(-1) * (groups - self.zero.unsqueeze(-1))).flatten(1)
+
+    def rows(self, first: int, count: int) -> "Codes":
+        """Rows ``first`` to ``first + count``, as views."""
+        q, scale, zero = (part[first : first + count] for part in (self.q, self.scale, self.zero))
+        return Codes(q, scale, zero, self.group_size, self.bits)
 
     def stacked(self, others: Sequence["Codes"], *, swiglu: bool) -> "Codes":
         """Rows below each other, or gate and up 16 by 16.

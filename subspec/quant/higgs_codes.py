@@ -64,6 +64,11 @@ class HiggsCodes:
         """The weight itself, rotated back: float32 [n, in_features]."""
         return self.rotation.inverse(self.rotated())
 
+    def rows(self, first: int, count: int) -> "HiggsCodes":
+        """Rows ``first`` to ``first + count``, as views."""
+        pairs, scale = (part[first : first + count] for part in (self.pairs, self.scale))
+        return HiggsCodes(pairs, scale, self.grid, self.group_size, self.rotation)
+
     def stacked(self, others: Sequence["HiggsCodes"], *, swiglu: bool) -> "HiggsCodes":
         """Rows below each other, or, with ``swiglu``, of a gate and an up projection, 16 in turn.
 

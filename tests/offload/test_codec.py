@@ -255,6 +255,17 @@ def test_the_cuda_source_decodes_what_torch_encoded(compiled, kind, swiglu, bits
     decode_members(compiled, linear, members, bits)
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits", "tiles"), [("int4_mma", 4, 4), ("int4_mma", 4, 8), ("triton_wq", 8, 0)]
+)
+@pytest.mark.parametrize("last", [75, 1])
+def test_the_cuda_source_decodes_slices_of_a_vocabulary_of_any_size(compiled, kind, bits, tiles, last):
+    """As of an LM head: its slices begin inside a kernel's block of rows, and the last block is not full."""
+    parts = [gaussian(n, 320, seed) for seed, n in enumerate((96, 96, last))]
+    linear, members = fused(kind, parts, swiglu=False, bits=bits, tiles=tiles)
+    decode_members(compiled, linear, members, bits)
+
+
 def decode_members(compiled, linear, members, bits):
     """All weights of a fused Linear in one call, from one run of bytes, as a layer's are: the layout they have."""
     flat, pieces = torch.zeros(0, dtype=torch.int32), []

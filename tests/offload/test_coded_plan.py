@@ -201,3 +201,61 @@ def test_what_cannot_be_coded_is_refused(change, words):
         planned(config)
     assert words in str(refusal.value)
     assert "or offload.codec=none" in str(refusal.value)
+
+
+WITH_HEAD = {"modules": ["attention", "mlp", "lm_head"]}
+TABLE = 152064 * 3584
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, 7.4), (8, 4.0), (3, 8.55)])
+def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected):
+    quant = WITH_HEAD | {"bits_by": BitsByModule(lm_head=bits)}
+    plan, plain = (planned(settings(8.0, codec=codec, quant=quant)) for codec in (CODED, Codec.none))
+    shared = planned(settings(8.0, codec=CODED))
+    assert item(plan, "LM head") == plan.coded_head_bytes == int(TABLE * expected / 8) + 3 * 512
+    assert item(plain, "LM head") == item(shared, "LM head") == 2 * TABLE
+    assert plain.coded_head_bytes == shared.coded_head_bytes == 0
+    kept = next(item for item in plan.items if item.name == "substitute")
+    own = kept.bytes - item(shared, "substitute")
+    assert own == pytest.approx(TABLE * {4: 4.5, 8: 8.5, 3: 4.5}[bits] / 8, rel=0.001)
+    assert item(plan, "LM head") + own < 2 * TABLE
+    assert len(plan.resident_layers) == len(shared.resident_layers) + 1
+    assert plan.total(Placement.device) + plan.headroom <= plan.budget
+    assert plan.to_dict()["coded_head_bytes"] == plan.coded_head_bytes
+    assert next(item.note for item in plan.items if item.name == "LM head") == "152064 x 3584, coded"
+    assert plan.level_read_bytes < shared.level_read_bytes or bits == 8
+
+
+def test_higgs_codes_the_head_too():
+    plan = planned(higgs(settings(8.0, codec=CODED), **WITH_HEAD))
+    assert plan.coded_head_bytes == pytest.approx(TABLE * 7.8 / 8, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"draft": "none"}, {"quant": WITH_HEAD | {"skip_layers": list(range(28))}, "vram_gib": 30.0}],
+    ids=["nothing drafts", "no layer is coded"],
+)
+def test_a_head_that_cannot_be_coded_is_on_the_device_as_it_is(change):
+    change = {"draft": "subspec", "quant": WITH_HEAD, "vram_gib": 8.0, **change}
+    draft = change.pop("draft")
+    plan = planned(settings(draft=draft, codec=CODED, **change))
+    assert plan.codec is CODED
+    assert plan.coded_head_bytes == 0
+    assert item(plan, "LM head") == 2 * TABLE
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny_tied"])
+def test_a_tied_head_is_not_coded_for_tokens_are_looked_up_there(shape):
+    plan = planned(settings(1.0, codec=CODED, quant=WITH_HEAD), shape)
+    assert (plan.coded_head_bytes == 0) == (shape == "tiny_tied")
+    assert plan.codec is CODED
+
+
+def test_auto_codes_the_head_where_it_codes_layers():
+    plan = planned(settings(8.0, codec=AUTO, quant=WITH_HEAD))
+    assert plan.codec is CODED
+    assert plan.coded_head_bytes > 0
+    whole = planned(settings(30.0, codec=AUTO, quant=WITH_HEAD))
+    assert whole.codec is Codec.none
+    assert whole.coded_head_bytes == 0

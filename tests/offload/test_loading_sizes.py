@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from subspec.choices import Codec
-from subspec.config import HqqConfig, Placement
+from subspec.config import HiggsConfig, HqqConfig, Placement
 from subspec.drafts import fused_build
+from subspec.drafts.fused_build import LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
 from subspec.kernels import int4, wq
 from subspec.offload import codec, coded_layer, load, loading_sizes
 from subspec.offload.codec import encode
+from subspec.offload.coded_head import encode_head
 from subspec.offload.intervals import margin_for
 from subspec.offload.layout import LATER, Layout
-from subspec.offload.loading_sizes import ENCODING, PACKING, loading_bytes
+from subspec.offload.loading_sizes import ENCODING, PACKING, head_loading_bytes, loading_bytes
 from subspec.offload.plan import choose
 from subspec.offload.sizes import GIB, headroom
 from subspec.quant import codes as hqq_codes
@@ -26,6 +28,7 @@ from tests.offload.test_sizes import Live
 from tests.offload.test_streaming import ModelSource, plan_for
 
 CPU = torch.device("cpu")
+WITH_HEAD = ["attention", "mlp", "lm_head"]
 
 
 def gaussian(n=512, k=1024):
@@ -143,6 +146,79 @@ def test_a_layer_in_the_making_fits_every_budget_that_is_planned(shape, quantize
         waited.add(waiting)
     assert 0 in waited
     assert len(waited) > 1
+
+
+@pytest.mark.parametrize("quant", ["hqq", "higgs"])
+def test_making_and_coding_a_head_holds_what_the_formula_says(quant, monkeypatch):
+    """With everything but the quantizer's temporaries, which have tests of their own."""
+    block = 1 << 12
+    monkeypatch.setattr(codec, "BLOCK", block)
+    monkeypatch.setattr(loading_sizes, "BLOCK", block)
+    model = tiny(layers=1)
+    weight = gaussian(2003, 128)
+    own = {"hqq": HqqConfig, "higgs": HiggsConfig}[quant](name=quant, modules=WITH_HEAD)
+    shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
+    quantization = fused_quantization(own, shapes, (2003, 128))
+    kernel = {"hqq": "int4_mma", "higgs": "lut_mma"}[quant]
+    fuser = LayerFuser(
+        model.config,
+        quantization.quantizer,
+        kernel=kernel,
+        keep_exact=frozenset(),
+        formats=quantization.formats,
+    )
+    kept = []
+    head = fuser.fuse_head(weight, kept)
+    # The torch decoder's own temporaries are a CPU's affair.
+    monkeypatch.setattr(
+        coded_layer,
+        "decode_into",
+        lambda out, coded, linear, own: out.copy_(weight[own.first : own.first + out.shape[0]]),
+    )
+    known, room = [weight, *parts(kept[0]), *head.tensors], 2 * 128 * 700
+    peak, stays, code = counted(lambda: encode_head(weight, kept[0], head, room), *known)
+    assert [part.count for part in code.slices] == [672, 672, 659]
+    assert code.nbytes <= stays <= code.nbytes + 4096  # of a grid a table stays
+    monkeypatch.setattr(type(quantization.quantizer), "peak_bytes", lambda *_: 0)
+    monkeypatch.setattr(loading_sizes, "PACKING", 0)
+    there = weight.nbytes + sum(part.nbytes for part in parts(kept[0]))
+    formula = head_loading_bytes(quantization, (2003, 128), room, code.nbytes)
+    assert peak + there <= formula + 14 * 256 + 4096
+    assert formula < 1.4 * (peak + there)
+
+
+@pytest.mark.parametrize("shape", ["qwen2_5_7b", "qwen2_5_32b"])
+def test_making_a_coded_head_fits_every_budget_that_is_planned(shape):
+    """It comes first, when the embedding table is all that is there."""
+    layout = Layout(settings(8.0, codec=Codec.substitute, quant={"modules": WITH_HEAD}), SHAPES[shape]())
+    assert layout.head_loading_bytes > 3 * layout.table_bytes
+    found = 0
+    for tenths in range(50, 240, 3):
+        budget = int(tenths / 10 * GIB)
+        choice = choose(layout, budget)
+        if choice is None:
+            continue
+        found += 1
+        own = layout.table_bytes * (choice.embedding is Placement.device)
+        assert layout.head_loading_bytes + own <= layout.device_bytes(choice) <= budget - headroom(budget)
+    assert found > 5
+
+
+def test_where_a_head_in_the_making_needs_more_than_the_run_the_plan_says_so():
+    """A large vocabulary before small layers."""
+    model = SHAPES["tiny"]()
+    model.vocab_size = 200_000
+    config = settings(4.0, codec=Codec.substitute, quant={"modules": WITH_HEAD})
+    layout = Layout(config, model)
+    choice = choose(layout, 4 * GIB)
+    items = {item.name: item for item in layout.items(choice)}
+    others = sum(
+        item.bytes
+        for item in items.values()
+        if item.place is Placement.device and item.name != "coding the LM head"
+    )
+    own = layout.table_bytes * (choice.embedding is Placement.device)
+    assert others + items["coding the LM head"].bytes == layout.head_loading_bytes + own > others
 
 
 def test_at_the_papers_budgets_nothing_waits():
