@@ -27,6 +27,7 @@ from subspec.config import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
     BenchmarkConfig,
+    BitsByModule,
     Config,
     DecodingConfig,
     HqqConfig,
@@ -82,7 +83,11 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
         draft=draft,
-        quant=HqqConfig(name="hqq"),
+        quant=HqqConfig(
+            name="hqq",
+            modules=["attention", "mlp"] + (["lm_head"] if options.head_bits else []),
+            bits_by=BitsByModule(lm_head=options.head_bits),
+        ),
         tree=tree,
         decoding=DecodingConfig(
             name="greedy", max_new_tokens=options.new_tokens, max_length=options.max_length
@@ -130,6 +135,7 @@ def run_mode(
         "prefill_chunk": plan.prefill_chunk,
         "codec": plan.codec.value,
         "bits_per_coded_weight": streamed.bits_per_weight,
+        "bits_per_coded_head_weight": streamed.head_bits_per_weight,
         "decode_ms_per_layer": decode_time(streamed.decoder),
         "planned_gib": plan.total(Placement.device) / GIB,
     }
@@ -283,6 +289,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="none", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
+    parser.add_argument(
+        "--head-bits", type=int, help="of an LM head of the draft's own; default: the target's"
+    )
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")
