@@ -10,7 +10,8 @@ Serial, the link idles while the draft works, but for the ring's slots. With lev
 works while the target streams; what it drafted is of use when the target accepts a whole path and the token after
 it was drafted too. That makes two kinds of iterations, and the share of each follows from how often it happens.
 
-Decoding coded weights is left out: of layers, which happens while the link works, and of a coded LM head, which does not.
+Decoding coded weights is left out: of layers, which happens while the link works, and of a coded LM head, which does
+not.
 
 The two constants of a draft level come from two measurements on one H200 (planted 7B and 32B, width 6); the check in
 ``experiments/predict`` repeats the fit and states the errors on the runs it was not made from.
