@@ -35,6 +35,21 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
+def streamed(folder, extra, layers):
+    """The summary of a streamed run with ``layers`` resident ones, which kept its budget and passed its audit."""
+    budget = 0.5
+    limits = ["decoding.max_new_tokens=60", "decoding.max_length=1024", "tree.depth=8"]
+    ran = cli(*TINY, *extra, *limits, "offload=stream", f"offload.vram_gib={budget}",
+              f"offload.resident_layers={layers}", "audit=true", f"run_dir={folder}")  # fmt: skip
+    assert ran.code == 0, ran.err
+    summary = summary_of(folder)
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["audit"]["exact"] > 100
+    assert 0 < summary["peak_vram_gib"] <= budget
+    assert summary["totals"]["bytes_streamed"] > 0
+    return summary
+
+
 @pytest.fixture(autouse=True)
 def _uncapped():
     yield
@@ -140,16 +155,7 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
     ids=lambda extra: " ".join(extra),
 )
 def test_streamed_runs_by_higgs_and_coded_ones_keep_their_budget_and_pass_the_audit(tmp_path, extra):
-    folder, budget = tmp_path / "run", 0.5
-    limits = ["decoding.max_new_tokens=60", "decoding.max_length=1024", "tree.depth=8"]
-    ran = cli(*TINY, *extra, *limits, "offload=stream", f"offload.vram_gib={budget}", "offload.resident_layers=2",
-              "audit=true", f"run_dir={folder}")  # fmt: skip
-    assert ran.code == 0, ran.err
-    summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
-    assert summary["audit"]["exact"] > 100
-    assert 0 < summary["peak_vram_gib"] <= budget
-    assert summary["totals"]["bytes_streamed"] > 0
+    summary = streamed(tmp_path / "run", extra, layers=2)
     assert summary["run"]["substitute"]["quantizer"] == ("higgs" if "quant=higgs" in extra else "hqq")
     assert ("coded_head_bits_per_weight" in summary["run"]) == (WITH_HEAD in extra)
 
@@ -226,16 +232,7 @@ SKIP = ["draft=layer_skip"]
     ids=lambda extra: " ".join(extra),
 )
 def test_streamed_drafts_without_a_substitute_keep_their_budget_and_pass_the_audit(tmp_path, extra):
-    folder, budget = tmp_path / "run", 0.5
-    limits = ["decoding.max_new_tokens=60", "decoding.max_length=1024", "tree.depth=8"]
-    ran = cli(*TINY, *extra, *limits, "offload=stream", f"offload.vram_gib={budget}", "offload.resident_layers=4",
-              "audit=true", f"run_dir={folder}")  # fmt: skip
-    assert ran.code == 0, ran.err
-    summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
-    assert summary["audit"]["exact"] > 100
-    assert 0 < summary["peak_vram_gib"] <= budget
-    assert summary["totals"]["bytes_streamed"] > 0
+    summary = streamed(tmp_path / "run", extra, layers=4)
     facts = summary["run"]
     assert facts["substitute"] is None  # nothing was quantized, whatever `quant` says
     assert facts["draft"]["levels"] == "fused, bfloat16"
