@@ -231,7 +231,7 @@ def candidates(
 
 
 SOURCES = (
-    *("int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
+    *("few_rows.cu", "int4.cu", "int4.py", "wq.py", "wq_kernel.py", "ops.py", "formats.py"),
     *("timing.py", "activation.py", "launch.py"),
     *("lut.cu", "lut.py", "lut_mma.py", "lut_triton.py", "lut_format.py", "hadamard.py"),
 )

@@ -19,8 +19,6 @@
 //
 // With HOST_TEST the file compiles as C++ behind an emulation of what is device code here.
 
-struct Word4 { unsigned x, y, z, w; };
-
 #ifndef HOST_TEST
 __device__ __forceinline__ void release_next() {  // the next kernel's blocks may start
 #if OVERLAP
@@ -47,20 +45,6 @@ __device__ __forceinline__ Word4 load_once(const Word4* p) {  // weights are use
   return v;
 }
 
-__device__ __forceinline__ Word4 load(const Word4* p) {
-  Word4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                    unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // value & 0x000F000F | 0x43004300 as the one instruction that it is. One of the constants has to lie in a register, and
 // the compiler, left alone, spends a second instruction instead: 26 us of gate and up were 22 without those.
 __device__ __forceinline__ unsigned nibbles_on_128(unsigned value) {
@@ -75,12 +59,6 @@ __device__ __forceinline__ float2 half_pair(unsigned v) {
   asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
       : "=f"(f.x), "=f"(f.y) : "r"(v));
   return f;
-}
-
-__device__ __forceinline__ unsigned short to_bf16(float v) {
-  unsigned short r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
 }
 #endif
 
@@ -124,42 +102,6 @@ __device__ __forceinline__ void add_group(float (&acc)[TILES][4], const Word4 (&
     const Word4 mm = m[i / 2];
     add_tile(acc[i], w[i], i & 1 ? mm.z : mm.x, i & 1 ? mm.w : mm.y, xa, xb, xs);
   }
-}
-
-typedef float Sums[TILES * 16][9];  // of a warp; 9: rows of 8 would collide in the banks
-
-__device__ __forceinline__ void keep_sums(Sums& sums, const float (&acc)[TILES][4], int g, int t) {
-#pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    sums[i * 16 + g][2 * t] = acc[i][0];
-    sums[i * 16 + g][2 * t + 1] = acc[i][1];
-    sums[i * 16 + g + 8][2 * t] = acc[i][2];
-    sums[i * 16 + g + 8][2 * t + 1] = acc[i][3];
-  }
-}
-
-// The sums of all warps, for one block of rows of the weight: their activation, or one slice of the output.
-__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int n, long long block, int slice) {
-#if SWIGLU
-  // Tiles alternate gate, up: the activation needs no kernel of its own.
-  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 8), c = e % (TILES * 8);
-    const int gate_row = (c / 16) * 32 + c % 16;
-    float gate = 0.f, up = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
-    const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
-  }
-#else
-  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 16), c = e % (TILES * 16);
-    float y = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
-    ((float*)out)[((long long)slice * rows + r) * n + block * TILES * 16 + c] = y;
-  }
-#endif
 }
 
 // With four warps: all blocks of a gate and up are on the multiprocessors at once, or nearly so.

@@ -130,7 +130,7 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
 @functools.cache
 def _kernel(tiles: int, warps: int, swiglu: bool, overlap: bool, device: int) -> Any:
     settings = {"TILES": tiles, "WARPS": warps, "SWIGLU": int(swiglu), "OVERLAP": int(overlap)}
-    return compile_cuda(["int4.cu"], settings, "int4_linear", device)
+    return compile_cuda(["few_rows.cu", "int4.cu"], settings, "int4_linear", device)
 
 
 def unavailable() -> str | None:

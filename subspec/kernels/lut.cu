@@ -13,10 +13,7 @@
 // and add up in shared memory. A grid with gridDim.y > 1 splits k further; the slices' sums are then added by whoever
 // reads the output (deterministic, unlike atomics).
 
-struct __align__(16) Word4 { unsigned x, y, z, w; };
-
 #define ENTRIES (1 << (2 * BITS))
-#define SUM_STRIDE 9  // rows of 8 would collide in the banks
 
 __device__ __forceinline__ unsigned load_once(const unsigned* p) {  // weights are used once: keep them out of L1
   unsigned v;
@@ -31,32 +28,12 @@ __device__ __forceinline__ Word4 load_once4(const Word4* p) {
   return v;
 }
 
-__device__ __forceinline__ Word4 load(const Word4* p) {
-  Word4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                    unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ float half_at(const unsigned* words, int i) {  // i is known when compiling
   float f;
   const unsigned v = words[i / 2];
   if (i & 1) asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, hi;}" : "=f"(f) : "r"(v));
   else asm("{.reg .f16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, lo;}" : "=f"(f) : "r"(v));
   return f;
-}
-
-__device__ __forceinline__ unsigned short to_bf16(float v) {
-  unsigned short r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-  return r;
 }
 
 // Bits at .. at + size of a word, moved to bits 7 ..: the byte offset of an entry, 128 bytes each.
@@ -105,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) lut_linear(
     void* __restrict__ out,               // float [splits][rows][n], or bfloat16 [rows][n / 2] with SWIGLU
     int rows, int n, int steps, int steps_per_split) {
   // The table and, after it is no longer needed, the warps' sums.
-  constexpr int TABLE = ENTRIES * 32, SUMS = WARPS * TILES * 16 * SUM_STRIDE;
+  constexpr int TABLE = ENTRIES * 32, SUMS = WARPS * sizeof(Sums) / 4;
   __shared__ __align__(128) unsigned shared[TABLE > SUMS ? TABLE : SUMS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
@@ -165,33 +142,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) lut_linear(
   }
 
   __syncthreads();  // every warp is done with the table
-  float (*sums)[TILES * 16][SUM_STRIDE] = (float (*)[TILES * 16][SUM_STRIDE])shared;
-#pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    sums[warp][i * 16 + g][2 * t] = acc[i][0];
-    sums[warp][i * 16 + g][2 * t + 1] = acc[i][1];
-    sums[warp][i * 16 + g + 8][2 * t] = acc[i][2];
-    sums[warp][i * 16 + g + 8][2 * t + 1] = acc[i][3];
-  }
+  Sums* sums = (Sums*)shared;
+  keep_sums(sums[warp], acc, g, t);
   __syncthreads();
-#if SWIGLU
-  // Tiles alternate gate, up: the activation needs no kernel of its own.
-  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 8), c = e % (TILES * 8);
-    const int gate_row = (c / 16) * 32 + c % 16;
-    float gate = 0.f, up = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
-    const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
-  }
-#else
-  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
-    const int r = e / (TILES * 16), c = e % (TILES * 16);
-    float y = 0.f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
-    ((float*)out)[((long long)blockIdx.y * rows + r) * n + block * TILES * 16 + c] = y;
-  }
-#endif
+  write_sums(sums, out, rows, n, block, blockIdx.y);
 }

@@ -148,7 +148,7 @@ def _kernel(bits: int, group_steps: int, tiles: int, swiglu: bool, device: int) 
         "WARPS": WARPS,
         "SWIGLU": int(swiglu),
     }
-    return compile_cuda(["lut.cu"], settings, "lut_linear", device)
+    return compile_cuda(["few_rows.cu", "lut.cu"], settings, "lut_linear", device)
 
 
 def unavailable() -> str | None:

@@ -113,6 +113,7 @@ def run(weight, x, splits, warps):
 EMULATED = r"""
 #define HOST_TEST
 #include "{emulation}"
+#include "few_rows.cu"
 #include "int4.cu"
 static Word4 load_once(const Word4* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
