@@ -245,9 +245,8 @@ def measure(
         folder.mkdir(parents=True, exist_ok=True)
         record_timeline(engine, prompts[0], folder)
     if options.audit and per_pass is not None:
-        torch.cuda.set_per_process_memory_fraction(
-            1.0
-        )  # measured: the audit's own workspace is not the run's
+        # Everything is measured: the audit's own workspace is not the run's.
+        torch.cuda.set_per_process_memory_fraction(1.0)
         auditor = Auditor(decoder)
         audits = [auditor.audit(p, t.token_ids) for p, t in zip(prompts, texts, strict=True)]
         result["audit"] = {

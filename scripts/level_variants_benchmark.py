@@ -6,10 +6,9 @@ Everything that exists is held against its reference and timed first, then whole
 tokens: milliseconds per level, whether tree and cache are those of today's level bit for bit (they are where sums are
 added in the same order: the same tiles and slices), and how far the logits of a first level are off (with other tiles
 the made-up weights are others: compare nothing there). Then the settings of attention, by themselves and in a level.
-PyTorch's profiler
-tells what one replayed level consists of, for today's level and the fastest: how long every kernel takes, and by how
-much it delays the end of all before it (``critical``: with overlapping launches a kernel's own time contains its
-waiting; this column and the gaps add up to the level's time).
+PyTorch's profiler tells what one replayed level consists of, for today's level and the fastest: how long every kernel
+takes, and by how much it delays the end of all before it (``critical``: with overlapping launches a kernel's own time
+contains its waiting; this column and the gaps add up to the level's time).
 """
 
 import argparse

@@ -112,10 +112,8 @@ class ResumableLauncher:
         named = self._labels()
         foreign = [ForeignJob(self.folder.job_folder(job), named[str(job.number)]) for job in jobs]
         self._progress = self._progress or SweepProgress(0)
-        self._progress.total, self._progress.finished_before = (
-            self.total or len(self.jobs),
-            self.finished_before,
-        )
+        self._progress.total = self.total or len(self.jobs)
+        self._progress.finished_before = self.finished_before
         return watched(self._progress, foreign)
 
     def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
