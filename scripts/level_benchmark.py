@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from kernel_benchmark import DEVICE, SHAPES, levels, memory_bandwidth, random_model, role_shapes
 
+from subspec.drafts.fused_model import Attention
 from subspec.kernels.formats import AffineFormat, Format, affine_format
 from subspec.kernels.lut_format import LutFormat
 from subspec.kernels.ops import GemLite, Tinygemm, Variant, unavailable
@@ -102,7 +103,7 @@ def main() -> None:
             )  # fmt: skip
             bytes_ = sum(formats[role].device_bytes(*shapes[role]) for role in formats if role != "head")
             weights = sum(n * k for role, (n, k) in shapes.items() if role != "head")
-            measured = levels(model, layers, options.width, lengths=(512,), slices=(16,))
+            measured = levels(model, layers, options.width, lengths=(512,), slices=(Attention().splits,))
             result["formats"][text] = {
                 "bits_per_weight": 8 * bytes_ / weights,
                 "kernels": {role: str(variant) for role, variant in variants.items()},

@@ -32,6 +32,9 @@ FORMAT = 2
 SAMPLE = 4096
 """Elements of a weight that its fingerprint looks at, evenly spread."""
 
+SUMMED = 1 << 22
+"""Elements of a weight that its fingerprint sums at a time: bounds the temporaries to 32 MiB."""
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of an element."""
 
@@ -257,9 +260,12 @@ def fingerprint(weight: Tensor) -> Tensor:
     """uint8 [32]: SHA-256 of the shape, of the sum of all elements, which any change of one changes, and of some,
     evenly spread: of bits, not of values."""
     flat = weight.detach().flatten()
-    total = int(flat.view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64))
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    # In parts: summing in 64 bits makes a copy of what is summed, eight bytes for every weight of an LM head.
+    for part in flat.view(INTEGERS[weight.element_size()]).split(SUMMED):
+        total += part.sum(dtype=torch.int64)
     sample = flat[:: max(1, flat.numel() // SAMPLE)].contiguous().view(torch.uint8).cpu()
-    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype} {total}".encode())
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype} {int(total)}".encode())
     digest.update(bytes(sample.numpy()))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 

@@ -343,6 +343,26 @@ def test_fingerprints_see_bits_shapes_and_types():
     assert torch.equal(fingerprint(weight), fingerprint(weight.clone()))
 
 
+def test_a_fingerprint_does_not_depend_on_the_parts_it_is_summed_in(monkeypatch):
+    weight = torch.randn(63, 257).bfloat16()
+    whole, changed = fingerprint(weight), weight.clone()
+    changed[-1, -1] += 1
+    for part in (1000, 63 * 257 - 1, 63 * 257):
+        monkeypatch.setattr(store, "SUMMED", part)
+        assert torch.equal(fingerprint(weight), whole)
+        assert not torch.equal(fingerprint(changed), whole)
+
+
+@pytest.mark.gpu
+def test_a_large_fingerprint_takes_little_of_the_card():
+    weight = torch.zeros(1 << 27, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fingerprint(weight)
+    assert torch.cuda.max_memory_allocated() - before < 100 << 20  # summed at once: 1 GiB
+
+
 @pytest.mark.gpu
 def test_on_a_card_too(folder, no_hqq):
     device = torch.device("cuda")
