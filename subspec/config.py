@@ -29,6 +29,7 @@ from subspec.choices import (
     Unpack,
     WandbMode,
 )
+from subspec.streamed_tree import register_streamed_tree
 
 # ---------------------------------------------------------------------------------------------- target
 
@@ -440,6 +441,7 @@ SCHEMAS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Make the schema known to Hydra. Safe to call more than once."""
+    register_streamed_tree()
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
     for key, node in SCHEMAS.items():

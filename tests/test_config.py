@@ -75,6 +75,30 @@ def test_the_defaults_compose_and_validate():
             assert getattr(config, group).name == name
 
 
+@pytest.mark.parametrize(
+    ("overrides", "depth", "width"),
+    [
+        ([], 16, 4),
+        (["offload=accelerate"], 16, 4),
+        (["offload=stream"], 48, 6),
+        (["offload=stream_uncoded"], 48, 6),
+        (["offload=stream", "tree=adaptive"], 48, 6),
+        (["tree=adaptive"], 48, 4),
+        (["offload=stream", "draft=small_model"], 32, 6),
+        (["offload=stream", "draft=eagle2"], 16, 4),
+        (["offload=stream", "draft=layer_skip"], 16, 4),
+        (["offload=stream", "tree.depth=9"], 9, 6),
+        (["offload=stream", "tree=chain"], 8, 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_tree_that_nobody_sized_is_the_papers_where_the_target_streams(overrides, depth, width):
+    cfg = composed(*overrides)
+    tree = to_config(cfg).tree
+    assert (tree.depth, getattr(tree, "width", 1)) == (depth, width)
+    assert to_plain(cfg)["tree"]["depth"] == depth  # records have the number, not the rule
+
+
 @pytest.mark.parametrize("tree", [name for group, name in OPTIONS if group == "tree"])
 @pytest.mark.parametrize("decoding", [name for group, name in OPTIONS if group == "decoding"])
 def test_trees_go_with_every_way_of_decoding(tree, decoding):

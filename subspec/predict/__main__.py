@@ -40,13 +40,12 @@ Nothing is loaded: of a target only its config.json is read.
   --json FILE        everything, for a program
 
 Everything else is as for `python -m subspec.run` (its --help lists the groups). Defaults here: draft=subspec,
-quant=hqq, offload=stream with all of the card's memory, tree=beam with tree.depth=48 and tree.width=6.
+quant=hqq, offload=stream with all of the card's memory.
 """
 
 NUMBERS = ("tau", "tau_depth", "memory_gb_per_s", "level_ms")
 OWN = ("card", "depths", *NUMBERS)
 DEFAULTS = {"draft": "subspec", "quant": "hqq", "offload": "stream", "logger": "none"}
-PAPER_TREE = {"tree": "beam", "tree.depth": "48", "tree.width": "6"}
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -204,8 +203,6 @@ def compose(asked: Asked, card: "Card | None") -> "Config":
     if "offload.card" in given:
         raise ConfigError("offload.card: here the card is given as card=NAME")
     defaults = dict(DEFAULTS)
-    if "tree" not in given:
-        defaults |= PAPER_TREE
     if card is not None:
         defaults |= {"offload.vram_gib": f"{usable_vram_gib(card)}"}
         if asked.own["card"] != AUTO:
