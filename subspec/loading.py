@@ -23,6 +23,7 @@ from subspec.offload.plan import Plan, plan_run
 from subspec.offload.plan_table import plan_table
 from subspec.targets import Target, load_target, open_source, resolve_dtype
 from subspec.targets.console import Note
+from subspec.targets.device import check_memory
 from subspec.targets.source import LayerSource
 from subspec.tracking.console import RunConsole
 from subspec.tracking.metrics import LinkInfo
@@ -142,6 +143,7 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
         SubspecError: anything the user can repair.
     """
     offload = config.offload
+    free_device(device)
     if isinstance(offload, StreamOffloadConfig):
         return _load_streamed(config, device, console)
     if isinstance(offload, AccelerateOffloadConfig):
@@ -160,12 +162,14 @@ def cap_device(vram_gib: float, device: torch.device) -> None:
 
 
 def free_device(device: torch.device) -> None:
-    """Give back what an earlier run of this process left: modules that know each other go only when collected."""
+    """Give back what an earlier run of this process left, its cap and its peaks too: modules that know each other go
+    only when collected."""
+    if device.type != "cuda":
+        return
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _load_streamed(config: Config, device: torch.device, console: RunConsole) -> Loaded:
@@ -173,10 +177,10 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
     assert isinstance(offload, StreamOffloadConfig)
     # Planned before the cap: the link's probe is no part of the run, and a budget too small for it deserves the plan's
     # own refusal.
-    free_device(device)
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
     plan = plan_for(config, source.config, device)
     print_plan(plan, console)
+    torch.cuda.reset_peak_memory_stats(device)
     cap_device(offload.vram_gib, device)
     assembly = assemble_streamed(config, source, plan, device, note=console.note)
     streamed = assembly.streamed
@@ -198,9 +202,8 @@ def _head_summary(bits: float | None) -> str:
 def _load_accelerate(
     config: Config, offload: AccelerateOffloadConfig, device: torch.device, console: RunConsole
 ) -> Loaded:
-    from subspec.offload.accelerate import AccelerateDecoder
+    from subspec.offload.accelerate import AccelerateDecoder, host_bytes
 
-    free_device(device)
     cap_device(offload.vram_gib, device)
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
     if offload.vram_gib <= ACCELERATE_RESERVE:
@@ -208,7 +211,10 @@ def _load_accelerate(
             f"offload.vram_gib={offload.vram_gib} leaves nothing for weights: accelerate needs more than "
             f"{ACCELERATE_RESERVE} GiB"
         )
-    decoder = AccelerateDecoder(source, device, int((offload.vram_gib - ACCELERATE_RESERVE) * GIB))
+    weight_bytes = int((offload.vram_gib - ACCELERATE_RESERVE) * GIB)
+    what = f"offload=accelerate keeps {source.name} in host memory"
+    check_memory(host_bytes(source, weight_bytes), torch.device("cpu"), what)
+    decoder = AccelerateDecoder(source, device, weight_bytes)
     sampling = build_sampling(config)
     engine = Engine(
         decoder,

@@ -25,12 +25,12 @@ from subspec.loading import Loaded, check_draft, check_offload, load, plan_for, 
 from subspec.resume import store_overrides
 from subspec.targets import load_target_config, resolve_device
 from subspec.tracking.console import RunConsole, RunProgress
-from subspec.tracking.environment import environment, peak_ram_gib, peak_vram_gib
+from subspec.tracking.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
 from subspec.tracking.files import write_error, write_json
 from subspec.tracking.logger import SafeLogger, make_logger
 from subspec.tracking.metrics import speedup, summarise
 from subspec.tracking.records import RunFolder, read_records
-from subspec.tracking.turn import RunContext, skipped_record, turn_record
+from subspec.tracking.turn import PROMPT_TOO_LONG, RunContext, skipped_record, turn_record
 
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: enough for a few iterations of every kind of pass."""
@@ -70,27 +70,28 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     check_draft(config, model_config, console.note)
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
+    # Before the folder is opened: where it is refused for holding other prompts, this says why they are others.
+    console.note(_describe_prompts(benchmark))
     facts = environment()
-    with RunFolder.open(run_dir, resume=config.resume, config=to_plain(cfg), environment=facts) as folder:
+    chosen = {"source": benchmark.source.value, "device": device.type}
+    with RunFolder.open(
+        run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, chosen=chosen
+    ) as folder:
         store_overrides(folder.path, overrides)
         for note in folder.notes:
             console.note(note)
-        console.note(_describe_prompts(benchmark))
         logger = make_logger(config.logger, console.warn)
         logger.start(to_plain(cfg), run_dir, facts, folder.records())
         console.note(logger.note)
         summary, exit_code = None, 1
         try:
             summary = _Run(config, device, benchmark, folder, logger, console).execute()
+            compared = baseline and speedup(summary, baseline, _shortened(config.baseline))
+            if compared:
+                summary = {**summary, "speedup": compared}
             folder.write_summary(summary)
             logger.log_table(folder.records())
-            compared = baseline and speedup(summary, baseline, _shortened(config.baseline))
             console.table(summary, compared)
-            if compared:
-                summary = {
-                    **summary,
-                    "speedup": compared,
-                }  # for the logger: the file depends on the records alone
             console.note(f"records and summary: {folder.path}")
             mismatches = (summary["audit"] or {}).get("mismatch", 0)
             exit_code = AuditError.exit_code if mismatches else 0
@@ -142,6 +143,7 @@ class _Run:
         self.logger = logger
         self.console = console
         self.facts: dict[str, Any] = {}
+        self.loading_peaks: dict[str, float | None] = {}
 
     def execute(self) -> dict[str, Any]:
         """Generate what is missing; returns the summary over everything in the folder."""
@@ -152,6 +154,7 @@ class _Run:
             with self.console.progress(len(samples), done=len(samples) - len(pending)) as progress:
                 for index, sample in pending:
                     progress.sample_finished(*self._sample(index, sample, progress))
+            self._keep_reserved()
         else:
             self.facts = self._facts_on_disk()
             self.console.note("every sample is finished: nothing to generate")
@@ -201,6 +204,7 @@ class _Run:
             seed=config.seed,
         )
         self._warm_up(first)
+        self._end_loading()
         if config.profile is Profile.timeline:
             self._profile(first)
         self.facts = self._facts()
@@ -228,6 +232,7 @@ class _Run:
             "benchmark_rows": self.benchmark.available,
             "benchmark_note": self.benchmark.note,
             "warmup_generations_excluded": self.config.warmup,
+            **self.loading_peaks,
             "notes": list(self.target.notes),
         }
 
@@ -245,8 +250,25 @@ class _Run:
         tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
         for _ in range(self.config.warmup):
             self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _end_loading(self) -> None:
+        """Begin the peak of the records anew, and keep those that end here: a budget bounds loading, too."""
+        if self.device.type != "cuda":
+            return
+        self.loading_peaks = {
+            "loading_peak_vram_gib": peak_vram_gib(),
+            "reserved_vram_gib": reserved_vram_gib(),
+        }
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _keep_reserved(self) -> None:
+        """Most memory that the allocator held until now: the reset above forgot what it held while loading."""
+        before = self.loading_peaks.get("reserved_vram_gib")
+        now = reserved_vram_gib()
+        if before is None or now is None:
+            return
+        self.facts["reserved_vram_gib"] = max(before, now)
+        _write(self.folder.path / FACTS, self.facts)
 
     def _profile(self, sample: Sample) -> None:
         """Trace one text that no figure counts."""
@@ -284,7 +306,7 @@ class _Run:
             return skipped_record(
                 self.context,
                 **place,
-                reason="prompt_too_long",
+                reason=PROMPT_TOO_LONG,
                 prompt_tokens=len(prompt),
                 limit=prompt_limit(config),
             )

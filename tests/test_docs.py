@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from subspec.tracking.turn import PROMPT_TOO_LONG
 from tests.helpers.cli import ROOT, cli, records_of, summary_of
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -153,6 +154,14 @@ def test_every_quoted_message_exists():
     assert not occurs("offload.vram_gib=... holds this run", known)
 
 
+def test_where_the_pages_place_a_function_it_is():
+    """``name`` (``subspec/file.py``): the sentence before says who registers, builds or holds it."""
+    for page in PAGES.values():
+        for name, file in re.findall(r"`(\w+)`\s\(`(subspec/[\w/]+\.py)`\)", page):
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert re.search(rf"^(def|class) {name}\b|^{name}\b.* = ", text, re.MULTILINE), (name, file)
+
+
 # ------------------------------------------------------------------------------------------- outputs
 
 
@@ -168,6 +177,7 @@ def test_the_record_is_described_field_by_field(tmp_path):
     assert set(re.findall(r"`(\w+)`", section[section.index("| `audit`") :].split("\n")[0])) >= set(
         record["audit"]
     )
+    assert f"`skipped` with a `reason` (`{PROMPT_TOO_LONG}`)" in section
     files = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     named = set(re.findall(r"`([\w.]+)`", page[: page.index("## A record")]))
     assert files <= named

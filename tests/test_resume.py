@@ -6,9 +6,12 @@ import signal
 import time
 
 import pytest
+import torch
 import yaml
 
+import subspec.benchmarks.load
 import subspec.runner
+from subspec.benchmarks.hub import HubRows, HubUnavailableError
 from subspec.decoding.engine import Engine
 from subspec.tracking.records import RunFolder
 from tests.helpers.cli import cli, command, records_of, summary_of, timeless, tiny_run
@@ -44,6 +47,38 @@ def undisturbed(checkpoint, tmp_path_factory):
     options = [*tiny_run(checkpoint, folder, samples=3), "benchmark=mt_bench", "tree.width=3", "seed=1"]
     assert cli(*options).code == 0
     return timeless(records_of(folder)), summary_of(folder)
+
+
+def serve(monkeypatch, source):
+    """From now on ``benchmark.source=auto`` finds the data set on the hub, or, with ``sample``, no hub."""
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(8)]
+
+    def load_rows(*arguments):
+        if source == "sample":
+            raise HubUnavailableError("the hub did not answer", "take other prompts")
+        return HubRows(rows, ["question", "answer"], None)
+
+    monkeypatch.setattr(subspec.benchmarks.load, "load_rows", load_rows)
+
+
+def stop_after(monkeypatch, count, *options):
+    """Start a run whose process ends when it would write another record than the first ``count``."""
+    append = RunFolder.append
+
+    def stop(self, record):
+        if len(self) == count:
+            raise Killed
+        return append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", stop)
+        with pytest.raises(Killed):
+            cli(*options)
+
+
+def contents(folder):
+    """Every file of a run by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def resume(folder, *more):
@@ -249,6 +284,58 @@ def test_another_configuration_is_refused_and_spoils_nothing(arguments, undistur
     )
     resume(folder)
     assert_whole(folder, undisturbed)
+
+
+@pytest.mark.parametrize(("first", "then"), [("sample", "hub"), ("hub", "sample")])
+def test_other_prompts_under_the_same_configuration_are_refused(
+    arguments, tmp_path, monkeypatch, first, then
+):
+    """``benchmark.source=auto`` takes what the hub's state at that moment leaves it."""
+    folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
+    serve(monkeypatch, first)
+    stop_after(monkeypatch, 1, *options)
+    before = contents(folder)
+    serve(monkeypatch, then)
+    line = (
+        rf"resume=true, but benchmark\.source comes to {then} now, and the records in \S+records\.jsonl are of "
+        rf"{first}: set benchmark\.source={first}, or choose another folder with run_dir="
+    )
+    cli(f"run_dir={folder}", "resume=true").refused(2, line)
+    cli(f"run_dir={folder}", "resume=true", f"benchmark.source={then}").refused(2, line)
+    assert contents(folder) == before
+    serve(monkeypatch, first)
+    resume(folder, f"benchmark.source={first}")
+    resume(folder)
+    assert {record["source"] for record in records_of(folder)} == {first}
+    summary = summary_of(folder)
+    assert (summary["context"]["source"], summary["run"]["benchmark_source"]) == (first, first)
+    assert summary["counts"]["samples"] == 3
+
+
+def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_path, monkeypatch):
+    """``device=auto`` on a machine whose GPU comes or goes: the dtype would be another, too."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: torch.device("cpu"))
+    stop_after(monkeypatch, 1, *arguments, "device=auto")
+    before = contents(folder)
+    monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: torch.device("cuda", 0))
+    cli(f"run_dir={folder}", "resume=true").refused(
+        2, r"device comes to cuda now, and the records in \S+ are of cpu: set device=cpu, or choose another"
+    )
+    assert contents(folder) == before
+    monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: torch.device("cpu"))
+    resume(folder, "device=cpu")
+    assert {record["device"] for record in records_of(folder)} == {"cpu"}
+    assert len(records_of(folder)) == TURNS
+
+
+def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monkeypatch):
+    folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
+    serve(monkeypatch, "sample")
+    stop_after(monkeypatch, 0, *options)
+    serve(monkeypatch, "hub")
+    resume(folder)
+    assert summary_of(folder)["context"]["source"] == "hub"
 
 
 def test_what_changes_no_record_may_change(arguments, undisturbed, tmp_path):

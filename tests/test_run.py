@@ -1,11 +1,14 @@
 """Runs through the whole command line, on a tiny model: what they generate, record, print and refuse to lose."""
 
+import json
 import re
 
 import pytest
+import torch
 import yaml
 
 import subspec.decoding.engine
+import subspec.runner
 from subspec.benchmarks import load_benchmark
 from subspec.config import BenchmarkConfig, Source
 from subspec.tracking.logger import NoLogger
@@ -198,6 +201,29 @@ def test_a_local_file_of_prompts(run, tmp_path):
     assert "packaged sample prompts" not in ran.out
 
 
+@pytest.mark.parametrize(("later", "most"), [(3.0, 6.0), (7.0, 7.0)])
+def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, later, most):
+    """Loading's peaks, before the turns' own begin anew. A stand-in for the allocator, around a run on the CPU."""
+    peaks = {"allocated": 5.0, "reserved": 6.0}
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    load = subspec.runner.load
+    monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: cuda)
+    monkeypatch.setattr(subspec.runner, "load", lambda config, device, console: load(config, cpu, console))
+    monkeypatch.setattr(subspec.runner, "peak_vram_gib", lambda: peaks["allocated"])
+    monkeypatch.setattr(subspec.runner, "reserved_vram_gib", lambda: peaks["reserved"])
+    reset = lambda device: peaks.update(allocated=2.0, reserved=later)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    _, folder = run("draft=none")
+    summary = summary_of(folder)
+    assert summary["peak_vram_gib"] == 2.0
+    assert (summary["run"]["loading_peak_vram_gib"], summary["run"]["reserved_vram_gib"]) == (5.0, most)
+    assert json.loads((folder / "facts.json").read_text()) == summary["run"]
+
+
+def test_without_a_gpu_there_is_no_device_memory(plain):
+    assert not [name for name in summary_of(plain[1])["run"] if "vram" in name]
+
+
 # --------------------------------------------------------------------------------- baselines and sweeps
 
 
@@ -208,15 +234,17 @@ def test_the_speed_up_over_a_baseline(run, plain):
     assert float(found[1]) == pytest.approx(ours / theirs, abs=0.006)
 
 
-def test_the_logger_gets_the_speed_up_and_the_file_depends_on_the_records_alone(run, plain, monkeypatch):
+def test_the_logger_and_the_summary_get_the_speed_up(run, plain, monkeypatch):
     from subspec.tracking.logger import NoLogger
 
     finished = []
     monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
     _, folder = run("draft=subspec", "seed=0", f"baseline={plain[1]}")
     (summary,) = finished
-    assert summary["speedup"]["tokens_per_s"] > 0
-    assert "speedup" not in summary_of(folder)
+    ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
+    assert summary["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
+    assert summary_of(folder)["speedup"] == summary["speedup"]
+    assert "speedup" not in summary_of(plain[1])
 
 
 def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):

@@ -9,8 +9,19 @@ import torch
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.kv_cache import KVView
 from subspec.errors import SubspecError
-from subspec.targets.skeleton import build_model
+from subspec.targets.skeleton import build_model, count_parameters
 from subspec.targets.source import LayerSource
+
+
+def host_bytes(source: LayerSource, weight_bytes: int) -> int:
+    """Weights that host memory has to hold at the same time: a run that lacks it would swap instead of failing.
+
+    The model is built on the host, and only then does accelerate move its share, up to ``weight_bytes``, to the device.
+    Planted weights are drawn, so all of them are there at once; those of a checkpoint are views of its file, which
+    costs no memory for the share that moves.
+    """
+    whole = count_parameters(source.config) * source.dtype.itemsize
+    return whole if source.planted else max(0, whole - weight_bytes)
 
 
 class AccelerateDecoder(Decoder):

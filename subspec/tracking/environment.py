@@ -123,6 +123,18 @@ def peak_vram_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / GIB
 
 
+def reserved_vram_gib() -> float | None:
+    """Most memory that PyTorch's allocator held of the current CUDA device so far, in GiB; None without one.
+
+    What is cached or fragmented counts too: this, not the sum of allocations, is what a budget's cap is held against.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_reserved() / GIB
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(

@@ -7,7 +7,10 @@ second process out; a resumed run must have the configuration of the first.
 
 Example::
 
-    with RunFolder.open(run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment()) as folder:
+    chosen = {"source": benchmark.source.value, "device": device.type}
+    with RunFolder.open(
+        run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment(), chosen=chosen
+    ) as folder:
         for note in folder.notes:
             console.note(note)
         if folder.finished(sample.id, turn=0) is None:
@@ -18,7 +21,7 @@ Example::
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,6 +64,13 @@ FREE_KEYS = frozenset(
 compared themselves; fewer samples of one selection are a prefix of more, so a run may be extended. All others
 must match; ``audit`` changes records, ``device`` and ``warmup`` change times."""
 
+AUTO = "auto"
+
+CHOSEN = {"source": "benchmark.source", "device": "device"}
+"""Keys that may be ``auto``, by the field of a record that says what that came to. A hub that answers again, or a GPU
+that is gone, makes it another run under the same configuration: what ``auto`` comes to now is compared with the
+records, and so a resumed run may also say outright what it came to before."""
+
 Key = tuple[str, int]
 
 
@@ -73,12 +83,19 @@ class RunFolder:
         resumed: whether it held records when it was opened.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: filelock.BaseFileLock,
+        config: Mapping[str, Any],
+        chosen: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.notes: list[str] = []
         self.resumed = False
         self._lock = lock
         self._config = dict(config)
+        self._chosen = dict(chosen or {})
         self._records: dict[Key, dict[str, Any]] = {}
         self._file: int | None = None
 
@@ -90,6 +107,7 @@ class RunFolder:
         resume: bool,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
+        chosen: Mapping[str, str] | None = None,
     ) -> Self:
         """Take the folder, check that it fits this run, repair it, and write the run's description.
 
@@ -98,9 +116,11 @@ class RunFolder:
             resume: whether to continue what it holds.
             config: the resolved configuration as builtin types.
             environment: versions and hardware; those of a resumed session are added to the first.
+            chosen: what the keys of :data:`CHOSEN` come to now, by field of a record.
 
         Raises:
-            ConfigError: it holds records and ``resume`` is false, or the records are of another configuration.
+            ConfigError: it holds records and ``resume`` is false, or the records are of another configuration, data
+                source or device.
             SubspecError: it cannot be written, or another process is writing it.
         """
         path = Path(run_dir)
@@ -110,7 +130,7 @@ class RunFolder:
             lock = _take_lock(path)
         except OSError as error:
             raise write_error(error, path, remedy) from error
-        folder = cls(path, lock, plain(config))
+        folder = cls(path, lock, plain(config), chosen)
         try:
             folder._load(resume)
             folder._describe(plain(environment) if environment is not None else None)
@@ -204,8 +224,10 @@ class RunFolder:
                 "or choose another folder with run_dir="
             )
         if data:
+            scan = _scan(data)
             self._check_same_run()
-            self._repair(data)
+            self._check_chosen(scan.records.values())
+            self._repair(data, scan)
             self.resumed = bool(self._records)
         if self.resumed:
             self.notes.append(f"resuming: {len(self)} finished turn(s) in {file} are kept")
@@ -230,8 +252,21 @@ class RunFolder:
                 "Use the same values, or choose another folder with run_dir="
             )
 
-    def _repair(self, data: bytes) -> None:
-        scan = _scan(data)
+    def _check_chosen(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse to put records of another data source or device beside those that are there."""
+        records = list(records)
+        for field, now in self._chosen.items():
+            before = {str(record[field]) for record in records if record.get(field) is not None}
+            if before <= {now}:
+                continue
+            key, found = CHOSEN[field], " and ".join(sorted(before))
+            remedy = f"set {key}={found}, or " if len(before) == 1 else ""
+            raise ConfigError(
+                f"resume=true, but {key} comes to {now} now, and the records in {self.path / RECORDS} are of {found}: "
+                f"{remedy}choose another folder with run_dir="
+            )
+
+    def _repair(self, data: bytes, scan: "_Scan") -> None:
         self._records = scan.records
         if scan.damaged:
             # First save the fragments, then replace the file: a kill in between saves them twice, never not at all.
@@ -289,7 +324,8 @@ def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
 
 
 def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """The dotted keys whose values differ, as ``key: old -> new``; :data:`FREE_KEYS` are not compared."""
+    """The dotted keys whose values differ, as ``key: old -> new``; :data:`FREE_KEYS` are not compared, nor is
+    ``auto`` of :data:`CHOSEN` ones."""
     if isinstance(before, dict) and isinstance(now, dict):
         paths = {name: f"{key}.{name}" if key else str(name) for name in {**before, **now}}
         return [
@@ -299,6 +335,8 @@ def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
             for line in config_differences(before.get(name, _ABSENT), now.get(name, _ABSENT), path)
         ]
     if before == now and isinstance(before, bool) == isinstance(now, bool):
+        return []
+    if key in CHOSEN.values() and AUTO in (before, now):
         return []
     return [f"{key}: {_shown(before)} -> {_shown(now)}"]
 

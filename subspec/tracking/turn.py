@@ -14,6 +14,9 @@ from typing import Any
 from subspec.decoding.result import GenerationResult
 from subspec.tracking.metrics import LinkInfo, turn_metrics
 
+PROMPT_TOO_LONG = "prompt_too_long"
+"""Why a prompt was skipped: more tokens than ``benchmark.max_prompt_tokens`` or ``decoding.max_length`` leaves."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -94,7 +97,7 @@ def skipped_record(
         context: the run.
         sample_id: as in :func:`turn_record`.
         sample_index: as in :func:`turn_record`.
-        reason: a short constant, such as ``too_long``: summaries count by it.
+        reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
         turn: as in :func:`turn_record`.
         details: what explains the reason, such as ``prompt_tokens=2100``.
     """

@@ -35,7 +35,7 @@ def test_the_final_table_is_legible(width: int) -> None:
     link = LinkInfo(gb_per_s=25.0, bytes_per_pass=13_050_000_000)
     fields = {"peak_vram_gib": 7.89}
     records = [record(index, link=link, **fields) for index in range(4)]
-    records.append(skipped_record(CONTEXT, sample_id="x", sample_index=9, reason="too_long"))
+    records.append(skipped_record(CONTEXT, sample_id="x", sample_index=9, reason="prompt_too_long"))
     summary = summarise(records)
     text = printed(width, summary, speedup(summary, summarise(records[:2]), "plain"))
     body = text.split("note: ")[0]
@@ -53,7 +53,7 @@ def test_the_final_table_is_legible(width: int) -> None:
     assert "target tiny, draft subspec, benchmark gsm8k, cpu, seed 3" in flat
     assert "correct answers 2 of 3 checked (66.7 %)" in flat
     assert "passed: tokens exact 40, near-ties 4 (largest gap 0.003, margin 0.01), mismatches 0" in flat
-    assert "samples 4, turns 4; skipped prompts: too_long 1" in flat
+    assert "samples 4, turns 4; skipped prompts: prompt_too_long 1" in flat
     assert "finished by eos 4" in flat
     assert "RAM 4.00 GiB, GPU 7.89 GiB" in flat
     assert "data source file" in flat
@@ -114,7 +114,9 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
             progress.turn(record(1, turn))
         progress.sample_finished(record(1, 0), record(1, 1))
         console.note("a note [bold]not markup[/bold] :smile: " + "long " * 60)
-        progress.sample_finished(skipped_record(CONTEXT, sample_id="s2", sample_index=2, reason="too_long"))
+        progress.sample_finished(
+            skipped_record(CONTEXT, sample_id="s2", sample_index=2, reason="prompt_too_long")
+        )
         mismatch = {"exact": 1, "near_tie": 0, "mismatch": 1, "max_gap": 9.0, "margin": 0.1}
         progress.sample_finished(record(3, audit=mismatch))
     lines = stream.getvalue().splitlines()
@@ -124,7 +126,7 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
     assert "tau 2.75" in lines[0]
     assert "wrong  wrong" in lines[0]
     assert lines[1].startswith("a note [bold]not markup[/bold] :smile: long")
-    assert lines[2].startswith("[3/4] s2  skipped: too_long  elapsed 0:00:0")
+    assert lines[2].startswith("[3/4] s2  skipped: prompt_too_long  elapsed 0:00:0")
     assert "AUDIT: 1 mismatch(es)" in lines[3]
     assert "left 0:00:00" in lines[3]
 

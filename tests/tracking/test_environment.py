@@ -10,7 +10,14 @@ import torch
 
 import subspec
 from subspec.tracking import environment as module
-from subspec.tracking.environment import environment, git_state, peak_ram_gib, peak_vram_gib, versions
+from subspec.tracking.environment import (
+    environment,
+    git_state,
+    peak_ram_gib,
+    peak_vram_gib,
+    reserved_vram_gib,
+    versions,
+)
 
 
 def test_what_ran_where() -> None:
@@ -82,10 +89,13 @@ def test_peak_ram_grows_with_what_is_used() -> None:
 def test_peak_vram(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert peak_vram_gib() is None
+    assert reserved_vram_gib() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
     assert peak_vram_gib() == 1.5
+    assert reserved_vram_gib() == 2.0
 
 
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

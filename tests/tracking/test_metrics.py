@@ -150,7 +150,7 @@ def test_counts_skips_answers_and_audit() -> None:
     records[1]["audit"]["mismatch"] = 2
     records += [
         skipped_record(
-            CONTEXT, sample_id=f"long{n}", sample_index=9 + n, reason="too_long", prompt_tokens=5000
+            CONTEXT, sample_id=f"long{n}", sample_index=9 + n, reason="prompt_too_long", prompt_tokens=5000
         )
         for n in range(2)
     ]
@@ -158,7 +158,7 @@ def test_counts_skips_answers_and_audit() -> None:
     assert summary["counts"] == {
         "samples": 4,
         "turns": 5,
-        "skipped": {"too_long": 2},
+        "skipped": {"prompt_too_long": 2},
         "finish_reasons": {"eos": 4, "length": 1},
     }
     assert summary["accuracy"] == {"correct": 2, "checked": 3, "accuracy": 2 / 3}

@@ -210,6 +210,38 @@ def test_true_is_not_one() -> None:
     assert config_differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]
 
 
+def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> None:
+    auto = {**CONFIG, "device": "auto", "benchmark": {**CONFIG["benchmark"], "source": "auto"}}
+    here = {"source": "file", "device": "cpu"}
+
+    def again(chosen: dict[str, str], **changes: object) -> RunFolder:
+        return RunFolder.open(tmp_path, resume=True, config={**auto, **changes}, chosen=chosen)
+
+    with RunFolder.open(tmp_path, resume=False, config=auto, chosen=here) as folder:
+        folder.append(record(0))
+    torn = (tmp_path / RECORDS).read_bytes() + b'{"sample_id'
+    (tmp_path / RECORDS).write_bytes(torn)
+    with pytest.raises(
+        ConfigError, match=r"device comes to cuda now, .* are of cpu: set device=cpu, or choose"
+    ):
+        again({**here, "device": "cuda"}, device="cuda")
+    assert (tmp_path / RECORDS).read_bytes() == torn, "nothing is touched, not even to repair it"
+    assert not (tmp_path / DAMAGED).exists()
+    for changes in ({}, {"device": "cpu"}, {"benchmark": {**auto["benchmark"], "source": "file"}}, {}):
+        with again(here, **changes) as folder:
+            assert len(folder) == 1
+    with again(here) as folder:  # as a run of an earlier version could
+        folder.append(record(1, source="hub"))
+    with pytest.raises(ConfigError, match=r"are of file and hub: choose another folder with run_dir="):
+        again(here)
+
+
+def test_what_auto_came_to_is_no_other_configuration() -> None:
+    assert config_differences({"device": "auto"}, {"device": "cpu"}) == []
+    assert config_differences({"device": "cuda"}, {"device": "cpu"}) == ['device: "cuda" -> "cpu"']
+    assert config_differences({"target": {"dtype": "auto"}}, {"target": {"dtype": "float32"}}) != []
+
+
 def test_a_changed_machine_is_noted_and_recorded(tmp_path: Path) -> None:
     first = {"versions": {"torch": "2.13"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "1"}
     second = {"versions": {"torch": "2.12"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "2"}

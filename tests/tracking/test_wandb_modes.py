@@ -159,11 +159,11 @@ def test_auto_heeds_the_librarys_own_switch(
 def test_skipped_prompts_are_in_the_table_but_not_in_the_series(fake: FakeWandb, tmp_path: Path) -> None:
     logger = make(WandbMode.offline)
     logger.start(CONFIG, tmp_path, {})
-    skipped = {"sample_id": "s9", "sample_index": 9, "turn": 0, "skipped": {"reason": "too_long"}}
+    skipped = {"sample_id": "s9", "sample_index": 9, "turn": 0, "skipped": {"reason": "prompt_too_long"}}
     logger.log_turn(skipped, 0)
     assert fake.rows == []
     logger.log_table([skipped])
-    assert fake.rows[0][1]["samples"][1][0][COLUMNS.index("skipped")] == "too_long"
+    assert fake.rows[0][1]["samples"][1][0][COLUMNS.index("skipped")] == "prompt_too_long"
 
 
 def test_names_for_people() -> None:
