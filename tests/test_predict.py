@@ -9,7 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from subspec.config import (
+    BeamTreeConfig,
+    BenchmarkConfig,
+    BitsByModule,
+    Config,
+    DecodingConfig,
+    HiggsConfig,
+    HqqConfig,
+    NoLoggerConfig,
+    NoQuantConfig,
+    PlantedTargetConfig,
+    SmallModelDraftConfig,
+    StreamOffloadConfig,
+    SubstituteDraftConfig,
+)
 from subspec.errors import ConfigError
+from subspec.offload.cards import Card, find_card
 from subspec.predict.__main__ import main
 from subspec.predict.acceptance import Acceptance, constant_survival
 from subspec.predict.machine import usable_vram_gib
@@ -174,18 +190,68 @@ def test_acceptance_of_a_run(tmp_path):
         assert "of subspec hqq4, beam 3x2 of some_target: 1 run(s)" in found.acceptance.source
 
 
-def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
-    from subspec.offload.cards import find_card
+def predicted(target="x", width=2, draft=None, quant=None):
+    """What a level's time is wanted for; as the runs of ``tests/report/runs.py``, which name no modules."""
+    return Config(
+        target=PlantedTargetConfig(name=target),
+        draft=draft or SubstituteDraftConfig(name="subspec"),
+        quant=quant or HqqConfig(name="hqq", modules=[]),
+        tree=BeamTreeConfig(name="beam", depth=3, width=width),
+        decoding=DecodingConfig(name="greedy"),
+        offload=StreamOffloadConfig(name="stream"),
+        benchmark=BenchmarkConfig(name="gsm8k"),
+        logger=NoLoggerConfig(name="none"),
+    )
 
+
+def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
     records = turns([30.0, 20.0], device="cuda", target="planted_x", planted=True)
     found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
     drafting = 0.25 * (30 / 30.0 + 33 / 20.0)
     assert found.level_s == pytest.approx(drafting / (3 * 10 + 3 * 11))
     assert found.planted
-    assert found.fits("x", 2, find_card("H200"))
-    assert not found.fits("x", 6, find_card("H200"))
-    assert not found.fits("y", 2, find_card("H200"))
-    assert not found.fits("x", 2, find_card("RTX 4090"))
+    assert found.fits(predicted(), find_card("H200"))
+    assert not found.fits(predicted(width=6), find_card("H200"))
+    assert not found.fits(predicted(target="y"), find_card("H200"))
+    assert not found.fits(predicted(), find_card("RTX 4090"))
+    assert not found.fits(predicted(), None)
+
+
+def test_a_measured_card_is_the_one_that_a_run_was_on(tmp_path):
+    """``card=auto`` has the driver's name, be the card in the table or not."""
+    for name in ("NVIDIA H200", "NVIDIA Something New"):
+        records = turns([30.0, 20.0], device="cuda", target="x")
+        found = read_measured(write_run(tmp_path / name, records, gpu=name))
+        assert found.fits(predicted(), Card(name, 150.3, 4800, (4, 16), measured_link=55.0))
+        assert not found.fits(predicted(), Card("NVIDIA L4", 24.0, 300, (4, 16), measured_link=20.0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"draft": SmallModelDraftConfig(name="small_model")},
+        {"quant": HiggsConfig(name="higgs", modules=[])},
+        {"quant": HqqConfig(name="hqq", bits=8, modules=[])},
+        {"quant": HqqConfig(name="hqq", modules=["attention"])},
+        {"quant": HqqConfig(name="hqq", bits_by=BitsByModule(mlp=3), modules=[])},
+    ],
+)
+def test_a_level_of_another_draft_or_of_other_bits_does_not_count(tmp_path, other):
+    records = turns([30.0, 20.0], device="cuda", target="x")
+    found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
+    assert found.fits(predicted(), find_card("H200"))
+    assert not found.fits(predicted(**other), find_card("H200"))
+
+
+def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):
+    records = turns([30.0, 20.0], device="cuda", target="x", draft="small_model")
+    run = config_of({"name": "small_model", "path": "a/b", "temperature": 0.5})
+    found = read_measured(write_run(tmp_path / "run", records, run, facts={"substitute": None}, gpu="H200"))
+    same = predicted(draft=SmallModelDraftConfig(name="small_model", path="a/b"), quant=NoQuantConfig("none"))
+    assert found.fits(same, find_card("H200"))
+    assert not found.fits(
+        replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_card("H200")
+    )
 
 
 def test_runs_that_cannot_tell(tmp_path):
@@ -258,8 +324,6 @@ def test_levels_ahead_may_be_best_where_weights_are_not_coded(tmp_path, capsys):
 
 
 def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
-    from subspec.offload.cards import find_card
-
     file = tmp_path / "found.json"
     code, _, err = run(
         capsys, "target=planted_qwen2_5_32b", "card=RTX 3090", "tau=10", "depths=8", f"--json={file}"

@@ -32,7 +32,7 @@ Nothing is loaded: of a target only its config.json is read.
   tau=NUMBER         tokens per target pass, as some run measured it with a tree of tau_depth levels
   tau_depth=N        default: tree.depth
   --from RUN         instead of tau: acceptance by depth from a run's folder (also the time of a draft level, where
-                     the run was on the same card with the same target)
+                     the run was on the same card with the same target, draft, bits and tree.width)
   depths=[8,16,32]   tree depths to predict beside tree.depth
   memory_gb_per_s=X  device-memory bandwidth, GB/s, instead of the card's (offload.link_gb_per_s=X: the link's)
   level_ms=X         milliseconds of a draft level, where you have measured one
@@ -259,8 +259,7 @@ def make_machine(
     level_ms = asked.number("level_ms")
     if level_ms is not None:
         return Machine(link, memory, level_ms / 1e3), "level_ms"
-    width = getattr(config.tree, "width", 1)
-    if measured is not None and measured.level_s and measured.fits(config.target.name, width, card):
+    if measured is not None and measured.level_s and measured.fits(config, card):
         return Machine(link, memory, measured.level_s), f"measured by that run on {measured.device}"
     return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
 

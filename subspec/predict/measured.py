@@ -1,13 +1,16 @@
 """What a finished run says about the next one: acceptance by depth, and the time of a draft level."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from subspec.config import Config
 from subspec.errors import ConfigError, SubspecError
 from subspec.offload.cards import Card, find_card
 from subspec.predict.acceptance import Acceptance
 from subspec.report.collect import RunData, collect
-from subspec.tracking.method import config_group, method_label
+from subspec.tracking.method import config_group, is_quantized, method_label
 from subspec.tracking.metrics import summarise
 
 
@@ -21,6 +24,7 @@ class Measured:
         target, device: where ``level_s`` holds: names as recorded.
         width: of the tree.
         planted: whether the weights were planted.
+        draft: which model drafted. quant: how it was quantized; None when it was not.
     """
 
     acceptance: Acceptance
@@ -29,15 +33,17 @@ class Measured:
     device: str
     width: int | None
     planted: bool
+    draft: Mapping[str, Any]
+    quant: Mapping[str, Any] | None
 
-    def fits(self, target: str, width: int, card: Card | None) -> bool:
-        """Whether a level of this run takes as long as one of a target's (planted or not) on a card."""
-        if card is None or self.width != width or _shape(self.target) != _shape(target):
+    def fits(self, config: Config, card: Card | None) -> bool:
+        """Whether a level of this run takes as long as one of ``config`` on a card, targets planted or not."""
+        if card is None or _card_name(self.device) != _card_name(card.name):
             return False
-        try:
-            return find_card(self.device) is card
-        except ConfigError:
+        wanted = asdict(config)
+        if self.width != _width(wanted["tree"]) or _shape(self.target) != _shape(config.target.name):
             return False
+        return self.draft == _draft(wanted) and self.quant in (None, _quant(wanted))
 
 
 def read_measured(place: Path) -> Measured:
@@ -72,13 +78,41 @@ def read_measured(place: Path) -> Measured:
         totals["draft_s"] / levels if serial and levels and totals["draft_s"] else None,
         _target(first),
         str(gpu.get("name") or "unknown"),
-        tree.get("width", 1 if tree.get("name") == "chain" else None),
+        _width(tree),
         summary["context"]["planted"] is True,
+        _draft(first.config),
+        _quant(first.config) if is_quantized(first.config, first.facts) else None,
     )
 
 
 def _target(run: RunData) -> str:
     return str(run.summary["context"]["target"])
+
+
+def _width(tree: Mapping[str, Any]) -> int | None:
+    return tree.get("width", 1 if tree.get("name") == "chain" else None)
+
+
+def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which model drafts; its temperature costs no time."""
+    draft = config_group(config, "draft")
+    return {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+
+
+def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how many bits a level reads."""
+    quant = config_group(config, "quant")
+    own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
+    modules = sorted(quant.get("modules") or ())
+    return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
+
+
+def _card_name(name: str) -> str:
+    """The table's name of a card, whether the driver said it or a user; as it is where the table lacks it."""
+    try:
+        return find_card(name).name
+    except ConfigError:
+        return name
 
 
 def _shape(target: str) -> str:

@@ -168,11 +168,18 @@ def _identity(run: RunData) -> str:
 
 
 def _settings(run: RunData) -> dict[str, Any]:
-    """What makes a configuration another one, as ``dotted.key: value``; plain decoding has no quantizer or tree."""
+    """What makes a configuration another one, as ``dotted.key: value``; plain decoding has no tree, and no
+    quantizer but the one whose substitute codes what is streamed."""
     kept = _kept(run.config)
     if config_group(run.config, "draft").get("name") != PLAIN:
         return kept
-    return {key: value for key, value in kept.items() if not key.startswith(("quant.", "tree."))}
+    unused = ("tree.",) if _is_coded(run) else ("quant.", "tree.")
+    return {key: value for key, value in kept.items() if not key.startswith(unused)}
+
+
+def _is_coded(run: RunData) -> bool:
+    """Whether exact weights crossed the link coded: then the quantizer decides how many bytes did."""
+    return run.facts.get("codec") == "substitute"
 
 
 def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
@@ -321,7 +328,8 @@ def _is_baseline(row: Row, baseline: str | None) -> bool:
 
 
 def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """Of several baselines, those most like the row: itself, then same experiment, device, offloading."""
+    """Of several baselines, those most like the row: itself, then same device, decoding, offloading, quantizer of coded
+    weights, experiment."""
     if row in candidates:
         return [row]
     found = list(candidates)
@@ -329,6 +337,7 @@ def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
         lambda other: other.device == row.device,
         lambda other: _decoding(other) == _decoding(row),
         lambda other: _offload(other) == _offload(row),
+        lambda other: not _is_coded(other.runs[0]) or _quant(other) == _quant(row),
         lambda other: other.experiment == row.experiment,
     ):
         narrowed = [other for other in found if same(other)]
@@ -343,6 +352,10 @@ def _decoding(row: Row) -> Any:
 def _offload(row: Row) -> Any:
     offload = config_group(row.runs[0].config, "offload")
     return offload.get("name"), offload.get("vram_gib")
+
+
+def _quant(row: Row) -> Any:
+    return repr(config_group(row.runs[0].config, "quant"))
 
 
 def _differences(row: Row, other: Row) -> tuple[str, ...]:

@@ -78,6 +78,30 @@ def test_plain_decoding_does_not_depend_on_a_quantizer_it_does_not_have(tmp_path
     assert row.nominal_bits is None
 
 
+def test_plain_decoding_of_coded_weights_depends_on_the_quantizer_that_codes_them(tmp_path):
+    """At other bits other bytes are streamed: no repeats of one another, and each the baseline of its own bits."""
+    stream = {"name": "stream", "vram_gib": 8.0, "codec": "substitute"}
+    for bits in (4, 8):
+        config = config_of("none", quant={"name": "hqq", "bits": bits}, offload=stream)
+        facts = {"codec": "substitute", "substitute": {"bits_per_weight": bits + 0.5}}
+        records = turns((10.0, 8.0), draft="none", tau=1)
+        write_run(tmp_path / f"plain{bits}", records, config, facts=facts)
+        ours = config_of(quant={"name": "hqq", "bits": bits}, offload=stream)
+        write_run(tmp_path / f"ours{bits}", turns(OURS[:2]), ours, facts=facts)
+    # Another tree is nothing to plain decoding, coded or not: a repeat.
+    again = config_of("none", quant={"name": "hqq", "bits": 4}, offload=stream, tree={"name": "chain"})
+    records = turns((10.0, 8.0), draft="none", tau=1)
+    write_run(tmp_path / "again", records, again, facts={"codec": "substitute"})
+    rows, notes = rows_of(tmp_path)
+    plain = {bits: f"plain decoding, stream coded 8 GiB (quant.bits={bits})" for bits in (4, 8)}
+    assert {name: len(row.runs) for name, row in rows.items() if row.draft == "none"} == {
+        plain[4]: 2,
+        plain[8]: 1,
+    }
+    assert {row.nominal_bits: row.baseline.label for row in rows.values() if row.draft == "subspec"} == plain
+    assert notes == []
+
+
 def test_only_the_same_prompts_of_the_same_target_compare(tmp_path):
     plain_run(tmp_path / "plain", benchmark="aime")
     plain_run(tmp_path / "sample", source="sample")
