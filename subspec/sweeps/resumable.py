@@ -131,6 +131,7 @@ class ResumableLauncher:
             [*texts, f'hydra.sweep.dir="{place}"', f"hydra.sweep.subdir='{job.number}'", "resume=true"]
             for job, texts in missing
         ]
+        before = [read_outcome(self.folder.job_folder(job)) for job, _ in missing]
         began = time.time()
         try:
             with self._watched([job for job, _ in missing]):
@@ -140,8 +141,8 @@ class ResumableLauncher:
                 raise self._launcher_failed(error) from error
             # Launchers of other projects stop at the first worker that dies; the folders tell what ended well.
             return [self._result(job, None, error) for job, _ in missing]
-        for (job, _), config, result in zip(missing, configs, results, strict=True):
-            self._keep(self.folder.job_folder(job), config, result, time.time() - began)
+        for (job, _), config, result, old in zip(missing, configs, results, before, strict=True):
+            self._keep(self.folder.job_folder(job), config, result, time.time() - began, old)
         return results
 
     def _launcher_failed(self, error: Exception) -> Exception:
@@ -154,17 +155,28 @@ class ResumableLauncher:
             f"conf/hydra/launcher/{launcher}.yaml, or hydra/launcher=process runs the jobs on this machine"
         )
 
-    def _keep(self, folder: Path, config: Mapping[str, Any], result: JobReturn, seconds: float) -> None:
-        """Write how a job ended that ran in this very process and so had nobody to write it."""
-        before = read_outcome(folder)
-        if before is not None and before.status != RUNNING:
+    def _keep(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        result: JobReturn,
+        seconds: float,
+        before: Outcome | None,
+    ) -> None:
+        """Write how a job ended that ran in this very process and so had nobody to write it.
+
+        Args:
+            before: what its folder said when it was started: of an attempt before this one.
+        """
+        found = read_outcome(folder)
+        if found != before and found is not None and found.status != RUNNING:
             return
-        samples = config["benchmark"]["max_samples"]
-        outcome = Outcome(OK, 0, seconds=seconds, samples=samples)
+        samples, attempts = config["benchmark"]["max_samples"], 1 + (before.attempts if before else 0)
+        outcome = Outcome(OK, 0, seconds=seconds, attempts=attempts, samples=samples)
         if result.status is not JobStatus.COMPLETED:
             error = result._return_value  # the property prints
             reason = explain(error) if isinstance(error, CONFIG_EXCEPTIONS) else str(error)
-            outcome = Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, samples=samples)
+            outcome = Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, attempts, samples)
         write_outcome(folder, outcome)
 
     def _result(

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+import subspec.benchmarks.load
+from subspec.benchmarks.hub import HubRows, HubUnavailableError
 from subspec.sweeps.command_line import is_sweep
 from subspec.tracking.records import RunFolder
 from tests.helpers.cli import cli, command, records_of, timeless
@@ -190,6 +192,19 @@ def test_a_damaged_record_of_a_finished_job_is_made_again(tmp_path):
     assert {job: sorted(kept, key=lambda one: one["sample_id"]) for job, kept in after.items()} == in_order
 
 
+def test_a_job_that_failed_once_and_then_ends_well_has_ended_well(tmp_path):
+    rows, sweep = tmp_path / "rows.jsonl", tmp_path / "s"
+    source = ["benchmark=gsm8k", "benchmark.source=file", f"benchmark.path={rows}"]
+    options = ["-m", *TINY, *source, "draft=none", "seed=0", HERE, f"sweep_dir={sweep}"]
+    assert cli(*options).code != 0
+    assert statuses(sweep) == ["failed"]
+    rows.write_text(json.dumps({"question": "How much is one and one?", "answer": "#### 2"}) + "\n")
+    ran = cli(*options)
+    assert ran.code == 0, ran.err
+    assert statuses(sweep) == ["ok"]
+    assert json.loads((sweep / "0" / "job.json").read_text())["attempts"] == 2
+
+
 def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
     ran = cli(
         "-m",
@@ -352,6 +367,37 @@ def test_a_job_in_use_elsewhere_ends_no_other(tmp_path, monkeypatch):
         ran = cli("-m", *TINY, "draft=none", "seed=0,1,2", HERE, f"sweep_dir={sweep}")
     assert ran.code == 1
     assert statuses(sweep) == ["ok", "failed", "ok"]
+
+
+def test_a_job_is_not_mixed_with_other_prompts(tmp_path, monkeypatch):
+    """Half of a job with packaged prompts, and then the hub answers: the job says so, and keeps what it has."""
+    rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(5)]
+
+    def load_rows(*arguments):
+        if not up:
+            raise HubUnavailableError("the hub did not answer", "take other prompts")
+        return HubRows(rows, ["question", "answer"], None)
+
+    monkeypatch.setattr(subspec.benchmarks.load, "load_rows", load_rows)
+    sweep, up = tmp_path / "s", False
+    command = ["-m", *TINY, "benchmark.source=auto", "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}"]
+    assert cli(*command).code == 0
+    (sweep / "1" / "job.json").unlink()
+    records = (sweep / "1" / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (sweep / "1" / "records.jsonl").write_bytes(records[0])
+
+    up = True
+    assert cli(*command).code == 2
+    assert statuses(sweep) == ["ok", "failed"]
+    reason = json.loads((sweep / "1" / "job.json").read_text())["reason"]
+    assert "benchmark.source comes to hub now" in reason
+    assert "set benchmark.source=sample" in reason
+    assert (sweep / "1" / "records.jsonl").read_bytes() == records[0]
+
+    ran = cli(f"run_dir={sweep / '1'}", "resume=true", "benchmark.source=sample")
+    assert ran.code == 0, ran.err
+    assert {record["source"] for record in records_of(sweep / "1")} == {"sample"}
+    assert len(records_of(sweep / "1")) == 2
 
 
 def _config_of(folder):
