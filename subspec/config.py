@@ -103,7 +103,8 @@ class SubstituteDraftConfig(DraftConfig):
 class Eagle2DraftConfig(DraftConfig):
     """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
 
-    ``path``: a folder or hub id (``ORG/NAME``) of a published head; null: the one shipped for the embedded default.
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, ``planted`` (random weights in its shape, for
+    planted targets), or null for the one shipped for the embedded default.
     """
 
     path: str | None = None

@@ -5,7 +5,7 @@ An EAGLE head needs a checkpoint for the tiny target: its runs are in ``tests/dr
 
 import pytest
 
-from tests.helpers.cli import cli, records_of, summary_of, tiny_run
+from tests.helpers.cli import cli, records_of, summary_of, timeless, tiny_run
 from tests.helpers.tiny import tiny_checkpoint
 
 PLANTED = [
@@ -85,6 +85,53 @@ def test_a_small_model_is_quantized_when_asked(tmp_path, plain):
     assert [record["token_ids"] for record in records] == [record["token_ids"] for record in plain]
     assert summary["run"]["substitute"]["modules"] == 2 * 7
     assert "draft small_model: 14 Linears at 9.00 bits per weight" in out
+
+
+@pytest.mark.parametrize("where", ["cache", "folder"])
+def test_a_quantized_small_model_is_kept_and_found_again(tmp_path, plain, monkeypatch, where):
+    """In the cache by itself, in ``quant.folder`` when asked; the second start quantizes nothing."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    options = [*SMALL, "draft.quantize=true", "quant.modules=[attention,mlp,lm_head]"]
+    options += [f"quant.folder={tmp_path / 'kept'}", "quant.cache=off"] if where == "folder" else []
+    _, first, summary = run(tmp_path / "first", *options)
+    made = summary["run"]["substitute"]["details"]["cache"]
+    assert (made["read"], made["quantized"], made["trouble"]) == (0, 15, None)
+    place = tmp_path / "kept" if where == "folder" else tmp_path / "cache" / "substitutes"
+    assert made["folder"].startswith(str(place))
+
+    def refuse(*arguments, **options):
+        raise AssertionError("quantized again")
+
+    monkeypatch.setattr("hqq.core.quantize.Quantizer.quantize", refuse)
+    out, again, summary = run(tmp_path / "second", *options)
+    found = summary["run"]["substitute"]["details"]["cache"]
+    assert (found["read"], found["quantized"], found["folder"]) == (15, 0, made["folder"])
+    assert f"15 read from {made['folder']} and 0 quantized" in out
+    assert timeless(again) == timeless(first)
+    assert [record["token_ids"] for record in again] == [record["token_ids"] for record in plain]
+
+
+def test_a_folder_of_another_quantized_model_is_refused(tmp_path):
+    """Of another seed, and of the target itself: what lies there is never drafted with."""
+    kept = f"quant.folder={tmp_path / 'kept'}"
+    run(tmp_path / "first", *SMALL, "draft.quantize=true", kept)
+    line = r"quant\.folder=.*kept cannot be used: its layer 0, .* was made from other weights; name another"
+    for name, other in (
+        ("seed", [*SMALL, "draft.quantize=true", "target.seed=1"]),
+        ("own", ["draft=subspec"]),
+    ):
+        ran = cli(*PLANTED, *other, kept, f"run_dir={tmp_path / name}")
+        ran.refused(2, line)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("all of it")
+    ran = cli(
+        *PLANTED,
+        *SMALL,
+        "draft.quantize=true",
+        f"quant.folder={tmp_path / 'full'}",
+        f"run_dir={tmp_path / 'x'}",
+    )
+    ran.refused(2, r"quant\.folder=.*full holds other files")
 
 
 def test_a_checkpoint_on_disk_drafts_for_another(tmp_path):

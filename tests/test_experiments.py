@@ -1,6 +1,7 @@
 """The shipped experiments: they say what the paper's table says, name themselves, and tables name rows that exist."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -34,6 +35,12 @@ PAPER = {
     "qwen2_5_32b_subspec": ("subspec", (0.2, 48, 6), 24),
 }
 """Rows of the paper (DESIGN 9): draft, (temperature, depth, K), GiB."""
+
+
+def rows_of(table):
+    """The experiments that a table runs."""
+    params = yaml.safe_load((FOLDER / f"{table}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    return [row.strip() for row in params["experiment"].split(",")]
 
 
 @pytest.mark.parametrize("row", PAPER)
@@ -72,7 +79,22 @@ def test_planted_twins_need_no_hub(name):
     assert isinstance(config.target, PlantedTargetConfig)
     assert config.benchmark.source is Source.sample
     path = getattr(config.draft, "path", None)
-    assert path is None or path.startswith("planted:")
+    assert path is None or path == "planted" or path.startswith("planted:")
+
+
+def test_every_row_of_the_paper_has_a_planted_twin():
+    twins = {name.replace("paper/", "planted/") for name in ROWS if name.startswith("paper/")}
+    assert twins <= set(ROWS)
+
+
+def test_the_planted_table_has_every_method_of_the_papers():
+    """For Qwen2.5-7B; rows of its own besides."""
+    ours, theirs = (rows_of(f"{where}/table_main") for where in ("planted", "paper"))
+    assert {row.replace("paper/", "planted/") for row in theirs if "qwen2_5_7b" in row} <= set(ours)
+
+
+def same_but_for_the_path(draft):
+    return replace(draft, path=None) if hasattr(draft, "path") else draft
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if re.search(r"^planted/(qwen|llama)", name)])
@@ -81,6 +103,7 @@ def test_planted_twins_are_twins(name):
     if twin not in ROWS:
         pytest.skip("no row of the paper")
     ours, theirs = (to_config(composed(f"experiment={each}")) for each in (name, twin))
+    assert same_but_for_the_path(ours.draft) == same_but_for_the_path(theirs.draft)
     assert (ours.tree, ours.offload, ours.quant, ours.warmup) == (
         theirs.tree,
         theirs.offload,
@@ -95,7 +118,7 @@ def test_tables_name_rows_and_benchmarks_that_exist(name):
     text = (FOLDER / f"{name}.yaml").read_text()
     assert f"# python -m subspec.run experiment={name}\n" in text
     params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
-    rows = [row.strip() for row in params["experiment"].split(",")]
+    rows = rows_of(name)
     assert set(rows) <= set(ROWS)
     assert len(set(rows)) == len(rows)
     for benchmark in params["benchmark"].split(","):

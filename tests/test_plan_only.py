@@ -66,3 +66,31 @@ def test_plans_of_a_sweep_go_to_the_folders_of_its_jobs(tmp_path):
     assert ran.code == 0, ran.err
     budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
     assert budgets == [8 * 2**30, 12 * 2**30]
+
+
+@pytest.mark.parametrize(
+    ("row", "head", "kv_heads"),
+    [
+        ("qwen2_5_7b_eagle2", 2 * (3584 * (6 * 3584 + 3 * 18944) + 4 * 3584), 28),
+        ("llama3_1_8b_eagle2", None, 8),
+    ],
+)
+def test_a_planted_head_is_planned_without_a_file(tmp_path, row, head, kv_heads):
+    """fc, q, k, v and o, the MLP; three biases and the norm: by hand for the head with as many KV heads as heads."""
+    out, written = plan(
+        tmp_path / "run", f"experiment=planted/{row}", "offload.card=RTX 4090", "offload.ram_gib=64"
+    )
+    assert f"one layer, {kv_heads} KV heads, random weights" in out
+    assert written["device_bytes"] <= written["budget"]
+    if head is not None:
+        assert next(item["bytes"] for item in written["items"] if item["name"] == "EAGLE head") == head
+
+
+def test_the_planted_small_sibling_of_llama_is_planned(tmp_path):
+    out, _ = plan(
+        tmp_path / "run",
+        "experiment=planted/llama3_1_8b_small_model",
+        "offload.card=RTX 4090",
+        "offload.ram_gib=64",
+    )
+    assert "16 layers, 128256 tokens, bfloat16" in out

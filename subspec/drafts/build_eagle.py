@@ -1,4 +1,4 @@
-"""``draft=eagle2``: a published or the shipped EAGLE head beside the target."""
+"""``draft=eagle2``: a published, the shipped or a planted EAGLE head beside the target."""
 
 from typing import Any
 
@@ -61,6 +61,7 @@ def _built(loaded: LoadedHead, decoder: Decoder, growth: Growth, temperature: fl
     dtype = str(decoder.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {
         "head": loaded.source,
+        "planted": loaded.planted,
         "dropped": loaded.dropped,
         "dtype": dtype,
         "parameters": parameters,

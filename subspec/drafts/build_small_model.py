@@ -1,7 +1,5 @@
 """``draft=small_model``: another, smaller model on a cache of its own, as modules or as a fused level."""
 
-import time
-
 from transformers import PreTrainedModel
 
 from subspec.config import Config, SmallModelDraftConfig
@@ -12,6 +10,7 @@ from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import fuse_model
 from subspec.drafts.fused_dense import check_fused, dense_layer
 from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.small_model import (
     Vocabulary,
     check_vocabularies,
@@ -22,8 +21,8 @@ from subspec.drafts.small_model import (
 )
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.offload.load import StreamedTarget
-from subspec.quant.base import QuantReport, quantize_model
-from subspec.quant.build import build_quantizer
+from subspec.quant.base import QuantReport
+from subspec.targets.console import Note
 from subspec.targets.device import check_memory
 from subspec.targets.skeleton import count_parameters
 from subspec.targets.source import LayerSource
@@ -44,7 +43,7 @@ class SmallModelBuilder:
             count_parameters(source.config) * dtype.itemsize, decoder.device, f"small model {source.name}"
         )
         model = load_small_model(source, decoder.vocab_size, decoder.device, flat=not draft.quantize)
-        report = _quantized(model, config, source.name) if draft.quantize else None
+        report = _quantized(model, config, source, decoder, context.note) if draft.quantize else None
         levels = SubstituteDraft(model, draft.temperature)
         own = _own_cache(levels, levels.decoder, config, context.growth, decoder.vocab_size)
         return _built(own, source, report, "modules")
@@ -105,19 +104,20 @@ def _own_cache(
     )
 
 
-def _quantized(model: PreTrainedModel, config: Config, name: str) -> QuantReport:
-    """Quantize the small model in place."""
-    quant, weight = config.quant, model.get_input_embeddings().weight
-    started = time.perf_counter()
-    unpack = weight.device.type == "cpu"
-    report = quantize_model(
+def _quantized(
+    model: PreTrainedModel, config: Config, source: LayerSource, decoder: Decoder, note: Note
+) -> QuantReport:
+    """Quantize the small model in place; kept, and found again, under its own identity, not the target's."""
+    return quantize_draft(
         model,
-        build_quantizer(quant, weight.dtype, weight.device, unpack=unpack, what=f"the small model {name}"),
-        modules=list(getattr(quant, "modules", [])),
-        skip_layers=list(getattr(quant, "skip_layers", [])),
+        config.quant,
+        identity=source.identity,
+        dtype=source.dtype,
+        device=decoder.device,
+        unpack=decoder.device.type == "cpu",
+        note=note,
+        what=f"the small model {source.name}",
     )
-    report.seconds = time.perf_counter() - started
-    return report
 
 
 def _built(draft: OwnCacheDraft, source: LayerSource, quant: QuantReport | None, levels: str) -> BuiltDraft:

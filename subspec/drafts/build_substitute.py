@@ -1,10 +1,7 @@
 """``draft=subspec``: the target's own layers, quantized, as modules or as a fused level."""
 
 import time
-from contextlib import nullcontext
 from typing import Any
-
-import torch
 
 from subspec.choices import Codec, Kernel
 from subspec.config import Cache, SubstituteDraftConfig, Unpack
@@ -12,6 +9,7 @@ from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeC
 from subspec.drafts.fused import FusedSubstitute
 from subspec.drafts.fused_build import ROLES, LayerFuser
 from subspec.drafts.fused_quant import fused_quantization
+from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.kernels.choose import choose_kernels
@@ -19,13 +17,10 @@ from subspec.kernels.codec import KERNELS as DECODED_KERNELS
 from subspec.kernels.formats import describe
 from subspec.offload.coded_cache import CodedCache, coded_folder
 from subspec.offload.load import StreamedTarget
-from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
-from subspec.quant.build import build_quantizer
+from subspec.quant.base import QuantReport
 from subspec.quant.code_cache import CachedCodes
 from subspec.quant.folder import open_store
-from subspec.quant.module_cache import CachedModules, StorableQuantizer
 from subspec.quant.store import SubstituteStore
-from subspec.targets.skeleton import parameter_shapes
 
 
 class SubstituteBuilder:
@@ -38,18 +33,17 @@ class SubstituteBuilder:
         unpack = draft.unpack is Unpack.always or (
             draft.unpack is Unpack.auto and decoder.device.type == "cpu"
         )
-        started = time.perf_counter()
         substitute = share_parameters(context.target.model)
-        modules, skip = list(getattr(quant, "modules", [])), list(getattr(quant, "skip_layers", []))
-        quantizer = build_quantizer(quant, decoder.dtype, decoder.device, unpack=unpack)
-        cached = _cached_modules(quantizer, context)
-        with cached or nullcontext():
-            report = quantize_model(
-                substitute, cached or quantizer, modules=modules, skip_layers=skip, progress=context.progress
-            )
-        if cached is not None:
-            report.details["cache"] = cached.store.report()
-        report.seconds = time.perf_counter() - started
+        report = quantize_draft(
+            substitute,
+            quant,
+            identity=context.target.identity,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            unpack=unpack,
+            note=context.note,
+            progress=context.progress,
+        )
         return BuiltDraft(SubstituteDraft(substitute, draft.temperature), report)
 
     def streamed(self, context: StreamContext) -> "StreamedSubstitute":
@@ -164,26 +158,3 @@ class StreamedSubstitute(StreamedBuild):
         report.seconds = time.perf_counter() - self._started
         draft = FusedSubstitute(streamed.substitute, self._temperature, overlap=self._overlap)
         return BuiltDraft(draft, report)
-
-
-def _cached_modules(quantizer: Quantizer, context: WholeContext) -> CachedModules | None:
-    """``quantizer`` with its results of earlier runs; None when it cannot keep them."""
-    quant, target = context.config.quant, context.target
-    if not isinstance(quantizer, StorableQuantizer):
-        return None
-    facts = {"target": target.identity, "dtype": str(target.dtype), **quantizer.facts}
-    config = target.model.config
-    layer, _ = parameter_shapes(config)
-    chosen = linear_names(list(getattr(quant, "modules", [])))
-    layers = config.num_hidden_layers - len(getattr(quant, "skip_layers", ()))
-    expected = layers * sum(
-        quantizer.stored_shape_bytes(shape, name.split(".")[-2])
-        for name, shape in layer.items()
-        if len(shape) == 2 and name.split(".")[-2] in chosen
-    )
-    if HEAD in chosen:
-        expected += quantizer.stored_shape_bytes(torch.Size((config.vocab_size, config.hidden_size)), HEAD)
-    store = open_store(
-        getattr(quant, "cache", Cache.off), getattr(quant, "folder", None), facts, expected, context.note
-    )
-    return CachedModules(quantizer, store)

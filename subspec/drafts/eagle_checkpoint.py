@@ -21,6 +21,7 @@ from torch import Tensor
 from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
 from subspec.drafts import shipped
 from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
+from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.errors import ConfigError, SubspecError
 from subspec.network import hub_problem
 from subspec.targets.console import Note, quiet_libraries
@@ -75,22 +76,27 @@ class LoadedHead:
     Attributes:
         source: see :class:`HeadFiles`.
         dropped: names of the file's tensors that are not used.
+        planted: whether the weights are made up.
     """
 
     head: EagleHead
     source: str
     dropped: list[str] = field(default_factory=list)
+    planted: bool = False
 
 
 # ---------------------------------------------------------------------------------------------- finding
 
 
-def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> HeadFiles:
-    """The head that a run asks for: ``draft.path``, or the shipped one.
+def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> HeadFiles | PlantedHead:
+    """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one.
 
     Raises:
-        SubspecError: as :func:`locate_head`; or no head ships for the target, or the shipped one is not there.
+        SubspecError: as :func:`locate_head` or :meth:`PlantedHead.of`; or no head ships for the target, or the shipped
+            one is not there.
     """
+    if draft.path == PLANTED:
+        return PlantedHead.of(target)
     if draft.path is not None:
         return locate_head(draft.path, note)
     check_default(target)
@@ -296,9 +302,9 @@ def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Te
 
 
 def load_head(
-    files: HeadFiles, *, hidden: int, target: str, dtype: torch.dtype, device: torch.device
+    files: HeadFiles | PlantedHead, *, hidden: int, target: str, dtype: torch.dtype, device: torch.device
 ) -> LoadedHead:
-    """Load a head for a target.
+    """Load a head for a target, or make it up.
 
     Args:
         hidden: the target's hidden size. target: its name, for messages.
@@ -308,6 +314,9 @@ def load_head(
         ConfigError: not an EAGLE head, or one for another target.
         SubspecError: the files cannot be read.
     """
+    if isinstance(files, PlantedHead):
+        drawn = files.tensors(dtype, device)
+        return LoadedHead(EagleHead.from_tensors(drawn, files.shape().config()), files.source, planted=True)
     tensors, dropped = sort_tensors(read_tensors(files), files.path)
     check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
     config = read_config(files)
@@ -334,12 +343,14 @@ def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def head_shape(files: HeadFiles, hidden: int, target: str) -> EagleShape:
+def head_shape(files: HeadFiles | PlantedHead, hidden: int, target: str) -> EagleShape:
     """Sizes of a head without its weights, for planning; ``hidden`` and ``target`` as in :func:`load_head`.
 
     Raises:
         SubspecError: as :func:`load_head`.
     """
+    if isinstance(files, PlantedHead):
+        return files.shape()
     tensors, _ = sort_tensors(read_tensors(files, shapes_only=True), files.path)
     check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
     return EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, read_config(files))

@@ -9,6 +9,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.drafts.eagle import SETTLE_ROWS
 from subspec.drafts.eagle_checkpoint import cached_head, head_shape, is_local, locate_for
 from subspec.drafts.eagle_head import OPTIONAL, EagleShape
+from subspec.drafts.planted_head import PLANTED
 from subspec.offload.draft_sizes import Piece, Situation
 from subspec.offload.sizes import META, growing_bytes, rounding
 from subspec.targets.console import print_note
@@ -75,7 +76,7 @@ def _shape(situation: Situation) -> tuple[EagleShape, str]:
     assert isinstance(draft, Eagle2DraftConfig)
     if (
         config.plan_only
-        and draft.path is not None
+        and draft.path not in (None, PLANTED)
         and not is_local(draft.path)
         and cached_head(draft.path) is None
     ):
@@ -89,7 +90,8 @@ def _shape(situation: Situation) -> tuple[EagleShape, str]:
         )
         return largest, "not fetched for a plan: counted as the largest"
     shape = head_shape(locate_for(draft, config.target, print_note), shapes.hidden, config.target.name)
-    return shape, f"one layer, {shape.kv_heads} KV heads"
+    made_up = ", random weights" if draft.path == PLANTED else ""
+    return shape, f"one layer, {shape.kv_heads} KV heads{made_up}"
 
 
 def settle_bytes(shape: EagleShape, chunk: int, itemsize: int) -> int:

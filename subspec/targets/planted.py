@@ -91,12 +91,15 @@ def _qwen2(
     )
 
 
-def _llama3_1_8b() -> LlamaConfig:
+def _llama3(
+    hidden: int, intermediate: int, layers: int, *, rope_factor: float, tied: bool = False
+) -> LlamaConfig:
+    """Llama-3.1 and 3.2, Instruct."""
     return LlamaConfig(
         vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
@@ -104,12 +107,12 @@ def _llama3_1_8b() -> LlamaConfig:
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 5e5,
-            "factor": 8.0,
+            "factor": rope_factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         **_NO_SPECIALS,
     )
 
@@ -162,7 +165,9 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_5_32b": lambda: _qwen2(5120, 27648, 64, 40, 8),
     "qwen2_5_1_5b": lambda: _qwen2(1536, 8960, 28, 12, 2, vocab=151936, tied=True),
     "qwen2_5_1_5b_untied": lambda: _qwen2(1536, 8960, 28, 12, 2),
-    "llama3_1_8b": _llama3_1_8b,
+    "llama3_1_8b": lambda: _llama3(4096, 14336, 32, rope_factor=8.0),
+    "llama3_2_1b": lambda: _llama3(2048, 8192, 16, rope_factor=32.0, tied=True),
+    "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, rope_factor=32.0),
     "tiny": _tiny,
     "tiny_draft": _tiny_draft,
     "tiny_tied": _tiny_tied,

@@ -12,7 +12,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import Sampling
 from subspec.drafts.eagle import EagleDraft
-from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy
+from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy, verified
 from tests.helpers.eagle import SHAPES, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
@@ -179,7 +179,7 @@ def test_every_level_is_fed_its_own_parents_features(model, growth, shape):
             for path, logits in branches[:: max(1, len(branches) // 9)]:
                 expected = branch_logits(model, draft, text, list(path))
                 torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
-            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            hidden, verdict = verified(engine)
             accepted, _ = verdict.read()
             text += engine.tree.tokens[accepted].tolist()
             engine._commit(verdict, len(accepted), engine.tree.levels, hidden)

@@ -67,6 +67,10 @@ def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(places, tmp_p
             r"embedded default target only: for target=.*target set draft\.path to the folder or hub id",
         ),
         (["draft=eagle2", "draft.path=' '"], r"draft\.path is empty"),
+        (
+            ["draft=eagle2", "draft.path=planted"],
+            r"for planted targets only: for target=.*target set draft\.path",
+        ),
         (["draft=eagle2", "draft.path={root}/nowhere"], r"draft\.path=.*nowhere: no such folder"),
         (
             ["draft=eagle2", "draft.path={root}/narrow"],

@@ -23,6 +23,7 @@ from subspec.config import (
 )
 from subspec.decoding.decoder import Decoder
 from subspec.drafts import small_model
+from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.small_model import (
     Vocabulary,
     check_shipped,
@@ -145,6 +146,30 @@ def test_a_window_or_too_few_positions_are_refused(tmp_path):
     moving.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ConfigError, match="dynamic rotary embeddings"):
         check_small_model(small("planted:tiny_draft"), moving)
+
+
+def test_a_quantized_head_that_the_target_cuts_is_kept_for_that_vocabulary_alone(tmp_path, monkeypatch):
+    """Else two targets would take turns to throw away what the other kept, and ``quant.folder`` would refuse."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    folder = tiny_checkpoint(tmp_path / "small", "qwen2", vocab_size=333)
+    quant = HqqConfig(name="hqq", group_size=32, modules=["mlp", "lm_head"])
+    found = []
+    for vocab in (333, 320, 333, 320):
+        source = open_small_model(small(folder), torch.float32, CPU, SILENT)
+        model = load_small_model(source, vocab, CPU, flat=False)
+        report = quantize_draft(
+            model,
+            quant,
+            identity=source.identity,
+            dtype=source.dtype,
+            device=CPU,
+            unpack=True,
+            note=pytest.fail,
+        )
+        found.append(report.details["cache"])
+    count = found[0]["quantized"]
+    assert [(each["read"], each["quantized"]) for each in found] == [(0, count)] * 2 + [(count, 0)] * 2
+    assert found[0]["folder"] == found[2]["folder"] != found[1]["folder"] == found[3]["folder"]
 
 
 # -------------------------------------------------------------------------------------------------- shipped

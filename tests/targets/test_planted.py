@@ -51,6 +51,14 @@ def test_shapes_are_those_of_the_architecture(shape):
     assert source.tokenizer.vocab_size == len(source.tokenizer) == source.config.vocab_size
 
 
+def test_the_small_siblings_are_as_large_as_published():
+    assert count_parameters(SHAPES["qwen2_5_1_5b"]()) == 1_543_714_304
+    assert count_parameters(SHAPES["llama3_2_1b"]()) == 1_235_814_400
+    for name in ("qwen2_5_1_5b", "llama3_2_1b"):
+        assert SHAPES[name]().tie_word_embeddings
+        assert not SHAPES[f"{name}_untied"]().tie_word_embeddings
+
+
 def empty_shared(source):
     return {name: torch.empty(shape, device="meta") for name, shape in source._shared_shapes.items()}
 

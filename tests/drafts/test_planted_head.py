@@ -1,0 +1,192 @@
+"""``draft.path=planted``: a head out of nothing for a planted target, planned, run and marked like any other."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from subspec.assemble import assemble_streamed
+from subspec.config import (
+    Eagle2DraftConfig,
+    Eagle2TreeConfig,
+    EmbeddedTargetConfig,
+    HubTargetConfig,
+    PlantedTargetConfig,
+    to_config,
+)
+from subspec.config_checks import check_config
+from subspec.decoding.audit import Auditor
+from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for
+from subspec.drafts.eagle_head import EagleShape
+from subspec.drafts.planted_head import PlantedHead
+from subspec.errors import ConfigError
+from subspec.offload.plan import plan_run
+from subspec.report.collect import collect
+from subspec.report.rows import make_rows
+from subspec.targets.layers import open_source
+from subspec.tracking.table import PLANTED_DRAFT
+from tests.helpers.cli import cli, records_of, summary_of
+from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES
+from tests.offload.settings import settings
+from tests.test_config import composed
+
+CPU = torch.device("cpu")
+PATH = Eagle2DraftConfig(name="eagle2", path="planted")
+TINY = PlantedTargetConfig(name="planted_tiny", shape="tiny")
+
+
+def located(shape="tiny", seed=0):
+    return locate_for(PATH, PlantedTargetConfig(name="planted", shape=shape, seed=seed), pytest.fail)
+
+
+def loaded(seed=0, dtype=torch.float32):
+    return load_head(located(seed=seed), hidden=256, target="planted_tiny", dtype=dtype, device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------------- shape
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (
+            "qwen2_5_7b",
+            EagleShape(
+                3584,
+                28,
+                28,
+                128,
+                18944,
+                QWEN2_BIASES,
+                1e-6,
+                {"rope_type": "default", "rope_theta": 1e6},
+                32768,
+            ),
+        ),
+        (
+            "llama3_1_8b",
+            EagleShape(4096, 32, 8, 128, 14336, frozenset(), 1e-5, LLAMA3_ROPE, 131072),
+        ),
+    ],
+)
+def test_it_has_the_shape_of_the_published_head_of_the_family(target, expected):
+    """As many KV heads as heads and three biases for Qwen2.5; the target's KV heads and no bias for Llama-3.1."""
+    assert head_shape(located(target), expected.hidden, target) == expected
+
+
+def test_its_numbers_follow_from_the_targets_seed():
+    first, again, other = (loaded(seed).head.state_dict() for seed in (0, 0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name])
+        if name.endswith("layernorm.weight"):
+            assert torch.equal(tensor, torch.ones(256))
+        else:
+            assert not torch.equal(tensor, other[name])
+            assert tensor.std() == pytest.approx(0.02, rel=0.2)
+    half = loaded(dtype=torch.bfloat16)
+    assert half.planted
+    assert {tensor.dtype for tensor in half.head.state_dict().values()} == {torch.bfloat16}
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "target", [EmbeddedTargetConfig(name="smollm2_135m"), HubTargetConfig(name="qwen2_5_7b", path="a/b")]
+)
+def test_a_real_target_is_not_drafted_for_by_noise(target):
+    line = (
+        rf"^draft\.path=planted is .* planted targets only: for target={target.name} set draft\.path[^\n]*$"
+    )
+    with pytest.raises(ConfigError, match=line):
+        locate_for(PATH, target, pytest.fail)
+    with pytest.raises(ConfigError, match=line):  # and at once, before the target is looked for
+        check_config(to_config(composed(f"target={target.name}", "draft=eagle2", "draft.path=planted")))
+
+
+def test_a_folder_of_that_name_is_written_with_a_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planted").mkdir()
+    assert isinstance(locate_for(PATH, TINY, pytest.fail), PlantedHead)
+    with pytest.raises(ConfigError, match=r"\./planted has no config\.json"):
+        locate_for(Eagle2DraftConfig(name="eagle2", path="./planted"), TINY, pytest.fail)
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+RUN = [
+    *["target=planted_tiny", "benchmark.source=sample", "benchmark.max_samples=1", "warmup=0", "device=cpu"],
+    *["decoding.max_new_tokens=10", "logger=none", "benchmark.max_prompt_tokens=400"],
+]
+
+
+@pytest.mark.parametrize("tree", ["eagle2", "beam"])
+def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(tmp_path, tree):
+    plain = cli(*RUN, "draft=none", f"run_dir={tmp_path / 'plain'}")
+    assert plain.code == 0, plain.err
+    small = ["tree.depth=3", "tree.width=4"] + (["tree.total_tokens=10"] if tree == "eagle2" else [])
+    options = ["draft=eagle2", "draft.path=planted", f"tree={tree}", *small, "audit=true"]
+    ran = cli(*RUN, *options, f"run_dir={tmp_path / 'run'}")
+    assert ran.code == 0, ran.err
+    ours, theirs = (records_of(tmp_path / name) for name in ("run", "plain"))
+    assert [record["token_ids"] for record in ours] == [record["token_ids"] for record in theirs]
+    summary = summary_of(tmp_path / "run")
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["totals"]["tau"] < 1.5
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())["draft"]
+    head = "planted, random weights in the shape of a head for tiny, seed 0"
+    assert facts.items() >= {"head": head, "planted": True, "kv_heads": 8, "dropped": []}.items()
+    assert f"draft eagle2: head {head}, 0.8 M parameters, float32" in ran.out
+    assert PLANTED_DRAFT in ran.out
+    assert summary["context"]["planted"] is True
+    (row,), _ = make_rows(collect([tmp_path / "run"]))
+    assert row.planted
+
+
+# -------------------------------------------------------------------------------------------------- streamed
+
+
+def streamed_settings(path):
+    tree = Eagle2TreeConfig(name="eagle2", depth=3, width=3, total_tokens=10)
+    made = settings(vram_gib=1.0, decoding={"max_length": 128}, resident_layers=2)
+    return replace(made, target=TINY, draft=Eagle2DraftConfig(name="eagle2", path=str(path)), tree=tree)
+
+
+def planned(config, source):
+    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+
+
+def test_it_is_planned_like_the_same_head_from_a_file(tmp_path):
+    head = located()
+    save_file(head.tensors(torch.bfloat16, CPU), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(head.shape().config()))
+    source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
+    ours, theirs = (planned(streamed_settings(path), source) for path in ("planted", tmp_path))
+    assert [(item.name, item.bytes, item.place) for item in ours.items] == [
+        (item.name, item.bytes, item.place) for item in theirs.items
+    ]
+    assert (ours.resident_layers, ours.level_read_bytes) == (theirs.resident_layers, theirs.level_read_bytes)
+    notes = [next(i.note for i in plan.items if i.name == "EAGLE head") for plan in (ours, theirs)]
+    assert notes == ["one layer, 8 KV heads, random weights", "one layer, 8 KV heads"]
+
+
+def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit():
+    config = streamed_settings("planted")
+    source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
+    plan = planned(config, source)
+    assembly = assemble_streamed(config, source, plan, CPU, note=pytest.fail)
+    try:
+        draft = assembly.engine.draft
+        found = {item.name: item.bytes for item in plan.items}
+        assert found["EAGLE head"] == sum(parameter.nbytes for parameter in draft.head.parameters())
+        prompt = [5, 17, 33, 99]
+        result = assembly.engine.generate(prompt, max_new_tokens=6)
+        audit = Auditor(assembly.decoder, assembly.sampling).audit(prompt, result.token_ids)
+        assert audit.mismatch == 0
+        assert found["EAGLE KV cache"] == draft.cache.nbytes
+        assert assembly.draft_facts["planted"]
+        assert "head planted, random weights" in assembly.draft_summary
+    finally:
+        assembly.close()
