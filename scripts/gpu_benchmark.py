@@ -222,9 +222,13 @@ def measure(
         "iteration_s": decode / passes,
         "draft_s": sum(s.draft_s for s in stats) / passes,
         "verify_s": sum(s.verify_s for s in stats) / passes,
+        "pass_s": sum(s.verify_s - s.settle_s for s in stats) / passes,
+        "settle_s": sum(s.settle_s for s in stats) / passes,
         "levels": sum(sum(s.drafted_by_depth) for s in stats) / passes,
     }
-    result["other_s"] = result["iteration_s"] - result["draft_s"] - result["verify_s"]
+    result["other_s"] = result["iteration_s"] - sum(
+        result[part] for part in ("draft_s", "pass_s", "settle_s")
+    )
     per_pass = getattr(decoder, "streamed_bytes_per_pass", None)
     if per_pass is not None:
         floor = per_pass / (link * 1e9)
@@ -263,7 +267,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     shown = Table(title=title)
     columns = {
         "mode": "mode", "tokens/s": "tokens_per_s", "tau": "tau", "s/iter": "iteration_s", "draft": "draft_s",
-        "target": "verify_s", "other": "other_s", "levels": "levels", "GB/pass": "gb_per_pass",
+        "target": "pass_s", "verify": "settle_s", "other": "other_s", "levels": "levels", "GB/pass": "gb_per_pass",
         "roofline": "roofline_share", "of full": "share_of_full_streaming", "peak GiB": "reserved_gib",
     }  # fmt: skip
     for name in columns:

@@ -32,6 +32,7 @@ from subspec.config import (
     Source,
     StreamOffloadConfig,
     SubstituteDraftConfig,
+    Unpack,
 )
 from subspec.config_errors import unknown_key
 from subspec.errors import ConfigError
@@ -51,7 +52,7 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    ("tree.min_depth", _NOT_NEGATIVE, "must not be negative"),
+    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level shows what the draft thinks"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     (
@@ -115,6 +116,7 @@ def check_config(config: Config) -> None:
         present, value = _lookup(config, key)
         if present and not fine(value):
             raise ConfigError(f"{key}={value} {complaint}")
+    _check_execution(config)
     _check_draft(config)
     _check_lengths(config)
     if config.benchmark.source is Source.file and not config.benchmark.path:
@@ -133,6 +135,32 @@ def _lookup(config: Config, key: str) -> tuple[bool, Any]:
             return False, None
         node = getattr(node, part)
     return True, node
+
+
+def _check_execution(config: Config) -> None:
+    """Keys that say how a draft computes are of use either with ``offload=stream`` or without it."""
+    draft, quant, streamed = config.draft, config.quant, isinstance(config.offload, StreamOffloadConfig)
+    if streamed and isinstance(quant, HiggsConfig) and quant.kernel is not HiggsKernel.auto:
+        raise ConfigError(
+            f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
+            "leave quant.kernel at auto"
+        )
+    unpack = getattr(draft, "unpack", Unpack.auto)
+    if streamed and unpack is not Unpack.auto:
+        raise ConfigError(
+            f"draft.unpack={unpack.value} is for single modules, and offload=stream computes with packed weights: "
+            "leave draft.unpack at auto"
+        )
+    kernel = getattr(draft, "kernel", Kernel.auto)
+    if kernel is not Kernel.auto and not streamed:
+        raise ConfigError(
+            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
+            "at auto"
+        )
+    if not getattr(draft, "overlap_launches", True) and not streamed:
+        raise ConfigError(
+            "draft.overlap_launches=false is for the captured levels of offload=stream: set that, or leave it out"
+        )
 
 
 def _check_draft(config: Config) -> None:
@@ -158,18 +186,7 @@ def _check_draft(config: Config) -> None:
         quant = config.quant
         check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
         linear_names(quant.modules)
-        if quant.kernel is not HiggsKernel.auto and isinstance(config.offload, StreamOffloadConfig):
-            raise ConfigError(
-                f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
-                "leave quant.kernel at auto"
-            )
     streamed = isinstance(config.offload, StreamOffloadConfig)
-    kernel = getattr(config.draft, "kernel", Kernel.auto)
-    if kernel is not Kernel.auto and not streamed:
-        raise ConfigError(
-            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
-            "at auto"
-        )
     tree = config.tree
     if isinstance(tree, BeamTreeConfig) and tree.ahead:
         if tree.ahead < 0:
@@ -212,6 +229,11 @@ def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
         check_default(config.target)
     elif not draft.path.strip():
         raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
+    else:
+        from subspec.drafts.planted_head import PLANTED, PlantedHead
+
+        if draft.path == PLANTED:
+            PlantedHead.of(config.target)
     ahead = getattr(config.tree, "ahead", 0)
     if ahead:
         raise ConfigError(

@@ -89,6 +89,19 @@ CHECKS = {
         "tree=adaptive tree.min_depth=49",
         r"tree\.min_depth=49 exceeds tree\.depth=48: lower the former",
     ),
+    "no first level": ("tree=adaptive tree.min_depth=0", r"tree\.min_depth=0 must be at least 1"),
+    "unpacked and streamed": (
+        "plan_only=true offload=stream draft.unpack=always",
+        r"draft\.unpack=always is for single modules, .*leave draft\.unpack at auto",
+    ),
+    "kernel of modules for what only decodes": (
+        "plan_only=true offload=stream offload.codec=substitute draft=none quant=higgs quant.kernel=lut_mma",
+        r"quant\.kernel=lut_mma is for single modules: with offload=stream set draft\.kernel",
+    ),
+    "launches of levels that are not captured": (
+        "draft.overlap_launches=false",
+        r"draft\.overlap_launches=false is for the captured levels of offload=stream: set that",
+    ),
     "negative seed": ("seed=-1", r"seed=-1 must not be negative"),
     "negative warm-up": ("warmup=-1", r"warmup=-1 must not be negative"),
     "probability above one": (

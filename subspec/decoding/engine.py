@@ -181,11 +181,13 @@ class Engine:
             if emission.remaining - 1 > levels:
                 self._draft_ahead(clock)
             with clock.phase("verify"):
-                hidden, verdict = self._verify(size, levels)
+                hidden, logits = self._score(size)
+            with clock.phase("settle"):
+                verdict = self._judge(logits, levels)
             with clock.waiting("wait for the verdict"):
                 # The iteration's one synchronisation.
                 accepted, emitted, depth = verdict.read_with_depth()
-            with clock.phase("commit"):
+            with clock.phase("settle"):
                 self._commit(verdict, len(accepted), levels, hidden)
             root = verdict.bonus
             stats.iterations += 1
@@ -279,14 +281,16 @@ class Engine:
             for _ in range(levels):
                 self._level_step(self.tree)
 
-    def _verify(self, size: int, levels: int) -> tuple[Tensor, Verdict]:
-        """One target pass over the first ``size`` nodes, ``levels`` levels: its hidden states [rows, hidden], and what
-        it accepts."""
-        tree = self.tree
+    def _score(self, size: int) -> tuple[Tensor, Tensor]:
+        """One target pass over the first ``size`` nodes: hidden states [rows, hidden], logits [size, vocabulary]."""
         hidden = self._pass(round_up(size, self._rows))
-        logits = self.target.logits(hidden)[:size]
-        chosen = self.sampler.choose(logits, self.cache.length + 1, tree.depths[:size], levels + 1)
-        return hidden, verify(tree, chosen, levels)
+        return hidden, self.target.logits(hidden)[:size]
+
+    def _judge(self, logits: Tensor, levels: int) -> Verdict:
+        """What the target, with these ``logits`` of the first nodes, accepts of the tree's first ``levels`` levels."""
+        depths = self.tree.depths[: logits.shape[0]]
+        chosen = self.sampler.choose(logits, self.cache.length + 1, depths, levels + 1)
+        return verify(self.tree, chosen, levels)
 
     def _pass(self, rows: int) -> Tensor:
         """The target's hidden states [rows, hidden] of the first ``rows`` entries of the tree's tensors.
@@ -347,4 +351,6 @@ class Engine:
 
 def _add_phases(stats: GenerationStats, phases: dict[str, float]) -> None:
     stats.draft_s += phases.get("draft", 0.0)
-    stats.verify_s += phases.get("verify", 0.0) + phases.get("commit", 0.0)
+    settle = phases.get("settle", 0.0)
+    stats.settle_s += settle
+    stats.verify_s += phases.get("verify", 0.0) + settle

@@ -27,6 +27,8 @@ class GenerationStats:
         decode_s: seconds from the first token to the last.
         draft_s: share of ``decode_s`` spent drafting (device time on a GPU).
         verify_s: share of ``decode_s`` spent in target passes and verification.
+        settle_s: share of ``verify_s`` behind the target's logits: choosing tokens, accepting a path, moving its keys
+            and values, re-rooting what was drafted ahead.
         transfer_s: seconds in which the host-to-device link carried weights, prefill included (0 without
             offloading).
         bytes_streamed: weight bytes that crossed the link, prefill included.
@@ -42,6 +44,7 @@ class GenerationStats:
     decode_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
+    settle_s: float = 0.0
     transfer_s: float = 0.0
     bytes_streamed: int = 0
 

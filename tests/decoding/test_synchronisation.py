@@ -17,7 +17,7 @@ from subspec.decoding.sampling import PositionNoise, Sampling
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.own_cache import OwnCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from tests.helpers.drafts import engine_for
+from tests.helpers.drafts import engine_for, verified
 from tests.helpers.eagle import SHAPES, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
@@ -48,7 +48,7 @@ def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, own_ca
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])
         for iteration in range(2):
             engine._draft(root, most_levels=10)
-            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            hidden, verdict = verified(engine)
             assert hidden.shape == (13, 64)
             with pytest.raises((DataDependentOutputException, RuntimeError)):
                 verdict.read()  # the one read-back of an iteration; on fake tensors it has to fail
@@ -72,7 +72,7 @@ def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampli
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])
         for accepted in (3, 1):
             engine._draft(root, most_levels=10)
-            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            hidden, verdict = verified(engine)
             assert hidden.shape == (growth.pass_nodes, 64)
             engine._commit(verdict, accepted, engine.tree.levels, hidden)
             root = verdict.bonus
@@ -102,12 +102,12 @@ def operations(engine):
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])
         engine._draft(root, 10)
-        hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+        hidden, verdict = verified(engine)
         engine._commit(verdict, 1, engine.tree.levels, hidden)
         with OperationCount() as drafting:
             engine._draft(root, 10)
         with OperationCount() as verifying:
-            engine._verify(engine.tree.size, engine.tree.levels)[1].read()
+            verified(engine)[1].read()
     assert engine.tree.size == engine.growth.pass_nodes
     return drafting.count, verifying.count
 
@@ -135,13 +135,13 @@ def test_no_synchronisation_on_a_gpu(sampling, kind, growth):
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])
         engine._draft(root, 10)
-        hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+        hidden, verdict = verified(engine)
         verdict.read()
         engine._commit(verdict, 1, engine.tree.levels, hidden)
         torch.cuda.set_sync_debug_mode("error")
         try:
             engine._draft(root, 10)
-            hidden, verdict = engine._verify(engine.tree.size, engine.tree.levels)
+            hidden, verdict = verified(engine)
             engine._commit(verdict, 2, engine.tree.levels, hidden)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 verdict.read()

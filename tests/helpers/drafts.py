@@ -10,6 +10,7 @@ from subspec.decoding.growth import Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree import Tree
+from subspec.decoding.verify import Verdict
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
@@ -94,6 +95,12 @@ def engine_for(
     draft = SubstituteDraft(substitute_of(model, bits=bits)) if growth is not None else None
     options = {"max_length": 256, "prefill_chunk": 16, **options}
     return Engine(Decoder(model), draft, growth, sampling=sampling, **options)
+
+
+def verified(engine: Engine) -> tuple[Tensor, Verdict]:
+    """The hidden states of a target pass over the engine's whole tree, and what it accepts."""
+    hidden, logits = engine._score(engine.tree.size)
+    return hidden, engine._judge(logits, engine.tree.levels)
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
