@@ -161,27 +161,30 @@ def test_streamed_runs_by_higgs_and_coded_ones_keep_their_budget_and_pass_the_au
 
 
 def test_a_run_on_the_device_and_a_streamed_one_agree_up_to_near_ties(tmp_path):
-    texts = []
+    found = []
     for name, offload in (
         ("device", ["offload=none"]),
         ("streamed", ["offload=stream", "offload.vram_gib=0.5"]),
     ):
         ran = cli(*TINY, *offload, "audit=true", f"run_dir={tmp_path / name}")
         assert ran.code == 0, ran.err
-        texts.append([record["token_ids"] for record in records_of(tmp_path / name)])
-    same = sum(a == b for one, two in zip(*texts, strict=True) for a, b in zip(one, two, strict=True))
-    assert same > 0
+        found.append(records_of(tmp_path / name))
+    for one, two in zip(*found, strict=True):
+        assert one["token_ids"][0] == two["token_ids"][0]
+        # Each is the argmax up to the margin (the audits passed): where they part, one of them met a near-tie.
+        if one["token_ids"] != two["token_ids"]:
+            assert one["audit"]["near_tie"] + two["audit"]["near_tie"] > 0
 
 
 def test_accelerates_offloading_runs_the_same_target(tmp_path):
     folder = tmp_path / "run"
     ran = cli(
-        *TINY, "draft=none", "offload=accelerate", "offload.vram_gib=1.6", "audit=true", f"run_dir={folder}"
-    )
+        *TINY, "draft=none", "offload=accelerate", "offload.vram_gib=1.505", "audit=true", f"run_dir={folder}"
+    )  # the target has 13 MB, and 1.5 GiB are kept for everything else
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
     assert summary["audit"]["mismatch"] == 0
-    assert summary["run"]["modules_offloaded"] >= 0
+    assert summary["run"]["modules_offloaded"] > 0
     assert "drawn on cuda" in summary["run"]["target_source"]  # the same weights as every other run's
 
 
@@ -190,20 +193,34 @@ def test_an_interrupted_streamed_run_frees_the_device_and_resumes(tmp_path):
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
-    process = command(
-        *TINY, "offload=stream", "offload.vram_gib=0.5", "decoding.max_new_tokens=400", f"run_dir={folder}"
-    )
+    long = ["benchmark.max_samples=5", "decoding.max_new_tokens=900"]
+    process = command(*TINY, *long, "offload=stream", "offload.vram_gib=0.5", f"run_dir={folder}")
     records = folder / "records.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (records.exists() and records.read_bytes().count(b"\n") >= 1):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, 0), err  # 0: it was quicker
+    assert process.returncode == 130, err
+    assert 1 <= len(records_of(folder)) < 5
     assert torch.cuda.mem_get_info()[0] > before - 64 * 2**20
     ran = cli(f"run_dir={folder}", "resume=true")
     assert ran.code == 0, ran.err
-    assert len(records_of(folder)) == 2
+    assert len(records_of(folder)) == 5
+
+
+def test_a_process_of_its_own_takes_no_more_than_its_plan_loading_included(tmp_path):
+    folder = tmp_path / "run"
+    process = command(*TINY, "draft.kernel=int4_mma", "offload=stream", "offload.vram_gib=0.5", "audit=true",
+                      "offload.resident_layers=2", f"run_dir={folder}")  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    summary, plan = summary_of(folder), json.loads((folder / "plan.json").read_text())
+    planned = plan["device_bytes"] / 2**30
+    assert planned <= 0.5
+    assert 0 < summary["peak_vram_gib"] <= planned
+    assert 0 < summary["run"]["loading_peak_vram_gib"] <= planned
+    assert summary["run"]["reserved_vram_gib"] <= 0.5
 
 
 def test_an_infeasible_budget_is_refused_before_loading(tmp_path):

@@ -1,0 +1,82 @@
+"""Streamed runs never wait for the device while they draft and verify, whatever drafts and however weights are kept."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.assemble import assemble_streamed
+from subspec.choices import Codec, Kernel
+from subspec.config import Config, PlantedTargetConfig, SmallModelDraftConfig, SubstituteDraftConfig
+from subspec.drafts.fused import FusedSubstitute
+from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.offload.plan import plan_run
+from subspec.targets.layers import open_source
+from tests.helpers.drafts import verified
+from tests.offload.settings import settings
+
+SAMPLED = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
+
+
+def tiny_settings(draft: str, codec: Codec, sampled: bool) -> Config:
+    config = settings(
+        1.0,
+        draft,
+        tree=(4, 3),
+        sampling=SAMPLED if sampled else None,
+        decoding={"max_length": 128},
+        codec=codec,
+        resident_layers=2,
+    )
+    drafts = {
+        "subspec": SubstituteDraftConfig(name="subspec", kernel=Kernel.int4_mma),
+        "small_model": SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"),
+    }
+    target = PlantedTargetConfig(name="planted_tiny", shape="tiny")
+    return replace(config, target=target, draft=drafts.get(draft, config.draft))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("draft", "codec"),
+    [
+        ("subspec", Codec.none),
+        ("subspec", Codec.substitute),
+        ("small_model", Codec.none),
+        ("layer_skip", Codec.none),
+    ],
+)
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])
+def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec, sampled):
+    config, device = tiny_settings(draft, codec, sampled), torch.device("cuda")
+    source = open_source(config.target, torch.bfloat16, device, note=pytest.fail)
+    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    assert plan.codec is codec
+    assert plan.streamed_layers
+    assembly = assemble_streamed(config, source, plan, device, note=lambda text: None)
+    engine = assembly.engine
+    drafting = engine.draft.levels if isinstance(engine.draft, OwnCacheDraft) else engine.draft
+    assert isinstance(drafting, FusedSubstitute)
+    try:
+        with torch.inference_mode():
+            root = engine._prefill([1, 2, 3])
+            for _ in range(2):  # compiles and captures
+                engine._draft(root, 10)
+                hidden, verdict = verified(engine)
+                verdict.read()
+                engine._commit(verdict, 1, engine.tree.levels, hidden)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(2):
+                    engine._draft(root, 10)
+                    hidden, verdict = verified(engine)
+                    engine._commit(verdict, 1, engine.tree.levels, hidden)
+                with pytest.raises(RuntimeError, match="synchroniz"):
+                    verdict.read()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    finally:
+        assembly.close()
