@@ -1,4 +1,4 @@
-"""The scripts that print the tables of ``experiments/drafts`` and ``experiments/quantizers`` from run folders."""
+"""The scripts that print the tables of ``experiments``: from run folders, and the planner's, which needs none."""
 
 import importlib.util
 import json
@@ -81,3 +81,31 @@ def test_bits_errors_acceptance_and_levels_meet_in_a_row(quantizers, tmp_path, c
 def test_only_substitutes_are_rows_of_the_quantizers(quantizers, tmp_path):
     with pytest.raises(SystemExit, match="draft=none is no substitute"):
         quantizers.main([plain_run(tmp_path / "plain")])
+
+
+# ------------------------------------------------------------------------------------------------- planner
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return module_of(ROOT / "experiments" / "planner" / "plans.py")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (ROOT / "experiments" / "planner" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_planners_page_shows_what_its_command_prints(planner, page):
+    """Whole tables: a number that the command no longer prints is one too many."""
+    assert "\n".join(planner.comparison()) in page
+    for codec in planner.CODECS:
+        assert f"offload.codec={codec.value}" in page
+        assert f"\n{planner.in_full('qwen2_5_7b', codec)}\n" in page
+
+
+def test_the_planner_tells_weights_as_they_are_from_coded_ones(planner):
+    exact, coded = (planner.drafted("qwen2_5_7b", codec) for codec in planner.CODECS)
+    assert (len(exact.resident_layers), len(coded.resident_layers)) == (5, 11)
+    assert (exact.codec.value, coded.codec.value) == ("none", "substitute")
+    assert coded.layer_bytes < exact.layer_bytes / 2
