@@ -3,10 +3,14 @@
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,3 +124,25 @@ print(sum(p.numel() for p in head.head.parameters()), count_parameters(source.co
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["4203648", "7997568"]
+
+
+@pytest.mark.parametrize("extra", ["dev", "sweep", "dashboard"])
+def test_what_an_extra_asks_for_is_pinned(extra):
+    """To a version that it allows; ``pip install -c constraints.txt -e '.[EXTRA]'`` is then what was tested."""
+    pins = pinned()
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_pins_leave_rays_launcher_a_boto3():
+    """Botocore asks for python-dateutil below 3; against another pin pip tries all its versions, for ever."""
+    assert Version(pinned()["python-dateutil"]) < Version("3")
+
+
+def pinned():
+    """Versions in ``constraints.txt`` by canonical name."""
+    lines = [
+        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
+    ]
+    return {canonicalize_name(line.name): next(iter(line.specifier)).version for line in lines}
