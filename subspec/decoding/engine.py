@@ -184,6 +184,7 @@ class Engine:
                 hidden, logits = self._score(size)
             with clock.phase("settle"):
                 verdict = self._judge(logits, levels)
+            del logits  # of the whole vocabulary: the next pass's must not come beside them
             with clock.waiting("wait for the verdict"):
                 # The iteration's one synchronisation.
                 accepted, emitted, depth = verdict.read_with_depth()

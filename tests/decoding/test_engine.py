@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +171,26 @@ def test_tokens_are_streamed_as_they_are_emitted(model, reference):
     assert seen[0] == reference[:1]
     assert len(seen) > 2
     assert [token for block in seen for token in block] == reference[:40]
+
+
+def test_the_logits_of_a_tree_are_gone_before_the_next_one_is_drafted(model, monkeypatch):
+    """They are the largest piece of a pass's workspace, which a plan counts once."""
+    engine, alive = engine_for(model, Beam(6, 3)), []
+    score, draft = engine._score, engine._draft
+
+    def scored(size):
+        hidden, logits = score(size)
+        alive.append(weakref.ref(logits))
+        return hidden, logits
+
+    def drafted(*arguments):
+        assert not any(reference() is not None for reference in alive)
+        return draft(*arguments)
+
+    monkeypatch.setattr(engine, "_score", scored)
+    monkeypatch.setattr(engine, "_draft", drafted)
+    engine.generate(PROMPT, max_new_tokens=30)
+    assert len(alive) > 1
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -359,14 +359,18 @@ class Copies(ModelSource):
 def test_the_exact_head_is_not_on_the_device_afterwards():
     device = torch.device("cuda")
     model = tiny(device, vocab_size=40_000, hidden_size=512, intermediate_size=1024)
-    exact, sizes = 2 * model.lm_head.weight.numel(), []
-    for planned in (0, 0, ROOM):  # the first one leaves what libraries keep
+    exact, sizes, bits = 2 * model.lm_head.weight.numel(), {0: [], ROOM: []}, 16.0
+    for planned in (0, ROOM, 0, ROOM, 0, ROOM):  # the first ones leave what libraries keep
         gc.collect()
         plan = plan_for((), 2, codec=Codec.substitute, layer_bytes=ROOM)
         object.__setattr__(plan, "coded_head_bytes", planned)
         before = torch.cuda.memory_allocated()
         loaded = load_streamed(Copies(model), plan, device, fuser=fuser_of(model))
-        sizes.append(torch.cuda.memory_allocated() - before)
+        sizes[planned].append(torch.cuda.memory_allocated() - before)
+        bits = loaded.head_bits_per_weight or bits
         loaded.close()
         del loaded
-    assert sizes[1] - sizes[2] == pytest.approx(exact * 9 / 16, rel=0.05)
+    # What an earlier test left may go in between, and makes a size smaller; nothing makes one larger.
+    saved = max(sizes[0][1:]) - max(sizes[ROOM][1:])
+    assert 6 < bits < 8
+    assert saved == pytest.approx(exact * (16 - bits) / 16, rel=0.15)

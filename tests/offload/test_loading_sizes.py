@@ -1,5 +1,7 @@
 """What loading takes of the device for a moment: the figures against what the code allocates, and the plan's room."""
 
+import gc
+
 import pytest
 import torch
 
@@ -282,6 +284,7 @@ def test_layers_that_wait_make_room():
     model = tiny(layers=6, device=device)
     peaks = []
     for waiting in (0, 6):
+        gc.collect()  # what earlier tests left must not go in between
         plan = plan_for((), 1, codec=Codec.none)
         object.__setattr__(plan, "waiting_layers", waiting)
         held = []
