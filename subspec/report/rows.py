@@ -328,14 +328,15 @@ def _is_baseline(row: Row, baseline: str | None) -> bool:
 
 
 def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """Of several baselines, those most like the row: itself, then same device, decoding, offloading, quantizer of coded
-    weights, experiment."""
+    """Of several baselines, those most like the row: itself, then same device, decoding, streamed or not, offloading,
+    quantizer of coded weights, experiment."""
     if row in candidates:
         return [row]
     found = list(candidates)
     for same in (
         lambda other: other.device == row.device,
         lambda other: _decoding(other) == _decoding(row),
+        lambda other: bool(other.ceilings) == bool(row.ceilings),
         lambda other: _offload(other) == _offload(row),
         lambda other: not _is_coded(other.runs[0]) or _quant(other) == _quant(row),
         lambda other: other.experiment == row.experiment,

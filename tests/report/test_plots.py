@@ -10,6 +10,7 @@ from subspec.report.plots import (
     PALETTE,
     PLANTED,
     SAMPLE,
+    _styles,
     acceptance,
     roofline,
     save,
@@ -146,6 +147,37 @@ def test_the_ceiling_has_the_slope_of_the_link(rows):
     (x0, x1), (y0, y1) = ceiling.get_xdata(), ceiling.get_ydata()
     assert (y1 - y0) / (x1 - x0) == pytest.approx(50.0 / 5.0)
     assert ceiling.get_label() == "ceiling, plain weights: 100 ms a pass"
+
+
+def test_passes_that_differ_by_the_links_measurement_share_a_ceiling(tmp_path):
+    for seed, link in enumerate(
+        [LinkInfo(50.0, 5_000_000_000), LinkInfo(50.5, 5_000_000_000), LinkInfo(50.0, 6_000_000_000)]
+    ):
+        draft = {"name": "subspec", "temperature": 1.0 + seed}
+        write_run(tmp_path / str(seed), turns([10.0], link=link), config_of(draft))
+    (axis,) = roofline(make_rows(collect([tmp_path]))[0]).axes
+    labels = [label for label in axis.get_legend_handles_labels()[1] if label.startswith("ceiling")]
+    assert labels == [
+        "ceiling, plain weights: 99 to 100 ms a pass",
+        "ceiling, plain weights: 120 ms a pass",
+    ]
+
+
+def test_eight_methods_look_different():
+    names = [f"method {index}" for index in range(20)]
+    assert len({(colour, marker) for colour, _, marker in _styles(names).values()}) == len(names)
+
+
+def test_bars_name_their_experiment_where_there_are_several(tmp_path):
+    write_run(tmp_path / "one", turns([10.0]), config_of(experiment="first"))
+    write_run(tmp_path / "two", turns([10.0]), config_of(experiment="second"))
+    rows = make_rows(collect([tmp_path]))[0]
+
+    def named(shown):
+        return [label.get_text() for label in speed(shown).axes[0].get_yticklabels()]
+
+    assert [label.partition(":")[0] for label in named(rows)] == ["first", "second"]
+    assert ":" not in named(rows[:1])[0]
 
 
 def test_a_legend_and_the_footnote_have_room_of_their_own(rows):

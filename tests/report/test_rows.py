@@ -142,6 +142,20 @@ def test_the_closest_plain_run_is_the_baseline(tmp_path):
     assert rows["subspec hqq4, beam 3x2, stream 8 GiB"].baseline.label == "plain decoding, stream 8 GiB"
 
 
+def test_streamed_runs_compare_with_plain_streaming_however_their_weights_are_kept(tmp_path):
+    link, budget = LinkInfo(50.0, 5_000_000_000), {"vram_gib": 8.0}
+    other = {"name": "accelerate", **budget}
+    uncoded, coded = ({"name": name, **budget} for name in ("stream_uncoded", "stream"))
+    plain_run(tmp_path / "accelerate", config=config_of("none", offload=other))
+    plain_run(tmp_path / "streamed", config=config_of("none", offload=uncoded), link=link)
+    write_run(tmp_path / "ours", turns(OURS, link=link), config_of(offload=coded))
+    rows, notes = make_rows(collect([tmp_path]))
+    (ours,) = (row for row in rows if row.draft == "subspec")
+    assert ours.baseline.label == "plain decoding, stream_uncoded 8 GiB"
+    assert "offloading or budget" in ours.baseline.differences
+    assert notes == []
+
+
 def test_what_else_differs_from_the_baseline_is_said(tmp_path):
     plain_run(tmp_path / "plain", PLAIN[:2], config=config_of("none", decoding={"name": "sampling"}))
     write_run(tmp_path / "ours", turns(OURS, device="cuda"), gpu="H200")
