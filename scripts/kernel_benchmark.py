@@ -30,6 +30,7 @@ from subspec.kernels.timing import graph_time, rotated_time, rotation
 
 SHAPES = {
     "qwen2_5_7b": (3584, 18944, 28, 4, 128, 152064, 28),
+    "qwen2_5_32b": (5120, 27648, 40, 8, 128, 152064, 64),
     "llama3_1_8b": (4096, 14336, 32, 8, 128, 128256, 32),
 }
 """hidden, intermediate, q heads, kv heads, head dimension, vocabulary, layers."""

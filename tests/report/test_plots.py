@@ -158,7 +158,7 @@ def test_passes_that_differ_by_the_links_measurement_share_a_ceiling(tmp_path):
     (axis,) = roofline(make_rows(collect([tmp_path]))[0]).axes
     labels = [label for label in axis.get_legend_handles_labels()[1] if label.startswith("ceiling")]
     assert labels == [
-        "ceiling, plain weights: 99 to 100 ms a pass",
+        "ceiling, plain weights: 99.0 to 100 ms a pass",
         "ceiling, plain weights: 120 ms a pass",
     ]
 
