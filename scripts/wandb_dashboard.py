@@ -1,6 +1,6 @@
 """Make a Weights & Biases workspace of a project's runs: the report's charts, grouped by experiment and method.
 
-    pip install wandb-workspaces && wandb login
+    pip install -e ".[dashboard]" && wandb login
     python scripts/wandb_dashboard.py ENTITY [--project subspec]
 
 Runs say what is needed for it when they start (``logger=wandb``): their group is the experiment, ``method`` in their

@@ -166,13 +166,16 @@ def test_the_errors_are_those_the_page_states(check):
     lines = check.lines()
     assert "\n".join(lines) in page, "run experiments/predict/check.py and put its table into the README"
     errors = {(one.run, one.note): one.error for one in check.compare()}
-    serial_beams = [e for (run, _), e in errors.items() if "beam 48" in run]
-    assert all(abs(error) < 0.10 for error in serial_beams)
+    exact_head = [e for (run, _), e in errors.items() if "own" not in run and "ahead" not in run]
+    assert len(exact_head) == 7
+    assert all(abs(error) < 0.035 for error in exact_head)
+    own_head = [e for (run, _), e in errors.items() if "own" in run]
+    assert all(abs(error) < 0.085 for error in own_head)
     (streaming,) = [e for (run, _), e in errors.items() if "plain streaming" in run]
     assert abs(streaming) < 0.01
-    ahead = [e for (run, _), e in errors.items() if "32 ahead" in run and "coded, " not in run]
+    ahead = [e for (run, _), e in errors.items() if " ahead" in run]
     assert len(ahead) == 2
-    assert all(abs(error) < 0.12 for error in ahead)
+    assert max(ahead) < 0.25
     assert max(errors.values()) < 0.60, "the defective runs, and levels ahead of a coded target"
 
 

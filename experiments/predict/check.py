@@ -10,7 +10,7 @@ README.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subspec.choices import Codec
@@ -32,24 +32,22 @@ from subspec.targets.planted import SHAPES
 
 GPU = Path(__file__).resolve().parents[1] / "gpu"
 FILES = (
-    "first_light.json",
-    "subspec_adaptive.json",
-    "overlap.json",
-    "ahead.json",
-    "../codec/plain_h200.json",
-    "../codec/coded_h200.json",
+    "benchmark_h200.json",
+    "../codec/fast_level_h200.json",
+    "../codec/own_head_h200.json",
+    "../codec/trees_h200.json",
     "qwen2_5_32b.json",
 )
-SERIAL = {"../codec/plain_h200.json": 25.629, "../codec/coded_h200.json": 25.629}
-"""tau of the serial 48-level run beside one with levels ahead, where it is not the 22.425 of the older ones."""
-OLD_SERIAL = 22.425
-FITTED = (("subspec_adaptive.json", "subspec"), ("qwen2_5_32b.json", "subspec beam:48:6:0"))
-"""The two runs that the constants of a draft level come from: their drafting says nothing about the model."""
-
-WITHOUT_FILE = {
-    "plain": (7.91, 55.4, "experiments/gpu/README.md, step 3 of its log"),
-}
-"""A measurement that is stated but has no JSON beside it."""
+"""Runs with the kernels of today; ``NOTES`` names the one that is older."""
+SERIAL = {"benchmark_h200.json": 24.243, "../codec/trees_h200.json": 24.711}
+"""tau of the serial 48-level run beside those with levels ahead."""
+NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms, now 6.7"}
+LEVELS = (
+    ("qwen2_5_7b", "../quantizers/level_times_h200.json"),
+    ("qwen2_5_32b", "level_32b_h200.json"),
+)
+"""Targets and times of single levels (``scripts/level_benchmark.py``) that the constants of a level come from. No whole
+run went into the fit."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,18 @@ def config(
     ahead: int,
     resident: int | None,
     codec: Codec = Codec.none,
+    head_bits: int | None = None,
 ) -> Config:
     """A run of ``scripts/gpu_benchmark.py``."""
+    quant = HqqConfig(name="hqq")
+    if head_bits:
+        quant = replace(
+            quant, modules=[*quant.modules, "lm_head"], bits_by=replace(quant.bits_by, lm_head=head_bits)
+        )
     return Config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
         draft=SubstituteDraftConfig(name="subspec"),
-        quant=HqqConfig(name="hqq"),
+        quant=quant,
         tree=BeamTreeConfig(name="beam", depth=depth, width=width, ahead=ahead),
         decoding=DecodingConfig(name="greedy", max_new_tokens=None),
         offload=StreamOffloadConfig(name="stream", vram_gib=vram, resident_layers=resident, codec=codec),
@@ -103,12 +107,12 @@ def streamed_runs() -> Iterator[tuple[str, dict, dict]]:
     for file in FILES:
         content = json.loads((GPU / file).read_text(encoding="utf-8"))
         for result in content["results"]:
-            if result["mode"] != "plain":
+            if result["mode"].startswith("subspec"):
                 yield file, content, result
 
 
 def compare() -> list[Compared]:
-    """Every committed run, and the one without a file."""
+    """Every committed run, and plain streaming."""
     found = []
     for file, content, result in streamed_runs():
         mode = result["mode"]
@@ -117,25 +121,25 @@ def compare() -> list[Compared]:
         depth, width, ahead = (
             (int(part) for part in said.groups()[1:]) if said else (content["depth"], content["width"], 0)
         )
-        levels = depth
-        if (
-            kind == "adaptive" and not ahead
-        ):  # it stops where it likes: the prediction gets how deep it went on average
-            levels = round(result["levels"])
+        if kind == "adaptive" and ahead:
+            continue  # it has neither a depth of its own nor a serial twin
+        # An adaptive tree stops where it likes: the prediction gets how deep it went on average.
+        levels = round(result["levels"]) if kind == "adaptive" else depth
         codec = Codec(content.get("codec", "none"))
         layers = result["resident_layers"]
-        run = config(content["target"], content["vram"], levels, width, ahead, layers, codec)
+        head = content.get("head_bits")
+        run = config(content["target"], content["vram"], levels, width, ahead, layers, codec, head)
         # Of a tree drafted ahead the mean tau is of two kinds of trees: survival comes from the serial run.
-        serial = SERIAL.get(file, OLD_SERIAL)
-        tau, measured_at = (result["tau"], levels) if not ahead else (serial, 48)
+        tau, measured_at = (result["tau"], levels) if not ahead else (SERIAL[file], 48)
         way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(tau, measured_at))
         measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
-        note = "constants fitted to its drafting" if (file, mode) in FITTED else ""
+        note = NOTES.get(file, "")
         if ahead:
-            note = f"survival from the serial run (tau {serial:.1f} at 48)"
+            note = f"survival from the serial run (tau {tau:.1f} at 48)"
         elif kind == "adaptive":
             note = f"given its mean depth of {levels}"
         coded = ", coded" if codec is Codec.substitute else ""
+        coded += f", own {head}-bit head" if head else ""
         name = f"{content['target']} in {content['vram']:g} GiB{coded}, {kind} {depth} x {width}"
         found.append(
             Compared(
@@ -145,32 +149,30 @@ def compare() -> list[Compared]:
                 note,
             )
         )
-    return found + _without_file()
+    return [*found, _plain()]
 
 
-def _without_file() -> list[Compared]:
-    speed, link, source = WITHOUT_FILE["plain"]
-    machine = Machine(link, find_card("H200").memory_gb_per_s)
+def _plain() -> Compared:
+    content = json.loads((GPU / FILES[0]).read_text(encoding="utf-8"))
+    (result,) = (one for one in content["results"] if one["mode"] == "plain")
+    machine = Machine(content["link_gb_per_s"], find_card("H200").memory_gb_per_s)
     run = config("qwen2_5_7b", 8.0, 48, 6, 0, None)
-    found = predict(
-        run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(OLD_SERIAL, 48), depths=()
-    ).plain
+    found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(20, 48), depths=()).plain
     assert found is not None
-    plain = Compared("qwen2_5_7b in 8 GiB, plain streaming", (speed, 0.0, 0.126, 1.0), found, source)
-    return [plain]
+    measured = result["tokens_per_s"], 0.0, result["verify_s"], 1.0
+    return Compared(f"qwen2_5_7b in 8 GiB, plain streaming (`{FILES[0]}`)", measured, found, "")
 
 
 def fitted() -> tuple[float, float]:
-    """(seconds per layer, share of the memory bandwidth) from the two runs' milliseconds per draft level."""
+    """(seconds per layer, share of the memory bandwidth) from the time of a level of two targets."""
     points = []
-    for file, content, result in streamed_runs():
-        if (file, result["mode"]) not in FITTED:
-            continue
-        run = config(content["target"], content["vram"], 48, 6, 0, result["resident_layers"])
-        model = SHAPES[content["target"]]()
+    for shape, file in LEVELS:
+        content, model = json.loads((GPU / file).read_text(encoding="utf-8")), SHAPES[shape]()
+        run = config(shape, 24.0, 48, 6, 0, None)
         plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
         nominal = plan.level_read_bytes / (find_card("H200").memory_gb_per_s * 1e9)
-        points.append((model.num_hidden_layers, nominal, result["draft_s"] / result["levels"]))
+        level = content["formats"]["hqq:4"]["ms_per_level"] / 1e3
+        points.append((model.num_hidden_layers, nominal, level))
     (l1, n1, t1), (l2, n2, t2) = points
     inverse = (t2 - t1 * l2 / l1) / (n2 - n1 * l2 / l1)
     return (t1 - n1 * inverse) / l1, 1 / inverse
