@@ -8,8 +8,8 @@ everything is composed: records and plans hold the number.
 from omegaconf import DictConfig, OmegaConf
 
 PAPER_TREES = {"subspec": {"depth": 48, "width": 6}, "small_model": {"depth": 32, "width": 6}}
-"""By draft: the settings of SubSpec (arXiv 2509.18344) and of its small-model baseline. Other drafts are not accepted that
-far."""
+"""By draft: the settings of SubSpec (arXiv 2509.18344) and of its small-model baseline. Other drafts are not accepted
+that far."""
 
 
 def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
