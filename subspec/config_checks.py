@@ -6,7 +6,7 @@ plain ranges, which are listed here in one table.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -69,6 +69,11 @@ RANGES: list[Check] = [
     ),
     ("decoding.top_k", _NOT_NEGATIVE, "must not be negative (0: off)"),
     ("decoding.top_p", lambda value: 0 < value <= 1, "must lie in (0, 1] (1: off)"),
+    (
+        "decoding.bitwise",
+        lambda value: value == "auto" or isinstance(value, bool),
+        "must be auto, true or false",
+    ),
     ("decoding.stop", all, "holds an empty string: leave it out"),
     ("offload.vram_gib", _POSITIVE, "must be positive"),
     ("offload.resident_layers", _NOT_NEGATIVE, "must not be negative (null: as many as fit)"),
@@ -288,7 +293,7 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
     Raises:
         ConfigError: with the first contradiction found.
     """
-    from subspec.targets.target import attention_window
+    from subspec.targets.check_model import check_model_config
 
     drafting = not isinstance(config.draft, NoDraftConfig)
     tree = config.tree
@@ -298,25 +303,12 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
             f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
             f"lower tree.width"
         )
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions and config.decoding.max_length > positions:
-        raise ConfigError(
-            f"decoding.max_length={config.decoding.max_length} exceeds the {positions} positions of target "
-            f"{config.target.name}: lower decoding.max_length"
-        )
-    window = attention_window(model)
-    if window and config.decoding.max_length > window:
-        raise ConfigError(
-            f"decoding.max_length={config.decoding.max_length} exceeds the attention window of {window} tokens of "
-            f"target {config.target.name}, whose sliding attention is not built: lower decoding.max_length to "
-            f"{window}"
-        )
-    kind = rope_kind(model)
-    if kind in MOVING_ROPE:
-        raise ConfigError(
-            f"target {config.target.name} has {kind} rotary embeddings, whose frequencies depend on how far a pass "
-            "reaches: a tree would change them, so it cannot be decoded losslessly here; take another target"
-        )
+    check_model_config(
+        model,
+        name=f"target {config.target.name}",
+        max_length=config.decoding.max_length,
+        key="decoding.max_length",
+    )
     if isinstance(config.draft, LayerSkipDraftConfig):
         from subspec.drafts.layer_skip import chosen_layers
 
@@ -342,11 +334,17 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
 MOVING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embeddings that transformers computes anew from the largest position of a pass."""
 
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embeddings that depend on a token's position alone."""
+
 
 def rope_kind(model: PretrainedConfig) -> str:
-    """``default``, ``linear``, ``llama3``, ``yarn``, ``dynamic`` or ``longrope``."""
+    """The kind of rotary embeddings, as the model's configuration spells it; ``default`` where it says nothing."""
     settings = getattr(model, "rope_parameters", None) or getattr(model, "rope_scaling", None) or {}
-    return str(settings.get("rope_type", settings.get("type", "default")))
+    kind = settings.get("rope_type", settings.get("type"))
+    if kind is None and any(isinstance(value, Mapping) for value in settings.values()):
+        return "by kind of layer"
+    return "default" if kind is None else str(kind)
 
 
 def prompt_limit(config: Config) -> int:

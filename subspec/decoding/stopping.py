@@ -1,19 +1,18 @@
 """When a generation ends, and the text it has produced so far.
 
 A verification pass emits several tokens at once; whatever ends the text (an end-of-sequence id, a stop string,
-the length limit) must cut the block exactly where plain decoding would have stopped.
+the length limit) must cut the block exactly where plain decoding would have stopped. Plain decoding looks after each
+token, so with stop strings every token of a block is looked at, too: the text of a block need not contain what the
+text of a part of it contained (:mod:`subspec.decoding.growing_text`).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
+from subspec.decoding.arguments import ArgumentError, is_whole, stop_list
+from subspec.decoding.growing_text import DecodingRule, GrowingText, TextDecoder
 from subspec.decoding.result import FinishReason
-
-
-class TextDecoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+from subspec.errors import ConfigError
 
 
 def eos_ids(*places: object) -> tuple[int, ...]:
@@ -21,12 +20,43 @@ def eos_ids(*places: object) -> tuple[int, ...]:
 
     Args:
         places: whatever has an ``eos_token_id`` (a number, several, or None): configurations, a tokenizer.
+
+    Raises:
+        ConfigError: something else stands there.
     """
     for place in places:
         ids = getattr(place, "eos_token_id", None)
         if ids is not None and ids != []:
-            return tuple(sorted({int(token) for token in (ids if isinstance(ids, list | tuple) else [ids])}))
+            return eos_tuple(ids, f"the {type(place).__name__}'s eos_token_id")
     return ()
+
+
+def eos_tuple(ids: Any, where: str) -> tuple[int, ...]:
+    """One id or several as a tuple, ascending.
+
+    Args:
+        where: what names them, for messages.
+
+    Raises:
+        ConfigError: they are not ids.
+    """
+    several = ids if isinstance(ids, list | tuple) else [ids]
+    for token in several:
+        if not is_whole(token) or token < 0:
+            raise ConfigError(f"{where} is {ids!r}: it must be a token id, a list of them, or null")
+    return tuple(sorted({int(token) for token in several}))
+
+
+def hidden_tokens(tokenizer: TextDecoder) -> dict[str, int]:
+    """The tokens that are left out of decoded text (special tokens), and their ids."""
+    named = getattr(tokenizer, "get_added_vocab", None)
+    if named is None:
+        return {}
+    return {
+        name: token
+        for name, token in named().items()
+        if name and name not in tokenizer.decode([token], skip_special_tokens=True)
+    }
 
 
 class Emission:
@@ -36,8 +66,13 @@ class Emission:
         eos_token_ids: any of these ends the text and is its last token.
         max_new_tokens: most tokens to emit.
         stop: strings that end the text; the tokens up to the one that completes the string are kept, the text
-            is cut before it. Needs ``tokenizer``.
+            is cut before it. The name of a special token, which no text shows, stands for its id. Needs
+            ``tokenizer``.
         tokenizer: turns ids into text; None: no text.
+
+    Raises:
+        ArgumentError: stop strings without a tokenizer, or what :func:`~subspec.decoding.arguments.stop_list` refuses,
+            or a stop string that contains a special token and more.
     """
 
     def __init__(
@@ -45,15 +80,20 @@ class Emission:
         *,
         eos_token_ids: Sequence[int],
         max_new_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         tokenizer: TextDecoder | None = None,
     ) -> None:
-        if stop and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
+        self._stop = stop_list(stop)
+        if self._stop and tokenizer is None:
+            raise ArgumentError(f"stop={list(self._stop)}: stop strings need a tokenizer")
         self._eos = frozenset(eos_token_ids)
         self._max = max_new_tokens
-        self._stop = tuple(s for s in stop if s)
+        self._stop_ids = frozenset() if tokenizer is None else _stop_ids(self._stop, tokenizer)
         self._tokenizer = tokenizer
+        overlap = max(map(len, self._stop), default=1) - 1
+        self._growing = None if tokenizer is None else GrowingText(tokenizer, overlap)
+        self._grown = 0  # ids that the growing text has
+        self._held = ""  # settled text that is not streamed yet: it may be the beginning of a stop string
         self._shown = 0
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -69,52 +109,83 @@ class Emission:
         before = len(self.token_ids)
         for token in block:
             self.token_ids.append(token)
-            if token in self._eos:
-                self.finish_reason = FinishReason.eos
+            self.finish_reason = self._ending(token)
+            if self.finish_reason is not None:
                 break
-            if self.remaining <= 0:
-                self.finish_reason = FinishReason.length
-                break
-        if self._stop:
-            self._cut_at_stop_string(before)
         return self.token_ids[before:]
 
-    def _cut_at_stop_string(self, before: int) -> None:
-        if not any(stop in self._decode(len(self.token_ids)) for stop in self._stop):
-            return
-        # Token by token only in the block that holds a stop string: plain decoding would have looked after each.
-        for count in range(before + 1, len(self.token_ids) + 1):
-            text = self._decode(count)
-            hits = [text.find(stop) for stop in self._stop if stop in text]
-            if hits:
-                self._stopped_text = text[: min(hits)]
-                del self.token_ids[count:]
-                self.finish_reason = FinishReason.stop
-                return
+    def _ending(self, token: int) -> FinishReason | None:
+        """Why the text ends with ``token``, which was appended last; None: it does not."""
+        if self._stop and self._growing is not None:
+            self._grow()
+            place = self._growing.find(self._stop)
+            if place is not None:
+                self._stopped_text = self._growing.text()[:place]
+                return FinishReason.stop
+        if token in self._eos:
+            return FinishReason.eos
+        if token in self._stop_ids:
+            return FinishReason.stop
+        return FinishReason.length if self.remaining <= 0 else None
 
-    def _decode(self, count: int) -> str:
-        assert self._tokenizer is not None
-        return self._tokenizer.decode(self.token_ids[:count], skip_special_tokens=True)
+    def _grow(self) -> None:
+        """Bring the growing text up to date."""
+        assert self._growing is not None
+        for token in self.token_ids[self._grown :]:
+            self._growing.append(token)
+        self._grown = len(self.token_ids)
 
     def text(self) -> str | None:
         """The text so far (cut before a stop string), or None without a tokenizer."""
         if self._stopped_text is not None:
             return self._stopped_text
-        return None if self._tokenizer is None else self._decode(len(self.token_ids))
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
 
     def new_text(self) -> str:
-        """Text that became certain since the last call: no split characters, no beginning of a stop string."""
-        text = self.text()
-        if text is None:
+        """Text that became certain since the last call: no token that may follow changes it or cuts it off.
+
+        The pieces add up to :meth:`text` when the text has ended. With a tokenizer whose decoding is not known
+        (``DecodingRule.whole``) nothing is certain before that.
+        """
+        if self._growing is None:
             return ""
-        end = len(text)
-        if self.finish_reason is None:
-            end = len(text.rstrip("\ufffd"))
-            for stop in self._stop:
-                for size in range(min(len(stop) - 1, end), 0, -1):
-                    if text.endswith(stop[:size], 0, end):
-                        end = min(end, end - size)
-                        break
-        fresh = text[self._shown : max(end, self._shown)]
-        self._shown = max(end, self._shown)
+        if self.finish_reason is not None:
+            fresh = (self.text() or "")[self._shown :]
+        elif self._growing.rule is DecodingRule.whole:
+            return ""
+        else:
+            self._grow()
+            self._held += self._growing.take_settled()
+            keep = _begun(self._held, self._stop)
+            fresh = self._held[: len(self._held) - keep]
+            self._held = self._held[len(fresh) :]
+        self._shown += len(fresh)
         return fresh
+
+
+def _begun(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that is the beginning, but not the whole, of one of ``strings``."""
+    longest = 0
+    for string in strings:
+        sizes = range(min(len(string) - 1, len(text)), longest, -1)
+        longest = next((size for size in sizes if text.endswith(string[:size])), longest)
+    return longest
+
+
+def _stop_ids(stop: Sequence[str], tokenizer: TextDecoder) -> frozenset[int]:
+    """Ids of the stop strings that are special tokens.
+
+    Raises:
+        ArgumentError: a stop string has a special token within it, so that it could never be found in a text.
+    """
+    hidden = hidden_tokens(tokenizer) if stop else {}
+    for string in stop:
+        inside = next((name for name in hidden if name in string and string not in hidden), None)
+        if inside is not None:
+            raise ArgumentError(
+                f"stop={string!r} contains the special token {inside!r}, which is left out of the text: use "
+                f"{inside!r} alone"
+            )
+    return frozenset(hidden[string] for string in stop if string in hidden)

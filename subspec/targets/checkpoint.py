@@ -7,6 +7,7 @@ checked before the first weight is read, and said in one line.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,10 +20,9 @@ from transformers import (
 )
 
 from subspec.errors import ConfigError, SubspecError
+from subspec.targets.check_model import check_family, check_unquantized
 from subspec.targets.console import quiet_libraries
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` that the engine knows how to run."""
+from subspec.targets.generation_settings import loadable_settings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,16 +76,8 @@ def check_folder_config(folder: Path, name: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error})") from error
     family = plain.get("model_type") if isinstance(plain, dict) else None
-    if family not in FAMILIES:
-        raise ConfigError(
-            f"{name} is of type {family!r}; targets of these types are supported: {', '.join(FAMILIES)}"
-        )
-    if plain.get("quantization_config"):
-        method = plain["quantization_config"].get("quant_method", "unknown method")
-        raise ConfigError(
-            f"{name} holds quantized weights ({method}); the target must be the exact model: "
-            "pass the unquantized checkpoint (the substitute is quantized from it by the run)"
-        )
+    check_family(family, name)
+    check_unquantized(plain.get("quantization_config"), name)
     try:
         with quiet_libraries():
             return AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -167,7 +159,9 @@ def load_model(folder: Path, name: str, dtype: torch.dtype, device: torch.device
     Raises:
         SubspecError: the weights do not belong to the configuration, or do not fit into memory.
     """
-    options = {} if device.type == "cpu" else {"device_map": {"": device}}
+    options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    if settings := loadable_settings(folder):
+        options["generation_config"] = settings
     try:
         with quiet_libraries(bars=True):
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.config import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
-from subspec.decoding.stopping import eos_ids
 from subspec.errors import ConfigError
 from subspec.targets.checkpoint import (
     TOKENIZER_FILES,
@@ -18,6 +17,7 @@ from subspec.targets.checkpoint import (
 )
 from subspec.targets.console import Note
 from subspec.targets.embedded import SMOLLM2_135M, prepare
+from subspec.targets.generation_settings import not_applied, read_generation_settings
 from subspec.targets.hub import Located, locate
 
 _READABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,6 +33,7 @@ class PreparedCheckpoint:
         config, tokenizer: the model's configuration and its tokenizer.
         weights: what the safetensors headers say.
         eos_token_ids: every id that ends a text, ascending.
+        not_applied: generation settings of the checkpoint that a run does not apply, in words.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PreparedCheckpoint:
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
     eos_token_ids: tuple[int, ...]
+    not_applied: str | None = None
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
         """What a reader of a run's figures should know about it in ``dtype``, a line each."""
@@ -55,6 +57,10 @@ class PreparedCheckpoint:
             lines.append(f"{self.name} has no chat template: prompts are given as plain text, without roles")
         if not self.eos_token_ids:
             lines.append(f"{self.name} names no end-of-text token: texts end at their length limit only")
+        if self.not_applied:
+            lines.append(
+                f"{self.name}: generation settings of the checkpoint are not applied: {self.not_applied}"
+            )
         return lines
 
 
@@ -72,8 +78,17 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
     model_config = check_folder_config(folder, name)
     weights = read_headers(folder, name)
     tokenizer = load_tokenizer(folder, name, model_config.vocab_size)
-    eos = eos_ids(_generation_config(folder, model_config), model_config, tokenizer)
-    return PreparedCheckpoint(name, folder, located.source, model_config, tokenizer, weights, eos)
+    settings = read_generation_settings(folder, name)
+    return PreparedCheckpoint(
+        name=name,
+        folder=folder,
+        source=located.source,
+        config=model_config,
+        tokenizer=tokenizer,
+        weights=weights,
+        eos_token_ids=settings.eos_token_ids(model_config, tokenizer),
+        not_applied=not_applied(settings.values),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,10 +126,3 @@ def hub_config(config: TargetConfig) -> HubTargetConfig:
     if not isinstance(config, HubTargetConfig):
         raise ConfigError(f"target={config.name}: {type(config).__name__} is no kind of target")
     return config
-
-
-def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
-        return GenerationConfig.from_model_config(config)

@@ -1,0 +1,199 @@
+"""What a checkpoint asks of ``generate`` in its ``generation_config.json``: where texts end, and what is not applied.
+
+transformers applies these settings by default (Qwen2.5 ships ``repetition_penalty`` 1.05, which changes even greedy
+text). A run here is greedy or samples as its own configuration says, so every setting that would change the output is
+named instead. The file is read as JSON: transformers refuses it whole for one bad value, and the end-of-text ids in it
+would be lost.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.stopping import eos_ids, eos_tuple
+from subspec.errors import ConfigError
+from subspec.targets.console import quiet_libraries
+
+FILE = "generation_config.json"
+
+VALUE_WIDTH = 60
+"""Most characters of a value that a note shows."""
+
+CHANGES_OUTPUT: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "force_words_ids": [],
+    "constraints": [],
+    "sequence_bias": {},
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "forced_decoder_ids": [],
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "renormalize_logits": False,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "token_healing": False,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "num_beams": 1,
+    "stop_strings": [],
+    "max_time": None,
+}
+"""Settings that change greedy and sampled text alike, with the value that changes nothing (as null does)."""
+
+CHANGES_BEAMS: dict[str, Any] = {
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "length_penalty": 1,
+    "early_stopping": False,
+}
+"""Settings that count with several beams only."""
+
+CHANGES_SAMPLES: dict[str, Any] = {
+    "min_p": 0,
+    "top_h": None,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+}
+"""Settings that count with ``do_sample`` only and that :class:`~subspec.decoding.sampling.Sampling` does not have."""
+
+OWN_SAMPLING: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 50}
+"""Settings of ``do_sample`` that a run sets itself, with transformers' defaults."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The generation settings of a checkpoint.
+
+    Attributes:
+        file: where they stand; None: nowhere.
+        values: by name, as written.
+    """
+
+    file: Path | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def eos_token_ids(self, *others: object) -> tuple[int, ...]:
+        """Every id that ends a text, ascending; where the settings name none, the first of ``others`` that does.
+
+        Args:
+            others: whatever has an ``eos_token_id``.
+
+        Raises:
+            ConfigError: something else than ids stands there.
+        """
+        ids = self.values.get("eos_token_id")
+        return (
+            eos_ids(*others) if ids is None or ids == [] else eos_tuple(ids, f"eos_token_id in {self.file}")
+        )
+
+
+def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
+    """The settings in ``folder``: of ``generation_config.json``, or of ``config.json`` without one.
+
+    transformers, too, takes those of old checkpoints from ``config.json``.
+
+    Args:
+        name: what the user called the checkpoint.
+
+    Raises:
+        ConfigError: the file is there and cannot be read.
+    """
+    for file in (folder / FILE, folder / "config.json"):
+        if not (file.exists() or file.is_symlink()):
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{file} cannot be read ({_line(error)}), and the end-of-text tokens of {name} stand in it: fetch or "
+                "copy it again"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{file} cannot be read (a {type(values).__name__}, no settings): fetch or copy it again"
+            )
+        return GenerationSettings(file, values)
+    return GenerationSettings()
+
+
+def loadable_settings(folder: Path) -> GenerationConfig | None:
+    """Settings to load the model of ``folder`` with, where transformers refuses the folder's own; else None."""
+    try:
+        with quiet_libraries():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # no such file
+        return None
+    except Exception:  # a value that transformers does not accept; which exception depends on the value
+        return GenerationConfig(
+            eos_token_id=read_generation_settings(folder, folder.name).values.get("eos_token_id")
+        )
+    return None
+
+
+def not_applied(
+    settings: Mapping[str, Any], *, own: str = "the decoding group", sampling: Sampling | None = None
+) -> str | None:
+    """What ``settings`` ask for and a run does not do, as the end of a sentence; None: nothing.
+
+    Args:
+        own: what sets the temperature, top-k and top-p of a run.
+        sampling: what it sets, where that was chosen on purpose: then ``do_sample`` is not named.
+    """
+    samples = settings.get("do_sample") is True
+    named = _named(settings, CHANGES_OUTPUT)
+    if "num_beams" in named:
+        named |= _named(settings, CHANGES_BEAMS)
+    if samples:
+        named |= _named(settings, CHANGES_SAMPLES)
+    if settings.get("cache_implementation") == "quantized":
+        named["cache_implementation"] = "quantized"
+    parts = []
+    if named:
+        parts.append(f"{_listed(named)} (transformers' generate applies them and emits other tokens)")
+    if samples and sampling is None:
+        theirs = _named(settings, OWN_SAMPLING)
+        parts.append(
+            f"do_sample=true{' with ' if theirs else ''}{_listed(theirs)} ({own} says how a run samples)"
+        )
+    return "; ".join(parts) or None
+
+
+def _named(settings: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``neutral``'s keys that ``settings`` set to something else."""
+    return {
+        key: settings[key]
+        for key, value in neutral.items()
+        if settings.get(key) is not None and settings[key] != value and settings[key] not in ([], {}, ())
+    }
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_shown(value)}" for key, value in settings.items())
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON in one short line."""
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError):
+        text = str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= VALUE_WIDTH else f"{text[: VALUE_WIDTH - 3]}..."
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
