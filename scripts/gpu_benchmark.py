@@ -10,6 +10,7 @@ JSON line last.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import time
@@ -142,8 +143,11 @@ def run_mode(
     assembly.engine = None  # type: ignore[assignment]  # every variant gets an engine and a cache of its own
     results = []
     engine = draft = None
-    for variant in options.trees.split(",") if mode == "subspec" else [None]:
+    arithmetic = streamed.decoder.bitwise
+    variants = options.trees.split(",") if mode == "subspec" else [None]
+    for variant, bitwise in itertools.product(variants, options.bitwise.split(",")):
         engine = draft = None  # its KV cache and graphs go before the next one's come
+        streamed.decoder.bitwise = arithmetic if bitwise == "on" else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -160,7 +164,15 @@ def run_mode(
         # Plain decoding: every pass takes the same time, so a few will do.
         tokens = options.new_tokens if variant is not None else min(options.new_tokens, 40)
         name = {"mode": mode if variant is None else f"{mode} {variant}"}
+        if bitwise == "on" and arithmetic is not None:
+            name["mode"] += " bitwise"
+            facts |= {"tilings": {role: str(tiling) for role, tiling in arithmetic.tilings.items()}}
         results.append(measure(options, engine, source, link, facts | name, tokens))
+        if options.contexts:
+            results[-1]["contexts"] = [
+                at_context(engine, source, int(length), options.seed)
+                for length in options.contexts.split(",")
+            ]
         print(json.dumps(results[-1]), flush=True)
     assembly.close()
     return results
@@ -187,6 +199,22 @@ def decode_time(decoder: StreamedDecoder) -> float | None:
     return sum(times) / len(times)
 
 
+def at_context(engine: Engine, source: PlantedSource, length: int, seed: int) -> dict[str, Any]:
+    """Seconds of a prompt of ``length`` tokens, and of the passes behind it (a text before it warms up)."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, source.config.vocab_size, (length,), generator=generator).tolist()
+    engine.generate(prompt, max_new_tokens=30)
+    stats = [engine.generate(prompt, max_new_tokens=120).stats for _ in range(2)]
+    passes = sum(s.iterations for s in stats)
+    return {
+        "prompt": length,
+        "prefill_s": min(s.prefill_s for s in stats),
+        "pass_s": sum(s.verify_s - s.settle_s for s in stats) / passes,
+        "iteration_s": sum(s.decode_s for s in stats) / passes,
+        "tokens_per_s": sum(s.verified_tokens for s in stats) / sum(s.decode_s for s in stats),
+    }
+
+
 def measure(
     options: argparse.Namespace,
     engine: Engine,
@@ -205,6 +233,7 @@ def measure(
         engine.prepare(prompts[0])  # compiles, captures, meets every shape
     engine.generate(prompts[0], max_new_tokens=min(60, new_tokens // 2))
     warm_up = time.perf_counter() - started
+    engine.keeps_digests = options.audit and decoder.bitwise is not None
     texts = [engine.generate(prompt, max_new_tokens=new_tokens) for prompt in prompts]
     stats = [text.stats for text in texts]
     passes = sum(s.iterations for s in stats)
@@ -250,11 +279,14 @@ def measure(
         # Everything is measured: the audit's own workspace is not the run's.
         torch.cuda.set_per_process_memory_fraction(1.0)
         auditor = Auditor(decoder)
-        audits = [auditor.audit(p, t.token_ids) for p, t in zip(prompts, texts, strict=True)]
+        audits = [
+            auditor.audit(p, t.token_ids, digests=t.digests) for p, t in zip(prompts, texts, strict=True)
+        ]
         result["audit"] = {
             "exact": sum(a.exact for a in audits),
             "near_tie": sum(a.near_tie for a in audits),
             "mismatch": sum(a.mismatch for a in audits),
+            "bitwise": sum(a.bitwise for a in audits),
             "max_gap": max(a.max_gap for a in audits),
             "margin": audits[0].margin,
         }
@@ -296,6 +328,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")
+    parser.add_argument(
+        "--bitwise",
+        default="on,off",
+        help="batch-invariant passes of the target: on, off or both, one after the other",
+    )
+    parser.add_argument("--contexts", help="prompt lengths whose prefill and passes are measured besides")
     parser.add_argument("--audit", action="store_true")
     parser.add_argument("--timeline", help="folder for a trace and a picture per mode")
     parser.add_argument("--json", help="also write the results to this file")

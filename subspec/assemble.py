@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from subspec.bitwise_choice import Bitwise, choose_bitwise
 from subspec.choices import Codec
 from subspec.config import (
     Config,
@@ -33,6 +34,7 @@ class Assembly:
     Attributes:
         quant: what was quantized for the draft; None: nothing was, whatever ``quant`` says.
         draft_facts, draft_summary: what the draft is made of (``BuiltDraft.facts``), for records and for people.
+        bitwise: whether the target's passes are batch-invariant.
     """
 
     engine: Engine
@@ -42,6 +44,7 @@ class Assembly:
     streamed: StreamedTarget | None = None
     draft_facts: dict[str, Any] = field(default_factory=dict)
     draft_summary: str = ""
+    bitwise: Bitwise = field(default_factory=Bitwise)
 
     def close(self) -> None:
         """Give back page-locked host memory; the engine must not be used any more."""
@@ -64,6 +67,8 @@ def assemble_streamed(
         plan: of :func:`subspec.offload.plan.plan_run`.
         note: told what takes long and what went wrong without ending the run.
     """
+    # While the device is empty: the first run on a card measures.
+    bitwise = choose_bitwise(config.decoding.bitwise, source.config, source.dtype, device, note)
     growth: Growth | None = None
     built: BuiltDraft | None = None
     build = StreamedBuild()  # takes nothing of the layers
@@ -86,6 +91,7 @@ def assemble_streamed(
             coded=build.coded,
             progress=progress,
         )
+    bitwise.apply(streamed.decoder)
     if growth is not None:
         built = build.finish(streamed)
     sampling = build_sampling(config)
@@ -99,7 +105,7 @@ def assemble_streamed(
         eos_token_ids=source.eos_token_ids,
         tokenizer=source.tokenizer,
     )
-    return _assembly(engine, streamed.decoder, sampling, built, streamed)
+    return _assembly(engine, streamed.decoder, sampling, built, bitwise, streamed)
 
 
 def assemble(
@@ -107,6 +113,8 @@ def assemble(
 ) -> Assembly:
     """Everything a run needs besides its prompts."""
     decoder = Decoder(target.model)
+    bitwise = choose_bitwise(config.decoding.bitwise, target.model.config, target.dtype, target.device, note)
+    bitwise.apply(decoder)
     growth: Growth | None = None
     built: BuiltDraft | None = None
     if not isinstance(config.draft, NoDraftConfig):
@@ -124,7 +132,7 @@ def assemble(
         eos_token_ids=target.eos_token_ids,
         tokenizer=target.tokenizer,
     )
-    return _assembly(engine, decoder, sampling, built)
+    return _assembly(engine, decoder, sampling, built, bitwise)
 
 
 def _assembly(
@@ -132,8 +140,11 @@ def _assembly(
     decoder: Decoder,
     sampling: Sampling,
     built: BuiltDraft | None,
+    bitwise: Bitwise,
     streamed: StreamedTarget | None = None,
 ) -> Assembly:
     if built is None:
-        return Assembly(engine, decoder, sampling, None, streamed)
-    return Assembly(engine, decoder, sampling, built.quant, streamed, built.facts, built.summary)
+        return Assembly(engine, decoder, sampling, None, streamed, bitwise=bitwise)
+    return Assembly(
+        engine, decoder, sampling, built.quant, streamed, built.facts, built.summary, bitwise=bitwise
+    )

@@ -265,7 +265,11 @@ class Eagle2TreeConfig(TreeConfig):
 
 @dataclass
 class DecodingConfig:
-    """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region)."""
+    """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region).
+
+    ``bitwise``: ``auto``, ``true`` or ``false``: whether the target's passes are batch-invariant
+    (:mod:`subspec.decoding.bitwise`).
+    """
 
     name: str = MISSING
     max_new_tokens: int | None = 128
@@ -273,6 +277,7 @@ class DecodingConfig:
     prefill_chunk: int = 256
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
+    bitwise: Any = "auto"
 
 
 @dataclass

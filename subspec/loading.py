@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.assemble import Assembly, assemble, assemble_streamed
+from subspec.bitwise_choice import choose_bitwise
 from subspec.config import (
     AccelerateOffloadConfig,
     Config,
@@ -53,7 +54,10 @@ class Loaded:
     def facts(self) -> dict[str, Any]:
         """What offloading actually did, for the record."""
         decoder = self.assembly.decoder
-        facts: dict[str, Any] = {"kv_cache_bytes": self.assembly.engine.cache.nbytes}
+        facts: dict[str, Any] = {
+            "kv_cache_bytes": self.assembly.engine.cache.nbytes,
+            "bitwise": self.assembly.bitwise.facts(),
+        }
         if self.plan is not None:
             facts["plan"] = self.plan.to_dict()
             facts["streamed_bytes_per_pass"] = getattr(decoder, "streamed_bytes_per_pass", 0)
@@ -214,6 +218,9 @@ def _load_accelerate(
     weight_bytes = int((offload.vram_gib - ACCELERATE_RESERVE) * GIB)
     what = f"offload=accelerate keeps {source.name} in host memory"
     check_memory(host_bytes(source, weight_bytes), torch.device("cpu"), what)
+    bitwise = choose_bitwise(
+        config.decoding.bitwise, source.config, source.dtype, device, console.note, accelerate=True
+    )
     decoder = AccelerateDecoder(source, device, weight_bytes)
     sampling = build_sampling(config)
     engine = Engine(
@@ -224,7 +231,7 @@ def _load_accelerate(
         eos_token_ids=source.eos_token_ids,
         tokenizer=source.tokenizer,
     )
-    assembly = Assembly(engine, decoder, sampling, None)
+    assembly = Assembly(engine, decoder, sampling, None, bitwise=bitwise)
     return Loaded(_target(source, assembly, device), assembly)
 
 

@@ -17,13 +17,14 @@ from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
-from subspec.config import Config, Profile, StreamOffloadConfig, to_config, to_plain
+from subspec.bitwise_choice import why_not
+from subspec.config import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_config, to_plain
 from subspec.config_checks import check_against_target, check_config, check_keys, prompt_limit
 from subspec.decoding.audit import Auditor
 from subspec.errors import AuditError, SubspecError
 from subspec.loading import Loaded, check_draft, check_offload, load, plan_for, print_plan
 from subspec.resume import store_overrides
-from subspec.targets import load_target_config, resolve_device
+from subspec.targets import load_target_config, resolve_device, resolve_dtype
 from subspec.tracking.console import RunConsole, RunProgress
 from subspec.tracking.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
 from subspec.tracking.files import write_error, write_json
@@ -68,6 +69,9 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         return None
     check_offload(config, device)
     check_draft(config, model_config, console.note)
+    if config.decoding.bitwise is True:
+        accelerate = isinstance(config.offload, AccelerateOffloadConfig)
+        why_not(True, model_config, resolve_dtype(config.target.dtype, device), device, accelerate=accelerate)
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
     # Before the folder is opened: where it is refused for holding other prompts, this says why they are others.
@@ -93,13 +97,13 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
             logger.log_table(folder.records())
             console.table(summary, compared)
             console.note(f"records and summary: {folder.path}")
-            mismatches = (summary["audit"] or {}).get("mismatch", 0)
-            exit_code = AuditError.exit_code if mismatches else 0
+            errors = (summary["audit"] or {}).get("errors", 0)
+            exit_code = AuditError.exit_code if errors else 0
         finally:
             logger.finish(summary, exit_code)
     if exit_code:
         raise AuditError(
-            f"the losslessness audit found {mismatches} token(s) that the target itself would not have emitted "
+            f"the losslessness audit found {errors} token(s) or endings that are not plain decoding's "
             f"(largest gap {summary['audit']['max_gap']:.3g} logits): see the audit fields in {run_dir}/records.jsonl"
         )
     return summary["totals"][config.optimise.value] if config.optimise else None
@@ -194,6 +198,7 @@ class _Run:
             if config.audit
             else None
         )
+        self.assembly.engine.keeps_digests = config.audit and self.assembly.decoder.bitwise is not None
         self.context = RunContext(
             benchmark=self.benchmark.name,
             source=self.benchmark.source.value,
@@ -311,17 +316,23 @@ class _Run:
                 limit=prompt_limit(config),
             )
         seed = turn_seed(config.seed, sample.id, turn)
-        result = self.assembly.engine.generate(
-            prompt,
-            max_new_tokens=decoding.max_new_tokens,
-            stop=decoding.stop,
-            ignore_eos=decoding.ignore_eos,
-            seed=seed,
-        )
+        rules = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "stop": decoding.stop,
+            "ignore_eos": decoding.ignore_eos,
+        }
+        result = self.assembly.engine.generate(prompt, seed=seed, **rules)
         last = turn == len(sample.turns) - 1
         text = result.text or ""
         correct = check_answer(self.benchmark.name, text, sample.answer) if last else None
-        audit = self.auditor.audit(prompt, result.token_ids, seed=seed).as_dict() if self.auditor else None
+        audit = None
+        if self.auditor is not None:
+            replay = self.assembly.engine.emission(prompt, **rules)
+            ending = (replay, result.finish_reason)
+            audited = self.auditor.audit(
+                prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
+            )
+            audit = audited.as_dict()
         return turn_record(
             self.context,
             result,

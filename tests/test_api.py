@@ -1,9 +1,12 @@
 """The engine as a library: every draft from one call, refused in one line where it cannot be."""
 
+import copy
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from subspec import build_engine, generate
 from subspec.decoding.eagle2 import Eagle2
@@ -16,7 +19,7 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published
-from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 PROMPT = [5, 17, 33, 99, 4, 250]
 CPU = torch.device("cpu")
@@ -115,3 +118,118 @@ def test_a_quantizer_is_the_substitutes_alone(model):
     build_engine(model, quantizer=quantizer)
     with pytest.raises(ConfigError, match="a quantizer is for draft=subspec"):
         build_engine(model, draft="layer_skip", quantizer=quantizer)
+
+
+# --------------------------------------------------------------------------------------------------- lengths
+
+
+def test_without_a_length_it_is_2048_or_the_models_positions():
+    assert build_engine(tiny_model("llama"), draft="none").max_length == 512
+    assert build_engine(tiny_model("llama", max_positions=4096), draft="none").max_length == 2048
+    with pytest.raises(ConfigError, match="max_length=513 exceeds the 512 positions"):
+        build_engine(tiny_model("llama"), draft="none", max_length=513)
+
+
+def test_a_small_model_of_fewer_positions_is_refused(model, tmp_path):
+    folder = tiny_checkpoint(tmp_path, "qwen2", layers=1, max_positions=100)
+    options = {"draft": "small_model", "draft_path": folder}
+    with pytest.raises(ConfigError, match=r"max_length=200 .*100 positions of the small model"):
+        build_engine(model, max_length=200, **options)
+    window = {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"]}
+    edit_config(folder, max_position_embeddings=4096, **window)
+    with pytest.raises(ConfigError, match=r"max_length=200 .*window of 64 tokens of the small model"):
+        build_engine(model, max_length=200, **options)
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("max_length", value) for value in (0, 1, -5, 64.0, True, "64")],
+        *[("prefill_chunk", value) for value in (0, -1, 2.0, True, None)],
+        *[("draft_temperature", value) for value in (0, -1.0, float("nan"), float("inf"), "1", True)],
+        ("growth", (4, 2)),
+        ("growth", Beam(2, 321)),
+        ("sampling", 0.7),
+        ("sampling", {"temperature": 0.7}),
+        ("tokenizer", "ORG/NAME"),
+        ("quantizer", "hqq"),
+        ("draft_path", ""),
+        ("draft", "Subspec"),
+        ("draft", None),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused_by_name(model, name, value):
+    options = {"draft": "eagle2"} if name == "draft_path" else {}
+    with pytest.raises(ConfigError, match=name) as refused:
+        build_engine(model, **options | {name: value})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt_ids", []),
+        ("prompt_ids", torch.tensor([[5, 6], [7, 8]])),
+        ("prompt_ids", [5.0, 6.0]),
+        ("prompt_ids", [True]),
+        ("prompt_ids", "the"),
+        ("stop", ""),
+        ("stop", [5]),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("seed", None),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 4.0),
+        ("max_new_tokens", True),
+    ],
+)
+def test_arguments_of_generate_are_checked_before_anything_is_built(model, monkeypatch, name, value):
+    monkeypatch.setattr("subspec.api.build_engine", lambda *arguments, **options: pytest.fail("built"))
+    options = {"prompt_ids": PROMPT, "tokenizer": tiny_tokenizer(), name: value}
+    with pytest.raises(ValueError, match=name) as refused:
+        generate(model, **options)
+    assert isinstance(refused.value, ConfigError)
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(model):
+    with pytest.raises(ConfigError, match=r"stop=.*tokenizer"):
+        generate(model, PROMPT, stop="the")
+
+
+def test_one_string_is_one_stop_string(model):
+    options = {"tokenizer": tiny_tokenizer(), "draft": "layer_skip", "max_new_tokens": 40, "max_length": 200}
+    whole = generate(model, PROMPT, **options).text
+    stop = whole[5:8]
+    for given in (stop, [stop]):
+        result = generate(model, torch.tensor([PROMPT]), stop=given, **options)
+        assert result.text == whole[: whole.index(stop)]
+        assert result.finish_reason == "stop"
+
+
+# ------------------------------------------------------------------------------------------ what is not applied
+
+
+def test_generation_settings_that_are_not_applied_are_warned_of(model):
+    asking = copy.copy(model)
+    asking.generation_config = GenerationConfig(
+        repetition_penalty=1.05, do_sample=True, temperature=0.7, top_k=20, eos_token_id=[2, 7]
+    )
+    with pytest.warns(
+        UserWarning, match=r"repetition_penalty=1\.05.*do_sample=true with temperature=0\.7, top_k=20"
+    ):
+        engine = build_engine(asking, draft="none")
+    assert engine.eos_token_ids == (2, 7)
+    with pytest.warns(UserWarning, match=r"repetition_penalty=1\.05") as told:
+        build_engine(asking, draft="none", sampling=Sampling(0.7))
+    assert len(told) == 1
+    assert "do_sample" not in str(told[0].message)
+
+
+def test_defaults_are_not_warned_of(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        build_engine(model, draft="none")
+        build_engine(model, draft="none", sampling=Sampling(1.0))

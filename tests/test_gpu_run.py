@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from subspec.kernels import launch
+from subspec.report.compare import compare
 from tests.helpers.cli import cli, command
 
 pytestmark = pytest.mark.gpu
@@ -43,11 +44,19 @@ def streamed(folder, extra, layers):
               f"offload.resident_layers={layers}", "audit=true", f"run_dir={folder}")  # fmt: skip
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
+    passed_bit_for_bit(summary)
     assert summary["audit"]["exact"] > 100
     assert 0 < summary["peak_vram_gib"] <= budget
     assert summary["totals"]["bytes_streamed"] > 0
     return summary
+
+
+def passed_bit_for_bit(summary):
+    assert summary["run"]["bitwise"]["on"], summary["run"]["bitwise"]
+    audit = summary["audit"]
+    assert (audit["near_tie"], audit["mismatch"], audit["errors"]) == (0, 0, 0), audit
+    assert audit["bitwise"] == audit["turns"]
+    assert audit["exact"] > 0
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +84,7 @@ def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
               f"run_dir={folder}")  # fmt: skip
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
+    passed_bit_for_bit(summary)
     assert summary["audit"]["exact"] > 100
     assert 0 < summary["peak_vram_gib"] <= budget
     plan = json.loads((folder / "plan.json").read_text())
@@ -125,7 +134,7 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
               f"run_dir={folder}")  # fmt: skip
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
+    passed_bit_for_bit(summary)
     assert 0 < summary["peak_vram_gib"] <= 0.5
     substitute = summary["run"]["substitute"]
     chosen = {role["kernel"] for role in substitute["details"]["kernels"]["roles"].values()}
@@ -160,21 +169,59 @@ def test_streamed_runs_by_higgs_and_coded_ones_keep_their_budget_and_pass_the_au
     assert ("coded_head_bits_per_weight" in summary["run"]) == (WITH_HEAD in extra)
 
 
-def test_a_run_on_the_device_and_a_streamed_one_agree_up_to_near_ties(tmp_path):
-    found = []
-    for name, offload in (
-        ("device", ["offload=none"]),
-        ("streamed", ["offload=stream", "offload.vram_gib=0.5"]),
-    ):
-        ran = cli(*TINY, *offload, "audit=true", f"run_dir={tmp_path / name}")
-        assert ran.code == 0, ran.err
-        found.append(records_of(tmp_path / name))
-    for one, two in zip(*found, strict=True):
-        # Where they part, two tokens were as good up to the margin: the audits passed. They begin as one text.
-        assert one["token_ids"][0] == two["token_ids"][0]
-        for record in (one, two):
-            assert record["audit"]["mismatch"] == 0
-            assert record["audit"]["exact"] + record["audit"]["near_tie"] == len(record["token_ids"]) == 60
+STREAM = ["offload=stream", "offload.vram_gib=0.5", "offload.resident_layers=2"]
+
+
+@pytest.mark.parametrize("decoding", [[], ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_p=0.95"]],
+                         ids=["greedy", "sampling"])  # fmt: skip
+def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
+    plain = tmp_path / "plain"
+    common = [
+        *TINY,
+        *decoding,
+        "decoding.bitwise=true",
+        "decoding.max_new_tokens=60",
+        "decoding.max_length=1024",
+    ]
+    assert cli(*common, "draft=none", f"run_dir={plain}").code == 0
+    runs = {
+        "plain streamed": ["draft=none", *STREAM],
+        "plain in chunks": ["draft=none", "decoding.prefill_chunk=37"],
+        "beam": ["draft=subspec", *STREAM],
+        "beam, not coded": ["draft=subspec", *STREAM, "offload.codec=none"],
+        "beam, coded head": ["draft=subspec", *STREAM, WITH_HEAD, "offload.codec=substitute"],
+        "chain": ["tree=chain", *STREAM],
+        "adaptive": ["tree=adaptive", *STREAM],
+        "whole": ["draft=subspec"],
+        "whole, eagle2": ["draft=subspec", "tree=eagle2"],
+        "layer_skip": ["draft=layer_skip", "tree=adaptive", *STREAM[:2]],
+        "small_model": ["draft=small_model", "draft.path=planted:tiny_draft", *STREAM],
+        "eagle2": ["draft=eagle2", "draft.path=planted", "tree=eagle2", *STREAM],
+    }
+    for name, extra in runs.items():
+        folder = tmp_path / name.replace(" ", "-").replace(",", "")
+        depth = [] if "tree=eagle2" not in extra else ["tree.depth=5"]
+        ran = cli(*common, *extra, *depth, f"run_dir={folder}")
+        assert ran.code == 0, f"{name}: {ran.err}"
+        found = compare(plain, folder)
+        assert len(found.turns["identical"]) == len(records_of(plain)), f"{name}: {found.differences}"
+        assert not found.differences, name
+
+
+def test_without_bitwise_the_devices_library_computes(tmp_path):
+    folder = tmp_path / "run"
+    ran = cli(*TINY, *STREAM, "decoding.bitwise=false", "audit=true", f"run_dir={folder}")
+    assert ran.code == 0, ran.err
+    summary = summary_of(folder)
+    assert summary["run"]["bitwise"] == {"on": False, "reason": "decoding.bitwise=false", "kernels": {}}
+    assert (summary["audit"]["bitwise"], summary["audit"]["mismatch"]) == (0, 0)
+
+
+def test_what_is_not_covered_is_refused(tmp_path):
+    for extra in (["target.dtype=float32"], ["draft=none", "offload=accelerate"]):
+        cli(*TINY, *extra, "decoding.bitwise=true", f"run_dir={tmp_path}").refused(
+            2, r"decoding\.bitwise=true"
+        )
 
 
 def test_accelerates_offloading_runs_the_same_target(tmp_path):
@@ -185,6 +232,7 @@ def test_accelerates_offloading_runs_the_same_target(tmp_path):
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
     assert summary["audit"]["mismatch"] == 0
+    assert not summary["run"]["bitwise"]["on"]
     assert summary["run"]["modules_offloaded"] > 0
     assert "drawn on cuda" in summary["run"]["target_source"]  # the same weights as every other run's
 
@@ -266,6 +314,6 @@ def test_drafts_without_a_substitute_run_on_a_gpu_without_offloading(tmp_path, e
     ran = cli(*TINY, *extra, "audit=true", f"run_dir={folder}")
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
+    passed_bit_for_bit(summary)
     assert summary["run"]["draft"]["levels"] == "modules"
     assert (summary["run"]["substitute"] is None) == ("draft.quantize=true" not in extra)

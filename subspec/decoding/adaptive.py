@@ -50,6 +50,7 @@ class Adaptive(Beam):
     """
 
     DECAY = 0.9  # of the running averages, per iteration
+    SUDDEN = 4.0  # a deep tree and a pass take less than this many times a pass alone, where drafting pays
 
     def __init__(
         self,
@@ -108,8 +109,10 @@ class Adaptive(Beam):
             verify_s = outcome.verify_s
         else:
             level_s, verify_s = self.level_cost, 1.0
-        first = self._seconds == 0
+        seconds = outcome.levels * level_s + verify_s
+        # Kernels are compiled and loaded in the first iterations: one that is far faster starts the averages anew.
+        first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY
         self._level_s = keep * self._level_s + (1 - keep) * level_s
         self._tokens = keep * self._tokens + (1 - keep) * (outcome.accepted + 1)
-        self._seconds = keep * self._seconds + (1 - keep) * (outcome.levels * level_s + verify_s)
+        self._seconds = keep * self._seconds + (1 - keep) * seconds

@@ -1,19 +1,27 @@
 """The losslessness audit: would the target itself, decoding plainly, have emitted these tokens?
 
 Every emitted token is teacher-forced through the target in plain causal passes (no tree, no draft, none of the
-generation's KV rows) and compared with the target's own choice for that prefix. In float32 both agree except on
-near-ties, where two tokens' scores differ by less than the rounding of differently shaped kernels; in bfloat16
-near-ties are common and legitimate, larger gaps are bugs. The gap is measured in logits and always reported.
+generation's KV rows) and compared with the target's own choice for that prefix. So is the end of the text.
+
+In batch-invariant arithmetic the passes have one row, as plain decoding's have, and the logits of every position are
+compared with the generation's bit for bit: anything but equal bits is an error. Elsewhere both agree except on
+near-ties, where two tokens' scores differ by less than the rounding of differently shaped kernels: rare in float32,
+common and legitimate in bfloat16; larger gaps are bugs. The gap is measured in logits and always reported.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.digest import digest_rows
+from subspec.decoding.result import FinishReason
 from subspec.decoding.sampling import Sampler, Sampling, keep_mask
+from subspec.decoding.stopping import Emission
+from subspec.decoding.verify import NOT_FINITE, NotFiniteError, finite_choice
 
 NEAR_TIE_MARGIN = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest logit gap that counts as a near-tie, by the target's dtype.
@@ -23,17 +31,24 @@ a few dozen layers of rounding add some units; a wrong token is typically off by
 """
 
 
+PROMPT_CHUNK = 96
+"""Tokens of the prompt per pass of an audit bit for bit: others than a run takes, so that prefill is audited too."""
+
+
 @dataclass
 class AuditResult:
     """Counts over the emitted tokens of one text.
 
     Attributes:
-        exact: tokens that are the target's own choice.
-        near_tie: tokens whose score is within ``margin`` of it.
-        mismatch: all others; any mismatch is a bug.
+        exact: tokens that are the target's own choice, chosen by logits of the same bits where those are compared.
+        near_tie: tokens whose score is within ``margin`` of it, or whose logits have other bits.
+        mismatch: all others, and an end of the text that is not plain decoding's; any mismatch is a bug.
         max_gap: largest gap seen, in logits (0 when all are exact).
         margin: the near-tie margin used, in logits.
         first_mismatch: index of the first mismatching token among the emitted ones, or None.
+        bitwise: whether bits were compared; a near-tie is an error then.
+        ending: whether the text ends where and why plain decoding ends it; None: not audited.
+        top_ids, top_logits: the target's two likeliest tokens at every position, and their logits.
     """
 
     exact: int
@@ -42,10 +57,34 @@ class AuditResult:
     max_gap: float
     margin: float
     first_mismatch: int | None = None
+    bitwise: bool = False
+    ending: bool | None = None
+    top_ids: list[list[int]] = field(default_factory=list)
+    top_logits: list[list[float]] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, int | float | None]:
+    @property
+    def errors(self) -> int:
+        """What must not be: mismatches and, where bits are compared, near-ties."""
+        return self.mismatch + (self.near_tie if self.bitwise else 0)
+
+    def as_dict(self) -> dict[str, Any]:
         """For records."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What an audit's passes say of some tokens, on the device: [n] each, ``top_*`` [n, 2]."""
+
+    gaps: Tensor
+    own: Tensor
+    digests: Tensor
+    top_ids: Tensor
+    top_logits: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["_Judged"]) -> "_Judged":
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 class Auditor:
@@ -55,7 +94,7 @@ class Auditor:
         target: the model.
         sampling: the distribution the text was drawn from; greedy by default.
         margin: near-tie margin in logits; None: by dtype.
-        chunk: tokens per pass.
+        chunk: tokens per pass, where bits are not compared.
     """
 
     def __init__(
@@ -72,33 +111,65 @@ class Auditor:
         self.chunk = chunk
 
     @torch.inference_mode()
-    def audit(self, prompt_ids: Sequence[int], token_ids: Sequence[int], *, seed: int = 0) -> AuditResult:
-        """Check ``token_ids``, emitted after ``prompt_ids`` with ``seed``."""
+    def audit(
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        *,
+        seed: int = 0,
+        digests: Sequence[int] | None = None,
+        ending: tuple[Emission, FinishReason] | None = None,
+    ) -> AuditResult:
+        """Check ``token_ids``, emitted after ``prompt_ids`` with ``seed``.
+
+        Args:
+            digests: of the logits that chose each token. Given, and with a target in batch-invariant arithmetic, bits
+                are compared.
+            ending: a fresh collector of the text's tokens, and why the text ended; None: the end is not audited.
+        """
         self.sampler.reseed(seed)
+        bitwise = digests is not None and self.target.bitwise is not None
         fed = torch.tensor([*prompt_ids, *token_ids[:-1]], dtype=torch.int64, device=self.target.device)
         emitted = torch.tensor(token_ids, dtype=torch.int64, device=self.target.device)
-        cache = self.target.new_cache(
-            max_length=fed.numel(), draft_rows=0, target_rows=min(self.chunk, fed.numel())
-        )
-        gaps = []
         first = len(prompt_ids) - 1  # this row's logits choose the first emitted token
-        for part in fed.split(self.chunk):
+        parts = fed.split(self.chunk)
+        if bitwise:
+            parts = (*(fed[:first].split(PROMPT_CHUNK) if first else ()), *fed[first:].split(1))
+        cache = self.target.new_cache(
+            max_length=fed.numel(), draft_rows=0, target_rows=max(part.numel() for part in parts)
+        )
+        judged = []
+        for part in parts:
             past, count = cache.length, part.numel()
             hidden = self.target.append(part, cache)
             begin = max(first - past, 0)
             if begin < count:
-                logits = self.target.logits(hidden[begin:]).float()
+                logits = self.target.logits(hidden[begin:])
                 start = past + begin - first
-                gaps.append(self._gaps(logits, emitted[start : start + len(logits)], past + begin + 1))
+                judged.append(self._judge(logits, emitted[start : start + len(logits)], past + begin + 1))
         self.sampler.noise.reseed(seed)  # drops its rows: they are large, and the next text needs others
-        return self._count(torch.cat(gaps))
+        found = _Judged.join(judged)
+        exact = found.own == emitted
+        if bitwise:
+            exact &= found.digests == torch.tensor(digests, dtype=torch.int64, device=exact.device)
+        ends = None if ending is None else _ends_alike(*ending, token_ids)
+        return self._count(found, exact, bitwise=bitwise, ends=ends)
+
+    def _judge(self, logits: Tensor, tokens: Tensor, position: int) -> _Judged:
+        """Judge ``tokens``, the first of which is at ``position``, by the target's ``logits`` of them."""
+        count = len(tokens)
+        own = self.sampler.choose(logits, position, torch.arange(count, device=logits.device), count)
+        top = logits.float().topk(2, dim=-1)
+        bits = digest_rows(logits) if self.target.bitwise is not None else torch.zeros_like(own)
+        gaps = torch.where(own == tokens, 0.0, self._gaps(logits.float(), tokens, position))
+        gaps = gaps.masked_fill(~finite_choice(logits, own), torch.nan)
+        return _Judged(gaps, own, bits, top.indices, top.values)
 
     def _gaps(self, logits: Tensor, tokens: Tensor, position: int) -> Tensor:
         """How far each token's score is below the target's choice, in logits; +inf outside the filters."""
         sampling = self.sampler.sampling
         if sampling.greedy:
             return logits.amax(dim=-1) - logits.gather(1, tokens[:, None])[:, 0]
-        self.sampler.noise.forget_before(position)
         noise = self.sampler.noise.rows(position, len(logits))
         scaled = logits / sampling.temperature
         slack = self.margin / sampling.temperature
@@ -113,16 +184,30 @@ class Auditor:
         gap = (core.amax(dim=-1) - own).clamp_min(0) * sampling.temperature
         return gap.masked_fill(~allowed, torch.inf)
 
-    def _count(self, gaps: Tensor) -> AuditResult:
-        gaps = gaps.nan_to_num(nan=torch.inf)  # a target that yields no numbers vouches for nothing
-        wrong = (gaps > self.margin).nonzero()
-        exact, mismatch = int((gaps == 0).sum()), wrong.shape[0]
+    def _count(self, found: _Judged, exact: Tensor, *, bitwise: bool, ends: bool | None) -> AuditResult:
+        if bool(found.gaps.isnan().any()):
+            raise NotFiniteError(NOT_FINITE)
+        wrong = (~exact & (found.gaps > self.margin)).nonzero()
+        count, mismatch = int(exact.sum()), wrong.shape[0]
         return AuditResult(
-            exact=exact,
-            near_tie=gaps.numel() - exact - mismatch,
-            mismatch=mismatch,
+            exact=count,
+            near_tie=exact.numel() - count - mismatch,
+            mismatch=mismatch + (ends is False),
             # JSON has no infinity: a token outside the filters shows as the largest finite gap.
-            max_gap=min(float(gaps.max()), 1e9),
+            max_gap=min(float(found.gaps.max()), 1e9),
             margin=self.margin,
             first_mismatch=int(wrong[0]) if mismatch else None,
+            bitwise=bitwise,
+            ending=ends,
+            top_ids=found.top_ids.tolist(),
+            top_logits=found.top_logits.tolist(),
         )
+
+
+def _ends_alike(replay: Emission, reason: FinishReason, token_ids: Sequence[int]) -> bool:
+    """Whether plain decoding, which looks after each token, ends these tokens where they end, and for that reason."""
+    for count, token in enumerate(token_ids, start=1):
+        replay.add([token])
+        if replay.finish_reason is not None:
+            return count == len(token_ids) == len(replay.token_ids) and replay.finish_reason is reason
+    return False

@@ -5,10 +5,15 @@ ids passes straight through transformers' mask preparation to scaled-dot-product
 would be silently wrong with eager attention).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subspec.decoding.batch import TokenBatch
+from subspec.decoding.bitwise import BitwiseArithmetic
 from subspec.decoding.kv_cache import KVCache, KVView
 
 
@@ -17,10 +22,14 @@ class Decoder:
 
     Args:
         model: a transformers causal LM of the Llama, Qwen2, Qwen3 or Mistral family, in eval mode.
+
+    Attributes:
+        bitwise: batch-invariant arithmetic that :meth:`run` and :meth:`logits` compute with; None: the model's own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.bitwise: BitwiseArithmetic | None = None
         self.base = model.get_decoder()
         self.head = model.get_output_embeddings()
         config = model.config
@@ -50,8 +59,27 @@ class Decoder:
             device=self.device,
         )
 
+    def run(self, batch: TokenBatch) -> Tensor:
+        """Hidden states [n, hidden] after the final norm, in the model's dtype."""
+        if self.bitwise is None:
+            return self.forward(batch.tokens, batch.positions, batch.visible(), batch.view)
+        self.begin_pass()
+        state = self.bitwise.begin(batch, self.embed(batch.tokens))
+        for index in range(self.num_layers):
+            with self.layer(index) as layer:
+                self.bitwise.layer(state, index, layer)
+        return self.bitwise.finish(state, self.base.norm)
+
+    def begin_pass(self) -> None:
+        """Layers are asked for in order from now on."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A module that holds the parameters of decoder layer ``index`` while the context is entered."""
+        yield self.base.layers[index]
+
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, view: KVView) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, by the model's own modules.
 
         Args:
             tokens, positions: int64 [n].
@@ -72,10 +100,8 @@ class Decoder:
 
     def append(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Run ``tokens`` (int64 [c]) causally behind the cache's prefix and commit them; hidden states [c, hidden]."""
-        past, count = cache.length, tokens.numel()
-        positions = torch.arange(past, past + count, device=tokens.device)
-        visible = torch.ones(count, past + count, dtype=torch.bool, device=tokens.device).tril_(past)
-        hidden = self.forward(tokens, positions, visible, cache.target_view(count))
+        count = tokens.numel()
+        hidden = self.run(TokenBatch.chain(tokens, cache.length, cache.target_view(count)))
         cache.extend(count)
         return hidden
 
@@ -94,4 +120,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head: [n, hidden] -> [n, vocabulary]."""
-        return self.head(hidden)
+        if self.bitwise is None:
+            return self.head(hidden)
+        out = torch.empty(hidden.shape[0], self.vocab_size, dtype=hidden.dtype, device=hidden.device)
+        return self.bitwise.linear("head", hidden, self.head.weight, out)

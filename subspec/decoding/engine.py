@@ -11,7 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from subspec.decoding.arguments import prompt_list, stop_list, whole_number
+from subspec.decoding.batch import TokenBatch
 from subspec.decoding.decoder import Decoder
+from subspec.decoding.digest import digest_rows
 from subspec.decoding.draft import Draft
 from subspec.decoding.growth import Growth, IterationOutcome
 from subspec.decoding.reroot import reroot
@@ -20,7 +23,7 @@ from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.stopping import Emission, TextDecoder
 from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
-from subspec.decoding.verify import Verdict, verify
+from subspec.decoding.verify import NOT_FINITE, NotFiniteError, Verdict, finite_choice, verify
 from subspec.errors import SubspecError
 from subspec.kernels.capture import lasting_stream
 from subspec.rounding import round_up
@@ -44,6 +47,9 @@ class Engine:
         prefill_chunk: prompt tokens per target pass.
         eos_token_ids: ids that end a text.
         tokenizer: for text and stop strings; None: ids only.
+
+    Attributes:
+        keeps_digests: whether results hold a digest of the logits behind every token, for the audit.
     """
 
     def __init__(
@@ -72,8 +78,11 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.tokenizer = tokenizer
         self.trace: list[Span] | None = None
+        self.keeps_digests = False
         # Trees of nearly the same size take the same kernels when their rows are rounded up; on a CPU rows cost time.
-        self._rows = ROW_MULTIPLE if growth is not None and target.device.type == "cuda" else 1
+        # Batch-invariant arithmetic has one kernel for any number.
+        rounds = growth is not None and target.device.type == "cuda" and target.bitwise is None
+        self._rows = ROW_MULTIPLE if rounds else 1
         self.tree = Tree(round_up(growth.capacity, self._rows) if growth else 1, target.device)
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
         # A draft that can do a whole level in one launch; samples need the noise added in between.
@@ -107,9 +116,11 @@ class Engine:
         """
         if self.target.device.type != "cuda":
             return
-        self.draft_whole_tree(self._prefill(prompt_ids))
+        self.draft_whole_tree(self._prefill(prompt_ids)[0])
         most = round_up(self.growth.pass_nodes, self._rows) if self.growth is not None else 1
-        for rows in range(self._rows, most + 1, self._rows):
+        for rows in (
+            range(self._rows, most + 1, self._rows) if self.target.bitwise is None else [self.tree.size]
+        ):
             self.target.logits(self._pass(rows)).argmax(dim=-1)
         torch.cuda.synchronize(self.target.device)
 
@@ -137,24 +148,19 @@ class Engine:
         Args:
             prompt_ids: at least one token id, fewer than ``max_length``.
             max_new_tokens: most tokens to emit; None: until ``max_length``.
-            stop: strings that end the text.
+            stop: a string, or strings, that end the text.
             ignore_eos: go on to the length limit.
             seed: of the samples; the same seed gives the same text with any draft.
             on_tokens: called with every emitted block, from the first token on.
 
         Raises:
-            SubspecError: ``max_new_tokens`` is below 1, or the prompt is empty, out of vocabulary, or does not fit
-                into ``max_length``.
+            SubspecError: an argument is not what it has to be (the message names it), or the target's logits are not
+                finite.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise SubspecError(f"max_new_tokens={max_new_tokens} must be at least 1 (None: until max_length)")
-        room = self._room(prompt_ids)
-        emission = Emission(
-            eos_token_ids=() if ignore_eos else self.eos_token_ids,
-            max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
-            stop=stop,
-            tokenizer=self.tokenizer,
-        )
+        prompt_ids = prompt_list(prompt_ids)
+        whole_number("seed", seed, least=0)
+        emission = self.emission(prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+        digests: list[Tensor] = []
         stats = GenerationStats(prompt_tokens=len(prompt_ids))
         self.target.take_transfer()  # what was prefetched for nobody
         clock = PhaseClock(self.target.device, self.trace)
@@ -168,8 +174,15 @@ class Engine:
 
         started = time.perf_counter()
         with clock.phase("prefill"):
-            root = self._prefill(prompt_ids)
-        emit(root.tolist())
+            root, logits = self._prefill(prompt_ids)
+            if self.keeps_digests:
+                digests.append(digest_rows(logits))
+            finite = finite_choice(logits, root)
+            del logits
+        first, is_finite = torch.cat([root, finite]).tolist()
+        if not is_finite:
+            raise NotFiniteError(NOT_FINITE)
+        emit([first])
         first_token_at = time.perf_counter()
         stats.prefill_s = first_token_at - started
 
@@ -184,12 +197,15 @@ class Engine:
                 hidden, logits = self._score(size)
             with clock.phase("settle"):
                 verdict = self._judge(logits, levels)
+                row_digests = digest_rows(logits) if self.keeps_digests else None
             del logits  # of the whole vocabulary: the next pass's must not come beside them
             with clock.waiting("wait for the verdict"):
                 # The iteration's one synchronisation.
                 accepted, emitted, depth = verdict.read_with_depth()
             with clock.phase("settle"):
                 self._commit(verdict, len(accepted), levels, hidden)
+            if row_digests is not None:
+                digests.append(row_digests.index_select(0, verdict.path(len(accepted))))
             root = verdict.bonus
             stats.iterations += 1
             stats.verified_tokens += emit(emitted)
@@ -199,12 +215,32 @@ class Engine:
         stats.decode_s = time.perf_counter() - first_token_at
         _add_phases(stats, clock.drain())
         stats.bytes_streamed, stats.transfer_s = self.target.take_transfer()
-        return GenerationResult(emission.token_ids, emission.text(), emission.finish_reason, stats)
+        result = GenerationResult(emission.token_ids, emission.text(), emission.finish_reason, stats)
+        if digests:
+            result.digests = torch.cat(digests)[: len(result.token_ids)].tolist()
+        return result
+
+    def emission(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | str = (),
+        ignore_eos: bool = False,
+    ) -> Emission:
+        """What collects the tokens of a text and ends it; arguments as of :meth:`generate`."""
+        if max_new_tokens is not None:
+            whole_number("max_new_tokens", max_new_tokens, least=1)
+        room = self._room(prompt_ids)
+        return Emission(
+            eos_token_ids=() if ignore_eos else self.eos_token_ids,
+            max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
+            stop=stop_list(stop),
+            tokenizer=self.tokenizer,
+        )
 
     def _room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that may follow the prompt."""
-        if not prompt_ids:
-            raise SubspecError("the prompt is empty: it needs at least one token")
         if len(prompt_ids) >= self.max_length:
             raise SubspecError(
                 f"the prompt has {len(prompt_ids)} tokens and decoding.max_length={self.max_length} leaves no room "
@@ -217,8 +253,8 @@ class Engine:
             )
         return self.max_length - len(prompt_ids)
 
-    def _prefill(self, prompt_ids: Sequence[int]) -> Tensor:
-        """Run the prompt through the target in chunks; returns the first token, int64 [1]."""
+    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Run the prompt through the target in chunks; returns the first token, int64 [1], and its logits."""
         if self._side is not None:  # a generation that was interrupted may have left it at work
             torch.cuda.current_stream().wait_stream(self._side)
         self.cache.reset()
@@ -231,7 +267,7 @@ class Engine:
             if self.draft is not None:
                 self.draft.observe(chunk, hidden if self.draft.needs_features else None)
         logits = self.target.logits(hidden[-1:])
-        return self.sampler.choose(logits, self.cache.length, torch.zeros_like(tokens[:1]), 1)
+        return self.sampler.choose(logits, self.cache.length, torch.zeros_like(tokens[:1]), 1), logits
 
     def _draft(self, root: Tensor, most_levels: int) -> int:
         """Grow a tree from ``root``; levels past the length limit would be verified for nothing.
@@ -291,7 +327,7 @@ class Engine:
         """What the target, with these ``logits`` of the first nodes, accepts of the tree's first ``levels`` levels."""
         depths = self.tree.depths[: logits.shape[0]]
         chosen = self.sampler.choose(logits, self.cache.length + 1, depths, levels + 1)
-        return verify(self.tree, chosen, levels)
+        return verify(self.tree, chosen, levels, finite_choice(logits, chosen))
 
     def _pass(self, rows: int) -> Tensor:
         """The target's hidden states [rows, hidden] of the first ``rows`` entries of the tree's tensors.
@@ -300,11 +336,10 @@ class Engine:
         positions are kept inside the model's.
         """
         tree, past = self.tree, self.cache.length
-        prefix = torch.ones(rows, past, dtype=torch.bool, device=tree.tokens.device)
-        visible = torch.cat([prefix, tree.ancestors[:rows, :rows]], dim=1)
+        depths = tree.depths[:rows].clamp(max=max(0, self.max_length - 1 - past))
         view = self.cache.target_view(rows)
-        positions = (past + tree.depths[:rows]).clamp_(max=max(past, self.max_length - 1))
-        return self.target.forward(tree.tokens[:rows], positions, visible, view)
+        ancestors = tree.ancestors[:rows, :rows]
+        return self.target.run(TokenBatch(tree.tokens[:rows], depths, past, view, tree.levels, ancestors))
 
     def _commit(self, verdict: Verdict, accepted: int, levels: int, hidden: Tensor) -> None:
         """Move the accepted nodes' keys and values into the prefix, tell the draft, keep what was drafted ahead."""

@@ -58,9 +58,11 @@ class GenerationResult:
         text: the decoded text without special tokens, cut before a stop string; None without a tokenizer.
         finish_reason: why it ended.
         stats: counts and times.
+        digests: of the logits that chose each token (:func:`subspec.decoding.digest.digest_rows`); None: not kept.
     """
 
     token_ids: list[int]
     text: str | None
     finish_reason: FinishReason
     stats: GenerationStats
+    digests: list[int] | None = None

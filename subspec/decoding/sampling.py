@@ -17,28 +17,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec.decoding.arguments import ArgumentError, finite_number, whole_number
+
 MIN_TEMPERATURE = 1e-6
 """Below it logits / temperature overflow."""
 
 
+MASS_UNITS = 2.0**32
+"""Of the likeliest token's probability mass: sums over any vocabulary stay whole numbers that a float64 holds."""
+
+PIECE_ROWS = 32
+"""Rows that are sampled at a time: float32 copies and sorted rows of a whole tree's logits would take gigabytes."""
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Parameters of the target's distribution. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off."""
+    """Parameters of the target's distribution. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off.
+
+    Raises:
+        ArgumentError: with the parameter that is out of range or no number.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if 0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(
-                f"temperature {self.temperature} is too small for float32: use 0 (greedy) or more"
+        temperature = finite_number("temperature", self.temperature)
+        whole_number("top_k", self.top_k, least=0)
+        top_p = finite_number("top_p", self.top_p)
+        if temperature < 0:
+            raise ArgumentError(f"temperature={temperature} must not be negative (0: greedy)")
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise ArgumentError(
+                f"temperature={temperature} is too small for float32: it must be 0 (greedy) or at least "
+                f"{MIN_TEMPERATURE}"
             )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature {self.temperature} and top_k {self.top_k} must not be negative, "
-                f"top_p {self.top_p} must lie in (0, 1]"
-            )
+        if not 0 < top_p <= 1:
+            raise ArgumentError(f"top_p={top_p} must lie in (0, 1] (1: off)")
 
     @property
     def greedy(self) -> bool:
@@ -58,10 +74,14 @@ def keep_mask(logits: Tensor, sampling: Sampling, slack: float = 0.0) -> Tensor:
         keep &= logits >= kth - slack
     if sampling.top_p < 1:
         ordered, order = logits.masked_fill(~keep, -torch.inf).sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(dim=-1)
+        # Whole numbers: their sums have no order, so a row's filter does not depend on the rows beside it.
+        highest = ordered[..., :1].clone()
+        mass = ordered.sub_(highest).exp_().double().mul_(MASS_UNITS).long()
+        before = mass.cumsum(dim=-1)
+        total = before[..., -1:].double()
+        before = before.sub_(mass).double().div_(total)
         # A token is kept when the tokens before it hold less than top_p; the one that crosses it is kept too.
         # A shift of the logits by `slack` changes a cumulative probability c by about 2 * slack * c * (1 - c).
-        before = probs.cumsum(dim=-1) - probs
         edge = 2 * slack * before * (1 - before) + (slack > 0) * 1e-6 - (slack < 0) * 1e-6
         inside = before < sampling.top_p + edge
         inside[..., 0] = True
@@ -135,8 +155,9 @@ class Sampler:
         if self.sampling.greedy:
             return logits.argmax(dim=-1)
         self.noise.forget_before(start - 1)
-        noise = self.noise.rows(start, span).index_select(0, offsets)
-        return self.scores(logits, noise).argmax(dim=-1)
+        noise = self.noise.rows(start, span)
+        pieces = zip(logits.split(PIECE_ROWS), offsets.split(PIECE_ROWS), strict=True)
+        return torch.cat([self.scores(rows, noise.index_select(0, at)).argmax(dim=-1) for rows, at in pieces])
 
     def perturb(self, logits: Tensor, position: int) -> Tensor:
         """A draft's logits [f, vocabulary] for the token at ``position``, with the noise the target will use."""

@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 from subspec.decoding.tree import Tree
+from subspec.errors import SubspecError
+
+NOT_FINITE = (
+    "the target's logits are not finite (NaN or infinity), so no token can be chosen: the checkpoint's weights are "
+    "damaged, or its arithmetic overflows in this dtype; check the files, or set target.dtype=float32"
+)
+
+
+class NotFiniteError(SubspecError):
+    """The target's logits hold NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,9 @@ class Verdict:
     """Result of a verification, on the device.
 
     Attributes:
-        packed: int64 [2 + 2 * path_room]: number of accepted nodes with the root, then their node numbers
-            in order, then the token the target emits after each (entries past the number are meaningless), and
-            the depth of the deepest node there was.
+        packed: int64 [3 + 2 * path_room]: number of accepted nodes with the root, then their node numbers
+            in order, then the token the target emits after each (entries past the number are meaningless), whether
+            one of those tokens was chosen by logits that are not finite, and the depth of the deepest node there was.
         path_room: levels + 1, or the number of nodes if that is less.
         bonus: int64 [1], the target's token after the deepest accepted node: the next root.
     """
@@ -37,8 +47,14 @@ class Verdict:
 
     def read_with_depth(self) -> tuple[list[int], list[int], int]:
         """As :meth:`read`, in the same copy also the levels that the verified nodes really made up (a tree that nodes
-        were taken out of may lack its deepest levels)."""
+        were taken out of may lack its deepest levels).
+
+        Raises:
+            NotFiniteError: a token was chosen by logits that are not finite.
+        """
         values = self.packed.tolist()
+        if values[-2]:
+            raise NotFiniteError(NOT_FINITE)
         count = values[0]
         return (
             values[1 : 1 + count],
@@ -51,13 +67,14 @@ class Verdict:
         return self.packed[1 : 1 + count]
 
 
-def verify(tree: Tree, chosen: Tensor, levels: int | None = None) -> Verdict:
+def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor | None = None) -> Verdict:
     """Walk the target's choices through the tree.
 
     Args:
         tree: the drafted tree; siblings carry distinct tokens.
         chosen: int64 [nodes], the token the target emits after each of the first nodes.
         levels: levels that those nodes make up; None: the whole tree.
+        finite: bool [nodes], see :func:`finite_choice`; None: not checked.
     """
     size = chosen.numel()
     levels = tree.levels if levels is None else levels
@@ -73,9 +90,23 @@ def verify(tree: Tree, chosen: Tensor, levels: int | None = None) -> Verdict:
     numbers = torch.arange(size, device=chosen.device)
     on_path = ancestors.index_select(0, deepest)[0]
     room = min(levels + 1, size)
-    path = torch.where(on_path, numbers, size).sort().values[:room]
-    emitted = chosen.index_select(0, path.clamp(max=size - 1))
+    path = torch.where(on_path, numbers, size).sort().values[:room].clamp_(max=size - 1)
+    emitted = chosen.index_select(0, path)
     count = depths.index_select(0, deepest) + 1
     bonus = chosen.index_select(0, deepest)
     deepest_drafted = depths.max().view(1)
-    return Verdict(torch.cat([count, path, emitted, deepest_drafted]), room, bonus)
+    wrong = torch.zeros_like(count) if finite is None else (on_path & ~finite).any().view(1).to(count.dtype)
+    return Verdict(torch.cat([count, path, emitted, wrong, deepest_drafted]), room, bonus)
+
+
+def finite_choice(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Whether the logit of each row's choice is finite, bool [n].
+
+    A row that holds NaN or +infinity chooses it, and one of nothing but -infinity has no other choice: so one number
+    per row tells of the row.
+
+    Args:
+        logits: [n, vocabulary].
+        chosen: int64 [n].
+    """
+    return logits.gather(1, chosen[:, None])[:, 0].isfinite()

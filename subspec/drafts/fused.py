@@ -331,6 +331,7 @@ class FusedSubstitute:
             HAS_BIAS=layer.qkv_bias is not None,
             HAS_NORM=norm,
             HALF=dim // 2,
+            HALF_BLOCK=next_power_of_two(dim // 2),
             num_warps=1,
             **self._overlapped,
         )

@@ -28,14 +28,14 @@ def embed_rows(table, tokens, out, hidden: tl.constexpr, BLOCK: tl.constexpr, OV
     tl.store(out + row * hidden + columns, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_rms_norm(
     residual, partial, weight, out, rows, eps, hidden: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """residual += sum of the partial sums; out = RMSNorm(residual) * weight. Grid: rows.
 
-    partial: float32 [SPLITS, rows, stride]; residual, out, weight: bfloat16.
+    partial: float32 [SPLITS, rows, stride]; residual, out, weight: of one dtype.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -51,68 +51,72 @@ def add_rms_norm(
         for split in tl.static_range(SPLITS):
             total += tl.load(partial + (split * rows + row) * stride + columns, mask=inside, other=0.0)
         value += total
-        tl.store(residual + row * hidden + columns, value.to(tl.bfloat16), mask=inside)
-        value = value.to(tl.bfloat16).to(tl.float32)
+        rounded = value.to(residual.dtype.element_ty)
+        tl.store(residual + row * hidden + columns, rounded, mask=inside)
+        value = rounded.to(tl.float32)
     variance = tl.sum(value * value, axis=0) / hidden
-    scaled = (value * tl.rsqrt(variance + eps)).to(tl.bfloat16).to(tl.float32)
-    tl.store(out + row * hidden + columns, (scaled * gain).to(tl.bfloat16), mask=inside)
+    scaled = (value * tl.rsqrt(variance + eps)).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * hidden + columns, (scaled * gain).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "write_row"])
 def rope_store(
     partial, bias, q_norm, k_norm, inverse_frequency, depths, length, q_out, k_rows, v_rows,
     rows, write_row, row_stride, head_stride, attention_scaling, eps,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
+    HALF_BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Finish a fused q/k/v projection: add slices and bias, norm, rotate, write q and the cache rows.
 
-    Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF, a power of two. depths: int64 [rows] of the
-    nodes; their position is length + depth. k_rows, v_rows: this layer's cache [kv_heads, rows, head_dim].
+    Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF; HALF_BLOCK: the power of two that holds HALF.
+    depths: int64 [rows] of the nodes; their position is length + depth. k_rows, v_rows: this layer's cache
+    [kv_heads, rows, head_dim].
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
-    half = tl.arange(0, HALF)
+    half = tl.arange(0, HALF_BLOCK)
+    real = half < HALF
     base = head * 2 * HALF
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    first = tl.zeros([HALF], dtype=tl.float32)
-    second = tl.zeros([HALF], dtype=tl.float32)
+    first = tl.zeros([HALF_BLOCK], dtype=tl.float32)
+    second = tl.zeros([HALF_BLOCK], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
         at = partial + (split * rows + row) * stride + base
-        first += tl.load(at + half)
-        second += tl.load(at + HALF + half)
+        first += tl.load(at + half, mask=real, other=0.0)
+        second += tl.load(at + HALF + half, mask=real, other=0.0)
     if HAS_BIAS:
-        first += tl.load(bias + base + half).to(tl.float32)
-        second += tl.load(bias + base + HALF + half).to(tl.float32)
+        first += tl.load(bias + base + half, mask=real, other=0.0).to(tl.float32)
+        second += tl.load(bias + base + HALF + half, mask=real, other=0.0).to(tl.float32)
     if head < q_heads + kv_heads:
         if HAS_NORM:
             mean = (tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / (2 * HALF)
             scale = tl.rsqrt(mean + eps)
             norm = q_norm if head < q_heads else k_norm
-            first = first * scale * tl.load(norm + half).to(tl.float32)
-            second = second * scale * tl.load(norm + HALF + half).to(tl.float32)
+            first = first * scale * tl.load(norm + half, mask=real, other=0.0).to(tl.float32)
+            second = second * scale * tl.load(norm + HALF + half, mask=real, other=0.0).to(tl.float32)
         position = (tl.load(length) + tl.load(depths + row)).to(tl.float32)
-        angle = position * tl.load(inverse_frequency + half)
-        # The model's own tables are bfloat16; so are these.
-        cosine = (tl.cos(angle) * attention_scaling).to(tl.bfloat16).to(tl.float32)
-        sine = (tl.sin(angle) * attention_scaling).to(tl.bfloat16).to(tl.float32)
+        angle = position * tl.load(inverse_frequency + half, mask=real, other=0.0)
+        # The model's own tables are rounded to its dtype; so are these.
+        dtype = q_out.dtype.element_ty
+        cosine = (tl.cos(angle) * attention_scaling).to(dtype).to(tl.float32)
+        sine = (tl.sin(angle) * attention_scaling).to(dtype).to(tl.float32)
         rotated = first * cosine - second * sine
         second = second * cosine + first * sine
         first = rotated
     if head < q_heads:
         at_q = q_out + (row * q_heads + head) * 2 * HALF
-        tl.store(at_q + half, first.to(tl.bfloat16))
-        tl.store(at_q + HALF + half, second.to(tl.bfloat16))
+        tl.store(at_q + half, first.to(q_out.dtype.element_ty), mask=real)
+        tl.store(at_q + HALF + half, second.to(q_out.dtype.element_ty), mask=real)
     else:
         is_key = head < q_heads + kv_heads
         kv_head = tl.where(is_key, head - q_heads, head - q_heads - kv_heads).to(tl.int64)
         target = k_rows if is_key else v_rows
         at_kv = target + kv_head * head_stride + (write_row + row).to(tl.int64) * row_stride
-        tl.store(at_kv + half, first.to(tl.bfloat16))
-        tl.store(at_kv + HALF + half, second.to(tl.bfloat16))
+        tl.store(at_kv + half, first.to(k_rows.dtype.element_ty), mask=real)
+        tl.store(at_kv + HALF + half, second.to(k_rows.dtype.element_ty), mask=real)
 
 
 @triton.jit

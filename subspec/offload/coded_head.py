@@ -5,9 +5,9 @@ head would lie on the device too, for one product per target pass. What the draf
 there twice, just as for the layers (:mod:`subspec.offload.codec`): so the exact head is coded given the draft's.
 
 It is decoded in slices of rows into the buffer that layers are decoded into (:class:`LayerDecoder`), each slice is
-multiplied with, and the products are columns of one tensor of logits. A product by slices may be another kernel of the
-device's library than the product with the whole head, and differ from it in the last bit; every pass and the audit go
-through the same slices. Nothing of it is kept on disk: coding it takes a fraction of a second.
+multiplied with, and the products are columns of one tensor of logits. In batch-invariant arithmetic they have the bits
+of the product with the whole head; the device's library may take another kernel for a slice, and differ in the last
+bit. Nothing of it is kept on disk: coding it takes a fraction of a second.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec.decoding.bitwise import BitwiseArithmetic
 from subspec.kernels.codec import Piece, PieceDecoder, Rows, Spans
 from subspec.kernels.ops import LevelLinear
 from subspec.offload.coded_layer import CodeRun, encode_proven
@@ -128,12 +129,15 @@ class CodedHead:
         self._decoders[number](self.code.flat)
         return self._weights[number]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The LM head: bfloat16 [n, hidden] -> [n, vocabulary]."""
+    def logits(self, hidden: Tensor, bitwise: BitwiseArithmetic | None = None) -> Tensor:
+        """The LM head: bfloat16 [n, hidden] -> [n, vocabulary], by ``bitwise`` or by the device's library."""
         logits = torch.empty(hidden.shape[0], self.code.shape[0], dtype=hidden.dtype, device=hidden.device)
         for number, part in enumerate(self.code.slices):
             own = logits[:, part.first : part.first + part.count]
-            torch.mm(hidden, self.decode(number).t(), out=own)
+            if bitwise is None:
+                torch.mm(hidden, self.decode(number).t(), out=own)
+            else:
+                bitwise.linear("head", hidden, self.decode(number), own)
         return logits
 
 

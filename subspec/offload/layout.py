@@ -19,6 +19,7 @@ from subspec.config import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
+from subspec.decoding.bitwise import PassShapes, unsupported
 from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding_config import build_growth, build_sampling
 from subspec.drafts.fused_quant import FusedQuantization, fused_quantization
@@ -101,6 +102,7 @@ class Layout:
         loading_bytes: what a layer in the making takes of the device while the substitute is loaded, before the pieces
             are there that come later; 0: nothing is quantized.
         packed_bytes: of a layer of the substitute, its quantized Linears alone.
+        bitwise: shapes of a pass in batch-invariant arithmetic; None: the target's own modules run it.
         given_codec: a codec that overrules the configuration's.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
@@ -116,6 +118,9 @@ class Layout:
         self.config, self.offload = config, config.offload
         self.shapes = shapes = ModelShapes.of(model)
         self.itemsize = _itemsize(config)
+        self.bitwise: PassShapes | None = None
+        if config.decoding.bitwise is not False and self.itemsize == 2 and not unsupported(model):
+            self.bitwise = PassShapes.of(model, self.itemsize)
         self.coded = codec_of(config) is Codec.substitute
         self.given_codec = codec
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
@@ -306,13 +311,19 @@ class Layout:
         shapes, itemsize, rows = self.shapes, self.itemsize, self.pass_rows
         length = self.config.decoding.max_length
         passes = {
-            f"prefill, {chunk} tokens": pass_bytes(shapes, chunk, length, itemsize),
-            f"pass over {rows} rows": pass_bytes(shapes, rows, length + rows, itemsize),
+            f"prefill, {chunk} tokens": self._pass_bytes(chunk, length, length, is_tree=False),
+            f"pass over {rows} rows": self._pass_bytes(rows, length, length + rows, is_tree=rows > 1),
             f"logits of {rows} rows": verify_bytes(shapes, rows, self.levels, self.sampling, itemsize),
         }
         if self.draft is not None:
             passes |= self.draft.workspaces
         return max(passes.items(), key=lambda named: named[1])
+
+    def _pass_bytes(self, rows: int, length: int, visible: int, *, is_tree: bool) -> int:
+        """Of a target pass over ``rows`` rows at positions below ``length``, which sees ``visible`` cache rows."""
+        if self.bitwise is not None:
+            return self.bitwise.pass_bytes(rows, length, is_tree=is_tree)
+        return pass_bytes(self.shapes, rows, visible, self.itemsize)
 
     def _audit_bytes(self, workspace: int) -> int:
         if not self.config.audit:

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.decoding.kv_cache import KVCache
-from subspec.decoding.sampling import Sampling
+from subspec.decoding.sampling import PIECE_ROWS, Sampling
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused import USUAL_ROWS
 from subspec.drafts.fused_model import Attention
@@ -57,9 +57,9 @@ PER_LOGIT_GREEDY = 0
 PER_LOGIT_SAMPLING = 16
 """Three float32 copies (scaled logits, the noise of each node's position, their sum) and the filters' masks."""
 
-PER_LOGIT_TOP_P = 66
-"""top-p sorts every row: values, 64-bit indices and their probabilities, about 42 bytes counted on the CPU, and an
-estimated 24 for the GPU sort's own buffers."""
+PER_LOGIT_TOP_P = 85
+"""top-p sorts every row: values, 64-bit indices, their mass and its sums, 61 bytes counted on the CPU, and an estimated
+24 for the GPU sort's own buffers."""
 
 PER_LOGIT_DRAFT = 12
 """Three float32 copies of a sampled level's logits: scaled, their exponentials, and one more while scaling."""
@@ -248,12 +248,13 @@ def pass_bytes(shapes: ModelShapes, rows: int, visible: int, itemsize: int) -> i
 def verify_bytes(shapes: ModelShapes, nodes: int, levels: int, sampling: Sampling, itemsize: int) -> int:
     """Logits of the whole tree and what choosing from them takes.
 
-    nodes * vocab * (itemsize + b) + itemsize * nodes * hidden, with b = 0 for greedy, 16 for sampling, 66 with top-p;
-    sampling also keeps a float32 row of noise per level, and a stacked copy of them: 8 * (levels + 1) * vocab.
+    itemsize * nodes * (vocab + hidden) + b * min(nodes, 32) * vocab, with b = 0 for greedy, 16 for sampling, 85 with
+    top-p, as rows are sampled 32 at a time; sampling also keeps a float32 row of noise per level, and a stacked copy of
+    them: 8 * (levels + 1) * vocab.
     """
-    per_logit = itemsize + _per_logit(sampling)
     noise = 0 if sampling.greedy else 8 * (levels + 1) * shapes.vocab
-    return nodes * shapes.vocab * per_logit + itemsize * nodes * shapes.hidden + noise
+    piece = min(nodes, PIECE_ROWS) * shapes.vocab * _per_logit(sampling)
+    return itemsize * nodes * (shapes.vocab + shapes.hidden) + piece + noise
 
 
 def level_bytes(

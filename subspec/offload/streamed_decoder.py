@@ -5,7 +5,8 @@ layer. So the numerics are exactly those of the model on the device.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,10 +104,13 @@ class StreamedDecoder(Decoder):
         level.embed_rows[(tokens.numel(),)](self.table, tokens.contiguous(), out, hidden, BLOCK=block)
         return out
 
-    def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, view: KVView) -> Tensor:
+    def begin_pass(self) -> None:
         if self.streamer is not None:
             self.streamer.rewind()
             self.streamer.prefetch()
+
+    def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, view: KVView) -> Tensor:
+        self.begin_pass()
         hidden = self.embed(tokens).unsqueeze(0)
         position_ids = positions.unsqueeze(0)
         arguments: dict[str, Any] = {
@@ -117,33 +121,41 @@ class StreamedDecoder(Decoder):
             "use_cache": True,
         }
         for index in range(self.num_layers):
-            hidden = self._layer(index, hidden, arguments)
+            with self.layer(index) as layer:
+                hidden = layer(hidden, **arguments)
         return self.base.norm(hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden) if self.coded_head is None else self.coded_head.logits(hidden)
+        if self.coded_head is None:
+            return super().logits(hidden)
+        return self.coded_head.logits(hidden, self.bitwise)
 
-    def _layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        streams = self.decoding is None and index not in self._resident
+        with self._timed(index, self._parameters_of(index)) as layer:
+            layer.self_attn.layer_idx = (
+                index  # one module serves many layers; says whose cache rows it writes
+            )
+            yield layer
+        if streams:
+            assert self.streamer is not None
+            self.streamer.leave()
+
+    def _parameters_of(self, index: int) -> nn.Module:
+        """A module with the parameters of a layer: resident, decoded, or in a ring slot, which is held until left."""
         layer = self._resident.get(index)
         if layer is not None:
-            return self._timed(index, layer, hidden, arguments)
+            return layer
         if self.decoding is not None:
-            return self._timed(index, self._decode(index), hidden, arguments)
+            return self._decode(index)
         assert self.streamer is not None
-        layer = self._slot_layers[self.streamer.enter()]
-        layer.self_attn.layer_idx = (
-            index  # one module serves many layers; this says whose cache rows it writes
-        )
-        hidden = self._timed(index, layer, hidden, arguments)
-        self.streamer.leave()
-        return hidden
+        return self._slot_layers[self.streamer.enter()]
 
     def _decode(self, index: int) -> nn.Module:
         """A layer rebuilt from its code, on the device or in a ring slot, which is free again at once."""
         decoding, streamer = self.decoding, self.streamer
         assert decoding is not None
-        layer = self._decoded_layer
-        layer.self_attn.layer_idx = index
         flat = decoding.resident.get(index)
         if flat is None:
             assert streamer is not None
@@ -152,14 +164,15 @@ class StreamedDecoder(Decoder):
             streamer.leave()
         else:
             decoding.decode(index, flat)
-        return layer
+        return self._decoded_layer
 
-    def _timed(self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    @contextmanager
+    def _timed(self, index: int, layer: nn.Module) -> Iterator[nn.Module]:
         if self.layer_log is None:
-            return layer(hidden, **arguments)
+            yield layer
+            return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        hidden = layer(hidden, **arguments)
+        yield layer
         end.record()
         self.layer_log.append((index, begin, end))
-        return hidden

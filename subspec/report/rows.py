@@ -381,8 +381,9 @@ def audit_text(row: Row) -> str:
     audit = row.summary["audit"]
     if not audit:
         return "not run"
-    verdict = "FAILED" if audit["mismatch"] else "passed"
-    text = f"{verdict}: {audit['exact']} exact"
+    verdict = "FAILED" if audit["errors"] else "passed"
+    bits = ", bit for bit" if audit["bitwise"] == audit["turns"] else ""
+    text = f"{verdict}: {audit['exact']} exact{bits}"
     if audit["near_tie"]:
         gap = f" (gap {audit['max_gap']:.2g})" if audit["max_gap"] is not None else ""
         text += f", {audit['near_tie']} near-tie(s){gap}"

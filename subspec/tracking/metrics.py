@@ -157,8 +157,9 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
           over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
         - ``per_turn``: ``n``, ``mean``, ``sd`` (of a sample, n - 1) and ``median`` of :data:`PER_TURN_FIGURES`.
         - ``accuracy``: ``correct``, ``checked`` and ``accuracy`` = correct / checked; None when nothing was checked.
-        - ``audit``: sums of ``exact``, ``near_tie``, ``mismatch``, the largest ``max_gap``, ``margin``, and the
-          audited ``turns``; None when nothing was audited.
+        - ``audit``: sums of ``exact``, ``near_tie``, ``mismatch``, the largest ``max_gap``, ``margin``, the audited
+          ``turns``, those audited ``bitwise``, and ``errors``: mismatches and, where bits were compared, near-ties;
+          None when nothing was audited.
         - ``peak_vram_gib``, ``peak_ram_gib``: the largest of all turns.
     """
     records = list(records)
@@ -286,6 +287,8 @@ def _audit(turns: Sequence[Record]) -> dict[str, Any] | None:
         "max_gap": _largest(audits, "max_gap"),
         "margin": _largest(audits, "margin"),
         "turns": len(audits),
+        "bitwise": sum(bool(a.get("bitwise")) for a in audits),
+        "errors": sums["mismatch"] + sum(a["near_tie"] for a in audits if a.get("bitwise")),
     }
 
 

@@ -168,7 +168,8 @@ def _audit(audit: Summary | None) -> str:
     sizes = (("largest gap", audit["max_gap"]), ("margin", audit["margin"]))
     known = [f"{label} {value:.3g}" for label, value in sizes if value is not None]
     ties += f" ({', '.join(known)})" if known else ""
-    verdict = "passed" if not audit["mismatch"] else "FAILED"
+    verdict = "passed" if not audit.get("errors", audit["mismatch"]) else "FAILED"
+    verdict += " bit for bit" if audit.get("bitwise") == audit["turns"] else ""
     return f"{verdict}: tokens exact {audit['exact']}, {ties}, mismatches {audit['mismatch']}"
 
 

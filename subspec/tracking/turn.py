@@ -72,7 +72,7 @@ def turn_record(
         correct: whether the answer was right; None when it was not checked.
         extracted: the answer found in the text.
         reference: the benchmark's answer.
-        audit: ``exact``, ``near_tie``, ``mismatch`` (tokens), ``max_gap``, ``margin`` (logits); None: not audited.
+        audit: fields of :class:`subspec.decoding.audit.AuditResult`; None: not audited.
     """
     metrics = turn_metrics(result, link=link, peak_vram_gib=peak_vram_gib, peak_ram_gib=peak_ram_gib)
     return {

@@ -116,7 +116,7 @@ def test_a_rerooted_trees_rows_are_where_its_schedule_has_them(device):
     model = model_of("qwen2", device, vocab_size=640)
     engine = Engine(Decoder(model), fused_draft(model, device), Beam(4, 2, 4), max_length=96)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         engine.draft_whole_tree(root)
         tree, rows = engine.tree, engine.cache.rows
         end = engine.cache.draft_rows - 1

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ import subspec.decoding.engine as engine_module
 from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import PositionNoise, Sampler, Sampling, keep_mask
 from subspec.decoding.verify import verify
+from subspec.errors import ConfigError
 from tests.helpers.drafts import RandomDraft, engine_for
 from tests.helpers.tiny import tiny_model
 
@@ -68,10 +70,31 @@ def test_noise_is_gumbel():
     assert row.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.03)
 
 
-def test_sampling_settings_are_checked():
-    for bad in ({"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
-        with pytest.raises(ValueError, match="must"):
-            Sampling(**{"temperature": 1.0, **bad})
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            ("temperature", value)
+            for value in (-1, 1e-9, NAN, INF, -INF, True, "0.7", None, torch.tensor(0.7))
+        ],
+        *[("top_k", value) for value in (-1, 2.0, NAN, True, "5", None)],
+        *[("top_p", value) for value in (0, 0.0, -0.1, 1.5, NAN, INF, True, "0.9", None)],
+    ],
+)
+def test_sampling_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name}=") as refused:
+        Sampling(**{"temperature": 1.0, name: value})
+    assert isinstance(refused.value, ConfigError)
+
+
+def test_sampling_takes_numbers_of_every_kind():
+    assert Sampling(1, np.int64(5), 1).top_k == 5
+    assert Sampling(np.float32(0.5)).temperature == 0.5
+    assert Sampling(0).greedy
+    assert Sampling(-0.0).greedy
 
 
 # ------------------------------------------------------------- speculative sampling has the target's distribution
@@ -129,18 +152,18 @@ def test_speculative_sampling_has_the_targets_distribution(small, sampling, draf
     assert p_value(engine, exact_distribution(small, sampling)) > 1e-3
 
 
-def accept_everything(tree, chosen, levels):
+def accept_everything(tree, chosen, levels, finite):
     """A verifier that emits whatever was drafted."""
     forced = chosen.clone()
     forced[tree.parents[1 : tree.size]] = tree.tokens[1 : tree.size]
-    return verify(tree, forced, levels)
+    return verify(tree, forced, levels, finite)
 
 
-def fresh_noise_everywhere(tree, chosen, levels):
+def fresh_noise_everywhere(tree, chosen, levels, finite):
     """A verifier that prefers drafted children: it resamples when the first sample was not drafted."""
     second = chosen.roll(1)
     drafted = (tree.tokens[: tree.size][None] == chosen[:, None]).any(1)
-    return verify(tree, torch.where(drafted, chosen, second), levels)
+    return verify(tree, torch.where(drafted, chosen, second), levels, finite)
 
 
 @pytest.mark.parametrize("broken", [accept_everything, fresh_noise_everywhere])

@@ -169,7 +169,7 @@ def test_every_level_is_fed_its_own_parents_features(model, growth, shape):
     engine, _ = taught(model, GROWTHS[growth](), PROMPT, 30, shape, std=0.08)
     draft, text = engine.draft, list(PROMPT)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         accepted_any = 0
         for _ in range(3):
             draft.seen.clear()
@@ -191,7 +191,7 @@ def test_every_level_is_fed_its_own_parents_features(model, growth, shape):
 def test_drafting_the_same_tree_twice_gives_the_same_tree(model):
     engine = eagle_engine(model, Eagle2(4, 3, 15))
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         engine._draft(root, 10)
         first = engine.tree.tokens[: engine.tree.size].clone()
         engine._draft(root, 10)

@@ -67,7 +67,7 @@ def test_a_kept_layer_uses_the_cache_rows_of_its_own_number(family):
     model, layers = tiny_model(family, layers=4), (0, 2, 3)
     engine = engine_with(model, layers, GROWTHS["chain"]())
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         logits = engine.draft.expand(engine.tree, engine.tree.plant(root))
         cache = DynamicCache(config=model.config)
         model(torch.tensor([PROMPT]), past_key_values=cache)

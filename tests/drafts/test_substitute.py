@@ -59,7 +59,7 @@ def test_every_nodes_logits_are_those_of_its_own_branch_after_the_exact_prefix(f
 
     draft.expand = remember
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         engine._draft(root, 10)
         tree = engine.tree
         assert len(seen) == 1 + 3 * 3  # the last level is not run through the draft

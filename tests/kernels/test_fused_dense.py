@@ -97,7 +97,7 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
     with torch.inference_mode():
         reference = engines[0].tree
         for engine in engines:
-            frontier = engine.tree.plant(engine._prefill(PROMPT))
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
             logits = []
             for _ in range(growth.max_depth):
                 out = engine.draft.expand(engine.tree, frontier).clone()

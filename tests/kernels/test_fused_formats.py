@@ -85,7 +85,7 @@ def first_levels(model, draft):
     """Logits of the root and of three fixed children, float32 [4, vocabulary]."""
     engine = Engine(Decoder(model), draft, Beam(3, 3), max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        frontier = engine.tree.plant(engine._prefill(PROMPT))
+        frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
         root = engine.draft.expand(engine.tree, frontier).float().clone()
         device = root.device
         frontier = engine.tree.append(
@@ -134,7 +134,7 @@ def test_a_quantized_head_grows_the_tree_inside_the_level(device, tie):
     assert draft.model.draft_head is not None
     engine = Engine(Decoder(model), draft, growth, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         engine._draft(root, 10)
         tree = engine.tree
         fused = tree.tokens[: tree.size].clone(), tree.scores[: tree.size].clone()

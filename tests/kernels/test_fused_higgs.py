@@ -74,7 +74,7 @@ def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, d
         tree = None
         for other in (module_draft(model, bits), draft):
             engine = Engine(Decoder(model), other, Beam(2, 3), max_length=64, prefill_chunk=16)
-            frontier = engine.tree.plant(engine._prefill(PROMPT))
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
             first = engine.draft.expand(engine.tree, frontier).float().clone()
             if tree is None:
                 frontier = engine.growth.grow(engine.tree, frontier, first, 0.2)

@@ -65,7 +65,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, device):
     logits = []
     with torch.inference_mode():
         for engine in engines:
-            root = engine._prefill(PROMPT)
+            root = engine._prefill(PROMPT)[0]
             frontier = engine.tree.plant(root)
             rows = []
             for _ in range(growth.max_depth):
@@ -106,7 +106,7 @@ def test_every_setting_of_attention_gives_the_same_logits(device, attention):
         for settings in (Attention(), attention):
             draft = fused_draft(model, device, attention=settings)
             engine = Engine(Decoder(model), draft, Beam(3, 3), max_length=96, prefill_chunk=16)
-            root = engine._prefill(PROMPT * 6)
+            root = engine._prefill(PROMPT * 6)[0]
             engine._draft(root, 40)
             logits.append(draft._logits_of(3).float().clone())  # of the last level, which sees all others
     torch.testing.assert_close(logits[1], logits[0], rtol=0.03, atol=0.03)
@@ -119,7 +119,7 @@ def test_growth_in_the_kernel_is_the_beams(device):
     growth = Beam(4, 3)
     engine = Engine(Decoder(model), fused_draft(model, device), growth, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)
+        root = engine._prefill(PROMPT)[0]
         engine._draft(root, 10)
         tree = engine.tree
         fused = [t[: tree.size].clone() for t in (tree.tokens, tree.parents, tree.depths, tree.scores)]
@@ -157,7 +157,7 @@ def test_both_kernels_give_the_same_logits():
     for kernel in ("int4_mma", "tinygemm"):
         engine = Engine(Decoder(model), fused_draft(model, device, kernel), Beam(2, 3), max_length=64)
         with torch.inference_mode():
-            frontier = engine.tree.plant(engine._prefill(PROMPT))
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
             out.append(engine.draft.expand(engine.tree, frontier).float().clone())
     # tinygemm keeps scales in bfloat16, ours in float16.
     assert (out[0] - out[1]).norm() / out[0].norm() < 0.05

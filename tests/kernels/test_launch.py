@@ -141,7 +141,7 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
         draft = fused_draft(model, device, overlap=overlap)
         engine = Engine(Decoder(model), draft, growth, max_length=128, prefill_chunk=16)
         with torch.inference_mode():
-            root = engine._prefill(PROMPT)
+            root = engine._prefill(PROMPT)[0]
             for _ in range(20):  # replays, of which none may differ
                 engine._draft(root, 40)
                 engine.draft.commit(engine.tree, None, None)

@@ -205,7 +205,7 @@ def test_the_prefill_chunk_is_a_multiple_of_64_and_shrinks_before_the_run_is_ref
 
 def test_sampling_and_the_audit_take_more():
     greedy, sampled = planned(settings(12.0)), planned(settings(12.0, sampling={"top_p": 0.9}))
-    assert by_name(sampled)["workspace"] > 8 * by_name(greedy)["workspace"]
+    assert by_name(sampled)["workspace"] > 4 * by_name(greedy)["workspace"]
     audited = replace(settings(12.0), audit=True)
     assert by_name(planned(audited))["audit"] > by_name(greedy)["KV cache"] / 2
 
@@ -266,7 +266,7 @@ def test_host_memory_is_checked_before_anything_swaps():
         (settings(5.78), "decoding.max_length="),
         (settings(6.0, embedding=Placement.device, quant={"bits": 4}), "offload.embedding=host"),
         (settings(6.0, ring_slots=6), "offload.ring_slots=2"),
-        (settings(12.0, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
+        (settings(6.5, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
         (settings(4.0), "draft=none"),
     ],
 )

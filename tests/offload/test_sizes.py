@@ -8,11 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config
 
+from subspec.decoding.batch import TokenBatch
+from subspec.decoding.bitwise import ROLES, BitwiseArithmetic, PassShapes
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.tree import Tree
+from subspec.kernels.invariant_linear import REFERENCE
 from subspec.offload.sizes import (
     GIB,
     MIB,
@@ -95,6 +98,29 @@ def test_a_pass_holds_what_the_formula_says(name, rows, past, monkeypatch):
     peak = counted.peak + 2 * rows * (past + rows)
     assert peak <= formula + 64 * rows
     assert formula < 1.35 * peak + MIB
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_7b", "llama3_1_8b", "tiny_tied"])
+@pytest.mark.parametrize(("rows", "past"), [(1, 2047), (6, 2000), (289, 1700), (1024, 1024), (2048, 0)])
+def test_a_bitwise_pass_holds_what_the_formula_says(name, rows, past, monkeypatch):
+    for kernels in ("level", "invariant"):
+        monkeypatch.setattr(f"subspec.kernels.{kernels}", NoKernels(), raising=False)
+    config = two_layers(name)
+    decoder = Decoder(empty_model(config, torch.bfloat16, META))
+    decoder.base.rotary_emb.to(META)
+    decoder.bitwise = BitwiseArithmetic(decoder.model, dict.fromkeys(ROLES, REFERENCE))
+    cache = decoder.new_cache(max_length=2048, draft_rows=0, target_rows=max(rows, 289))
+    ancestors = torch.ones(rows, rows, dtype=torch.bool, device=META) if rows == 289 else None
+    depths = torch.zeros(rows, dtype=torch.int64, device=META)
+    levels = 48 if rows == 289 else rows - 1
+    with torch.inference_mode(), Live() as counted:
+        counted.know(cache.rows)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=META)
+        batch = TokenBatch(tokens, depths, past, cache.target_view(rows), levels, ancestors)
+        decoder.run(batch)
+    formula = PassShapes.of(config, 2).pass_bytes(rows, 2048, is_tree=ancestors is not None)
+    assert counted.peak <= formula + 64 * rows
+    assert formula < 1.35 * counted.peak + MIB
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec
     assert isinstance(drafting, FusedSubstitute)
     try:
         with torch.inference_mode():
-            root = engine._prefill([1, 2, 3])
+            root = engine._prefill([1, 2, 3])[0]
             for _ in range(2):  # compiles and captures
                 engine._draft(root, 10)
                 hidden, verdict = verified(engine)

@@ -162,7 +162,16 @@ def test_counts_skips_answers_and_audit() -> None:
         "finish_reasons": {"eos": 4, "length": 1},
     }
     assert summary["accuracy"] == {"correct": 2, "checked": 3, "accuracy": 2 / 3}
-    expected = {"exact": 40, "near_tie": 4, "mismatch": 2, "max_gap": 0.003, "margin": 0.01, "turns": 4}
+    expected = {
+        "exact": 40,
+        "near_tie": 4,
+        "mismatch": 2,
+        "max_gap": 0.003,
+        "margin": 0.01,
+        "turns": 4,
+        "bitwise": 0,
+        "errors": 2,
+    }
     assert summary["audit"] == expected
     assert summary["peak_ram_gib"] == 4.0
     assert summary["peak_vram_gib"] is None

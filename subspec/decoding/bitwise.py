@@ -1,0 +1,289 @@
+"""The target's pass in batch-invariant arithmetic: a token's logits have the same bits in every pass.
+
+A matrix library picks its kernel, and with it the order of a sum, by the number of rows. In bfloat16 that decides
+between tokens whose logits nearly tie: a tree's pass and plain decoding then emit different texts. Here the order of
+a row's sums is fixed (:mod:`subspec.kernels.invariant`), so plain decoding, prefill in chunks of any size and trees of
+any shape give the same logits to the last bit. What is between the sums works element by element.
+
+Layers are the model's own modules, of which only the parameters are used; between layers the residual stream is in
+the model's dtype, partial sums are float32 until they are added to it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from subspec.decoding.batch import TokenBatch
+from subspec.kernels.invariant_attention import Heads, attend, path_table
+from subspec.kernels.invariant_linear import Tiling, multiply, split_k
+from subspec.rounding import next_power_of_two, round_up
+
+ROLES = ("qkv", "out", "gate_up", "down", "head")
+"""The matrices of a pass; each has a tile shape of its own."""
+
+DTYPES = (torch.bfloat16, torch.float16)
+"""Arithmetic that is covered: in float32 rounding is far below the gaps between logits."""
+
+ALIGNMENT = 256
+"""Bytes: every buffer of a pass begins at a multiple."""
+
+PATH_BYTES = 16
+"""Of a pair of nodes while the path table is made: 64-bit columns, and what they are chosen from."""
+
+ACTIVATION_BLOCK = 1024
+
+
+def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a model's passes cannot be batch-invariant here, in a few words; None when they can.
+
+    Args:
+        config: of a supported family.
+    """
+    if device.type != "cuda":
+        return f"it is for CUDA devices, and this run is on the {device.type}"
+    if dtype not in DTYPES:
+        names = " and ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        return f"it is for {names}, and this run computes in {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or later"
+    return unsupported(config)
+
+
+def unsupported(config: PretrainedConfig) -> str | None:
+    """What of a model's configuration the kernels do not compute; None when there is nothing."""
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the activation {config.hidden_act} is not built"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package triton is not installed"
+    return None
+
+
+@dataclass(frozen=True)
+class PassShapes:
+    """What the buffers of a pass depend on."""
+
+    hidden: int
+    intermediate: int
+    heads: Heads
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, itemsize: int) -> "PassShapes":
+        """Read off a transformers configuration."""
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+        return cls(config.hidden_size, config.intermediate_size, heads, itemsize)
+
+    @property
+    def qkv(self) -> int:
+        """Outputs of the query, key and value projections together."""
+        return (self.heads.query + 2 * self.heads.kv) * self.heads.dim
+
+    def matrices(self, vocab: int) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the matrices by role."""
+        query = self.heads.query * self.heads.dim
+        return {
+            "qkv": (self.qkv, self.hidden),
+            "out": (self.hidden, query),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "head": (vocab, self.hidden),
+        }
+
+    def added_parts(self) -> int:
+        """Most parts of a sum that is added to the residual stream."""
+        query = self.heads.query * self.heads.dim
+        return max(split_k(self.hidden, query).parts, split_k(self.hidden, self.intermediate).parts)
+
+    def buffers(self, rows: int, length: int) -> dict[str, int]:
+        """Bytes of each buffer of a pass over ``rows`` tokens at positions below ``length``.
+
+        ``normed`` holds a layer's normed input, later attention's output. ``wide`` holds, one after the other, the sums
+        of the q/k/v projection, attention's partial sums, and gate, up and their product; ``added`` the queries and the
+        sums that are added to the residual stream.
+        """
+        query = rows * self.heads.query * self.heads.dim * self.itemsize
+        sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
+        partial = 4 * self.heads.partial_floats(rows, length)
+        mlp = 3 * rows * self.intermediate * self.itemsize + ALIGNMENT
+        sizes = {
+            "normed": max(rows * self.hidden * self.itemsize, query),
+            "wide": max(sums, partial, mlp),
+            "added": max(4 * self.added_parts() * rows * self.hidden, query),
+        }
+        return {name: round_up(size, ALIGNMENT) for name, size in sizes.items()}
+
+    def pass_bytes(self, rows: int, length: int, *, is_tree: bool) -> int:
+        """Most that a pass holds: its buffers, the residual stream, and a tree's path table."""
+        residual = rows * self.hidden * self.itemsize
+        return sum(self.buffers(rows, length).values()) + residual + is_tree * PATH_BYTES * rows * rows
+
+
+class Pass:
+    """Buffers of one pass: one allocation, given back when the pass is over."""
+
+    def __init__(self, shapes: PassShapes, batch: TokenBatch, residual: Tensor, no_paths: Tensor) -> None:
+        self.batch = batch
+        self.residual = residual
+        self.rows = residual.shape[0]
+        self.positions = batch.positions
+        self.paths = no_paths
+        if batch.ancestors is not None:
+            self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
+        sizes = shapes.buffers(self.rows, batch.length)
+        flat = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=residual.device)
+        self._buffers = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+        self.partial: Tensor | None = None
+
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None, after: int = 0) -> Tensor:
+        """The first bytes of a buffer, from byte ``after`` on, as a tensor (by default of the residual's dtype)."""
+        dtype = dtype or self.residual.dtype
+        count = 1
+        for size in shape:
+            count *= size
+        return self._buffers[name][after : after + count * dtype.itemsize].view(dtype).view(shape)
+
+
+class BitwiseArithmetic:
+    """Runs decoder layers so that a row's bits do not depend on the rows beside it.
+
+    Args:
+        model: a causal LM of a supported family; only its configuration, rotary frequencies and parameters are used.
+        tilings: tile shape by role (:data:`ROLES`).
+    """
+
+    def __init__(self, model: PreTrainedModel, tilings: Mapping[str, Tiling]) -> None:
+        config, base = model.config, model.get_decoder()
+        self.shapes = PassShapes.of(config, model.get_input_embeddings().weight.dtype.itemsize)
+        self.tilings = dict(tilings)
+        self.eps: float = config.rms_norm_eps
+        self.inverse_frequency: Tensor = base.rotary_emb.inv_freq
+        self.attention_scaling: float = base.rotary_emb.attention_scaling
+        self._zero = torch.zeros(1, dtype=torch.int64, device=self.inverse_frequency.device)
+        self._no_paths = torch.zeros(1, dtype=torch.int32, device=self.inverse_frequency.device)
+
+    def begin(self, batch: TokenBatch, embedded: Tensor) -> Pass:
+        """Start a pass with the embedding rows [n, hidden] of its tokens, which it overwrites."""
+        return Pass(self.shapes, batch, embedded, self._no_paths)
+
+    def layer(self, state: Pass, index: int, layer: nn.Module) -> None:
+        """Run decoder layer ``index`` with the parameters of ``layer``; its keys and values go to the cache."""
+        shapes, attention, mlp = self.shapes, layer.self_attn, layer.mlp
+        rows, hidden = state.rows, shapes.hidden
+        normed = state.buffer("normed", rows, hidden)
+        self._norm(state, layer.input_layernorm.weight, normed)
+        attended = self._attention(state, index, attention, normed)
+        self._add(state, "out", attended, attention.o_proj)
+        self._norm(state, layer.post_attention_layernorm.weight, normed)
+        both = 2 * shapes.intermediate
+        gate_up = state.buffer("wide", rows, both)
+        after = round_up(gate_up.nbytes, ALIGNMENT)
+        product = state.buffer("wide", rows, shapes.intermediate, after=after)
+        self._multiply("gate_up", normed, (mlp.gate_proj, mlp.up_proj), gate_up)
+        from subspec.kernels import invariant
+
+        blocks = -(-shapes.intermediate // ACTIVATION_BLOCK)
+        invariant.swiglu[(rows, blocks)](gate_up, product, shapes.intermediate, BLOCK=ACTIVATION_BLOCK)
+        self._add(state, "down", product, mlp.down_proj)
+
+    def finish(self, state: Pass, norm: nn.Module) -> Tensor:
+        """The pass's result: hidden states [n, hidden] after the final norm, in place of the residual stream."""
+        return self._norm(state, norm.weight, state.residual)
+
+    def linear(self, role: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """x [n, k] @ weight [m, k].T into ``out`` [n, m], whose rows may be strided; returns it."""
+        multiply(x, (weight,), (None,), out, self.tilings[role])
+        return out
+
+    def _multiply(self, role: str, x: Tensor, linears: tuple[nn.Module, ...], out: Tensor) -> None:
+        weights = [linear.weight for linear in linears]
+        multiply(x, weights, [linear.bias for linear in linears], out, self.tilings[role])
+
+    def _add(self, state: Pass, role: str, x: Tensor, linear: nn.Module) -> None:
+        """Multiply, and leave the parts of the sum for the next norm to add to the residual stream."""
+        n, k = linear.weight.shape
+        out = state.buffer("added", split_k(n, k).parts, state.rows, n, dtype=torch.float32)
+        self._multiply(role, x, (linear,), out)
+        state.partial = out
+
+    def _norm(self, state: Pass, weight: Tensor, out: Tensor) -> Tensor:
+        """residual += what :meth:`_add` left; ``out`` = its RMS norm."""
+        from subspec.kernels import level
+
+        partial, hidden = state.partial, self.shapes.hidden
+        level.add_rms_norm[(state.rows,)](
+            state.residual,
+            state.residual if partial is None else partial,
+            weight,
+            out,
+            state.rows,
+            self.eps,
+            hidden,
+            hidden,
+            SPLITS=0 if partial is None else partial.shape[0],
+            BLOCK=next_power_of_two(hidden),
+            num_warps=8,
+        )
+        state.partial = None
+        return out
+
+    def _attention(self, state: Pass, index: int, attention: nn.Module, normed: Tensor) -> Tensor:
+        from subspec.kernels import level
+
+        heads, batch, rows = self.shapes.heads, state.batch, state.rows
+        parts = split_k(self.shapes.qkv, self.shapes.hidden).parts
+        sums = state.buffer("wide", parts, rows, self.shapes.qkv, dtype=torch.float32)
+        self._multiply("qkv", normed, (attention.q_proj, attention.k_proj, attention.v_proj), sums)
+        query = state.buffer("added", rows, heads.query, heads.dim)
+        k_rows, v_rows = batch.view.rows[index, 0], batch.view.rows[index, 1]
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        level.rope_store[(rows, heads.query + 2 * heads.kv)](
+            sums,
+            sums,  # the bias is in the sums
+            sums if q_norm is None else q_norm.weight,
+            sums if k_norm is None else k_norm.weight,
+            self.inverse_frequency,
+            state.positions,
+            self._zero,
+            query,
+            k_rows,
+            v_rows,
+            rows,
+            batch.view.write[0],
+            k_rows.stride(1),
+            k_rows.stride(0),
+            self.attention_scaling,
+            self.eps,
+            heads.query,
+            heads.kv,
+            self.shapes.qkv,
+            SPLITS=parts,
+            HAS_BIAS=False,
+            HAS_NORM=q_norm is not None,
+            HALF=heads.dim // 2,
+            HALF_BLOCK=next_power_of_two(heads.dim // 2),
+            num_warps=1,
+        )
+        begin = batch.view.read[0]
+        partial = state.buffer("wide", heads.partial_floats(rows, batch.length), dtype=torch.float32)
+        attended = state.buffer("normed", rows, heads.query * heads.dim)
+        attend(
+            query,
+            k_rows[:, begin:],
+            v_rows[:, begin:],
+            state.positions,
+            state.paths,
+            is_tree=batch.ancestors is not None,
+            past=batch.past,
+            length=batch.length,
+            heads=heads,
+            scale=attention.scaling,
+            partial=partial,
+            out=attended,
+        )
+        return attended
