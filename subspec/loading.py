@@ -218,10 +218,10 @@ def _load_accelerate(
     weight_bytes = int((offload.vram_gib - ACCELERATE_RESERVE) * GIB)
     what = f"offload=accelerate keeps {source.name} in host memory"
     check_memory(host_bytes(source, weight_bytes), torch.device("cpu"), what)
+    decoder = AccelerateDecoder(source, device, weight_bytes)
     bitwise = choose_bitwise(
         config.decoding.bitwise, source.config, source.dtype, device, console.note, accelerate=True
     )
-    decoder = AccelerateDecoder(source, device, weight_bytes)
     sampling = build_sampling(config)
     engine = Engine(
         decoder,

@@ -6,7 +6,7 @@ that takes minutes (the target's weights, quantization), and every finished turn
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,9 @@ from subspec.tracking.turn import PROMPT_TOO_LONG, RunContext, skipped_record, t
 
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: enough for a few iterations of every kind of pass."""
+
+ENOUGH_PASSES = 20
+"""Passes without an accepted token that tell of a draft for another target."""
 
 PLAN = "plan.json"
 """Where everything was planned to go, before loading."""
@@ -97,6 +100,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
             logger.log_table(folder.records())
             console.table(summary, compared)
             console.note(f"records and summary: {folder.path}")
+            console.note(_never_accepted(summary["totals"]))
             errors = (summary["audit"] or {}).get("errors", 0)
             exit_code = AuditError.exit_code if errors else 0
         finally:
@@ -355,6 +359,14 @@ def turn_seed(seed: int, sample_id: str, turn: int) -> int:
     """The seed of a turn's samples: independent of which other samples run, and of a resume."""
     digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
+
+
+def _never_accepted(totals: Mapping[str, Any]) -> str:
+    """A note where drafting was for nothing; empty elsewhere."""
+    passes = totals["iterations"]
+    if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
+        return ""
+    return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
 
 
 def _messages(said: Sequence[str]) -> list[dict[str, str]]:

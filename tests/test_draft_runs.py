@@ -6,7 +6,7 @@ An EAGLE head needs a checkpoint for the tiny target: its runs are in ``tests/dr
 import pytest
 
 from tests.helpers.cli import cli, records_of, summary_of, timeless, tiny_run
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.tiny import tiny_checkpoint, tiny_model
 
 PLANTED = [
     "target=planted_tiny",
@@ -189,3 +189,25 @@ def test_what_cannot_draft_is_refused_in_one_line(tmp_path, overrides, line):
 @pytest.mark.parametrize("overrides", [SMALL, ["draft=layer_skip"]], ids=["small_model", "layer_skip"])
 def test_a_default_quantizer_that_would_not_fit_does_not_concern_them(tmp_path, overrides):
     run(tmp_path / "run", *overrides, "quant.skip_layers=[77]", "decoding.max_new_tokens=3")
+
+
+def test_a_draft_that_is_never_accepted_is_noted(tmp_path):
+    """A head of random weights, which proposes nothing that the target would say."""
+    more = ["decoding.max_new_tokens=30", "decoding.ignore_eos=true"]
+    never = ["draft=eagle2", "draft.path=planted", "tree=chain"]
+    out, _, summary = run(tmp_path / "never", *never, *more)
+    assert summary["totals"]["tau"] == 1
+    assert "no drafted token was accepted in 29 passes" in out
+    out, _, summary = run(tmp_path / "often", "draft=subspec", *more)
+    assert "no drafted token" not in out
+    assert "no drafted token" not in run(tmp_path / "plain", "draft=none", *more)[0]
+
+
+def test_logits_that_are_not_finite_end_the_run_in_one_line(tmp_path):
+    model = tiny_model("llama", max_positions=4096)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    folder = tiny_checkpoint(tmp_path / "ck", "llama", max_positions=4096)
+    model.save_pretrained(folder)
+    for number, extra in enumerate((["draft=none"], ["draft=subspec"], ["draft=none", "audit=true"])):
+        ran = cli(*tiny_run(folder, tmp_path / f"run{number}"), *extra)
+        ran.refused(1, r"not finite.*target\.dtype=float32")

@@ -17,7 +17,7 @@ from subspec.errors import SubspecError
 
 NOT_FINITE = (
     "the target's logits are not finite (NaN or infinity), so no token can be chosen: the checkpoint's weights are "
-    "damaged, or its arithmetic overflows in this dtype; check the files, or set target.dtype=float32"
+    "damaged (check the files), or its arithmetic overflows in 16 bits (set target.dtype=float32)"
 )
 
 
