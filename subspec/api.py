@@ -124,7 +124,9 @@ def build_engine(
     target = Decoder(model)
     if not (isinstance(bitwise, bool) or bitwise == AUTO):
         raise ArgumentError(f"bitwise={bitwise!r} must be True, False or {AUTO!r}")
-    chosen = choose_bitwise(bitwise, model.config, target.dtype, target.device, print_note, key="bitwise")
+    chosen = choose_bitwise(
+        bitwise, model.config, target.dtype, target.device, print_note, loaded=model, key="bitwise"
+    )
     chosen.apply(target)
     growth = None if draft == "none" else growth or Beam(depth=16, width=4)
     temperature = draft_temperature

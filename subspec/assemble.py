@@ -113,7 +113,14 @@ def assemble(
 ) -> Assembly:
     """Everything a run needs besides its prompts."""
     decoder = Decoder(target.model)
-    bitwise = choose_bitwise(config.decoding.bitwise, target.model.config, target.dtype, target.device, note)
+    bitwise = choose_bitwise(
+        config.decoding.bitwise,
+        target.model.config,
+        target.dtype,
+        target.device,
+        note,
+        loaded=target.model,
+    )
     bitwise.apply(decoder)
     growth: Growth | None = None
     built: BuiltDraft | None = None

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.decoding.bitwise import BitwiseArithmetic, PassShapes, uncovered
+from subspec.decoding.bitwise import BitwiseArithmetic, PassShapes, altered, uncovered
 from subspec.decoding.decoder import Decoder
 from subspec.errors import ConfigError, SubspecError
 from subspec.kernels.choose_tiling import choose_tilings
@@ -47,6 +47,7 @@ def why_not(
     device: torch.device,
     *,
     accelerate: bool = False,
+    loaded: PreTrainedModel | None = None,
     key: str = "decoding.bitwise",
 ) -> str:
     """Why the target's passes are not batch-invariant; empty when they are.
@@ -55,12 +56,13 @@ def why_not(
         asked: :data:`AUTO`, or True, or False.
         model: the target's transformers configuration.
         accelerate: whether accelerate offloads the target.
+        loaded: the target where it is whole, whose modules may be others than the configuration says.
         key: what ``asked`` is called.
 
     Raises:
         ConfigError: True was asked for and cannot be.
     """
-    reason = uncovered(model, dtype, device) or ""
+    reason = uncovered(model, dtype, device) or (altered(loaded) if loaded is not None else None) or ""
     if accelerate:
         reason = "offload=accelerate computes with transformers' own modules"
     if asked is True and reason:
@@ -76,10 +78,11 @@ def choose_bitwise(
     note: Note,
     *,
     accelerate: bool = False,
+    loaded: PreTrainedModel | None = None,
     key: str = "decoding.bitwise",
 ) -> Bitwise:
     """As :func:`why_not`, with the tile shapes, which are measured where no earlier run on this card has."""
-    reason = why_not(asked, model, dtype, device, accelerate=accelerate, key=key)
+    reason = why_not(asked, model, dtype, device, accelerate=accelerate, loaded=loaded, key=key)
     if not reason:
         matrices = PassShapes.of(model, dtype.itemsize).matrices(model.vocab_size)
         try:

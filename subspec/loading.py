@@ -1,7 +1,7 @@
 """Bring a run's target onto the machine in the way ``offload`` asks for, and assemble the engine around it."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.assemble import Assembly, assemble, assemble_streamed
-from subspec.bitwise_choice import choose_bitwise
+from subspec.bitwise_choice import choose_bitwise, why_not
 from subspec.config import (
     AccelerateOffloadConfig,
     Config,
@@ -125,6 +125,9 @@ def plan_for(config: Config, model: PretrainedConfig, device: torch.device | Non
         raise ConfigError(f"plan_only=true plans offload=stream, not offload={config.offload.name}")
     link, total = None, None
     if device is not None and device.type == "cuda":
+        dtype = resolve_dtype(config.target.dtype, device)
+        if why_not(config.decoding.bitwise, model, dtype, device):  # the pass that will run is planned
+            config = replace(config, decoding=replace(config.decoding, bitwise=False))
         from subspec.offload.link import measure_link
 
         total = torch.cuda.get_device_properties(device).total_memory

@@ -72,15 +72,19 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         return None
     check_offload(config, device)
     check_draft(config, model_config, console.note)
-    if config.decoding.bitwise is True:
-        accelerate = isinstance(config.offload, AccelerateOffloadConfig)
-        why_not(True, model_config, resolve_dtype(config.target.dtype, device), device, accelerate=accelerate)
+    bitwise = not why_not(
+        config.decoding.bitwise,
+        model_config,
+        resolve_dtype(config.target.dtype, device),
+        device,
+        accelerate=isinstance(config.offload, AccelerateOffloadConfig),
+    )
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
     # Before the folder is opened: where it is refused for holding other prompts, this says why they are others.
     console.note(_describe_prompts(benchmark))
     facts = environment()
-    chosen = {"source": benchmark.source.value, "device": device.type}
+    chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
     with RunFolder.open(
         run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, chosen=chosen
     ) as folder:
@@ -211,6 +215,7 @@ class _Run:
             device=self.device.type,
             planted=self.target.planted,
             seed=config.seed,
+            bitwise=self.assembly.decoder.bitwise is not None,
         )
         self._warm_up(first)
         self._end_loading()

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import subspec.bitwise_choice
-import subspec.decoding.bitwise
 from subspec import build_engine
 from subspec.bitwise_choice import choose_bitwise, why_not
+from subspec.decoding.bitwise import altered
 from subspec.errors import ConfigError
 from tests.helpers.cli import cli, tiny_run
 from tests.helpers.tiny import tiny_checkpoint, tiny_model
@@ -20,6 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def card(monkeypatch):
     """A device that is not asked for more than its capability."""
     found = {"capability": (8, 6)}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
     return found
 
@@ -99,3 +101,66 @@ def test_the_library(monkeypatch):
     engine = build_engine(model.to(torch.bfloat16), draft="none")
     assert engine.target.bitwise is not None
     assert engine.target.bitwise.shapes.hidden == model.config.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: model.model.layers[1].register_forward_hook(lambda *_: None), "hooks"),
+        (lambda model: model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: None), "hooks"),
+        (lambda model: setattr(model.model.layers[1].mlp, "up_proj", Adapted(64, 128, bias=False)), "Linear"),
+        (
+            lambda model: setattr(model.model.layers[0], "mlp", Own(model.model.layers[0].mlp)),
+            "decoder layer",
+        ),
+        (lambda model: setattr(model, "lm_head", nn.Linear(64, 320)), "bias"),
+        (lambda model: transpose(model.model.layers[0].self_attn.q_proj), "order"),
+    ],
+)
+def test_a_model_that_computes_more_than_its_parameters_say_is_not_covered(card, change, named):
+    model = tiny_model("llama")
+    assert altered(model) is None
+    change(model)
+    assert named in altered(model)
+    options = {"dtype": torch.bfloat16, "device": CUDA, "loaded": model}
+    assert named in why_not("auto", model.config, **options)
+    with pytest.raises(ConfigError, match=named):
+        why_not(True, model.config, **options)
+
+
+class Adapted(nn.Linear):
+    """As adapters replace Linears: the weight is the base's."""
+
+
+class Own(nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def transpose(linear):
+    linear.weight = nn.Parameter(linear.weight.data.t().contiguous().t(), requires_grad=False)
+
+
+def test_a_model_on_another_card_than_the_current_one_is_not_covered(card):
+    reason = why_not("auto", tiny_model("llama").config, torch.bfloat16, torch.device("cuda", 1))
+    assert "cuda:1" in reason
+
+
+def test_a_resumed_run_does_not_mix_what_auto_came_to(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "target", "llama", max_positions=4096)
+    folder = tmp_path / "run"
+    assert cli(*tiny_run(checkpoint, folder, samples=1), "draft=none").code == 0
+    records = folder / "records.jsonl"
+    (line,) = records.read_text().splitlines()
+    assert json.loads(line)["bitwise"] is False
+    records.write_text(
+        line.replace('"bitwise":false', '"bitwise":true').replace('"bitwise": false', '"bitwise": true')
+        + "\n"
+    )
+    again = [*tiny_run(checkpoint, folder, samples=2), "draft=none", "resume=true"]
+    cli(*again).refused(2, r"decoding\.bitwise comes to false now.*are of true")
+    # A record older than the field is of a run that was not.
+    old = {key: value for key, value in json.loads(line).items() if key != "bitwise"}
+    records.write_text(json.dumps(old) + "\n")
+    assert cli(*again).code == 0

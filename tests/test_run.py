@@ -208,6 +208,7 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     load = subspec.runner.load
     monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: cuda)
+    monkeypatch.setattr(subspec.runner, "why_not", lambda *arguments, **options: "this is no GPU")
     monkeypatch.setattr(subspec.runner, "load", lambda config, device, console: load(config, cpu, console))
     monkeypatch.setattr(subspec.runner, "peak_vram_gib", lambda: peaks["allocated"])
     monkeypatch.setattr(subspec.runner, "reserved_vram_gib", lambda: peaks["reserved"])

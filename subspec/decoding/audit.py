@@ -19,7 +19,7 @@ from torch import Tensor
 from subspec.decoding.decoder import Decoder
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.result import FinishReason
-from subspec.decoding.sampling import Sampler, Sampling, keep_mask
+from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
 from subspec.decoding.stopping import Emission
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, finite_choice
 
@@ -144,9 +144,11 @@ class Auditor:
             hidden = self.target.append(part, cache)
             begin = max(first - past, 0)
             if begin < count:
-                logits = self.target.logits(hidden[begin:])
-                start = past + begin - first
-                judged.append(self._judge(logits, emitted[start : start + len(logits)], past + begin + 1))
+                position = past + begin + 1  # of the token that the piece's first row chooses
+                for rows in self.target.logits(hidden[begin:]).split(PIECE_ROWS):
+                    start = position - len(prompt_ids)
+                    judged.append(self._judge(rows, emitted[start : start + len(rows)], position))
+                    position += len(rows)
         self.sampler.noise.reseed(seed)  # drops its rows: they are large, and the next text needs others
         found = _Judged.join(judged)
         exact = found.own == emitted

@@ -9,6 +9,7 @@ Layers are the model's own modules, of which only the parameters are used; betwe
 the model's dtype, partial sums are float32 until they are added to it.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,6 +50,10 @@ def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
         return f"it is for {names}, and this run computes in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 (Ampere) or later"
+    if device.index not in (None, torch.cuda.current_device()):
+        return f"the model is on {device}, and the current device is another: torch.cuda.set_device({device.index})"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     return unsupported(config)
 
 
@@ -56,10 +61,30 @@ def unsupported(config: PretrainedConfig) -> str | None:
     """What of a model's configuration the kernels do not compute; None when there is nothing."""
     if config.hidden_act not in ("silu", "swish"):
         return f"the activation {config.hidden_act} is not built"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "the package triton is not installed"
+    return None
+
+
+def altered(model: PreTrainedModel) -> str | None:
+    """What the modules of a loaded model compute besides their parameters, which are all that is used; None: nothing.
+
+    Adapters replace Linears, steering adds hooks, and a library may keep a weight in another order.
+    """
+    base, head = model.get_decoder(), model.get_output_embeddings()
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "the model has forward hooks"
+    if head.bias is not None:
+        return "the LM head has a bias"
+    if 2 * base.rotary_emb.inv_freq.numel() != PassShapes.of(model.config, 2).heads.dim:
+        return "rotary embeddings turn a part of a head only"
+    for layer in base.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        own = [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        if not all(type(module).__module__.startswith("transformers.models.") for module in own):
+            return "a decoder layer is not transformers' own"
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj, head]
+        if not all(type(linear) is nn.Linear and linear.weight.is_contiguous() for linear in linears):
+            return "a Linear is not torch's own, or keeps its weight in another order"
     return None
 
 

@@ -117,10 +117,11 @@ class Engine:
         if self.target.device.type != "cuda":
             return
         self.draft_whole_tree(self._prefill(prompt_ids)[0])
-        most = round_up(self.growth.pass_nodes, self._rows) if self.growth is not None else 1
-        for rows in (
-            range(self._rows, most + 1, self._rows) if self.target.bitwise is None else [self.tree.size]
-        ):
+        most = self.growth.pass_nodes if self.growth is not None else 1
+        sizes = list(range(self._rows, round_up(most, self._rows) + 1, self._rows))
+        if self.target.bitwise is not None:  # one kernel for any number of rows
+            sizes = [min(most, self.tree.size)]
+        for rows in sizes:
             self.target.logits(self._pass(rows)).argmax(dim=-1)
         torch.cuda.synchronize(self.target.device)
 

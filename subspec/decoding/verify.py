@@ -100,13 +100,13 @@ def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor
 
 
 def finite_choice(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Whether the logit of each row's choice is finite, bool [n].
+    """Whether each row holds neither NaN nor +infinity, and chose a logit that is finite: bool [n].
 
-    A row that holds NaN or +infinity chooses it, and one of nothing but -infinity has no other choice: so one number
-    per row tells of the row.
+    A row's largest logit is NaN where any is, though a filter may keep that one from being chosen. A row may hold
+    -infinity, but not choose it.
 
     Args:
         logits: [n, vocabulary].
         chosen: int64 [n].
     """
-    return logits.gather(1, chosen[:, None])[:, 0].isfinite()
+    return logits.amax(dim=1).isfinite() & logits.gather(1, chosen[:, None])[:, 0].isfinite()

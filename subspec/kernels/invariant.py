@@ -148,7 +148,8 @@ def attention(
         weight = tl.where(visible, tl.exp(score - new_highest[:, None]), 0.0)
         correction = tl.exp(highest - new_highest)
         denominator = denominator * correction + tl.sum(weight, axis=1)
-        output = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
+        added = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
+        output = tl.where(served[:, None], added, output)  # 0 * infinity of another row's value is no zero
         highest = new_highest
     slot = (split.to(tl.int64) * total_rows + row) * Q_HEADS + head
     tl.store(partial_max + slot, highest, mask=valid)

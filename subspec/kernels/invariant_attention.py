@@ -53,8 +53,9 @@ class Heads:
         return [round_up(slots * self.dim, ALIGNMENT), round_up(slots, ALIGNMENT), round_up(slots, ALIGNMENT)]
 
     def partial_floats(self, rows: int, length: int) -> int:
-        """float32 numbers that :func:`attend` needs for ``rows`` rows."""
-        return sum(self.partial_sizes(self.piece_rows(rows, length), length))
+        """float32 numbers that :func:`attend` needs at most for ``rows`` rows; it never falls with ``length``."""
+        per_row = splits_of(length) * self.query * (self.dim + 2)
+        return min(rows * per_row, max(PARTIAL_BYTES // 4, 16 * per_row)) + 3 * ALIGNMENT
 
 
 def splits_of(length: int) -> int:

@@ -49,7 +49,8 @@ def add_rms_norm(
     if SPLITS > 0:
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            total += tl.load(partial + (split * rows + row) * stride + columns, mask=inside, other=0.0)
+            at = (split * rows + row).to(tl.int64) * stride
+            total += tl.load(partial + at + columns, mask=inside, other=0.0)
         value += total
         rounded = value.to(residual.dtype.element_ty)
         tl.store(residual + row * hidden + columns, rounded, mask=inside)
@@ -84,7 +85,7 @@ def rope_store(
     first = tl.zeros([HALF_BLOCK], dtype=tl.float32)
     second = tl.zeros([HALF_BLOCK], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        at = partial + (split * rows + row) * stride + base
+        at = partial + (split * rows + row).to(tl.int64) * stride + base
         first += tl.load(at + half, mask=real, other=0.0)
         second += tl.load(at + HALF + half, mask=real, other=0.0)
     if HAS_BIAS:

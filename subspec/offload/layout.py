@@ -19,6 +19,7 @@ from subspec.config import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
+from subspec.decoding.audit import PROMPT_CHUNK
 from subspec.decoding.bitwise import PassShapes, unsupported
 from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding_config import build_growth, build_sampling
@@ -63,6 +64,9 @@ PROCESS_BYTES = GIB
 
 LATER = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
 """Pieces on the device that are not there before everything is loaded."""
+
+DIGEST_BYTES = 160
+"""Per id of the vocabulary: 64-bit copies of some rows of logits, whose digests an audit bit for bit compares."""
 
 AUDIT_ROWS = 256
 """Tokens per pass of the losslessness audit, which has a cache of its own."""
@@ -121,6 +125,9 @@ class Layout:
         self.bitwise: PassShapes | None = None
         if config.decoding.bitwise is not False and self.itemsize == 2 and not unsupported(model):
             self.bitwise = PassShapes.of(model, self.itemsize)
+        elif config.decoding.bitwise is True:
+            reason = unsupported(model) or "it is for bfloat16 and float16, and this run computes in float32"
+            raise ConfigError(f"decoding.bitwise=true: {reason}; set decoding.bitwise=auto")
         self.coded = codec_of(config) is Codec.substitute
         self.given_codec = codec
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
@@ -329,9 +336,12 @@ class Layout:
         if not self.config.audit:
             return 0
         shapes, length = self.shapes, self.config.decoding.max_length
-        rows = min(AUDIT_ROWS, length)
+        rows = judged = min(AUDIT_ROWS, length)
+        if self.bitwise is not None:
+            rows, judged = min(PROMPT_CHUNK, length), 1
         # The audit compares float32 logits; with top-p it filters twice, once with each sign of the slack.
-        logits = verify_bytes(shapes, rows, rows, self.sampling, self.itemsize + 8)
+        logits = verify_bytes(shapes, judged, judged, self.sampling, self.itemsize + 8)
+        logits += DIGEST_BYTES * shapes.vocab * (self.bitwise is not None)
         cache = kv_bytes(shapes, max_length=length, draft_rows=0, target_rows=rows, itemsize=self.itemsize)
         return cache + max(0, logits - workspace)
 

@@ -66,10 +66,13 @@ must match; ``audit`` changes records, ``device`` and ``warmup`` change times.""
 
 AUTO = "auto"
 
-CHOSEN = {"source": "benchmark.source", "device": "device"}
+CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
 """Keys that may be ``auto``, by the field of a record that says what that came to. A hub that answers again, or a GPU
 that is gone, makes it another run under the same configuration: what ``auto`` comes to now is compared with the
 records, and so a resumed run may also say outright what it came to before."""
+
+BEFORE = {"bitwise": False}
+"""What it came to in records that are older than the field."""
 
 Key = tuple[str, int]
 
@@ -256,7 +259,8 @@ class RunFolder:
         """Refuse to put records of another data source or device beside those that are there."""
         records = list(records)
         for field, now in self._chosen.items():
-            before = {str(record[field]) for record in records if record.get(field) is not None}
+            values = [record.get(field, BEFORE.get(field)) for record in records]
+            before = {str(value).lower() for value in values if value is not None}
             if before <= {now}:
                 continue
             key, found = CHOSEN[field], " and ".join(sorted(before))

@@ -30,6 +30,7 @@ class RunContext:
         device: where it ran: ``cpu`` or ``cuda``, never ``auto``.
         planted: whether the target's weights are planted (DESIGN 7).
         seed: the run's seed.
+        bitwise: whether the target's passes were batch-invariant (``decoding.bitwise``).
     """
 
     benchmark: str
@@ -39,6 +40,7 @@ class RunContext:
     device: str
     planted: bool = False
     seed: int = 0
+    bitwise: bool = False
 
 
 def turn_record(

@@ -81,11 +81,14 @@ def test_a_target_without_numbers_vouches_for_nothing():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("draft", [False, True])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_p=0.9), Sampling(1.0, top_k=2), Sampling(0.9, 20, 0.9)]
+)
 def test_logits_that_are_not_finite_end_the_text(value, draft, sampling):
     """From the start, and where only a later token's row of the embedding is damaged."""
     whole = tiny_model("llama", layers=2)
-    whole.lm_head.weight.data[11] = value
+    # Three rows: filters of two tokens would keep them from being chosen.
+    whole.lm_head.weight.data[[11, 40, 77]] = value
     later = tiny_model("llama", layers=2)
     text = engine_for(later, sampling=sampling).generate(PROMPT, max_new_tokens=6, seed=3).token_ids
     damaged = next(token for token in text[1:] if token not in PROMPT)

@@ -55,8 +55,6 @@ def test_only_what_is_missing_is_measured(tmp_path):
 def test_shapes_that_a_card_has_no_room_for_are_passed_over(tmp_path):
     card = Card(best=0, fails=(0, 1))
     assert choose(tmp_path, card).tilings["out"] == CANDIDATES[2]
-    # The first failure is enough: the others have the same tiles.
-    assert sum(name == str(CANDIDATES[0]) for name, *_ in card.asked) == 1
 
 
 def test_a_card_that_runs_none_is_named(tmp_path):

@@ -360,6 +360,28 @@ def test_a_tile_shape_names_itself():
     assert str(Tiling(64, 128, 64, 4, 3)) == "64x128x64 warps 4 stages 3"
 
 
+def test_a_value_that_is_not_finite_spoils_its_own_branch_only():
+    device = device_of_tests()
+    ancestors = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    depths = torch.tensor([0, 1, 1], device=device)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 16, generator=generator).to(device, torch.bfloat16)
+    keys, values = torch.randn(2, 2, 13, 16, generator=generator).to(device, torch.bfloat16)
+    values[:, 11, 3] = torch.inf  # of the first child
+    out = attend_tree(query, keys, values, 10, ancestors, depths, Heads(4, 2, 16))
+    assert out.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(32, 8, 80), Heads(24, 8, 128)])
+def test_shorter_texts_need_no_more_than_longer_ones(heads):
+    for rows in (1, 17, 256, 832):
+        needed = [heads.partial_floats(rows, length) for length in range(1, 70000, 333)]
+        assert needed == sorted(needed)
+        for length in (1, 1000, 1025, 40000):
+            exact = sum(heads.partial_sizes(heads.piece_rows(rows, length), length))
+            assert exact <= heads.partial_floats(rows, length)
+
+
 # ------------------------------------------------------------------------------------------- whole texts
 
 

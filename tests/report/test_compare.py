@@ -157,7 +157,6 @@ def test_logits_that_are_not_there(compared, known):
         ("dtype", {}, {"dtype": "float32"}, {}),
         ("device", {}, {"device": "cpu"}, {}),
         ("bitwise.on", {}, {"bitwise": {"on": False, "reason": "float16", "kernels": "own"}}, {}),
-        ("bitwise.kernels", {}, {"bitwise": {"on": True, "kernels": "others"}}, {}),
     ],
 )
 def test_runs_that_are_not_twins(tmp_path, key, config, facts, fields):
