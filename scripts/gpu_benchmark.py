@@ -58,26 +58,24 @@ GIB = 2**30
 MODES = ("accelerate", "plain", "subspec")
 
 
-def parse(variant: str) -> tuple[str, int, int, int]:
-    """``kind:depth:width:ahead`` with kind ``beam`` or ``adaptive``."""
-    kind, depth, width, ahead = variant.split(":")
-    return kind, int(depth), int(width), int(ahead)
+def parse(variant: str) -> tuple[str, int, int]:
+    """``kind:depth:width`` with kind ``beam`` or ``adaptive``."""
+    kind, depth, width = variant.split(":")
+    return kind, int(depth), int(width)
 
 
 def growth_of(variant: str) -> Growth:
-    kind, depth, width, ahead = parse(variant)
+    kind, depth, width = parse(variant)
     if kind == "adaptive":
-        return Adaptive(depth, width, level_cost=None, check_every=2, min_depth=1, ahead=ahead)
-    return Beam(depth, width, ahead)
+        return Adaptive(depth, width, level_cost=None, check_every=2, min_depth=1)
+    return Beam(depth, width)
 
 
 def configuration(options: argparse.Namespace, mode: str) -> Config:
     """The run's configuration; its tree is large enough for every variant."""
     shapes = [parse(variant) for variant in options.trees.split(",")]
-    width = max(shape[2] for shape in shapes)
-    total = max(shape[1] + shape[3] for shape in shapes)
-    deepest = max(max(shape[1], shape[3]) for shape in shapes)
-    tree = BeamTreeConfig(name="beam", depth=deepest, width=width, ahead=total - deepest)
+    width, depth = max(shape[2] for shape in shapes), max(shape[1] for shape in shapes)
+    tree = BeamTreeConfig(name="beam", depth=depth, width=width)
     draft = NoDraftConfig(name="none")
     if mode == "subspec":
         draft = SubstituteDraftConfig(name="subspec", kernel=Kernel(options.kernel))
@@ -315,8 +313,8 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument(
         "--trees",
-        default="beam:48:6:0,adaptive:48:6:0,beam:24:6:48",
-        help="kind:depth:width:ahead of every subspec measurement (ahead: levels drafted while streaming)",
+        default="beam:48:6,adaptive:48:6",
+        help="kind:depth:width of every subspec measurement",
     )
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=2)

@@ -227,13 +227,9 @@ class ChainTreeConfig(TreeConfig):
 
 @dataclass
 class BeamTreeConfig(TreeConfig):
-    """The paper's tree: the best ``width`` nodes of every level, by cumulative log-probability.
-
-    ``ahead``: levels drafted below the tree while the target streams; 0: none.
-    """
+    """The paper's tree: the best ``width`` nodes of every level, by cumulative log-probability."""
 
     width: int = MISSING
-    ahead: int = 0
 
 
 @dataclass

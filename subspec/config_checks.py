@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 
 from subspec.config import (
     AdaptiveTreeConfig,
-    BeamTreeConfig,
     Config,
     Dtype,
     Eagle2DraftConfig,
@@ -27,7 +26,6 @@ from subspec.config import (
     LayerSkipDraftConfig,
     NoDraftConfig,
     NoQuantConfig,
-    SamplingConfig,
     SmallModelDraftConfig,
     Source,
     StreamOffloadConfig,
@@ -193,14 +191,6 @@ def _check_draft(config: Config) -> None:
         linear_names(quant.modules)
     streamed = isinstance(config.offload, StreamOffloadConfig)
     tree = config.tree
-    if isinstance(tree, BeamTreeConfig) and tree.ahead:
-        if tree.ahead < 0:
-            raise ConfigError(f"tree.ahead={tree.ahead} must not be negative (0: off)")
-        if not streamed or isinstance(config.decoding, SamplingConfig):
-            raise ConfigError(
-                f"tree.ahead={tree.ahead} drafts while the target streams, which needs offload=stream and "
-                "decoding=greedy: set tree.ahead=0"
-            )
     if isinstance(tree, Eagle2TreeConfig):
         _check_eagle2_tree(config, tree, streamed)
     if isinstance(config.draft, Eagle2DraftConfig):
@@ -239,12 +229,6 @@ def _check_eagle2_draft(config: Config, draft: Eagle2DraftConfig) -> None:
 
         if draft.path == PLANTED:
             PlantedHead.of(config.target)
-    ahead = getattr(config.tree, "ahead", 0)
-    if ahead:
-        raise ConfigError(
-            f"tree.ahead={ahead} needs a draft whose levels are captured graphs, and draft=eagle2 is not: set "
-            "tree.ahead=0"
-        )
 
 
 def quantizes(config: Config) -> bool:

@@ -34,10 +34,9 @@ def build_growth(tree: TreeConfig) -> Growth:
             level_cost=tree.level_cost,
             check_every=tree.check_every,
             min_depth=tree.min_depth,
-            ahead=tree.ahead,
         )
     if isinstance(tree, BeamTreeConfig):
-        return Beam(tree.depth, tree.width, tree.ahead)
+        return Beam(tree.depth, tree.width)
     if isinstance(tree, Eagle2TreeConfig):
         return Eagle2(tree.depth, tree.width, tree.total_tokens)
     return Beam(tree.depth, width=1)

@@ -34,11 +34,11 @@ COMMAND_LINE = {
     "unknown group, added": ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
     "misspelt key": (
         "tree.dept=3",
-        r"tree\.dept: no such key \(did you mean depth\?\); tree has ahead, depth, name, width",
+        r"tree\.dept: no such key \(did you mean depth\?\); tree has depth, name, width",
     ),
     "misspelt key, added": ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
     "misspelt group of a key": ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
-    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has ahead, depth"),
+    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has depth"),
     "key of another option": ("tree=chain tree.width=3", r"tree\.width: no such key; tree has depth, name"),
     "misspelt length": (
         "decoding.max_newtokens=3",

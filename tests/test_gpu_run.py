@@ -71,10 +71,9 @@ def _uncapped():
         ["draft=none"],
         ["draft=subspec"],
         ["tree=adaptive", "tree.depth=8"],
-        ["tree.ahead=8"],
         ["decoding=sampling"],
     ],
-    ids=["plain", "beam", "adaptive", "ahead", "sampling"],
+    ids=["plain", "beam", "adaptive", "sampling"],
 )
 def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
     folder = tmp_path / "run"
@@ -157,7 +156,6 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
         ["quant.bits=3", "draft.kernel=triton_wq", "offload.codec=substitute"],
         ["offload.codec=substitute", "decoding=sampling"],
         [WITH_HEAD, "offload.codec=substitute"],
-        [WITH_HEAD, "offload.codec=substitute", "tree.ahead=8"],
         [WITH_HEAD, "quant.bits_by.lm_head=8", "offload.codec=substitute", "decoding=sampling"],
         [WITH_HEAD, "quant=higgs", "offload.codec=substitute"],
     ],
@@ -287,11 +285,9 @@ SKIP = ["draft=layer_skip"]
         SMALL,
         [*SMALL, "tree=chain", "draft.overlap_launches=false"],
         [*SMALL, "tree=adaptive"],
-        [*SMALL, "tree.ahead=8"],
         [*SMALL, "decoding=sampling"],
         SKIP,
         [*SKIP, "tree=adaptive"],
-        [*SKIP, "tree.ahead=8"],
         [*SKIP, "draft.keep=3"],
         [*SKIP, "decoding=sampling"],
     ],

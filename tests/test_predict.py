@@ -37,7 +37,6 @@ from subspec.predict.timing import (
     Machine,
     Sizes,
     level_seconds,
-    overlapped,
     pass_seconds,
     plain,
     serial,
@@ -130,28 +129,6 @@ def test_with_everything_resident_the_device_is_the_limit():
     assert found.ceiling is None
 
 
-def test_levels_ahead_that_are_never_of_use_change_nothing():
-    hopeless = Acceptance((0.5, 0.0), 0.0, 2, "nothing survives")
-    alone = serial(SIZES, MACHINE, hopeless, 2)
-    both = overlapped(SIZES, MACHINE, hopeless, 2, ahead=4)
-    assert (both.draft_s, both.tau) == pytest.approx((alone.draft_s, alone.tau))
-
-
-def test_levels_ahead_that_are_always_of_use_save_all_drafting():
-    certain = Acceptance.from_tau(9.0, 8)
-    level = level_seconds(SIZES, MACHINE)
-    both = overlapped(SIZES, MACHINE, certain, 8, ahead=8)
-    # Of the eight levels ahead one becomes the root: one level is missing, in every iteration but the first.
-    assert both.draft_s == pytest.approx(level)
-    assert both.tau == pytest.approx(9.0)
-
-
-def test_no_more_levels_ahead_than_fit_into_a_pass():
-    slow = replace(MACHINE, level_s=0.15)
-    certain = Acceptance.from_tau(9.0, 8)
-    assert overlapped(SIZES, slow, certain, 8, ahead=8) == serial(SIZES, slow, certain, 8)
-
-
 # --------------------------------------------------------------------------------- committed measurements
 
 
@@ -166,17 +143,13 @@ def test_the_errors_are_those_the_page_states(check):
     lines = check.lines()
     assert "\n".join(lines) in page, "run experiments/predict/check.py and put its table into the README"
     errors = {(one.run, one.note): one.error for one in check.compare()}
-    exact_head = [e for (run, _), e in errors.items() if "own" not in run and "ahead" not in run]
+    exact_head = [e for (run, _), e in errors.items() if "own" not in run]
     assert len(exact_head) == 7
     assert all(abs(error) < 0.035 for error in exact_head)
     own_head = [e for (run, _), e in errors.items() if "own" in run]
     assert all(abs(error) < 0.085 for error in own_head)
     (streaming,) = [e for (run, _), e in errors.items() if "plain streaming" in run]
     assert abs(streaming) < 0.01
-    ahead = [e for (run, _), e in errors.items() if " ahead" in run]
-    assert len(ahead) == 2
-    assert max(ahead) < 0.25
-    assert max(errors.values()) < 0.60, "the defective runs, and levels ahead of a coded target"
 
 
 # ---------------------------------------------------------------------------------------------- measured
@@ -294,36 +267,17 @@ def test_the_question_in_one_line(tmp_path, capsys, monkeypatch):
     assert found["planted"] is True
     assert "no language model" in out
     assert [one["depth"] for one in found["depths"]] == [16, 48]
-    assert found["depths"][1]["serial"]["tau"] == pytest.approx(26)
+    assert found["depths"][1]["iteration"]["tau"] == pytest.approx(26)
     assert found["plan"]["card"]["name"] == "RTX 4090"
     assert found["plan"]["budget"] == 8 * 2**30
     plain = found["plan"]["plain_bytes_per_pass"] / (found["machine"]["link_gb_per_s"] * 1e9)
     assert found["plain"]["tokens_per_s"] == pytest.approx(1 / plain, rel=1e-3)
     shown = re.search(r"best: depth (\d+).*?, ([\d.]+) tokens/s", out)
     assert found["plan"]["codec"] == "substitute"
-    best = max(one["serial"]["tokens_per_s"] for one in found["depths"])
-    assert best < max(one["overlapped"]["tokens_per_s"] for one in found["depths"])
+    best = max(one["iteration"]["tokens_per_s"] for one in found["depths"])
     assert float(shown[2]) == pytest.approx(best, abs=0.05)
-    assert "levels ahead are predicted far too fast beside coded weights" in out
     assert "pass s: what is left of a pass after drafting" in out
     assert (tmp_path / "new" / "found.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_levels_ahead_may_be_best_where_weights_are_not_coded(tmp_path, capsys):
-    file = tmp_path / "found.json"
-    options = (
-        "target=planted_qwen2_5_7b",
-        "card=rtx_4090",
-        "offload.vram_gib=8",
-        "offload.codec=none",
-        "tau=26",
-    )
-    code, out, err = run(capsys, *options, "depths=[16]", f"--json={file}")
-    assert (code, err) == (0, "")
-    found = json.loads(file.read_text())
-    best = max(w["tokens_per_s"] for one in found["depths"] for w in (one["serial"], one["overlapped"]) if w)
-    assert re.search(rf"best: depth \d+ with \d+ levels ahead, {best:.1f} tokens/s", out)
-    assert "predicted far too fast" not in out
 
 
 def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):

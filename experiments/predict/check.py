@@ -39,8 +39,6 @@ FILES = (
     "qwen2_5_32b.json",
 )
 """Runs with the kernels of today; ``NOTES`` names the one that is older."""
-SERIAL = {"benchmark_h200.json": 24.243, "../codec/trees_h200.json": 24.711}
-"""tau of the serial 48-level run beside those with levels ahead."""
 NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms, now 6.7"}
 LEVELS = (
     ("qwen2_5_7b", "../quantizers/level_times_h200.json"),
@@ -70,7 +68,6 @@ def config(
     vram: float,
     depth: int,
     width: int,
-    ahead: int,
     resident: int | None,
     codec: Codec = Codec.none,
     head_bits: int | None = None,
@@ -85,7 +82,7 @@ def config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
         draft=SubstituteDraftConfig(name="subspec"),
         quant=quant,
-        tree=BeamTreeConfig(name="beam", depth=depth, width=width, ahead=ahead),
+        tree=BeamTreeConfig(name="beam", depth=depth, width=width),
         decoding=DecodingConfig(name="greedy", max_new_tokens=None),
         offload=StreamOffloadConfig(name="stream", vram_gib=vram, resident_layers=resident, codec=codec),
         benchmark=BenchmarkConfig(name="gsm8k"),
@@ -95,11 +92,8 @@ def config(
 
 def _way(run: Config, link: float, acceptance: Acceptance) -> Iteration:
     machine = Machine(link, find_card("H200").memory_gb_per_s)
-    tree = run.tree
     (one,) = predict(run, SHAPES[run.target.shape](), machine, acceptance, depths=()).depths
-    way = one.overlapped if tree.ahead else one.serial
-    assert way is not None
-    return way
+    return one.iteration
 
 
 def streamed_runs() -> Iterator[tuple[str, dict, dict]]:
@@ -116,39 +110,27 @@ def compare() -> list[Compared]:
     found = []
     for file, content, result in streamed_runs():
         mode = result["mode"]
-        said = re.search(r"(beam|adaptive):(\d+):(\d+):(\d+)", mode)
+        # Runs of earlier versions have a fourth part: levels drafted while the target streamed.
+        said = re.search(r"(beam|adaptive):(\d+):(\d+)(?::(\d+))?", mode)
         kind = said[1] if said else "adaptive" if mode == "adaptive" else "beam"
-        depth, width, ahead = (
-            (int(part) for part in said.groups()[1:]) if said else (content["depth"], content["width"], 0)
-        )
-        if kind == "adaptive" and ahead:
-            continue  # it has neither a depth of its own nor a serial twin
+        if said and int(said[4] or 0):
+            continue
+        depth, width = (int(said[2]), int(said[3])) if said else (content["depth"], content["width"])
         # An adaptive tree stops where it likes: the prediction gets how deep it went on average.
         levels = round(result["levels"]) if kind == "adaptive" else depth
         codec = Codec(content.get("codec", "none"))
         layers = result["resident_layers"]
         head = content.get("head_bits")
-        run = config(content["target"], content["vram"], levels, width, ahead, layers, codec, head)
-        # Of a tree drafted ahead the mean tau is of two kinds of trees: survival comes from the serial run.
-        tau, measured_at = (result["tau"], levels) if not ahead else (SERIAL[file], 48)
-        way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(tau, measured_at))
+        run = config(content["target"], content["vram"], levels, width, layers, codec, head)
+        way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(result["tau"], levels))
         measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
         note = NOTES.get(file, "")
-        if ahead:
-            note = f"survival from the serial run (tau {tau:.1f} at 48)"
-        elif kind == "adaptive":
+        if kind == "adaptive":
             note = f"given its mean depth of {levels}"
         coded = ", coded" if codec is Codec.substitute else ""
         coded += f", own {head}-bit head" if head else ""
         name = f"{content['target']} in {content['vram']:g} GiB{coded}, {kind} {depth} x {width}"
-        found.append(
-            Compared(
-                name + (f", {ahead} ahead" if ahead else "") + f" (`{file.removeprefix('../')}`)",
-                measured,
-                way,
-                note,
-            )
-        )
+        found.append(Compared(f"{name} (`{file.removeprefix('../')}`)", measured, way, note))
     return [*found, _plain()]
 
 
@@ -156,7 +138,7 @@ def _plain() -> Compared:
     content = json.loads((GPU / FILES[0]).read_text(encoding="utf-8"))
     (result,) = (one for one in content["results"] if one["mode"] == "plain")
     machine = Machine(content["link_gb_per_s"], find_card("H200").memory_gb_per_s)
-    run = config("qwen2_5_7b", 8.0, 48, 6, 0, None)
+    run = config("qwen2_5_7b", 8.0, 48, 6, None)
     found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(20, 48), depths=()).plain
     assert found is not None
     measured = result["tokens_per_s"], 0.0, result["verify_s"], 1.0

@@ -60,9 +60,8 @@ class Adaptive(Beam):
         level_cost: float | None,
         check_every: int,
         min_depth: int,
-        ahead: int = 0,
     ) -> None:
-        super().__init__(depth, width, ahead)
+        super().__init__(depth, width)
         if check_every < 1 or not 0 <= min_depth <= depth:
             raise ValueError(
                 f"tree.check_every must be at least 1 and tree.min_depth in 0..{depth}, not {check_every} "

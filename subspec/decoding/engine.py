@@ -17,7 +17,6 @@ from subspec.decoding.decoder import Decoder
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.draft import Draft
 from subspec.decoding.growth import Growth, IterationOutcome
-from subspec.decoding.reroot import reroot
 from subspec.decoding.result import GenerationResult, GenerationStats
 from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.stopping import Emission, TextDecoder
@@ -25,7 +24,6 @@ from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, Verdict, finite_choice, verify
 from subspec.errors import SubspecError
-from subspec.kernels.capture import lasting_stream
 from subspec.rounding import round_up
 
 TokenCallback = Callable[[list[int], str], None]
@@ -97,15 +95,6 @@ class Engine:
                 round_up(growth.pass_nodes, self._rows) if growth else 1, min(prefill_chunk, max_length)
             ),
         )
-        # Drafting while the target verifies needs a draft whose tree can be re-rooted (greedy, captured levels).
-        self._ahead = growth.ahead if growth is not None and self._level_step is not None else 0
-        self._side = (
-            lasting_stream("ahead", target.device.index or 0)
-            if self._ahead and target.device.type == "cuda"
-            else None
-        )
-        self._rerooted = False
-        self._levels_per_pass: float | None = None
 
     @torch.inference_mode()
     def prepare(self, prompt_ids: Sequence[int]) -> None:
@@ -126,9 +115,9 @@ class Engine:
         torch.cuda.synchronize(self.target.device)
 
     def draft_whole_tree(self, root: Tensor) -> None:
-        """Draft to the full depth, levels ahead included, whatever the growth would decide."""
+        """Draft to the full depth, whatever the growth would decide."""
         frontier = self.tree.plant(root)
-        while self.growth is not None and self.tree.levels < self.growth.max_depth + self._ahead:
+        while self.growth is not None and self.tree.levels < self.growth.max_depth:
             frontier = self._level(frontier)
         if self.growth is not None:
             self.growth.finish(self.tree)
@@ -192,8 +181,6 @@ class Engine:
             with clock.phase("draft"):
                 drafted = self._draft(root, emission.remaining - 1)
             size, levels = self.tree.size, self.tree.levels
-            if emission.remaining - 1 > levels:
-                self._draft_ahead(clock)
             with clock.phase("verify"):
                 hidden, logits = self._score(size)
             with clock.phase("settle"):
@@ -204,7 +191,7 @@ class Engine:
                 # The iteration's one synchronisation.
                 accepted, emitted, depth = verdict.read_with_depth()
             with clock.phase("settle"):
-                self._commit(verdict, len(accepted), levels, hidden)
+                self._commit(verdict, len(accepted), hidden)
             if row_digests is not None:
                 digests.append(row_digests.index_select(0, verdict.path(len(accepted))))
             root = verdict.bonus
@@ -256,10 +243,7 @@ class Engine:
 
     def _prefill(self, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Run the prompt through the target in chunks; returns the first token, int64 [1], and its logits."""
-        if self._side is not None:  # a generation that was interrupted may have left it at work
-            torch.cuda.current_stream().wait_stream(self._side)
         self.cache.reset()
-        self._rerooted = False
         if self.draft is not None:
             self.draft.begin(self.cache)
         tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=self.target.device)
@@ -273,24 +257,16 @@ class Engine:
     def _draft(self, root: Tensor, most_levels: int) -> int:
         """Grow a tree from ``root``; levels past the length limit would be verified for nothing.
 
-        A tree that was re-rooted goes on where the levels ahead ended. Returns the number of levels drafted.
+        Returns the number of levels.
         """
-        if self._rerooted and self.growth is not None:
-            self._rerooted = False
-            most = max(0, min(most_levels, max(self.growth.max_depth, self.growth.ahead)))
-            if self.tree.levels > most:
-                self.tree.shorten(most, self.growth.width)
-            frontier = self.tree.last_level
-        else:
-            frontier = self.tree.plant(root)
+        frontier = self.tree.plant(root)
         if self.draft is None or self.growth is None:
             return 0
         self.growth.begin_tree()
-        before = self.tree.levels
         while self.tree.levels < most_levels and self.growth.wants_level(self.tree):
             frontier = self._level(frontier)
         self.growth.finish(self.tree)
-        return self.tree.levels - before
+        return self.tree.levels
 
     def _level(self, frontier: Tensor) -> Tensor:
         """Draft one level below ``frontier``; returns the new one."""
@@ -302,22 +278,6 @@ class Engine:
         logits = self.draft.expand(self.tree, frontier)
         logits = self.sampler.perturb(logits, self.cache.length + 1 + self.tree.levels)
         return self.growth.grow(self.tree, frontier, logits, self.draft.temperature)
-
-    def _draft_ahead(self, clock: PhaseClock) -> None:
-        """Go on drafting below the tree on a stream of its own, for as long as a target pass is expected to take."""
-        growth = self.growth
-        if not self._ahead or growth is None or self._level_step is None:
-            return
-        room = growth.max_depth + self._ahead - self.tree.levels
-        levels = min(self._ahead, room)
-        if self._levels_per_pass is not None:
-            levels = min(levels, int(self._levels_per_pass))
-        side = self._side
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), clock.phase("ahead"):
-            for _ in range(levels):
-                self._level_step(self.tree)
 
     def _score(self, size: int) -> tuple[Tensor, Tensor]:
         """One target pass over the first ``size`` nodes: hidden states [rows, hidden], logits [size, vocabulary]."""
@@ -342,23 +302,14 @@ class Engine:
         ancestors = tree.ancestors[:rows, :rows]
         return self.target.run(TokenBatch(tree.tokens[:rows], depths, past, view, tree.levels, ancestors))
 
-    def _commit(self, verdict: Verdict, accepted: int, levels: int, hidden: Tensor) -> None:
-        """Move the accepted nodes' keys and values into the prefix, tell the draft, keep what was drafted ahead."""
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
+    def _commit(self, verdict: Verdict, accepted: int, hidden: Tensor) -> None:
+        """Move the accepted nodes' keys and values into the prefix, and tell the draft."""
         path = verdict.path(accepted)
         self.cache.accept(path)
         if self.draft is None:
             return
         features = hidden.index_select(0, path) if self.draft.needs_features else None
         self.draft.commit(self.tree, path, features)
-        if self.tree.levels > levels and accepted == levels + 1:
-            # Only a path accepted to its end can go on below: anywhere else the bonus token was not drafted.
-            width = self.growth.width
-            child = reroot(self.tree, path[-1:], verdict.bonus, accepted, width)
-            if child is not None:
-                self.draft.reroot(child, accepted, self.tree.levels, width)
-                self._rerooted = True
 
     def _account(self, stats: GenerationStats, levels: int, size: int, accepted: int) -> None:
         """Count what an iteration drafted and accepted."""
@@ -379,10 +330,6 @@ class Engine:
             return
         draft_s = phases.get("draft", 0.0)
         rest = max(outcome.verify_s - draft_s, 0.0)
-        if outcome.levels and draft_s > 0:
-            # A little less than fits: a pass must not wait for what is drafted ahead of it. The pass's own time counts,
-            # not the iteration's: that holds such waiting, and would justify as many levels again.
-            self._levels_per_pass = 0.85 * phases.get("verify", rest) / (draft_s / outcome.levels)
         self.growth.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
 
 

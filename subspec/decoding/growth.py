@@ -18,7 +18,7 @@ class IterationOutcome:
     """What one draft-and-verify iteration did, as an adaptive growth learns from it.
 
     Attributes:
-        levels: levels drafted while nothing else ran (levels ahead cost no time).
+        levels: levels drafted.
         nodes: tree nodes verified, root included.
         accepted: deepest accepted level (0: only the bonus token was emitted).
         draft_s, verify_s: seconds spent drafting, and on the target pass with its verification.
@@ -36,8 +36,7 @@ class Growth(ABC):
 
     Attributes:
         max_depth: most levels that are verified.
-        ahead: most levels drafted below those while the target verifies.
-        capacity: most nodes, the levels ahead included.
+        capacity: most nodes.
         pass_nodes: most nodes of a verification pass.
         draft_rows: most nodes the draft itself runs on.
         whole_levels: whether a level's nodes, all of them and in order, are the next frontier (what a draft with
@@ -45,7 +44,6 @@ class Growth(ABC):
     """
 
     max_depth: int
-    ahead: int = 0
     capacity: int
     pass_nodes: int
     draft_rows: int
@@ -66,7 +64,7 @@ class Growth(ABC):
         """
 
     def begin_tree(self) -> None:  # noqa: B027 (a hook, not a duty)
-        """A new tree starts, or what was drafted ahead goes on."""
+        """A new tree starts."""
 
     def wants_level(self, tree: Tree) -> bool:
         """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
@@ -82,21 +80,16 @@ class Growth(ABC):
 class Beam(Growth):
     """The paper's tree (SubSpec, section 3): every level keeps the best ``width`` of all children of the last.
 
-    ``width=1`` is a chain. ``ahead``: levels that may be drafted below the tree while it is verified; what
-    they become after re-rooting is verified whole, so a pass holds up to ``max(depth, ahead)`` levels.
+    ``width=1`` is a chain.
     """
 
-    def __init__(self, depth: int, width: int, ahead: int = 0) -> None:
-        if ahead < 0:
-            raise ValueError(f"levels drafted ahead cannot be {ahead}")
+    def __init__(self, depth: int, width: int) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"tree.depth and tree.width must be at least 1, not {depth} and {width}")
         self.max_depth = depth
         self.width = width
-        self.ahead = ahead
-        self.capacity = 1 + (depth + ahead) * width
-        self.pass_nodes = 1 + max(depth, ahead) * width
-        self.draft_rows = 1 + (depth + ahead - 1) * width
+        self.capacity = self.pass_nodes = 1 + depth * width
+        self.draft_rows = 1 + (depth - 1) * width
 
     def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
         scaled = logits.float() / temperature

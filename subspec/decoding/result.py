@@ -28,7 +28,7 @@ class GenerationStats:
         draft_s: share of ``decode_s`` spent drafting (device time on a GPU).
         verify_s: share of ``decode_s`` spent in target passes and verification.
         settle_s: share of ``verify_s`` behind the target's logits: choosing tokens, accepting a path, moving its keys
-            and values, re-rooting what was drafted ahead.
+            and values.
         transfer_s: seconds in which the host-to-device link carried weights, prefill included (0 without
             offloading).
         bytes_streamed: weight bytes that crossed the link, prefill included.

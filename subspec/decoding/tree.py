@@ -16,7 +16,6 @@ class Tree:
         scores: float32 [capacity], cumulative log-probability under the draft (float16 would underflow
             around depth 25).
         ancestors: bool [capacity, capacity]; row i marks the path from the root to node i, both included.
-        alive: bool [capacity]; False for padding that a re-rooted tree keeps in its levels.
         size: number of nodes; known on the host because growth is a static schedule.
         levels: number of levels below the root.
         level_size: nodes of the deepest level (0 once nodes were taken out: the tree then grows no further).
@@ -28,7 +27,6 @@ class Tree:
         self.parents = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.depths = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.scores = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self.alive = torch.ones(capacity, dtype=torch.bool, device=device)
         self.ancestors = torch.eye(capacity, dtype=torch.bool, device=device)
         self._identity = torch.eye(capacity, dtype=torch.bool, device=device)
         self._slots = torch.arange(capacity, device=device)
@@ -40,7 +38,6 @@ class Tree:
     def plant(self, root: Tensor) -> Tensor:
         """Start a new tree from the token ``root`` (int64 [1]); returns the root's node number [1]."""
         self.tokens[0:1] = root
-        self.alive.fill_(True)
         self.size, self.levels, self.level_size = 1, 0, 1
         self._kept = None
         return self._slots[:1]
@@ -70,12 +67,6 @@ class Tree:
         """Count ``count`` nodes behind the last one as a level; whoever calls has written their entries."""
         self.size, self.levels, self.level_size = self.size + count, self.levels + 1, count
 
-    def shorten(self, levels: int, width: int) -> None:
-        """Forget the levels below the first ``levels``, of ``width`` nodes each."""
-        self.size, self.levels = 1 + levels * width, levels
-        self.level_size = width if levels else 1
-        self.alive[self.size :] = True  # whatever is appended there lives
-
     def keep(self, nodes: Tensor) -> None:
         """Take out all other nodes; those kept move up, in order. ``levels`` stays the number that was drafted.
 
@@ -84,14 +75,13 @@ class Tree:
         """
         count = nodes.numel()
         number = torch.zeros_like(self._slots).scatter_(0, nodes, self._slots[:count])
-        for values in (self.tokens, self.depths, self.scores, self.alive):
+        for values in (self.tokens, self.depths, self.scores):
             values[:count] = values.index_select(0, nodes)
         self.parents[:count] = number.index_select(0, self.parents.index_select(0, nodes))
         block = self.ancestors.index_select(0, nodes).index_select(1, nodes)
         # Whole rows: a pass rounds its rows up, and what lies behind the last node must stay unseen.
         self.ancestors[:count] = False
         self.ancestors[:count, :count] = block
-        self.alive[count:] = True
         self.size, self.level_size, self._kept = count, 0, nodes
 
     def drafted_number(self, nodes: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor
     match = tree.tokens[:size] == asked
     match[:1] = True
     ancestors = tree.ancestors[:size, :size]
-    accepted = ~(ancestors & ~match).any(dim=1) & tree.alive[:size]
+    accepted = ~(ancestors & ~match).any(dim=1)
     depths = tree.depths[:size]
     deepest = torch.where(accepted, depths, -1).argmax().view(1)
 

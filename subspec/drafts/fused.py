@@ -15,7 +15,6 @@ from torch import Tensor
 
 from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.kv_cache import KVCache
-from subspec.decoding.reroot import level_start
 from subspec.decoding.tree import Tree
 from subspec.drafts.fused_model import Attention, FusedLayer, FusedModel
 from subspec.kernels import launch
@@ -156,23 +155,6 @@ class FusedSubstitute:
             tree.adopt_level(growth.width)
 
         return step
-
-    def reroot(self, child: Tensor, level: int, levels: int, width: int) -> None:
-        """Move the rows of a re-rooted tree to where its schedule has them.
-
-        Args:
-            child: int64 [1], the new root's old node number, at ``level``.
-            levels: levels of the tree after re-rooting; the last one has not been run through the draft.
-        """
-        cache = self._cache
-        assert cache is not None
-        end = cache.draft_rows - 1  # the root's row; levels lie in front of it, the first one nearest
-        offset = child - level_start(level, width)
-        root_row = cache.rows.index_select(3, offset + (end - level * width))
-        kept = (levels - 1) * width
-        rows = cache.rows[:, :, :, end - kept - level * width : end - level * width].clone()
-        cache.rows[:, :, :, end - kept : end] = rows
-        cache.rows[:, :, :, end : end + 1] = root_row
 
     # --------------------------------------------------------------------------------------- one level
 

@@ -98,11 +98,6 @@ class OwnCacheDraft:
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         return fit_vocabulary(self.levels.expand(tree, frontier), self.vocab_size)
 
-    def reroot(self, child: Tensor, level: int, levels: int, width: int) -> None:
-        """Move the rows of a re-rooted tree; see :meth:`FusedSubstitute.reroot`."""
-        assert isinstance(self.levels, FusedSubstitute)
-        self.levels.reroot(child, level, levels, width)
-
     def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
         """Keep the accepted nodes' rows; run the last of them if no level did."""
         used = self.levels.rows_used(tree)

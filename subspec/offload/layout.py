@@ -154,7 +154,6 @@ class Layout:
             self.forced, self.draft_rows = draft.forced, draft.shared_rows
             self.nodes = growth.capacity
             self.capacity = round_up(growth.capacity, ROW_MULTIPLE)
-            # A tree that is drafted ahead holds more nodes than a pass verifies.
             self.pass_rows = round_up(growth.pass_nodes, ROW_MULTIPLE)
             self.width, self.levels = getattr(growth, "width", 1), growth.max_depth
         length = config.decoding.max_length

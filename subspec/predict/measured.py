@@ -20,7 +20,7 @@ class Measured:
 
     Attributes:
         acceptance: survival by depth.
-        level_s: seconds of a draft level; None without one (nothing drafted, or levels drafted ahead).
+        level_s: seconds of a draft level; None where nothing was drafted on a GPU.
         target, device: where ``level_s`` holds: names as recorded.
         width: of the tree.
         planted: whether the weights were planted.
@@ -69,13 +69,12 @@ def read_measured(place: Path) -> Measured:
     tree = config_group(first.config, "tree")
     levels = sum(totals["drafted_by_depth"])
     cuda = summary["context"]["device"] == "cuda"
-    serial = not tree.get("ahead") and cuda
     gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
     ((method, target),) = methods
     source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
     return Measured(
         Acceptance.from_counts(totals["drafted_by_depth"], totals["accepted_by_depth"], source),
-        totals["draft_s"] / levels if serial and levels and totals["draft_s"] else None,
+        totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
         _target(first),
         str(gpu.get("name") or "unknown"),
         _width(tree),

@@ -6,13 +6,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.choices import Codec
 from subspec.config import BeamTreeConfig, Config, StreamOffloadConfig
 from subspec.errors import ConfigError
 from subspec.offload.plan import Plan, plan_run
 from subspec.offload.sizes import ModelShapes, PlainCodec
 from subspec.predict.acceptance import Acceptance
-from subspec.predict.timing import Iteration, Machine, Sizes, level_seconds, overlapped, plain, serial
+from subspec.predict.timing import Iteration, Machine, Sizes, level_seconds, plain, serial
 
 DEPTHS = (4, 8, 16, 24, 32, 48, 64)
 """Tree depths that are predicted beside the configured one."""
@@ -20,22 +19,19 @@ DEPTHS = (4, 8, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class Depth:
-    """A tree depth: both ways to draft it, and what the plan keeps resident for it.
+    """A tree depth, and what the plan keeps resident for it.
 
     Attributes:
         depth: levels of the tree.
         resident: layers kept on the device. streamed_gb: GB over the link per pass.
-        serial: draft, then verify.
-        ahead: levels drafted while the target streams; overlapped: with them (None where that does not fit).
+        iteration: draft, then verify.
         extrapolated: deeper than what acceptance was measured for.
     """
 
     depth: int
     resident: int
     streamed_gb: float
-    serial: Iteration
-    ahead: int
-    overlapped: Iteration | None
+    iteration: Iteration
     extrapolated: bool
 
 
@@ -61,18 +57,9 @@ class Prediction:
     too_deep: tuple[int, ...]
 
     @property
-    def coded(self) -> bool:
-        """Whether streamed weights are coded. Their decoding shares the GPU with levels drafted ahead, which the model
-        leaves out: the run that was measured was slower than its serial twin (``experiments/predict``)."""
-        return bool(self.plan.streamed_layers) and self.plan.codec is not Codec.none
-
-    @property
-    def best(self) -> tuple[Depth, Iteration]:
-        """The fastest of all depths and ways; without levels ahead where weights are coded (see :attr:`coded`)."""
-        ways = [(one, one.serial) for one in self.depths]
-        if not self.coded:
-            ways += [(one, one.overlapped) for one in self.depths if one.overlapped is not None]
-        return max(ways, key=lambda pair: pair[1].tokens_per_s)
+    def best(self) -> Depth:
+        """The fastest depth."""
+        return max(self.depths, key=lambda one: one.iteration.tokens_per_s)
 
     def to_dict(self) -> dict[str, Any]:
         """Builtin types, for a file."""
@@ -86,10 +73,7 @@ class Prediction:
             "acceptance": asdict(self.acceptance),
             "level_s": self.level_s,
             "plain": iteration(self.plain),
-            "depths": [
-                {**asdict(one), "serial": iteration(one.serial), "overlapped": iteration(one.overlapped)}
-                for one in self.depths
-            ],
+            "depths": [{**asdict(one), "iteration": iteration(one.iteration)} for one in self.depths],
             "too_deep": list(self.too_deep),
         }
 
@@ -116,12 +100,11 @@ def predict(
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(f"offload={config.offload.name}: predictions are for offload=stream")
     configured = config.tree.depth
-    wanted_ahead = getattr(config.tree, "ahead", 0)
     weights = _weights(model, config)
-    plan = _plan(config, model, machine, configured, wanted_ahead)
+    plan = _plan(config, model, machine, configured)
     found, too_deep = [], []
     for depth in sorted({configured, *depths}):
-        one = _depth(config, model, machine, acceptance, weights, depth, wanted_ahead or depth)
+        one = _depth(config, model, machine, acceptance, weights, depth)
         if one is None:
             too_deep.append(depth)
         else:
@@ -145,33 +128,23 @@ def _depth(
     acceptance: Acceptance,
     weights: tuple[int, int],
     depth: int,
-    ahead: int,
 ) -> Depth | None:
     try:
-        plan = _plan(config, model, machine, depth, 0)
+        plan = _plan(config, model, machine, depth)
     except ConfigError:
         return None
-    way = serial(Sizes.of(plan, *weights), machine, acceptance, depth)
-    both = None
-    try:  # levels ahead take rows of the cache and of the tree
-        with_ahead = _plan(config, model, machine, depth, ahead)
-        both = overlapped(Sizes.of(with_ahead, *weights), machine, acceptance, depth, ahead)
-    except ConfigError:
-        pass
     return Depth(
         depth=depth,
         resident=len(plan.resident_layers),
         streamed_gb=plan.streamed_bytes_per_pass / 1e9,
-        serial=way,
-        ahead=ahead,
-        overlapped=both,
+        iteration=serial(Sizes.of(plan, *weights), machine, acceptance, depth),
         extrapolated=acceptance.extrapolated(depth),
     )
 
 
-def _plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int, ahead: int) -> Plan:
+def _plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int) -> Plan:
     width = getattr(config.tree, "width", 1)
-    tree = BeamTreeConfig(name="beam", depth=depth, width=width, ahead=ahead)
+    tree = BeamTreeConfig(name="beam", depth=depth, width=width)
     named = isinstance(config.offload, StreamOffloadConfig) and config.offload.card is not None
     return plan_run(
         replace(config, tree=tree),

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from subspec.predict.predict import Depth, Prediction
+from subspec.predict.predict import Prediction
 from subspec.predict.timing import Iteration
 
 PLANTED = (
@@ -15,14 +15,13 @@ PLANTED = (
 
 
 def depth_table(prediction: Prediction) -> Table:
-    """Tokens per second over tree depths, serial and (right) with levels ahead; ``<`` marks the fastest."""
+    """Tokens per second over tree depths; ``<`` marks the fastest."""
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    serial = ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share")
-    for heading in (*serial, "ahead", "tokens/s", "x plain"):
+    for heading in ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = prediction.best[1]
+    best = prediction.best
     for one in prediction.depths:
-        way, both = one.serial, one.overlapped
+        way = one.iteration
         mark = "*" if one.extrapolated else ""
         cells: list[str | Text] = [
             f"{one.depth}{mark}",
@@ -30,15 +29,10 @@ def depth_table(prediction: Prediction) -> Table:
             f"{one.resident}",
             f"{way.draft_s:.3f}",
             f"{way.pass_s:.3f}",
-            _speed(way, best),
+            _speed(way, one is best),
             _over(way, prediction.plain),
             "-" if way.ceiling is None else f"{way.tokens_per_s / way.ceiling:.2f}",
-            f"{one.ahead}",
         ]
-        if both is None:
-            cells += ["no room", "-"]
-        else:
-            cells += [_speed(both, best), _over(both, prediction.plain)]
         table.add_row(*cells)
     return table
 
@@ -55,17 +49,11 @@ def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list
         lines.append("plain decoding: does not fit this budget")
     else:
         lines.append(f"plain streaming in this budget: {plain.tokens_per_s:.2f} tokens/s")
-    depth, way = prediction.best
-    how = f" with {depth.ahead} levels ahead" if way is depth.overlapped else ""
+    way = prediction.best.iteration
     over = f", {way.tokens_per_s / plain.tokens_per_s:.1f} times plain streaming" if plain else ""
-    lines.append(f"best: depth {depth.depth}{how}, {way.tokens_per_s:.1f} tokens/s{over}")
+    lines.append(f"best: depth {prediction.best.depth}, {way.tokens_per_s:.1f} tokens/s{over}")
     lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
-    lines.append("share: of the link's ceiling at that tau; ahead: levels drafted while the target streams")
-    if prediction.coded and any(one.overlapped is not None for one in prediction.depths):
-        lines.append(
-            "levels ahead are predicted far too fast beside coded weights, whose decoding shares the GPU: "
-            "not taken for the best"
-        )
+    lines.append("share: of the link's ceiling at that tau")
     if any(one.extrapolated for one in prediction.depths):
         lines.append(
             f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated"
@@ -82,7 +70,7 @@ def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list
 
 
 def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
-    """Tokens per second over depth, serial and with levels ahead, under the link's ceiling.
+    """Tokens per second over depth, under the link's ceiling.
 
     ``file`` ends in .png, .svg or .pdf.
     """
@@ -91,10 +79,9 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     depths = prediction.depths
-    axes.plot(*_line(depths, "serial"), "-o", color="#0072B2", label="draft, then verify")
-    ahead = "levels drafted ahead while streaming" + (" (decoding left out)" if prediction.coded else "")
-    axes.plot(*_line(depths, "overlapped"), "--s", color="#D55E00", label=ahead)
-    ceilings = [(one.depth, one.serial.ceiling) for one in depths if one.serial.ceiling is not None]
+    speeds = [one.iteration.tokens_per_s for one in depths]
+    axes.plot([one.depth for one in depths], speeds, "-o", color="#0072B2", label="draft, then verify")
+    ceilings = [(one.depth, one.iteration.ceiling) for one in depths if one.iteration.ceiling is not None]
     if ceilings:
         axes.plot(*zip(*ceilings, strict=True), ":", color="#666666", label="ceiling of the link at that tau")
     if prediction.plain is not None:
@@ -109,16 +96,8 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _line(depths: tuple[Depth, ...], way: str) -> tuple[list[int], list[float]]:
-    points = [(one.depth, getattr(one, way)) for one in depths]
-    known = [(depth, iteration.tokens_per_s) for depth, iteration in points if iteration is not None]
-    return [depth for depth, _ in known], [speed for _, speed in known]
-
-
-def _speed(way: Iteration, best: Iteration) -> Text:
-    return Text(
-        f"{way.tokens_per_s:.1f}" + (" <" if way is best else "  "), style="bold" if way is best else ""
-    )
+def _speed(way: Iteration, is_best: bool) -> Text:
+    return Text(f"{way.tokens_per_s:.1f}" + (" <" if is_best else "  "), style="bold" if is_best else "")
 
 
 def _over(way: Iteration, plain: Iteration | None) -> str:

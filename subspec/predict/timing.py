@@ -6,9 +6,7 @@
     end of a pass LM head / (memory bandwidth * EFFICIENCY) + OTHER_S, in which the link goes on filling the ring
     iteration     depth * draft level + target pass + end
 
-Serial, the link idles while the draft works, but for the ring's slots. With levels ahead (``tree.ahead``) the draft
-works while the target streams; what it drafted is of use when the target accepts a whole path and the token after
-it was drafted too. That makes two kinds of iterations, and the share of each follows from how often it happens.
+The link idles while the draft works, but for the ring's slots.
 
 Decoding coded weights is left out: of layers, which happens while the link works, and of a coded LM head, which does
 not.
@@ -30,9 +28,6 @@ LEVEL_LAYER_S = 7.4e-6
 
 OTHER_S = 0.4e-3
 """Bookkeeping per iteration that no event on the device brackets, seconds: measured 0.3 to 0.6 ms."""
-
-AHEAD_SHARE = 0.85
-"""Share of a pass that the engine fills with levels ahead, so that the pass need not wait for them."""
 
 
 @dataclass(frozen=True)
@@ -119,31 +114,6 @@ def serial(sizes: Sizes, machine: Machine, acceptance: Acceptance, depth: int) -
     draft = depth * level_seconds(sizes, machine)
     tau = acceptance.tau(depth)
     return Iteration(draft, pass_seconds(sizes, machine, draft), tau, _ceiling(sizes, machine, tau))
-
-
-def overlapped(sizes: Sizes, machine: Machine, acceptance: Acceptance, depth: int, ahead: int) -> Iteration:
-    """Draft ``depth`` levels, verify them, and meanwhile draft up to ``ahead`` levels below them.
-
-    After a pass that accepts everything and whose bonus token was drafted too (survival one level deeper), the next
-    tree already has ``ahead`` - 1 levels, and only what is missing to ``depth`` is drafted. Draws are taken to be
-    independent between passes, and a re-rooted tree to be as good as a fresh one: an upper estimate.
-    """
-    level = level_seconds(sizes, machine)
-    fits = int(AHEAD_SHARE * pass_seconds(sizes, machine, 0.0) / level) if level else ahead
-    useful = min(ahead, fits)
-    if useful < 2:
-        return serial(sizes, machine, acceptance, depth)
-    again = max(depth, useful - 1)  # levels verified after a tree was kept
-    kept_after_fresh, kept_after_kept = acceptance.survival(depth + 1), acceptance.survival(again + 1)
-    fresh = (1 - kept_after_kept) / (1 - kept_after_kept + kept_after_fresh)
-    drafts = depth * level, max(0, depth - (useful - 1)) * level
-    shares = fresh, 1 - fresh
-    draft = sum(share * seconds for share, seconds in zip(shares, drafts, strict=True))
-    passes = sum(
-        share * pass_seconds(sizes, machine, seconds) for share, seconds in zip(shares, drafts, strict=True)
-    )
-    tau = fresh * acceptance.tau(depth) + (1 - fresh) * acceptance.tau(again)
-    return Iteration(draft, passes, tau, _ceiling(sizes, machine, tau))
 
 
 def _read(size: int, machine: Machine) -> float:

@@ -65,8 +65,7 @@ def _tree(tree: Mapping[str, Any]) -> str:
     if not name:
         return ""
     size = f"{depth}" if name == "chain" or width is None else f"{depth}x{width}"
-    ahead = f" + {tree['ahead']} ahead" if tree.get("ahead") else ""
-    return f"{name} {size}{ahead}"
+    return f"{name} {size}"
 
 
 def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:

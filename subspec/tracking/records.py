@@ -71,6 +71,9 @@ CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding
 that is gone, makes it another run under the same configuration: what ``auto`` comes to now is compared with the
 records, and so a resumed run may also say outright what it came to before."""
 
+GONE = {"tree.ahead": 0}
+"""Keys of earlier versions, with the value at which they changed nothing."""
+
 BEFORE = {"bitwise": False}
 """What it came to in records that are older than the field."""
 
@@ -341,6 +344,8 @@ def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
     if before == now and isinstance(before, bool) == isinstance(now, bool):
         return []
     if key in CHOSEN.values() and AUTO in (before, now):
+        return []
+    if now is _ABSENT and before == GONE.get(key, _ABSENT):
         return []
     return [f"{key}: {_shown(before)} -> {_shown(now)}"]
 

@@ -94,7 +94,7 @@ def _intervals(
     zero: float,
 ) -> list[Interval]:
     found = [Interval("host", span.name, span.host_begin - zero, span.host_end - zero) for span in spans]
-    lanes = {"draft": "draft", "ahead": "draft", "prefill": "target", "verify": "target"}
+    lanes = {"draft": "draft", "prefill": "target", "verify": "target"}
     for span in spans:
         lane = lanes.get(span.name)
         if lane is None:

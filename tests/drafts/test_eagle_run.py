@@ -83,7 +83,6 @@ def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(places, tmp_p
             r"tree\.total_tokens=60, but tree\.depth=2 levels of tree\.width=3 draft 13 nodes: lower .* at most 13",
         ),
         (["tree=eagle2", "tree.width=321"], r"tree\.width=321 is wider than the target's vocabulary of 320"),
-        (["tree=eagle2", "tree.ahead=2"], r"tree\.ahead"),
         (["draft=eagle2", "draft.path={root}/head", "draft.temperature=0"], r"draft\.temperature=0"),
     ],
 )
@@ -103,12 +102,6 @@ def test_captured_levels_do_not_grow_eagle2s_tree(draft):
         check_config(config)
     check_config(to_config(composed("tree=eagle2", "offload=stream", "draft=eagle2")))
     check_config(to_config(composed("tree=eagle2", f"draft={draft}")))
-
-
-def test_nothing_is_drafted_ahead_with_a_head():
-    config = to_config(composed("tree.ahead=4", "offload=stream", "draft=eagle2"))
-    with pytest.raises(ConfigError, match=r"tree\.ahead=4 needs .* set tree\.ahead=0"):
-        check_config(config)
 
 
 def test_the_published_settings_are_the_defaults():

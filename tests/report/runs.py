@@ -18,7 +18,7 @@ def config_of(draft: str | dict[str, Any] = "subspec", **changes: Any) -> dict[s
         "target": {"name": "some_target"},
         "draft": draft if isinstance(draft, dict) else {"name": draft},
         "quant": {"name": "hqq", "bits": 4},
-        "tree": {"name": "beam", "depth": 3, "width": 2, "ahead": 0},
+        "tree": {"name": "beam", "depth": 3, "width": 2},
         "decoding": {"name": "greedy"},
         "offload": {"name": "none"},
         "benchmark": {"name": "gsm8k", "max_samples": 4},
