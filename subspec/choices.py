@@ -21,7 +21,7 @@ class Dtype(Enum):
 
 
 class Source(Enum):
-    """Where a benchmark's prompts come from (DESIGN 8)."""
+    """Where a benchmark's prompts come from."""
 
     auto = "auto"
     hub = "hub"

@@ -59,7 +59,7 @@ class HubTargetConfig(TargetConfig):
 
 @dataclass
 class PlantedTargetConfig(TargetConfig):
-    """Exact shapes of a real model with random weights that plant a next-token map (DESIGN 7): for speed only.
+    """Exact shapes of a real model with random weights that plant a next-token map: for speed only.
 
     ``shape``: a name in ``subspec.targets.planted.SHAPES``. ``seed``: of the weights. ``hard_share``: share of
     tokens whose successor the substitute may well get wrong.
@@ -297,7 +297,7 @@ class OffloadConfig:
 
 @dataclass
 class StreamOffloadConfig(OffloadConfig):
-    """Exact weights in pinned host memory, streamed layer by layer (DESIGN 2, 5).
+    """Exact weights in pinned host memory, streamed layer by layer.
 
     ``vram_gib`` bounds everything PyTorch allocates on the device; the planner fills it. ``resident_layers``: exact
     layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers the copies go through.

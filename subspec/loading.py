@@ -160,7 +160,7 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
 
 
 def cap_device(vram_gib: float, device: torch.device) -> None:
-    """Let PyTorch allocate no more than the budget: a promise, not an estimate (DESIGN, invariant 4)."""
+    """Let PyTorch allocate no more than the budget: a promise, not an estimate."""
     index = (
         torch.cuda.current_device() if device.index is None else device.index
     )  # the fraction wants a number

@@ -34,7 +34,7 @@ PAPER = {
     "qwen2_5_14b_subspec": ("subspec", (0.2, 48, 6), 12),
     "qwen2_5_32b_subspec": ("subspec", (0.2, 48, 6), 24),
 }
-"""Rows of the paper (DESIGN 9): draft, (temperature, depth, K), GiB."""
+"""Rows of the paper: draft, (temperature, depth, K), GiB."""
 
 
 def rows_of(table):

@@ -1,6 +1,6 @@
 """The KV cache that the target and its substitute share.
 
-One buffer per layer, laid out so that draft and target can never touch each other's rows (DESIGN, invariant 2):
+One buffer per layer, laid out so that draft and target can never touch each other's rows:
 
     [ draft region | committed prefix ............ | target region ]
                  <-+ rows are taken leftwards      +-> starts right behind the prefix

@@ -107,7 +107,6 @@ class Layout:
             are there that come later; 0: nothing is quantized.
         packed_bytes: of a layer of the substitute, its quantized Linears alone.
         bitwise: shapes of a pass in batch-invariant arithmetic; None: the target's own modules run it.
-        given_codec: a codec that overrules the configuration's.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, never less, never more.
         nodes: most nodes of the tree. capacity: rows of its tensors, and pass_rows: most rows of a pass over it; both
             are rounded up as the engine does on a GPU. Without a draft the tree is its root, in one row.
@@ -116,7 +115,7 @@ class Layout:
         ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.
     """
 
-    def __init__(self, config: Config, model: PretrainedConfig, codec: LayerCodec | None = None) -> None:
+    def __init__(self, config: Config, model: PretrainedConfig) -> None:
         if not isinstance(config.offload, StreamOffloadConfig):
             raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
         self.config, self.offload = config, config.offload
@@ -129,12 +128,11 @@ class Layout:
             reason = unsupported(model) or "it is for bfloat16 and float16, and this run computes in float32"
             raise ConfigError(f"decoding.bitwise=true: {reason}; set decoding.bitwise=auto")
         self.coded = codec_of(config) is Codec.substitute
-        self.given_codec = codec
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, shapes) if quantizes else None
-        if codec is None and self.coded and quantization is not None:
+        codec: LayerCodec = PlainCodec(self.itemsize)
+        if self.coded and quantization is not None:
             codec = SubstituteCodec(quantization)
-        codec = codec or PlainCodec(self.itemsize)
         self.layer_bytes = codec.layer_bytes(shapes.layer)
         self.exact_bytes = PlainCodec(self.itemsize).layer_bytes(shapes.layer)
         # A coded layer stays coded on the device, too: there is room for twice as many.

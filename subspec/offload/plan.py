@@ -31,7 +31,7 @@ from subspec.errors import ConfigError
 from subspec.offload.cards import Card, find_card
 from subspec.offload.layout import CHUNK_STEP, Choice, Item, Layout
 from subspec.offload.refusal import least_choice, refuse_device, refuse_host
-from subspec.offload.sizes import GIB, LayerCodec, headroom
+from subspec.offload.sizes import GIB, headroom
 
 TAUS = (1, 4, 12, 26)
 """Acceptance lengths whose ceilings are shown: no draft, a small head, a small model, the substitute."""
@@ -153,7 +153,6 @@ def plan_run(
     link_gb_per_s: float | None,
     host_free: int | None,
     device_total: int | None,
-    codec: LayerCodec | None = None,
 ) -> Plan:
     """Plan a run with ``offload=stream``; nothing is loaded.
 
@@ -164,12 +163,11 @@ def plan_run(
         host_free: free host memory in bytes (psutil's ``available``); not this machine's concern, and ignored,
             when ``offload.card`` names another one.
         device_total: memory of the device in bytes; a named card's own when ``offload.card`` is set.
-        codec: how a streamed layer looks on its way; the plain weights when None.
 
     Raises:
         ConfigError: the run does not fit, with the arithmetic and what would make it fit.
     """
-    layout = Layout(config, model, codec)
+    layout = Layout(config, model)
     offload = layout.offload
     card = find_card(offload.card) if offload.card is not None else None
     budget = int(offload.vram_gib * GIB)
@@ -184,7 +182,7 @@ def plan_run(
     if layout.coded and offload.codec is Codec.auto and (choice is None or offload.resident_layers is None):
         # Where every layer fits as it is, there is nothing to gain from decoding; where the decoded layer beside the
         # ring is what does not fit, decoding cannot be had.
-        plain = Layout(replace(config, offload=replace(offload, codec=Codec.none)), model, codec)
+        plain = Layout(replace(config, offload=replace(offload, codec=Codec.none)), model)
         whole = choose(plain, budget)
         if whole is not None and (choice is None or whole.resident == plain.shapes.layers):
             layout, choice = plain, whole

@@ -106,7 +106,7 @@ def _fits(
     layout: Layout, config: Config, model: PretrainedConfig, choose: Callable[[Layout], Choice | None]
 ) -> bool:
     try:
-        return choose(Layout(config, model, layout.given_codec)) is not None
+        return choose(Layout(config, model)) is not None
     except ConfigError:
         return False
 

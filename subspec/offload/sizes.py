@@ -66,7 +66,7 @@ PER_LOGIT_DRAFT = 12
 
 
 class LayerCodec(Protocol):
-    """How a streamed layer looks on its way: *bytes plus a decode step* (DESIGN 6)."""
+    """How a streamed layer looks on its way: *bytes plus a decode step*."""
 
     def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
         """Bytes of one layer in pinned memory, over the link and in a ring slot."""

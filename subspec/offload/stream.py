@@ -3,7 +3,7 @@
 Copies run on a stream of their own and never wait for Python: as soon as the host knows that a layer's kernels are
 *enqueued*, it enqueues the copy that refills the layer's buffer behind them. Events order both directions: a layer's
 kernels wait until its copy has arrived, and a copy waits until the kernels that read the buffer's previous content
-have finished (DESIGN, invariant 2). The order of layers is cyclic, so the last layers of one pass are followed by the
+have finished. The order of layers is cyclic, so the last layers of one pass are followed by the
 first of the next: while the draft works, the ring fills up.
 """
 

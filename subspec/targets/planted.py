@@ -1,4 +1,4 @@
-"""Planted targets: the exact shapes of real models with made-up weights, for speed without a checkpoint (DESIGN 7).
+"""Planted targets: the exact shapes of real models with made-up weights, for speed without a checkpoint.
 
 No language model: every figure measured with one says so. What is real is the work per token; what is realistic
 is how often a 4-bit substitute agrees with the target, because the two differ by real quantization noise.

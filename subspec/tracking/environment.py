@@ -1,6 +1,6 @@
 """What a run ran on: versions, source revision, hardware, command line, and peak memory.
 
-A figure without these cannot be compared with another one (DESIGN invariant 6). Only facts about software and
+A figure without these cannot be compared with another one. Only facts about software and
 hardware are collected: no user name, no host name, and the home folder is written as ``~``.
 """
 

@@ -1,7 +1,7 @@
 """The run folder: one JSON line per finished turn, safe against a kill at any byte.
 
-Why: a run on a slow link takes hours. What it has finished must never be lost, repeated or mixed with another run
-(DESIGN invariant 7). How: each turn is one ``write`` followed by ``fsync``; on resume, whatever is not a whole line
+Why: a run on a slow link takes hours. What it has finished must never be lost, repeated or mixed with another run.
+How: each turn is one ``write`` followed by ``fsync``; on resume, whatever is not a whole line
 is moved to ``records.jsonl.damaged`` and said so; an operating-system lock, which dies with its owner, keeps a
 second process out; a resumed run must have the configuration of the first.
 

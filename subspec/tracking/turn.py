@@ -28,7 +28,7 @@ class RunContext:
         target: name of the target.
         draft: name of the draft method.
         device: where it ran: ``cpu`` or ``cuda``, never ``auto``.
-        planted: whether the target's weights are planted (DESIGN 7).
+        planted: whether the target's weights are planted.
         seed: the run's seed.
         bitwise: whether the target's passes were batch-invariant (``decoding.bitwise``).
     """

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from subspec.config import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
-from subspec.offload import sizes
 from subspec.offload.sizes import GIB, MIB
 from tests.offload.settings import planned, settings
 
@@ -312,25 +311,6 @@ def test_the_plan_is_json():
     assert again["resident_layers"] == [2, 8, 14, 19, 25]
     assert again["link"] == {"gb_per_s": 55.5, "source": "H200, measured on one"}
     assert again["ceiling_tokens_per_s"]["26"] == plan.ceiling(26)
-
-
-class _HalfCodec:
-    """A stand-in for the coming codec: half the bytes, and a decoded layer beside the ring."""
-
-    def layer_bytes(self, shapes):
-        return sizes.PlainCodec(2).layer_bytes(shapes) // 2
-
-    def scratch_bytes(self, shapes):
-        return sizes.PlainCodec(2).layer_bytes(shapes)
-
-
-def test_a_codec_changes_what_is_streamed_and_nothing_else():
-    plain, coded = planned(settings(8.0)), planned(settings(8.0), codec=_HalfCodec())
-    assert coded.layer_bytes == plain.layer_bytes // 2
-    assert by_name(coded)["ring"] == by_name(plain)["ring"] // 2
-    assert by_name(coded)["decoded layer"] == plain.layer_bytes
-    assert coded.plain_bytes_per_pass == plain.plain_bytes_per_pass
-    assert by_name(coded)["resident layers"] == len(coded.resident_layers) * plain.layer_bytes
 
 
 # ------------------------------------------------------------------------------------------ properties

@@ -189,7 +189,7 @@ def test_head_rows_are_the_embeddings_of_their_predecessors():
 
 
 def test_the_scales_of_the_large_shapes_are_the_measured_ones():
-    """DESIGN 7: a quarter, and 0.3, give the acceptance of real text on a 7B shape."""
+    """A quarter, and 0.3, give the acceptance of real text on a 7B shape."""
     scales = Scales(SHAPES["qwen2_5_7b"]())
     assert scales.ratio == pytest.approx(0.25)
     assert scales.hard_row / scales.row == pytest.approx(0.30, abs=0.005)
