@@ -314,6 +314,7 @@ def test_other_prompts_under_the_same_configuration_are_refused(
 
 def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_path, monkeypatch):
     """``device=auto`` on a machine whose GPU comes or goes: the dtype would be another, too."""
+    monkeypatch.setattr(subspec.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask")
     folder = tmp_path / "run"
     monkeypatch.setattr(subspec.runner, "resolve_device", lambda device: torch.device("cpu"))
     stop_after(monkeypatch, 1, *arguments, "device=auto")

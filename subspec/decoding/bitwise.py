@@ -36,6 +36,10 @@ PATH_BYTES = 16
 
 ACTIVATION_BLOCK = 1024
 
+MLP_ROWS = 384
+"""Most rows whose gate and up are there at once: more are taken in equal pieces, which changes no bits. The paper's
+tree of 289 nodes is one piece."""
+
 
 def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a model's passes cannot be batch-invariant here, in a few words; None when they can.
@@ -120,6 +124,11 @@ class PassShapes:
             "head": (vocab, self.hidden),
         }
 
+    def mlp_piece(self, rows: int) -> int:
+        """Rows of the MLP at a time; multiples of 16, so that every piece begins at an aligned address."""
+        pieces = -(-rows // MLP_ROWS)
+        return rows if pieces == 1 else round_up(-(-rows // pieces), 16)
+
     def added_parts(self) -> int:
         """Most parts of a sum that is added to the residual stream."""
         query = self.heads.query * self.heads.dim
@@ -135,7 +144,7 @@ class PassShapes:
         query = rows * self.heads.query * self.heads.dim * self.itemsize
         sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
         partial = 4 * self.heads.partial_floats(rows, length)
-        mlp = 3 * rows * self.intermediate * self.itemsize + ALIGNMENT
+        mlp = 3 * self.mlp_piece(rows) * self.intermediate * self.itemsize + ALIGNMENT
         sizes = {
             "normed": max(rows * self.hidden * self.itemsize, query),
             "wide": max(sums, partial, mlp),
@@ -205,16 +214,7 @@ class BitwiseArithmetic:
         attended = self._attention(state, index, attention, normed)
         self._add(state, "out", attended, attention.o_proj)
         self._norm(state, layer.post_attention_layernorm.weight, normed)
-        both = 2 * shapes.intermediate
-        gate_up = state.buffer("wide", rows, both)
-        after = round_up(gate_up.nbytes, ALIGNMENT)
-        product = state.buffer("wide", rows, shapes.intermediate, after=after)
-        self._multiply("gate_up", normed, (mlp.gate_proj, mlp.up_proj), gate_up)
-        from subspec.kernels import invariant
-
-        blocks = -(-shapes.intermediate // ACTIVATION_BLOCK)
-        invariant.swiglu[(rows, blocks)](gate_up, product, shapes.intermediate, BLOCK=ACTIVATION_BLOCK)
-        self._add(state, "down", product, mlp.down_proj)
+        self._mlp(state, mlp, normed)
 
     def finish(self, state: Pass, norm: nn.Module) -> Tensor:
         """The pass's result: hidden states [n, hidden] after the final norm, in place of the residual stream."""
@@ -231,10 +231,27 @@ class BitwiseArithmetic:
 
     def _add(self, state: Pass, role: str, x: Tensor, linear: nn.Module) -> None:
         """Multiply, and leave the parts of the sum for the next norm to add to the residual stream."""
+        state.partial = self._parts(state, linear)
+        self._multiply(role, x, (linear,), state.partial)
+
+    def _parts(self, state: Pass, linear: nn.Module) -> Tensor:
         n, k = linear.weight.shape
-        out = state.buffer("added", split_k(n, k).parts, state.rows, n, dtype=torch.float32)
-        self._multiply(role, x, (linear,), out)
-        state.partial = out
+        return state.buffer("added", split_k(n, k).parts, state.rows, n, dtype=torch.float32)
+
+    def _mlp(self, state: Pass, mlp: nn.Module, normed: Tensor) -> None:
+        from subspec.kernels import invariant
+
+        inner = self.shapes.intermediate
+        state.partial = self._parts(state, mlp.down_proj)
+        for first in range(0, state.rows, self.shapes.mlp_piece(state.rows)):
+            x = normed[first : first + self.shapes.mlp_piece(state.rows)]
+            count = x.shape[0]
+            gate_up = state.buffer("wide", count, 2 * inner)
+            product = state.buffer("wide", count, inner, after=round_up(gate_up.nbytes, ALIGNMENT))
+            self._multiply("gate_up", x, (mlp.gate_proj, mlp.up_proj), gate_up)
+            blocks = -(-inner // ACTIVATION_BLOCK)
+            invariant.swiglu[(count, blocks)](gate_up, product, inner, BLOCK=ACTIVATION_BLOCK)
+            self._multiply("down", product, (mlp.down_proj,), state.partial[:, first : first + count])
 
     def _norm(self, state: Pass, weight: Tensor, out: Tensor) -> Tensor:
         """residual += what :meth:`_add` left; ``out`` = its RMS norm."""

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "part_stride"])
 def linear(
-    x, w0, w1, w2, b0, b1, b2, out, rows, k, k_part, n0, n1, n2, x_stride, out_stride,
+    x, w0, w1, w2, b0, b1, b2, out, rows, k, k_part, n0, n1, n2, x_stride, out_stride, part_stride,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN_K: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -60,10 +60,9 @@ def linear(
     if HAS_BIAS:
         if part == 0:
             total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    line = row.to(tl.int64)
+    at_out = out + row.to(tl.int64)[:, None] * out_stride + (first + column)[None, :]
     if PARTIAL:
-        line += part.to(tl.int64) * rows
-    at_out = out + line[:, None] * out_stride + (first + column)[None, :]
+        at_out += part.to(tl.int64) * part_stride
     tl.store(at_out, total.to(out.dtype.element_ty), mask=stored)
 
 

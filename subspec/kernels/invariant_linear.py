@@ -83,7 +83,7 @@ def multiply(
         weights: one to three matrices [n_i, k], of one dtype.
         biases: [n_i] of each, all or none.
         out: [rows, sum of n_i] in the dtype of ``x``: the result; its rows may be strided. Or float32
-            [parts, rows, sum of n_i]: the parts of :func:`split_k`, whose sum it is.
+            [parts, rows, sum of n_i], rows of which may be a slice: the parts of :func:`split_k`, whose sum it is.
     """
     from subspec.kernels import invariant
 
@@ -99,7 +99,7 @@ def multiply(
     columns = sum(-(-size // tiling.n) for size in sizes)
     x = aligned(x)
     invariant.linear[(-(-rows // tiling.m) * columns, split.parts)](
-        x, *w, *b, out, rows, k, split.size, *sizes, x.stride(0), out.stride(-2),
+        x, *w, *b, out, rows, k, split.size, *sizes, x.stride(0), out.stride(-2), out.stride(0),
         HAS_BIAS=has_bias,
         PARTIAL=partial,
         EVEN_K=k % tiling.k == 0,

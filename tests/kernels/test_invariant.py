@@ -360,6 +360,28 @@ def test_a_tile_shape_names_itself():
     assert str(Tiling(64, 128, 64, 4, 3)) == "64x128x64 warps 4 stages 3"
 
 
+def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
+    device = device_of_tests()
+    shape = {
+        "hidden_size": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "intermediate_size": 40,
+        "layers": 1,
+        "vocab_size": 33,
+    }
+    model = tiny_model("llama", **shape).to(device, torch.bfloat16)
+    decoder, text = arithmetic(model), torch.arange(20, device=device)
+    found = []
+    for most in (384, 12):
+        monkeypatch.setattr("subspec.decoding.bitwise.MLP_ROWS", most)
+        cache = decoder.new_cache(max_length=32, draft_rows=0, target_rows=20)
+        with torch.inference_mode():
+            found.append(decoder.append(text, cache))
+    assert decoder.bitwise.shapes.mlp_piece(20) == 16
+    assert same_bits(*found)
+
+
 def test_a_value_that_is_not_finite_spoils_its_own_branch_only():
     device = device_of_tests()
     ancestors = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)

@@ -47,7 +47,7 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
     rounded = 28 * 126 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
     rounded += 1040 * MIB - found["LM head"] + 156 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
-    rounded += -(-20 * MIB // 3) - (found["draft level"] - 32 * MIB) + 424 * 512 - found["tree"]
+    rounded += -(-20 * MIB // 3) - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
     assert found["allocator"] == 64 * MIB + rounded
     # 0.08 GiB stay free whatever happens; beside them 0.002 are left, less than the KV rows of a longer chunk.
     assert plan.headroom == -(-8 * GIB // 100)
