@@ -74,8 +74,11 @@ def altered(model: PreTrainedModel) -> str | None:
     Adapters replace Linears, steering adds hooks, and a library may keep a weight in another order.
     """
     base, head = model.get_decoder(), model.get_output_embeddings()
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model has forward hooks"
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers leaves hooks behind that only take outputs down.
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+            return "the model has forward hooks"
     if head.bias is not None:
         return "the LM head has a bias"
     if 2 * base.rotary_emb.inv_freq.numel() != PassShapes.of(model.config, 2).heads.dim:
