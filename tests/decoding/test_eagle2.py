@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from subspec.decoding.eagle2 import Eagle2, drafted_nodes
 from subspec.decoding.engine import Engine
+from subspec.decoding.growth import Beam
 from subspec.decoding.tree import Tree
 from subspec.decoding.verify import verify
 from tests.decoding.test_tree import path_to
@@ -168,7 +169,7 @@ def test_a_new_tree_has_nothing_of_one_that_was_re_ranked():
     while growth.wants_level(tree):
         logits = torch.randn(frontier.numel(), VOCAB, generator=generator) * 2
         frontier = growth.grow(tree, frontier, logits, 1.0)
-    for name in ("tokens", "parents", "depths", "scores", "ancestors", "alive"):
+    for name in ("tokens", "parents", "depths", "scores", "ancestors"):
         assert torch.equal(getattr(tree, name), getattr(fresh, name))
     assert torch.equal(tree.drafted_number(frontier), frontier)
 
@@ -215,10 +216,14 @@ def test_shapes_that_make_no_tree_are_refused(arguments, message):
 
 def test_a_draft_of_captured_levels_refuses_a_part_of_one():
     pytest.importorskip("triton")
-    from tests.decoding.test_reroot import fused_draft, model_of, random_tree
+    from tests.kernels.test_fused_level import fused_draft, model_of
 
     model = model_of("qwen2", CPU, vocab_size=640)
-    tree = random_tree(3, 0)
+    growth, generator = Beam(3, 3), torch.Generator().manual_seed(0)
+    tree = Tree(growth.capacity, CPU)
+    frontier = tree.plant(torch.tensor([0]))
+    for _ in range(3):
+        frontier = growth.grow(tree, frontier, torch.randn(frontier.numel(), 11, generator=generator), 1.0)
     with pytest.raises(ValueError, match="1 of 3 nodes"):
         fused_draft(model, CPU).expand(tree, tree.last_level[:1])
 

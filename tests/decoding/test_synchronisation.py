@@ -55,7 +55,7 @@ def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, own_ca
             with pytest.raises((DataDependentOutputException, RuntimeError)):
                 verdict.read()  # the one read-back of an iteration; on fake tensors it has to fail
             # Once in the middle of the tree, once down to the level that the draft never ran.
-            engine._commit(verdict, 3 if iteration == 0 else 5, engine.tree.levels, hidden)
+            engine._commit(verdict, 3 if iteration == 0 else 5, hidden)
             root = verdict.bonus
         assert engine.cache.length == 17
         if own_cache:
@@ -76,7 +76,7 @@ def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampli
             engine._draft(root, most_levels=10)
             hidden, verdict = verified(engine)
             assert hidden.shape == (growth.pass_nodes, 64)
-            engine._commit(verdict, accepted, engine.tree.levels, hidden)
+            engine._commit(verdict, accepted, hidden)
             root = verdict.bonus
         assert draft.cache.length == engine.cache.length - 1 == 12
 
@@ -105,7 +105,7 @@ def operations(engine):
         root = engine._prefill([1, 2, 3])[0]
         engine._draft(root, 10)
         hidden, verdict = verified(engine)
-        engine._commit(verdict, 1, engine.tree.levels, hidden)
+        engine._commit(verdict, 1, hidden)
         with OperationCount() as drafting:
             engine._draft(root, 10)
         with OperationCount() as verifying:
@@ -143,12 +143,12 @@ def test_no_synchronisation_on_a_gpu(sampling, kind, growth, bitwise):
         engine._draft(root, 10)
         hidden, verdict = verified(engine)
         verdict.read()
-        engine._commit(verdict, 1, engine.tree.levels, hidden)
+        engine._commit(verdict, 1, hidden)
         torch.cuda.set_sync_debug_mode("error")
         try:
             engine._draft(root, 10)
             hidden, verdict = verified(engine)
-            engine._commit(verdict, 2, engine.tree.levels, hidden)
+            engine._commit(verdict, 2, hidden)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 verdict.read()
         finally:

@@ -182,7 +182,7 @@ def test_every_level_is_fed_its_own_parents_features(model, growth, shape):
             hidden, verdict = verified(engine)
             accepted, _ = verdict.read()
             text += engine.tree.tokens[accepted].tolist()
-            engine._commit(verdict, len(accepted), engine.tree.levels, hidden)
+            engine._commit(verdict, len(accepted), hidden)
             root = verdict.bonus
             accepted_any += len(accepted) - 1
     assert accepted_any > 1

@@ -66,14 +66,14 @@ def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec
                 engine._draft(root, 10)
                 hidden, verdict = verified(engine)
                 verdict.read()
-                engine._commit(verdict, 1, engine.tree.levels, hidden)
+                engine._commit(verdict, 1, hidden)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):
                     engine._draft(root, 10)
                     hidden, verdict = verified(engine)
-                    engine._commit(verdict, 1, engine.tree.levels, hidden)
+                    engine._commit(verdict, 1, hidden)
                 with pytest.raises(RuntimeError, match="synchroniz"):
                     verdict.read()
             finally:
