@@ -38,12 +38,10 @@ class TilingChoice:
     """The shapes by role, and where they come from.
 
     Attributes:
-        microseconds: summed over :data:`ROWS`, by role; empty where nothing is measured.
         measured: roles measured in this run.
     """
 
     tilings: dict[str, Tiling]
-    microseconds: dict[str, float]
     measured: int
 
 
@@ -67,7 +65,7 @@ def choose_tilings(
         SubspecError: no candidate runs on this card.
     """
     if timer is None and device.type != "cuda":
-        return TilingChoice(dict.fromkeys(shapes, REFERENCE), {}, 0)
+        return TilingChoice(dict.fromkeys(shapes, REFERENCE), 0)
     timer = timer or (lambda tiling, role, n, k: tile_time(tiling, role, n, k, dtype, device))
     card = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
     folder = folder or cache_root() / "kernels"
@@ -95,7 +93,7 @@ def choose_tilings(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         write_times(file, known, note)
-    picked, microseconds = {}, {}
+    picked = {}
     for role, key in keys.items():
         kept = known.get(key, {})
         times = {tiling: kept[str(tiling)] for tiling in CANDIDATES if str(tiling) in kept}
@@ -103,8 +101,7 @@ def choose_tilings(
             reasons = "; ".join(dict.fromkeys(failed.values()))
             raise SubspecError(f"decoding.bitwise: no tile shape runs on this card ({reasons})")
         picked[role] = min(times, key=lambda tiling: times[tiling])
-        microseconds[role] = round(times[picked[role]], 1)
-    return TilingChoice(picked, microseconds, len(missing))
+    return TilingChoice(picked, len(missing))
 
 
 @torch.inference_mode()
