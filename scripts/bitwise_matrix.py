@@ -37,8 +37,6 @@ DECODING = {
     "sampling": ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_p=0.95"],
 }
 BENCHMARKS = {"mt_bench": "mt_bench.jsonl", "gsm8k": "gsm8k_test.jsonl"}
-SLOW_ROWS = 3
-"""Rows of drafts that run module by module: each of their levels takes tens of milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class Job:
     arguments: tuple[str, ...]
 
 
-def jobs(rows: int) -> list[Job]:
-    """Plain decoding first; then every draft and tree."""
+def jobs(rows: int, slow_rows: int) -> list[Job]:
+    """Every draft and tree; drafts that run module by module take ``slow_rows`` rows and come first."""
     found = []
     for decoding, how in DECODING.items():
         for benchmark in BENCHMARKS:
@@ -71,12 +69,13 @@ def jobs(rows: int) -> list[Job]:
                         place.append("offload.codec=none")
                     if streamed and draft == "layer_skip":
                         place[2] = "draft.keep=8"
-                    count = rows if streamed else min(rows, SLOW_ROWS)
+                    captured = streamed and draft in ("subspec", "layer_skip")
+                    count = rows if captured else min(rows, slow_rows)
                     arguments = (*common, f"draft={draft}", *shape, *place, f"benchmark.max_samples={count}")
                     found.append(Job(f"{decoding}/{benchmark}/{draft}-{tree}", plain, arguments))
-            whole = (*common, "draft=eagle2", "tree=eagle2", f"benchmark.max_samples={rows}")
+            whole = (*common, "draft=eagle2", "tree=eagle2", f"benchmark.max_samples={min(rows, slow_rows)}")
             found.append(Job(f"{decoding}/{benchmark}/eagle2-whole", plain, whole))
-    return found
+    return sorted(found, key=lambda job: f"benchmark.max_samples={slow_rows}" not in job.arguments)
 
 
 def run(job: Job, options: argparse.Namespace) -> float:
@@ -123,12 +122,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of mt_bench.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--rows", type=int, default=15, help="of each of the two files")
+    parser.add_argument(
+        "--slow-rows", type=int, default=3, help="of each, for drafts without captured levels"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="processes side by side")
     parser.add_argument("--only", default="", help="runs whose name holds this, and plain decoding")
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
-    wanted = [job for job in jobs(options.rows) if job.name == job.baseline or options.only in job.name]
+    wanted = [
+        job
+        for job in jobs(options.rows, options.slow_rows)
+        if job.name == job.baseline or options.only in job.name
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         seconds = list(pool.map(lambda job: run(job, options), wanted))
     rows = [judge(job, took, options) for job, took in zip(wanted, seconds, strict=True)]
