@@ -14,18 +14,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from subspec.config import PlantedTargetConfig
-from subspec.drafts.fused_build import ROLES, LayerFuser
-from subspec.kernels.codec import PieceDecoder
-from subspec.kernels.formats import AffineFormat, Format
-from subspec.kernels.lut_format import LutFormat
-from subspec.kernels.timing import graph_time
-from subspec.offload.coded_layer import encode_layer
-from subspec.offload.layer_bytes import parameter_views
-from subspec.offload.link import measure_link
-from subspec.offload.sizes import PlainCodec
-from subspec.quant.codes import CodeQuantizer, HqqCodes
-from subspec.quant.higgs_codes import HiggsCodeQuantizer
+from subspec.codec.coded_layer import encode_layer
+from subspec.codec.restore import PieceRestorer
+from subspec.config.schema import PlantedTargetConfig
+from subspec.levels.build import ROLES, LayerFuser
+from subspec.offload.bandwidth import measure_link
+from subspec.quant.affine_format import AffineFormat, Format
+from subspec.quant.codebook_format import LutFormat
+from subspec.quant.higgs_weight import HiggsCodeQuantizer
+from subspec.quant.kernel_timing import graph_time
+from subspec.quant.quantized_weight import CodeQuantizer, HqqCodes
+from subspec.targets.layer_bytes import PlainCodec, parameter_views
 from subspec.targets.planted import PlantedSource
 
 FORMATS = "hqq4,hqq8,hqq3,hqq2,higgs4,higgs3,higgs2"
@@ -53,7 +52,7 @@ def measure(name: str, source: PlantedSource, device: torch.device) -> dict[str,
     buffer = torch.empty(PlainCodec().layer_bytes(shapes), dtype=torch.uint8, device=device)
     views = parameter_views(buffer, shapes, torch.bfloat16)
     pieces = [part.piece(views[part.name], substitute) for part in coded.parts]
-    decoder = PieceDecoder(pieces)
+    decoder = PieceRestorer(pieces)
     taken = graph_time(lambda: decoder(flat))
     return {
         "format": name,

@@ -18,9 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from subspec.assemble import assemble_streamed
-from subspec.choices import Codec, Kernel
-from subspec.config import (
+from subspec.codec.coded_layer import LayerRestorer
+from subspec.config.enums import Codec, Kernel
+from subspec.config.schema import (
     BeamTreeConfig,
     BenchmarkConfig,
     Config,
@@ -33,10 +33,10 @@ from subspec.config import (
     SubstituteDraftConfig,
 )
 from subspec.decoding.engine import Engine
-from subspec.loading import cap_device
-from subspec.offload.coded_layer import LayerDecoder
-from subspec.offload.link import measure_link
-from subspec.offload.plan import plan_run
+from subspec.offload.bandwidth import measure_link
+from subspec.planning.plan import plan_run
+from subspec.runs.loading import cap_device
+from subspec.session import assemble_streamed
 from subspec.targets.planted import PlantedSource
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -61,7 +61,7 @@ class Watch:
         decoded: layers decoded.
     """
 
-    def __init__(self, decoding: LayerDecoder, source: PlantedSource) -> None:
+    def __init__(self, decoding: LayerRestorer, source: PlantedSource) -> None:
         self.decoding, self.source = decoding, source
         self.expected: dict[int, Tensor] = {}
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -70,7 +70,7 @@ class Watch:
         decoding.decode = self.decode  # type: ignore[method-assign]
 
     def decode(self, index: int, flat: Tensor) -> None:
-        """As :meth:`LayerDecoder.decode`, then checked."""
+        """As :meth:`LayerRestorer.decode`, then checked."""
         self._decode(index, flat)
         self.decoded += 1
         sums = block_sums(self.decoding.buffer)

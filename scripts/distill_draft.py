@@ -12,12 +12,9 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
-
-from subspec.targets.console import quiet_libraries
-from subspec.training.corpus import load_corpus
-from subspec.training.publish import train_and_publish
-from subspec.training.setup import (
+from training.corpus import load_corpus
+from training.publish import train_and_publish
+from training.setup import (
     add_target_options,
     add_training_options,
     arithmetic,
@@ -25,7 +22,10 @@ from subspec.training.setup import (
     report,
     schedule_of,
 )
-from subspec.training.student import StudentLesson, build_student
+from training.student import StudentLesson, build_student
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from subspec.utils.console import quiet_libraries
 
 WHAT = """A tiny Llama model with its target's vocabulary, distilled from the target's next-token distributions. It
 drafts for `draft=small_model`; it has no tokenizer of its own."""

@@ -3,7 +3,7 @@
     python scripts/generate_text.py --out text/ --minutes 2
 
 Half of the conversations start with a user message that the target makes up, the others with prompts of this project
-(subspec/training/prompts.py). Writes shards of token ids; a shard that is there is not written again, so an
+(scripts/training/prompts.py). Writes shards of token ids; a shard that is there is not written again, so an
 interrupted run goes on with the same command.
 """
 
@@ -12,12 +12,13 @@ import random
 import time
 from pathlib import Path
 
+from training.chat_writer import ChatFrame, ChatWriter, Start
+from training.corpus import shard_path, write_shard
+from training.prompts import messages
+from training.setup import add_target_options, open_target, report
+
 from subspec.errors import SubspecError
 from subspec.targets import Target
-from subspec.training.chat_writer import ChatFrame, ChatWriter, Start
-from subspec.training.corpus import shard_path, write_shard
-from subspec.training.prompts import messages
-from subspec.training.setup import add_target_options, open_target, report
 
 
 def parse() -> argparse.Namespace:

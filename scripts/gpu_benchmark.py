@@ -22,9 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from subspec.assemble import assemble_streamed
-from subspec.choices import Codec, Kernel
-from subspec.config import (
+from subspec.config.enums import Codec, Kernel
+from subspec.config.schema import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
     BenchmarkConfig,
@@ -42,13 +41,14 @@ from subspec.config import (
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam, Growth
-from subspec.decoding_config import build_sampling
-from subspec.drafts.fused import FusedSubstitute
-from subspec.loading import cap_device
-from subspec.offload.link import measure_link
-from subspec.offload.plan import plan_run
-from subspec.offload.streamed_decoder import StreamedDecoder
+from subspec.decoding.from_config import build_sampling
+from subspec.decoding.tree_policy import Beam, TreePolicy
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.offload.bandwidth import measure_link
+from subspec.offload.streamed_target import StreamedTarget
+from subspec.planning.plan import plan_run
+from subspec.runs.loading import cap_device
+from subspec.session import assemble_streamed
 from subspec.targets.planted import PlantedSource
 
 # Read when CUDA starts, not when torch is imported: segments that grow keep a tight budget from fragmenting.
@@ -64,7 +64,7 @@ def parse(variant: str) -> tuple[str, int, int]:
     return kind, int(depth), int(width)
 
 
-def growth_of(variant: str) -> Growth:
+def growth_of(variant: str) -> TreePolicy:
     kind, depth, width = parse(variant)
     if kind == "adaptive":
         return Adaptive(depth, width, level_cost=None, check_every=2, min_depth=1)
@@ -112,9 +112,9 @@ def run_mode(
     started = time.perf_counter()
     facts: dict[str, Any] = {"mode": mode}
     if mode == "accelerate":
-        from subspec.offload.accelerate import AccelerateDecoder
+        from subspec.offload.accelerate import AccelerateTarget
 
-        decoder: Any = AccelerateDecoder(source, device, int((options.vram - 1.5) * GIB))
+        decoder: Any = AccelerateTarget(source, device, int((options.vram - 1.5) * GIB))
         facts["load_s"] = time.perf_counter() - started
         engine = Engine(decoder, sampling=build_sampling(config), max_length=options.max_length)
         # About a second per token: a few tokens of one prompt will do.
@@ -151,7 +151,7 @@ def run_mode(
         torch.cuda.reset_peak_memory_stats()
         cap_device(options.vram, device)
         if variant is not None and streamed.substitute is not None:
-            draft = FusedSubstitute(streamed.substitute)
+            draft = CapturedDraft(streamed.substitute)
         engine = Engine(
             streamed.decoder,
             draft,
@@ -176,7 +176,7 @@ def run_mode(
     return results
 
 
-def decode_time(decoder: StreamedDecoder) -> float | None:
+def decode_time(decoder: StreamedTarget) -> float | None:
     """Milliseconds to decode one layer while nothing else runs: the mean over the pass's layers."""
     decoding = decoder.decoding
     if decoding is None:
@@ -268,7 +268,7 @@ def measure(
             "share_of_full_streaming": result["tokens_per_s"] / (result["tau"] * link * 1e9 / full),
         }
     if options.timeline:
-        from subspec.tracking.timeline import record_timeline
+        from subspec.runs.timeline import record_timeline
 
         folder = Path(options.timeline) / facts["mode"].replace(" ", "-").replace(":", "-")
         folder.mkdir(parents=True, exist_ok=True)

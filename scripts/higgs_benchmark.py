@@ -14,9 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from subspec.kernels.formats import AffineFormat
-from subspec.kernels.hadamard import library_problem, rotate_library, rotate_triton
-from subspec.kernels.lut import (
+from subspec.quant.affine_format import AffineFormat
+from subspec.quant.codebook_linear import (
     MmaLut,
     ReferenceLut,
     TritonLut,
@@ -24,12 +23,13 @@ from subspec.kernels.lut import (
     make_lut_linear,
     unavailable,
 )
-from subspec.kernels.ops import KERNELS, LevelLinear, Variant
-from subspec.kernels.ops import unavailable as hqq_unavailable
-from subspec.kernels.timing import graph_time, rotated_time, rotation
 from subspec.quant.grids import load_grid
 from subspec.quant.hadamard import Rotation
-from subspec.quant.higgs_codes import HiggsCodes, group_of
+from subspec.quant.hadamard_transform import library_problem, rotate_library, rotate_triton
+from subspec.quant.higgs_weight import HiggsCodes, group_of
+from subspec.quant.kernel_timing import graph_time, rotated_time, rotation
+from subspec.quant.level_linear import KERNELS, LevelLinear, Variant
+from subspec.quant.level_linear import unavailable as hqq_unavailable
 
 SHAPES = {
     "qwen2_5_7b": {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},

@@ -17,16 +17,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_model import Attention, FusedLayer, FusedModel
+from subspec.decoding.tree_policy import Beam
 from subspec.kernels import int4
-from subspec.kernels.choose import choose_kernels
-from subspec.kernels.formats import AffineFormat, Format, affine_format, describe
-from subspec.kernels.ops import LevelLinear, Variant, unavailable
-from subspec.kernels.timing import graph_time, rotated_time, rotation
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention, FusedLayer, FusedModel
+from subspec.quant.affine_format import AffineFormat, Format, affine_format, describe
+from subspec.quant.choose_kernels import choose_kernels
+from subspec.quant.kernel_timing import graph_time, rotated_time, rotation
+from subspec.quant.level_linear import LevelLinear, Variant, unavailable
 
 SHAPES = {
     "qwen2_5_7b": (3584, 18944, 28, 4, 128, 152064, 28),
@@ -182,7 +182,7 @@ def levels(
         cache.rows.normal_()
         cache.extend(length)
         for splits in slices:
-            draft = FusedSubstitute(model, attention=Attention(splits=splits))
+            draft = CapturedDraft(model, attention=Attention(splits=splits))
             draft.begin(cache)
             step = draft.level_step(growth)
             tree = Tree(growth.capacity, DEVICE)

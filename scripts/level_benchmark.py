@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import torch
 from kernel_benchmark import DEVICE, SHAPES, levels, memory_bandwidth, random_model, role_shapes
 
-from subspec.drafts.fused_model import Attention
-from subspec.kernels.formats import AffineFormat, Format, affine_format
-from subspec.kernels.lut_format import LutFormat
-from subspec.kernels.ops import GemLite, Tinygemm, Variant, unavailable
-from subspec.kernels.timing import variant_time
+from subspec.levels.model import Attention
+from subspec.quant.affine_format import AffineFormat, Format, affine_format
+from subspec.quant.codebook_format import LutFormat
+from subspec.quant.kernel_timing import variant_time
+from subspec.quant.level_linear import GemLite, Tinygemm, Variant, unavailable
 
 FORMATS = "hqq:4,hqq:4+head:8,hqq:4+head:4,hqq:3,hqq:8,hqq:2,higgs:4,higgs:3,higgs:2"
 FEW = {(4, 1), (4, 4), (2, 1)}

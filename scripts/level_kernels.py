@@ -7,15 +7,15 @@ import torch
 from kernel_benchmark import DEVICE
 from torch import Tensor
 
-from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.drafts.fused import FusedSubstitute, _Level
-from subspec.drafts.fused_model import Attention, FusedModel
+from subspec.decoding.tree_policy import Beam
 from subspec.kernels import int4, launch
-from subspec.kernels.formats import AffineFormat, random_codes
-from subspec.kernels.ops import MmaInt4, Variant
-from subspec.kernels.timing import graph_time, rotation
+from subspec.levels.captured_draft import CapturedDraft, _Level
+from subspec.levels.model import Attention, FusedModel
+from subspec.quant.affine_format import AffineFormat, random_codes
+from subspec.quant.kernel_timing import graph_time, rotation
+from subspec.quant.level_linear import MmaInt4, Variant
 
 ATTENTIONS = (
     Attention(),
@@ -125,14 +125,14 @@ def time_attention(
     expected: dict[int, Tensor] = {}
     times: dict[Attention, list[float]] = {}
 
-    def all_layers(draft: FusedSubstitute) -> Tensor:
+    def all_layers(draft: CapturedDraft) -> Tensor:
         with launch.overlapping(overlap):
             for index in range(layers):
                 out = draft._attention(index, model.layers[0], qkv, tree, nodes, depths, place)
         return out
 
     for settings in ATTENTIONS:
-        draft = FusedSubstitute(model, attention=settings, overlap=overlap)
+        draft = CapturedDraft(model, attention=settings, overlap=overlap)
         draft.begin(cache)  # every row of the tree holds node 0, the root: everyone's ancestor
         own = []
         try:

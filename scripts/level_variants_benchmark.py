@@ -25,14 +25,14 @@ from kernel_benchmark import DEVICE, SHAPES, random_model, role_shapes
 from level_kernels import LENGTHS, best_attention, best_of, check_kernels, time_attention, time_kernels
 from torch import Tensor
 
-from subspec.decoding.growth import Beam
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_model import Attention, FusedModel
+from subspec.decoding.tree_policy import Beam
 from subspec.kernels import launch
-from subspec.kernels.formats import AffineFormat
-from subspec.kernels.ops import MmaInt4, Variant
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention, FusedModel
+from subspec.quant.affine_format import AffineFormat
+from subspec.quant.level_linear import MmaInt4, Variant
 
 TODAY = {
     "qkv": Variant("int4_mma", 4, 3),
@@ -86,7 +86,7 @@ class Drafted:
     logits: Tensor
     tree: list[Tensor]
     rows: Tensor
-    draft: FusedSubstitute
+    draft: CapturedDraft
     grown: Tree
 
 
@@ -95,7 +95,7 @@ def draft_trees(
 ) -> Drafted:
     """Capture a tree's levels, then replay eight trees."""
     cache.rows[:, :, :, : cache.draft_rows].zero_()
-    draft = FusedSubstitute(model, **options)
+    draft = CapturedDraft(model, **options)
     draft.begin(cache)
     step = draft.level_step(growth)
     tree = Tree(growth.capacity, DEVICE)

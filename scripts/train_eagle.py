@@ -13,12 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-from subspec.drafts.eagle_head import EagleHead
-from subspec.training.corpus import load_corpus
-from subspec.training.eagle import EagleLesson, balance_inputs, shape_for
-from subspec.training.publish import train_and_publish
-from subspec.training.setup import (
+from training.corpus import load_corpus
+from training.eagle import EagleLesson, balance_inputs, shape_for
+from training.publish import train_and_publish
+from training.setup import (
     add_target_options,
     add_training_options,
     arithmetic,
@@ -26,6 +24,8 @@ from subspec.training.setup import (
     report,
     schedule_of,
 )
+
+from subspec.drafts.eagle_head import EagleHead
 
 WHAT = """An EAGLE head (arXiv 2401.15077) in the published format: `fc` and one decoder layer without input norm, fed
 with the target's last hidden states; embedding and LM head are the target's own. It drafts for `draft=eagle2`."""

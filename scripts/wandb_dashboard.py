@@ -110,7 +110,7 @@ def main() -> None:
     if importlib.util.find_spec("wandb_workspaces") is None:
         print(by_hand("wandb-workspaces is not installed: pip install wandb-workspaces"))
         sys.exit(1)
-    from subspec.tracking.wandb_service import has_credentials, import_wandb
+    from subspec.runs.wandb_service import has_credentials, import_wandb
 
     if not has_credentials(import_wandb()):
         print(by_hand("no W&B key found: wandb login"))

@@ -21,20 +21,20 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspec.bitwise_choice import AUTO, choose_bitwise
-from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
+from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
 from subspec.decoding.arguments import ArgumentError, finite_number, prompt_list, stop_list, whole_number
-from subspec.decoding.decoder import Decoder
+from subspec.decoding.bitwise_choice import AUTO, choose_bitwise
 from subspec.decoding.draft import Draft
 from subspec.decoding.engine import Engine, TokenCallback
-from subspec.decoding.growth import Beam, Growth
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import load_head, locate_for, locate_head
 from subspec.drafts.layer_skip import skip_layers, usual_layers
-from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.small_model import (
     Vocabulary,
     check_vocabularies,
@@ -47,8 +47,8 @@ from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer, quantize_model
 from subspec.quant.hqq import HqqQuantizer
 from subspec.targets.check_model import check_loaded_model, check_model_config
-from subspec.targets.console import print_note
 from subspec.targets.generation_settings import not_applied
+from subspec.utils.console import print_note
 
 DraftName = Literal["none", "subspec", "small_model", "eagle2", "layer_skip"]
 """What proposes tokens, by the names of ``conf/draft``."""
@@ -67,7 +67,7 @@ def build_engine(
     draft: DraftName = "subspec",
     draft_path: str | Path | None = None,
     quantizer: Quantizer | None = None,
-    growth: Growth | None = None,
+    growth: TreePolicy | None = None,
     draft_temperature: float | None = None,
     sampling: Sampling | None = None,
     max_length: int | None = None,
@@ -121,7 +121,7 @@ def build_engine(
     )
     if ignored:
         warnings.warn(f"settings in model.generation_config are not applied: {ignored}", stacklevel=2)
-    target = Decoder(model)
+    target = TargetModel(model)
     if not (isinstance(bitwise, bool) or bitwise == AUTO):
         raise ArgumentError(f"bitwise={bitwise!r} must be True, False or {AUTO!r}")
     chosen = choose_bitwise(
@@ -169,7 +169,7 @@ def _check_options(
     model: PreTrainedModel,
     draft_path: str | Path | None,
     quantizer: Quantizer | None,
-    growth: Growth | None,
+    growth: TreePolicy | None,
     draft_temperature: float | None,
     sampling: Sampling | None,
     tokenizer: TextDecoder | None,
@@ -180,7 +180,7 @@ def _check_options(
         raise ArgumentError(
             f"quantizer is a {type(quantizer).__name__}: pass a HqqQuantizer, or None for 4 bits"
         )
-    if growth is not None and not isinstance(growth, Growth):
+    if growth is not None and not isinstance(growth, TreePolicy):
         raise ArgumentError(
             f"growth is a {type(growth).__name__}: pass a tree, Beam(depth=16, width=4) for instance"
         )
@@ -201,7 +201,7 @@ def _check_options(
         )
 
 
-def _substitute(model: PreTrainedModel, quantizer: Quantizer | None, target: Decoder) -> PreTrainedModel:
+def _substitute(model: PreTrainedModel, quantizer: Quantizer | None, target: TargetModel) -> PreTrainedModel:
     substitute = share_parameters(model)
     quantizer = quantizer or HqqQuantizer(
         compute_dtype=target.dtype, device=target.device, unpack=target.device.type == "cpu"
@@ -210,7 +210,9 @@ def _substitute(model: PreTrainedModel, quantizer: Quantizer | None, target: Dec
     return substitute
 
 
-def _eagle(path: str | Path | None, target: Decoder, growth: Growth, temperature: float) -> EagleDraft:
+def _eagle(
+    path: str | Path | None, target: TargetModel, growth: TreePolicy, temperature: float
+) -> EagleDraft:
     if path is None:
         embedded = EmbeddedTargetConfig(name="smollm2_135m")
         files = locate_for(Eagle2DraftConfig(name="eagle2"), embedded, print_note)
@@ -223,12 +225,12 @@ def _eagle(path: str | Path | None, target: Decoder, growth: Growth, temperature
 
 def _small_model(
     path: str | Path | None,
-    target: Decoder,
+    target: TargetModel,
     tokenizer: TextDecoder | None,
-    growth: Growth,
+    growth: TreePolicy,
     temperature: float,
     max_length: int,
-) -> OwnCacheDraft:
+) -> SeparateCacheDraft:
     named = shipped_small_model() if path is None else HubTargetConfig(name=str(path), path=str(path))
     source = open_checkpoint(named, target.dtype, print_note)
     name = f"the small model {source.name}"
@@ -239,7 +241,7 @@ def _small_model(
         Vocabulary(_name(target.model), target.vocab_size, theirs),
     )
     levels = SubstituteDraft(load_small_model(source, target.vocab_size, target.device), temperature)
-    return OwnCacheDraft(
+    return SeparateCacheDraft(
         levels,
         levels.decoder,
         max_length=max_length,
@@ -265,7 +267,7 @@ def generate(
     draft: DraftName = "subspec",
     draft_path: str | Path | None = None,
     sampling: Sampling | None = None,
-    growth: Growth | None = None,
+    growth: TreePolicy | None = None,
     max_length: int | None = None,
 ) -> GenerationResult:
     """Continue one prompt, speculatively and losslessly.

@@ -30,11 +30,11 @@ def substitutes_root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_substitutes(monkeypatch, substitutes_root):
-    from subspec.quant import store
+    from subspec.store import substitutes
 
-    root = store.cache_root
+    root = substitutes.cache_root
     own = lambda: root() if "SUBSPEC_CACHE" in os.environ else substitutes_root  # noqa: E731
-    monkeypatch.setattr(store, "cache_root", own)
+    monkeypatch.setattr(substitutes, "cache_root", own)
 
 
 def pytest_runtest_setup(item):
@@ -51,7 +51,7 @@ def default_target():
     it in a second. Treat it as read-only: all tests of a session share it. Without a network the tests that
     need it are skipped, except in CI, where they fail.
     """
-    from subspec.config import EmbeddedTargetConfig
+    from subspec.config.schema import EmbeddedTargetConfig
     from subspec.targets import load_target
 
     try:

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from subspec import build_engine, generate
 from subspec.decoding.eagle2 import Eagle2
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
-from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
@@ -42,7 +42,7 @@ def places(tmp_path_factory):
 
 DRAFTS = {
     "subspec": SubstituteDraft,
-    "small_model": OwnCacheDraft,
+    "small_model": SeparateCacheDraft,
     "eagle2": EagleDraft,
     "layer_skip": SubstituteDraft,
 }

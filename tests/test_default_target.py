@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from subspec.benchmarks import load_benchmark
-from subspec.config import BenchmarkConfig, Source
+from subspec.config.schema import BenchmarkConfig, Source
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.audit import Auditor
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
@@ -58,7 +58,11 @@ def engine(target, growth=None, bits=4):
         quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
         draft = SubstituteDraft(substitute)
     return Engine(
-        Decoder(target.model), draft, growth, eos_token_ids=target.eos_token_ids, tokenizer=target.tokenizer
+        TargetModel(target.model),
+        draft,
+        growth,
+        eos_token_ids=target.eos_token_ids,
+        tokenizer=target.tokenizer,
     )
 
 
@@ -91,7 +95,7 @@ CASES = {
 def test_no_token_changes_on_ten_mixed_prompts(default_target, prompts, plain, case):
     growth, bits, least_tau = CASES[case]
     drafting = engine(default_target, growth(), bits)
-    auditor = Auditor(Decoder(default_target.model))
+    auditor = Auditor(TargetModel(default_target.model))
     tokens = passes = 0
     for prompt, expected in zip(prompts, plain, strict=True):
         result = drafting.generate(prompt, max_new_tokens=TOKENS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec.tracking.turn import PROMPT_TOO_LONG
+from subspec.runs.turn import PROMPT_TOO_LONG
 from tests.helpers.cli import ROOT, cli, records_of, summary_of
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -44,7 +44,7 @@ def extended(folder: Path) -> Path:
 def run_each(project: Path, *commands: list[str]) -> subprocess.CompletedProcess:
     """Runs, one after the other, in one fresh process that imports the copy."""
     code = (
-        "import json, sys, torch\nfrom subspec.run import main\ntorch.set_num_threads(1)\n"
+        "import json, sys, torch\nfrom subspec.cli.run import main\ntorch.set_num_threads(1)\n"
         "for arguments in json.loads(sys.argv.pop()):\n"
         "    try:\n        main(arguments)\n"
         "    except SystemExit as stop:\n"

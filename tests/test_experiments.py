@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from subspec.config import HubTargetConfig, PlantedTargetConfig, Source, to_config
-from subspec.help_text import options
-from subspec.paths import conf_dir
+from subspec.config.help_text import options
+from subspec.config.schema import HubTargetConfig, PlantedTargetConfig, Source, to_config
 from subspec.sweeps.command_line import is_table
-from tests.test_config import composed
+from subspec.utils.paths import conf_dir
+from tests.config.test_config import composed
 
 FOLDER = conf_dir() / "experiment"
 NAMES = [name for name, _ in options(conf_dir(), "experiment")]

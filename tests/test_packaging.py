@@ -106,13 +106,13 @@ def test_the_wheel_finds_and_reads_the_drafts_that_ship(wheel, tmp_path):
     script = """
 import sys; sys.path.insert(0, 'site')
 import torch
-from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig
+from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig
 from subspec.drafts.eagle_checkpoint import load_head, locate_for
 from subspec.drafts.small_model import load_small_model, open_checkpoint, shipped_small_model
 cpu, target = torch.device('cpu'), EmbeddedTargetConfig(name='smollm2_135m')
 files = locate_for(Eagle2DraftConfig(name='eagle2'), target, print)
 head = load_head(files, hidden=576, target=target.name, dtype=torch.float32, device=cpu)
-from subspec.targets.skeleton import count_parameters
+from subspec.targets.meta_model import count_parameters
 source = open_checkpoint(shipped_small_model(), torch.float32, print)
 load_small_model(source, 49152, cpu)
 for name in (head.source, source.source):

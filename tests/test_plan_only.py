@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import subspec.runner
+import subspec.runs.runner
 from tests.helpers.cli import cli
 
 
@@ -13,7 +13,7 @@ def nothing_is_loaded(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("planning must not load a target")
 
-    monkeypatch.setattr(subspec.runner, "load", load)
+    monkeypatch.setattr(subspec.runs.runner, "load", load)
 
 
 def plan(folder, *overrides):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from subspec.help_text import GROUPS, options
-from subspec.paths import conf_dir
-from subspec.run import main
+from subspec.cli.run import main
+from subspec.config.help_text import GROUPS, options
+from subspec.utils.paths import conf_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,9 +41,9 @@ def commands_of(module):
 
 
 def test_every_prediction_and_report_is_understood():
-    from subspec.predict.__main__ import compose, find
-    from subspec.predict.__main__ import parse as parse_prediction
-    from subspec.report.__main__ import parse as parse_report
+    from subspec.cli.predict import compose, find
+    from subspec.cli.predict import parse as parse_prediction
+    from subspec.cli.report import parse as parse_report
 
     predictions, reports = commands_of("subspec.predict"), commands_of("subspec.report")
     assert min(len(predictions), len(reports)) >= 2

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from subspec.config import register_schemas, to_config
-from subspec.config_checks import check_config
-from subspec.tracking.metrics import summarise
-from subspec.tracking.wandb_logger import SERIES, flat_summary
-from tests.tracking.factory import record
+from subspec.config.schema import register_schemas, to_config
+from subspec.drafts.check_config import check_config
+from subspec.records.metrics import summarise
+from subspec.runs.wandb_logger import SERIES, flat_summary
+from tests.helpers.records import record
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def dashboard():
 
 
 def test_the_charts_name_what_runs_log(dashboard):
-    from subspec.tracking.metrics import LinkInfo, speedup
+    from subspec.records.metrics import LinkInfo, speedup
 
     summary = summarise([record(0, link=LinkInfo(50.0, 10**9), peak_vram_gib=7.0)])
     logged = flat_summary({**summary, "speedup": speedup(summary, summary, "itself")})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from subspec.config import Source
+from subspec.config.schema import Source
 from subspec.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from subspec.benchmarks.files import read_rows
-from subspec.config import HubData
+from subspec.config.schema import HubData
 from subspec.errors import ConfigError, SubspecError
-from subspec.network import hub_problem
+from subspec.utils.network import hub_problem
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from subspec.benchmarks.base import Benchmark, Row, Sample, Task
 from subspec.benchmarks.files import read_rows
 from subspec.benchmarks.hub import HubRows, HubUnavailableError, describe, load_rows
 from subspec.benchmarks.tasks import get_task, sample_id
-from subspec.config import BenchmarkConfig, Source
+from subspec.config.schema import BenchmarkConfig, Source
 from subspec.errors import ConfigError
 
 SAMPLE_DETAIL = "packaged sample prompts"

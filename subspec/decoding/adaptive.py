@@ -8,8 +8,8 @@ the target actually accepted, since a draft sharpened with T = 0.2 is overconfid
 
 import math
 
-from subspec.decoding.growth import Beam, IterationOutcome, level_mass
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
 
 
 class Calibration:

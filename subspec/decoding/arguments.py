@@ -1,6 +1,6 @@
 """Arguments of the library, checked by value and type before anything is computed.
 
-A refusal names the argument. Configurations are checked in :mod:`subspec.config_checks`.
+A refusal names the argument. Configurations are checked in :mod:`subspec.drafts.check_config`.
 """
 
 import math

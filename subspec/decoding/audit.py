@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.result import FinishReason
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
 from subspec.decoding.stopping import Emission
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, finite_choice
 
 NEAR_TIE_MARGIN = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -99,7 +99,7 @@ class Auditor:
 
     def __init__(
         self,
-        target: Decoder,
+        target: TargetModel,
         sampling: Sampling | None = None,
         *,
         margin: float | None = None,

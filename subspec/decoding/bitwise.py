@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from subspec.decoding.batch import TokenBatch
 from subspec.kernels.invariant_attention import Heads, attend, path_table
 from subspec.kernels.invariant_linear import Tiling, multiply, split_k
-from subspec.rounding import next_power_of_two, round_up
+from subspec.utils.rounding import next_power_of_two, round_up
 
 ROLES = ("qkv", "out", "gate_up", "down", "head")
 """The matrices of a pass; each has a tile shape of its own."""

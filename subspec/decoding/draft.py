@@ -33,7 +33,7 @@ class Draft(Protocol):
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         """Logits [f, vocabulary] of the tokens that may follow the nodes ``frontier`` (int64 [f]).
 
-        The frontier is the last level or, with some growths (``Growth.whole_levels``), a part of it in any order.
+        The frontier is the last level or, with some growths (``TreePolicy.whole_levels``), a part of it in any order.
         """
 
     def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:

@@ -9,8 +9,8 @@ compete with deep ones this way. (The paper's confidence of a node is its cumula
 import torch
 from torch import Tensor
 
-from subspec.decoding.growth import Growth
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
 
 
 def drafted_nodes(depth: int, width: int) -> int:
@@ -18,7 +18,7 @@ def drafted_nodes(depth: int, width: int) -> int:
     return 1 + width + (depth - 1) * width * width
 
 
-class Eagle2(Growth):
+class Eagle2(TreePolicy):
     """Expansion and re-ranking.
 
     Args:

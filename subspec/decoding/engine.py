@@ -13,18 +13,18 @@ from torch import Tensor
 
 from subspec.decoding.arguments import prompt_list, stop_list, whole_number
 from subspec.decoding.batch import TokenBatch
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.draft import Draft
-from subspec.decoding.growth import Growth, IterationOutcome
 from subspec.decoding.result import GenerationResult, GenerationStats
 from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.stopping import Emission, TextDecoder
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import IterationOutcome, TreePolicy
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, Verdict, finite_choice, verify
 from subspec.errors import SubspecError
-from subspec.rounding import round_up
+from subspec.utils.rounding import round_up
 
 TokenCallback = Callable[[list[int], str], None]
 """Called with each emitted block: its ids, and the text that became certain with it ("" without a tokenizer)."""
@@ -52,9 +52,9 @@ class Engine:
 
     def __init__(
         self,
-        target: Decoder,
+        target: TargetModel,
         draft: Draft | None = None,
-        growth: Growth | None = None,
+        growth: TreePolicy | None = None,
         *,
         sampling: Sampling | None = None,
         max_length: int = 2048,

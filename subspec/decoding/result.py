@@ -14,7 +14,7 @@ class FinishReason(StrEnum):
 
 @dataclass
 class GenerationStats:
-    """Raw counts and times of one generation; metrics are derived in :mod:`subspec.tracking.metrics`.
+    """Raw counts and times of one generation; metrics are derived in :mod:`subspec.records.metrics`.
 
     Attributes:
         prompt_tokens: tokens of the prompt.

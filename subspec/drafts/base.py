@@ -1,7 +1,7 @@
 """What a builder of drafts is given and what it hands back: one builder per kind of draft, two ways to run a target.
 
-A kind of draft is a configuration (:mod:`subspec.config`), a file in ``conf/draft``, a :class:`DraftBuilder` in
-:mod:`subspec.drafts.build`, and, for ``offload=stream``, its sizes in :mod:`subspec.offload.draft_sizes`.
+A kind of draft is a configuration (:mod:`subspec.config.schema`), a file in ``conf/draft``, a :class:`DraftBuilder` in
+:mod:`subspec.drafts.build`, and, for ``offload=stream``, its sizes in :mod:`subspec.planning.draft_sizes`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from subspec.config import Config
-from subspec.decoding.decoder import Decoder
+from subspec.config.schema import Config
 from subspec.decoding.draft import Draft
-from subspec.decoding.growth import Growth
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.quant.base import QuantReport
-from subspec.targets.console import Note, print_note
 from subspec.targets.source import LayerSource
 from subspec.targets.target import Target
+from subspec.utils.console import Note, print_note
 
 if TYPE_CHECKING:
-    from subspec.drafts.fused_build import LayerFuser
-    from subspec.offload.coded_cache import CodedCache
-    from subspec.offload.load import StreamedTarget
-    from subspec.offload.plan import Plan
+    from subspec.codec.coded_cache import CodedCache
+    from subspec.levels.build import LayerFuser
+    from subspec.offload.loader import LoadedStream, LoadingPlan
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers)."""
@@ -52,9 +51,9 @@ class WholeContext:
     """A target that is whole on one device (``offload=none``)."""
 
     config: Config
-    growth: Growth
+    growth: TreePolicy
     target: Target
-    decoder: Decoder
+    decoder: TargetModel
     progress: Progress | None = None
     note: Note = print_note
 
@@ -64,9 +63,9 @@ class StreamContext:
     """A target that is about to be loaded as ``plan`` says (``offload=stream``); the device is still empty."""
 
     config: Config
-    growth: Growth
+    growth: TreePolicy
     source: LayerSource
-    plan: Plan
+    plan: LoadingPlan
     device: torch.device
     note: Note = print_note
 
@@ -92,7 +91,7 @@ class StreamedBuild:
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
-    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+    def finish(self, streamed: LoadedStream) -> BuiltDraft:
         """The target is loaded, and the context left: hand over the draft."""
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """From ``draft=...`` to the object that drafts: which builder builds which kind."""
 
-from subspec.config import (
+from subspec.config.schema import (
     DraftConfig,
     Eagle2DraftConfig,
     LayerSkipDraftConfig,

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from subspec.config import Eagle2DraftConfig
-from subspec.decoding.decoder import Decoder
-from subspec.decoding.growth import Growth
+from subspec.config.schema import Eagle2DraftConfig
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import LoadedHead, load_head, locate_for
-from subspec.offload.load import StreamedTarget
+from subspec.offload.loader import LoadedStream
 
 
 class EagleBuilder:
@@ -51,11 +51,11 @@ class StreamedEagle(StreamedBuild):
             device=context.device,
         )
 
-    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+    def finish(self, streamed: LoadedStream) -> BuiltDraft:
         return _built(self._loaded, streamed.decoder, self._growth, self._temperature)
 
 
-def _built(loaded: LoadedHead, decoder: Decoder, growth: Growth, temperature: float) -> BuiltDraft:
+def _built(loaded: LoadedHead, decoder: TargetModel, growth: TreePolicy, temperature: float) -> BuiltDraft:
     shape = loaded.head.shape
     parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
     dtype = str(decoder.dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
 """``draft=layer_skip``: some of the target's own layers, as modules, or the resident ones as a fused level."""
 
-from subspec.config import LayerSkipDraftConfig
+from subspec.config.schema import LayerSkipDraftConfig
 from subspec.decoding.draft import Draft
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import fuse_model
-from subspec.drafts.fused_dense import check_fused, dense_layer
 from subspec.drafts.layer_skip import chosen_layers, skip_layers, streamed_layers, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
-from subspec.offload.load import StreamedTarget
+from subspec.levels.build import fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.dense import check_fused, dense_layer
+from subspec.offload.loader import LoadedStream
 
 
 class LayerSkipBuilder:
@@ -41,11 +41,11 @@ class StreamedLayerSkip(StreamedBuild):
         self._overlap = None if draft.overlap_launches else False
         self._layers = streamed_layers(draft, context.plan.resident_layers, source.config.num_hidden_layers)
 
-    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+    def finish(self, streamed: LoadedStream) -> BuiltDraft:
         layers = [dense_layer(streamed.resident[index], cache_layer=index) for index in self._layers]
         decoder = streamed.decoder
         fused = fuse_model(self._source.config, layers, streamed.shared, decoder.base.rotary_emb)
-        draft = FusedSubstitute(fused, self._temperature, overlap=self._overlap)
+        draft = CapturedDraft(fused, self._temperature, overlap=self._overlap)
         return _built(draft, self._layers, decoder.num_layers, "fused, bfloat16")
 
 

@@ -2,15 +2,12 @@
 
 from transformers import PreTrainedModel
 
-from subspec.config import Config, SmallModelDraftConfig
-from subspec.decoding.decoder import Decoder
-from subspec.decoding.growth import Growth
+from subspec.config.schema import Config, SmallModelDraftConfig
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import fuse_model
-from subspec.drafts.fused_dense import check_fused, dense_layer
-from subspec.drafts.own_cache import OwnCacheDraft
 from subspec.drafts.quantized import quantize_draft
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.small_model import (
     Vocabulary,
     check_vocabularies,
@@ -20,12 +17,15 @@ from subspec.drafts.small_model import (
     small_dtype,
 )
 from subspec.drafts.substitute import SubstituteDraft
-from subspec.offload.load import StreamedTarget
+from subspec.levels.build import fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.dense import check_fused, dense_layer
+from subspec.offload.loader import LoadedStream
 from subspec.quant.base import QuantReport
-from subspec.targets.console import Note
 from subspec.targets.device import check_memory
-from subspec.targets.skeleton import count_parameters
+from subspec.targets.meta_model import count_parameters
 from subspec.targets.source import LayerSource
+from subspec.utils.console import Note
 
 
 class SmallModelBuilder:
@@ -71,7 +71,7 @@ class StreamedSmallModel(StreamedBuild):
             Vocabulary(target.name, vocab_size, target.tokenizer),
         )
         model = load_small_model(source, vocab_size, context.device)
-        decoder = Decoder(model)
+        decoder = TargetModel(model)
         layers = [dense_layer(layer_views(layer)) for layer in model.get_decoder().layers]
         shared = {
             "model.embed_tokens.weight": model.get_input_embeddings().weight.data,
@@ -79,22 +79,22 @@ class StreamedSmallModel(StreamedBuild):
             "lm_head.weight": model.get_output_embeddings().weight.data,
         }
         fused = fuse_model(source.config, layers, shared, model.get_decoder().rotary_emb)
-        levels = FusedSubstitute(fused, draft.temperature, overlap=None if draft.overlap_launches else False)
+        levels = CapturedDraft(fused, draft.temperature, overlap=None if draft.overlap_launches else False)
         own = _own_cache(levels, decoder, config, context.growth, vocab_size)
         self._built = _built(own, source, None, "fused, bfloat16")
 
-    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+    def finish(self, streamed: LoadedStream) -> BuiltDraft:
         return self._built
 
 
 def _own_cache(
-    levels: SubstituteDraft | FusedSubstitute,
-    decoder: Decoder,
+    levels: SubstituteDraft | CapturedDraft,
+    decoder: TargetModel,
     config: Config,
-    growth: Growth,
+    growth: TreePolicy,
     vocab_size: int,
-) -> OwnCacheDraft:
-    return OwnCacheDraft(
+) -> SeparateCacheDraft:
+    return SeparateCacheDraft(
         levels,
         decoder,
         max_length=config.decoding.max_length,
@@ -105,7 +105,7 @@ def _own_cache(
 
 
 def _quantized(
-    model: PreTrainedModel, config: Config, source: LayerSource, decoder: Decoder, note: Note
+    model: PreTrainedModel, config: Config, source: LayerSource, decoder: TargetModel, note: Note
 ) -> QuantReport:
     """Quantize the small model in place; kept, and found again, under its own identity, not the target's."""
     return quantize_draft(
@@ -120,7 +120,9 @@ def _quantized(
     )
 
 
-def _built(draft: OwnCacheDraft, source: LayerSource, quant: QuantReport | None, levels: str) -> BuiltDraft:
+def _built(
+    draft: SeparateCacheDraft, source: LayerSource, quant: QuantReport | None, levels: str
+) -> BuiltDraft:
     parameters = count_parameters(source.config)
     dtype = str(source.dtype).removeprefix("torch.")
     facts = {

@@ -3,24 +3,24 @@
 import time
 from typing import Any
 
-from subspec.choices import Codec, Kernel
-from subspec.config import Cache, SubstituteDraftConfig, Unpack
+from subspec.codec.coded_cache import CodedCache, coded_folder
+from subspec.codec.restore import KERNELS as DECODED_KERNELS
+from subspec.config.enums import Codec, Kernel
+from subspec.config.schema import Cache, SubstituteDraftConfig, Unpack
 from subspec.drafts.base import BuiltDraft, StreamContext, StreamedBuild, WholeContext
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import ROLES, LayerFuser
-from subspec.drafts.fused_quant import fused_quantization
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
-from subspec.kernels.choose import choose_kernels
-from subspec.kernels.codec import KERNELS as DECODED_KERNELS
-from subspec.kernels.formats import describe
-from subspec.offload.coded_cache import CodedCache, coded_folder
-from subspec.offload.load import StreamedTarget
+from subspec.levels.build import ROLES, LayerFuser
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.quantization import fused_quantization
+from subspec.offload.loader import LoadedStream
+from subspec.quant.affine_format import describe
 from subspec.quant.base import QuantReport
-from subspec.quant.code_cache import CachedCodes
-from subspec.quant.folder import open_store
-from subspec.quant.store import SubstituteStore
+from subspec.quant.choose_kernels import choose_kernels
+from subspec.store.folder import open_store
+from subspec.store.quantized_cache import CachedCodes
+from subspec.store.substitutes import SubstituteStore
 
 
 class SubstituteBuilder:
@@ -148,7 +148,7 @@ class StreamedSubstitute(StreamedBuild):
         finally:
             self._quantizer.close()
 
-    def finish(self, streamed: StreamedTarget) -> BuiltDraft:
+    def finish(self, streamed: LoadedStream) -> BuiltDraft:
         assert streamed.substitute is not None
         assert self.fuser is not None
         report, fuser = self._report, self.fuser
@@ -156,5 +156,5 @@ class StreamedSubstitute(StreamedBuild):
         report.bits = fuser.bits
         report.details["cache"] = self._quantizer.report()
         report.seconds = time.perf_counter() - self._started
-        draft = FusedSubstitute(streamed.substitute, self._temperature, overlap=self._overlap)
+        draft = CapturedDraft(streamed.substitute, self._temperature, overlap=self._overlap)
         return BuiltDraft(draft, report)

@@ -12,10 +12,10 @@ Rows of accepted nodes are written anew with the target's true features before t
 import torch
 from torch import Tensor
 
-from subspec.decoding.decoder import Decoder
-from subspec.decoding.growth import Growth
 from subspec.decoding.kv_cache import KVCache, KVView
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle_head import EagleHead
 
 SETTLE_ROWS = 256
@@ -35,7 +35,9 @@ class EagleDraft:
     needs_features = True
     shares_cache = False
 
-    def __init__(self, head: EagleHead, decoder: Decoder, growth: Growth, temperature: float = 1.0) -> None:
+    def __init__(
+        self, head: EagleHead, decoder: TargetModel, growth: TreePolicy, temperature: float = 1.0
+    ) -> None:
         if temperature <= 0:
             raise ValueError(f"draft.temperature must be positive, not {temperature}")
         self.head = head

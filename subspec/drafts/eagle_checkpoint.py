@@ -18,14 +18,14 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
+from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
 from subspec.drafts import shipped
 from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.errors import ConfigError, SubspecError
-from subspec.network import hub_problem
-from subspec.targets.console import Note, quiet_libraries
 from subspec.targets.hub import HTTP_S, HUB_ID, explain_hub_error, remember_branch, require_space
+from subspec.utils.console import Note, quiet_libraries
+from subspec.utils.network import hub_problem
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

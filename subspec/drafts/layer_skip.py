@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from subspec.config import LayerSkipDraftConfig
+from subspec.config.schema import LayerSkipDraftConfig
 from subspec.drafts.substitute import share_parameters
 from subspec.errors import ConfigError
 

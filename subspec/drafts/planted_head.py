@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from subspec.config import PlantedTargetConfig, TargetConfig
+from subspec.config.schema import PlantedTargetConfig, TargetConfig
 from subspec.drafts.eagle_head import ATTENTION, NORM, EagleShape, rope_settings
 from subspec.errors import ConfigError
 from subspec.targets.planted import planted_config

@@ -6,14 +6,14 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from subspec.config import Cache, QuantConfig
+from subspec.config.schema import Cache, QuantConfig
 from subspec.drafts.base import Progress
 from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
 from subspec.quant.build import build_quantizer
-from subspec.quant.folder import open_store
-from subspec.quant.module_cache import CachedModules, StorableQuantizer
-from subspec.targets.console import Note
-from subspec.targets.skeleton import parameter_shapes
+from subspec.store.folder import open_store
+from subspec.store.module_cache import CachedModules, StorableQuantizer
+from subspec.targets.meta_model import parameter_shapes
+from subspec.utils.console import Note
 
 
 def quantize_draft(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from subspec.targets.cache import sha256
+from subspec.utils.disk import sha256
 
 FOLDER = Path(__file__).parent / "weights"
 """A folder per draft: configuration, weights in bfloat16, and a model card that says how they were made."""

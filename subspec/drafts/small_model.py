@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from subspec.config import (
+from subspec.config.schema import (
     Config,
     Dtype,
     HubTargetConfig,
@@ -21,20 +21,20 @@ from subspec.config import (
     SmallModelDraftConfig,
     TargetConfig,
 )
-from subspec.config_checks import MOVING_ROPE, rope_kind
 from subspec.drafts import shipped
 from subspec.errors import ConfigError, SubspecError
-from subspec.offload.layer_bytes import flat_layer
-from subspec.offload.sizes import ModelShapes
+from subspec.targets.check_model import MOVING_ROPE, rope_kind
 from subspec.targets.checkpoint import check_folder_config
-from subspec.targets.console import Note
 from subspec.targets.hub import locate
+from subspec.targets.layer_bytes import flat_layer
 from subspec.targets.layers import CheckpointSource
+from subspec.targets.meta_model import empty_model, fill
+from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
 from subspec.targets.prepared import prepare_draft
-from subspec.targets.skeleton import empty_model, fill
 from subspec.targets.source import LayerSource
 from subspec.targets.target import attention_window
+from subspec.utils.console import Note
 
 SHIPPED = shipped.SMALL_MODEL
 """The small model that ships with the project; it has no tokenizer."""
@@ -89,12 +89,12 @@ def load_small_config(config: Config) -> PretrainedConfig:
     return _read(small_model_config(config))[0]
 
 
-def small_shapes(config: Config) -> ModelShapes:
+def small_shapes(config: Config) -> ModelSpec:
     """What a plan counts the small model by."""
     return _read(small_model_config(config))[1]
 
 
-def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelShapes]:
+def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelSpec]:
     if isinstance(named, PlantedTargetConfig):
         return _describe(named.shape, None, planted=True)
     assert isinstance(named, HubTargetConfig)
@@ -102,7 +102,7 @@ def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelShapes]:
 
 
 @functools.lru_cache(maxsize=8)
-def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelShapes]:
+def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelSpec]:
     """A plan is laid out many times over; the folder is looked up once."""
     if planted:
         model = planted_config(PlantedTargetConfig(name=path, shape=path))
@@ -110,7 +110,7 @@ def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[Pretra
         with _about_draft():
             named = HubTargetConfig(name=path, path=path, revision=revision)
             model = check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
-    return model, ModelShapes.of(model)
+    return model, ModelSpec.of(model)
 
 
 def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, note: Note) -> LayerSource:

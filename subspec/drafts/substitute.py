@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 
 
@@ -39,7 +39,7 @@ class SubstituteDraft:
     def __init__(self, substitute: PreTrainedModel, temperature: float = 0.2) -> None:
         if temperature <= 0:
             raise ValueError(f"draft.temperature must be positive, not {temperature}")
-        self.decoder = Decoder(substitute)
+        self.decoder = TargetModel(substitute)
         self.temperature = temperature
         self._cache: KVCache | None = None
         self._used = 0

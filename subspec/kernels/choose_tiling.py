@@ -5,21 +5,17 @@ times go to ``<cache>/kernels/<card>-<torch>-invariant-<hash of the kernels' sou
 choice, so that a file that was lost changes no text.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
 
 from subspec.errors import SubspecError
-from subspec.kernels.bench import slug
-from subspec.kernels.choose import read_times, write_times
 from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, Tiling, multiply, split_k
-from subspec.kernels.timing import graph_time
-from subspec.targets.cache import cache_root
-from subspec.targets.console import Note, print_note
+from subspec.kernels.timing import graph_time, read_times, slug, source_hash, write_times
+from subspec.utils.console import Note, print_note
+from subspec.utils.disk import cache_root
 
 ROWS = (1, 64, 320)
 """Plain decoding, a small tree, and the paper's tree."""
@@ -29,6 +25,9 @@ MOST_COLUMNS = 16384
 
 PARTIAL_ROLES = ("qkv", "out", "down")
 """Matrices whose result is float32 parts of a sum (:class:`subspec.decoding.bitwise.BitwiseArithmetic`)."""
+
+SOURCES = tuple(f"kernels/{name}.py" for name in ("invariant", "invariant_linear", "choose_tiling"))
+"""Files whose change makes times out of date."""
 
 Timer = Callable[[Tiling, str, int, int], float]
 
@@ -69,7 +68,7 @@ def choose_tilings(
     timer = timer or (lambda tiling, role, n, k: tile_time(tiling, role, n, k, dtype, device))
     card = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
     folder = folder or cache_root() / "kernels"
-    file = folder / f"{card}-{slug(torch.__version__)}-invariant-{source_hash()}.json"
+    file = folder / f"{card}-{slug(torch.__version__)}-invariant-{source_hash(SOURCES)}.json"
     known = read_times(file, note)
     wanted = {role: (min(n, MOST_COLUMNS), k) for role, (n, k) in shapes.items()}
     keys = {role: f"{role} {n}x{k} {str(dtype).removeprefix('torch.')}" for role, (n, k) in wanted.items()}
@@ -117,11 +116,3 @@ def tile_time(tiling: Tiling, role: str, n: int, k: int, dtype: torch.dtype, dev
             out = torch.empty(rows, n, dtype=dtype, device=device)
         total += graph_time(lambda x=x, out=out: multiply(x, (weight,), (None,), out, tiling))
     return total
-
-
-def source_hash() -> str:
-    """Twelve hex digits of the source that times belong to."""
-    digest = hashlib.sha256()
-    for name in ("invariant.py", "invariant_linear.py", "choose_tiling.py"):
-        digest.update(resources.files("subspec.kernels").joinpath(name).read_bytes())
-    return digest.hexdigest()[:12]

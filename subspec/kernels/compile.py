@@ -11,12 +11,12 @@ def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str,
     """A kernel.
 
     Args:
-        sources: files of this package, compiled as one.
+        sources: files of ``kernels/csrc``, compiled as one.
         settings: macros that they expect.
         name: of the kernel.
         device: number of the CUDA device that it is for.
     """
-    folder = resources.files("subspec.kernels")
+    folder = resources.files("subspec.kernels").joinpath("csrc")
     header = "".join(f"#define {key} {value}\n" for key, value in settings.items())
     text = "".join(folder.joinpath(source).read_text(encoding="utf-8") for source in sources)
     with torch.cuda.device(device):

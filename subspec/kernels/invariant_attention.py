@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.invariant_linear import operand
-from subspec.rounding import next_power_of_two, round_up
+from subspec.utils.rounding import next_power_of_two, round_up
 
 SPLIT = 1024
 """Positions of a split: what one program runs through."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspec.rounding import round_up
+from subspec.utils.rounding import round_up
 
 K_STEP = 128
 """Parts of a sum begin at multiples of this: no tile is deeper."""

@@ -1,24 +1,22 @@
-"""Time of small kernels as a draft level runs them: inside a CUDA graph, with weights that are in no cache."""
+"""Times of small kernels: measured inside a CUDA graph, and kept in a file per card and version of the kernels."""
 
-import copy
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from subspec.kernels import launch
-from subspec.kernels.capture import capturing
-from subspec.kernels.formats import AffineFormat, Format
-from subspec.kernels.ops import LevelLinear, Variant
+from subspec.utils.capture import capturing
+from subspec.utils.console import Note
+from subspec.utils.disk import replace_file
 
 ROUNDS = 3
 """Measurements of which the fastest counts: what disturbs a kernel only ever makes it slower."""
 
-CACHES = 3
-"""Weights that are rotated take this many times the L2 cache, so that none is found there again."""
-
-MOST_COPIES = 64
-"""Of one weight; only weights of some tens of kilobytes would need more."""
+FORMAT = 1
+"""Of the file."""
 
 
 def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
@@ -41,44 +39,51 @@ def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
     return best
 
 
-def rotation(linear: LevelLinear, device: torch.device) -> list[LevelLinear]:
-    """Copies of a Linear that together do not fit into the device's caches, at least two."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = min(max(2, -(-CACHES * cache // linear.nbytes)), MOST_COPIES)
-    copies = [linear]
-    for _ in range(count - 1):
-        other = copy.copy(linear)
-        other.adopt([tensor.clone() for tensor in linear.tensors])
-        copies.append(other)
-    return copies
+def slug(text: str) -> str:
+    """Lower case, everything but letters, digits, dots and pluses a dash: part of a file name."""
+    return "-".join(
+        "".join(c if c.isascii() and (c.isalnum() or c in ".+") else " " for c in text.lower()).split()
+    )
 
 
-def rotated_time(linears: list[LevelLinear], x: Tensor) -> float:
-    """Seconds of one call, over Linears that take turns."""
-    return graph_time(lambda: [linear(x) for linear in linears]) / len(linears)
-
-
-def variant_time(
-    variant: Variant,
-    n: int,
-    k: int,
-    rows: int,
-    device: torch.device,
-    *,
-    swiglu: bool,
-    format_: Format = AffineFormat(),  # noqa: B008 (frozen)
-    overlap: bool | None = None,
-) -> float:
-    """Seconds of one call of a kernel on a weight [n, k] and ``rows`` rows, weights not cached.
-
-    Takes three times the L2 cache of device memory (at least two weights), and gives it back.
+def source_hash(sources: Iterable[str]) -> str:
+    """Twelve hex digits of the source that times belong to.
 
     Args:
-        overlap: whether launches overlap (:func:`subspec.kernels.launch.how`). Captured, the first one has nothing in
-            its graph to overlap with, and graphs replayed one after the other do not overlap.
+        sources: files of the package, as ``kernels/int4.py``.
     """
-    on = launch.how(device, overlap) == launch.OVERLAPPING
-    with torch.inference_mode(), launch.overlapping(on):
-        linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
-        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        return rotated_time(linears, x)
+    digest = hashlib.sha256()
+    for name in sources:
+        digest.update(resources.files("subspec").joinpath(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_times(file: Path, note: Note) -> dict[str, dict[str, float]]:
+    """Microseconds by ``role shape format rows`` and candidate; empty, and said, when the file is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["for"] != file.stem:
+            note(f"{file} belongs to other kernels or another card: measuring again")
+            return {}
+        times = {
+            key: {name: float(value) for name, value in entry.items()}
+            for key, entry in content["microseconds"].items()
+        }
+        if not all(value > 0 for entry in times.values() for value in entry.values()):
+            raise ValueError
+        return times
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        note(f"{file} cannot be read ({type(error).__name__}): measuring again")
+        return {}
+
+
+def write_times(file: Path, times: Mapping[str, Mapping[str, float]], note: Note) -> None:
+    """Keep ``times`` together with what another process has written meanwhile; a failure is only said."""
+    merged = {**read_times(file, lambda text: None), **times}
+    content = {"format": FORMAT, "for": file.stem, "microseconds": merged}
+    try:
+        replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        note(f"the kernels' times are not kept: cannot write {file} ({error.strerror})")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.int4 import PACKED_AT_ONCE
-from subspec.rounding import next_power_of_two
+from subspec.utils.rounding import next_power_of_two
 
 PER_WORD = {8: 4, 4: 8, 3: 16, 2: 16}
 """Integers that share a 32-bit word."""

@@ -6,10 +6,10 @@ there is accelerate's own choice (``infer_auto_device_map`` and ``dispatch_model
 
 import torch
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.kv_cache import KVView
+from subspec.decoding.target_model import TargetModel
 from subspec.errors import SubspecError
-from subspec.targets.skeleton import build_model, count_parameters
+from subspec.targets.meta_model import build_model, count_parameters
 from subspec.targets.source import LayerSource
 
 
@@ -24,7 +24,7 @@ def host_bytes(source: LayerSource, weight_bytes: int) -> int:
     return whole if source.planted else max(0, whole - weight_bytes)
 
 
-class AccelerateDecoder(Decoder):
+class AccelerateTarget(TargetModel):
     """Runs a model that accelerate has dispatched.
 
     Args:

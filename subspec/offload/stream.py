@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subspec.rounding import round_up
+from subspec.utils.rounding import round_up
 
 
 class LayerStreamer:

@@ -1,8 +1,8 @@
 """Predictions: tokens per second from a card, a target and a measured acceptance, before anything is bought or loaded.
 
 ``python -m subspec.predict target=qwen2_5_7b offload.vram_gib=8 card=rtx_4090 tau=26``. The arithmetic is in
-:mod:`subspec.predict.timing`, acceptance over depths in :mod:`subspec.predict.acceptance`; what lies where comes from
-the planner. As a library::
+:mod:`subspec.planning.predict_timing`, acceptance over depths in :mod:`subspec.planning.acceptance`; what lies where
+comes from the planner. As a library::
 
     from subspec.predict import Acceptance, Machine, predict
 
@@ -10,8 +10,8 @@ the planner. As a library::
     depth, way = found.best
 """
 
-from subspec.predict.acceptance import Acceptance
-from subspec.predict.predict import Depth, Prediction, predict
-from subspec.predict.timing import Iteration, Machine
+from subspec.planning.acceptance import Acceptance
+from subspec.planning.predict import Depth, Prediction, predict
+from subspec.planning.predict_timing import Iteration, Machine
 
 __all__ = ["Acceptance", "Depth", "Iteration", "Machine", "Prediction", "predict"]

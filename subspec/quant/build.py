@@ -1,13 +1,13 @@
 """From ``quant=...`` to a quantizer of modules: one entry in :data:`QUANTIZERS` per method.
 
-What the fused level of ``offload=stream`` needs of a method is beside it, in :mod:`subspec.drafts.fused_quant`.
+What the fused level of ``offload=stream`` needs of a method is beside it, in :mod:`subspec.levels.quantization`.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from subspec.config import HiggsConfig, HqqConfig, QuantConfig
+from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.quant.base import Quantizer
 from subspec.quant.higgs import HiggsQuantizer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.rounding import is_power_of_two, round_up
+from subspec.utils.rounding import is_power_of_two, round_up
 
 LEAST_BLOCK = 64
 """Smallest block that is rotated by itself: a mean of fewer weights is not Gaussian enough, and kernels take 64

@@ -8,15 +8,15 @@ usual 4 bits take 4.5, with a smaller error (``experiments/quantizers``).
 import torch
 from torch import Tensor, nn
 
-from subspec.choices import Hadamard, HiggsKernel
+from subspec.config.enums import Hadamard, HiggsKernel
 from subspec.errors import ConfigError
-from subspec.kernels.hadamard import rotate, rotate_by
-from subspec.kernels.lut import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
-from subspec.kernels.ops import LevelLinear, Variant
+from subspec.quant.codebook_linear import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
 from subspec.quant.grids import BITS, DIMS
 from subspec.quant.hadamard import LEAST_BLOCK
-from subspec.quant.higgs_codes import encode, higgs_sizes
-from subspec.rounding import is_power_of_two
+from subspec.quant.hadamard_transform import rotate, rotate_by
+from subspec.quant.higgs_weight import encode, higgs_sizes
+from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.utils.rounding import is_power_of_two
 
 LARGEST_BLOCK = 1024
 """Inputs that the Triton kernel can rotate together."""
@@ -83,7 +83,7 @@ class HiggsModule(nn.Module):
 
 
 class HiggsQuantizer:
-    """Quantizes Linears with :func:`subspec.quant.higgs_codes.encode`.
+    """Quantizes Linears with :func:`subspec.quant.higgs_weight.encode`.
 
     Args:
         bits: 4, 3 or 2.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from subspec.config import BitsByModule
+from subspec.config.schema import BitsByModule
 from subspec.errors import ConfigError
 from subspec.quant.base import MODULE_CLASSES, linear_names
 

@@ -1,7 +1,7 @@
 """Reports: the records of any number of runs as tables and pictures.
 
 ``python -m subspec.report FOLDER...`` reads every run below the folders and writes REPORT.md, CSV tables and plots.
-Every figure is computed from the records (see :mod:`subspec.tracking.metrics`), so that unfinished sweeps have
+Every figure is computed from the records (see :mod:`subspec.records.metrics`), so that unfinished sweeps have
 reports too. As a library::
 
     from subspec.report import write_report

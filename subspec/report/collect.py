@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from subspec.errors import SubspecError
-from subspec.resume import OVERRIDES
-from subspec.sweeps.folder import MANIFEST, read_manifest
-from subspec.sweeps.outcome import FAILED, OUTCOME, read_outcome
-from subspec.tracking.metrics import summarise
-from subspec.tracking.records import CONFIG, ENVIRONMENT, RECORDS, SUMMARY, read_records
+from subspec.records.metrics import summarise
+from subspec.records.outcome import FAILED, OUTCOME, read_outcome
+from subspec.records.records import CONFIG, ENVIRONMENT, RECORDS, SUMMARY, read_records
+from subspec.records.resume import OVERRIDES
+from subspec.records.sweep_folder import MANIFEST, read_manifest
 
 PLAN = "plan.json"
 FACTS = "facts.json"
@@ -46,7 +46,7 @@ class RunData:
         config: the resolved configuration. overrides: as typed; None when the folder does not say.
         facts: what actually ran. plan: the memory plan. environment: versions and hardware.
         records: whole records, each turn once, and only such that figures can be computed from.
-        summary: of :func:`~subspec.tracking.metrics.summarise` over ``records``.
+        summary: of :func:`~subspec.records.metrics.summarise` over ``records``.
         state: whether it came to its end.
         damaged: lines of ``records.jsonl`` that are no records.
         notes: what a reader should know about this run, one line each.

@@ -13,11 +13,11 @@ from rich import box
 from rich.table import Table
 
 from subspec.errors import ConfigError
+from subspec.records.method import config_group, method_label
+from subspec.records.records import RECORDS, Key, config_differences
 from subspec.report.collect import RunData, State, read_run, run_folders
 from subspec.report.rows import device_name
-from subspec.tracking.console import RunConsole, one_line
-from subspec.tracking.method import config_group, method_label
-from subspec.tracking.records import RECORDS, Key, config_differences
+from subspec.utils.terminal import Terminal, one_line
 
 SHOWN, WIDTH = 20, 80
 """Rows and columns of the printed table. The JSON file has every differing turn."""
@@ -123,7 +123,7 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
     )
 
 
-def show(found: Comparison, console: RunConsole) -> None:
+def show(found: Comparison, console: Terminal) -> None:
     """Print a headline, what was not compared, a row per differing turn, and notes."""
     same, differing = len(found.turns["identical"]), len(found.differences)
     tokens = f"{found.equal_tokens} tokens"

@@ -14,11 +14,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from subspec.records.method import config_group, method_label
+from subspec.records.table import FROM_NOISE
 from subspec.report.bootstrap import Interval
 from subspec.report.rows import Row
 from subspec.report.tables import number
-from subspec.tracking.method import config_group, method_label
-from subspec.tracking.table import FROM_NOISE
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from subspec.errors import SubspecError
+from subspec.records.method import config_group, group_name, is_quantized, method_label
+from subspec.records.metrics import summarise
+from subspec.records.records import FREE_KEYS
 from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
 from subspec.report.collect import RunData
-from subspec.tracking.method import config_group, group_name, is_quantized, method_label
-from subspec.tracking.metrics import summarise
-from subspec.tracking.records import FREE_KEYS
 
 PLAIN = "none"
 """The draft whose rows are the baseline when none is named."""
@@ -46,7 +46,7 @@ class Row:
     Attributes:
         experiment: config file it was started with; None without one.
         target, benchmark, source: names; source is ``hub``, ``file`` or ``sample``.
-        method: label, see :func:`~subspec.tracking.method.method_label`; unique among rows that compare.
+        method: label, see :func:`~subspec.records.method.method_label`; unique among rows that compare.
         draft: name of the draft. bits: bits per weight of a quantized draft, scales included where known.
         planted, sample: whether weights are planted, and prompts are the packaged samples.
         device: GPU or CPU.

@@ -6,10 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from subspec.records.metrics import summarise
 from subspec.report.collect import FACTS, PLAN, RunData, State, read_optional
 from subspec.report.plots import acceptance, roofline, time_split
 from subspec.report.rows import make_rows
-from subspec.tracking.metrics import summarise
 
 
 def run_figures(

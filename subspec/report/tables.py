@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from subspec.records.method import config_group, group_name, method_label
 from subspec.report.bootstrap import Interval
 from subspec.report.collect import RunData, State
 from subspec.report.rows import Row, audit_text, device_name
-from subspec.tracking.method import config_group, group_name, method_label
 
 Cells = dict[str, Any]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from subspec.records.table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
 from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.plots import DRAWINGS, MISSING, save
 from subspec.report.rows import Row, make_rows
@@ -19,8 +20,7 @@ from subspec.report.tables import (
     number,
     run_cells,
 )
-from subspec.tracking.files import write_atomic, write_error
-from subspec.tracking.table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.utils.files import write_atomic, write_error
 
 REPORT = "REPORT.md"
 PLOTS = "plots"

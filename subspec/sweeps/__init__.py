@@ -6,7 +6,7 @@ again therefore does only what is missing, whatever stopped it, and whichever la
 
 - :mod:`~subspec.sweeps.sweeper`: a grid of overrides, or the rows of a table experiment.
 - :mod:`~subspec.sweeps.search`: Optuna proposes the overrides.
-- :mod:`~subspec.sweeps.folder`, :mod:`~subspec.sweeps.resumable`: what is finished is not run again.
+- :mod:`~subspec.records.sweep_folder`, :mod:`~subspec.sweeps.resumable`: what is finished is not run again.
 - :mod:`~subspec.sweeps.launcher`, :mod:`~subspec.sweeps.process`: fresh processes, one at a time per GPU.
 - :mod:`~subspec.sweeps.progress`, :mod:`~subspec.sweeps.table`: what a person sees.
 """

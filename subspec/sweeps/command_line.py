@@ -8,8 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from subspec.errors import ConfigError
-from subspec.paths import conf_dir
-from subspec.sweeps.folder import unfinished_sweep
+from subspec.records.sweep_folder import unfinished_sweep
+from subspec.utils.paths import conf_dir
 
 SWEEP_DIR = "sweep_dir"
 HYDRA_SWEEP_DIR = "hydra.sweep.dir"

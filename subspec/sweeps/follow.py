@@ -10,9 +10,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from subspec.sweeps.outcome import LOG, RUNNING, Outcome, read_outcome
-from subspec.tracking.metrics import ratio
-from subspec.tracking.records import RECORDS
+from subspec.records.metrics import ratio
+from subspec.records.outcome import LOG, RUNNING, Outcome, read_outcome
+from subspec.records.records import RECORDS
 
 if TYPE_CHECKING:
     from subspec.sweeps.progress import SweepProgress

@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.sweeps.outcome import FAILED, OK, Outcome
+from subspec.records.outcome import FAILED, OK, Outcome
 from subspec.sweeps.process import JobProcess, JobSpec, QuietReturn, failure, job_spec, word
 from subspec.sweeps.progress import SweepProgress
 

@@ -14,10 +14,8 @@ import filelock
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-import subspec
 from subspec.errors import SubspecError
-from subspec.sweeps.follow import FollowedJob
-from subspec.sweeps.outcome import (
+from subspec.records.outcome import (
     FAILED,
     INTERRUPTED,
     LOG,
@@ -29,8 +27,10 @@ from subspec.sweeps.outcome import (
     read_summary,
     write_outcome,
 )
-from subspec.tracking.files import RESUME_HINT, write_error
-from subspec.tracking.records import LOCK
+from subspec.records.records import LOCK
+from subspec.sweeps.follow import FollowedJob
+from subspec.utils.files import RESUME_HINT, write_error
+from subspec.utils.paths import PACKAGE
 
 INTERRUPT_EXIT = 130
 IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -90,7 +90,7 @@ def job_spec(hydra: DictConfig, task: DictConfig) -> JobSpec:
     end = ["hydra.mode=RUN", f"run_dir={folder}", "resume=true"]
     return JobSpec(
         folder,
-        (sys.executable, "-m", "subspec.sweeps.job", *flags, *given, *ours, *end),
+        (sys.executable, "-m", "subspec.cli.job", *flags, *given, *ours, *end),
         OmegaConf.select(task, "benchmark.max_samples"),
         word(OmegaConf.select(task, "optimise")),
         word(OmegaConf.select(task, "device")) or "auto",
@@ -106,7 +106,7 @@ def job_environment(gpu: str | None) -> dict[str, str]:
     """The environment of a job's process. ``gpu``: the one it may see, as CUDA names it; None: as it is."""
     environment = dict(os.environ)
     # The very package that runs here, also from a checkout or an unpacked wheel that only sys.path knows of.
-    root = str(Path(subspec.__file__).resolve().parents[1])
+    root = str(PACKAGE.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     environment["PYTHONUNBUFFERED"] = "1"  # a killed job's log tells how far it came
     if gpu is not None:
@@ -155,7 +155,7 @@ class JobProcess(FollowedJob):
     def _spawn(self, log: BinaryIO) -> subprocess.Popen:
         return subprocess.Popen(
             self.spec.command,
-            stdin=subprocess.PIPE,  # held open while the sweep lives, see subspec.sweeps.job
+            stdin=subprocess.PIPE,  # held open while the sweep lives, see subspec.cli.job
             stdout=log,
             stderr=subprocess.STDOUT,
             env=job_environment(self.gpu),

@@ -13,9 +13,10 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from subspec.records.outcome import INTERRUPTED, LOG, OK, Outcome
+from subspec.runs.console import RunConsole, clock, number
 from subspec.sweeps.follow import FollowedJob
-from subspec.sweeps.outcome import INTERRUPTED, LOG, OK, Outcome
-from subspec.tracking.console import RunConsole, clock, number, one_line
+from subspec.utils.terminal import one_line
 
 QUIET_S = 10.0
 """Least time between two plain lines about running jobs."""

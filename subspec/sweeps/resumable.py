@@ -15,12 +15,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from subspec.config import to_plain
-from subspec.config_errors import CONFIG_EXCEPTIONS, explain
+from subspec.config.errors import CONFIG_EXCEPTIONS, explain
+from subspec.config.schema import to_plain
 from subspec.errors import SubspecError
-from subspec.sweeps.folder import Job, SweepFolder
-from subspec.sweeps.follow import ForeignJob, watched
-from subspec.sweeps.outcome import (
+from subspec.records.outcome import (
     FAILED,
     OK,
     RUNNING,
@@ -31,6 +29,8 @@ from subspec.sweeps.outcome import (
     read_summary,
     write_outcome,
 )
+from subspec.records.sweep_folder import Job, SweepFolder
+from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.process import IN_PROCESS, JobFailed, QuietReturn, failure
 from subspec.sweeps.progress import SweepProgress
 from subspec.sweeps.table import labels

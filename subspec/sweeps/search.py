@@ -17,13 +17,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.sweeps.folder import SweepFolder
-from subspec.sweeps.outcome import read_summary
+from subspec.records.outcome import read_summary
+from subspec.records.sweep_folder import SweepFolder
+from subspec.records.table import banners
+from subspec.runs.console import RunConsole
 from subspec.sweeps.resumable import ResumableLauncher
 from subspec.sweeps.sweeper import command_of, continued_by, task_arguments
 from subspec.sweeps.table import Row, job_rows, print_rows, ranked, write_rows
-from subspec.tracking.console import RunConsole
-from subspec.tracking.table import banners
 
 STORAGE = "search.db"
 TABLE = "search"

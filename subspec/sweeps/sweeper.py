@@ -20,12 +20,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from subspec.errors import SubspecError
-from subspec.sweeps.folder import SweepFolder
-from subspec.sweeps.outcome import INTERRUPTED, OK, read_outcome, read_summary
+from subspec.records.outcome import INTERRUPTED, OK, read_outcome, read_summary
+from subspec.records.sweep_folder import SweepFolder
+from subspec.records.table import banners
+from subspec.runs.console import RunConsole
 from subspec.sweeps.resumable import ResumableLauncher
 from subspec.sweeps.table import Row, job_rows, print_rows, write_rows
-from subspec.tracking.console import RunConsole
-from subspec.tracking.table import banners
 
 TABLE = "sweep"
 REPORT = "report"

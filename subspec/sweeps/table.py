@@ -12,12 +12,13 @@ from rich import box
 from rich.table import Table
 
 from subspec.errors import SubspecError
-from subspec.sweeps.folder import Job, SweepFolder
-from subspec.sweeps.outcome import LOG, MISSING, OK, RUNNING, objective, read_outcome, read_summary
-from subspec.tracking.console import RunConsole, clock, number, one_line
-from subspec.tracking.files import write_atomic, write_error
-from subspec.tracking.records import read_records
-from subspec.tracking.table import banners
+from subspec.records.outcome import LOG, MISSING, OK, RUNNING, objective, read_outcome, read_summary
+from subspec.records.records import read_records
+from subspec.records.sweep_folder import Job, SweepFolder
+from subspec.records.table import banners
+from subspec.runs.console import RunConsole, clock, number
+from subspec.utils.files import write_atomic, write_error
+from subspec.utils.terminal import one_line
 
 UNFINISHED = "unfinished"
 """Status of a job whose process was killed with the sweep."""

@@ -3,7 +3,7 @@
 ``load_target`` is the one door: the embedded default (fetched once from a Python package), a local safetensors
 folder, a hub id, or planted weights. It needs neither Hydra nor a benchmark::
 
-    from subspec.config import Device, HubTargetConfig
+    from subspec.config.schema import Device, HubTargetConfig
     from subspec.targets import load_target, resolve_device
 
     device = resolve_device(Device.auto)
@@ -14,12 +14,12 @@ folder, a hub id, or planted weights. It needs neither Hydra nor a benchmark::
 Planted targets (exact shapes, made-up weights, for speed only) come through both.
 """
 
-from subspec.targets.console import Note
 from subspec.targets.device import resolve_device, resolve_dtype
 from subspec.targets.layers import open_source
 from subspec.targets.load import load_target, load_target_config
 from subspec.targets.source import LayerSource
 from subspec.targets.target import Target
+from subspec.utils.console import Note
 
 __all__ = [
     "LayerSource",

@@ -12,7 +12,6 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from subspec.config_checks import FIXED_ROPE, MOVING_ROPE, rope_kind
 from subspec.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -23,6 +22,22 @@ ATTENTION = ("sdpa", "eager")
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of attention that the layers of these families have."""
+
+
+MOVING_ROPE = ("dynamic", "longrope")
+"""Kinds of rotary embeddings that transformers computes anew from the largest position of a pass."""
+
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embeddings that depend on a token's position alone."""
+
+
+def rope_kind(model: PretrainedConfig) -> str:
+    """The kind of rotary embeddings, as the model's configuration spells it; ``default`` where it says nothing."""
+    settings = getattr(model, "rope_parameters", None) or getattr(model, "rope_scaling", None) or {}
+    kind = settings.get("rope_type", settings.get("type"))
+    if kind is None and any(isinstance(value, Mapping) for value in settings.values()):
+        return "by kind of layer"
+    return "default" if kind is None else str(kind)
 
 
 def check_family(model_type: Any, name: str) -> None:

@@ -21,8 +21,8 @@ from transformers import (
 
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.check_model import check_family, check_unquantized
-from subspec.targets.console import quiet_libraries
 from subspec.targets.generation_settings import loadable_settings
+from subspec.utils.console import quiet_libraries
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

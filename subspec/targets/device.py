@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from subspec.config import Device, Dtype
+from subspec.config.schema import Device, Dtype
 from subspec.errors import ConfigError, SubspecError
 
 _DTYPES = {

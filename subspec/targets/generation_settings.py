@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import eos_ids, eos_tuple
 from subspec.errors import ConfigError
-from subspec.targets.console import quiet_libraries
+from subspec.utils.console import quiet_libraries
 
 FILE = "generation_config.json"
 

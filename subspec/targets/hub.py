@@ -14,12 +14,12 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from subspec.config import HubTargetConfig
+from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.network import hub_problem
-from subspec.targets.cache import free_space, is_full_disk
 from subspec.targets.checkpoint import check_folder_config, missing_weights
-from subspec.targets.console import Note, quiet_libraries
+from subspec.utils.console import Note, quiet_libraries
+from subspec.utils.disk import free_space, is_full_disk
+from subspec.utils.network import hub_problem
 
 HTTP_S = 20.0
 """Seconds that the hub may take to describe a repository."""

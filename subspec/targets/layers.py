@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from subspec.config import PlantedTargetConfig, TargetConfig
+from subspec.config.schema import PlantedTargetConfig, TargetConfig
 from subspec.errors import SubspecError
 from subspec.targets.checkpoint import checkpoint_identity, weight_files
-from subspec.targets.console import Note, print_note
+from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.planted import PlantedSource
 from subspec.targets.prepared import PreparedCheckpoint, prepare_checkpoint
-from subspec.targets.skeleton import layer_name, parameter_shapes
 from subspec.targets.source import LayerSource
+from subspec.utils.console import Note, print_note
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -3,16 +3,16 @@
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config import EmbeddedTargetConfig, PlantedTargetConfig, TargetConfig
+from subspec.config.schema import EmbeddedTargetConfig, PlantedTargetConfig, TargetConfig
 from subspec.targets.checkpoint import check_folder_config, checkpoint_identity, load_model
-from subspec.targets.console import Note, print_note
 from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.embedded import smollm2_config
 from subspec.targets.hub import locate
+from subspec.targets.meta_model import build_model, count_parameters
 from subspec.targets.planted import PlantedSource, planted_config
 from subspec.targets.prepared import hub_config, prepare_checkpoint
-from subspec.targets.skeleton import build_model, count_parameters
 from subspec.targets.target import Target
+from subspec.utils.console import Note, print_note
 
 
 def load_target_config(config: TargetConfig, *, note: Note = print_note) -> PretrainedConfig:

@@ -41,10 +41,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-from subspec.config import PlantedTargetConfig
+from subspec.config.schema import PlantedTargetConfig
 from subspec.errors import ConfigError
+from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.planted_tokenizer import planted_tokenizer
-from subspec.targets.skeleton import layer_name, parameter_shapes
 
 EMBEDDING_SHARE = 0.25
 """Embedding over the layers' own output (rms over rms), where the model is wide enough."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from subspec.config import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
+from subspec.config.schema import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError
 from subspec.targets.checkpoint import (
     TOKENIZER_FILES,
@@ -15,10 +15,10 @@ from subspec.targets.checkpoint import (
     load_tokenizer,
     read_headers,
 )
-from subspec.targets.console import Note
 from subspec.targets.embedded import SMOLLM2_135M, prepare
 from subspec.targets.generation_settings import not_applied, read_generation_settings
 from subspec.targets.hub import Located, locate
+from subspec.utils.console import Note
 
 _READABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

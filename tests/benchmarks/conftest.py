@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec import network
+from subspec.utils import network
 from tests.benchmarks.stub_hub import StubHub, running
 
 SETTINGS = ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from subspec import network
 from subspec.benchmarks import TASKS, load_benchmark
 from subspec.benchmarks.hub import HubUnavailableError
-from subspec.config import BenchmarkConfig, HubData, Source
+from subspec.config.schema import BenchmarkConfig, HubData, Source
 from subspec.errors import ConfigError, SubspecError
+from subspec.utils import network
 from tests.benchmarks.rows import ROWS, jsonl
 from tests.benchmarks.stub_hub import StubHub
 
@@ -219,7 +219,7 @@ def test_unreachable_hub_is_decided_within_seconds(tmp_path: Path):
 import json, sys, time
 from tests.benchmarks.test_hub import config
 from subspec.benchmarks import load_benchmark
-from subspec.config import Source
+from subspec.config.schema import Source
 from subspec.errors import SubspecError
 assert "datasets" not in sys.modules
 start = time.monotonic()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from subspec.benchmarks import TASKS, Sample, check_answer, load_benchmark
 from subspec.benchmarks.load import _distinct, _order
-from subspec.config import BenchmarkConfig, Source
+from subspec.config.schema import BenchmarkConfig, Source
 from subspec.errors import ConfigError
 from tests.benchmarks.rows import ROWS, jsonl
 
@@ -277,7 +277,7 @@ def test_seeds_differ():
 def test_selection_is_the_same_in_every_process():
     script = (
         "from subspec.benchmarks import load_benchmark\n"
-        "from subspec.config import BenchmarkConfig, Source\n"
+        "from subspec.config.schema import BenchmarkConfig, Source\n"
         "import sys\n"
         "b = load_benchmark(BenchmarkConfig(name='gpqa', source=Source.sample, max_samples=None), 5)\n"
         "print([(s.id, s.answer) for s in b.samples])\n"

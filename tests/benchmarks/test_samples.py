@@ -11,7 +11,7 @@ from math import comb
 import pytest
 
 from subspec.benchmarks import TASKS, check_answer, extract_answer, load_benchmark
-from subspec.config import BenchmarkConfig, Source
+from subspec.config.schema import BenchmarkConfig, Source
 from tests.benchmarks.reference_programs import PROGRAMS
 
 FOLDER = files("subspec.benchmarks") / "samples"

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from subspec.decoding.adaptive import Adaptive, Calibration
-from subspec.decoding.growth import IterationOutcome
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import IterationOutcome
 
 
 def grow_until_it_stops(growth, per_level):

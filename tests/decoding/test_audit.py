@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from subspec.decoding.audit import NEAR_TIE_MARGIN, Auditor
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.result import FinishReason
 from subspec.decoding.sampling import Sampling, keep_mask
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import NotFiniteError
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from tests.helpers.drafts import engine_for
@@ -29,7 +29,7 @@ def test_every_token_of_a_speculative_text_is_exact(model, kind, chunk):
     text = (
         engine_for(model, Beam(5, 3), sampling=sampling).generate(PROMPT, max_new_tokens=40, seed=7).token_ids
     )
-    result = Auditor(Decoder(model), sampling, chunk=chunk).audit(PROMPT, text, seed=7)
+    result = Auditor(TargetModel(model), sampling, chunk=chunk).audit(PROMPT, text, seed=7)
     assert result.exact + result.near_tie == 40
     assert result.exact >= 39
     assert result.mismatch == 0
@@ -43,7 +43,7 @@ def test_a_wrong_token_is_found_where_it_stands(model, kind, place):
     sampling = SAMPLINGS[kind]
     text = engine_for(model, sampling=sampling).generate(PROMPT, max_new_tokens=40, seed=7).token_ids
     text[place] = (text[place] + 1) % 320
-    result = Auditor(Decoder(model), sampling, chunk=8).audit(PROMPT, text, seed=7)
+    result = Auditor(TargetModel(model), sampling, chunk=8).audit(PROMPT, text, seed=7)
     assert result.mismatch >= 1
     assert result.first_mismatch == place
     assert result.max_gap > result.margin
@@ -51,7 +51,7 @@ def test_a_wrong_token_is_found_where_it_stands(model, kind, place):
 
 def test_samples_of_another_seed_do_not_pass(model):
     text = engine_for(model, sampling=Sampling(1.0)).generate(PROMPT, max_new_tokens=40, seed=1).token_ids
-    assert Auditor(Decoder(model), Sampling(1.0)).audit(PROMPT, text, seed=2).mismatch > 10
+    assert Auditor(TargetModel(model), Sampling(1.0)).audit(PROMPT, text, seed=2).mismatch > 10
 
 
 def test_the_margin_separates_near_ties_from_mismatches(model):
@@ -60,8 +60,8 @@ def test_the_margin_separates_near_ties_from_mismatches(model):
         logits = model(torch.tensor([PROMPT])).logits[0, -1]
     second = int(logits.topk(2).indices[1])
     gap = float(logits[plain[0]] - logits[second])
-    wide = Auditor(Decoder(model), margin=gap * 1.01).audit(PROMPT, [second])
-    narrow = Auditor(Decoder(model), margin=gap * 0.99).audit(PROMPT, [second])
+    wide = Auditor(TargetModel(model), margin=gap * 1.01).audit(PROMPT, [second])
+    narrow = Auditor(TargetModel(model), margin=gap * 0.99).audit(PROMPT, [second])
     assert (wide.near_tie, wide.mismatch) == (1, 0)
     assert (narrow.near_tie, narrow.mismatch) == (0, 1)
     assert narrow.max_gap == pytest.approx(gap, rel=1e-3)
@@ -69,14 +69,14 @@ def test_the_margin_separates_near_ties_from_mismatches(model):
 
 def test_a_single_token_prompt_and_answer(model):
     text = engine_for(model).generate([3], max_new_tokens=1).token_ids
-    assert Auditor(Decoder(model)).audit([3], text).exact == 1
+    assert Auditor(TargetModel(model)).audit([3], text).exact == 1
 
 
 def test_a_target_without_numbers_vouches_for_nothing():
     broken = tiny_model("llama", layers=2)
     broken.model.norm.weight.data[0] = torch.nan
     with pytest.raises(NotFiniteError, match="not finite"):
-        Auditor(Decoder(broken)).audit(PROMPT, [7] * 8)
+        Auditor(TargetModel(broken)).audit(PROMPT, [7] * 8)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -95,7 +95,7 @@ def test_logits_that_are_not_finite_end_the_text(value, draft, sampling):
     later.model.embed_tokens.weight.data[damaged] = value
     for broken in (whole, later):
         engine = Engine(
-            Decoder(broken),
+            TargetModel(broken),
             SubstituteDraft(share_parameters(broken)) if draft else None,
             Beam(4, 2) if draft else None,
             sampling=sampling,
@@ -114,9 +114,9 @@ def test_no_token_that_a_filter_excludes_is_exact():
     model = tiny_model("llama", layers=2, std=0.2).to(torch.bfloat16)
     outside = exact = 0
     for seed in range(8):
-        plain = Engine(Decoder(model), sampling=Sampling(1.0), max_length=64)
+        plain = Engine(TargetModel(model), sampling=Sampling(1.0), max_length=64)
         text = plain.generate([5, 6, 7], max_new_tokens=30, seed=seed).token_ids
-        exact += Auditor(Decoder(model), sampling).audit([5, 6, 7], text, seed=seed).exact
+        exact += Auditor(TargetModel(model), sampling).audit([5, 6, 7], text, seed=seed).exact
         logits = model(torch.tensor([[5, 6, 7, *text[:-1]]])).logits[0, 2:].float()
         kept = keep_mask(logits, sampling).gather(1, torch.tensor(text)[:, None])
         outside += int((~kept).sum())
@@ -140,7 +140,7 @@ def test_the_end_of_a_text_is_audited(model, tokens, reason, right):
     engine = engine_for(model, eos_token_ids=())
     text = engine.generate(PROMPT, max_new_tokens=21).token_ids[:tokens]
     ending = (engine.emission(PROMPT, max_new_tokens=20), reason)
-    result = Auditor(Decoder(model)).audit(PROMPT, text, ending=ending)
+    result = Auditor(TargetModel(model)).audit(PROMPT, text, ending=ending)
     assert result.exact == tokens
     assert result.ending is right
     assert result.mismatch == (0 if right else 1)
@@ -150,15 +150,17 @@ def test_an_end_of_sequence_token_that_was_run_over_is_a_mismatch(model):
     text = engine_for(model, eos_token_ids=()).generate(PROMPT, max_new_tokens=12).token_ids
     engine = engine_for(model, eos_token_ids=(text[5],))
     replay = engine.emission(PROMPT, max_new_tokens=12)
-    assert Auditor(Decoder(model)).audit(PROMPT, text, ending=(replay, FinishReason.length)).ending is False
+    assert (
+        Auditor(TargetModel(model)).audit(PROMPT, text, ending=(replay, FinishReason.length)).ending is False
+    )
     cut = text[: text.index(text[5]) + 1]
     replay = engine.emission(PROMPT, max_new_tokens=12)
-    assert Auditor(Decoder(model)).audit(PROMPT, cut, ending=(replay, FinishReason.eos)).ending is True
+    assert Auditor(TargetModel(model)).audit(PROMPT, cut, ending=(replay, FinishReason.eos)).ending is True
 
 
 def test_the_two_likeliest_tokens_are_recorded(model):
     text = engine_for(model).generate(PROMPT, max_new_tokens=9).token_ids
-    result = Auditor(Decoder(model), chunk=4).audit(PROMPT, text)
+    result = Auditor(TargetModel(model), chunk=4).audit(PROMPT, text)
     assert [pair[0] for pair in result.top_ids] == text
     assert all(first >= second for first, second in result.top_logits)
     assert len(result.top_logits) == 9
@@ -194,7 +196,7 @@ def test_an_engine_keeps_a_digest_of_every_token(model):
 def test_near_ties_are_counted_behind_a_filter_of_one_token(model):
     text = engine_for(model).generate(PROMPT, max_new_tokens=9).token_ids
     text[4] = (text[4] + 1) % 320
-    greedy = Auditor(Decoder(model), margin=1e6).audit(PROMPT, text)
-    filtered = Auditor(Decoder(model), Sampling(1.0, top_k=1), margin=1e6).audit(PROMPT, text, seed=3)
+    greedy = Auditor(TargetModel(model), margin=1e6).audit(PROMPT, text)
+    filtered = Auditor(TargetModel(model), Sampling(1.0, top_k=1), margin=1e6).audit(PROMPT, text, seed=3)
     assert greedy.near_tie >= 1
     assert filtered.exact < 9

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from subspec.decoding.eagle2 import Eagle2, drafted_nodes
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
 from tests.decoding.test_tree import path_to
 from tests.helpers.drafts import RandomDraft, engine_for
@@ -216,7 +216,7 @@ def test_shapes_that_make_no_tree_are_refused(arguments, message):
 
 def test_a_draft_of_captured_levels_refuses_a_part_of_one():
     pytest.importorskip("triton")
-    from tests.kernels.test_fused_level import fused_draft, model_of
+    from tests.levels.test_captured_draft import fused_draft, model_of
 
     model = model_of("qwen2", CPU, vocab_size=640)
     growth, generator = Beam(3, 3), torch.Generator().manual_seed(0)

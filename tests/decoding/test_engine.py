@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from subspec import build_engine, generate
 from subspec.decoding.adaptive import Adaptive
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.result import FinishReason
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.errors import SubspecError
 from tests.helpers.drafts import OracleDraft, RandomDraft, engine_for, hf_greedy
 from tests.helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -75,7 +75,7 @@ def test_any_draft_yields_the_plain_text(model, prompt, chunk, depth, width, cou
 
 def test_a_perfect_draft_is_accepted_whole_and_sees_every_feature(model, reference):
     draft = OracleDraft(320, reference)
-    engine = Engine(Decoder(model), draft, Beam(7, 2), max_length=256, prefill_chunk=4)
+    engine = Engine(TargetModel(model), draft, Beam(7, 2), max_length=256, prefill_chunk=4)
     result = engine.generate(PROMPT, max_new_tokens=1 + 3 * 8)
     assert result.token_ids == reference[:25]
     assert result.stats.iterations == 3

@@ -9,8 +9,8 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 import subspec.decoding.engine as engine_module
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import PositionNoise, Sampler, Sampling, keep_mask
+from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
 from subspec.errors import ConfigError
 from tests.helpers.drafts import RandomDraft, engine_for

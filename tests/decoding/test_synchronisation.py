@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.decoding.bitwise import ROLES, BitwiseArithmetic
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import PositionNoise, Sampling
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
-from subspec.drafts.own_cache import OwnCacheDraft
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_linear import CANDIDATES
 from tests.helpers.drafts import engine_for, verified
@@ -36,8 +36,8 @@ def fake_engine(model, sampling, own_cache=False):
     growth = Beam(4, 3)
     if own_cache:
         size = {"max_length": 64, "draft_rows": growth.draft_rows, "vocab_size": model.config.vocab_size}
-        draft = OwnCacheDraft(draft, draft.decoder, **size)
-    return Engine(Decoder(model), draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
+        draft = SeparateCacheDraft(draft, draft.decoder, **size)
+    return Engine(TargetModel(model), draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
 
 
 @pytest.mark.parametrize("own_cache", [False, True], ids=["shared cache", "own cache"])
@@ -68,7 +68,7 @@ def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampli
     monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
     head = random_head(SHAPES["qwen2"])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        decoder = Decoder(model)
+        decoder = TargetModel(model)
         draft = EagleDraft(head, decoder, growth)
         engine = Engine(decoder, draft, growth, sampling=sampling, max_length=64, prefill_chunk=4)
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])[0]
@@ -130,7 +130,7 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_nodes(samplin
 @pytest.mark.parametrize("bitwise", [False, True], ids=["modules", "bitwise"])
 def test_no_synchronisation_on_a_gpu(sampling, kind, growth, bitwise):
     model = tiny_model("llama").cuda().bfloat16()
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     if bitwise:
         decoder.bitwise = BitwiseArithmetic(model, dict.fromkeys(ROLES, CANDIDATES[2]))
     if kind == "eagle":

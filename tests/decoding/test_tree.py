@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.decoding.growth import Beam
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
 
 CPU = torch.device("cpu")

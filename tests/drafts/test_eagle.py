@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.decoding.adaptive import Adaptive
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
 from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy, verified
 from tests.helpers.eagle import SHAPES, eagle_engine, random_head
@@ -54,7 +54,7 @@ class Teacher(EagleDraft):
 
 def taught(model, growth, prompt, count, shape="qwen2", std=0.15, **options):
     text = prompt + hf_greedy(model, prompt, count + 12)
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     draft = Teacher(random_head(SHAPES[shape], std=std), decoder, growth, future=text)
     options = {"max_length": 256, "prefill_chunk": 4, **options}
     return Engine(decoder, draft, growth, **options), text
@@ -200,7 +200,7 @@ def test_drafting_the_same_tree_twice_gives_the_same_tree(model):
 
 def test_a_longer_context_takes_a_new_cache(model):
     growth = Beam(3, 2)
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     draft = EagleDraft(random_head(SHAPES["qwen2"]), decoder, growth)
     for length in (40, 64):
         engine = Engine(decoder, draft, growth, max_length=length)
@@ -210,13 +210,13 @@ def test_a_longer_context_takes_a_new_cache(model):
 
 def test_a_draft_needs_a_positive_temperature(model):
     with pytest.raises(ValueError, match=r"draft\.temperature"):
-        EagleDraft(random_head(SHAPES["qwen2"]), Decoder(model), Beam(2, 2), 0.0)
+        EagleDraft(random_head(SHAPES["qwen2"]), TargetModel(model), Beam(2, 2), 0.0)
 
 
 def test_a_perfect_draft_is_accepted_whole_through_the_re_ranking(model):
     reference = hf_greedy(model, PROMPT, 40)
     draft = OracleDraft(320, reference)
-    engine = Engine(Decoder(model), draft, Eagle2(7, 3, 12), max_length=256, prefill_chunk=4)
+    engine = Engine(TargetModel(model), draft, Eagle2(7, 3, 12), max_length=256, prefill_chunk=4)
     result = engine.generate(PROMPT, max_new_tokens=1 + 3 * 8)
     assert result.token_ids == reference[:25]
     assert result.stats.iterations == 3

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from subspec.config import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
-from subspec.decoding.decoder import Decoder
+from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
 from subspec.drafts import eagle_checkpoint
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for, locate_head
@@ -58,7 +58,7 @@ def test_published_heads_load_and_run(tmp_path, family, shape, options):
         assert torch.equal(head.head.state_dict()[name], tensor.bfloat16().float())
     model = tiny_model(family, layers=2)
     growth = Eagle2(4, 3, 20)
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     assert head.head.shape.kv_heads == (4 if shape == "qwen2" else 2)
     assert decoder.num_kv_heads == 2
     engine = Engine(decoder, EagleDraft(head.head, decoder, growth), growth, max_length=64, prefill_chunk=2)

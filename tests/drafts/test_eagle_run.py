@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from subspec.config import to_config
-from subspec.config_checks import check_against_target, check_config
+from subspec.config.schema import to_config
 from subspec.decoding.eagle2 import Eagle2
-from subspec.decoding_config import build_growth
+from subspec.decoding.from_config import build_tree_policy
 from subspec.drafts import eagle_checkpoint
+from subspec.drafts.check_config import check_against_target, check_config
 from subspec.drafts.eagle_head import EagleShape
 from subspec.errors import ConfigError
 from subspec.targets.planted import SHAPES as MODELS
+from tests.config.test_config import composed, large_model
 from tests.helpers.cli import cli, records_of, summary_of, tiny_run
 from tests.helpers.eagle import QWEN2_BIASES, SHAPES, published
 from tests.helpers.tiny import tiny_checkpoint
-from tests.test_config import composed, large_model
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_captured_levels_do_not_grow_eagle2s_tree(draft):
 def test_the_published_settings_are_the_defaults():
     config = to_config(composed("draft=eagle2", "tree=eagle2"))
     check_against_target(config, large_model())
-    growth = build_growth(config.tree)
+    growth = build_tree_policy(config.tree)
     assert isinstance(growth, Eagle2)
     assert (growth.max_depth, growth.width, growth.total_tokens) == (6, 10, 60)
     assert (growth.capacity, growth.pass_nodes, growth.draft_rows) == (511, 60, 51)

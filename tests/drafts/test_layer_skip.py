@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from subspec.config import LayerSkipDraftConfig
-from subspec.decoding.decoder import Decoder
+from subspec.config.schema import LayerSkipDraftConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
 from subspec.drafts.layer_skip import chosen_layers, skip_layers, spread, streamed_layers, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
-from tests.drafts.test_own_cache import GROWTHS
+from tests.drafts.test_separate_cache import GROWTHS
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -21,7 +21,7 @@ PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
 def engine_with(model, layers, growth, **options):
     draft = SubstituteDraft(skip_layers(model, layers), 1.0) if layers else None
     options = {"max_length": 256, "prefill_chunk": 4, **options}
-    return Engine(Decoder(model), draft, growth if layers else None, **options)
+    return Engine(TargetModel(model), draft, growth if layers else None, **options)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from subspec.assemble import assemble_streamed
-from subspec.config import (
+from subspec.config.schema import (
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     EmbeddedTargetConfig,
@@ -16,21 +15,22 @@ from subspec.config import (
     PlantedTargetConfig,
     to_config,
 )
-from subspec.config_checks import check_config
 from subspec.decoding.audit import Auditor
+from subspec.drafts.check_config import check_config
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for
 from subspec.drafts.eagle_head import EagleShape
 from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
-from subspec.offload.plan import plan_run
+from subspec.planning.plan import plan_run
+from subspec.records.table import PLANTED_DRAFT
 from subspec.report.collect import collect
 from subspec.report.rows import make_rows
+from subspec.session import assemble_streamed
 from subspec.targets.layers import open_source
-from subspec.tracking.table import PLANTED_DRAFT
+from tests.config.test_config import composed
 from tests.helpers.cli import cli, records_of, summary_of
 from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES
-from tests.offload.settings import settings
-from tests.test_config import composed
+from tests.helpers.planning import settings
 
 CPU = torch.device("cpu")
 PATH = Eagle2DraftConfig(name="eagle2", path="planted")

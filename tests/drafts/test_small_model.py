@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 
-from subspec.assemble import assemble_streamed
-from subspec.config import (
+from subspec.config.schema import (
     BeamTreeConfig,
     BenchmarkConfig,
     Config,
@@ -21,7 +20,7 @@ from subspec.config import (
     SmallModelDraftConfig,
     StreamOffloadConfig,
 )
-from subspec.decoding.decoder import Decoder
+from subspec.decoding.target_model import TargetModel
 from subspec.drafts import small_model
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.small_model import (
@@ -34,7 +33,8 @@ from subspec.drafts.small_model import (
     open_small_model,
 )
 from subspec.errors import ConfigError, SubspecError
-from subspec.offload.plan import plan_run
+from subspec.planning.plan import plan_run
+from subspec.session import assemble_streamed
 from subspec.targets.layers import open_source
 from subspec.targets.planted import planted_config
 from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -111,7 +111,7 @@ def test_a_loaded_small_model_knows_every_token_of_the_target(tmp_path, tie, voc
     assert torch.equal(head, reference.lm_head.weight[:target_vocab])
     assert (head.data_ptr() == table.data_ptr()) == tie
     tokens = torch.tensor([3, min(vocab, target_vocab) - 1, 7])
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     cache = decoder.new_cache(max_length=8, draft_rows=0, target_rows=8)
     logits = decoder.logits(decoder.append(tokens, cache))
     torch.testing.assert_close(

@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
@@ -48,7 +48,7 @@ def test_every_nodes_logits_are_those_of_its_own_branch_after_the_exact_prefix(f
     substitute = substitute_of(model)
     draft = SubstituteDraft(substitute)
     growth = Beam(4, 3)
-    engine = Engine(Decoder(model), draft, growth, max_length=64, prefill_chunk=4)
+    engine = Engine(TargetModel(model), draft, growth, max_length=64, prefill_chunk=4)
     seen = {}
     expand = draft.expand
 
@@ -98,11 +98,11 @@ def test_bits_by_module_and_a_quantized_head_change_no_token(unpack, tie):
         "gate_proj": 0, "up_proj": 4.0, "down_proj": 6.0, "lm_head": 6.0,
     }  # fmt: skip
     draft = SubstituteDraft(substitute)
-    engine = Engine(Decoder(model), draft, Beam(4, 3), max_length=128, prefill_chunk=4)
+    engine = Engine(TargetModel(model), draft, Beam(4, 3), max_length=128, prefill_chunk=4)
     result = engine.generate(PROMPT, max_new_tokens=40)
     assert result.token_ids == hf_greedy(model, PROMPT, 40)
     assert result.stats.iterations < 39
     assert torch.equal(model.get_output_embeddings().weight, exact)
     with torch.inference_mode():
         x = torch.randn(2, model.config.hidden_size)
-        assert not torch.equal(draft.decoder.logits(x), Decoder(model).logits(x))
+        assert not torch.equal(draft.decoder.logits(x), TargetModel(model).logits(x))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from subspec.run import main
+from subspec.cli.run import main
 
 ROOT = Path(__file__).parents[2]
 

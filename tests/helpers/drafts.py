@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Growth
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.decoding.verify import Verdict
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.base import quantize_model
@@ -85,7 +85,7 @@ def substitute_of(
 
 def engine_for(
     model: PreTrainedModel,
-    growth: Growth | None = None,
+    growth: TreePolicy | None = None,
     *,
     bits: int = 4,
     sampling: Sampling | None = None,
@@ -94,7 +94,7 @@ def engine_for(
     """Plain decoding without a growth, else drafting with a substitute."""
     draft = SubstituteDraft(substitute_of(model, bits=bits)) if growth is not None else None
     options = {"max_length": 256, "prefill_chunk": 16, **options}
-    return Engine(Decoder(model), draft, growth, sampling=sampling, **options)
+    return Engine(TargetModel(model), draft, growth, sampling=sampling, **options)
 
 
 def verified(engine: Engine) -> tuple[Tensor, Verdict]:

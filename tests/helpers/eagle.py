@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Growth
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_head import NORM, OPTIONAL, EagleHead, EagleShape
 
@@ -50,7 +50,7 @@ def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHea
 
 def eagle_engine(
     model: PreTrainedModel,
-    growth: Growth,
+    growth: TreePolicy,
     shape: str = "qwen2",
     *,
     seed: int = 0,
@@ -58,7 +58,7 @@ def eagle_engine(
     **options: object,
 ) -> Engine:
     """An engine that drafts with a random head."""
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     draft = EagleDraft(random_head(SHAPES[shape], seed), decoder, growth)
     options = {"max_length": 256, "prefill_chunk": 16, **options}
     return Engine(decoder, draft, growth, sampling=sampling, **options)

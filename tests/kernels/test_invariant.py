@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 from subspec.decoding.audit import Auditor
 from subspec.decoding.batch import TokenBatch
 from subspec.decoding.bitwise import ROLES, BitwiseArithmetic
-from subspec.decoding.decoder import Decoder
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_attention import Heads, attend, path_table, splits_of
 from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, Tiling, multiply, split_k
@@ -56,7 +56,7 @@ def same_bits(a, b):
 
 def arithmetic(model, tiling=None):
     tiling = tiling or (CANDIDATES[2] if torch.cuda.is_available() else REFERENCE)
-    decoder = Decoder(model)
+    decoder = TargetModel(model)
     decoder.bitwise = BitwiseArithmetic(model, dict.fromkeys(ROLES, tiling))
     return decoder
 

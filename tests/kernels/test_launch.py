@@ -66,7 +66,7 @@ def test_otherwise_the_launch_is_pytorchs():
 def test_a_cpu_overlaps_nothing():
     assert launch.problem(torch.device("cpu")) == "no CUDA device"
     pytest.importorskip("triton")
-    from tests.kernels.test_fused_level import fused_draft, model_of
+    from tests.levels.test_captured_draft import fused_draft, model_of
 
     model = model_of("llama", "cpu")
     assert not fused_draft(model, torch.device("cpu")).overlap
@@ -126,10 +126,10 @@ def test_every_kernel_of_a_level_waits_before_it_touches_what_others_write():
 @pytest.mark.gpu
 def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
     pytest.importorskip("triton")
-    from subspec.decoding.decoder import Decoder
     from subspec.decoding.engine import Engine
-    from subspec.decoding.growth import Beam
-    from tests.kernels.test_fused_level import PROMPT, fused_draft, model_of
+    from subspec.decoding.target_model import TargetModel
+    from subspec.decoding.tree_policy import Beam
+    from tests.levels.test_captured_draft import PROMPT, fused_draft, model_of
 
     device = torch.device("cuda")
     if reason := launch.problem(device):
@@ -139,7 +139,7 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
     results = []
     for overlap in (False, True):
         draft = fused_draft(model, device, overlap=overlap)
-        engine = Engine(Decoder(model), draft, growth, max_length=128, prefill_chunk=16)
+        engine = Engine(TargetModel(model), draft, growth, max_length=128, prefill_chunk=16)
         with torch.inference_mode():
             root = engine._prefill(PROMPT)[0]
             for _ in range(20):  # replays, of which none may differ

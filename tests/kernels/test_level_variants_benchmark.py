@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from subspec.drafts.fused_model import Attention
-from subspec.kernels.ops import Variant
+from subspec.levels.model import Attention
+from subspec.quant.level_linear import Variant
 
 
 @pytest.fixture

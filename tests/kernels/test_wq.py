@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from subspec.kernels import wq
 from subspec.kernels.int4 import interleave
-from subspec.kernels.ops import TritonWq
 from subspec.quant.bit_planes import pack_bits, packed_columns, unpack_bits
+from subspec.quant.level_linear import TritonWq
 
 BITS = (8, 4, 3, 2)
 

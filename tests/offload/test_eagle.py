@@ -6,26 +6,27 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from subspec.assemble import assemble_streamed
-from subspec.config import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Placement
-from subspec.decoding.decoder import Decoder
+from subspec.config.schema import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Placement
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
 from subspec.decoding.sampling import Sampler, Sampling
+from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.errors import ConfigError
-from subspec.offload.draft_sizes import Situation, draft_sizes
-from subspec.offload.eagle_sizes import level_bytes, settle_bytes
-from subspec.offload.sizes import MIB, ModelShapes
-from subspec.targets.skeleton import empty_model
+from subspec.planning.draft_sizes import Situation, draft_sizes
+from subspec.planning.eagle_sizes import level_bytes, settle_bytes
+from subspec.planning.sizes import MIB
+from subspec.session import assemble_streamed
+from subspec.targets.meta_model import empty_model
+from subspec.targets.model_spec import ModelSpec
 from tests.helpers.eagle import QWEN2_BIASES, SHAPES, published
+from tests.helpers.planning import planned, settings
 from tests.helpers.tiny import tiny_model
-from tests.offload.settings import planned, settings
-from tests.offload.test_sizes import Live, two_layers
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
+from tests.planning.test_sizes import Live, two_layers
 
 META = torch.device("meta")
 QWEN2_7B = EagleShape(3584, 28, 28, 128, 18944, QWEN2_BIASES)
@@ -52,7 +53,7 @@ def head_7b(tmp_path, monkeypatch):
 def test_a_streamed_target_with_a_head_emits_its_own_text(tmp_path, resident, tree, device):
     device = torch.device(device)
     model = tiny_model("qwen2", layers=4).to(device)
-    expected = Engine(Decoder(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
+    expected = Engine(TargetModel(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
     folder = published(tmp_path / "head", SHAPES["qwen2"], binary=True)
     shape = BeamTreeConfig(name="beam", depth=3, width=3) if tree == "beam" else None
     config = eagle_settings(folder, shape, decoding={"max_length": 64})
@@ -118,8 +119,8 @@ def test_levels_and_prompts_hold_what_the_formulas_say(shape, growth, options, m
     )
     config = two_layers("qwen2_5_7b")
     sampling = Sampling(**options)
-    situation = Situation(eagle_settings("unused"), ModelShapes.of(config), 2, growth, sampling)
-    decoder = Decoder(empty_model(config, torch.bfloat16, META))
+    situation = Situation(eagle_settings("unused"), ModelSpec.of(config), 2, growth, sampling)
+    decoder = TargetModel(empty_model(config, torch.bfloat16, META))
     with META:
         head = EagleHead(shape).bfloat16()
     head.rotary.inverse_frequency = head.rotary.inverse_frequency.to(META)
@@ -162,12 +163,12 @@ def test_every_kind_of_piece_is_there(tmp_path):
     folder = published(tmp_path / "head", SHAPES["llama3"])
     model = tiny_model("llama").config
     growth = Beam(3, 2)
-    situation = Situation(eagle_settings(folder), ModelShapes.of(model), 4, growth, Sampling())
+    situation = Situation(eagle_settings(folder), ModelSpec.of(model), 4, growth, Sampling())
     sizes = draft_sizes(situation)
     assert [piece.name for piece in sizes.device(0)] == ["EAGLE head", "EAGLE KV cache", "EAGLE features"]
     assert sizes.host() == []
     assert sizes.shared_rows == 0
-    decoder = Decoder(tiny_model("llama"))
+    decoder = TargetModel(tiny_model("llama"))
     draft = EagleDraft(EagleHead(SHAPES["llama3"]), decoder, growth)
     draft.begin(decoder.new_cache(max_length=2048, draft_rows=0, target_rows=16))
     assert sizes.device(0)[1].bytes == draft.cache.nbytes

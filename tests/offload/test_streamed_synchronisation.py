@@ -7,15 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from subspec.assemble import assemble_streamed
-from subspec.choices import Codec, Kernel
-from subspec.config import Config, PlantedTargetConfig, SmallModelDraftConfig, SubstituteDraftConfig
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.own_cache import OwnCacheDraft
-from subspec.offload.plan import plan_run
+from subspec.config.enums import Codec, Kernel
+from subspec.config.schema import Config, PlantedTargetConfig, SmallModelDraftConfig, SubstituteDraftConfig
+from subspec.drafts.separate_cache import SeparateCacheDraft
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.planning.plan import plan_run
+from subspec.session import assemble_streamed
 from subspec.targets.layers import open_source
 from tests.helpers.drafts import verified
-from tests.offload.settings import settings
+from tests.helpers.planning import settings
 
 SAMPLED = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
 
@@ -57,8 +57,8 @@ def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec
     assert plan.streamed_layers
     assembly = assemble_streamed(config, source, plan, device, note=lambda text: None)
     engine = assembly.engine
-    drafting = engine.draft.levels if isinstance(engine.draft, OwnCacheDraft) else engine.draft
-    assert isinstance(drafting, FusedSubstitute)
+    drafting = engine.draft.levels if isinstance(engine.draft, SeparateCacheDraft) else engine.draft
+    assert isinstance(drafting, CapturedDraft)
     try:
         with torch.inference_mode():
             root = engine._prefill([1, 2, 3])[0]

@@ -3,22 +3,21 @@
 import pytest
 import torch
 
-from subspec.choices import Codec
-from subspec.config import Placement
-from subspec.decoding.decoder import Decoder
+from subspec.config.enums import Codec
+from subspec.config.schema import Placement
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
-from subspec.drafts.fused import FusedSubstitute
-from subspec.drafts.fused_build import LayerFuser
-from subspec.drafts.fused_model import Attention
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.errors import SubspecError
-from subspec.offload.layer_bytes import parameter_views, write_layer
-from subspec.offload.load import load_streamed
-from subspec.offload.pinned import PinnedBuffer
-from subspec.offload.plan import Plan
-from subspec.offload.sizes import PlainCodec
+from subspec.levels.build import LayerFuser
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention
+from subspec.offload.loader import load_streamed
 from subspec.offload.stream import LayerStreamer
-from subspec.quant.codes import HqqCodes
+from subspec.planning.plan import Plan
+from subspec.quant.quantized_weight import HqqCodes
+from subspec.targets.layer_bytes import PlainCodec, parameter_views, write_layer
+from subspec.utils.pinned import PinnedBuffer
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -76,7 +75,7 @@ def families_and_placements():
 def test_streamed_text_is_the_models(family, resident, slots, device):
     device = torch.device(device)
     model = tiny_model(family, layers=4).to(device)
-    expected = Engine(Decoder(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
+    expected = Engine(TargetModel(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
     loaded = load_streamed(ModelSource(model), plan_for(resident, slots), device, fuser=None)
     try:
         engine = Engine(loaded.decoder, max_length=64, prefill_chunk=4)
@@ -117,13 +116,13 @@ def test_streamed_speculation_passes_the_audit(device):
     loaded = load_streamed(source, plan_for([1]), device, fuser=fuser, skip_layers=frozenset({1}))
     engine = Engine(
         loaded.decoder,
-        FusedSubstitute(loaded.substitute, attention=Attention(splits=4)),
+        CapturedDraft(loaded.substitute, attention=Attention(splits=4)),
         Beam(4, 3),
         max_length=96,
     )
     count = 60 if device.type == "cuda" else 8
     result = engine.generate(PROMPT, max_new_tokens=count)
-    assert Auditor(Decoder(model)).audit(PROMPT, result.token_ids).mismatch == 0
+    assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
     assert result.stats.iterations < count - 1
     assert fuser.modules == 14
     loaded.close()
@@ -131,7 +130,7 @@ def test_streamed_speculation_passes_the_audit(device):
 
 def test_an_interrupted_pass_does_not_confuse_the_next():
     model = tiny_model("llama", layers=4)
-    expected = Engine(Decoder(model), max_length=64).generate(PROMPT, max_new_tokens=12).token_ids
+    expected = Engine(TargetModel(model), max_length=64).generate(PROMPT, max_new_tokens=12).token_ids
     loaded = load_streamed(ModelSource(model), plan_for([2], 2), torch.device("cpu"), fuser=None)
     engine = Engine(loaded.decoder, max_length=64)
     engine.generate(PROMPT, max_new_tokens=3)

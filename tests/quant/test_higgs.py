@@ -5,15 +5,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from subspec.choices import Hadamard, HiggsKernel
-from subspec.decoding.decoder import Decoder
+from subspec.config.enums import Hadamard, HiggsKernel
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.base import quantize_model
 from subspec.quant.higgs import HiggsQuantizer
-from subspec.quant.higgs_codes import encode, group_of, pack_pairs, unpack_pairs
+from subspec.quant.higgs_weight import encode, group_of, pack_pairs, unpack_pairs
 from subspec.quant.hqq import HqqQuantizer
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -156,7 +156,7 @@ def test_unpacking_changes_nothing_but_rounding(bits, dim, inputs):
 
 def test_quantizing_in_pieces_changes_nothing(weight, monkeypatch):
     whole = encode(weight, bits=3, dim=2, group_size=256, hadamard_size=512)
-    monkeypatch.setattr("subspec.quant.higgs_codes.ROWS_BYTES", 4 * 1024 * 7)
+    monkeypatch.setattr("subspec.quant.higgs_weight.ROWS_BYTES", 4 * 1024 * 7)
     parts = encode(weight, bits=3, dim=2, group_size=256, hadamard_size=512)
     assert torch.equal(whole.pairs, parts.pairs)
     assert torch.equal(whole.scale, parts.scale)
@@ -207,8 +207,8 @@ def test_greedy_text_in_fp32_is_plain_decodings(family, unpack):
     assert report.modules == 14
     assert 4 < report.bits_per_weight < 5
     prompt = [5, 17, 33, 99, 4, 8, 77]
-    speculative = Engine(Decoder(model), SubstituteDraft(substitute), Beam(6, 3), max_length=128)
-    plain = Engine(Decoder(model), None, None, max_length=128)
+    speculative = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(6, 3), max_length=128)
+    plain = Engine(TargetModel(model), None, None, max_length=128)
     with torch.inference_mode():
         ours = speculative.generate(prompt, max_new_tokens=40, ignore_eos=True)
         theirs = plain.generate(prompt, max_new_tokens=40, ignore_eos=True)

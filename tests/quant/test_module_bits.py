@@ -1,6 +1,6 @@
 import pytest
 
-from subspec.config import BitsByModule
+from subspec.config.schema import BitsByModule
 from subspec.errors import ConfigError
 from subspec.quant.module_bits import bits_by_linear
 

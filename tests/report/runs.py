@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from subspec.decoding.result import FinishReason, GenerationResult, GenerationStats
-from subspec.tracking.metrics import LinkInfo, summarise
-from subspec.tracking.turn import RunContext, turn_record
+from subspec.records.metrics import LinkInfo, summarise
+from subspec.runs.turn import RunContext, turn_record
 
 
 def config_of(draft: str | dict[str, Any] = "subspec", **changes: Any) -> dict[str, Any]:

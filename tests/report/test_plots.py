@@ -3,6 +3,7 @@
 import pytest
 from matplotlib.colors import to_rgba
 
+from subspec.records.metrics import LinkInfo
 from subspec.report.collect import collect
 from subspec.report.plots import (
     CPU,
@@ -20,7 +21,6 @@ from subspec.report.plots import (
     time_split,
 )
 from subspec.report.rows import make_rows
-from subspec.tracking.metrics import LinkInfo
 
 from .runs import config_of, plain_run, turns, write_run
 

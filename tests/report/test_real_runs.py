@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from subspec.predict.measured import read_measured
+from subspec.cli.predict_measured import read_measured
 from subspec.report import State, write_report
 from tests.helpers.cli import cli, records_of, tiny_run
 from tests.helpers.tiny import tiny_checkpoint

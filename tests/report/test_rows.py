@@ -1,9 +1,9 @@
 import pytest
 
 from subspec.errors import SubspecError
+from subspec.records.metrics import LinkInfo
 from subspec.report.collect import collect
 from subspec.report.rows import audit_text, make_rows
-from subspec.tracking.metrics import LinkInfo
 
 from .runs import config_of, plain_run, turns, write_run
 

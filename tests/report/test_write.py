@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from subspec.cli.report import main
 from subspec.errors import SubspecError
 from subspec.report import write_report
-from subspec.report.__main__ import main
 
 from .runs import config_of, plain_run, turns, write_run
 
@@ -68,8 +68,8 @@ def test_a_planted_draft_that_is_no_substitute_is_not_called_noise(sweep, tmp_pa
 
 
 def test_jobs_that_left_no_run_are_named(sweep, tmp_path):
-    from subspec.sweeps.folder import SweepFolder
-    from subspec.sweeps.outcome import Outcome, write_outcome
+    from subspec.records.outcome import Outcome, write_outcome
+    from subspec.records.sweep_folder import SweepFolder
 
     jobs = [([f"seed={seed}"], {"seed": seed}) for seed in range(5)]
     with SweepFolder.open(sweep, []) as folder:  # 0, 1 and 2 lie there already: these are 3 to 7

@@ -10,11 +10,11 @@ import time
 import pytest
 
 from subspec.errors import ConfigError
+from subspec.records.outcome import read_outcome
+from subspec.runs.console import RunConsole
 from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.launcher import ProcessLauncher, _Queue, _terminated_as_interrupted, visible_gpus
-from subspec.sweeps.outcome import read_outcome
 from subspec.sweeps.progress import SweepProgress
-from subspec.tracking.console import RunConsole
 
 from .fakes import fake_job, seen
 

@@ -14,13 +14,13 @@ import time
 import pytest
 
 from subspec.errors import SubspecError
+from subspec.records import outcome as outcomes
+from subspec.records.outcome import is_finished, objective, read_outcome
+from subspec.records.records import RunFolder
+from subspec.runs.console import RunConsole
 from subspec.sweeps import follow
-from subspec.sweeps import outcome as outcomes
-from subspec.sweeps.outcome import is_finished, objective, read_outcome
 from subspec.sweeps.process import JobFailed, JobProcess, end_reason, run_in_process
 from subspec.sweeps.progress import SweepProgress
-from subspec.tracking.console import RunConsole
-from subspec.tracking.records import RunFolder
 from tests.helpers.cli import ROOT
 
 from .fakes import fake_job

@@ -148,8 +148,8 @@ def test_the_slurm_configuration_is_what_submitit_knows(tmp_path):
     """Composed, and handed to submitit's own check of its parameters, without a cluster."""
     from hydra import compose, initialize_config_dir
 
-    from subspec.config import register_schemas
-    from subspec.paths import conf_dir
+    from subspec.config.schema import register_schemas
+    from subspec.utils.paths import conf_dir
 
     register_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

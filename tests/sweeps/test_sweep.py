@@ -10,8 +10,8 @@ import pytest
 
 import subspec.benchmarks.load
 from subspec.benchmarks.hub import HubRows, HubUnavailableError
+from subspec.records.records import RunFolder
 from subspec.sweeps.command_line import is_sweep
-from subspec.tracking.records import RunFolder
 from tests.helpers.cli import cli, command, records_of, timeless
 
 TINY = [
@@ -225,7 +225,7 @@ def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
 
 
 def test_two_sweeps_in_one_folder(tmp_path):
-    from subspec.sweeps.folder import SweepFolder
+    from subspec.records.sweep_folder import SweepFolder
 
     with SweepFolder.open(tmp_path, []):
         ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path}")
@@ -332,7 +332,7 @@ def running_jobs(sweep):
                     words = file.read().split(b"\0")
             except OSError:
                 continue
-            if b"subspec.sweeps.job" in words and any(str(sweep).encode() in word for word in words):
+            if b"subspec.cli.job" in words and any(str(sweep).encode() in word for word in words):
                 found.append(int(entry))
     return found
 

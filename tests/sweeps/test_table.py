@@ -6,11 +6,11 @@ import io
 import pytest
 
 from subspec.errors import SubspecError
-from subspec.sweeps.folder import SweepFolder
+from subspec.records.sweep_folder import SweepFolder
+from subspec.runs.console import RunConsole
 from subspec.sweeps.process import JobProcess
 from subspec.sweeps.sweeper import SweepFailed, raise_failures, write_report
 from subspec.sweeps.table import Row, job_rows, print_rows, ranked, write_rows
-from subspec.tracking.console import RunConsole
 
 from .fakes import fake_job
 

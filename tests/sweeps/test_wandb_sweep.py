@@ -4,11 +4,12 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from subspec.config import to_config
-from subspec.config_checks import check_config, check_keys
-from subspec.tracking.wandb_logger import SERIES
+from subspec.config.checks import check_keys
+from subspec.config.schema import to_config
+from subspec.drafts.check_config import check_config
+from subspec.runs.wandb_logger import SERIES
+from tests.config.test_config import composed
 from tests.helpers.cli import ROOT
-from tests.test_config import composed
 
 FILE = ROOT / "scripts" / "wandb_sweep.yaml"
 

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from subspec import build_engine, generate
-from subspec.config import register_schemas, to_config
-from subspec.config_checks import check_against_target
+from subspec.config.schema import register_schemas, to_config
+from subspec.drafts.check_config import check_against_target
 from subspec.errors import ConfigError
-from subspec.paths import conf_dir
 from subspec.targets.check_model import FAMILIES, check_model_config, shortest_window
+from subspec.utils.paths import conf_dir
 from tests.helpers.cli import cli, tiny_run
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspec.config import Dtype, HubTargetConfig, TargetConfig
+from subspec.config.schema import Dtype, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import load_target, load_target_config
 from subspec.targets.checkpoint import Weights, checkpoint_identity

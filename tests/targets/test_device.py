@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from subspec.config import Device, Dtype
+from subspec.config.schema import Device, Dtype
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import device as module
 from subspec.targets import resolve_device, resolve_dtype

@@ -154,7 +154,7 @@ def test_what_pip_says_becomes_one_line(tmp_path, monkeypatch, output, words):
 
 
 def test_progress_follows_the_growing_file(tmp_path, notes, monkeypatch):
-    monkeypatch.setattr("subspec.targets.console.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("subspec.utils.console.PLAIN_INTERVAL_S", 0.0)
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.whl").write_bytes(bytes(3_000_000))
     (tmp_path / "log").write_bytes(bytes(9_000_000))

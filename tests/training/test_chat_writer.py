@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from training.chat_writer import ChatFrame, ChatWriter, Start
 
 from subspec.errors import SubspecError
-from subspec.training.chat_writer import ChatFrame, ChatWriter, Start
 from tests.helpers.tiny import END_ID, START_ID, tiny_model, tiny_tokenizer
 
 FAMILIES = ["llama", "qwen2", "qwen3"]

@@ -1,10 +1,10 @@
 """Unrolled passes against a draft that really is fed its own features, one token at a time."""
 
 import torch
+from training.eagle import EagleLesson, balance_inputs, pass_mask, shape_for, unroll
 
 from subspec.decoding.kv_cache import KVCache
 from subspec.drafts.eagle_head import EagleHead
-from subspec.training.eagle import EagleLesson, balance_inputs, pass_mask, shape_for, unroll
 from tests.helpers.tiny import tiny_model
 
 

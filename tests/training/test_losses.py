@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from training import losses, measures
+from training.losses import soft_cross_entropy
+from training.measures import chain_tau, greedy_ranks
 
-from subspec.training import losses, measures
-from subspec.training.losses import soft_cross_entropy
-from subspec.training.measures import chain_tau, greedy_ranks
 from tests.helpers.tiny import tiny_model
 
 

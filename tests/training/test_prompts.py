@@ -3,7 +3,7 @@
 import json
 from importlib import resources
 
-from subspec.training.prompts import CODE, CODE_TASKS, TASKS, TOPICS, messages
+from training.prompts import CODE, CODE_TASKS, TASKS, TOPICS, messages
 
 
 def strings(value):

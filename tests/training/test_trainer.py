@@ -5,13 +5,13 @@ import signal
 
 import pytest
 import torch
+from training.corpus import Batches, Corpus, load_corpus, shard_path, write_shard
+from training.eagle import EagleLesson, balance_inputs, shape_for
+from training.student import StudentLesson, build_student
+from training.trainer import Schedule, Trainer
 
 from subspec.drafts.eagle_head import EagleHead
 from subspec.errors import SubspecError
-from subspec.training.corpus import Batches, Corpus, load_corpus, shard_path, write_shard
-from subspec.training.eagle import EagleLesson, balance_inputs, shape_for
-from subspec.training.student import StudentLesson, build_student
-from subspec.training.trainer import Schedule, Trainer
 from tests.helpers.tiny import tiny_model
 
 LENGTH = 24

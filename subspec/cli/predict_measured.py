@@ -1,0 +1,119 @@
+"""What a finished run says about the next one: acceptance by depth, and the time of a draft level."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from subspec.config.schema import Config
+from subspec.errors import ConfigError, SubspecError
+from subspec.planning.acceptance import Acceptance
+from subspec.planning.gpu_specs import Card, find_card
+from subspec.records.method import config_group, is_quantized, method_label
+from subspec.records.metrics import summarise
+from subspec.report.collect import RunData, collect
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one method's runs.
+
+    Attributes:
+        acceptance: survival by depth.
+        level_s: seconds of a draft level; None where nothing was drafted on a GPU.
+        target, device: where ``level_s`` holds: names as recorded.
+        width: of the tree.
+        planted: whether the weights were planted.
+        draft: which model drafted. quant: how it was quantized; None when it was not.
+    """
+
+    acceptance: Acceptance
+    level_s: float | None
+    target: str
+    device: str
+    width: int | None
+    planted: bool
+    draft: Mapping[str, Any]
+    quant: Mapping[str, Any] | None
+
+    def fits(self, config: Config, card: Card | None) -> bool:
+        """Whether a level of this run takes as long as one of ``config`` on a card, targets planted or not."""
+        if card is None or _card_name(self.device) != _card_name(card.name):
+            return False
+        wanted = asdict(config)
+        if self.width != _width(wanted["tree"]) or _shape(self.target) != _shape(config.target.name):
+            return False
+        return self.draft == _draft(wanted) and self.quant in (None, _quant(wanted))
+
+
+def read_measured(place: Path) -> Measured:
+    """Read a run's folder, a folder above runs of one method, or a ``records.jsonl``.
+
+    Raises:
+        ConfigError: nothing in it drafts, or several methods do.
+    """
+    folder = place.parent if place.is_file() else place
+    try:
+        runs = [run for run in collect([folder]) if run.summary["totals"]["drafted_by_depth"]]
+    except SubspecError as error:
+        raise ConfigError(f"--from {error}") from error
+    if not runs:
+        raise ConfigError(f"--from {place}: no run there drafts; take one with draft=subspec")
+    methods = {(method_label(run.config, run.facts), _target(run)) for run in runs}
+    if len(methods) > 1:
+        names = "; ".join(sorted(f"{method} of {target}" for method, target in methods))
+        raise ConfigError(f"--from {place} holds runs of several methods ({names}): give the folder of one")
+    first = runs[0]
+    summary = summarise([record for run in runs for record in run.records])
+    totals = summary["totals"]
+    tree = config_group(first.config, "tree")
+    levels = sum(totals["drafted_by_depth"])
+    cuda = summary["context"]["device"] == "cuda"
+    gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
+    ((method, target),) = methods
+    source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    return Measured(
+        Acceptance.from_counts(totals["drafted_by_depth"], totals["accepted_by_depth"], source),
+        totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
+        _target(first),
+        str(gpu.get("name") or "unknown"),
+        _width(tree),
+        summary["context"]["planted"] is True,
+        _draft(first.config),
+        _quant(first.config) if is_quantized(first.config, first.facts) else None,
+    )
+
+
+def _target(run: RunData) -> str:
+    return str(run.summary["context"]["target"])
+
+
+def _width(tree: Mapping[str, Any]) -> int | None:
+    return tree.get("width", 1 if tree.get("name") == "chain" else None)
+
+
+def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which model drafts; its temperature costs no time."""
+    draft = config_group(config, "draft")
+    return {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+
+
+def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how many bits a level reads."""
+    quant = config_group(config, "quant")
+    own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
+    modules = sorted(quant.get("modules") or ())
+    return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
+
+
+def _card_name(name: str) -> str:
+    """The table's name of a card, whether the driver said it or a user; as it is where the table lacks it."""
+    try:
+        return find_card(name).name
+    except ConfigError:
+        return name
+
+
+def _shape(target: str) -> str:
+    """Planted and real targets of a shape take the same time."""
+    return target.removeprefix("planted_")

@@ -1,0 +1,95 @@
+"""Dequantized weights of HIGGS, rotated back, on a CUDA device (``lut_dequantize.cu``): what exact weights are near.
+
+The bits are those of :func:`subspec.quant.intervals.rebuild`, which the encoder goes by.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspec.kernels.compile import compile_cuda
+from subspec.kernels.grouped_launch import PartLaunch, float_bits
+from subspec.quant.codebook_linear import MmaLut
+from subspec.quant.hadamard import LEAST_BLOCK
+
+ROWS = 8
+"""That a block of threads dequantizes, with one block of the rotation's inputs."""
+
+FIELDS = 13
+"""64-bit numbers that say all about one Linear: ``Rotated`` in ``lut_dequantize.cu``."""
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A Linear that is to be dequantized.
+
+    Attributes:
+        out: what is written: bfloat16 [n, k], contiguous, 4-byte aligned.
+        linear: the fused Linear that has its rows.
+        first, interleaved: which of them (:class:`~subspec.codec.restore.Rows`).
+    """
+
+    out: Tensor
+    linear: MmaLut
+    first: int
+    interleaved: bool
+
+    @property
+    def blocks(self) -> int:
+        """Of threads."""
+        rotation = self.linear.rotation
+        return -(-self.out.shape[0] // ROWS) * (rotation.padded // rotation.block)
+
+    def describe(self) -> list[int]:
+        """All fields of ``Rotated`` but the last one."""
+        packed, rotation = self.linear.weight, self.linear.rotation
+        signs = rotation.signs(self.out.device, torch.float32)
+        sources = [
+            tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)
+        ]
+        group_steps = packed.steps // packed.scale.shape[1]
+        return [
+            *sources,
+            *self.out.shape,
+            packed.tiles,
+            group_steps,
+            self.first,
+            int(self.interleaved),
+            float_bits(rotation.block**-0.5),
+        ]
+
+
+class Dequantizer:
+    """Dequantizes several Linears, in one launch for all with the same bits and blocks.
+
+    Args:
+        parts: on one CUDA device, which keep their places; or none.
+    """
+
+    def __init__(self, parts: Sequence[Rotated]) -> None:
+        self._parts = parts  # which own what the table points to
+        self._launches: list[PartLaunch] = []
+        alike: dict[tuple[int, int], list[Rotated]] = {}
+        for part in parts:
+            steps = part.linear.rotation.block // LEAST_BLOCK
+            alike.setdefault((part.linear.weight.bits, steps), []).append(part)
+        for (bits, steps), members in alike.items():
+            device = members[0].out.device
+            kernel = _kernel(bits, steps, device.index or 0)
+            described = [(part.describe(), part.blocks) for part in members]
+            self._launches.append(PartLaunch(kernel, described, 32 * steps, device))
+
+    def __call__(self) -> None:
+        """Write them all."""
+        for launch in self._launches:
+            launch()
+
+
+@functools.cache
+def _kernel(bits: int, steps: int, device: int) -> Any:
+    settings = {"LAYOUT": 0, "BITS": bits, "STEPS": steps}
+    return compile_cuda(["codec.cu", "lut_dequantize.cu"], settings, "lut_dequantize", device)

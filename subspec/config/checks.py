@@ -1,0 +1,178 @@
+"""Checks of a configuration that need nothing but itself. Each refusal names the keys and the remedy."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from subspec.config.errors import unknown_key
+from subspec.config.schema import (
+    Config,
+    HiggsConfig,
+    HiggsKernel,
+    Kernel,
+    Source,
+    StreamOffloadConfig,
+    SubstituteDraftConfig,
+    Unpack,
+)
+from subspec.errors import ConfigError
+
+Check = tuple[str, Callable[[Any], bool], str]
+
+_AT_LEAST_1: Callable[[Any], bool] = lambda value: value is None or value >= 1  # noqa: E731 (used as data)
+_NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value is None or value >= 0  # noqa: E731
+_POSITIVE: Callable[[Any], bool] = lambda value: value is None or 0 < value < math.inf  # noqa: E731
+
+RANGES: list[Check] = [
+    ("run_dir", lambda value: bool(value.strip()), "names no folder: give one, or leave run_dir out"),
+    ("seed", _NOT_NEGATIVE, "must not be negative"),
+    ("warmup", _NOT_NEGATIVE, "must not be negative (0: no warm-up)"),
+    ("audit_margin", _NOT_NEGATIVE, "must not be negative (null: by dtype)"),
+    ("tree.depth", _AT_LEAST_1, "must be at least 1 (draft=none decodes without a tree)"),
+    ("tree.width", _AT_LEAST_1, "must be at least 1"),
+    ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
+    ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
+    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level shows what the draft thinks"),
+    ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
+    ("draft.temperature", _POSITIVE, "must be positive"),
+    (
+        "decoding.max_length",
+        lambda value: value >= 2,
+        "must be at least 2: one token of prompt, one of answer",
+    ),
+    ("decoding.max_new_tokens", _AT_LEAST_1, "must be at least 1 (null: until max_length)"),
+    ("decoding.prefill_chunk", _AT_LEAST_1, "must be at least 1"),
+    (
+        "decoding.temperature",
+        lambda value: 1e-6 <= value < math.inf,
+        "must be positive, at least 1e-6 (decoding=greedy for the argmax)",
+    ),
+    ("decoding.top_k", _NOT_NEGATIVE, "must not be negative (0: off)"),
+    ("decoding.top_p", lambda value: 0 < value <= 1, "must lie in (0, 1] (1: off)"),
+    (
+        "decoding.bitwise",
+        lambda value: value == "auto" or isinstance(value, bool),
+        "must be auto, true or false",
+    ),
+    ("decoding.stop", all, "holds an empty string: leave it out"),
+    ("offload.vram_gib", _POSITIVE, "must be positive"),
+    ("offload.resident_layers", _NOT_NEGATIVE, "must not be negative (null: as many as fit)"),
+    ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
+    ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
+    ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
+    ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
+    ("benchmark.max_prompt_tokens", _AT_LEAST_1, "must be at least 1 (null: what fits)"),
+    ("logger.init_timeout_s", _POSITIVE, "must be positive"),
+]
+"""(key, whether a value is fine, what is wrong otherwise); keys an option does not have are passed over."""
+
+
+def check_keys(cfg: DictConfig, parent: str = "") -> None:
+    """What Hydra lets pass: keys added with ``+``, mandatory keys that nothing has set, dead interpolations.
+
+    Raises:
+        ConfigError: with the first key found.
+    """
+    schema = OmegaConf.get_type(cfg)
+    known = {field.name for field in dataclasses.fields(schema)}
+    for name in cfg:
+        key = f"{parent}{name}"
+        if name not in known:
+            raise ConfigError(unknown_key(key, schema))
+        node = cfg._get_node(name)  # as written: cfg[name] would already resolve it
+        if node._is_missing():
+            raise ConfigError(f"{key} is not set: give it as {key}=VALUE")
+        if isinstance(node, DictConfig):
+            check_keys(node, f"{key}.")
+    for name in cfg:
+        try:
+            OmegaConf.select(cfg, str(name), throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{parent}{name}: {str(error).splitlines()[0]}") from error
+
+
+def check_values(config: Config) -> None:
+    """Values of single keys, and keys that contradict each other.
+
+    Raises:
+        ConfigError: with the first one found.
+    """
+    for key, fine, complaint in RANGES:
+        present, value = _lookup(config, key)
+        if present and not fine(value):
+            raise ConfigError(f"{key}={value} {complaint}")
+    _check_execution(config)
+    _check_lengths(config)
+    if config.benchmark.source is Source.file and not config.benchmark.path:
+        raise ConfigError("benchmark.source=file needs benchmark.path=FILE.jsonl")
+    if config.benchmark.path and config.benchmark.source is not Source.file:
+        raise ConfigError(
+            f"benchmark.path is set but benchmark.source={config.benchmark.source.name}: "
+            "use benchmark.source=file, or leave benchmark.path out"
+        )
+
+
+def _lookup(config: Config, key: str) -> tuple[bool, Any]:
+    node: Any = config
+    for part in key.split("."):
+        if not hasattr(node, part):
+            return False, None
+        node = getattr(node, part)
+    return True, node
+
+
+def _check_execution(config: Config) -> None:
+    """Keys that say how a draft computes are of use either with ``offload=stream`` or without it."""
+    draft, quant, streamed = config.draft, config.quant, isinstance(config.offload, StreamOffloadConfig)
+    if streamed and isinstance(quant, HiggsConfig) and quant.kernel is not HiggsKernel.auto:
+        raise ConfigError(
+            f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
+            "leave quant.kernel at auto"
+        )
+    unpack = getattr(draft, "unpack", Unpack.auto)
+    if streamed and unpack is not Unpack.auto:
+        raise ConfigError(
+            f"draft.unpack={unpack.value} is for single modules, and offload=stream computes with packed weights: "
+            "leave draft.unpack at auto"
+        )
+    kernel = getattr(draft, "kernel", Kernel.auto)
+    if kernel is not Kernel.auto and not streamed:
+        raise ConfigError(
+            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
+            "at auto"
+        )
+    if not getattr(draft, "overlap_launches", True) and not streamed:
+        raise ConfigError(
+            "draft.overlap_launches=false is for the captured levels of offload=stream: set that, or leave it out"
+        )
+
+
+def quantizes(config: Config) -> bool:
+    """Whether ``quant`` concerns the draft."""
+    return isinstance(config.draft, SubstituteDraftConfig) or getattr(config.draft, "quantize", False)
+
+
+def _check_lengths(config: Config) -> None:
+    decoding, prompt = config.decoding, config.benchmark.max_prompt_tokens
+    answer = decoding.max_new_tokens
+    if answer is not None and answer >= decoding.max_length:
+        raise ConfigError(
+            f"decoding.max_new_tokens={answer} leaves no room for a prompt in "
+            f"decoding.max_length={decoding.max_length}: lower the former or raise the latter"
+        )
+    if prompt is not None and prompt + (answer or 1) > decoding.max_length:
+        raise ConfigError(
+            f"benchmark.max_prompt_tokens={prompt} + decoding.max_new_tokens={answer or 1} exceed the cache of "
+            f"decoding.max_length={decoding.max_length} tokens: raise decoding.max_length to at least "
+            f"{prompt + (answer or 1)} or lower benchmark.max_prompt_tokens"
+        )
+
+
+def prompt_limit(config: Config) -> int:
+    """Longest prompt that is run, in tokens; longer ones are skipped and counted."""
+    room = config.decoding.max_length - (config.decoding.max_new_tokens or 1)
+    return min(room, config.benchmark.max_prompt_tokens or room)

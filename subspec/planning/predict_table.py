@@ -1,0 +1,104 @@
+"""A prediction as text for people, and as a picture."""
+
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from subspec.planning.predict import Prediction
+from subspec.planning.predict_timing import Iteration
+
+PLANTED = (
+    "planted weights: the speed is real, but they are no language model and their acceptance is not a text's"
+)
+
+
+def depth_table(prediction: Prediction) -> Table:
+    """Tokens per second over tree depths; ``<`` marks the fastest."""
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    for heading in ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = prediction.best
+    for one in prediction.depths:
+        way = one.iteration
+        mark = "*" if one.extrapolated else ""
+        cells: list[str | Text] = [
+            f"{one.depth}{mark}",
+            f"{way.tau:.2f}",
+            f"{one.resident}",
+            f"{way.draft_s:.3f}",
+            f"{way.pass_s:.3f}",
+            _speed(way, one is best),
+            _over(way, prediction.plain),
+            "-" if way.ceiling is None else f"{way.tokens_per_s / way.ceiling:.2f}",
+        ]
+        table.add_row(*cells)
+    return table
+
+
+def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list[str]:
+    """What the figures rest on, one line each."""
+    machine, plain = prediction.machine, prediction.plain
+    lines = [
+        f"link {machine.link_gb_per_s:.1f} GB/s, device memory {machine.memory_gb_per_s:.0f} GB/s",
+        f"acceptance: {prediction.acceptance.source}",
+        f"draft level: {1e3 * prediction.level_s:.2f} ms ({level_source})",
+    ]
+    if plain is None:
+        lines.append("plain decoding: does not fit this budget")
+    else:
+        lines.append(f"plain streaming in this budget: {plain.tokens_per_s:.2f} tokens/s")
+    way = prediction.best.iteration
+    over = f", {way.tokens_per_s / plain.tokens_per_s:.1f} times plain streaming" if plain else ""
+    lines.append(f"best: depth {prediction.best.depth}, {way.tokens_per_s:.1f} tokens/s{over}")
+    lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
+    lines.append("share: of the link's ceiling at that tau")
+    if any(one.extrapolated for one in prediction.depths):
+        lines.append(
+            f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated"
+        )
+    if prediction.too_deep:
+        lines.append(f"depths that do not fit the budget: {', '.join(map(str, prediction.too_deep))}")
+    lines += prediction.acceptance.notes
+    lines.append(
+        "a model, not a measurement: decoding only, no prefill; experiments/predict states its errors on real runs"
+    )
+    if planted:
+        lines.append(PLANTED)
+    return lines
+
+
+def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
+    """Tokens per second over depth, under the link's ceiling.
+
+    ``file`` ends in .png, .svg or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    depths = prediction.depths
+    speeds = [one.iteration.tokens_per_s for one in depths]
+    axes.plot([one.depth for one in depths], speeds, "-o", color="#0072B2", label="draft, then verify")
+    ceilings = [(one.depth, one.iteration.ceiling) for one in depths if one.iteration.ceiling is not None]
+    if ceilings:
+        axes.plot(*zip(*ceilings, strict=True), ":", color="#666666", label="ceiling of the link at that tau")
+    if prediction.plain is not None:
+        axes.axhline(prediction.plain.tokens_per_s, color="#009E73", linestyle="-.", label="plain streaming")
+    axes.set_xlabel("depth of the draft tree (levels)")
+    axes.set_ylabel("predicted decoding speed (tokens/s)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    words = f"{title}\npredicted" + (", PLANTED weights" if planted else "")
+    axes.set_title(words, fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
+def _speed(way: Iteration, is_best: bool) -> Text:
+    return Text(f"{way.tokens_per_s:.1f}" + (" <" if is_best else "  "), style="bold" if is_best else "")
+
+
+def _over(way: Iteration, plain: Iteration | None) -> str:
+    return "-" if plain is None else f"{way.tokens_per_s / plain.tokens_per_s:.1f}"

@@ -1,0 +1,104 @@
+"""FLUTE's kernel (Guo et al. 2024, arXiv 2407.10960) for ``quant=higgs``, where ``flute-kernel`` is installed.
+
+Optional, and never chosen by ``auto``: its last release (0.4.2) is built for torch 2.5 and CUDA 12.1. It tunes itself
+once per shape, and its sums of slices are not deterministic (acceptance may vary in the last bits, output may not).
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspec.kernels.activation import apply_swiglu
+from subspec.quant.hadamard_transform import Rotate, rotate
+from subspec.quant.higgs_weight import HiggsCodes
+from subspec.quant.level_linear import LevelLinear
+
+GROUPS = (32, 64, 128, 256)
+"""Group sizes that its kernels have."""
+
+
+class FluteLut(LevelLinear):
+    """FLUTE's kernel behind the interface of a draft level's Linears.
+
+    Raises:
+        ValueError: it has no kernel for this group size or number of outputs.
+    """
+
+    kind = "flute"
+
+    def __init__(self, codes: HiggsCodes, *, swiglu: bool = False, rotate: Rotate = rotate) -> None:
+        if problem := unfit(codes.pairs.shape[0], codes.group_size):
+            raise ValueError(f"FLUTE: {problem}")
+        higgs: Any = importlib.import_module("flute.integrations.higgs")
+        tune: Any = importlib.import_module("flute.tune")
+        utils: Any = importlib.import_module("flute.utils")
+        grid, device = codes.grid, codes.pairs.device
+        self.weight, self.scale, self.table, pairs, self._tuned = higgs.prepare_data_transposed(
+            codes.pairs if grid.dim == 2 else single_codes(codes),
+            codes.scale.to(torch.bfloat16),
+            grid.points.to(device, torch.bfloat16).contiguous(),
+            num_bits=grid.bits,
+            group_size=codes.group_size,
+            vector_size=grid.dim,
+            dtype=torch.bfloat16,
+            device=device,
+            check_correctness=False,
+        )
+        self.pairs = pairs.view(dtype=torch.float32)
+        self._product = tune.qgemm_v2
+        self._workspace = utils.make_workspace_streamk(device=device)
+        self.rotation, self.swiglu, self._rotate = codes.rotation, swiglu, rotate
+        self.stride = codes.pairs.shape[0]
+        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.scale
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        self.weight, self.scale = tensors
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._product(
+            self._rotate(x, self.rotation),
+            self.weight,
+            self.scale,
+            self.table,
+            self.pairs,
+            self._workspace,
+            self._tuned,
+        )
+        return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
+
+
+def single_codes(codes: HiggsCodes) -> Tensor:
+    """Codes of single weights of a one-dimensional grid, uint8 [n, padded]."""
+    bits = codes.grid.bits
+    return torch.stack([codes.pairs & (1 << bits) - 1, codes.pairs >> bits], dim=-1).flatten(1)
+
+
+def unfit(out_features: int, group_size: int) -> str | None:
+    """Why it does not take a weight; None when it does."""
+    if group_size not in GROUPS:
+        return f"it has groups of {', '.join(map(str, GROUPS))}, not {group_size}"
+    if out_features % 16:
+        return f"{out_features} outputs are not a multiple of 16"
+    return None
+
+
+def unavailable() -> str | None:
+    """Why it cannot run here, in a few words; None when it can."""
+    if importlib.util.find_spec("flute") is None:
+        return "flute is not installed (pip install flute-kernel, whose releases need torch 2.5)"
+    try:
+        importlib.import_module("flute.integrations.higgs")
+        importlib.import_module("flute.tune")
+    except Exception as error:
+        return (
+            f"flute cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
+    return None

@@ -1,0 +1,192 @@
+"""What a run ran on: versions, source revision, hardware, command line, and peak memory.
+
+A figure without these cannot be compared with another one. Only facts about software and
+hardware are collected: no user name, no host name, and the home folder is written as ``~``.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from subspec import __version__
+from subspec.utils.paths import PACKAGE
+
+GIB = 2**30
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "hqq",
+    "gemlite",
+    "triton",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "safetensors",
+    "accelerate",
+    "wandb",
+)
+"""Packages whose version can change a result or its speed; those not installed are left out."""
+
+
+def environment() -> dict[str, Any]:
+    """Everything about the machine and the software, as a plain dict for ``environment.json`` and loggers."""
+    return {
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "versions": versions(),
+        "git": git_state(),
+        "platform": platform.platform(),
+        "hardware": hardware(),
+    }
+
+
+def command_line() -> list[str]:
+    """The arguments of this process, the home folder as ``~``."""
+    home = os.path.expanduser("~")
+    arguments = sys.orig_argv
+    if home in ("", os.sep):
+        return list(arguments)
+    return [argument.replace(home + os.sep, "~" + os.sep) for argument in arguments]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of the packages in :data:`PACKAGES` that are installed."""
+    found = {"python": platform.python_version(), "subspec": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(package: Path | None = None) -> dict[str, Any] | None:
+    """``commit`` and ``dirty`` of the checkout this package runs from; None when it runs from no checkout.
+
+    Args:
+        package: folder of the package; the installed ``subspec`` when None.
+    """
+    package = package or PACKAGE
+    root = package.parent
+    # An installed package may lie inside somebody else's repository (a virtual environment in a checkout):
+    # only a repository that tracks our own files says anything about them.
+    if _git(root, "ls-files", "--error-unmatch", f"{package.name}/__init__.py") is None:
+        return None
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain", "--", package.name, "conf")
+    if commit is None or status is None:
+        return None
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def hardware() -> dict[str, Any]:
+    """CPU, memory and GPU. ``gpu`` is None without a CUDA device."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": psutil.cpu_count(),
+        "usable_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "torch_threads": torch.get_num_threads(),
+        "ram_gib": round(psutil.virtual_memory().total / GIB, 2),
+        "gpu": _gpu(),
+    }
+
+
+def peak_ram_gib() -> float:
+    """Largest resident memory of this process so far, in GiB."""
+    try:
+        import resource
+    except ImportError:  # Windows has no getrusage
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak * unit / GIB
+
+
+def peak_vram_gib() -> float | None:
+    """Largest sum of PyTorch's allocations on the current CUDA device so far, in GiB; None without one."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def reserved_vram_gib() -> float | None:
+    """Most memory that PyTorch's allocator held of the current CUDA device so far, in GiB; None without one.
+
+    What is cached or fragmented counts too: this, not the sum of allocations, is what a budget's cap is held against.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_reserved() / GIB
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, Any] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / GIB, 2),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "count": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, from the kernel module where it can be read, else from its own tool."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", text)
+        if found:
+            return found[1]
+    except OSError:
+        pass
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None

@@ -1,0 +1,432 @@
+"""One run, from its configuration to its records: what ``python -m subspec.run`` does once Hydra has composed.
+
+Order matters: everything that can fail cheaply (configuration, prompts, the run folder) comes before anything
+that takes minutes (the target's weights, quantization), and every finished turn is on disk before the next starts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import PretrainedConfig
+
+from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
+from subspec.config.checks import check_keys, prompt_limit
+from subspec.config.schema import (
+    AccelerateOffloadConfig,
+    Config,
+    Profile,
+    StreamOffloadConfig,
+    to_config,
+    to_plain,
+)
+from subspec.decoding.audit import Auditor
+from subspec.decoding.bitwise_choice import why_not
+from subspec.drafts.check_config import check_against_target, check_config
+from subspec.errors import AuditError, SubspecError
+from subspec.records.metrics import speedup, summarise
+from subspec.records.records import RunFolder, read_records
+from subspec.records.resume import store_overrides
+from subspec.runs.console import RunConsole, RunProgress
+from subspec.runs.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
+from subspec.runs.loading import Loaded, check_draft, check_offload, load, plan_for, print_plan
+from subspec.runs.logger import SafeLogger, make_logger
+from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, skipped_record, turn_record
+from subspec.targets import load_target_config, resolve_device, resolve_dtype
+from subspec.utils.files import write_error, write_json
+
+WARMUP_TOKENS = 16
+"""Tokens of a warm-up generation: enough for a few iterations of every kind of pass."""
+
+ENOUGH_PASSES = 20
+"""Passes without an accepted token that tell of a draft for another target."""
+
+PLAN = "plan.json"
+"""Where everything was planned to go, before loading."""
+
+FACTS = "facts.json"
+"""What actually ran, kept beside the records from the start: a kill before the summary must not lose it."""
+
+
+def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
+    """Run a composed configuration; records, summary and resolved configuration go to ``run_dir``.
+
+    Args:
+        overrides: what ``cfg`` was composed from; kept in the folder for ``resume=true``.
+
+    Returns:
+        The total called ``optimise``, for a search; None without.
+
+    Raises:
+        SubspecError: an expected failure, in one line.
+        AuditError: the run finished, but emitted a token the target would not have.
+    """
+    check_keys(cfg)
+    config = to_config(cfg)
+    check_config(config)
+    console = RunConsole()
+    device = resolve_device(config.device)
+    with _about("target"):
+        model_config = load_target_config(config.target, note=console.note)
+    check_against_target(config, model_config)
+    if config.plan_only:
+        _plan_only(config, model_config, device, run_dir, console)
+        return None
+    check_offload(config, device)
+    check_draft(config, model_config, console.note)
+    bitwise = not why_not(
+        config.decoding.bitwise,
+        model_config,
+        resolve_dtype(config.target.dtype, device),
+        device,
+        accelerate=isinstance(config.offload, AccelerateOffloadConfig),
+    )
+    baseline = _read_baseline(config.baseline)
+    benchmark = load_benchmark(config.benchmark, config.seed)
+    # Before the folder is opened: where it is refused for holding other prompts, this says why they are others.
+    console.note(_describe_prompts(benchmark))
+    facts = environment()
+    chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
+    with RunFolder.open(
+        run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, chosen=chosen
+    ) as folder:
+        store_overrides(folder.path, overrides)
+        for note in folder.notes:
+            console.note(note)
+        logger = make_logger(config.logger, console.warn)
+        logger.start(to_plain(cfg), run_dir, facts, folder.records())
+        console.note(logger.note)
+        summary, exit_code = None, 1
+        try:
+            summary = _Run(config, device, benchmark, folder, logger, console).execute()
+            compared = baseline and speedup(summary, baseline, _shortened(config.baseline))
+            if compared:
+                summary = {**summary, "speedup": compared}
+            folder.write_summary(summary)
+            logger.log_table(folder.records())
+            console.table(summary, compared)
+            console.note(f"records and summary: {folder.path}")
+            console.note(_never_accepted(summary["totals"]))
+            errors = (summary["audit"] or {}).get("errors", 0)
+            exit_code = AuditError.exit_code if errors else 0
+        finally:
+            logger.finish(summary, exit_code)
+    if exit_code:
+        raise AuditError(
+            f"the losslessness audit found {errors} token(s) or endings that are not plain decoding's "
+            f"(largest gap {summary['audit']['max_gap']:.3g} logits): see the audit fields in {run_dir}/records.jsonl"
+        )
+    return summary["totals"][config.optimise.value] if config.optimise else None
+
+
+def _plan_only(
+    config: Config, model: PretrainedConfig, device: torch.device, run_dir: Path, console: RunConsole
+) -> None:
+    """Print and write the plan; nothing is loaded, and no GPU is needed for a named card."""
+    named = isinstance(config.offload, StreamOffloadConfig) and config.offload.card is not None
+    plan = plan_for(config, model, None if named else device)
+    print_plan(plan, console)
+    _write(run_dir / PLAN, plan.to_dict())
+    console.note(f"plan: {run_dir / PLAN}")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        raise write_error(error, path, "choose another folder with run_dir=") from error
+
+
+class _Run:
+    """The loop over samples and turns."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        benchmark: Benchmark,
+        folder: RunFolder,
+        logger: SafeLogger,
+        console: RunConsole,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.benchmark = benchmark
+        self.folder = folder
+        self.logger = logger
+        self.console = console
+        self.facts: dict[str, Any] = {}
+        self.loading_peaks: dict[str, float | None] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Generate what is missing; returns the summary over everything in the folder."""
+        samples = self.benchmark.samples
+        pending = [(index, sample) for index, sample in enumerate(samples) if not self._is_finished(sample)]
+        if pending:
+            self._prepare(pending[0][1])
+            with self.console.progress(len(samples), done=len(samples) - len(pending)) as progress:
+                for index, sample in pending:
+                    progress.sample_finished(*self._sample(index, sample, progress))
+            self._keep_reserved()
+        else:
+            self.facts = self._facts_on_disk()
+            self.console.note("every sample is finished: nothing to generate")
+        return {**summarise(self.folder.records()), "run": self.facts}
+
+    def _is_finished(self, sample: Sample) -> bool:
+        for turn in range(len(sample.turns)):
+            record = self.folder.finished(sample.id, turn)
+            if record is None:
+                return False
+            if record.get("skipped"):
+                return True
+        return True
+
+    # ------------------------------------------------------------------------------------- preparation
+
+    def _prepare(self, first: Sample) -> None:
+        config, console = self.config, self.console
+        with _about("target"):
+            self.loaded: Loaded = load(config, self.device, console)
+        self.target, self.assembly = self.loaded.target, self.loaded.assembly
+        console.note(
+            f"target {self.target.name} ({self.target.source}), {_short(self.target.dtype)} on {self.device}"
+        )
+        if self.loaded.plan is not None:
+            _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
+        if self.assembly.draft_summary:
+            console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
+        quant = self.assembly.quant
+        if quant is not None:
+            console.note(
+                f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
+                f"({quant.quantizer}), {quant.backend}, {_origin(quant.details)} in {quant.seconds:.1f} s"
+            )
+        self.auditor = (
+            Auditor(self.assembly.decoder, self.assembly.sampling, margin=config.audit_margin)
+            if config.audit
+            else None
+        )
+        self.assembly.engine.keeps_digests = config.audit and self.assembly.decoder.bitwise is not None
+        self.context = RunContext(
+            benchmark=self.benchmark.name,
+            source=self.benchmark.source.value,
+            target=self.target.name,
+            draft=config.draft.name,
+            device=self.device.type,
+            planted=self.target.planted,
+            seed=config.seed,
+            bitwise=self.assembly.decoder.bitwise is not None,
+        )
+        self._warm_up(first)
+        self._end_loading()
+        if config.profile is Profile.timeline:
+            self._profile(first)
+        self.facts = self._facts()
+        _write(self.folder.path / FACTS, self.facts)
+
+    def _facts(self) -> dict[str, Any]:
+        """What actually ran, whatever ``auto`` stood for."""
+        quant = self.assembly.quant
+        return {
+            "target_source": self.target.source,
+            "dtype": _short(self.target.dtype),
+            "device": str(self.device),
+            "torch_threads": torch.get_num_threads(),
+            "substitute": None
+            if quant is None
+            else {
+                **{k: v for k, v in asdict(quant).items() if k != "kept_exact"},
+                "bits_per_weight": quant.bits_per_weight,
+                "kept_exact": len(quant.kept_exact),
+            },
+            "offload": self.config.offload.name,
+            **self.loaded.facts(),
+            "benchmark_source": self.benchmark.source.value,
+            "benchmark_detail": self.benchmark.source_detail,
+            "benchmark_rows": self.benchmark.available,
+            "benchmark_note": self.benchmark.note,
+            "warmup_generations_excluded": self.config.warmup,
+            **self.loading_peaks,
+            "notes": list(self.target.notes),
+        }
+
+    def _facts_on_disk(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder.path / FACTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _warm_up(self, sample: Sample) -> None:
+        """Let lazy initialisation, kernel selection and caches settle before anything is timed."""
+        prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
+        if self.config.warmup:
+            self.assembly.engine.prepare(prompt)
+        tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
+        for _ in range(self.config.warmup):
+            self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
+
+    def _end_loading(self) -> None:
+        """Begin the peak of the records anew, and keep those that end here: a budget bounds loading, too."""
+        if self.device.type != "cuda":
+            return
+        self.loading_peaks = {
+            "loading_peak_vram_gib": peak_vram_gib(),
+            "reserved_vram_gib": reserved_vram_gib(),
+        }
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _keep_reserved(self) -> None:
+        """Most memory that the allocator held until now: the reset above forgot what it held while loading."""
+        before = self.loading_peaks.get("reserved_vram_gib")
+        now = reserved_vram_gib()
+        if before is None or now is None:
+            return
+        self.facts["reserved_vram_gib"] = max(before, now)
+        _write(self.folder.path / FACTS, self.facts)
+
+    def _profile(self, sample: Sample) -> None:
+        """Trace one text that no figure counts."""
+        from subspec.runs.timeline import record_timeline
+
+        prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
+        for file in record_timeline(self.assembly.engine, prompt, self.folder.path):
+            self.console.note(f"timeline: {file}")
+
+    # -------------------------------------------------------------------------------------- generation
+
+    def _sample(self, index: int, sample: Sample, progress: RunProgress) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        said: list[str] = []  # user and assistant in turn
+        for turn, question in enumerate(sample.turns):
+            said.append(question)
+            record = self.folder.finished(sample.id, turn)
+            if record is None:
+                record = self._turn(index, sample, turn, said)
+                self.folder.append(record)
+                self.logger.log_turn(record, len(self.folder) - 1)
+                progress.turn(record)
+            records.append(record)
+            if record.get("skipped"):
+                break
+            said.append(record["text"])
+        return records
+
+    def _turn(self, index: int, sample: Sample, turn: int, said: Sequence[str]) -> dict[str, Any]:
+        config, decoding = self.config, self.config.decoding
+        messages = _messages(said)
+        prompt = self._prompt_ids(said)
+        place = {"sample_id": sample.id, "sample_index": index, "turn": turn}
+        if len(prompt) > prompt_limit(config):
+            return skipped_record(
+                self.context,
+                **place,
+                reason=PROMPT_TOO_LONG,
+                prompt_tokens=len(prompt),
+                limit=prompt_limit(config),
+            )
+        seed = turn_seed(config.seed, sample.id, turn)
+        rules = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "stop": decoding.stop,
+            "ignore_eos": decoding.ignore_eos,
+        }
+        result = self.assembly.engine.generate(prompt, seed=seed, **rules)
+        last = turn == len(sample.turns) - 1
+        text = result.text or ""
+        correct = check_answer(self.benchmark.name, text, sample.answer) if last else None
+        audit = None
+        if self.auditor is not None:
+            replay = self.assembly.engine.emission(prompt, **rules)
+            ending = (replay, result.finish_reason)
+            audited = self.auditor.audit(
+                prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
+            )
+            audit = audited.as_dict()
+        return turn_record(
+            self.context,
+            result,
+            **place,
+            messages=messages,
+            link=self.loaded.link,
+            peak_vram_gib=peak_vram_gib(),
+            peak_ram_gib=peak_ram_gib(),
+            correct=correct,
+            extracted=extract_answer(self.benchmark.name, text) if correct is not None else None,
+            reference=sample.answer if correct is not None else None,
+            audit=audit,
+        )
+
+    def _prompt_ids(self, said: Sequence[str]) -> list[int]:
+        return self.target.chat_ids(_messages(said))
+
+
+def turn_seed(seed: int, sample_id: str, turn: int) -> int:
+    """The seed of a turn's samples: independent of which other samples run, and of a resume."""
+    digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _never_accepted(totals: Mapping[str, Any]) -> str:
+    """A note where drafting was for nothing; empty elsewhere."""
+    passes = totals["iterations"]
+    if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
+        return ""
+    return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
+
+
+def _messages(said: Sequence[str]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _origin(details: dict[str, Any]) -> str:
+    """Whether a substitute was quantized now, or earlier."""
+    cache = details.get("cache", {})
+    if not cache.get("read"):
+        return "quantized"
+    return f"{cache['read']} read from {cache['folder']} and {cache['quantized']} quantized"
+
+
+def _describe_prompts(benchmark: Benchmark) -> str:
+    rows = f"{len(benchmark.samples)} of {benchmark.available} rows"
+    text = f"benchmark {benchmark.name}: {rows}, {benchmark.source_detail}"
+    return f"{text}; {benchmark.note}" if benchmark.note else text
+
+
+def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
+    """The summary of a finished run to compare with, from its records."""
+    if run_dir is None:
+        return None
+    with _about("baseline"):
+        records, _ = read_records(run_dir)
+    if not records:
+        raise SubspecError(f"baseline={run_dir} holds no records: give the folder of a finished run")
+    return summarise(records)
+
+
+def _shortened(path: str, length: int = 40) -> str:
+    """A path that leaves room beside it in a table: its end says which one it is."""
+    return path if len(path) <= length else f"...{path[3 - length :]}"
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Name the config key in front of an error that does not name it itself."""
+    try:
+        yield
+    except SubspecError as error:
+        if str(error).startswith(key):
+            raise
+        raise type(error)(f"{key}: {error}") from error

@@ -1,0 +1,124 @@
+"""The record of one turn: what the runner hands to the run folder, the logger and the console.
+
+A record is a plain dict that survives strict JSON unchanged, so that what is read back from disk equals what was
+written. It keeps a digest of the prompt instead of the prompt: data sets have licences, and the tokens count.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from subspec.decoding.result import GenerationResult
+from subspec.records.metrics import LinkInfo, turn_metrics
+
+PROMPT_TOO_LONG = "prompt_too_long"
+"""Why a prompt was skipped: more tokens than ``benchmark.max_prompt_tokens`` or ``decoding.max_length`` leaves."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every record of a run says about the run.
+
+    Attributes:
+        benchmark: name of the benchmark.
+        source: where its prompts came from: ``hub``, ``file`` or ``sample``, never ``auto``.
+        target: name of the target.
+        draft: name of the draft method.
+        device: where it ran: ``cpu`` or ``cuda``, never ``auto``.
+        planted: whether the target's weights are planted.
+        seed: the run's seed.
+        bitwise: whether the target's passes were batch-invariant (``decoding.bitwise``).
+    """
+
+    benchmark: str
+    source: str
+    target: str
+    draft: str
+    device: str
+    planted: bool = False
+    seed: int = 0
+    bitwise: bool = False
+
+
+def turn_record(
+    context: RunContext,
+    result: GenerationResult,
+    *,
+    sample_id: str,
+    sample_index: int,
+    turn: int = 0,
+    messages: Sequence[Mapping[str, str]] | str | None = None,
+    link: LinkInfo | None = None,
+    peak_vram_gib: float | None = None,
+    peak_ram_gib: float | None = None,
+    correct: bool | None = None,
+    extracted: str | None = None,
+    reference: str | None = None,
+    audit: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The record of a finished turn.
+
+    Args:
+        context: the run.
+        result: the generation.
+        sample_id: the benchmark's own, stable name of the sample; with ``turn`` it is the record's key.
+        sample_index: position of the sample in the run's selection, from 0.
+        turn: 0, or the number of the turn in a conversation.
+        messages: the prompt, of which only a digest is kept.
+        link: see :func:`~subspec.records.metrics.turn_metrics`.
+        peak_vram_gib: likewise.
+        peak_ram_gib: likewise.
+        correct: whether the answer was right; None when it was not checked.
+        extracted: the answer found in the text.
+        reference: the benchmark's answer.
+        audit: fields of :class:`subspec.decoding.audit.AuditResult`; None: not audited.
+    """
+    metrics = turn_metrics(result, link=link, peak_vram_gib=peak_vram_gib, peak_ram_gib=peak_ram_gib)
+    return {
+        **_head(context, sample_id, sample_index, turn),
+        "prompt_sha256": prompt_digest(messages),
+        **metrics,
+        "token_ids": list(result.token_ids),
+        "text": result.text,
+        "correct": correct,
+        "extracted": extracted,
+        "reference": reference,
+        "audit": dict(audit) if audit is not None else None,
+    }
+
+
+def skipped_record(
+    context: RunContext, *, sample_id: str, sample_index: int, reason: str, turn: int = 0, **details: Any
+) -> dict[str, Any]:
+    """The record of a prompt that was not run, so that it is counted, and not tried again after a resume.
+
+    Args:
+        context: the run.
+        sample_id: as in :func:`turn_record`.
+        sample_index: as in :func:`turn_record`.
+        reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
+        turn: as in :func:`turn_record`.
+        details: what explains the reason, such as ``prompt_tokens=2100``.
+    """
+    return {**_head(context, sample_id, sample_index, turn), "skipped": {"reason": reason, **details}}
+
+
+def prompt_digest(messages: Sequence[Mapping[str, str]] | str | None) -> str | None:
+    """SHA-256 of a prompt: of the text itself, or of the messages as JSON with sorted keys."""
+    if messages is None:
+        return None
+    text = messages if isinstance(messages, str) else json.dumps([dict(m) for m in messages], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def _head(context: RunContext, sample_id: str, sample_index: int, turn: int) -> dict[str, Any]:
+    return {
+        "sample_id": str(sample_id),
+        "sample_index": sample_index,
+        "turn": turn,
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **asdict(context),
+    }

@@ -1,0 +1,390 @@
+"""Weights & Biases: a series per turn, one table of samples, the report's pictures, and the run's totals.
+
+Runs of one experiment are a group (``logger.group``), its job types are the drafts, and ``method`` in a run's
+configuration says draft, bits, tree and offloading in the words of the report. ``scripts/wandb_dashboard.py`` makes a
+workspace of that.
+
+``logger.mode=auto`` never prompts and never waits long: without a key, or without an answer from the service within
+``logger.init_timeout_s``, the run is written offline into its own folder, to be uploaded later with ``wandb sync``.
+
+A resumed run keeps its W&B id (``wandb_run.json`` in the run folder). Online, W&B continues the run; offline, a new
+folder of the same id is written that holds the earlier turns too, so that uploading the last one is enough.
+
+``wandb`` is imported only when a run starts with this logger: the import alone takes half a second.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from subspec.config.schema import WandbConfig, WandbMode
+from subspec.errors import ConfigError
+from subspec.records.method import method_label
+from subspec.records.metrics import ratio
+from subspec.runs.logger import Logger, describe
+from subspec.runs.wandb_service import drop_service, has_credentials, import_wandb, reachable
+from subspec.utils.files import plain, write_json
+
+RUN_FILE = "wandb_run.json"
+
+STEP = "sample_index"
+"""The axis of every series. Two turns of one conversation share a sample, and so a place on it."""
+
+SERIES = (
+    "tokens_per_s",
+    "tokens_per_s_total",
+    "tau",
+    "tau_published",
+    "prompt_tokens",
+    "new_tokens",
+    "iterations",
+    "prefill_s",
+    "decode_s",
+    "draft_s",
+    "verify_s",
+    "transfer_s",
+    "roofline_tokens_per_s",
+    "roofline_share",
+    "link_busy_share",
+    "peak_vram_gib",
+    "peak_ram_gib",
+)
+"""Fields of a record that become a series of their own; those that are None are left out."""
+
+COLUMNS = (
+    "sample_id",
+    "turn",
+    "prompt_tokens",
+    "new_tokens",
+    "tokens_per_s",
+    "tau",
+    "finish_reason",
+    "correct",
+    "audit_mismatch",
+    "audit_max_gap",
+    "skipped",
+    "text",
+)
+
+TEXT_LIMIT = 500
+"""Characters of a text in the samples table; ``records.jsonl`` has it whole."""
+
+
+class WandbLogger(Logger):
+    """Logs to Weights & Biases, online or offline.
+
+    Attributes:
+        mode: what it ended up with: ``online``, ``offline`` or ``disabled``; empty before the start.
+    """
+
+    def __init__(self, config: WandbConfig) -> None:
+        self.config = config
+        self.mode = ""
+        self.note = ""
+        # Two attempts at most (online, then offline), each with the library's own grace of ten seconds.
+        self.deadlines_s = {**Logger.deadlines_s, "start": 2 * (config.init_timeout_s + 15.0) + 15.0}
+        self._wandb: Any = None
+        self._run: Any = None
+        self._described: tuple[Path, Mapping[str, Any], Mapping[str, Any]]
+        self._step = 0  # the next free row of the run's history
+        self._sums = {
+            "verified_tokens": 0,
+            "iterations": 0,
+            "new_tokens": 0,
+            "decode_s": 0.0,
+            "prefill_s": 0.0,
+        }
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        run_dir: Path,
+        environment: Mapping[str, Any],
+        finished: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Begin or continue the W&B run, see the module's text.
+
+        Raises:
+            ConfigError: ``logger.mode=online`` without a key, or without an answer from the service.
+        """
+        self._wandb = import_wandb()
+        run_dir = Path(run_dir).resolve()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._setup()
+        run_id, known = _run_id(run_dir)
+        # "allow" even for a new id: had the first session been killed before it could store anything else, the
+        # second one continues; "never" would refuse it.
+        arguments = {
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(run_dir),
+            "project": self.config.project,
+            "entity": self.config.entity,
+            "group": self.config.group,
+            "tags": list(self.config.tags) or None,
+            "job_type": _name(config, "draft"),
+            "name": run_name(config),
+            "config": {**plain(config), "environment": plain(environment), "method": method_label(config)},
+        }
+        self._described = (run_dir, config, environment)
+        self._init(arguments)
+        if self.mode == "disabled":
+            return
+        self._define()
+        self._step = self._run.step if getattr(self._run, "resumed", False) else 0
+        sent = self._step
+        for position, record in enumerate(finished):
+            self._count(record)
+            if position >= sent:  # the service has the others
+                self._log(record, position)
+        if known and finished:
+            again = (
+                "continued" if self.mode == "online" else f"with the {len(finished)} earlier turn(s) again"
+            )
+            self.note += f"; run {run_id} {again}"
+
+    def log_turn(self, record: Mapping[str, Any], step: int) -> None:
+        """The turn's series and the running totals; nothing for a skipped prompt."""
+        if self._run is None:
+            return
+        self._count(record)
+        self._log(record, step)
+
+    def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """The samples table, and the report's pictures of this run."""
+        if self._run is None:
+            return
+        table = self._wandb.Table(columns=list(COLUMNS), data=[_row(record) for record in records])
+        self._run.log({"samples": table}, step=self._take_step(len(records)))
+        pictures = self._pictures(records)
+        if pictures:
+            self._run.log(pictures, step=self._take_step(len(records)))
+
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
+        """Acceptance by depth as a plot, totals into the W&B summary, and the run is closed whatever happens."""
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        try:
+            if summary is not None:
+                self._plot_acceptance(run, summary)
+                run.summary.update(flat_summary(summary))
+        finally:
+            run.finish(exit_code=exit_code)
+
+    def abandon(self) -> None:
+        """End the library's helper process with whatever it is waiting for."""
+        self._run = None
+        if self._wandb is not None:
+            drop_service(self._wandb)
+
+    # ---------------------------------------------------------------------------------------- starting
+
+    def _init(self, arguments: dict[str, Any]) -> None:
+        wandb, wanted = self._wandb, self.config.mode
+        by_environment = os.environ.get("WANDB_MODE", "") if wanted is WandbMode.auto else ""
+        if by_environment == "disabled":
+            self.mode, self.note = "disabled", "W&B: switched off by WANDB_MODE=disabled"
+            return
+        reason = ""
+        if by_environment in ("offline", "dryrun"):
+            reason = "WANDB_MODE=offline"
+        elif wanted is not WandbMode.offline:
+            reason = self._try_online(arguments)
+            if not reason:
+                return
+            if wanted is WandbMode.online:
+                raise ConfigError(
+                    f"logger.mode=online, but {reason}: log in with `wandb login`, check the network, or use "
+                    "logger.mode=offline (logger.mode=auto goes offline by itself)"
+                )
+        self._run = wandb.init(mode="offline", settings=self._run_settings(), **arguments)
+        self.mode = "offline"
+        folder = Path(self._run.dir).parent
+        why = f" ({reason})" if reason else ""
+        self.note = f"W&B: offline{why}; upload with `wandb sync {_relative(folder)}`"
+
+    def _try_online(self, arguments: dict[str, Any]) -> str:
+        """Go online. Returns the reason when that is not possible, else an empty string."""
+        wandb = self._wandb
+        if not has_credentials(wandb):
+            return "no W&B key found"
+        host = wandb.setup().settings.base_url
+        if not reachable(host, min(self.config.init_timeout_s, 5.0)):
+            return f"{urlsplit(host).hostname} cannot be reached"
+        before = set(_folders(arguments["dir"]))
+        try:
+            self._run = wandb.init(mode="online", settings=self._run_settings(), **arguments)
+        except Exception as error:
+            self._forget_attempt(set(_folders(arguments["dir"])) - before)
+            return f"W&B did not let the run start within {self.config.init_timeout_s:g} s, {describe(error)}"
+        self.mode = "online"
+        self.note = f"W&B: {self._run.url}"
+        return ""
+
+    def _setup(self) -> None:
+        self._wandb.setup(settings=self._settings(silent=True))
+
+    def _forget_attempt(self, folders: set[Path]) -> None:
+        """After a failed start: the helper process holds the run's id, so a new one has to take over."""
+        drop_service(self._wandb)
+        self._setup()
+        for folder in folders:  # no turn was logged: leave nothing that somebody might try to upload
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _run_settings(self) -> Any:
+        return self._settings(
+            silent=True,
+            console="off",  # wrapping stdout would break the progress bar
+            disable_git=True,  # the environment has the revision; the remote's address is nobody's business
+            save_code=False,
+            init_timeout=self.config.init_timeout_s,
+            finish_timeout=self.deadlines_s["finish"] - 20.0,
+        )
+
+    def _settings(self, **values: Any) -> Any:
+        """Settings this version of the library knows; the others are younger than the oldest one allowed."""
+        settings = self._wandb.Settings
+        return settings(**{name: value for name, value in values.items() if name in settings.model_fields})
+
+    # ----------------------------------------------------------------------------------------- logging
+
+    def _define(self) -> None:
+        # No automatic summary: the last turn's value is not the run's. The totals are put there at the end.
+        self._run.define_metric(STEP, summary="none", hidden=True)
+        for pattern in (*SERIES, "correct", "audit/*", "total/*"):
+            self._run.define_metric(pattern, step_metric=STEP, summary="none")
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        for name in self._sums:
+            self._sums[name] += record.get(name) or 0
+
+    def _take_step(self, position: int) -> int:
+        """The row for a position: the position itself, or the next free row, for W&B drops rows that go back."""
+        step = max(position, self._step)
+        self._step = step + 1
+        return step
+
+    def _log(self, record: Mapping[str, Any], position: int) -> None:
+        if record.get("skipped"):
+            return
+        values: dict[str, Any] = {name: record.get(name) for name in SERIES}
+        values["correct"] = None if record.get("correct") is None else int(record["correct"])
+        audit = record.get("audit") or {}
+        values |= {f"audit/{name}": audit.get(name) for name in ("exact", "near_tie", "mismatch", "max_gap")}
+        sums = self._sums
+        values |= {
+            "total/tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
+            "total/tokens_per_s_total": ratio(sums["new_tokens"], sums["prefill_s"] + sums["decode_s"]),
+            "total/tau": ratio(sums["verified_tokens"], sums["iterations"]),
+            "total/new_tokens": sums["new_tokens"],
+        }
+        values = {name: value for name, value in values.items() if value is not None}
+        self._run.log({STEP: record["sample_index"], **values}, step=self._take_step(position))
+
+    def _pictures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``plots/acceptance``, ``plots/time_split``, ``plots/roofline``, as far as the run has them."""
+        # Imported here: matplotlib takes a second, and drawing is the report's business.
+        import io
+
+        from PIL import Image
+
+        from subspec.report.single import run_figures
+
+        images = {}
+        for name, figure in run_figures(*self._described, records).items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
+            images[f"plots/{name}"] = self._wandb.Image(Image.open(buffer))
+        return images
+
+    def _plot_acceptance(self, run: Any, summary: Mapping[str, Any]) -> None:
+        rates = summary["totals"]["accept_rate_by_depth"]
+        rows = [[depth, rate] for depth, rate in enumerate(rates, start=1) if rate is not None]
+        if not rows:
+            return
+        table = self._wandb.Table(columns=["depth", "accept_rate"], data=rows)
+        plot = self._wandb.plot.line(table, "depth", "accept_rate", title="Acceptance rate by depth")
+        run.log({"accept_rate_by_depth": plot}, step=self._take_step(0))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """A readable name: target, draft (with its quantizer), benchmark and seed."""
+    draft = _name(config, "draft")
+    quant = config.get("quant") or {}
+    if draft == "subspec" and quant.get("name") not in (None, "none"):
+        bits = quant.get("bits")
+        draft += f"-{quant['name']}{bits if bits is not None else ''}"
+    parts = (_name(config, "target"), draft, _name(config, "benchmark"), f"seed{config.get('seed', 0)}")
+    return " ".join(part for part in parts if part)
+
+
+def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a summary, the totals bare, the others as ``audit/exact``; lists and nulls are left out."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add(f"{prefix}/{key}" if prefix else str(key), item)
+        elif value is not None and not isinstance(value, list):
+            flat[prefix] = value
+
+    add("", plain(summary["totals"]))
+    for name, value in summary.items():
+        if name not in ("totals", "config", "environment"):
+            add(name, plain(value))
+    return flat
+
+
+def _run_id(run_dir: Path) -> tuple[str, bool]:
+    """The W&B id of this run folder, made on the first start; and whether it was there already."""
+    file = run_dir / RUN_FILE
+    try:
+        run_id = json.loads(file.read_text(encoding="utf-8"))["id"]
+        if isinstance(run_id, str) and run_id.isalnum():
+            return run_id, True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    # The agent of a sweep has named the run already; another id would not count as the sweep's.
+    assigned = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+    run_id = assigned if assigned.isalnum() else secrets.token_hex(4)
+    write_json(file, {"id": run_id})
+    return run_id, False
+
+
+def _row(record: Mapping[str, Any]) -> list[Any]:
+    audit = record.get("audit") or {}
+    text = record.get("text")
+    if text is not None and len(text) > TEXT_LIMIT:
+        text = text[:TEXT_LIMIT] + "…"
+    special = {
+        "audit_mismatch": audit.get("mismatch"),
+        "audit_max_gap": audit.get("max_gap"),
+        "skipped": (record.get("skipped") or {}).get("reason"),
+        "text": text,
+    }
+    return [special[name] if name in special else record.get(name) for name in COLUMNS]
+
+
+def _name(config: Mapping[str, Any], group: str) -> str:
+    return str((config.get(group) or {}).get("name") or "")
+
+
+def _folders(run_dir: str) -> list[Path]:
+    return [folder for folder in Path(run_dir, "wandb").glob("run-*") if folder.is_dir()]
+
+
+def _relative(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,47 @@
+"""What sizes and kernels need to know of a model: its shapes, read off its configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from subspec.targets.meta_model import parameter_shapes
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What sizes depend on; every layer of the supported families has the same parameters, those of ``layer``."""
+
+    layers: int
+    layer: Mapping[str, torch.Size]
+    shared: Mapping[str, torch.Size]
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "ModelSpec":
+        """Read off a transformers configuration; no weights are made."""
+        layer, shared = parameter_shapes(config)
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            layer=layer,
+            shared=shared,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab=shared["model.embed_tokens.weight"][0],
+            tied="lm_head.weight" not in shared,
+        )
+
+    def vector_sizes(self, itemsize: int) -> list[int]:
+        """Norms and biases of one layer, which the substitute needs on the device whatever is streamed."""
+        return [shape.numel() * itemsize for shape in self.layer.values() if len(shape) == 1]

@@ -1,0 +1,341 @@
+"""Runs through the whole command line, on a tiny model: what they generate, record, print and refuse to lose."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+import subspec.decoding.engine
+import subspec.runs.runner
+from subspec.benchmarks import load_benchmark
+from subspec.config.schema import BenchmarkConfig, Source
+from subspec.runs.logger import NoLogger
+from subspec.runs.turn import prompt_digest
+from tests.helpers.cli import cli, command, records_of, summary_of, timeless, tiny_run
+from tests.helpers.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=4096)
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, tmp_path_factory):
+    """``run("draft=none", ...)``: a finished run; returns what it printed and its folder."""
+
+    def start(*overrides, code=0, tokens=24, samples=2):
+        folder = tmp_path_factory.mktemp("run")
+        ran = cli(*tiny_run(checkpoint, folder, tokens=tokens, samples=samples), *overrides)
+        assert ran.code == code, ran.err
+        return ran, folder
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    """Plain greedy decoding: what every draft must reproduce."""
+    return run("draft=none")
+
+
+def texts(folder):
+    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(folder)}
+
+
+# ------------------------------------------------------------------------------------------ losslessness
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("tree", ["chain", "beam", "adaptive"])
+def test_a_draft_changes_no_token(run, plain, tree, bits):
+    _, folder = run(f"tree={tree}", "tree.depth=6", f"quant.bits={bits}", "audit=true")
+    assert texts(folder) == texts(plain[1])
+    records = records_of(folder)
+    assert all(record["audit"]["mismatch"] == 0 for record in records)
+    if bits == 4:  # a draft worth the name: more than a token per pass
+        assert summary_of(folder)["totals"]["tau"] > 1
+
+
+@pytest.mark.parametrize("tree", ["chain", "beam"])
+def test_sampling_draws_what_plain_sampling_draws(run, tree):
+    sampling = ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_k=40", "decoding.top_p=0.95"]
+    _, alone = run(*sampling, "draft=none", "seed=3")
+    _, drafted = run(*sampling, f"tree={tree}", "seed=3", "audit=true")
+    assert texts(drafted) == texts(alone)
+    assert all(record["audit"]["mismatch"] == 0 for record in records_of(drafted))
+    greedy = run("draft=none", "seed=3")
+    assert texts(alone) != texts(greedy[1])
+
+
+def test_another_seed_draws_something_else(run):
+    rows = "benchmark.max_samples=null"  # the same prompts, whatever the seed selects
+    first, second = (texts(run("decoding=sampling", "draft=none", rows, f"seed={s}")[1]) for s in (0, 1))
+    assert first.keys() == second.keys()
+    assert first != second
+
+
+def test_a_broken_verifier_is_found_by_the_audit(run, plain, monkeypatch):
+    verify = subspec.decoding.engine.verify
+    monkeypatch.setattr(
+        subspec.decoding.engine,
+        "verify",
+        lambda tree, chosen, *levels: verify(tree, (chosen + 1) % 320, *levels),
+    )
+    ran, folder = run("audit=true", code=3)
+    summary = summary_of(folder)
+    wrong = summary["audit"]["mismatch"]
+    assert wrong > 0
+    assert re.search(
+        rf"audit found {wrong} token\(s\) .*largest gap [\d.]+ logits.*{folder}/records\.jsonl", ran.error
+    )
+    assert f"AUDIT FAILED: {wrong} token(s)" in ran.out
+    assert len(records_of(folder)) == summary["counts"]["turns"] == 2
+    assert sum(record["audit"]["mismatch"] for record in records_of(folder)) == wrong
+    assert texts(folder) != texts(plain[1])
+
+
+def test_an_audited_run_says_so(run):
+    ran, folder = run("audit=true")
+    tokens = sum(record["new_tokens"] for record in records_of(folder))
+    audit = summary_of(folder)["audit"]
+    assert audit["exact"] + audit["near_tie"] == tokens
+    assert audit["turns"] == 2
+    assert audit["max_gap"] <= audit["margin"]
+    assert re.search(rf"losslessness audit +passed: tokens exact {audit['exact']}, .*mismatches 0", ran.out)
+
+
+# --------------------------------------------------------------------------------------------- records
+
+FIGURES = """
+    prompt_tokens new_tokens iterations tau tau_published accept_rate_by_depth prefill_s decode_s tokens_per_s
+    tokens_per_s_total draft_s verify_s transfer_s bytes_streamed link_gb_per_s roofline_tokens_per_s roofline_share
+    link_busy_share peak_vram_gib peak_ram_gib finish_reason
+"""
+
+
+def test_a_record_holds_every_metric(run, plain):
+    _, folder = run("draft=subspec")
+    for record, alone in zip(records_of(folder), records_of(plain[1]), strict=True):
+        assert set(FIGURES.split()) <= set(record)
+        assert record["new_tokens"] == len(record["token_ids"]) == 24
+        assert record["verified_tokens"] == 23
+        assert record["tau"] == 23 / record["iterations"]
+        assert record["tau_published"] == 24 / (1 + record["iterations"])
+        assert alone["iterations"] == 23
+        assert alone["tau"] == 1
+        assert record["prefill_s"] > 0
+        assert record["decode_s"] >= record["draft_s"] + record["verify_s"] - 0.01
+        assert (record["draft"], alone["draft"]) == ("subspec", "none")
+        assert (record["source"], record["device"], record["seed"]) == ("sample", "cpu", 0)
+        assert record["correct"] is False  # of noise
+        assert record["prompt_sha256"] == alone["prompt_sha256"]
+
+
+def test_the_summary_says_what_ran(run, checkpoint):
+    _, folder = run("target.dtype=auto", "device=auto", "warmup=2")
+    summary = summary_of(folder)
+    facts = summary["run"]
+    assert (facts["dtype"], facts["device"], facts["target_source"]) == ("float32", "cpu", str(checkpoint))
+    assert facts["substitute"]["quantizer"] == "hqq"
+    assert facts["substitute"]["bits_per_weight"] == pytest.approx(5.0)
+    assert facts["warmup_generations_excluded"] == 2
+    assert facts["benchmark_detail"] == "packaged sample prompts"
+    assert summary["config"] == yaml.safe_load((folder / "config.yaml").read_text())
+    assert summary["environment"]["versions"]["torch"]
+    assert summary["counts"]["samples"] == 2
+    assert summary["totals"]["new_tokens"] == 48
+
+
+def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
+    overrides = ["tree=adaptive", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
+    _, folder = run(*overrides)
+    shown = cli(*tiny_run(checkpoint, folder, tokens=24), *overrides, "--cfg", "job", "--resolve")
+    assert yaml.safe_load(shown.out) == yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_showing_the_configuration_runs_nothing(checkpoint, tmp_path):
+    ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "--cfg", "job")
+    assert ran.code == 0
+    assert yaml.safe_load(ran.out)["tree"]["name"] == "beam"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_second_turn_follows_the_first_answer(run):
+    _, folder = run("benchmark=mt_bench", "audit=true", samples=1)
+    first, second = records_of(folder)
+    assert (first["turn"], second["turn"]) == (0, 1)
+    (sample,) = load_benchmark(BenchmarkConfig("mt_bench", Source.sample, max_samples=1), seed=0).samples
+    asked, then = ({"role": "user", "content": text} for text in sample.turns)
+    answer = {"role": "assistant", "content": first["text"]}
+    assert first["prompt_sha256"] == prompt_digest([asked])
+    assert second["prompt_sha256"] == prompt_digest([asked, answer, then])
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
+    assert summary_of(folder)["counts"] | {"skipped": 0, "finish_reasons": 0} == {
+        "samples": 1,
+        "turns": 2,
+        "skipped": 0,
+        "finish_reasons": 0,
+    }
+
+
+@pytest.mark.parametrize("draft", ["none", "subspec"])
+def test_a_stop_string_ends_the_text(run, plain, draft):
+    texts = [record["text"] for record in records_of(plain[1])]
+    stop = re.search(r"(?<=..)[a-zA-Z]{2}", texts[0])[0]
+    _, folder = run(f"draft={draft}", f"decoding.stop=[{stop}]")
+    record = records_of(folder)[0]
+    assert record["finish_reason"] == "stop"
+    assert record["text"] == texts[0][: texts[0].index(stop)]
+
+
+def test_a_local_file_of_prompts(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "one", "question": "What is 3 + 4?", "answer": "3 + 4 = 7\\n#### 7"}\n')
+    ran, folder = run("benchmark.source=file", f"benchmark.path={rows}", samples=5)
+    (record,) = records_of(folder)
+    assert (record["sample_id"], record["source"], record["reference"]) == ("gsm8k/one", "file", "7")
+    assert "1 of 1 rows" in ran.out
+    assert "packaged sample prompts" not in ran.out
+
+
+@pytest.mark.parametrize(("later", "most"), [(3.0, 6.0), (7.0, 7.0)])
+def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, later, most):
+    """Loading's peaks, before the turns' own begin anew. A stand-in for the allocator, around a run on the CPU."""
+    peaks = {"allocated": 5.0, "reserved": 6.0}
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    load = subspec.runs.runner.load
+    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: cuda)
+    monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "this is no GPU")
+    monkeypatch.setattr(
+        subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console)
+    )
+    monkeypatch.setattr(subspec.runs.runner, "peak_vram_gib", lambda: peaks["allocated"])
+    monkeypatch.setattr(subspec.runs.runner, "reserved_vram_gib", lambda: peaks["reserved"])
+    reset = lambda device: peaks.update(allocated=2.0, reserved=later)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    _, folder = run("draft=none")
+    summary = summary_of(folder)
+    assert summary["peak_vram_gib"] == 2.0
+    assert (summary["run"]["loading_peak_vram_gib"], summary["run"]["reserved_vram_gib"]) == (5.0, most)
+    assert json.loads((folder / "facts.json").read_text()) == summary["run"]
+
+
+def test_without_a_gpu_there_is_no_device_memory(plain):
+    assert not [name for name in summary_of(plain[1])["run"] if "vram" in name]
+
+
+# --------------------------------------------------------------------------------- baselines and sweeps
+
+
+def test_the_speed_up_over_a_baseline(run, plain):
+    ran, folder = run("draft=subspec", f"baseline={plain[1]}")
+    ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
+    found = re.search(r"speed-up over \S+ +([\d.]+)x decode, [\d.]+x overall", ran.out)
+    assert float(found[1]) == pytest.approx(ours / theirs, abs=0.006)
+
+
+def test_the_logger_and_the_summary_get_the_speed_up(run, plain, monkeypatch):
+    from subspec.runs.logger import NoLogger
+
+    finished = []
+    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
+    _, folder = run("draft=subspec", "seed=0", f"baseline={plain[1]}")
+    (summary,) = finished
+    ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
+    assert summary["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
+    assert summary_of(folder)["speedup"] == summary["speedup"]
+    assert "speedup" not in summary_of(plain[1])
+
+
+def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):
+    """The flag may stand anywhere, and one job that cannot run keeps no other from running."""
+    sweep = tmp_path / "sweep"
+    options = [a for a in tiny_run(checkpoint, sweep) if not a.startswith("run_dir")]
+    options += [
+        "-m",
+        "quant=hqq,none",
+        "draft=none,subspec",
+        f"hydra.sweep.dir={sweep}",
+        "hydra/launcher=basic",
+    ]
+    ran = cli(*options)
+    assert ran.code == 2
+    assert [records_of(sweep / name)[0]["draft"] for name in "012"] == ["none", "subspec", "none"]
+    assert texts(sweep / "1") == texts(sweep / "0")
+    assert yaml.safe_load((sweep / "1" / "config.yaml").read_text())["run_dir"] == f"{sweep}/1"
+    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert re.match(
+        r"error: job 3 \(.*quant=none draft=subspec .*\): draft=subspec without a quantizer", errors[0]
+    )
+    assert re.match(
+        r"error: 1 of 4 jobs did not end well.* sweep_dir=\S+ runs only what is missing", errors[1]
+    )
+    assert "Traceback" not in ran.err
+
+    before = records_of(sweep / "1")
+    (sweep / "0" / "records.jsonl").unlink()
+    again = cli(*options)
+    assert "2 of 4 job(s) had been finished before" in again.out
+    assert records_of(sweep / "1") == before
+    assert len(records_of(sweep / "0")) == 2
+
+
+# ------------------------------------------------------------------------------------ loggers and folders
+
+
+def test_a_logger_that_fails_loses_no_record(run, monkeypatch):
+    def fail(self, record, step):
+        raise ConnectionError("the service went away")
+
+    monkeypatch.setattr(NoLogger, "log_turn", fail)
+    ran, folder = run("draft=none")
+    assert len(records_of(folder)) == 2
+    assert summary_of(folder)["counts"]["turns"] == 2
+    assert ran.out.count("warning: No logger: log_turn failed: ConnectionError: the service went away") == 1
+
+
+def test_offline_from_another_folder_into_one_with_an_unusual_name(checkpoint, tmp_path):
+    """As a user without an account runs it: a process, the default logger, a name that a shell would quote."""
+    place = tmp_path / "größe (1), a=b"
+    place.mkdir()
+    arguments = [a for a in tiny_run(checkpoint, "my run") if a != "logger=none"]
+    bare = {"WANDB_API_KEY": None, "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": None}
+    process = command(*arguments, f"run_dir={place}/my run", cwd=tmp_path, env=bare)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = place / "my run"
+    assert len(records_of(folder)) == 2
+    assert "offline" in out
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert not (tmp_path / "wandb").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {place.name}
+
+    again = cli(f"run_dir={folder}", "resume=true", "logger=none")
+    assert again.code == 0, again.err
+    assert "every sample is finished" in again.out
+
+
+def test_a_home_folder_is_found(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = cli(*tiny_run(checkpoint, "~/run", samples=1), "draft=none")
+    assert ran.code == 0, ran.err
+    assert len(records_of(tmp_path / "run")) == 1
+
+
+def test_two_runs_of_one_configuration_differ_in_times_only(run, plain):
+    _, folder = run("draft=none")
+    assert timeless(records_of(folder)) == timeless(records_of(plain[1]))
+
+
+def test_the_shipped_check_of_an_installation(tmp_path):
+    ran = cli("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
+    assert ran.code == 0, ran.err
+    assert "losslessness audit  passed: tokens exact 64" in ran.out
+    assert "planted" in ran.out
+    summary = summary_of(tmp_path)
+    assert summary["audit"]["mismatch"] == 0
+    assert summary["counts"]["turns"] == 2

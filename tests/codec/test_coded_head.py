@@ -1,0 +1,377 @@
+"""An LM head that is coded by the draft's own is the exact one, bit for bit, and so are the texts."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspec.codec import coded_layer, format
+from subspec.codec import restore as kernel
+from subspec.codec.coded_head import ROW_MULTIPLE, CodedHead, encode_head, slice_rows
+from subspec.codec.coding import HEAD_BITS, reserved_bits
+from subspec.codec.format import encode
+from subspec.config.enums import Codec
+from subspec.config.schema import Placement, PlantedTargetConfig
+from subspec.decoding.audit import Auditor
+from subspec.decoding.engine import Engine
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
+from subspec.errors import SubspecError
+from subspec.levels.build import ROLES, LayerFuser
+from subspec.offload import loader
+from subspec.offload.loader import load_streamed
+from subspec.planning.plan import plan_run
+from subspec.quant.affine_format import AffineFormat, affine_format
+from subspec.quant.codebook_format import LutFormat
+from subspec.quant.higgs_weight import HiggsCodeQuantizer
+from subspec.quant.intervals import margin_of
+from subspec.quant.quantized_weight import HqqCodes
+from subspec.runs.loading import Loaded
+from subspec.session import assemble_streamed
+from subspec.targets.layers import open_source
+from tests.codec.test_coded_layer import ROOM, assert_exact
+from tests.helpers.planning import DRAFTS, settings
+from tests.helpers.tiny import tiny_model
+from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
+
+CPU = torch.device("cpu")
+NO_DRAFT = {Codec.none: DRAFTS["none"], Codec.substitute: DRAFTS["subspec"]}
+VOCABULARY, SMALLER = 2003, 331  # no multiples of anything; of the larger one a decoded layer holds half
+QUANTS = {
+    "hqq 4": (4, "int4_mma"),
+    "hqq 4, Triton": (4, "triton_wq"),
+    "hqq 8": (8, "triton_wq"),
+    "hqq 3": (3, "triton_wq"),
+    "higgs": (None, "lut_mma"),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """The torch decoder takes a step per weight of a chunk, whatever the matrix; the CUDA one knows its own length."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    if not any(request.node.get_closest_marker(name) for name in ("gpu", "slow")):
+        monkeypatch.setattr(format, "CHUNK", 32)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(device="cpu", family="qwen2", **options):
+    shape = {"layers": 2, "hidden_size": 128, "intermediate_size": 192, "vocab_size": VOCABULARY}
+    return tiny_model(family, **{**shape, **options}).to(torch.device(device), torch.bfloat16)
+
+
+def fuser_of(model, quant="hqq 4"):
+    bits, name = QUANTS[quant]
+    roles = [*ROLES, "head"]
+    if bits is None:
+        formats, quantizer = dict.fromkeys(roles, LutFormat()), HiggsCodeQuantizer()
+    else:
+        formats, quantizer = dict.fromkeys(roles, affine_format(bits, 64, name)), HqqCodes(bits)
+    return LayerFuser(model.config, quantizer, kernel=name, keep_exact=frozenset(), formats=formats)
+
+
+def load_coded(
+    model,
+    *,
+    resident=(1,),
+    slots=2,
+    quant="hqq 4",
+    planned=ROOM,
+    layer_bytes=ROOM,
+    embedding=Placement.device,
+):
+    """With the LM head coded."""
+    plan = plan_for(resident, slots, embedding, Codec.substitute, layer_bytes)
+    object.__setattr__(plan, "coded_head_bytes", planned)
+    return load_streamed(ModelSource(model), plan, model.device, fuser=fuser_of(model, quant))
+
+
+def load_plain(model, resident=(1,)):
+    return load_streamed(ModelSource(model), plan_for(resident), model.device, fuser=None)
+
+
+def assert_head(coded, weight):
+    """Every slice, bit for bit."""
+    rows = [coded.decode(number).clone() for number in range(len(coded.code.slices))]
+    assert torch.equal(torch.cat(rows).view(torch.int16), weight.data.view(torch.int16))
+
+
+@given(st.integers(1, 5000), st.integers(1, 64).map(lambda k: 64 * k), st.integers(1, 300))
+def test_slices_are_all_rows_and_fit(vocabulary, hidden, rows):
+    room = 2 * hidden * (ROW_MULTIPLE + rows)
+    slices = slice_rows(vocabulary, hidden, room)
+    assert [row for first, count in slices for row in range(first, first + count)] == list(range(vocabulary))
+    assert all(2 * hidden * count <= room and count > 0 for _, count in slices)
+    assert all(count % ROW_MULTIPLE == 0 for _, count in slices[:-1])
+    assert len(slices) == -(-vocabulary // (room // (2 * hidden) // ROW_MULTIPLE * ROW_MULTIPLE))
+    with pytest.raises(ValueError, match=r"32 rows .* do not fit"):
+        slice_rows(vocabulary, hidden, 2 * hidden * ROW_MULTIPLE - 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [64, 331, 1000])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_head_is_rebuilt_bit_for_bit(quant, rows, device):
+    model = tiny(device, vocab_size=SMALLER)
+    weight = model.lm_head.weight
+    near = weight.clone()
+    weight[7, 3], weight[330, 127], weight[200, 5] = float("nan"), -0.0, 1e30  # whatever a checkpoint holds
+    codes = []
+    head = fuser_of(model, quant).fuse_head(near, codes)
+    room = 2 * 128 * rows
+    code = encode_head(weight, codes[0], head, room)
+    assert len(code.slices) == {64: 6, 331: 2, 1000: 1}[rows]  # 331: 320 rows and a rest, cut into equal ones
+    assert code.nbytes == code.flat.numel()
+    assert code.bits_per_weight == pytest.approx(8 * code.nbytes / weight.numel())
+    buffer = torch.full((room,), 77, dtype=torch.uint8, device=weight.device)
+    assert_head(CodedHead(code, head, buffer), weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_are_those_of_the_exact_head(device):
+    model = tiny(device)
+    weight, codes = model.lm_head.weight, []
+    head = fuser_of(model).fuse_head(weight, codes)
+    coded = CodedHead(
+        encode_head(weight, codes[0], head, 2 * 128 * 96),
+        head,
+        torch.zeros(2 * 128 * 96, dtype=torch.uint8, device=weight.device),
+    )
+    for rows in (1, 5, 48):
+        hidden = torch.randn(rows, 128, device=weight.device).bfloat16()
+        logits, expected = coded.logits(hidden), model.lm_head(hidden)
+        assert logits.shape == expected.shape == (rows, VOCABULARY)
+        assert logits.dtype == torch.bfloat16
+        torch.testing.assert_close(logits, expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.95)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("quant", ["hqq 4", "hqq 8", "higgs"])
+def test_text_by_a_coded_head_is_the_plain_text(quant, sampling):
+    model = tiny()
+    plain, coded = load_plain(model), load_coded(model, quant=quant)
+    texts = []
+    for loaded in (plain, coded):
+        engine = Engine(loaded.decoder, max_length=64, prefill_chunk=4, sampling=sampling)
+        texts.append([engine.generate(PROMPT, max_new_tokens=10, seed=seed).token_ids for seed in (0, 1)])
+    assert texts[0] == texts[1]
+    assert (texts[0][0] == texts[0][1]) == sampling.greedy
+    assert_exact(coded, model)  # layers that are decoded after the head
+    assert_head(coded.decoder.coded_head, model.lm_head.weight)
+    plain.close()
+    coded.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_speculation_with_a_coded_head_passes_the_audit(device):
+    pytest.importorskip("triton")
+    from subspec.levels.captured_draft import CapturedDraft
+    from subspec.levels.model import Attention
+
+    model = tiny(device)
+    loaded = load_coded(model)
+    draft = CapturedDraft(loaded.substitute, attention=Attention(splits=4))
+    engine = Engine(loaded.decoder, draft, Beam(4, 3), max_length=96)
+    result = engine.generate(PROMPT, max_new_tokens=60 if device == "cuda" else 4)
+    assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
+    assert Auditor(loaded.decoder).audit(PROMPT, result.token_ids).mismatch == 0
+    loaded.close()
+
+
+def test_nothing_else_holds_the_exact_head():
+    model = tiny()
+    loaded = load_coded(model, embedding=Placement.host)
+    decoder, substitute = loaded.decoder, loaded.substitute
+    assert decoder.model.lm_head.weight.is_meta
+    assert decoder.dtype == torch.bfloat16
+    assert decoder.vocab_size == substitute.vocab_size == VOCABULARY
+    assert "lm_head.weight" not in loaded.shared
+    assert substitute.head is None
+    assert substitute.draft_head is not None
+    code = decoder.coded_head.code
+    assert loaded.head_bits_per_weight == code.bits_per_weight < 16
+    assert len(code.slices) == 3
+    assert decoder.coded_head._weights[0].untyped_storage().data_ptr() == decoder.decoding.buffer.data_ptr()
+    loaded.close()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_head_that_is_not_to_be_coded_stays_as_it_is(tie):
+    model = tiny(tie=tie)
+    loaded, plain = load_coded(model, planned=0), load_plain(model)
+    assert loaded.decoder.coded_head is None
+    assert loaded.head_bits_per_weight is None
+    assert loaded.substitute.draft_head is not None
+    assert torch.equal(loaded.substitute.head, model.lm_head.weight)
+    assert (loaded.substitute.head is loaded.substitute.embedding) == tie
+    texts = [
+        Engine(one.decoder, max_length=64).generate(PROMPT, max_new_tokens=6).token_ids
+        for one in (loaded, plain)
+    ]
+    assert texts[0] == texts[1]
+    loaded.close()
+    plain.close()
+
+
+def test_the_same_draft_whether_its_head_codes_or_not():
+    """Only when it is made is another: first of all instead of last."""
+    model = tiny()
+    drafts = [load_coded(model, planned=planned).substitute for planned in (0, ROOM)]
+    for one, other in zip(*(draft.draft_head.tensors for draft in drafts), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_a_head_larger_than_planned_takes_the_place_of_resident_layers():
+    model = tiny(layers=3)
+    free = load_coded(model, resident=(0, 1, 2))
+    sizes = [layer.nbytes for layer in free.decoder.decoding.layers.values()]
+    head = free.decoder.coded_head.code.nbytes
+    free.close()
+    left = 4 * max(sizes) - sum(sizes)  # with a ring of one slot, which is empty
+    for planned, all_stay in ((head - left, True), (head - left - 1, False)):
+        loaded = load_coded(model, resident=(0, 1, 2), slots=1, planned=planned, layer_bytes=max(sizes))
+        decoder = loaded.decoder
+        assert (len(decoder.decoding.resident) == 3) == all_stay
+        ring = 0 if all_stay else decoder.streamer.slots[0].numel()
+        held = sum(flat.numel() for flat in decoder.decoding.resident.values()) + ring
+        assert held + decoder.coded_head.code.nbytes <= 4 * max(sizes) + planned
+        loaded.close()
+
+
+def test_the_exact_head_is_gone_before_layers_are_loaded(monkeypatch):
+    """Quantized and coded first of all, and forgotten."""
+    model, there = tiny(), []
+    fuse, exact = LayerFuser.fuse, []
+    original = loader.encode_head
+
+    def encode(weight, *arguments):
+        exact.append(weight.data_ptr())
+        return original(weight, *arguments)
+
+    def fused(self, *arguments, **options):
+        there.append(len(exact))
+        return fuse(self, *arguments, **options)
+
+    monkeypatch.setattr(loader, "encode_head", encode)
+    monkeypatch.setattr(LayerFuser, "fuse", fused)
+    load_coded(model).close()
+    assert there == [1, 1]
+    assert exact == [model.lm_head.weight.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny_tied"])
+def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
+    """From the configuration to the record; a tied table is needed as it is."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    planted = PlantedTargetConfig(name=f"planted_{shape}", shape=shape)
+    quant = {"modules": ["attention", "mlp", "lm_head"]}
+    lengths = {"max_length": 128}
+    config = replace(
+        settings(1.0, codec=Codec.substitute, quant=quant, decoding=lengths, tree=(3, 3), resident_layers=1),
+        target=planted,
+    )
+    source = open_source(planted, torch.bfloat16, CPU, note=lambda text: None)
+    texts, reports = [], []
+    for kind in (Codec.none, Codec.substitute, Codec.substitute):
+        settings_of = replace(config, offload=replace(config.offload, codec=kind), draft=NO_DRAFT[kind])
+        plan = plan_run(settings_of, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        assembly = assemble_streamed(settings_of, source, plan, CPU, note=lambda text: None)
+        engine = Engine(assembly.decoder, max_length=64)
+        texts.append(engine.generate(PROMPT, max_new_tokens=4).token_ids)
+        facts, code = Loaded(None, assembly, plan).facts(), getattr(assembly.decoder, "coded_head", None)
+        assert (code is None) == (kind is Codec.none or shape == "tiny_tied")
+        assert ("coded_head_bits_per_weight" in facts) == (code is not None)
+        if assembly.quant is not None:
+            reports.append((assembly.quant.modules, assembly.quant.details["cache"]["read"]))
+        if code is not None:
+            begins = code.code.shape[0] * code.code.shape[1] // 32 * 4  # of chunks, which are short here
+            assert code.code.nbytes <= plan.coded_head_bytes + begins
+            assert_head(code, source.shared(CPU)["lm_head.weight"])
+        assembly.close()
+    assert texts[0] == texts[1] == texts[2]
+    modules = 7 * source.config.num_hidden_layers + 1
+    assert reports == [(modules, 0), (modules, modules)]  # the draft's head, made first, is kept, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_reserved_holds_the_default_models_table(default_target, bits):
+    table = default_target.model.lm_head.weight.bfloat16()
+    quantizer = HqqCodes(bits)
+    words = 0
+    for rows in table.split(8192):
+        codes = quantizer.codes(rows)
+        words += encode(rows, codes, margin_of(codes)).nbytes
+    reserved = reserved_bits(AffineFormat(bits, 64, bits)) + HEAD_BITS
+    assert reserved - 0.4 < 8 * words / table.numel() < reserved
+
+
+def test_a_decoder_that_errs_in_the_head_is_noticed(monkeypatch):
+    def wrong(out, coded, linear, rows):
+        kernel.decode_into(out, coded, linear, rows)
+        if out.shape[0] == 11 and rows.first == 320:  # the last slice
+            out.view(-1)[3] += 1
+
+    model, codes = tiny(vocab_size=SMALLER), []
+    head = fuser_of(model).fuse_head(model.lm_head.weight, codes)
+    monkeypatch.setattr(coded_layer, "decode_into", wrong)
+    with pytest.raises(SubspecError, match=r"lm_head\.weight was not rebuilt.*offload\.codec=none"):
+        encode_head(model.lm_head.weight, codes[0], head, 2 * 128 * 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_soak_of_passes_between_layers_and_the_head(quant):
+    """Layers and the head are decoded in turn into one buffer while drafts' work runs beside them."""
+    model = tiny("cuda", layers=4, vocab_size=5003)
+    loaded = load_coded(model, resident=(2,), quant=quant)
+    decoder = loaded.decoder
+    assert len(decoder.coded_head.code.slices) > 1
+    hidden = torch.randn(6, 128, device="cuda").bfloat16()
+    expected = decoder.logits(hidden)
+    noise, side = torch.randn(1024, 1024, device="cuda"), torch.cuda.Stream()
+    for turn in range(200):
+        with torch.cuda.stream(side):
+            noise = noise @ noise.softmax(-1)
+        decoder.streamer.rewind()
+        for index in range(4):
+            decoder._decode(index)
+        assert torch.equal(decoder.logits(hidden), expected), turn
+    assert_exact(loaded, model)
+    assert_head(decoder.coded_head, model.lm_head.weight)
+    loaded.close()
+
+
+class Copies(ModelSource):
+    """Hands out copies, as a checkpoint does."""
+
+    def shared(self, device):
+        return {name: tensor.clone() for name, tensor in super().shared(device).items()}
+
+
+@pytest.mark.gpu
+def test_the_exact_head_is_not_on_the_device_afterwards():
+    device = torch.device("cuda")
+    model = tiny(device, vocab_size=40_000, hidden_size=512, intermediate_size=1024)
+    exact, sizes, bits = 2 * model.lm_head.weight.numel(), {0: [], ROOM: []}, 16.0
+    for planned in (0, ROOM, 0, ROOM, 0, ROOM):  # the first ones leave what libraries keep
+        gc.collect()
+        plan = plan_for((), 2, codec=Codec.substitute, layer_bytes=ROOM)
+        object.__setattr__(plan, "coded_head_bytes", planned)
+        before = torch.cuda.memory_allocated()
+        loaded = load_streamed(Copies(model), plan, device, fuser=fuser_of(model))
+        sizes[planned].append(torch.cuda.memory_allocated() - before)
+        bits = loaded.head_bits_per_weight or bits
+        loaded.close()
+        del loaded
+    # What an earlier test left may go in between, and makes a size smaller; nothing makes one larger.
+    saved = max(sizes[0][1:]) - max(sizes[ROOM][1:])
+    assert 6 < bits < 8
+    assert saved == pytest.approx(exact * (16 - bits) / 16, rel=0.15)

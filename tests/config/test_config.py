@@ -1,0 +1,217 @@
+"""``conf/`` as a whole: every option composes, validates, is described, and is what the schema says."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import LlamaConfig
+
+from subspec.benchmarks.tasks import TASKS
+from subspec.config.checks import RANGES, check_keys
+from subspec.config.help_text import GROUPS, description, help_text, options, top_level_keys
+from subspec.config.schema import (
+    SCHEMAS,
+    Config,
+    SmallModelDraftConfig,
+    register_schemas,
+    to_config,
+    to_plain,
+)
+from subspec.drafts.check_config import check_against_target, check_config
+from subspec.errors import ConfigError
+from subspec.utils.paths import conf_dir
+
+CONF = conf_dir()
+OPTIONS = [(group, name) for group in GROUPS for name, _ in options(CONF, group)]
+NEEDS = {
+    ("target", "hub"): ["target.path=ORG/NAME"],
+    ("quant", "none"): ["draft=none"],
+    ("draft", "small_model"): ["draft.path=planted:tiny_draft"],
+}
+"""What an option cannot do without."""
+FILES = ("experiment", "hparams_search")
+"""Groups whose options set keys of the other groups."""
+
+
+def composed(*overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [*overrides, "run_dir=somewhere"])
+
+
+def large_model(**changes):
+    """A configuration that rules nothing out."""
+    return LlamaConfig(
+        **{"vocab_size": 150_000, "max_position_embeddings": 131_072, "num_hidden_layers": 80} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def help_lines():
+    return help_text(CONF).splitlines()
+
+
+def test_the_groups_are_the_folders_of_conf():
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "local"}
+    assert folders <= set(GROUPS)
+    assert set(GROUPS) <= {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
+def test_every_option_composes_and_validates(group, name):
+    cfg = composed(f"{group}={name}", *NEEDS.get((group, name), []))
+    check_keys(cfg)
+    config = to_config(cfg)
+    check_config(config)
+    if not (isinstance(config.draft, SmallModelDraftConfig) and "/" in (config.draft.path or "")):
+        check_against_target(config, large_model())  # a small model's own configuration lies on the hub
+    json.dumps(to_plain(cfg))
+    if (group, name) != ("target", "hub") and group not in FILES:
+        assert getattr(config, group).name == name
+
+
+def test_the_defaults_compose_and_validate():
+    config = to_config(composed())
+    check_config(config)
+    chosen = re.findall(r"^ {2}- (\w+): (\w+)", (CONF / "config.yaml").read_text(), re.MULTILINE)
+    for group, name in dict(chosen).items():
+        if group in GROUPS and name != "null":
+            assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "depth", "width"),
+    [
+        ([], 16, 4),
+        (["offload=accelerate"], 16, 4),
+        (["offload=stream"], 48, 6),
+        (["offload=stream_uncoded"], 48, 6),
+        (["offload=stream", "tree=adaptive"], 48, 6),
+        (["tree=adaptive"], 48, 4),
+        (["offload=stream", "draft=small_model"], 32, 6),
+        (["offload=stream", "draft=eagle2"], 16, 4),
+        (["offload=stream", "draft=layer_skip"], 16, 4),
+        (["offload=stream", "tree.depth=9"], 9, 6),
+        (["offload=stream", "tree=chain"], 8, 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_tree_that_nobody_sized_is_the_papers_where_the_target_streams(overrides, depth, width):
+    cfg = composed(*overrides)
+    tree = to_config(cfg).tree
+    assert (tree.depth, getattr(tree, "width", 1)) == (depth, width)
+    assert to_plain(cfg)["tree"]["depth"] == depth  # records have the number, not the rule
+
+
+@pytest.mark.parametrize("tree", [name for group, name in OPTIONS if group == "tree"])
+@pytest.mark.parametrize("decoding", [name for group, name in OPTIONS if group == "decoding"])
+def test_trees_go_with_every_way_of_decoding(tree, decoding):
+    check_config(to_config(composed(f"tree={tree}", f"decoding={decoding}")))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONF.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_every_file_begins_with_a_description(file):
+    assert len(description(file).split()) >= 2, f"{file.name} needs a comment that says what it is"
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
+def test_every_option_is_explained_by_help(help_lines, group, name):
+    start = help_lines.index(f"{group}: {GROUPS[group]}")
+    section = help_lines[start + 1 : help_lines.index("", start)]
+    assert any(re.match(rf"  [* ] {re.escape(name)} +\S", line) for line in section)
+
+
+def test_help_marks_the_defaults(help_lines):
+    marked = {line.split()[1] for line in help_lines if line.startswith("  * ")}
+    config = to_config(composed())
+    expected = {getattr(config, group).name for group in GROUPS if group not in FILES}
+    assert marked == expected
+
+
+def test_help_fits_a_terminal_and_names_every_group(help_lines):
+    assert max(map(len, help_lines)) <= 120
+    for group in GROUPS:
+        assert f"{group}: {GROUPS[group]}" in help_lines
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config) if f.name not in GROUPS])
+def test_every_key_of_a_run_is_set_and_explained_in_config_yaml(field):
+    explained = {entry.partition(":")[0]: text for entry, text in top_level_keys(CONF)}
+    assert len(explained[field].split()) >= 2
+
+
+@pytest.mark.parametrize("key", SCHEMAS)
+def test_every_schema_is_used_by_a_file_of_its_group(key):
+    group = key.partition("/")[0]
+    files = [file for file in (CONF / group).rglob("*.yaml") if f"/schema/{key}@_here_" in file.read_text()]
+    assert files
+    for file in files:
+        cfg = composed(f"{group}={file.stem}", *NEEDS.get((group, file.stem), []))
+        assert OmegaConf.get_type(cfg, group) is SCHEMAS[key]
+        assert set(cfg[group]) == {field.name for field in dataclasses.fields(SCHEMAS[key])}
+
+
+@pytest.mark.parametrize(
+    "file", [CONF / group / f"{name}.yaml" for group, name in OPTIONS if group not in FILES], ids=str
+)
+def test_every_file_has_a_schema(file):
+    assert re.findall(r"/schema/(\w+)/\w+@_here_", file.read_text()) == [file.parent.name]
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in RANGES])
+def test_every_range_is_of_a_key_that_exists(key):
+    group, _, name = key.rpartition(".")
+    schemas = [node for path, node in SCHEMAS.items() if path.startswith(f"{group}/")] if group else [Config]
+    assert any(name in {field.name for field in dataclasses.fields(node)} for node in schemas)
+
+
+def test_the_benchmarks_of_conf_are_those_of_the_code():
+    assert {name for group, name in OPTIONS if group == "benchmark"} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", [n for g, n in OPTIONS if g == "target" and "/schema/target/hub@" in
+                                  (CONF / g / f"{n}.yaml").read_text() and n != "hub"])  # fmt: skip
+def test_targets_of_the_hub_name_a_repository(name):
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", to_config(composed(f"target={name}")).target.path)
+
+
+def test_registering_twice_does_no_harm():
+    register_schemas()
+    assert composed().tree.depth == composed().tree.depth
+
+
+def test_a_plus_sign_does_not_get_past_the_schema():
+    check_keys(composed("++tree.depth=3"))
+    with pytest.raises(ConfigError, match=r"tree\.dept: no such key \(did you mean depth\?\)"):
+        check_keys(composed("+tree.dept=3"))
+
+
+def test_the_checks_of_the_target_look_at_its_configuration():
+    config = to_config(composed("tree.width=6", "quant.skip_layers=[3]"))
+    check_against_target(config, large_model(vocab_size=6, num_hidden_layers=4))
+    with pytest.raises(ConfigError, match=r"tree\.width=6 .* vocabulary of 5"):
+        check_against_target(config, large_model(vocab_size=5, num_hidden_layers=4))
+    with pytest.raises(ConfigError, match=r"quant\.skip_layers: no layer 3"):
+        check_against_target(config, large_model(num_hidden_layers=3))
+    with pytest.raises(ConfigError, match=r"decoding\.max_length=2048 exceeds the 2047 positions"):
+        check_against_target(config, large_model(max_position_embeddings=2047))
+
+
+def test_plain_decoding_has_no_use_for_the_checks_of_a_draft():
+    config = to_config(composed("draft=none", "tree.width=6", "quant.skip_layers=[3]"))
+    check_against_target(config, large_model(vocab_size=5, num_hidden_layers=2))
+
+
+def test_help_is_read_from_the_files(tmp_path: Path):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "config.yaml").write_text("defaults:\n  - tree: bush\n\nseed: 3   # of everything\n")
+    (tmp_path / "tree" / "bush.yaml").write_text("# A bush:\n# many short branches.\nname: bush\n")
+    text = help_text(tmp_path)
+    assert re.search(r"\* bush +A bush: many short branches\.", text)
+    assert re.search(r"seed: 3 +of everything", text)

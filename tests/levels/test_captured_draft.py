@@ -1,0 +1,187 @@
+"""The fused level against the substitute run module by module: same tree, same logits, same cache rows."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.levels.build import LayerFuser, fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention
+from subspec.quant.quantized_weight import HqqCodes
+from tests.helpers.tiny import tiny_model
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
+
+
+def model_of(family, device, **shape):
+    options = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 192, **shape}
+    return tiny_model(family, **options).to(device, torch.bfloat16)
+
+
+def layer_tensors(model, index):
+    return dict(model.model.layers[index].named_parameters())
+
+
+def fused_draft(model, device, kernel="int4_mma", **options):
+    fuser = LayerFuser(model.config, HqqCodes(), kernel=kernel, keep_exact=frozenset())
+    layers = [fuser.fuse(layer_tensors(model, i), device) for i in range(len(model.model.layers))]
+    shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
+    options = {"attention": Attention(splits=4), **options}
+    return CapturedDraft(fuse_model(model.config, layers, shared, model.model.rotary_emb), **options)
+
+
+def module_draft(model):
+    """The same quantized weights as plain modules."""
+    substitute = share_parameters(model)
+    for layer in substitute.model.layers:
+        for name, module in list(layer.named_modules()):
+            if name.endswith("_proj"):
+                weight = HqqCodes().codes(module.weight.data).dequantize()
+                module.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    return SubstituteDraft(substitute)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "family",
+    # Biases, norms of queries and keys, and neither; Mistral's graph is Llama's.
+    ["llama", "qwen2", "qwen3", pytest.param("mistral", marks=pytest.mark.slow)],
+)
+def test_a_tree_is_the_module_by_module_substitutes(family, device):
+    device = torch.device(device)
+    model = model_of(family, device)
+    growth = Beam(3, 3)
+    fused = fused_draft(model, device)
+    engines = [
+        Engine(TargetModel(model), draft, growth, max_length=64, prefill_chunk=16)
+        for draft in (module_draft(model), fused)
+    ]
+    logits = []
+    with torch.inference_mode():
+        for engine in engines:
+            root = engine._prefill(PROMPT)[0]
+            frontier = engine.tree.plant(root)
+            rows = []
+            for _ in range(growth.max_depth):
+                out = engine.draft.expand(engine.tree, frontier).clone()
+                rows.append(out.float())
+                # The reference's tree for both, so that a near-tie does not end the comparison.
+                reference = engines[0].tree
+                if engine is engines[0]:
+                    frontier = growth.grow(engine.tree, frontier, out, 0.2)
+                else:
+                    start, size = engine.tree.size, growth.width
+                    part = slice(start, start + size)
+                    frontier = engine.tree.append(
+                        reference.tokens[part], reference.parents[part], reference.scores[part]
+                    )
+            logits.append(rows)
+    for expected, got in zip(*logits, strict=True):
+        error = (got - expected).norm() / expected.norm()
+        assert error < 0.08, error  # bfloat16 in another order
+    module_cache, fused_cache = (
+        engine.cache.rows[:, :, :, : engine.cache.draft_rows].float() for engine in engines
+    )
+    assert (module_cache - fused_cache).norm() / module_cache.norm() < 0.08
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "attention",
+    [Attention(2, 16, 16, 2, 1, False), Attention(8, 32, 0, 4, 2, False), Attention(1, 128, 16, 8, 1)],
+    ids=str,
+)
+def test_every_setting_of_attention_gives_the_same_logits(device, attention):
+    """Several chunks, blocks of the prefix alone, of the tree alone and of both."""
+    device = torch.device(device)
+    model = model_of("llama", device, heads=8, kv_heads=1, layers=1)
+    logits = []
+    with torch.inference_mode():
+        for settings in (Attention(), attention):
+            draft = fused_draft(model, device, attention=settings)
+            engine = Engine(TargetModel(model), draft, Beam(3, 3), max_length=96, prefill_chunk=16)
+            root = engine._prefill(PROMPT * 6)[0]
+            engine._draft(root, 40)
+            logits.append(draft._logits_of(3).float().clone())  # of the last level, which sees all others
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_growth_in_the_kernel_is_the_beams(device):
+    device = torch.device(device)
+    model = model_of("qwen2", device, vocab_size=5000)
+    growth = Beam(4, 3)
+    engine = Engine(TargetModel(model), fused_draft(model, device), growth, max_length=64, prefill_chunk=16)
+    with torch.inference_mode():
+        root = engine._prefill(PROMPT)[0]
+        engine._draft(root, 10)
+        tree = engine.tree
+        fused = [t[: tree.size].clone() for t in (tree.tokens, tree.parents, tree.depths, tree.scores)]
+        ancestors = tree.ancestors[: tree.size, : tree.size].clone()
+        assert tree.size == growth.capacity
+        # Again with torch's growth on the fused logits.
+        engine._level_step = None
+        engine.draft.commit(tree, None, None)
+        engine._draft(root, 10)
+    for ours, expected in zip(fused[:3], (tree.tokens, tree.parents, tree.depths), strict=True):
+        assert torch.equal(ours, expected[: tree.size])
+    torch.testing.assert_close(fused[3], tree.scores[: tree.size], rtol=1e-4, atol=1e-3)
+    assert torch.equal(ancestors, tree.ancestors[: tree.size, : tree.size])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_speculative_text_passes_the_audit(device):
+    from subspec.decoding.audit import Auditor
+
+    device = torch.device(device)
+    model = model_of("llama", device, vocab_size=640)
+    engine = Engine(
+        TargetModel(model), fused_draft(model, device), Beam(4, 3), max_length=96, prefill_chunk=16
+    )
+    count = 60 if device.type == "cuda" else 10
+    for _ in range(2):  # on a GPU the second text replays the first one's graphs
+        result = engine.generate(PROMPT, max_new_tokens=count)
+        assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
+    assert result.stats.iterations < count - 1
+
+
+@pytest.mark.gpu
+def test_both_kernels_give_the_same_logits():
+    device = torch.device("cuda")
+    model = model_of("llama", device, hidden_size=256, intermediate_size=512)
+    out = []
+    for kernel in ("int4_mma", "tinygemm"):
+        engine = Engine(TargetModel(model), fused_draft(model, device, kernel), Beam(2, 3), max_length=64)
+        with torch.inference_mode():
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            out.append(engine.draft.expand(engine.tree, frontier).float().clone())
+    # tinygemm keeps scales in bfloat16, ours in float16.
+    assert (out[0] - out[1]).norm() / out[0].norm() < 0.05
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_candidates_of_logits_without_numbers_are_tokens_all_the_same(device):
+    from subspec.kernels import level
+
+    rows, vocab, width, block = 3, 100, 4, 64
+    blocks = -(-vocab // block)
+    logits = torch.stack([torch.randperm(vocab) for _ in range(rows)]).bfloat16().to(device)  # no ties
+    logits[1] = float("nan")
+    logits[2, ::3] = float("nan")
+    best = torch.empty(rows, blocks, width, device=device)
+    tokens = torch.full((rows, blocks, width), -1, dtype=torch.int32, device=device)
+    sums = torch.empty(2, rows, blocks, device=device)
+    level.block_candidates[(rows, blocks)](
+        logits, best, tokens, sums[0], sums[1], vocab, 1.0, BLOCKS=blocks, K=width, BLOCK=block
+    )
+    assert tokens.min() >= 0
+    assert tokens.max() < vocab
+    assert not torch.isnan(best).any()
+    assert torch.equal(tokens[0, 0].long(), logits[0, :block].float().topk(width).indices)
+    assert (tokens[2] % 3 != 0).all()

@@ -1,0 +1,173 @@
+"""Fused levels over exact weights: layers of the target that draft, and a small model on a cache of its own."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.layer_skip import skip_layers
+from subspec.drafts.separate_cache import SeparateCacheDraft
+from subspec.drafts.substitute import SubstituteDraft
+from subspec.errors import ConfigError
+from subspec.levels.build import fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.dense import check_fused, dense_layer
+from subspec.levels.model import Attention
+from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
+from tests.helpers.tiny import FAMILIES, tiny_model
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
+
+
+def model_of(family, device, **shape):
+    options = {"hidden_size": 128, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 192, **shape}
+    return tiny_model(family, **options).to(device, torch.bfloat16)
+
+
+def fused_model(model, device, layers):
+    """The layers ``layers`` of ``model``; each knows whose cache rows it uses."""
+    fused = []
+    for index in layers:
+        tensors = {name: p.data for name, p in model.model.layers[index].named_parameters()}
+        fused.append(dense_layer(flat_layer(tensors, torch.bfloat16, device), cache_layer=index))
+    shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
+    return fuse_model(model.config, fused, shared, model.model.rotary_emb)
+
+
+def own_cache(levels, small, growth, vocab_size):
+    return SeparateCacheDraft(
+        levels,
+        TargetModel(small),
+        max_length=96,
+        draft_rows=growth.draft_rows,
+        vocab_size=vocab_size,
+        width=growth.width,
+    )
+
+
+def same(one, two):
+    return (one.float() - two.float()).norm() / one.float().norm() < 0.08  # bfloat16 in another order
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_flat_layer_is_the_layer(family):
+    model = model_of(family, "cpu")
+    tensors = {name: p.data for name, p in model.model.layers[0].named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    views = flat_layer(tensors, torch.bfloat16, torch.device("cpu"))
+    assert list(views) == list(tensors)
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors)
+    assert len({view.untyped_storage().data_ptr() for view in views.values()}) == 1
+    assert views["input_layernorm.weight"].untyped_storage().nbytes() == flat_bytes(shapes, 2)
+    assert flat_bytes(shapes, 2) <= PlainCodec(2).layer_bytes(shapes)
+    fused = dense_layer(views)
+    assert torch.equal(fused.qkv.weight, torch.cat([tensors[f"self_attn.{n}_proj.weight"] for n in "qkv"]))
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    gate, up = (x @ tensors[f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+    torch.testing.assert_close(fused.gate_up(x), torch.nn.functional.silu(gate) * up)
+    with pytest.raises(ValueError, match="do not lie next to each other"):
+        dense_layer(tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["layer_skip", "small_model"])
+def test_a_fused_tree_is_the_module_by_module_one(kind, device):
+    device = torch.device(device)
+    model, growth = model_of("qwen2", device), Beam(3, 3)
+    if kind == "layer_skip":
+        layers = (0, 2)
+        drafts = [
+            SubstituteDraft(skip_layers(model, layers), 1.0),
+            CapturedDraft(fused_model(model, device, layers), 1.0, attention=Attention(splits=4)),
+        ]
+    else:
+        small = model_of("llama", device, layers=2, hidden_size=64, intermediate_size=96, seed=5)
+        levels = (
+            SubstituteDraft(small, 1.0),
+            CapturedDraft(fused_model(small, device, (0, 1)), 1.0, attention=Attention(splits=4)),
+        )
+        drafts = [own_cache(each, small, growth, 320) for each in levels]
+    engines = [Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=4) for draft in drafts]
+    rows = []
+    with torch.inference_mode():
+        reference = engines[0].tree
+        for engine in engines:
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            logits = []
+            for _ in range(growth.max_depth):
+                out = engine.draft.expand(engine.tree, frontier).clone()
+                logits.append(out)
+                if engine is engines[0]:
+                    frontier = growth.grow(engine.tree, frontier, out, 1.0)
+                else:  # the reference's tree for both, so that a near-tie does not end the comparison
+                    part = slice(engine.tree.size, engine.tree.size + growth.width)
+                    frontier = engine.tree.append(
+                        reference.tokens[part], reference.parents[part], reference.scores[part]
+                    )
+            rows.append(logits)
+        for expected, got in zip(*rows, strict=True):
+            assert same(expected, got)
+        if kind == "layer_skip":
+            kept = [engine.cache.rows[list(layers)][:, :, :, : growth.draft_rows] for engine in engines]
+            assert same(*kept)
+            assert (engines[1].cache.rows[1, :, :, : growth.draft_rows] == 0).all()
+            return
+        # Accept a path down to the deepest level: the last node has not run.
+        leaf = reference.size - 1
+        path = reference.ancestors[leaf, : reference.size].nonzero()[:, 0]
+        assert path.numel() == growth.max_depth + 1
+        for engine in engines:
+            engine.draft.commit(engine.tree, path, None)
+            assert engine.draft.cache.length == len(PROMPT) + path.numel()
+        caches = [draft.cache.rows[:, :, :, draft.cache.draft_rows :] for draft in drafts]
+        end = len(PROMPT) + path.numel()
+        for one, two in zip(*(cache[:, :, :, :end].unbind(3) for cache in caches), strict=True):
+            assert same(one, two)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(device):
+    from subspec.decoding.audit import Auditor
+
+    device = torch.device(device)
+    model, growth = model_of("llama", device, layers=1), Beam(2, 1)
+    levels = CapturedDraft(fused_model(model, device, (0,)), 1.0, attention=Attention(splits=2))
+    draft = own_cache(levels, model, growth, 320)
+    engine = Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=16)
+    count = 60 if device.type == "cuda" else 8
+    for _ in range(2 if device.type == "cuda" else 1):  # the second text replays the first one's graphs
+        result = engine.generate(PROMPT, max_new_tokens=count)
+        assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
+    assert result.stats.iterations < (count - 1) / 2
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_once():
+    from subspec.decoding.audit import Auditor
+
+    device = torch.device("cuda")
+    model, growth = model_of("llama", device, layers=2), Beam(6, 3)
+    small = model_of("llama", device, layers=2)
+    levels = CapturedDraft(fused_model(small, device, (0, 1)), 1.0)
+    draft = own_cache(levels, small, growth, 320)
+    engine = Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=16)
+    engine.prepare(PROMPT)
+    captured = draft.graphs_captured
+    assert captured == 6 + 1  # every level, and the one token behind the prefix
+    for _ in range(2):
+        result = engine.generate(PROMPT, max_new_tokens=60)
+        assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
+        assert draft.cache.length == engine.cache.length
+    assert draft.graphs_captured == captured
+
+
+def test_shapes_and_types_that_the_kernels_do_not_know_are_refused():
+    config = model_of("llama", "cpu", hidden_size=96, heads=4).config
+    with pytest.raises(ConfigError, match=r"^draft has heads of 24 numbers"):
+        check_fused(config, torch.bfloat16, "draft")
+    with pytest.raises(ConfigError, match=r"^draft is in float32"):
+        check_fused(model_of("llama", "cpu").config, torch.float32, "draft")

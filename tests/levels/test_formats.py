@@ -1,0 +1,199 @@
+"""The fused level in every format of its weights: the same logits as the dequantized weights module by module."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.config.schema import BitsByModule, HqqConfig
+from subspec.decoding.audit import Auditor
+from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.levels.build import LayerFuser, fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention
+from subspec.levels.quantization import fused_quantization
+from subspec.quant import level_linear
+from subspec.quant.base import linear_names
+from subspec.quant.choose_kernels import choose_kernels
+from subspec.quant.level_linear import Variant
+from subspec.targets.model_spec import ModelSpec
+from tests.helpers.tiny import tiny_model
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
+
+WITH_HEAD = ["attention", "mlp", "lm_head"]
+SETTINGS = {
+    "8 bit": {"bits": 8},
+    "3 bit in 4": {"bits": 3},
+    "2 bit, groups of 32": {"bits": 2, "group_size": 32},
+    "mixed with a head": {"bits": 4, "bits_by": BitsByModule(mlp=3, lm_head=8), "modules": WITH_HEAD},
+    "head of 4 bit alone": {"bits_by": BitsByModule(lm_head=4), "modules": ["lm_head"]},
+}
+
+
+def model_of(family, device, **shape):
+    options = {"hidden_size": 128, "layers": 1, "heads": 4, "kv_heads": 2, "intermediate_size": 192, **shape}
+    return tiny_model(family, **options).to(device, torch.bfloat16)
+
+
+def quantization_of(model, quant, kernel="auto"):
+    shapes = ModelSpec.of(model.config)
+    return fused_quantization(quant, shapes.layer, (shapes.vocab, shapes.hidden), kernel=kernel)
+
+
+def fused_draft(model, quant, device, kernel="auto", variants=None):
+    quantization = quantization_of(model, quant, kernel)
+    if variants is None:
+        # The kernels that have a reference: the others are measured, and tested for themselves.
+        own = {
+            role: kept.reference(role, *quantization.shapes[role])
+            for role, kept in quantization.formats.items()
+        }
+        variants = own if kernel == "auto" else {role: Variant(kernel, 2, 1) for role in own}
+    fuser = LayerFuser(
+        model.config,
+        quantization.quantizer,
+        formats=quantization.formats,
+        kernel=variants,
+        keep_exact=quantization.keep_exact,
+    )
+    layers = [
+        fuser.fuse(dict(layer.named_parameters()), device, index=index)
+        for index, layer in enumerate(model.model.layers)
+    ]
+    shared = {name: p for name, p in model.named_parameters() if "layers." not in name}
+    head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
+    fused = fuse_model(model.config, layers, shared, model.model.rotary_emb, head)
+    return CapturedDraft(fused, attention=Attention(splits=4))
+
+
+def module_draft(model, quant):
+    """The same quantized weights as plain modules."""
+    substitute, quantizer = share_parameters(model), quantization_of(model, quant).quantizer
+    for name, module in list(substitute.named_modules()):
+        if name.rpartition(".")[2] in linear_names(quant.modules):
+            weight = quantizer.codes(module.weight.data, name).dequantize().to(torch.bfloat16)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return SubstituteDraft(substitute)
+
+
+def first_levels(model, draft):
+    """Logits of the root and of three fixed children, float32 [4, vocabulary]."""
+    engine = Engine(TargetModel(model), draft, Beam(3, 3), max_length=64, prefill_chunk=16)
+    with torch.inference_mode():
+        frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+        root = engine.draft.expand(engine.tree, frontier).float().clone()
+        device = root.device
+        frontier = engine.tree.append(
+            torch.tensor([7, 8, 9], device=device),
+            torch.zeros(3, dtype=torch.int64, device=device),
+            torch.tensor([-1.0, -2.0, -3.0], device=device),
+        )
+        return torch.cat([root, engine.draft.expand(engine.tree, frontier).float()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_level_is_the_dequantized_weights(name, device):
+    device = torch.device(device)
+    model, quant = model_of("qwen2", device), HqqConfig(name="hqq", **SETTINGS[name])
+    expected = first_levels(model, module_draft(model, quant))
+    got = first_levels(model, fused_draft(model, quant, device))
+    assert (got - expected).norm() / expected.norm() < 0.08  # bfloat16 in another order
+    plain = first_levels(model, SubstituteDraft(share_parameters(model)))
+    if quant.bits < 8:  # 8 bits differ from the exact weights no more than bfloat16 does
+        assert (got - plain).norm() > 1.5 * (got - expected).norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_three_bits_are_the_same_in_either_words(device):
+    device = torch.device(device)
+    model = model_of("llama", device)
+    quant = HqqConfig(name="hqq", bits=3, group_size=32)
+    drafts = [fused_draft(model, quant, device, kernel) for kernel in ("auto", "triton_wq")]
+    words = [draft.model.layers[0].qkv.weight for draft in drafts]
+    assert [weight.bits for weight in words] == [4, 3]
+    assert words[1].nbytes < words[0].nbytes
+    logits = [first_levels(model, draft) for draft in drafts]
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_quantized_head_grows_the_tree_inside_the_level(device, tie):
+    """Vocabulary that fills no block, one level captured after another, and the exact head untouched."""
+    device = torch.device(device)
+    model = model_of("llama", device, vocab_size=5000, tie=tie)
+    exact = model.get_output_embeddings().weight.clone()
+    quant = HqqConfig(name="hqq", bits=4, modules=WITH_HEAD)
+    growth, draft = Beam(3, 3), fused_draft(model, quant, device)
+    assert draft.model.draft_head is not None
+    engine = Engine(TargetModel(model), draft, growth, max_length=64, prefill_chunk=16)
+    with torch.inference_mode():
+        root = engine._prefill(PROMPT)[0]
+        engine._draft(root, 10)
+        tree = engine.tree
+        fused = tree.tokens[: tree.size].clone(), tree.scores[: tree.size].clone()
+        engine._level_step = None  # torch's growth, on the same logits
+        engine.draft.commit(tree, None, None)
+        engine._draft(root, 10)
+    # Logits of bfloat16 may tie, and either order of two that do is right.
+    assert torch.equal(fused[0].sort().values, tree.tokens[: tree.size].sort().values)
+    torch.testing.assert_close(fused[1], tree.scores[: tree.size], rtol=1e-4, atol=1e-3)
+    assert torch.equal(model.get_output_embeddings().weight, exact)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_text_drafted_with_a_quantized_head_passes_the_audit(device):
+    device = torch.device(device)
+    model = model_of("qwen3", device, vocab_size=640)
+    quant = HqqConfig(name="hqq", **SETTINGS["mixed with a head"])
+    engine = Engine(
+        TargetModel(model), fused_draft(model, quant, device), Beam(3, 3), max_length=96, prefill_chunk=16
+    )
+    count = 60 if device.type == "cuda" else 8
+    for _ in range(2):  # on a GPU the second text replays the first one's graphs
+        result = engine.generate(PROMPT, max_new_tokens=count)
+        assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
+    assert result.stats.iterations < count - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 128), (4, 32), (3, 64), (2, 64), (2, 128)])
+def test_every_kernel_of_a_format_drafts_the_same(bits, group):
+    device = torch.device("cuda")
+    model = model_of("llama", device, hidden_size=256, intermediate_size=512)
+    quant = HqqConfig(name="hqq", bits=bits, group_size=group, modules=WITH_HEAD)
+    expected = first_levels(model, module_draft(model, quant))
+    tried = []
+    for kernel in quantization_of(model, quant).formats["qkv"].kernels:
+        shapes = quantization_of(model, quant).shapes
+        kept = quantization_of(model, quant).formats["qkv"]
+        if level_linear.unavailable(kernel, device) or any(
+            kept.unfit(kernel, *shape) for shape in shapes.values()
+        ):
+            continue
+        got = first_levels(model, fused_draft(model, quant, device, kernel))
+        assert (got - expected).norm() / expected.norm() < 0.08, kernel
+        tried.append(kernel)
+    assert "triton_wq" in tried
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 3, 2])
+def test_kernels_of_every_format_are_chosen_on_a_card(bits, tmp_path):
+    device = torch.device("cuda")
+    model = model_of("llama", device, hidden_size=256, intermediate_size=512, vocab_size=4096)
+    quantization = quantization_of(model, HqqConfig(name="hqq", bits=bits, modules=WITH_HEAD))
+    choice = choose_kernels(
+        quantization.shapes, 6, device, formats=quantization.formats, folder=tmp_path, note=print
+    )
+    assert set(choice.variants) == {"qkv", "out", "gate_up", "down", "head"}
+    again = choose_kernels(
+        quantization.shapes, 6, device, formats=quantization.formats, folder=tmp_path, note=print
+    )
+    assert (again.variants, again.measured) == (choice.variants, 0)

@@ -1,0 +1,153 @@
+"""``quant=higgs`` in the fused level: the same logits as module by module, sizes as planned, codes kept on disk."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.config.schema import HiggsConfig, HqqConfig
+from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.errors import ConfigError
+from subspec.levels.build import ROLES, LayerFuser, fuse_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention
+from subspec.levels.quantization import fused_quantization
+from subspec.quant.affine_format import TILES
+from subspec.quant.codebook_format import LutFormat
+from subspec.quant.higgs_weight import HiggsCodeQuantizer
+from subspec.quant.level_linear import Variant
+from tests.helpers.tiny import tiny_model
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
+
+
+def model_of(family, device):
+    shape = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 192}
+    return tiny_model(family, **shape).to(device, torch.bfloat16)
+
+
+def fused_draft(model, device, kernel, bits=4):
+    fuser = LayerFuser(
+        model.config,
+        HiggsCodeQuantizer(bits),
+        kernel=kernel,
+        keep_exact=frozenset(),
+        formats=dict.fromkeys(ROLES, LutFormat(bits)),
+    )
+    layers = [fuser.fuse(dict(layer.named_parameters()), device) for layer in model.model.layers]
+    shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
+    fused = fuse_model(model.config, layers, shared, model.model.rotary_emb)
+    return CapturedDraft(fused, attention=Attention(splits=4)), fuser
+
+
+def module_draft(model, bits=4):
+    """The same quantized weights, rotated back, as plain modules."""
+    substitute = share_parameters(model)
+    for layer in substitute.model.layers:
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                weight = HiggsCodeQuantizer(bits).codes(module.weight.data).dequantize()
+                module.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    return SubstituteDraft(substitute)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("family", "kernel", "bits"),
+    [
+        ("qwen2", "lut_mma", 4),
+        ("llama", "lut_triton", 4),
+        ("llama", "lut_mma", 3),
+        ("qwen3", "lut_triton", 2),
+    ],
+)
+def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, device):
+    device = torch.device(device)
+    model = model_of(family, device)
+    logits = []
+    draft, fuser = fused_draft(model, device, kernel, bits)
+    with torch.inference_mode():
+        tree = None
+        for other in (module_draft(model, bits), draft):
+            engine = Engine(TargetModel(model), other, Beam(2, 3), max_length=64, prefill_chunk=16)
+            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            first = engine.draft.expand(engine.tree, frontier).float().clone()
+            if tree is None:
+                frontier = engine.growth.grow(engine.tree, frontier, first, 0.2)
+                tree = engine.tree
+            else:  # the reference's nodes, so that a near-tie does not end the comparison
+                frontier = engine.tree.append(tree.tokens[1:4], tree.parents[1:4], tree.scores[1:4])
+            logits.append(torch.cat([first, engine.draft.expand(engine.tree, frontier).float()]))
+    assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.08  # bfloat16 in another order
+    assert fuser.bits["qkv"] == pytest.approx(bits + 16 / 128, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(128, 512), (64, 576), (96, 100)])
+def test_codes_come_back_from_their_tensors(bits, shape):
+    quantizer = HiggsCodeQuantizer(bits)
+    codes = quantizer.codes(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    stored = codes.tensors()
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == quantizer.stored_bytes(shape, "")
+    again = quantizer.restore(stored, shape, "q_proj", torch.device("cpu"))
+    assert torch.equal(again.dequantize(), codes.dequantize())
+    assert quantizer.restore(stored, (shape[0] + 1, shape[1]), "q_proj", torch.device("cpu")) is None
+    assert quantizer.restore({"pairs": stored["pairs"]}, shape, "q_proj", torch.device("cpu")) is None
+
+
+def test_facts_tell_settings_apart():
+    facts = [
+        HiggsCodeQuantizer(*settings).facts
+        for settings in [
+            (4, 2, 256, 512),
+            (3, 2, 256, 512),
+            (4, 1, 256, 512),
+            (4, 2, 64, 512),
+            (4, 2, 256, 64),
+        ]
+    ]
+    assert len({str(sorted(entry.items())) for entry in facts}) == len(facts)
+
+
+@pytest.mark.parametrize("role", [*ROLES, "head"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_variant_takes_the_bytes_the_planner_counts(role, bits):
+    format_, n, k = LutFormat(bits), 128, 576
+    swiglu = role == "gate_up"
+    assert str(bits) in format_.key
+    for kernel in format_.kernels:
+        for variant in format_.variants(kernel, role, n, k):
+            linear = format_.random_linear(variant, n, k, torch.device("cpu"), swiglu=swiglu)
+            assert linear.nbytes == format_.device_bytes(n, k)
+    assert format_.reference(role, n, k) == Variant("lut_mma", TILES[role])
+
+
+def quantization(quant, kernel="auto"):
+    layer = model_of("llama", "cpu").model.layers[0]
+    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    return fused_quantization(quant, shapes, (320, 128), kernel=kernel)
+
+
+def test_the_planner_is_told_what_is_quantized():
+    found = quantization(HiggsConfig(name="higgs", bits=3, modules=["mlp"]))
+    assert set(found.shapes) == {"gate_up", "down"}
+    assert set(found.exact) == {"qkv", "out"}
+    weights = 3 * 128 * 192
+    # Groups of 128 for gate and up, of 192 for down.
+    assert found.layer_bytes == weights * 3 // 8 + 2 * (2 * 192) + 2 * 128
+    assert found.stored_bytes(2) == 2 * found.layer_bytes
+    assert "mlp 3 bit" in found.summary()
+    assert "HIGGS" in found.summary()
+
+
+def test_kernels_of_other_formats_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"draft\.kernel=gemlite cannot compute qkv: it has no look-up tables"
+    ):
+        quantization(HiggsConfig(name="higgs"), "gemlite")
+    with pytest.raises(ConfigError, match=r"draft\.kernel=lut_mma cannot compute qkv"):
+        quantization(HqqConfig(name="hqq"), "lut_mma")

@@ -1,0 +1,261 @@
+"""Plans of targets that are coded by their substitute."""
+
+from dataclasses import replace
+
+import pytest
+
+from subspec.config.enums import Codec, Dtype, Kernel
+from subspec.config.schema import BitsByModule, HiggsConfig, NoQuantConfig, Placement, SubstituteDraftConfig
+from subspec.errors import ConfigError
+from subspec.planning.sizes import GIB
+from tests.helpers.planning import planned, settings
+
+AUTO, CODED = Codec.auto, Codec.substitute
+
+
+def higgs(config, **quant):
+    return replace(config, quant=HiggsConfig(name="higgs", **quant))
+
+
+def item(plan, name):
+    return next((item.bytes for item in plan.items if item.name == name), 0)
+
+
+def test_qwen2_5_7b_in_8_gib_by_hand():
+    plan, plain = planned(settings(8.0, codec=AUTO)), planned(settings(8.0))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    vectors = 2 * (2 * 3584 + 3584 + 2 * 512)
+    assert plan.codec is CODED
+    assert plan.layer_bytes == pytest.approx(linears * 7.1 / 8 + vectors, abs=5 * 256)
+    assert plain.layer_bytes / plan.layer_bytes == pytest.approx(16 / 7.1, rel=0.01)
+    assert item(plan, "decoded layer") == plain.layer_bytes
+    assert item(plain, "decoded layer") == 0
+    assert item(plan, "resident layers") == len(plan.resident_layers) * plan.layer_bytes
+    assert item(plan, "ring") == 2 * plan.layer_bytes
+    assert len(plan.resident_layers) >= 2 * len(plain.resident_layers)
+    assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 2.5
+    assert plan.total(Placement.device) + plan.headroom <= plan.budget
+    assert item(plan, "streamed layers") == len(plan.streamed_layers) * plan.layer_bytes
+    assert plan.to_dict()["codec"] == "substitute"
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 9.55), (3, 8.25), (4, 7.1), (8, 3.7)])
+def test_what_a_layer_takes_depends_on_what_the_substitute_knows(bits, expected):
+    plan = planned(settings(16.0, codec=CODED, quant={"bits": bits}))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("quant", "expected"),
+    [
+        ({}, 7.5),
+        ({"vector_dim": 1}, 7.64),
+        ({"bits": 3}, 8.46),
+        ({"bits": 2, "group_size": 64, "hadamard_size": 64}, 9.39),
+    ],
+)
+def test_higgs_leaves_a_residual_as_large_as_its_grids_error(quant, expected):
+    plan = planned(higgs(settings(16.0, codec=CODED), **quant))
+    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
+
+
+def test_linears_that_stay_exact_are_streamed_as_they_are():
+    whole = planned(settings(8.0, codec=CODED))
+    part = planned(settings(16.0, codec=CODED, quant={"modules": ["attention"]}))
+    mlp = 3 * 3584 * 18944
+    assert part.layer_bytes - whole.layer_bytes == pytest.approx(mlp * (16 - 7.1) / 8, rel=0.001)
+
+
+@pytest.mark.parametrize("draft", ["subspec", "none"])
+@pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "up_proj"]])
+def test_where_no_linear_of_a_layer_is_quantized_none_is_coded(modules, draft):
+    """q, k and v are one Linear of the substitute: one exact part keeps the whole of it exact."""
+    assert planned(settings(20.0, draft, codec=AUTO, quant={"modules": modules})).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"offload\.codec=substitute .*quant\.modules.*offload\.codec=none"):
+        planned(settings(20.0, draft, codec=CODED, quant={"modules": modules}))
+
+
+def test_plain_decoding_does_not_look_at_a_quantizer_that_nobody_uses():
+    assert planned(settings(8.0, "none", codec=AUTO, quant={"modules": []})).codec is Codec.none
+
+
+def test_skipped_layers_are_resident_and_plain():
+    plan = planned(settings(9.0, codec=CODED, quant={"skip_layers": [0, 27]}))
+    assert {0, 27} <= set(plan.resident_layers)
+    exact = 2 * (3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944)
+    coded = len(plan.resident_layers) - 2
+    assert item(plan, "resident layers") == pytest.approx(2 * exact + coded * plan.layer_bytes, rel=0.001)
+
+
+def test_auto_codes_where_the_substitute_is_there_anyway():
+    assert planned(settings(8.0, codec=AUTO)).codec is CODED
+    assert planned(settings(8.0, "none", codec=AUTO)).codec is Codec.none
+    assert planned(settings(8.0, "small_model", codec=AUTO)).codec is Codec.none
+    tinygemm = replace(
+        settings(8.0, codec=AUTO), draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.tinygemm)
+    )
+    assert planned(tinygemm).codec is Codec.none
+    assert planned(higgs(settings(8.0, codec=AUTO))).codec is CODED
+    scattered = replace(tinygemm, draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.lut_triton))
+    assert planned(higgs(scattered)).codec is Codec.none
+
+
+def test_auto_leaves_everything_plain_where_everything_fits():
+    plan = planned(settings(24.0, codec=AUTO))
+    assert plan.codec is Codec.none
+    assert not plan.streamed_layers
+    assert planned(settings(24.0, codec=CODED)).codec is CODED
+    between = planned(settings(14.0, codec=AUTO))  # coded it fits, and nothing is streamed
+    assert between.codec is CODED
+    assert not between.streamed_layers
+    assert between.ring_slots == 0
+
+
+def test_plain_decoding_holds_the_substitute_only_to_decode():
+    plan, plain = planned(settings(8.0, "none", codec=CODED)), planned(settings(8.0, "none"))
+    assert item(plan, "substitute") == item(planned(settings(8.0, codec=CODED)), "substitute")
+    assert item(plan, "draft level") == 0
+    assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 1.5
+    assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
+
+
+def test_higgs_decodes_without_a_draft_too():
+    plan = planned(higgs(settings(8.0, "none", codec=CODED)))
+    drafting = planned(higgs(settings(8.0, codec=CODED)))
+    assert (
+        item(plan, "substitute")
+        == item(drafting, "substitute")
+        < item(planned(settings(8.0, "none", codec=CODED)), "substitute")
+    )
+    head = {"modules": ["attention", "mlp", "lm_head"], "skip_layers": [0, 27]}
+    assert planned(higgs(settings(8.0, "none", codec=CODED), **head)) == plan
+
+
+def test_what_is_for_a_better_draft_is_not_asked_of_a_substitute_that_only_decodes():
+    """An exact layer could not be coded, and nothing drafts with a head of its own."""
+    plan = planned(settings(8.0, "none", codec=CODED))
+    head = {"modules": ["attention", "mlp", "lm_head"], "bits_by": BitsByModule(lm_head=8)}
+    assert planned(settings(8.0, "none", codec=CODED, quant={"skip_layers": [0, 27], **head})) == plan
+
+
+@pytest.mark.parametrize("gib", [8.0, 14.0])
+def test_host_memory_holds_resident_layers_while_loading(gib):
+    """They go to the device last, when nothing is quantized there any more."""
+    plan = planned(settings(gib, codec=CODED, quant={"skip_layers": [3]}))
+    exact = item(planned(settings(8.0)), "streamed layers") // len(planned(settings(8.0)).streamed_layers)
+    coded = (len(plan.resident_layers) - 1 + len(plan.streamed_layers)) * plan.layer_bytes
+    assert item(plan, "streamed layers") + item(plan, "loading and process") == coded + 3 * exact + GIB
+    assert f"{len(plan.resident_layers) - 1} coded" in next(
+        item.note for item in plan.items if item.name == "loading and process"
+    )
+
+
+def test_a_refusal_for_host_memory_does_not_move_coded_layers_to_the_device():
+    with pytest.raises(ConfigError, match=r"host memory cannot hold") as refusal:
+        planned(settings(8.0, codec=CODED), host_free=7 * GIB)
+    assert "vram_gib" not in str(refusal.value)
+    assert "resident_layers" not in str(refusal.value)
+
+
+def test_auto_streams_plainly_where_the_decoded_layer_is_what_does_not_fit():
+    """With one slot a plain ring takes one layer, a coded one almost half of one and the decoded layer."""
+    slot = {"ring_slots": 1, "embedding": Placement.host}
+    with pytest.raises(ConfigError):
+        planned(settings(5.4, codec=CODED, **slot))
+    assert planned(settings(5.4, codec=AUTO, **slot)).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"needs 5\.36 GiB"):  # plainly, not the 5.56 that decoding takes
+        planned(settings(5.2, codec=AUTO, **slot))
+
+
+def test_a_refusal_knows_that_a_coded_target_holds_the_substitute_without_a_draft():
+    with pytest.raises(ConfigError, match=r"or set offload\.codec=none$"):
+        planned(settings(4.5, "none", codec=CODED))
+    with pytest.raises(ConfigError, match=r"or set draft=none and offload\.codec=none \(plain decoding\)$"):
+        planned(settings(4.5, codec=CODED))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"draft": "small_model"}, "set draft=subspec"),
+        ({"quant": NoQuantConfig(name="none"), "draft": "none"}, "set quant=hqq"),
+        ({"dtype": Dtype.float16}, "set target.dtype=bfloat16"),
+        ({"kernel": Kernel.gemlite}, "set draft.kernel=auto"),
+        (
+            {"kernel": Kernel.lut_triton, "quant": HiggsConfig(name="higgs")},
+            "int4_mma, triton_wq, lut_mma, not of draft.kernel=lut_triton: set draft.kernel=auto",
+        ),
+    ],
+)
+def test_what_cannot_be_coded_is_refused(change, words):
+    config = settings(8.0, change.get("draft", "subspec"), codec=CODED)
+    if "quant" in change:
+        config = replace(config, quant=change["quant"])
+    if "dtype" in change:
+        config = replace(config, target=replace(config.target, dtype=change["dtype"]))
+    if "kernel" in change:
+        config = replace(config, draft=SubstituteDraftConfig(name="subspec", kernel=change["kernel"]))
+    with pytest.raises(ConfigError, match=r"offload\.codec=substitute") as refusal:
+        planned(config)
+    assert words in str(refusal.value)
+    assert "or offload.codec=none" in str(refusal.value)
+
+
+WITH_HEAD = {"modules": ["attention", "mlp", "lm_head"]}
+TABLE = 152064 * 3584
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, 7.4), (8, 4.0), (3, 8.55)])
+def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected):
+    quant = WITH_HEAD | {"bits_by": BitsByModule(lm_head=bits)}
+    plan, plain = (planned(settings(8.0, codec=codec, quant=quant)) for codec in (CODED, Codec.none))
+    shared = planned(settings(8.0, codec=CODED))
+    assert item(plan, "LM head") == plan.coded_head_bytes == int(TABLE * expected / 8) + 3 * 512
+    assert item(plain, "LM head") == item(shared, "LM head") == 2 * TABLE
+    assert plain.coded_head_bytes == shared.coded_head_bytes == 0
+    kept = next(item for item in plan.items if item.name == "substitute")
+    own = kept.bytes - item(shared, "substitute")
+    assert own == pytest.approx(TABLE * {4: 4.5, 8: 8.5, 3: 4.5}[bits] / 8, rel=0.001)
+    assert item(plan, "LM head") + own < 2 * TABLE
+    assert len(plan.resident_layers) == len(shared.resident_layers) + 1
+    assert plan.total(Placement.device) + plan.headroom <= plan.budget
+    assert plan.to_dict()["coded_head_bytes"] == plan.coded_head_bytes
+    assert next(item.note for item in plan.items if item.name == "LM head") == "152064 x 3584, coded"
+    assert plan.level_read_bytes < shared.level_read_bytes or bits == 8
+
+
+def test_higgs_codes_the_head_too():
+    plan = planned(higgs(settings(8.0, codec=CODED), **WITH_HEAD))
+    assert plan.coded_head_bytes == pytest.approx(TABLE * 7.8 / 8, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"draft": "none"}, {"quant": WITH_HEAD | {"skip_layers": list(range(28))}, "vram_gib": 30.0}],
+    ids=["nothing drafts", "no layer is coded"],
+)
+def test_a_head_that_cannot_be_coded_is_on_the_device_as_it_is(change):
+    change = {"draft": "subspec", "quant": WITH_HEAD, "vram_gib": 8.0, **change}
+    draft = change.pop("draft")
+    plan = planned(settings(draft=draft, codec=CODED, **change))
+    assert plan.codec is CODED
+    assert plan.coded_head_bytes == 0
+    assert item(plan, "LM head") == 2 * TABLE
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny_tied"])
+def test_a_tied_head_is_not_coded_for_tokens_are_looked_up_there(shape):
+    plan = planned(settings(1.0, codec=CODED, quant=WITH_HEAD), shape)
+    assert (plan.coded_head_bytes == 0) == (shape == "tiny_tied")
+    assert plan.codec is CODED
+
+
+def test_auto_codes_the_head_where_it_codes_layers():
+    plan = planned(settings(8.0, codec=AUTO, quant=WITH_HEAD))
+    assert plan.codec is CODED
+    assert plan.coded_head_bytes > 0
+    whole = planned(settings(30.0, codec=AUTO, quant=WITH_HEAD))
+    assert whole.codec is Codec.none
+    assert whole.coded_head_bytes == 0

@@ -1,0 +1,363 @@
+"""The planner against arithmetic done by hand, and properties that hold for any configuration."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
+from subspec.errors import ConfigError
+from subspec.planning.sizes import GIB, MIB
+from tests.helpers.planning import planned, settings
+
+
+def by_name(plan):
+    return {item.name: item.bytes for item in plan.items}
+
+
+def test_qwen2_5_7b_in_8_gib_by_hand():
+    plan = planned(settings(8.0), link_gb_per_s=25.0)
+    found = by_name(plan)
+    linears = 2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584  # q, o; k, v; gate, up, down
+    vectors = 3584 + 2 * 512 + 2 * 3584  # q, k, v biases; two norms
+    assert found["substitute"] == 28 * linears * 4.5 / 8  # 3.42 GiB
+    assert found["LM head"] == 152064 * 3584 * 2  # 1.02 GiB
+    assert found["norms and biases"] == (28 * vectors + 3584) * 2
+    assert (
+        plan.layer_bytes == (linears + vectors) * 2
+    )  # 0.434 GiB; every parameter is a multiple of 256 bytes
+    assert found["ring"] == 2 * plan.layer_bytes
+    assert found["resident layers"] == 5 * plan.layer_bytes
+    # 48 levels of 6 nodes and the root, 289, in 5 x 64 rows; the last level's nodes are never run through the draft.
+    drafted = 1 + 47 * 6
+    row = 28 * 2 * 4 * 128 * 2  # 56 KiB
+    assert plan.prefill_chunk == 512
+    assert found["KV cache"] == (drafted + 2048 + 512) * row
+    assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
+    logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
+    attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
+    activations = attention + 2 * (3 * 18944 + 2 * 3584 + 4 * 3584)
+    assert found["draft level"] == logits + 6 * activations + 32 * MIB  # 0.04 GiB
+    prefill = 512 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
+    assert found["workspace"] == 320 * (152064 + 3584) * 2 > prefill  # logits of the padded tree, 0.09 GiB
+    # To even MiB: 28 substitute layers of 125.02, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
+    # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
+    rounded = 28 * 126 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
+    rounded += 1040 * MIB - found["LM head"] + 156 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
+    rounded += -(-20 * MIB // 3) - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
+    assert found["allocator"] == 64 * MIB + rounded
+    # 0.08 GiB stay free whatever happens; beside them 0.002 are left, less than the KV rows of a longer chunk.
+    assert plan.headroom == -(-8 * GIB // 100)
+    assert 0 < 8 * GIB - plan.headroom - plan.total(Placement.device) < 64 * row
+    assert plan.embedding is Placement.host
+    assert found["embedding table"] == found["LM head"]
+    assert found["streamed layers"] == 23 * plan.layer_bytes
+    assert plan.streamed_bytes_per_pass == 23 * plan.layer_bytes
+    assert plan.pass_seconds == pytest.approx(23 * 0.4661 / 25, rel=1e-3)
+    assert plan.ceiling(26) == pytest.approx(26 / plan.pass_seconds)
+    assert plan.plain_resident == 13
+    assert plan.plain_ceiling == pytest.approx(25 / (15 * 0.4661), rel=1e-3)
+
+
+def test_resident_layers_are_spread_with_streamed_layers_at_both_ends():
+    plan = planned(settings(8.0))
+    assert plan.resident_layers == (2, 8, 14, 19, 25)
+    assert sorted(plan.resident_layers + plan.streamed_layers) == list(range(28))
+
+
+def test_without_a_draft_more_layers_are_resident():
+    plan = planned(settings(8.0, "none"))
+    assert "substitute" not in by_name(plan)
+    assert "draft level" not in by_name(plan)
+    assert len(plan.resident_layers) == 13
+    assert plan.plain_bytes_per_pass == plan.streamed_bytes_per_pass
+    notes = {item.name: item.note for item in plan.items}
+    assert notes["KV cache"] == f"0 + 2048 + {plan.prefill_chunk} rows"
+    assert notes["tree"] == "the root alone"
+    assert by_name(plan)["tree"] < 50
+
+
+def test_a_small_model_of_its_own_by_hand():
+    plan = planned(settings(8.0, "small_model", tree=(32, 6)))
+    found = by_name(plan)
+    linears = 2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536
+    vectors = 1536 + 2 * 256 + 2 * 1536  # q, k, v biases; two norms
+    layer = (linears + vectors) * 2
+    # The table is the head as well, with rows for all of the target's tokens.
+    assert found["small model"] == 28 * layer + 152064 * 1536 * 2 + 1536 * 2
+    drafted = 1 + 31 * 6
+    assert found["small model's KV"] == (drafted + 2048 + 256) * 28 * 2 * 2 * 128 * 2
+    assert (
+        found["KV cache"] == (2048 + max(256, plan.prefill_chunk)) * 28 * 2 * 4 * 128 * 2
+    )  # no draft region
+    assert plan.level_read_bytes == 28 * layer + 151936 * 1536 * 2
+    assert "substitute" not in found
+    assert len(plan.resident_layers) == 6
+    assert plan.plain_resident == 13
+
+
+def test_layers_that_draft_cost_a_level_and_no_weights():
+    plain, skipping = planned(settings(8.0, "none")), planned(settings(8.0, "layer_skip", tree=(32, 6)))
+    assert set(by_name(skipping)) == {*by_name(plain), "draft level"}
+    resident = skipping.resident_layers
+    assert len(resident) == 12
+    assert {0, 27} <= set(resident)
+    linears = 2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584
+    vectors = 3584 + 2 * 512 + 2 * 3584
+    assert skipping.level_read_bytes == 12 * (linears + vectors) * 2 + 152064 * 3584 * 2
+    everything = planned(settings(24.0, "layer_skip"))
+    assert everything.streamed_layers == ()  # then half of the layers draft
+    assert everything.level_read_bytes == 14 * (linears + vectors) * 2 + 152064 * 3584 * 2
+    with pytest.raises(ConfigError, match=r"resident_layers=1, but draft=layer_skip drafts with 2 layers"):
+        planned(settings(8.0, "layer_skip", resident_layers=1))
+
+
+def test_rows_are_padded_wherever_the_engine_pads_them():
+    config = {"decoding": {"max_length": 48, "max_new_tokens": 8}}
+    notes = {}
+    for depth, width in ((3, 2), (8, 7), (8, 8)):
+        plan = planned(settings(8.0, tree=(depth, width), **config))
+        notes[depth * width + 1] = {item.name: item.note for item in plan.items}
+    assert [notes[nodes]["tree"] for nodes in (7, 57, 65)] == [
+        "7 nodes in 64 rows",
+        "57 nodes in 64 rows",
+        "65 nodes in 128 rows",
+    ]
+    assert notes[57]["KV cache"] == "50 + 48 + 64 rows"
+    assert notes[65]["KV cache"] == "57 + 48 + 128 rows"
+    assert notes[57]["workspace"].endswith("64 rows")
+    assert notes[65]["workspace"].endswith("128 rows")
+
+
+@pytest.mark.parametrize(("vram", "free"), [(5.9, 64), (6.25, 64), (6.5, 67), (12.0, 123), (15.0, 154)])
+def test_a_part_of_the_budget_stays_free(vram, free):
+    plan = planned(settings(vram))
+    assert free - 1 < plan.headroom / MIB <= free  # 1 %, at least 64 MiB
+    assert plan.total(Placement.device) <= plan.budget - plan.headroom
+    assert plan.to_dict()["headroom_bytes"] == plan.headroom
+
+
+def test_when_everything_fits_nothing_is_streamed():
+    plan = planned(settings(24.0), link_gb_per_s=25.0)
+    assert plan.streamed_layers == ()
+    assert plan.ring_slots == 0
+    assert plan.embedding is Placement.device
+    assert plan.prefill_chunk == 2048
+    assert plan.ceiling(26) is None
+    assert any("nothing is streamed" in note for note in plan.notes)
+
+
+def test_the_embedding_is_on_the_device_where_it_costs_no_layer():
+    tight, roomy = planned(settings(8.0)), planned(settings(20.0))
+    assert tight.embedding is Placement.host
+    assert roomy.embedding is Placement.device
+    assert len(planned(settings(8.0, embedding=Placement.device)).resident_layers) < len(
+        tight.resident_layers
+    )
+
+
+def test_a_tied_table_is_the_lm_head():
+    found = by_name(planned(settings(1.0), "tiny_tied"))
+    assert "embedding and LM head" in found
+    assert not {"LM head", "embedding", "embedding table"} & found.keys()
+    with pytest.raises(ConfigError, match="ties its embedding"):
+        planned(settings(1.0, embedding=Placement.host), "tiny_tied")
+
+
+def test_layers_the_substitute_keeps_exact_are_resident():
+    plan = planned(settings(8.0, quant={"skip_layers": [0, 27]}))
+    assert {0, 27} <= set(plan.resident_layers)
+    assert by_name(plan)["substitute"] < by_name(planned(settings(8.0)))["substitute"]
+    with pytest.raises(ConfigError, match=r"resident_layers=1, but quant\.skip_layers keeps 2 layers"):
+        planned(settings(8.0, quant={"skip_layers": [0, 27]}, resident_layers=1))
+
+
+def test_what_the_substitute_keeps_exact_is_a_copy_of_resident_layers_too():
+    attention = (2 * 3584 + 2 * 512) * 3584 * 2
+    plan = planned(settings(9.0, quant={"modules": ["mlp"]}))
+    assert by_name(plan)["exact substitute"] == 28 * attention
+    plan = planned(settings(9.0, quant={"skip_layers": [3]}))
+    assert by_name(plan)["exact substitute"] == attention + 3 * 3584 * 18944 * 2
+
+
+def test_a_fixed_number_of_resident_layers_is_kept_or_refused():
+    assert len(planned(settings(8.0, resident_layers=1)).resident_layers) == 1
+    with pytest.raises(ConfigError, match=r"or set offload\.resident_layers=null$"):
+        planned(settings(8.0, resident_layers=9))
+    with pytest.raises(ConfigError, match=r"resident_layers=29: the target has 28 layers"):
+        planned(settings(80.0, resident_layers=29))
+    everything = planned(settings(80.0, resident_layers=27))
+    assert everything.ring_slots == 1
+
+
+def test_the_prefill_chunk_is_a_multiple_of_64_and_shrinks_before_the_run_is_refused():
+    for vram in (6.0, 6.1, 7.0, 8.0, 9.0):
+        chunk = planned(settings(vram)).prefill_chunk
+        assert 256 <= chunk <= 2048
+        assert chunk % 64 == 0
+    assert planned(settings(5.80)).prefill_chunk < 512 <= planned(settings(7.0)).prefill_chunk
+    assert planned(settings(8.0, decoding={"max_length": 200})).prefill_chunk == 200
+
+
+def test_sampling_and_the_audit_take_more():
+    greedy, sampled = planned(settings(12.0)), planned(settings(12.0, sampling={"top_p": 0.9}))
+    assert by_name(sampled)["workspace"] > 4 * by_name(greedy)["workspace"]
+    audited = replace(settings(12.0), audit=True)
+    assert by_name(planned(audited))["audit"] > by_name(greedy)["KV cache"] / 2
+
+
+def test_float32_doubles_the_layers():
+    config = settings(16.0)
+    double = replace(config, target=replace(config.target, dtype=Dtype.float32))
+    assert planned(double).layer_bytes == 2 * planned(config).layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("offload", "machine", "rate", "source"),
+    [
+        ({}, {}, None, None),
+        ({"card": "RTX 3060"}, {}, 27.4, "RTX 3060 12GB, estimated"),
+        ({"card": "RTX 3060"}, {"link_gb_per_s": 20.0}, 20.0, "measured"),
+        ({"link_gb_per_s": 5.0}, {"link_gb_per_s": 20.0}, 5.0, "offload.link_gb_per_s"),
+    ],
+)
+def test_the_link_is_the_configured_the_measured_or_the_cards(offload, machine, rate, source):
+    plan = planned(settings(8.0, **offload), **machine)
+    if rate is None:
+        assert plan.link is plan.pass_seconds is plan.ceiling(4) is plan.plain_ceiling is None
+    else:
+        assert plan.link.source == source
+        assert plan.link.gb_per_s == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_budget_beyond_the_card_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"vram_gib=24 is more than the 12 GiB of RTX 3060 12GB.*at most 11\.5"
+    ):
+        planned(settings(24.0, card="RTX 3060"))
+    with pytest.raises(ConfigError, match=r"more than the 10 GiB of this machine's GPU"):
+        planned(settings(24.0), device_total=10 * GIB)
+    assert any("leave room" in note for note in planned(settings(12.0, card="RTX 3060")).notes)
+
+
+def test_host_memory_is_checked_before_anything_swaps():
+    with pytest.raises(ConfigError) as refusal:
+        planned(settings(8.0), host_free=10 * GIB)
+    text = str(refusal.value)
+    assert "needs 13.31 GiB: streamed layers 9.98 + loading and process 2.30 + embedding table 1.02" in text
+    assert "10.0 GiB are free: free some, raise offload.vram_gib to " in text
+    assert "\n" not in text
+    enough = float(text.split("vram_gib to ")[1].split()[0])
+    planned(settings(enough), host_free=10 * GIB)
+    with pytest.raises(ConfigError, match=r"9\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"):
+        planned(settings(8.0, ram_gib=9.0), host_free=64 * GIB)
+    planned(settings(8.0, ram_gib=64.0, card="RTX 3090"), host_free=1 * GIB)  # another machine's memory
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        (settings(5.5), "offload.ring_slots=1"),
+        (settings(5.84, decoding={"prefill_chunk": 1024}), "decoding.prefill_chunk=256"),
+        (settings(5.78), "decoding.max_length="),
+        (settings(6.0, embedding=Placement.device, quant={"bits": 4}), "offload.embedding=host"),
+        (settings(6.0, ring_slots=6), "offload.ring_slots=2"),
+        (settings(6.5, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
+        (settings(4.0), "draft=none"),
+    ],
+)
+def test_a_refusal_shows_the_arithmetic_and_a_change_that_fits(config, remedy):
+    with pytest.raises(ConfigError) as refusal:
+        planned(config)
+    text = str(refusal.value)
+    assert text.count("\n") == 0
+    assert f"offload.vram_gib={config.offload.vram_gib:g} cannot hold this run" in text
+    assert "LM head 1.02 + " in text
+    assert f"or set {remedy}" in text
+    needed = float(text.split("at least ")[1].split(",")[0])
+    shown = text.split("GiB: ")[1].split(";")[0]
+    assert sum(float(part.rsplit(" ", 1)[1]) for part in shown.split(" + ")) == pytest.approx(needed, abs=0.1)
+    assert "kept free 0." in shown
+    planned(replace(config, offload=replace(config.offload, vram_gib=needed)))
+    with pytest.raises(ConfigError):
+        planned(replace(config, offload=replace(config.offload, vram_gib=needed - 0.01)))
+
+
+def test_a_budget_that_nothing_saves_says_so():
+    with pytest.raises(ConfigError, match="no other single change is enough"):
+        planned(settings(0.5))
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"quant\.group_size=104 does not divide the 3584 inputs of self_attn"
+    ):
+        planned(settings(8.0, quant={"group_size": 104}))
+    with pytest.raises(ConfigError, match=r"offload\.ring_slots=0 must be positive"):
+        planned(settings(8.0, ring_slots=0))
+    accelerate = replace(settings(8.0), offload=AccelerateOffloadConfig(name="accelerate"))
+    with pytest.raises(ConfigError, match="set offload=stream"):
+        planned(accelerate)
+
+
+def test_the_plan_is_json():
+    plan = planned(settings(8.0, card="H200"), "qwen2_5_7b")
+    again = json.loads(json.dumps(plan.to_dict()))
+    assert again["device_bytes"] == plan.total(Placement.device)
+    assert again["embedding"] == "host"
+    assert again["resident_layers"] == [2, 8, 14, 19, 25]
+    assert again["link"] == {"gb_per_s": 55.5, "source": "H200, measured on one"}
+    assert again["ceiling_tokens_per_s"]["26"] == plan.ceiling(26)
+
+
+# ------------------------------------------------------------------------------------------ properties
+
+
+def planned_or_none(vram_mib: int, max_length: int, **options):
+    decoding = {"max_length": max_length, "max_new_tokens": 8}
+    try:
+        return planned(settings(vram_mib / 1024, decoding=decoding, **options))
+    except ConfigError:
+        return None
+
+
+@effort(max_examples=50, deadline=None)
+@given(
+    vram=st.integers(2 * 1024, 24 * 1024),
+    more=st.integers(0, 2048),
+    length=st.integers(16, 16384),
+    longer=st.integers(0, 16384),
+    tree=st.tuples(st.integers(1, 64), st.integers(1, 12)),
+    draft=st.sampled_from(["subspec", "none", "small_model", "layer_skip"]),
+    quant=st.sampled_from([{}, {"bits": 2}, {"modules": ["mlp"]}, {"skip_layers": [1, 4]}, {"bits": 8}]),
+    ring=st.integers(1, 8),
+)
+def test_any_plan_keeps_its_budget_and_is_monotone(vram, more, length, longer, tree, draft, quant, ring):
+    options = {"tree": tree, "draft": draft, "quant": quant, "ring_slots": ring}
+    plan = planned_or_none(vram, length, **options)
+    larger = planned_or_none(vram + more, length, **options)
+    longest = planned_or_none(vram, length + longer, **options)
+    if plan is None:
+        assert longest is None, "a longer text fits where a shorter one does not"
+        return
+    assert plan.total(Placement.device) + plan.headroom <= vram * MIB
+    assert all(item.bytes > 0 for item in plan.items)
+    assert len(plan.resident_layers) + len(plan.streamed_layers) == 28
+    assert min(length, 256) <= plan.prefill_chunk <= length
+    assert plan.ring_slots == min(ring, len(plan.streamed_layers))
+    assert larger is not None, "more memory is never refused"
+    assert len(larger.resident_layers) >= len(plan.resident_layers)
+    if longest is not None:
+        assert len(longest.resident_layers) <= len(plan.resident_layers)
+
+
+def test_residents_grow_with_the_budget_one_by_one():
+    counts = [
+        -1 if (plan := planned_or_none(vram, 2048)) is None else len(plan.resident_layers)
+        for vram in range(5 * 1024, 20 * 1024, 256)
+    ]
+    assert counts == sorted(counts)
+    assert set(counts) >= {-1, 0, 1, 5, 20, 28}

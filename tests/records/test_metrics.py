@@ -1,0 +1,253 @@
+import json
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspec.decoding.result import FinishReason
+from subspec.records.metrics import PER_TURN_FIGURES, LinkInfo, ratio, speedup, summarise, turn_metrics
+from subspec.runs.turn import prompt_digest, skipped_record, turn_record
+from subspec.utils.files import json_line
+from tests.helpers.records import CONTEXT, record, result
+
+PER_TURN_FIELDS = {
+    "prompt_tokens", "new_tokens", "iterations", "tau", "tau_published", "accept_rate_by_depth", "prefill_s",
+    "decode_s", "tokens_per_s", "tokens_per_s_total", "draft_s", "verify_s", "transfer_s", "bytes_streamed",
+    "link_gb_per_s", "roofline_tokens_per_s", "roofline_share", "link_busy_share", "peak_vram_gib", "peak_ram_gib",
+    "finish_reason",
+}  # fmt: skip
+
+
+def test_every_field_of_the_design_by_hand() -> None:
+    generation = result(draft_s=1.2, verify_s=0.7, transfer_s=1.5, bytes_streamed=40_000_000_000)
+    link = LinkInfo(gb_per_s=20.0, bytes_per_pass=10_000_000_000)
+    metrics = turn_metrics(generation, link=link, peak_vram_gib=7.5, peak_ram_gib=20.0)
+    assert set(metrics) >= PER_TURN_FIELDS
+    assert metrics["prompt_tokens"] == 30
+    assert metrics["new_tokens"] == 13
+    assert metrics["iterations"] == 4
+    assert metrics["tau"] == 12 / 4
+    assert metrics["tau_published"] == 13 / 5
+    assert metrics["accept_rate_by_depth"] == [1.0, 0.75, 0.5]
+    assert metrics["tokens_per_s"] == 12 / 2.0
+    assert metrics["tokens_per_s_total"] == 13 / 2.5
+    # A pass streams 10 GB at 20 GB/s: two passes a second, three tokens each.
+    assert metrics["roofline_tokens_per_s"] == pytest.approx(6.0)
+    assert metrics["roofline_share"] == pytest.approx(1.0)
+    assert metrics["link_busy_share"] == pytest.approx(1.5 / 2.5)
+    assert (metrics["draft_s"], metrics["verify_s"], metrics["transfer_s"]) == (1.2, 0.7, 1.5)
+    assert (metrics["peak_vram_gib"], metrics["peak_ram_gib"]) == (7.5, 20.0)
+    assert metrics["finish_reason"] == "eos"
+
+
+def test_without_offloading_the_link_figures_are_null() -> None:
+    metrics = turn_metrics(result())
+    names = ("link_gb_per_s", "bytes_per_pass", "roofline_tokens_per_s", "roofline_share", "link_busy_share")
+    assert {metrics[name] for name in names} == {None}
+    assert metrics["peak_vram_gib"] is None
+
+
+def test_a_text_that_ended_with_the_first_token_has_no_rates() -> None:
+    metrics = turn_metrics(
+        result(verified=0, iterations=0, drafted=(), accepted=(), decode_s=0.0), link=LinkInfo(20.0, 10)
+    )
+    assert metrics["new_tokens"] == 1
+    names = ("tau", "tau_published", "tokens_per_s", "roofline_tokens_per_s", "roofline_share")
+    assert [metrics[name] for name in names] == [None] * 5
+    assert metrics["tokens_per_s_total"] == 1 / 0.5
+    assert metrics["accept_rate_by_depth"] == []
+
+
+def test_everything_resident_has_no_roofline() -> None:
+    assert turn_metrics(result(), link=LinkInfo(20.0, 0))["roofline_tokens_per_s"] is None
+
+
+def test_depths_never_accepted_and_never_drafted() -> None:
+    rates = turn_metrics(result(drafted=(4, 4, 0), accepted=(2,)))["accept_rate_by_depth"]
+    assert rates == [0.5, 0.0, None]
+
+
+@pytest.mark.parametrize(("bandwidth", "size"), [(0.0, 1), (-1.0, 1), (1.0, -1)])
+def test_an_impossible_link_is_refused(bandwidth: float, size: int) -> None:
+    with pytest.raises(ValueError, match="bandwidth"):
+        LinkInfo(bandwidth, size)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 0.0), (None, 1.0), (1.0, None), (1.0, -1.0)])
+def test_ratio_is_none_rather_than_infinite(a: float | None, b: float | None) -> None:
+    assert ratio(a, b) is None
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_a_record_is_strict_json_and_keeps_no_prompt() -> None:
+    made = record(1)
+    assert json.loads(json_line(made)) == made
+    assert "question" not in json_line(made).decode()
+    assert len(made["prompt_sha256"]) == 64
+    assert made["audit"]["max_gap"] == 0.001
+    assert (made["benchmark"], made["source"], made["target"], made["draft"]) == (
+        "gsm8k",
+        "file",
+        "tiny",
+        "subspec",
+    )
+
+
+def test_the_prompt_digest_tells_prompts_apart() -> None:
+    one, two = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
+    assert prompt_digest(one) == prompt_digest([{"content": "a", "role": "user"}])
+    assert len({prompt_digest(one), prompt_digest(two), prompt_digest("a")}) == 3
+    assert prompt_digest(None) is None
+
+
+def test_an_unchecked_turn_has_null_answers() -> None:
+    made = turn_record(CONTEXT, result(), sample_id="a", sample_index=0)
+    assert (made["correct"], made["audit"], made["prompt_sha256"]) == (None, None, None)
+
+
+# ------------------------------------------------------------------------------------------------ summary
+
+
+def test_totals_are_all_tokens_over_all_seconds() -> None:
+    slow = record(0) | turn_metrics(result(verified=10, iterations=5, decode_s=10.0, prefill_s=1.0))
+    fast = record(1) | turn_metrics(result(verified=90, iterations=10, decode_s=10.0, prefill_s=2.0))
+    summary = summarise([slow, fast])
+    totals, per_turn = summary["totals"], summary["per_turn"]
+    assert totals["tokens_per_s"] == 100 / 20
+    assert totals["tokens_per_s_total"] == 102 / 23
+    assert totals["tau"] == 100 / 15
+    assert totals["tau_published"] == 102 / 17
+    assert totals["prefill_s"] == 3.0
+    assert per_turn["tau"]["mean"] == (2 + 9) / 2, "a mean of ratios is not the ratio of sums"
+    assert per_turn["tau"]["sd"] == pytest.approx(statistics.stdev([2, 9]))
+    assert per_turn["tokens_per_s"] == {
+        "n": 2,
+        "mean": 5.0,
+        "sd": pytest.approx(math.sqrt(32)),
+        "median": 5.0,
+    }
+
+
+def test_acceptance_is_pooled_over_iterations_not_averaged_over_turns() -> None:
+    one = record(0) | turn_metrics(result(drafted=(10, 10), accepted=(10, 5)))
+    two = record(1) | turn_metrics(result(drafted=(2,), accepted=(0,)))
+    totals = summarise([one, two])["totals"]
+    assert totals["accept_rate_by_depth"] == [10 / 12, 5 / 10]
+    assert totals["drafted_by_depth"] == [12, 10]
+
+
+def test_counts_skips_answers_and_audit() -> None:
+    records = [record(index) for index in range(4)] + [
+        record(3, turn=1, correct=None, finish_reason="length")
+    ]
+    records[2]["audit"] = None
+    records[1]["audit"]["mismatch"] = 2
+    records += [
+        skipped_record(
+            CONTEXT, sample_id=f"long{n}", sample_index=9 + n, reason="prompt_too_long", prompt_tokens=5000
+        )
+        for n in range(2)
+    ]
+    summary = summarise(records)
+    assert summary["counts"] == {
+        "samples": 4,
+        "turns": 5,
+        "skipped": {"prompt_too_long": 2},
+        "finish_reasons": {"eos": 4, "length": 1},
+    }
+    assert summary["accuracy"] == {"correct": 2, "checked": 3, "accuracy": 2 / 3}
+    expected = {
+        "exact": 40,
+        "near_tie": 4,
+        "mismatch": 2,
+        "max_gap": 0.003,
+        "margin": 0.01,
+        "turns": 4,
+        "bitwise": 0,
+        "errors": 2,
+    }
+    assert summary["audit"] == expected
+    assert summary["peak_ram_gib"] == 4.0
+    assert summary["peak_vram_gib"] is None
+
+
+def test_nothing_checked_and_nothing_run() -> None:
+    summary = summarise([])
+    assert summary["accuracy"] is None
+    assert summary["audit"] is None
+    assert summary["totals"]["tokens_per_s"] is None
+    assert summary["totals"]["accept_rate_by_depth"] == []
+    assert json.loads(json_line(summary)) == summary
+
+
+def test_the_pooled_roofline_is_that_of_one_long_turn() -> None:
+    link = LinkInfo(gb_per_s=20.0, bytes_per_pass=10_000_000_000)
+    streamed = {"transfer_s": 1.0, "bytes_streamed": 5}
+    turns = [
+        record(0) | turn_metrics(result(verified=10, iterations=5, decode_s=4.0, **streamed), link=link),
+        record(1) | turn_metrics(result(verified=90, iterations=10, decode_s=8.0, **streamed), link=link),
+    ]
+    together = turn_metrics(
+        result(verified=100, iterations=15, prefill_s=1.0, decode_s=12.0, transfer_s=2.0), link=link
+    )
+    totals = summarise(turns)["totals"]
+    for name in (
+        "roofline_tokens_per_s",
+        "roofline_share",
+        "link_busy_share",
+        "link_gb_per_s",
+        "bytes_per_pass",
+    ):
+        assert totals[name] == pytest.approx(together[name]), name
+
+
+def test_context_names_what_records_disagree_on() -> None:
+    context = summarise([record(0), record(1, source="sample")])["context"]
+    assert context["source"] == ["file", "sample"]
+    assert context["planted"] is False
+    assert context["seed"] == 3
+
+
+@given(st.randoms(use_true_random=False), st.lists(st.integers(0, 60), max_size=12, unique=True))
+def test_the_summary_depends_on_the_records_only(shuffler: random.Random, indices: list[int]) -> None:
+    """Not on their order, and not on whether they come from memory or from disk: a resumed run has the same one."""
+    link = LinkInfo(25.0, 13_000_000_000)
+    records = [record(index, link=link if index % 2 else None) for index in indices]
+    reordered = [json.loads(json_line(made)) for made in records]
+    shuffler.shuffle(reordered)
+    assert summarise(records) == summarise(reordered)
+    assert set(summarise(records)["per_turn"]) == set(PER_TURN_FIGURES)
+
+
+def test_speedup_over_a_named_baseline() -> None:
+    ours = summarise([record(0) | turn_metrics(result(verified=60, decode_s=2.0, prefill_s=1.0))])
+    plain = summarise(
+        [record(0, draft="none") | turn_metrics(result(verified=20, decode_s=2.0, prefill_s=1.0))]
+    )
+    gain = speedup(ours, plain, "plain offloading")
+    assert gain["baseline"] == "plain offloading"
+    assert gain["tokens_per_s"] == pytest.approx(3.0)
+    assert gain["tokens_per_s_total"] == pytest.approx(61 / 21)
+    assert gain["differences"] == [], "the draft is what is being compared"
+
+
+def test_speedup_says_what_else_differs() -> None:
+    ours = summarise([record(0), record(1)])
+    other = summarise([record(0, benchmark="mt_bench")])
+    differences = speedup(ours, other, "b")["differences"]
+    assert "benchmark: gsm8k against mt_bench" in differences
+    assert "samples: 2 against 1" in differences
+    assert speedup(ours, summarise([]), "empty")["tokens_per_s"] is None
+
+
+def test_finish_reasons_are_the_plain_words() -> None:
+    assert [turn_metrics(result(finish=reason))["finish_reason"] for reason in FinishReason] == [
+        "eos",
+        "stop",
+        "length",
+    ]

@@ -1,0 +1,382 @@
+"""A run that is stopped at any point continues with its folder alone: nothing lost, nothing doubled."""
+
+import re
+import shlex
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+
+import subspec.benchmarks.load
+import subspec.runs.runner
+from subspec.benchmarks.hub import HubRows, HubUnavailableError
+from subspec.decoding.engine import Engine
+from subspec.records.records import RunFolder
+from tests.helpers.cli import cli, command, records_of, summary_of, timeless, tiny_run
+from tests.helpers.tiny import tiny_checkpoint
+
+TURNS = 6  # three samples of two turns
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the project catches it."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=8192)
+
+
+@pytest.fixture
+def arguments(checkpoint, tmp_path):
+    """A run of three two-turn samples into ``tmp_path / "run"``."""
+    return [
+        *tiny_run(checkpoint, tmp_path / "run", samples=3),
+        "benchmark=mt_bench",
+        "tree.width=3",
+        "seed=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint, tmp_path_factory):
+    """The records of that run when nothing happens to it, and its summary."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    options = [*tiny_run(checkpoint, folder, samples=3), "benchmark=mt_bench", "tree.width=3", "seed=1"]
+    assert cli(*options).code == 0
+    return timeless(records_of(folder)), summary_of(folder)
+
+
+def serve(monkeypatch, source):
+    """From now on ``benchmark.source=auto`` finds the data set on the hub, or, with ``sample``, no hub."""
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(8)]
+
+    def load_rows(*arguments):
+        if source == "sample":
+            raise HubUnavailableError("the hub did not answer", "take other prompts")
+        return HubRows(rows, ["question", "answer"], None)
+
+    monkeypatch.setattr(subspec.benchmarks.load, "load_rows", load_rows)
+
+
+def stop_after(monkeypatch, count, *options):
+    """Start a run whose process ends when it would write another record than the first ``count``."""
+    append = RunFolder.append
+
+    def stop(self, record):
+        if len(self) == count:
+            raise Killed
+        return append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", stop)
+        with pytest.raises(Killed):
+            cli(*options)
+
+
+def contents(folder):
+    """Every file of a run by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def resume(folder, *more):
+    ran = cli(f"run_dir={folder}", "resume=true", *more)
+    assert ran.code == 0, ran.err
+    return ran
+
+
+def assert_whole(folder, undisturbed):
+    records, summary = undisturbed
+    assert timeless(records_of(folder)) == records
+    found = summary_of(folder)
+    assert found["counts"] == summary["counts"]
+    same = ("prompt_tokens", "new_tokens", "verified_tokens", "iterations", "drafted_nodes", "tau")
+    assert {key: found["totals"][key] for key in same} == {key: summary["totals"][key] for key in same}
+    assert found["run"].keys() == summary["run"].keys()
+
+
+def wait_for(folder, count, process):
+    """Until ``count`` whole records are on disk."""
+    file = folder / "records.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# ------------------------------------------------------------------------------------- real processes
+
+
+def test_kill_then_interrupt_then_finish(checkpoint, tmp_path):
+    """Killed between the turns of a sample, resumed, interrupted, and resumed with the words of the message."""
+    long = [
+        *tiny_run(checkpoint, tmp_path / "my run", tokens=100, samples=3),
+        "benchmark=mt_bench",
+        "decoding.ignore_eos=true",
+        "warmup=0",
+    ]
+    folder = tmp_path / "my run"
+    process = command(*long)
+    wait_for(folder, 1, process)
+    process.kill()
+    process.communicate()
+    before = records_of(folder)
+    assert len(before) < TURNS
+    assert not (folder / "summary.json").exists()
+
+    process = command(f"run_dir={folder}", "resume=true")
+    wait_for(folder, len(before) + 1, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (line,) = err.splitlines()
+    found = re.fullmatch(r"error: interrupted: finished samples are kept; continue with (.+)", line)
+    assert len(records_of(folder)) < TURNS
+    assert shlex.split(found[1]) == [f"run_dir={folder}", "resume=true"]
+
+    ran = cli(*shlex.split(found[1]))
+    assert ran.code == 0, ran.err
+    assert cli(*long, f"run_dir={tmp_path / 'undisturbed'}").code == 0
+    assert timeless(records_of(folder)) == timeless(records_of(tmp_path / "undisturbed"))
+    assert records_of(folder)[: len(before)] == before
+
+
+# ------------------------------------------------------------------------------------- every other point
+
+
+@pytest.mark.parametrize("done", range(TURNS))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stopped_around_any_record(arguments, undisturbed, tmp_path, monkeypatch, done, when):
+    append = RunFolder.append
+
+    def stop(self, record):
+        if when == "after":
+            append(self, record)
+        if len(self) - (when == "after") == done:
+            raise Killed
+        return when == "after" or append(self, record)
+
+    monkeypatch.setattr(RunFolder, "append", stop)
+    with pytest.raises(Killed):
+        cli(*arguments)
+    monkeypatch.undo()
+    kept = len(records_of(tmp_path / "run"))
+    assert kept == done + (when == "after")
+
+    generated = []
+    generate = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda *a, **k: generated.append(0) or generate(*a, **k))
+    resume(tmp_path / "run", "warmup=1")
+    assert len(generated) == (TURNS - kept + 1 if kept < TURNS else 0)  # and the warm-up
+    assert_whole(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("place", ["load", "_Run._warm_up", "RunFolder.write_summary", "summarise"])
+def test_stopped_elsewhere(arguments, undisturbed, tmp_path, monkeypatch, place):
+    def stop(*arguments, **options):
+        raise Killed
+
+    monkeypatch.setattr(f"subspec.runs.runner.{place}", stop)
+    with pytest.raises(Killed):
+        cli(*arguments)
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_whole(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_a_torn_last_line_runs_again(arguments, undisturbed, tmp_path, kept):
+    assert cli(*arguments).code == 0
+    folder = tmp_path / "run"
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    torn = lines[-2][: int(kept * len(lines[-2]))]
+    (folder / "records.jsonl").write_bytes(b"".join(lines[:-2]) + torn)
+    ran = resume(folder)
+    assert_whole(folder, undisturbed)
+    assert ("half-written last line" in ran.out) == bool(torn)
+    assert (folder / "records.jsonl.damaged").exists() == bool(torn)
+
+
+def test_stopped_between_the_folder_and_its_overrides(arguments, tmp_path, monkeypatch):
+    """Nothing has been generated yet, so starting again is all there is to do, and the message says so."""
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subspec.runs.runner, "store_overrides", stop)
+    ran = cli(*arguments)
+    assert ran.code == 130
+    assert ran.error == "error: interrupted: nothing had been generated yet; start again"
+    monkeypatch.undo()
+    assert cli(f"run_dir={tmp_path / 'run'}", "resume=true").code == 2
+    assert cli(*arguments).code == 0
+
+
+def test_an_interrupted_sweep_names_its_folder(arguments, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    options = [a for a in arguments if not a.startswith("run_dir")]
+    options += ["-m", "draft=none,subspec", f"sweep_dir={tmp_path / 'my sweep'}", "hydra/launcher=basic"]
+    monkeypatch.setattr(subspec.runs.runner, "load", stop)
+    ran = cli(*options)
+    assert ran.code == 130
+    found = re.search(r"continue with the same command and (.+)", ran.error)
+    monkeypatch.undo()
+    again = cli(*options, *shlex.split(found[1]))
+    assert again.code == 0, again.err
+    assert len(records_of(tmp_path / "my sweep" / "1")) == TURNS
+
+
+# ---------------------------------------------------------------------------------------- what is resumed
+
+
+def test_a_finished_run_generates_nothing_and_loads_nothing(arguments, undisturbed, tmp_path, monkeypatch):
+    assert cli(*arguments).code == 0
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+
+    def load(*arguments, **options):
+        raise AssertionError("nothing is left to generate")
+
+    monkeypatch.setattr(subspec.runs.runner, "load", load)
+    ran = resume(tmp_path / "run")
+    assert "every sample is finished: nothing to generate" in ran.out
+    assert "acceptance length tau" in ran.out
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+    assert_whole(tmp_path / "run", undisturbed)
+
+
+def test_more_samples_extend_a_run(arguments, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert cli(*arguments, "benchmark.max_samples=1").code == 0
+    first = records_of(folder)
+    resume(folder, "benchmark.max_samples=3")
+    assert_whole(folder, undisturbed)
+    assert records_of(folder)[: len(first)] == first
+    assert yaml.safe_load((folder / "config.yaml").read_text())["benchmark"]["max_samples"] == 3
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join(lines[:-1]))
+    resume(folder)  # remembers that it was extended
+    assert_whole(folder, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            "tree.width=2",
+            r"differs from .*config\.yaml: tree\.width: 3 -> 2\. Use the same values, or .*run_dir=",
+        ),
+        ("audit=true", r"audit: false -> true"),
+        ("seed=2", r"seed: 1 -> 2"),
+        ("decoding=sampling", r"decoding\.name: \"greedy\" -> \"sampling\""),
+    ],
+)
+def test_another_configuration_is_refused_and_spoils_nothing(arguments, undisturbed, tmp_path, changed, line):
+    folder = tmp_path / "run"
+    assert cli(*arguments).code == 0
+    cli(f"run_dir={folder}", "resume=true", changed).refused(2, line)
+    cli(*arguments, "draft=none").refused(
+        2, r"run_dir=\S+ already holds records: continue it with resume=true"
+    )
+    resume(folder)
+    assert_whole(folder, undisturbed)
+
+
+@pytest.mark.parametrize(("first", "then"), [("sample", "hub"), ("hub", "sample")])
+def test_other_prompts_under_the_same_configuration_are_refused(
+    arguments, tmp_path, monkeypatch, first, then
+):
+    """``benchmark.source=auto`` takes what the hub's state at that moment leaves it."""
+    folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
+    serve(monkeypatch, first)
+    stop_after(monkeypatch, 1, *options)
+    before = contents(folder)
+    serve(monkeypatch, then)
+    line = (
+        rf"resume=true, but benchmark\.source comes to {then} now, and the records in \S+records\.jsonl are of "
+        rf"{first}: set benchmark\.source={first}, or choose another folder with run_dir="
+    )
+    cli(f"run_dir={folder}", "resume=true").refused(2, line)
+    cli(f"run_dir={folder}", "resume=true", f"benchmark.source={then}").refused(2, line)
+    assert contents(folder) == before
+    serve(monkeypatch, first)
+    resume(folder, f"benchmark.source={first}")
+    resume(folder)
+    assert {record["source"] for record in records_of(folder)} == {first}
+    summary = summary_of(folder)
+    assert (summary["context"]["source"], summary["run"]["benchmark_source"]) == (first, first)
+    assert summary["counts"]["samples"] == 3
+
+
+def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_path, monkeypatch):
+    """``device=auto`` on a machine whose GPU comes or goes: the dtype would be another, too."""
+    monkeypatch.setattr(
+        subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask"
+    )
+    folder = tmp_path / "run"
+    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cpu"))
+    stop_after(monkeypatch, 1, *arguments, "device=auto")
+    before = contents(folder)
+    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cuda", 0))
+    cli(f"run_dir={folder}", "resume=true").refused(
+        2, r"device comes to cuda now, and the records in \S+ are of cpu: set device=cpu, or choose another"
+    )
+    assert contents(folder) == before
+    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cpu"))
+    resume(folder, "device=cpu")
+    assert {record["device"] for record in records_of(folder)} == {"cpu"}
+    assert len(records_of(folder)) == TURNS
+
+
+def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monkeypatch):
+    folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
+    serve(monkeypatch, "sample")
+    stop_after(monkeypatch, 0, *options)
+    serve(monkeypatch, "hub")
+    resume(folder)
+    assert summary_of(folder)["context"]["source"] == "hub"
+
+
+def test_what_changes_no_record_may_change(arguments, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert cli(*arguments).code == 0
+    ran = resume(folder, f"baseline={folder}", "logger=none")
+    assert re.search(r"1\.00x decode, 1\.00x overall", ran.out)
+    assert_whole(folder, undisturbed)
+
+
+def test_a_script_that_always_resumes_may_start_a_run(arguments, undisturbed, tmp_path):
+    """A batch system restarts the same command line."""
+    ran = cli(*arguments, "resume=true")
+    assert ran.code == 0, ran.err
+    assert "starting from the beginning" in ran.out
+    again = cli(*arguments, "resume=true")
+    assert again.code == 0, again.err
+    assert_whole(tmp_path / "run", undisturbed)
+
+
+def test_skipped_prompts_are_not_tried_again(arguments, tmp_path):
+    options = [*arguments, "benchmark.max_prompt_tokens=200", "decoding.max_length=230"]
+    assert cli(*options).code == 0
+    before = records_of(tmp_path / "run")
+    assert any(record.get("skipped") for record in before)
+    ran = resume(tmp_path / "run")
+    assert "every sample is finished" in ran.out
+    assert records_of(tmp_path / "run") == before
+
+
+def test_overrides_that_cannot_be_read(arguments, tmp_path):
+    assert cli(*arguments).code == 0
+    (tmp_path / "run" / "overrides.yaml").write_text("tree: [")
+    cli(f"run_dir={tmp_path / 'run'}", "resume=true").refused(
+        2, r"overrides\.yaml cannot be read: mend it, or delete it"
+    )
+
+
+def test_a_second_process_is_kept_out(arguments, tmp_path):
+    with RunFolder.open(tmp_path / "run", resume=False, config={}):
+        cli(*arguments).refused(1, r"run_dir=\S+ is in use by another process: wait for it")

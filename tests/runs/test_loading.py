@@ -1,0 +1,88 @@
+"""Loading a run's target: what the device allocator is told, and what host memory must hold."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from subspec.config.schema import (
+    AccelerateOffloadConfig,
+    OffloadConfig,
+    PlantedTargetConfig,
+    StreamOffloadConfig,
+)
+from subspec.errors import SubspecError
+from subspec.offload.accelerate import host_bytes
+from subspec.runs import loading
+from subspec.runs.loading import GIB, cap_device
+from subspec.targets import device as device_module
+from subspec.targets.planted import SHAPES
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda", 1), ("cuda:0", 0), ("cuda:2", 2)])
+def test_the_allocator_is_capped_at_the_budget(monkeypatch, device, number):
+    """A device without a number is the current one: PyTorch's own check of its argument runs here."""
+    told = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(index + 1) << 34)
+    )
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *args: told.append(args), raising=False)
+    cap_device(8.0, torch.device(device))
+    assert told == [(0.5 / (number + 1), number)]
+    cap_device(1000.0, torch.device(device))  # more than the card has
+    assert told[1:] == [(1.0, number)]
+
+
+def of_32b(planted):
+    """What is known of a source before a weight is drawn or read: 32.8 billion of them, 61 GiB in bfloat16."""
+    return SimpleNamespace(
+        name="a 32B", config=SHAPES["qwen2_5_32b"](), dtype=torch.bfloat16, planted=planted, notes=()
+    )
+
+
+def test_accelerate_needs_the_host_for_what_it_does_not_move():
+    whole = host_bytes(of_32b(planted=True), 22 * GIB)
+    assert 60 * GIB < whole < 62 * GIB, "drawn on the host, all of it, before accelerate moves anything"
+    assert host_bytes(of_32b(planted=False), 22 * GIB) == whole - 22 * GIB
+    assert host_bytes(of_32b(planted=False), 100 * GIB) == 0
+
+
+@pytest.mark.parametrize(("planted", "needs"), [(True, "61.0"), (False, "54.5")])
+def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs):
+    def build(*arguments):
+        raise AssertionError("built")
+
+    monkeypatch.setattr("subspec.offload.accelerate.build_model", build)
+    monkeypatch.setattr(loading, "cap_device", lambda *arguments: None)
+    monkeypatch.setattr(loading, "open_source", lambda *arguments, **options: of_32b(planted))
+    monkeypatch.setattr(device_module, "free_memory", lambda device: 50 * GIB)
+    offload = AccelerateOffloadConfig(name="accelerate", vram_gib=8.0)
+    config = SimpleNamespace(target=PlantedTargetConfig(name="x"), offload=offload)
+    line = (
+        rf"offload=accelerate .* host memory: the weights need {needs} GiB of memory and 50\.0 GiB are free"
+    )
+    with pytest.raises(SubspecError, match=line):
+        loading._load_accelerate(config, offload, torch.device("cuda"), SimpleNamespace(note=None))
+    monkeypatch.setattr(device_module, "free_memory", lambda device: 62 * GIB)
+    with pytest.raises(AssertionError, match="built"):
+        loading._load_accelerate(config, offload, torch.device("cuda"), SimpleNamespace(note=None))
+
+
+@pytest.mark.parametrize("way", ["none", "stream", "accelerate"])
+def test_every_way_of_loading_begins_with_a_free_device(monkeypatch, way):
+    """In a sweep within one process the run before may have left a cap and peaks, which are not this run's."""
+    done = []
+    monkeypatch.setattr(loading, "free_device", lambda device: done.append("freed"))
+    for name in ("_load_streamed", "_load_accelerate", "load_target", "assemble"):
+        monkeypatch.setattr(loading, name, lambda *arguments, name=name, **options: done.append(name))
+    offloads = {
+        "none": (OffloadConfig(name="none"), ["load_target", "assemble"]),
+        "stream": (StreamOffloadConfig(name="stream"), ["_load_streamed"]),
+        "accelerate": (AccelerateOffloadConfig(name="accelerate"), ["_load_accelerate"]),
+    }
+    offload, expected = offloads[way]
+    config = SimpleNamespace(target=None, offload=offload)
+    loading.load(config, torch.device("cuda"), SimpleNamespace(note=None))
+    assert done == ["freed", *expected]
