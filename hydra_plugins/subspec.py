@@ -1,7 +1,7 @@
-"""Where Hydra looks for plugins: the project's own launcher and sweepers.
+"""The project's launcher and sweepers as Hydra plugins.
 
 Hydra accepts plugins only from modules below ``hydra_plugins``, a namespace package that several distributions share
-(it has no ``__init__.py``). Hydra imports this file at every start, so it pulls in nothing heavy.
+(it has no ``__init__.py``). Hydra imports this file at every start, so it imports no heavy module.
 """
 
 from subspec.sweeps import launcher, search, sweeper
@@ -16,4 +16,4 @@ class GridSweeper(sweeper.GridSweeper):
 
 
 class SearchSweeper(search.SearchSweeper):
-    """``hydra/sweeper=search``: Optuna chooses the combinations."""
+    """``hydra/sweeper=search``: combinations chosen by Optuna."""

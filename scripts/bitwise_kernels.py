@@ -22,7 +22,7 @@ from subspec.decoding.bitwise import PassShapes
 from subspec.kernels.choose_tiling import PARTIAL_ROLES
 from subspec.kernels.invariant_attention import attend, path_table
 from subspec.kernels.invariant_linear import CANDIDATES, multiply, split_k
-from subspec.quant.kernel_timing import graph_time
+from subspec.kernels.timing import graph_time
 from subspec.targets.planted import SHAPES
 
 DTYPE = torch.bfloat16

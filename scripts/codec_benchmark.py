@@ -2,9 +2,9 @@
 
     python scripts/codec_benchmark.py [--target qwen2_5_7b] [--formats hqq4,hqq8,higgs4] [--json FILE]
 
-Codes the first layer of a planted target beside each substitute, as loading does (every Linear is decoded again and
-compared bit by bit), and times its decoding. Beside it stand the layer's bytes, the time they
-take over the measured link, which decoding has to hide behind, and the weights rebuilt per second. One JSON line last.
+Codes the first layer of a planted target given each substitute, as loading does (every Linear is restored and compared
+bit by bit), and times its restoration. Also prints the layer's bytes, the time that they take over the measured link,
+which has to be longer, and the weights restored per second. The last line is JSON.
 """
 
 import argparse
@@ -15,44 +15,45 @@ from rich.console import Console
 from rich.table import Table
 
 from subspec.codec.coded_layer import encode_layer
-from subspec.codec.restore import PieceRestorer
+from subspec.codec.restore import Restorer
 from subspec.config.schema import PlantedTargetConfig
-from subspec.levels.build import ROLES, LayerFuser
+from subspec.kernels.timing import graph_time
+from subspec.levels.build import ROLES, SubstituteBuilder
 from subspec.offload.bandwidth import measure_link
-from subspec.quant.affine_format import AffineFormat, Format
-from subspec.quant.codebook_format import LutFormat
-from subspec.quant.higgs_weight import HiggsCodeQuantizer
-from subspec.quant.kernel_timing import graph_time
-from subspec.quant.quantized_weight import CodeQuantizer, HqqCodes
+from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
+from subspec.quant.hqq import HqqFormat, hqq_quantizer
+from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 from subspec.targets.layer_bytes import PlainCodec, parameter_views
 from subspec.targets.planted import PlantedSource
 
 FORMATS = "hqq4,hqq8,hqq3,hqq2,higgs4,higgs3,higgs2"
 
 
-def substitute_of(name: str) -> tuple[CodeQuantizer, Format, str]:
-    """``hqq4``, ``higgs3``...: the quantizer, how its weights are kept, the kernel whose order the decoder reads."""
+def substitute_of(name: str) -> tuple[WeightQuantizer, WeightFormat, str]:
+    """Quantizer, format and kernel of ``hqq4``, ``higgs3``..."""
     method, bits = name[:-1], int(name[-1])
     if method == "higgs":
-        return HiggsCodeQuantizer(bits), LutFormat(bits), "lut_mma"
-    return HqqCodes(bits), AffineFormat(bits), "int4_mma" if bits == 4 else "triton_wq"
+        return higgs_quantizer(bits), HiggsFormat(bits), "lut_mma"
+    return hqq_quantizer(bits), HqqFormat(bits), "int4_mma"
 
 
 def measure(name: str, source: PlantedSource, device: torch.device) -> dict[str, float | str]:
     """One layer's figures beside one substitute."""
     quantizer, kept, kernel = substitute_of(name)
     formats = dict.fromkeys(ROLES, kept)
-    fuser = LayerFuser(source.config, quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats)
+    builder = SubstituteBuilder(
+        source.config, quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats
+    )
     codes, tensors = {}, source.layer(0, device)
-    substitute = fuser.fuse(tensors, device, index=0, keep=codes)
+    substitute = builder.build_layer(tensors, device, index=0, keep=codes)
     coded, flat = encode_layer(tensors, codes, substitute)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     weights = sum(part.shape.numel() for part in coded.parts)
     del tensors, codes
     buffer = torch.empty(PlainCodec().layer_bytes(shapes), dtype=torch.uint8, device=device)
     views = parameter_views(buffer, shapes, torch.bfloat16)
-    pieces = [part.piece(views[part.name], substitute) for part in coded.parts]
-    decoder = PieceRestorer(pieces)
+    pieces = [part.piece(views[part.name], getattr(substitute, part.role)) for part in coded.parts]
+    decoder = Restorer(pieces)
     taken = graph_time(lambda: decoder(flat))
     return {
         "format": name,

@@ -35,8 +35,7 @@ from subspec.config.schema import (
 from subspec.decoding.engine import Engine
 from subspec.offload.bandwidth import measure_link
 from subspec.planning.plan import plan_run
-from subspec.runs.loading import cap_device
-from subspec.session import assemble_streamed
+from subspec.session import assemble_streamed, cap_device
 from subspec.targets.planted import PlantedSource
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -66,12 +65,12 @@ class Watch:
         self.expected: dict[int, Tensor] = {}
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         self.decoded = 0
-        self._decode = decoding.decode
-        decoding.decode = self.decode  # type: ignore[method-assign]
+        self._restore = decoding.restore
+        decoding.restore = self.restore  # type: ignore[method-assign]
 
-    def decode(self, index: int, flat: Tensor) -> None:
-        """As :meth:`LayerRestorer.decode`, then checked."""
-        self._decode(index, flat)
+    def restore(self, index: int, flat: Tensor) -> None:
+        """As :meth:`LayerRestorer.restore`, then checked."""
+        self._restore(index, flat)
         self.decoded += 1
         sums = block_sums(self.decoding.buffer)
         if index in self.expected:
@@ -99,7 +98,7 @@ def main() -> None:
         quant, kernel = HiggsConfig(name="higgs", bits=options.bits), Kernel.lut_mma
     else:
         quant = HqqConfig(name="hqq", bits=options.bits)
-        kernel = Kernel.int4_mma if options.bits == 4 else Kernel.triton_wq
+        kernel = Kernel.int4_mma
     config = Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
         draft=SubstituteDraftConfig(name="subspec", kernel=kernel),
@@ -129,11 +128,11 @@ def main() -> None:
     assembly = assemble_streamed(config, source, plan, device)
     streamed = assembly.streamed
     assert streamed is not None
-    assert streamed.decoder.decoding is not None
-    watch = Watch(streamed.decoder.decoding, source)
+    assert streamed.target.restorer is not None
+    watch = Watch(streamed.target.restorer, source)
     # What the original and the noise take is not the run's.
     torch.cuda.set_per_process_memory_fraction(1.0)
-    engine = Engine(streamed.decoder, max_length=config.decoding.max_length, prefill_chunk=plan.prefill_chunk)
+    engine = Engine(streamed.target, max_length=config.decoding.max_length, prefill_chunk=plan.prefill_chunk)
     generator = torch.Generator().manual_seed(0)
     noise, side = torch.randn(1024, 1024, device=device), torch.cuda.Stream()
     passes, started = 0, time.perf_counter()
@@ -159,8 +158,8 @@ def main() -> None:
                 "quant": options.quant,
                 "bits": options.bits,
                 "bits_per_weight": streamed.bits_per_weight,
-                "resident_coded_layers": len(streamed.decoder.decoding.resident),
-                "streamed_layers": source.config.num_hidden_layers - len(streamed.decoder.resident_layers),
+                "resident_coded_layers": len(streamed.target.restorer.resident),
+                "streamed_layers": source.config.num_hidden_layers - len(streamed.target.resident_layers),
                 "passes": passes,
                 "layers_decoded": watch.decoded,
                 "blocks_that_differed": wrong,

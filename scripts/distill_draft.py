@@ -68,7 +68,7 @@ def main() -> None:
     corpus = load_corpus(options.text, held_out=options.held_out)
     print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
     shape = {key: getattr(options, key) for key in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
-    counts = torch.bincount(corpus.ids.flatten(), minlength=target.vocab_size)
+    counts = torch.bincount(corpus.ids.flatten(), minlength=target.model.config.vocab_size)
     student = build_student(target.model, counts, **shape, seed=options.seed)
     train_and_publish(
         options,

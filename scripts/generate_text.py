@@ -1,10 +1,10 @@
-"""A target writes the text that its drafts learn from: conversations it leads with itself.
+"""Let a target write the text that its drafts learn from: conversations with itself.
 
     python scripts/generate_text.py --out text/ --minutes 2
 
-Half of the conversations start with a user message that the target makes up, the others with prompts of this project
-(scripts/training/prompts.py). Writes shards of token ids; a shard that is there is not written again, so an
-interrupted run goes on with the same command.
+Half of the conversations start with a user message that the target makes up, the others with prompts of this
+project (scripts/training/prompts.py). Existing shards are not written again, so the same command continues an
+interrupted run.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def parse() -> argparse.Namespace:
 
 
 def starts(options: argparse.Namespace, target: Target, frame: ChatFrame, shard: int) -> list[Start]:
-    """How the conversations of one shard begin, in seeded order."""
+    """Starts of the conversations of one shard, in seeded order."""
     invented = round(options.self_asked * options.rows)
     asked = [
         Start(tuple(target.chat_ids([{"role": "user", "content": text}])), True)
         for text in messages(options.seed, shard, options.rows - invented)
     ]
-    # A prompt that leaves no room for an answer teaches nothing.
+    # Prompts that leave no room for an answer are replaced.
     fitting = [start for start in asked if len(start.ids) <= options.length // 2]
     made = fitting + [Start(frame.opening, False)] * (options.rows - len(fitting))
     random.Random(f"starts {options.seed} {shard}").shuffle(made)
@@ -78,7 +78,7 @@ def main() -> None:
     for shard in range(options.shards):
         path = shard_path(options.out, shard)
         if path.exists():
-            print(f"{path} is there", flush=True)
+            print(f"{path} exists", flush=True)
             continue
         spent = time.perf_counter() - began
         if options.minutes is not None and spent + slowest > 60 * options.minutes:

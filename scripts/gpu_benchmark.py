@@ -47,8 +47,7 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.offload.bandwidth import measure_link
 from subspec.offload.streamed_target import StreamedTarget
 from subspec.planning.plan import plan_run
-from subspec.runs.loading import cap_device
-from subspec.session import assemble_streamed
+from subspec.session import assemble_streamed, cap_device
 from subspec.targets.planted import PlantedSource
 
 # Read when CUDA starts, not when torch is imported: segments that grow keep a tight budget from fragmenting.
@@ -135,17 +134,17 @@ def run_mode(
         "codec": plan.codec.value,
         "bits_per_coded_weight": streamed.bits_per_weight,
         "bits_per_coded_head_weight": streamed.head_bits_per_weight,
-        "decode_ms_per_layer": decode_time(streamed.decoder),
+        "decode_ms_per_layer": decode_time(streamed.target),
         "planned_gib": plan.total(Placement.device) / GIB,
     }
     assembly.engine = None  # type: ignore[assignment]  # every variant gets an engine and a cache of its own
     results = []
     engine = draft = None
-    arithmetic = streamed.decoder.bitwise
+    arithmetic = streamed.target.bitwise
     variants = options.trees.split(",") if mode == "subspec" else [None]
     for variant, bitwise in itertools.product(variants, options.bitwise.split(",")):
         engine = draft = None  # its KV cache and graphs go before the next one's come
-        streamed.decoder.bitwise = arithmetic if bitwise == "on" else None
+        streamed.target.bitwise = arithmetic if bitwise == "on" else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -153,7 +152,7 @@ def run_mode(
         if variant is not None and streamed.substitute is not None:
             draft = CapturedDraft(streamed.substitute)
         engine = Engine(
-            streamed.decoder,
+            streamed.target,
             draft,
             growth_of(variant) if variant is not None else None,
             max_length=options.max_length,
@@ -178,7 +177,7 @@ def run_mode(
 
 def decode_time(decoder: StreamedTarget) -> float | None:
     """Milliseconds to decode one layer while nothing else runs: the mean over the pass's layers."""
-    decoding = decoder.decoding
+    decoding = decoder.restorer
     if decoding is None:
         return None
     flats = dict(decoding.resident)
@@ -186,11 +185,11 @@ def decode_time(decoder: StreamedTarget) -> float | None:
         index = next(iter(decoding.layers))
         flats = {index: torch.zeros(decoding.layers[index].nbytes, dtype=torch.uint8, device="cuda")}
     for index, flat in flats.items():
-        decoding.decode(index, flat)
+        decoding.restore(index, flat)
     torch.cuda.synchronize()
     decoding.log = []
     for index, flat in flats.items():
-        decoding.decode(index, flat)
+        decoding.restore(index, flat)
     torch.cuda.synchronize()
     times = [begin.elapsed_time(end) for _, begin, end in decoding.log]
     decoding.log = None
@@ -207,7 +206,7 @@ def at_context(engine: Engine, source: PlantedSource, length: int, seed: int) ->
     return {
         "prompt": length,
         "prefill_s": min(s.prefill_s for s in stats),
-        "pass_s": sum(s.verify_s - s.settle_s for s in stats) / passes,
+        "pass_s": sum(s.verify_s - s.accept_s for s in stats) / passes,
         "iteration_s": sum(s.decode_s for s in stats) / passes,
         "tokens_per_s": sum(s.verified_tokens for s in stats) / sum(s.decode_s for s in stats),
     }
@@ -249,8 +248,8 @@ def measure(
         "iteration_s": decode / passes,
         "draft_s": sum(s.draft_s for s in stats) / passes,
         "verify_s": sum(s.verify_s for s in stats) / passes,
-        "pass_s": sum(s.verify_s - s.settle_s for s in stats) / passes,
-        "settle_s": sum(s.settle_s for s in stats) / passes,
+        "pass_s": sum(s.verify_s - s.accept_s for s in stats) / passes,
+        "settle_s": sum(s.accept_s for s in stats) / passes,
         "levels": sum(sum(s.drafted_by_depth) for s in stats) / passes,
     }
     result["other_s"] = result["iteration_s"] - result["draft_s"] - result["verify_s"]

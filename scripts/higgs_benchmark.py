@@ -1,35 +1,25 @@
-"""Time of the look-up kernels of ``quant=higgs`` on this card, every setting checked against its reference first.
+"""Time of the look-up kernel of ``quant=higgs`` on this card, every setting checked against its reference first.
 
-    python scripts/higgs_benchmark.py [--shape qwen2_5_7b] [--bits 4] [--rows 1 6 8] [--quick] [--json FILE]
+    python scripts/higgs_benchmark.py [--shape qwen2_5_7b] [--bits 4] [--rows 1 6 8] [--json FILE]
 
-Prints microseconds per call for every kernel, its settings and number of rows, with the rotation of the inputs (whose
+Prints microseconds per call for every setting and number of rows, with the rotation of the inputs (whose
 own time comes first), beside the time the weights' bytes alone would take, and, for comparison, the HQQ kernels that
 are here. Calls are timed inside a CUDA graph that takes turns over enough weights to defeat the L2 cache. A setting
-that fails or is wrong is said and passed over. The last line is JSON.
+that fails or is wrong is reported and skipped. The last line is JSON.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
 
 import torch
 
-from subspec.quant.affine_format import AffineFormat
-from subspec.quant.codebook_linear import (
-    MmaLut,
-    ReferenceLut,
-    TritonLut,
-    TritonSettings,
-    make_lut_linear,
-    unavailable,
-)
-from subspec.quant.grids import load_grid
-from subspec.quant.hadamard import Rotation
-from subspec.quant.hadamard_transform import library_problem, rotate_library, rotate_triton
-from subspec.quant.higgs_weight import HiggsCodes, group_of
-from subspec.quant.kernel_timing import graph_time, rotated_time, rotation
-from subspec.quant.level_linear import KERNELS, LevelLinear, Variant
-from subspec.quant.level_linear import unavailable as hqq_unavailable
+from subspec.kernels.timing import graph_time
+from subspec.quant.bench import rotated_time, rotation
+from subspec.quant.codebook_linear import CodebookLinear, HiggsFormat, ReferenceCodebook, unavailable
+from subspec.quant.hadamard import Rotation, library_problem, rotate_library, rotate_triton
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.pairs import QuantizedPairs
 
 SHAPES = {
     "qwen2_5_7b": {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
@@ -43,9 +33,7 @@ SHAPES = {
 }
 """Outputs and inputs by role; ``gate_up`` ends with its activation. ``issue``: the shapes of the design's table."""
 
-SPLITS = (1, 2, 3, 4, 6, 8)
 DEVICE = torch.device("cuda")
-Setting = tuple[Variant, TritonSettings]
 
 
 def memory_bandwidth() -> float:
@@ -55,77 +43,33 @@ def memory_bandwidth() -> float:
     return 2 * buffer.numel() / graph_time(lambda: other.copy_(buffer))
 
 
-def random_codes(n: int, k: int, bits: int, dim: int, group: int) -> HiggsCodes:
-    """Codes of a made-up weight."""
-    rotated = Rotation.of(k, 512)
-    pairs = torch.randint(0, 4**bits, (n, rotated.padded // 2), dtype=torch.uint8, device=DEVICE)
-    size = group_of(rotated.padded, group)
-    scale = torch.rand(n, rotated.padded // size, device=DEVICE) * 0.01 + 0.01
-    return HiggsCodes(pairs, scale.half(), load_grid(bits, dim), size, rotated)
-
-
-def settings_of(role: str, quick: bool) -> Iterator[Setting]:
-    """Everything worth measuring for a role."""
-    usual = TritonSettings()
-    for tiles in (2, 4):
-        for splits in (1,) if role == "gate_up" else SPLITS:
-            yield Variant(MmaLut.kind, tiles, splits), usual
-    triton = [
-        (tiles, TritonSettings(inputs, warps, stages, gather))
-        for tiles, inputs, warps, stages, gather in (
-            (4, 128, 4, 1, False),
-            (4, 128, 4, 1, True),
-            (4, 64, 4, 1, False),
-            (4, 64, 4, 1, True),
-            (4, 256, 4, 1, False),
-            (4, 128, 4, 2, False),
-            (2, 128, 4, 1, False),
-            (2, 128, 2, 1, False),
-            (2, 128, 4, 1, True),
-            (2, 256, 4, 1, False),
-            (8, 128, 8, 1, False),
-        )
-    ]
-    for tiles, how in triton[:2] if quick else triton:
-        for splits in (1, 2, 4, 8):
-            yield Variant(TritonLut.kind, tiles, splits), how
-
-
-def wrong(linear: LevelLinear, codes: HiggsCodes, swiglu: bool) -> str | None:
-    """What is wrong with a result; None: nothing."""
+def wrong(linear: LevelLinear, codes: QuantizedPairs, swiglu: bool) -> str | None:
+    """The error of a result; None if it is right."""
     x = torch.randn(5, codes.rotation.in_features, device=DEVICE, dtype=torch.bfloat16)
-    found, exact = (call(x).float() for call in (linear, ReferenceLut(codes, swiglu=swiglu)))
+    found, exact = (call(x).float() for call in (linear, ReferenceCodebook(codes, swiglu=swiglu)))
     if not swiglu:
         found, exact = found.sum(0), exact.sum(0)
     error = float((found[:, : exact.shape[1]] - exact).norm() / exact.norm())
     return None if error < 0.02 else f"relative error {error:.3g}"
 
 
-def measure(role: str, n: int, k: int, bits: int, dim: int, rows: list[int], quick: bool) -> list[dict]:
+def measure(format_: HiggsFormat, role: str, n: int, k: int, rows: list[int]) -> list[dict]:
     """Times of all settings for one shape."""
-    codes, swiglu, results = random_codes(n, k, bits, dim, 256), role == "gate_up", []
-    small = random_codes(256 if not swiglu else 512, k, bits, dim, 256)
-    for variant, how in settings_of(role, quick):
-        if unavailable(variant.kernel, DEVICE):
-            continue
-        name = str(variant)
-        if variant.kernel == TritonLut.kind:
-            name = (
-                f"{variant.kernel} {variant.tiles}x{variant.splits} in {how.inputs} warps {how.warps} "
-                f"stages {how.stages}{' gather' if how.gather else ''}"
-            )
+    swiglu, results = role == "gate_up", []
+    weight, small = (format_.random_weight(count, k, DEVICE) for count in (n, 512))
+    for variant in format_.variants(CodebookLinear.kind, role, n, k):
         try:
-            problem = wrong(make_lut_linear(small, variant, swiglu=swiglu, settings=how), small, swiglu)
+            problem = wrong(format_.linear(variant, small, swiglu=swiglu), small, swiglu)
             if problem is None:
-                linears = rotation(make_lut_linear(codes, variant, swiglu=swiglu, settings=how), DEVICE)
+                linears = rotation(format_.linear(variant, weight, swiglu=swiglu), DEVICE)
                 times = {count: rotated_time(linears, inputs(count, k)) * 1e6 for count in rows}
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if problem is not None:
-            print(f"{role:8} {name:48} {problem}", flush=True)
+            print(f"{role:8} {variant!s:48} {problem}", flush=True)
             continue
-        results.append({"role": role, "setting": name, "shape": [n, k], "us": times})
-        show(role, name, times)
+        results.append({"role": role, "setting": str(variant), "shape": [n, k], "us": times})
+        show(role, str(variant), times)
         del linears
     return results
 
@@ -133,13 +77,11 @@ def measure(role: str, n: int, k: int, bits: int, dim: int, rows: list[int], qui
 def compare(role: str, n: int, k: int, rows: list[int]) -> list[dict]:
     """Times of the 4-bit HQQ kernels with their usual settings."""
     results = []
-    for kernel in KERNELS:
-        if hqq_unavailable(kernel, DEVICE):
+    for kernel in HqqFormat().kernels:
+        if HqqFormat().unavailable(kernel, DEVICE):
             continue
         variant = Variant(kernel, 4 if role == "gate_up" else 2, 0)
-        linears = rotation(
-            AffineFormat().random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE
-        )
+        linears = rotation(HqqFormat().random_linear(variant, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
         times = {count: rotated_time(linears, inputs(count, k)) * 1e6 for count in rows}
         results.append({"role": role, "setting": f"hqq {variant}", "shape": [n, k], "us": times})
         show(role, f"hqq {variant}", times)
@@ -179,15 +121,12 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[4])
     parser.add_argument("--dim", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 6, 8])
-    parser.add_argument(
-        "--quick", action="store_true", help="two settings of the Triton kernel instead of eleven"
-    )
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = memory_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, memory {bandwidth / 1e12:.2f} TB/s")
-    print("lut_mma:", unavailable(MmaLut.kind, DEVICE) or "available", flush=True)
+    print("lut_mma:", unavailable(CodebookLinear.kind, DEVICE) or "available", flush=True)
     results = []
     with torch.inference_mode():
         for k in sorted({k for _, k in SHAPES[options.shape].values()}):
@@ -197,7 +136,7 @@ def main() -> None:
                 print(
                     f"{bits} bits, {n} x {k}: {n * k * (bits + 1 / 16) / 8 / bandwidth * 1e6:.1f} us for the bytes"
                 )
-                found = measure(role, n, k, bits, options.dim, options.rows, options.quick)
+                found = measure(HiggsFormat(bits, options.dim), role, n, k, options.rows)
                 for count in options.rows:
                     best = min(found, key=lambda result: result["us"][count], default=None)
                     if best is not None:

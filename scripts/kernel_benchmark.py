@@ -21,12 +21,14 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
 from subspec.kernels import int4
+from subspec.kernels.timing import graph_time
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.model import Attention, FusedLayer, FusedModel
-from subspec.quant.affine_format import AffineFormat, Format, affine_format, describe
+from subspec.levels.model import Attention, LevelLayer, LevelModel
+from subspec.quant.bench import rotated_time, rotation
 from subspec.quant.choose_kernels import choose_kernels
-from subspec.quant.kernel_timing import graph_time, rotated_time, rotation
-from subspec.quant.level_linear import LevelLinear, Variant, unavailable
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.weight_format import WeightFormat
 
 SHAPES = {
     "qwen2_5_7b": (3584, 18944, 28, 4, 128, 152064, 28),
@@ -58,7 +60,7 @@ def memory_bandwidth() -> float:
 
 
 def kernels(
-    shapes: dict[str, tuple[int, int]], formats: dict[str, AffineFormat], bandwidth: float
+    shapes: dict[str, tuple[int, int]], formats: dict[str, HqqFormat], bandwidth: float
 ) -> list[dict]:
     rows_list = [1, 2, 4, 6, 8]
     results = []
@@ -70,7 +72,7 @@ def kernels(
         variants = [
             variant
             for kernel in format_.kernels
-            if unavailable(kernel, DEVICE) is None and format_.unfit(kernel, n, k) is None
+            if format_.unavailable(kernel, DEVICE) is None and format_.unfit(kernel, n, k) is None
             for variant in format_.variants(kernel, role, n, k)
         ]
         for variant in variants:
@@ -82,7 +84,7 @@ def kernels(
             results.append(
                 {
                     "role": role,
-                    "format": describe(format_),
+                    "format": str(format_),
                     "kernel": variant.kernel,
                     "tiles": variant.tiles,
                     "splits": variant.splits,
@@ -109,10 +111,10 @@ def random_model(
     layers: int,
     *,
     shapes: dict[str, tuple[int, int]],
-    formats: Mapping[str, Format],
+    formats: Mapping[str, WeightFormat],
     width: int,
     variants: Mapping[str, Variant] | None = None,
-) -> FusedModel:
+) -> LevelModel:
     """A draft with made-up weights; ``variants``: its kernels by role, None: chosen by measurement."""
     chosen = {role: shapes[role] for role in formats}
     if variants is None:
@@ -136,7 +138,7 @@ def random_model(
         return torch.ones(hidden, dtype=torch.bfloat16, device=DEVICE)
 
     built = [
-        FusedLayer(
+        LevelLayer(
             qkv=linear("qkv"),
             out=linear("out"),
             gate_up=linear("gate_up"),
@@ -148,7 +150,7 @@ def random_model(
         for _ in range(layers)
     ]
     table = torch.randn(vocab, hidden, device=DEVICE, dtype=torch.bfloat16)
-    return FusedModel(
+    return LevelModel(
         layers=built,
         embedding=table.cpu().pin_memory(),
         final_norm=ones(),
@@ -166,7 +168,7 @@ def random_model(
 
 
 def levels(
-    model: FusedModel,
+    model: LevelModel,
     layers: int,
     width: int,
     lengths: Sequence[int] = (128, 512, 1500),
@@ -174,24 +176,23 @@ def levels(
 ) -> list[dict]:
     results = []
     for length in lengths:
-        growth = Beam(48, width)
+        policy = Beam(48, width)
         cache = KVCache(
             layers=layers, kv_heads=model.kv_heads, head_dim=model.head_dim, max_length=2048,
-            draft_rows=growth.draft_rows, target_rows=growth.capacity, dtype=torch.bfloat16, device=DEVICE,
+            draft_rows=policy.draft_rows, target_rows=policy.capacity, dtype=torch.bfloat16, device=DEVICE,
         )  # fmt: skip
         cache.rows.normal_()
         cache.extend(length)
         for splits in slices:
             draft = CapturedDraft(model, attention=Attention(splits=splits))
             draft.begin(cache)
-            step = draft.level_step(growth)
-            tree = Tree(growth.capacity, DEVICE)
+            tree = Tree(policy.capacity, DEVICE)
             root = torch.tensor([17], device=DEVICE)
             started = time.perf_counter()
             for _ in range(3):
                 tree.plant(root)
                 while tree.levels < 48:
-                    step(tree)
+                    draft.extend(tree, tree.last_level, policy)
                 draft.commit(tree, root, None)
             torch.cuda.synchronize()
             captured = time.perf_counter() - started
@@ -201,7 +202,7 @@ def levels(
             for _ in range(5):
                 tree.plant(root)
                 while tree.levels < 48:
-                    step(tree)
+                    draft.extend(tree, tree.last_level, policy)
             end.record()
             host = (time.perf_counter() - host) / 5
             torch.cuda.synchronize()
@@ -224,7 +225,6 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--head-bits", type=int, default=0, help="of the LM head; 0: exact")
-    parser.add_argument("--kernel", default="auto", help="draft.kernel, which decides how 3 bits are kept")
     parser.add_argument("--json")
     parser.add_argument("--skip-kernels", action="store_true")
     options = parser.parse_args()
@@ -232,9 +232,7 @@ def main() -> None:
     hidden, inter, heads, kv, dim, vocab, layers = SHAPES[options.shape]
     shapes = role_shapes(options.shape)
     formats = {
-        role: affine_format(
-            options.head_bits if role == "head" else options.bits, options.group, options.kernel
-        )
+        role: HqqFormat(options.head_bits if role == "head" else options.bits, options.group)
         for role in shapes
         if role != "head" or options.head_bits
     }

@@ -2,9 +2,9 @@
 
     python scripts/level_benchmark.py [--shape qwen2_5_7b] [--formats hqq:4,hqq:4+head:8,higgs:4] [--json FILE]
 
-For every format the fastest kernel of each role is found first, among all settings of the CUDA kernels and a few of the
-Triton ones; then 48 levels of width 6 are captured over a prefix of 512 tokens and replayed. Last comes what gemlite
-takes for the same roles, if ``--gemlite`` asks for it: it tunes itself for some ten seconds per shape.
+For every format the fastest setting of our CUDA kernel is found first for each role; then 48 levels of width 6 are
+captured over a prefix of 512 tokens and replayed. ``--gemlite`` adds gemlite's time for the same roles; it tunes itself
+for some ten seconds per shape.
 """
 
 import argparse
@@ -16,26 +16,26 @@ import torch
 from kernel_benchmark import DEVICE, SHAPES, levels, memory_bandwidth, random_model, role_shapes
 
 from subspec.levels.model import Attention
-from subspec.quant.affine_format import AffineFormat, Format, affine_format
-from subspec.quant.codebook_format import LutFormat
-from subspec.quant.kernel_timing import variant_time
-from subspec.quant.level_linear import GemLite, Tinygemm, Variant, unavailable
+from subspec.quant.bench import variant_time
+from subspec.quant.codebook_linear import HiggsFormat
+from subspec.quant.gemlite import GemLite
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.level_linear import Variant
+from subspec.quant.weight_format import WeightFormat
 
 FORMATS = "hqq:4,hqq:4+head:8,hqq:4+head:4,hqq:3,hqq:8,hqq:2,higgs:4,higgs:3,higgs:2"
-FEW = {(4, 1), (4, 4), (2, 1)}
-"""Outputs in sixteens and splits of the Triton kernels that are tried: each costs a second to compile."""
 
 
-def parse(text: str) -> tuple[Format, Format | None]:
+def parse(text: str) -> tuple[WeightFormat, WeightFormat | None]:
     """``hqq:4+head:8``: the layers' format, and that of the draft's own LM head."""
     method, _, head = text.partition("+head:")
     name, bits = method.split(":")
-    own: Format = LutFormat(int(bits)) if name == "higgs" else affine_format(int(bits), 64)
-    return own, affine_format(int(head), 64) if head else None
+    own: WeightFormat = HiggsFormat(int(bits)) if name == "higgs" else HqqFormat(int(bits))
+    return own, HqqFormat(int(head)) if head else None
 
 
 def fastest(
-    formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]], width: int
+    formats: Mapping[str, WeightFormat], shapes: Mapping[str, tuple[int, int]], width: int
 ) -> tuple[dict[str, Variant], dict[str, dict[str, float]]]:
     """The best variant of every role, and microseconds of all that were tried."""
     best: dict[str, Variant] = {}
@@ -44,17 +44,11 @@ def fastest(
         n, k = shapes[role]
         times[role] = {}
         for kernel in format_.kernels:
-            if kernel in (GemLite.kind, Tinygemm.kind) or format_.unfit(kernel, n, k):
+            if kernel == GemLite.kind or format_.unfit(kernel, n, k):
                 continue
             for variant in format_.variants(kernel, role, n, k):
-                if "triton" in kernel and (variant.tiles, variant.splits) not in FEW:
-                    continue
-                if "triton" in kernel and times[role] and format_.bits == 4:
-                    continue  # the CUDA kernel has these bits, and is known to be faster
                 try:
-                    seconds = variant_time(
-                        variant, n, k, width, DEVICE, swiglu=role == "gate_up", format_=format_
-                    )
+                    seconds = variant_time(variant, format_, n, k, width, DEVICE, swiglu=role == "gate_up")
                 except Exception as error:
                     print(f"{role} {variant}: {type(error).__name__}: {str(error)[:100]}", flush=True)
                     continue
@@ -93,7 +87,7 @@ def main() -> None:
         for text in options.formats.split(","):
             started = time.perf_counter()
             own, head = parse(text)
-            formats: dict[str, Format] = {role: own for role in shapes if role != "head"}
+            formats: dict[str, WeightFormat] = {role: own for role in shapes if role != "head"}
             if head is not None:
                 formats["head"] = head
             variants, times = fastest(formats, shapes, options.width)
@@ -116,14 +110,19 @@ def main() -> None:
             del model
             torch.cuda.empty_cache()
             keep()
-        if options.gemlite and unavailable(GemLite.kind, DEVICE) is None:
+        if options.gemlite and HqqFormat().unavailable(GemLite.kind, DEVICE) is None:
             result["gemlite_us"] = {}
             for role, (n, k) in shapes.items():
                 if role != "head":
                     seconds = variant_time(
-                        Variant(GemLite.kind), n, k, options.width, DEVICE, swiglu=role == "gate_up",
-                        format_=AffineFormat(),
-                    )  # fmt: skip
+                        Variant(GemLite.kind),
+                        HqqFormat(),
+                        n,
+                        k,
+                        options.width,
+                        DEVICE,
+                        swiglu=role == "gate_up",
+                    )
                     result["gemlite_us"][role] = seconds * 1e6
                     print(f"gemlite, hqq 4 bit, {role}: {seconds * 1e6:.1f} us", flush=True)
                     keep()

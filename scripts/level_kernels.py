@@ -11,11 +11,13 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
 from subspec.kernels import int4, launch
+from subspec.kernels.timing import graph_time
 from subspec.levels.captured_draft import CapturedDraft, _Level
-from subspec.levels.model import Attention, FusedModel
-from subspec.quant.affine_format import AffineFormat, random_codes
-from subspec.quant.kernel_timing import graph_time, rotation
-from subspec.quant.level_linear import MmaInt4, Variant
+from subspec.levels.model import Attention, LevelModel
+from subspec.quant.bench import rotation
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.integers import Int4Linear
+from subspec.quant.level_linear import Variant
 
 ATTENTIONS = (
     Attention(),
@@ -41,15 +43,15 @@ def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[
     """Relative error against the reference by role and setting; a second call must give the same bits."""
     errors: dict[str, float] = {}
     for role, (n, k) in shapes.items():
-        codes, swiglu = random_codes(min(n, 8192), k, DEVICE), role == "gate_up"
-        variants = AffineFormat().variants("int4_mma", role, n, k)
+        codes, swiglu = HqqFormat().random_weight(min(n, 8192), k, DEVICE), role == "gate_up"
+        variants = HqqFormat().variants("int4_mma", role, n, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             packed = int4.pack(codes.q, codes.scale, codes.zero, tiles=tiles, swiglu=swiglu)
             for rows in (1, 6, 8):
                 x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
                 expected = int4.reference(packed, x)
                 for variant in (variant for variant in variants if variant.tiles == tiles):
-                    linear = MmaInt4(packed, variant.splits, variant.warps)
+                    linear = Int4Linear(packed, variant.splits, variant.warps)
                     with launch.overlapping(overlap):
                         got, again = linear(x), linear(x)
                     y = got.float() if swiglu else got.sum(0)
@@ -65,7 +67,7 @@ def check_kernels(shapes: Mapping[str, tuple[int, int]], overlap: bool) -> dict[
     return errors
 
 
-def call_each(linears: list[MmaInt4], x: Tensor) -> None:
+def call_each(linears: list[Int4Linear], x: Tensor) -> None:
     for linear in linears:
         linear(x)
 
@@ -78,12 +80,12 @@ def time_kernels(
     for role, (n, k) in shapes.items():
         times[role] = {}
         x = torch.randn(width, k, device=DEVICE, dtype=torch.bfloat16)
-        variants = AffineFormat().variants("int4_mma", role, n, k)
+        variants = HqqFormat().variants("int4_mma", role, n, k)
         for tiles in sorted({variant.tiles for variant in variants}):
             base = Variant("int4_mma", tiles, 1)
-            own = rotation(AffineFormat().random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
+            own = rotation(HqqFormat().random_linear(base, n, k, DEVICE, swiglu=role == "gate_up"), DEVICE)
             for variant in (variant for variant in variants if variant.tiles == tiles):
-                linears = [MmaInt4(linear.weight, variant.splits, variant.warps) for linear in own]
+                linears = [Int4Linear(linear.weight, variant.splits, variant.warps) for linear in own]
                 with launch.overlapping(overlap):
                     times[role][variant] = graph_time(partial(call_each, linears, x)) / len(linears) * 1e6
             del own, linears
@@ -101,21 +103,21 @@ def best_of(times: Mapping[str, Mapping[Variant, float]]) -> dict[str, Variant]:
 
 
 def time_attention(
-    model: FusedModel, width: int, overlap: bool, say: Callable[[str], None]
+    model: LevelModel, width: int, overlap: bool, say: Callable[[str], None]
 ) -> dict[Attention, list[float]]:
     """Microseconds of a layer's attention, rotary embedding and merge included, at each prefix of :data:`LENGTHS`.
 
     In the middle of a tree of 24 levels, and over many layers' caches, so that none is found in the L2 cache.
     """
-    growth, layers = Beam(24, width), CACHES
+    policy, layers = Beam(24, width), CACHES
     cache = KVCache(
         layers=layers, kv_heads=model.kv_heads, head_dim=model.head_dim, max_length=2048, dtype=torch.bfloat16,
-        draft_rows=growth.draft_rows, target_rows=growth.capacity, device=DEVICE,
+        draft_rows=policy.draft_rows, target_rows=policy.capacity, device=DEVICE,
     )  # fmt: skip
     cache.rows.normal_()
-    tree = Tree(growth.capacity, DEVICE)
+    tree = Tree(policy.capacity, DEVICE)
     tree.plant(torch.tensor([17], device=DEVICE))
-    for _ in range(growth.max_depth):
+    for _ in range(policy.max_depth):
         parents = tree._slots[tree.size - tree.level_size : tree.size].repeat(width)[:width]
         tree.append(torch.full_like(parents, 17), parents, torch.zeros(width, device=DEVICE))
     used = tree.size - 2 * width  # the last level of a tree is not run through the draft

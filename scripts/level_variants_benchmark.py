@@ -30,9 +30,10 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
 from subspec.kernels import launch
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.model import Attention, FusedModel
-from subspec.quant.affine_format import AffineFormat
-from subspec.quant.level_linear import MmaInt4, Variant
+from subspec.levels.model import Attention, LevelModel
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.integers import Int4Linear
+from subspec.quant.level_linear import Variant
 
 TODAY = {
     "qkv": Variant("int4_mma", 4, 3),
@@ -57,17 +58,17 @@ class Candidate:
     head: Variant | None = None
 
 
-def with_variants(model: FusedModel, variants: Mapping[str, Variant]) -> FusedModel:
+def with_variants(model: LevelModel, variants: Mapping[str, Variant]) -> LevelModel:
     """The same model by other settings of the kernels. Other tiles read the same words in another order."""
 
-    def other(linear: MmaInt4, variant: Variant) -> MmaInt4:
+    def other(linear: Int4Linear, variant: Variant) -> Int4Linear:
         packed, tiles = linear.weight, variant.tiles
         groups = packed.words.shape[1]
         if packed.tiles != tiles:
             words = packed.words.view(-1, groups, tiles, 32, 4)
             meta = packed.meta.view(-1, groups, 8, 2 * tiles, 2)
             packed = replace(packed, words=words, meta=meta, tiles=tiles)
-        return MmaInt4(packed, variant.splits, variant.warps)
+        return Int4Linear(packed, variant.splits, variant.warps)
 
     layers = [
         replace(layer, **{role: other(getattr(layer, role), variant) for role, variant in variants.items()})
@@ -91,20 +92,19 @@ class Drafted:
 
 
 def draft_trees(
-    model: FusedModel, cache: KVCache, growth: Beam, levels: int, options: Mapping[str, Any]
+    model: LevelModel, cache: KVCache, policy: Beam, levels: int, options: Mapping[str, Any]
 ) -> Drafted:
     """Capture a tree's levels, then replay eight trees."""
     cache.rows[:, :, :, : cache.draft_rows].zero_()
     draft = CapturedDraft(model, **options)
     draft.begin(cache)
-    step = draft.level_step(growth)
-    tree = Tree(growth.capacity, DEVICE)
+    tree = Tree(policy.capacity, DEVICE)
     root = torch.tensor([17], device=DEVICE)
 
     def grow() -> None:
         tree.plant(root)
         while tree.levels < levels:
-            step(tree)
+            draft.extend(tree, tree.last_level, policy)
 
     started = time.perf_counter()
     grow()
@@ -128,7 +128,7 @@ def draft_trees(
     parts = [part[: tree.size].clone() for part in (tree.tokens, tree.parents, tree.scores)]
     rows = cache.rows[:, :, :, : cache.draft_rows].clone()
     tree.plant(root)
-    step(tree)
+    draft.extend(tree, tree.last_level, policy)
     logits = draft._logits_of(1).float().clone()
     return Drafted(best, host * 1e3 / levels, captured, logits, parts, rows, draft, tree)
 
@@ -206,12 +206,12 @@ class Benchmark:
         }
         self.model = random_model(
             self.hidden, inter, self.heads, self.kv, self.dim, self.vocab, layers, shapes=self.shapes,
-            formats=dict.fromkeys(self.shapes, AffineFormat()), width=width, variants=TODAY,
+            formats=dict.fromkeys(self.shapes, HqqFormat()), width=width, variants=TODAY,
         )  # fmt: skip
-        self.growth = Beam(levels, width)
+        self.policy = Beam(levels, width)
         self.cache = KVCache(
             layers=layers, kv_heads=self.kv, head_dim=self.dim, max_length=2048, dtype=torch.bfloat16,
-            draft_rows=self.growth.draft_rows, target_rows=self.growth.capacity, device=DEVICE,
+            draft_rows=self.policy.draft_rows, target_rows=self.policy.capacity, device=DEVICE,
         )  # fmt: skip
         self.cache.rows.normal_()
         self.cache.extend(LENGTH)
@@ -255,7 +255,7 @@ class Benchmark:
             n, k = self.shapes[role]
             shown = sorted(own.items(), key=lambda item: item[1])[:8]
             line = ", ".join(f"{str(variant).removeprefix('int4_mma ')} {us:.2f}" for variant, us in shown)
-            bytes_ = AffineFormat().device_bytes(n, k)
+            bytes_ = HqqFormat().device_bytes(n, k)
             self.say(f"{role}: {line} us; the first moves {bytes_ / shown[0][1] / 1e6:.2f} TB/s")
         return times
 
@@ -272,9 +272,9 @@ class Benchmark:
     def measure(self, candidate: Candidate) -> Drafted:
         model = with_variants(self.model, candidate.variants)
         if candidate.head is not None:
-            head = AffineFormat().random_linear(candidate.head, self.vocab, self.hidden, DEVICE, swiglu=False)
+            head = HqqFormat().random_linear(candidate.head, self.vocab, self.hidden, DEVICE, swiglu=False)
             model = replace(model, draft_head=head)
-        own = draft_trees(model, self.cache, self.growth, self.levels, candidate.options)
+        own = draft_trees(model, self.cache, self.policy, self.levels, candidate.options)
         self.today = today = self.today or own
         same = all(torch.equal(a, b) for a, b in zip(own.tree, today.tree, strict=True))
         same_rows = torch.equal(own.rows, today.rows)

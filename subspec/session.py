@@ -1,157 +1,294 @@
-"""From the configuration to the objects that run: draft, target and engine."""
+"""Ready engines: the one place where an engine is built, around a target that is whole, streamed, or accelerate's."""
 
-from dataclasses import dataclass, field
+import gc
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coding import decoding_only
 from subspec.config.enums import Codec
 from subspec.config.schema import (
+    AccelerateOffloadConfig,
     Config,
     NoDraftConfig,
+    StreamOffloadConfig,
 )
-from subspec.decoding.bitwise_choice import Bitwise, choose_bitwise
+from subspec.decoding.bitwise_choice import Bitwise, choose_bitwise, why_not
 from subspec.decoding.engine import Engine
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.base import BuiltDraft, Progress, StreamContext, StreamedBuild, WholeContext
-from subspec.drafts.build import draft_builder
+from subspec.drafts.registry import spec_of
+from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
+from subspec.errors import ConfigError
+from subspec.offload.accelerate import AccelerateTarget, host_bytes
+from subspec.offload.bandwidth import measure_link
 from subspec.offload.loader import LoadedStream, load_streamed
-from subspec.planning.plan import Plan
-from subspec.quant.base import QuantReport
-from subspec.targets import Target
+from subspec.planning.plan import Plan, plan_run
+from subspec.quant.modules import Quantizer, QuantReport
+from subspec.targets import Target, open_source, resolve_dtype
+from subspec.targets.device import check_memory
 from subspec.targets.source import LayerSource
 from subspec.utils.console import Note, print_note
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+ACCELERATE_RESERVE = 1.5
+"""GiB of the budget that ``offload=accelerate`` leaves for activations, logits and the layer on its way."""
 
 
 @dataclass
 class Assembly:
-    """An engine ready to run, and what was built for it (for the record: invariant 5).
+    """A ready engine, with the facts of its parts for the record.
 
     Attributes:
-        quant: what was quantized for the draft; None: nothing was, whatever ``quant`` says.
-        draft_facts, draft_summary: what the draft is made of (``BuiltDraft.facts``), for records and for people.
-        bitwise: whether the target's passes are batch-invariant.
+        quant: the draft's quantization report; None: nothing was quantized.
+        draft_facts, draft_summary: of ``BuiltDraft``.
+        streamed: of a streamed target; owns its pinned memory.
+        plan: that a streamed target was loaded by.
     """
 
     engine: Engine
-    decoder: TargetModel
-    sampling: Sampling
-    quant: QuantReport | None
-    streamed: LoadedStream | None = None
+    bitwise: Bitwise
+    quant: QuantReport | None = None
     draft_facts: dict[str, Any] = field(default_factory=dict)
     draft_summary: str = ""
-    bitwise: Bitwise = field(default_factory=Bitwise)
+    streamed: LoadedStream | None = None
+    plan: Plan | None = None
+
+    @property
+    def target(self) -> TargetModel:
+        """The engine's target."""
+        return self.engine.target
+
+    @property
+    def sampling(self) -> Sampling:
+        """The target's distribution."""
+        return self.engine.sampler.sampling
+
+    def facts(self) -> dict[str, Any]:
+        """The effects of offloading, drafting and arithmetic, for the record."""
+        engine, streamed = self.engine, self.streamed
+        facts: dict[str, Any] = {
+            "kv_cache_bytes": engine.cache.nbytes,
+            "bitwise": self.bitwise.facts(),
+            **self.target.facts(),
+        }
+        if self.plan is not None:
+            facts["plan"] = self.plan.to_dict()
+            facts["prefill_chunk"] = self.plan.prefill_chunk
+            facts["codec"] = self.plan.codec.value
+        if streamed is not None:
+            facts |= streamed.facts()
+        if self.draft_facts:
+            facts["draft"] = self.draft_facts
+        if engine.draft is not None:
+            facts |= engine.draft.facts()
+        return facts
 
     def close(self) -> None:
-        """Give back page-locked host memory; the engine must not be used any more."""
+        """Free page-locked host memory; the engine must not be used any more."""
         if self.streamed is not None:
             self.streamed.close()
 
 
-def assemble_streamed(
+def assemble(
     config: Config,
-    source: LayerSource,
-    plan: Plan,
-    device: torch.device,
-    progress: Progress | None = None,
+    target: Target,
     note: Note = print_note,
+    *,
+    policy: TreePolicy | None = None,
+    sampling: Sampling | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Assembly:
-    """Load a target as ``plan`` says and put an engine around it.
+    """An engine around a target that is whole on one device.
 
     Args:
-        source: of the exact weights.
-        plan: of :func:`subspec.planning.plan.plan_run`.
-        note: told what takes long and what went wrong without ending the run.
+        note: told about long steps and about problems that do not end the run.
+        policy, sampling, quantizer: used instead of those that ``config`` describes.
     """
-    # While the device is empty: the first run on a card measures.
-    bitwise = choose_bitwise(config.decoding.bitwise, source.config, source.dtype, device, note)
-    growth: TreePolicy | None = None
-    built: BuiltDraft | None = None
-    build = StreamedBuild()  # takes nothing of the layers
-    if plan.codec is Codec.substitute and isinstance(config.draft, NoDraftConfig):
-        # Nothing drafts, but what decodes the exact layers is the substitute all the same.
-        decoding = decoding_only(config)
-        context = StreamContext(decoding, build_tree_policy(config.tree), source, plan, device, note)
-        build = draft_builder(decoding.draft).streamed(context)
-    if not isinstance(config.draft, NoDraftConfig):
-        growth = build_tree_policy(config.tree)
-        context = StreamContext(config, growth, source, plan, device, note)
-        build = draft_builder(config.draft).streamed(context)
-    with build:
-        streamed = load_streamed(
-            source,
-            plan,
-            device,
-            fuser=build.fuser,
-            skip_layers=build.skip_layers,
-            coded=build.coded,
-            progress=progress,
-        )
-    bitwise.apply(streamed.decoder)
-    if growth is not None:
-        built = build.finish(streamed)
-    sampling = build_sampling(config)
-    engine = Engine(
-        streamed.decoder,
-        built.draft if built else None,
-        growth,
-        sampling=sampling,
-        max_length=config.decoding.max_length,
-        prefill_chunk=plan.prefill_chunk,
-        eos_token_ids=source.eos_token_ids,
-        tokenizer=source.tokenizer,
-    )
-    return _assembly(engine, streamed.decoder, sampling, built, bitwise, streamed)
-
-
-def assemble(
-    config: Config, target: Target, progress: Progress | None = None, note: Note = print_note
-) -> Assembly:
-    """Everything a run needs besides its prompts."""
-    decoder = TargetModel(target.model)
+    model, device = TargetModel(target.model), target.device
     bitwise = choose_bitwise(
         config.decoding.bitwise,
         target.model.config,
         target.dtype,
-        target.device,
+        device,
         note,
         loaded=target.model,
     )
-    bitwise.apply(decoder)
-    growth: TreePolicy | None = None
-    built: BuiltDraft | None = None
-    if not isinstance(config.draft, NoDraftConfig):
-        growth = build_tree_policy(config.tree)
-        context = WholeContext(config, growth, target, decoder, progress, note)
-        built = draft_builder(config.draft).whole(context)
-    sampling = build_sampling(config)
-    engine = Engine(
-        decoder,
-        built.draft if built else None,
-        growth,
-        sampling=sampling,
-        max_length=config.decoding.max_length,
-        prefill_chunk=config.decoding.prefill_chunk,
-        eos_token_ids=target.eos_token_ids,
-        tokenizer=target.tokenizer,
+    bitwise.apply(model)
+    built = None
+    if (kind := spec_of(config.draft)) is not None:
+        policy = policy or build_tree_policy(config.tree)
+        context = _draft_context(config, policy, target, target.model.config, device)
+        with kind(replace(context, quantizer=quantizer, note=note)) as spec:
+            built = spec.build(model)
+    return _assembly(config, target, model, bitwise, built, policy, sampling=sampling)
+
+
+def assemble_streamed(
+    config: Config, source: LayerSource, plan: Plan, device: torch.device, note: Note = print_note
+) -> Assembly:
+    """Load a target as ``plan`` says and build an engine around it.
+
+    Args:
+        source: of the exact weights.
+        plan: of :func:`subspec.planning.plan.plan_run`.
+        note: as of :func:`assemble`.
+    """
+    # While the device is empty: the first run on a GPU measures kernels.
+    bitwise = choose_bitwise(config.decoding.bitwise, source.config, source.dtype, device, note)
+    drafts, policy = not isinstance(config.draft, NoDraftConfig), build_tree_policy(config.tree)
+    spec: DraftSpec | None = None
+    # Without a draft, coded layers are restored by the substitute all the same.
+    described = decoding_only(config) if plan.codec is Codec.substitute and not drafts else config
+    if (kind := spec_of(described.draft)) is not None:
+        context = _draft_context(described, policy, source, source.config, device)
+        spec = kind(replace(context, plan=plan, note=note))
+    if spec is None:
+        streamed = load_streamed(source, plan, device)
+    else:
+        with spec:
+            streamed = load_streamed(source, plan, device, builder=spec.builder, coded=spec.coded)
+    bitwise.apply(streamed.target)
+    built = spec.build(streamed.target) if spec is not None and drafts else None
+    return _assembly(config, source, streamed.target, bitwise, built, policy, streamed=streamed, plan=plan)
+
+
+def assemble_accelerate(
+    config: Config, device: torch.device, note: Note = print_note
+) -> tuple[Assembly, Target]:
+    """Load a target that accelerate offloads and build an engine around it, for plain decoding."""
+    offload = config.offload
+    assert isinstance(offload, AccelerateOffloadConfig)
+    cap_device(offload.vram_gib, device)
+    source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=note)
+    if offload.vram_gib <= ACCELERATE_RESERVE:
+        raise ConfigError(
+            f"offload.vram_gib={offload.vram_gib} leaves nothing for weights: accelerate needs more than "
+            f"{ACCELERATE_RESERVE} GiB"
+        )
+    weight_bytes = int((offload.vram_gib - ACCELERATE_RESERVE) * GIB)
+    what = f"offload=accelerate keeps {source.name} in host memory"
+    check_memory(host_bytes(source, weight_bytes), CPU, what)
+    target = AccelerateTarget(source, device, weight_bytes)
+    bitwise = choose_bitwise(
+        config.decoding.bitwise, source.config, source.dtype, device, note, accelerate=True
     )
-    return _assembly(engine, decoder, sampling, built, bitwise)
+    assembly = _assembly(config, source, target, bitwise, None, None)
+    return assembly, Target.of(source, target.model, device)
+
+
+def _draft_context(
+    config: Config,
+    policy: TreePolicy,
+    target: Target | LayerSource,
+    model: PretrainedConfig,
+    device: torch.device,
+) -> DraftContext:
+    """The inputs of a draft's construction that are known of any target."""
+    tokenizer = target.tokenizer if isinstance(target.tokenizer, PreTrainedTokenizerBase) else None
+    return DraftContext(config, policy, target.name, model, tokenizer, target.dtype, target.identity, device)
 
 
 def _assembly(
-    engine: Engine,
-    decoder: TargetModel,
-    sampling: Sampling,
-    built: BuiltDraft | None,
+    config: Config,
+    described: Target | LayerSource,
+    target: TargetModel,
     bitwise: Bitwise,
+    built: BuiltDraft | None,
+    policy: TreePolicy | None,
+    *,
+    sampling: Sampling | None = None,
     streamed: LoadedStream | None = None,
+    plan: Plan | None = None,
 ) -> Assembly:
-    if built is None:
-        return Assembly(engine, decoder, sampling, None, streamed, bitwise=bitwise)
-    return Assembly(
-        engine, decoder, sampling, built.quant, streamed, built.facts, built.summary, bitwise=bitwise
+    """Build the engine.
+
+    Args:
+        described: has the tokenizer and the ids that end a text.
+    """
+    engine = Engine(
+        target,
+        built.draft if built else None,
+        policy if built else None,
+        sampling=sampling or build_sampling(config),
+        max_length=config.decoding.max_length,
+        prefill_chunk=plan.prefill_chunk if plan else config.decoding.prefill_chunk,
+        eos_token_ids=described.eos_token_ids,
+        tokenizer=described.tokenizer,
     )
+    if built is None:
+        return Assembly(engine, bitwise, streamed=streamed, plan=plan)
+    return Assembly(engine, bitwise, built.quant, built.facts, built.summary, streamed, plan)
+
+
+def plan_for(config: Config, model: PretrainedConfig, device: torch.device | None) -> Plan:
+    """The plan of a streamed run: for this machine's device, or, with ``device`` None, for a named GPU."""
+    if not isinstance(config.offload, StreamOffloadConfig):
+        raise ConfigError(f"plan_only=true plans offload=stream, not offload={config.offload.name}")
+    link, total = None, None
+    if device is not None and device.type == "cuda":
+        dtype = resolve_dtype(config.target.dtype, device)
+        if why_not(config.decoding.bitwise, model, dtype, device):  # plan the arithmetic that will run
+            config = replace(config, decoding=replace(config.decoding, bitwise=False))
+        total = torch.cuda.get_device_properties(device).total_memory
+        if config.offload.link_gb_per_s is None:
+            link = measure_link(device)
+    return plan_run(
+        config, model, link_gb_per_s=link, host_free=psutil.virtual_memory().available, device_total=total
+    )
+
+
+def check_offload(config: Config, device: torch.device) -> None:
+    """Check the offloading against the device and the other groups.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    offload = config.offload
+    if isinstance(offload, AccelerateOffloadConfig) and not isinstance(config.draft, NoDraftConfig):
+        raise ConfigError("offload=accelerate is a baseline of plain decoding: set draft=none")
+    if isinstance(offload, StreamOffloadConfig) and offload.card is not None:
+        raise ConfigError(f"offload.card={offload.card} is for planning: add plan_only=true, or leave it out")
+    if isinstance(offload, StreamOffloadConfig | AccelerateOffloadConfig) and device.type != "cuda":
+        raise ConfigError(
+            f"offload={offload.name} needs a CUDA device, and this run is on the {device.type}: set offload=none, or "
+            "plan_only=true with offload=stream to see the plan without one"
+        )
+
+
+def check_draft(config: Config, model: PretrainedConfig, note: Note) -> None:
+    """Check the draft's own files, before the target's weights are fetched or read.
+
+    Args:
+        model: the target's transformers configuration.
+
+    Raises:
+        SubspecError: in one line with the remedy.
+    """
+    if (spec := spec_of(config.draft)) is not None:
+        spec.check_files(config, model, note)
+
+
+def cap_device(vram_gib: float, device: torch.device) -> None:
+    """Limit PyTorch's allocations to the budget."""
+    # The fraction needs a device with an index.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * GIB / total), index)
+
+
+def free_device(device: torch.device) -> None:
+    """Release the memory of an earlier run of this process, its cap and its peaks."""
+    if device.type != "cuda":
+        return
+    gc.collect()  # modules refer to each other
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)

@@ -10,9 +10,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Workers side by side (`-n 2`) compute with a thread each: threads of tiny models mostly wait for each other.
+# Workers side by side (`-n 2`) and the processes that they start compute with a thread each: threads of tiny models
+# mostly wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from subspec.errors import SubspecError
 
@@ -30,11 +32,11 @@ def substitutes_root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_substitutes(monkeypatch, substitutes_root):
-    from subspec.store import substitutes
+    from subspec.store import store
 
-    root = substitutes.cache_root
+    root = store.cache_root
     own = lambda: root() if "SUBSPEC_CACHE" in os.environ else substitutes_root  # noqa: E731
-    monkeypatch.setattr(substitutes, "cache_root", own)
+    monkeypatch.setattr(store, "cache_root", own)
 
 
 def pytest_runtest_setup(item):

@@ -52,10 +52,15 @@ def path_of(places, draft):
     return places / draft if draft in ("small_model", "eagle2") else None
 
 
-@pytest.mark.parametrize("growth", [None, Beam(4, 1), Eagle2(3, 4, 12)], ids=["usual", "chain", "eagle2"])
+@pytest.mark.parametrize("tree_policy", [None, Eagle2(3, 4, 12)], ids=["usual", "eagle2"])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_greedy_text_is_transformers_own_whatever_drafts(model, places, draft, growth):
-    options = {"draft": draft, "draft_path": path_of(places, draft), "growth": growth, "max_length": 200}
+def test_greedy_text_is_transformers_own_whatever_drafts(model, places, draft, tree_policy):
+    options = {
+        "draft": draft,
+        "draft_path": path_of(places, draft),
+        "tree_policy": tree_policy,
+        "max_length": 200,
+    }
     engine = build_engine(model, tokenizer=tiny_tokenizer(), **options)
     assert isinstance(engine.draft, DRAFTS[draft])
     assert engine.draft.temperature == (0.2 if draft == "subspec" else 1.0)
@@ -69,7 +74,7 @@ def test_samples_are_those_of_plain_decoding(model, places, draft):
     options = {"sampling": Sampling(1.0), "max_new_tokens": 24, "seed": 3, "max_length": 200}
     plain = generate(model, PROMPT, draft="none", **options)
     ours = generate(
-        model, PROMPT, draft=draft, draft_path=path_of(places, draft), growth=Beam(4, 3), **options
+        model, PROMPT, draft=draft, draft_path=path_of(places, draft), tree_policy=Beam(4, 3), **options
     )
     assert ours.token_ids == plain.token_ids
     assert plain.stats.iterations == len(plain.token_ids) - 1
@@ -77,7 +82,7 @@ def test_samples_are_those_of_plain_decoding(model, places, draft):
 
 def test_half_of_the_layers_draft(model):
     engine = build_engine(model, draft="layer_skip", draft_temperature=0.5)
-    assert len(engine.draft.decoder.base.layers) == 2
+    assert len(engine.draft.model.base.layers) == 2
     assert engine.draft.temperature == 0.5
     assert len(model.model.layers) == 3
 
@@ -150,8 +155,8 @@ def test_a_small_model_of_fewer_positions_is_refused(model, tmp_path):
         *[("max_length", value) for value in (0, 1, -5, 64.0, True, "64")],
         *[("prefill_chunk", value) for value in (0, -1, 2.0, True, None)],
         *[("draft_temperature", value) for value in (0, -1.0, float("nan"), float("inf"), "1", True)],
-        ("growth", (4, 2)),
-        ("growth", Beam(2, 321)),
+        ("tree_policy", (4, 2)),
+        ("tree_policy", Beam(2, 321)),
         ("sampling", 0.7),
         ("sampling", {"temperature": 0.7}),
         ("tokenizer", "ORG/NAME"),

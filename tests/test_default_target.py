@@ -14,8 +14,8 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.modules import quantize_model
 from tests.helpers.cli import cli, records_of, summary_of
 
 pytestmark = pytest.mark.slow
@@ -48,9 +48,9 @@ def prompts(default_target):
     return ids
 
 
-def engine(target, growth=None, bits=4):
+def engine(target, policy=None, bits=4):
     draft = None
-    if growth is not None:
+    if policy is not None:
         substitute = share_parameters(target.model)
         quantizer = HqqQuantizer(
             bits=bits, compute_dtype=torch.float32, device=torch.device("cpu"), unpack=True
@@ -60,7 +60,7 @@ def engine(target, growth=None, bits=4):
     return Engine(
         TargetModel(target.model),
         draft,
-        growth,
+        policy,
         eos_token_ids=target.eos_token_ids,
         tokenizer=target.tokenizer,
     )
@@ -93,8 +93,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_token_changes_on_ten_mixed_prompts(default_target, prompts, plain, case):
-    growth, bits, least_tau = CASES[case]
-    drafting = engine(default_target, growth(), bits)
+    policy, bits, least_tau = CASES[case]
+    drafting = engine(default_target, policy(), bits)
     auditor = Auditor(TargetModel(default_target.model))
     tokens = passes = 0
     for prompt, expected in zip(prompts, plain, strict=True):

@@ -40,17 +40,29 @@ def plainly(tmp_path_factory, plain):
     return {"greedy": plain, "sampling": sampled}
 
 
-@pytest.mark.parametrize(
-    "tree", [["tree=beam"], ["tree=adaptive"], ["tree=eagle2", "tree.total_tokens=30"]], ids=" ".join
-)
-@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
-@pytest.mark.parametrize(
-    "draft",
-    [["draft=subspec", "quant=hqq"], ["draft=subspec", "quant=higgs"], SMALL, ["draft=layer_skip"]],
-    ids=" ".join,
-)
-def test_every_draft_with_every_tree_passes_the_audit(tmp_path, plainly, draft, decoding, tree):
-    _, records, summary = run(tmp_path / "run", *draft, *tree, f"decoding={decoding}", "audit=true")
+TREES = {"beam": [], "adaptive": ["tree=adaptive"], "eagle2": ["tree=eagle2", "tree.total_tokens=30"]}
+KINDS = {
+    "hqq": ["draft=subspec", "quant=hqq"],
+    "higgs": ["draft=subspec", "quant=higgs"],
+    "small_model": SMALL,
+    "layer_skip": ["draft=layer_skip"],
+}
+
+
+def every_run():
+    """A greedy beam and a sampled EAGLE-2 tree for every draft; the other combinations are slow tests."""
+    for draft in KINDS:
+        for tree in TREES:
+            for decoding in ("greedy", "sampling"):
+                default = (tree, decoding) in [("beam", "greedy"), ("eagle2", "sampling")]
+                default = default or (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
+                yield pytest.param(draft, tree, decoding, marks=[] if default else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("draft", "tree", "decoding"), every_run())
+def test_every_draft_with_every_tree_passes_the_audit(tmp_path, plainly, draft, tree, decoding):
+    overrides = [*KINDS[draft], *TREES[tree], f"decoding={decoding}", "audit=true"]
+    _, records, summary = run(tmp_path / "run", *overrides)
     expected = [record["token_ids"] for record in plainly[decoding]]
     assert [record["token_ids"] for record in records] == expected
     audit = summary["audit"]
@@ -115,7 +127,9 @@ def test_a_folder_of_another_quantized_model_is_refused(tmp_path):
     """Of another seed, and of the target itself: what lies there is never drafted with."""
     kept = f"quant.folder={tmp_path / 'kept'}"
     run(tmp_path / "first", *SMALL, "draft.quantize=true", kept)
-    line = r"quant\.folder=.*kept cannot be used: its layer 0, .* was made from other weights; name another"
+    line = (
+        r"quant\.folder=.*kept cannot be used: its layer 0, .* was made from other weights; name a new folder"
+    )
     for name, other in (
         ("seed", [*SMALL, "draft.quantize=true", "target.seed=1"]),
         ("own", ["draft=subspec"]),
@@ -131,7 +145,7 @@ def test_a_folder_of_another_quantized_model_is_refused(tmp_path):
         f"quant.folder={tmp_path / 'full'}",
         f"run_dir={tmp_path / 'x'}",
     )
-    ran.refused(2, r"quant\.folder=.*full holds other files")
+    ran.refused(2, r"quant\.folder=.*full cannot be used: it holds other files")
 
 
 def test_a_checkpoint_on_disk_drafts_for_another(tmp_path):

@@ -76,20 +76,10 @@ def _uncapped():
     ids=["plain", "beam", "adaptive", "sampling"],
 )
 def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
-    folder = tmp_path / "run"
-    budget = 0.5
-    extra = [*extra, "decoding.max_new_tokens=60", "decoding.max_length=1024"]
-    ran = cli(*TINY, *extra, "offload=stream", f"offload.vram_gib={budget}", "offload.resident_layers=2", "audit=true",
-              f"run_dir={folder}")  # fmt: skip
-    assert ran.code == 0, ran.err
-    summary = summary_of(folder)
-    passed_bit_for_bit(summary)
-    assert summary["audit"]["exact"] > 100
-    assert 0 < summary["peak_vram_gib"] <= budget
-    plan = json.loads((folder / "plan.json").read_text())
-    assert plan["device_bytes"] <= budget * 2**30
+    summary = streamed(tmp_path / "run", extra, 2)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["device_bytes"] <= 0.5 * 2**30
     assert len(plan["resident_layers"]) == 2
-    assert summary["totals"]["bytes_streamed"] > 0
     assert summary["run"]["offload"] == "stream"
 
 
@@ -111,23 +101,18 @@ def test_a_run_leaves_nothing_on_the_device(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("quant", "kernels"),
+    "quant",
     [
-        (["quant.bits=8"], {"gemlite", "triton_wq"}),
-        (["quant.bits=2"], {"gemlite", "triton_wq"}),
-        (["quant.bits=3"], {"int4_mma", "tinygemm", "gemlite", "triton_wq"}),
-        (["quant.bits=3", "draft.kernel=triton_wq"], {"triton_wq"}),
-        (["quant.group_size=32"], {"tinygemm", "gemlite", "triton_wq"}),
-        (["quant.group_size=16"], {"triton_wq"}),
-        (
-            ["quant.modules=[attention,mlp,lm_head]", "quant.bits_by.mlp=3", "quant.bits_by.lm_head=8"],
-            {"int4_mma", "tinygemm", "gemlite", "triton_wq"},
-        ),
-        (["quant.modules=[mlp]", "quant.skip_layers=[0]"], {"int4_mma", "tinygemm", "gemlite", "triton_wq"}),
+        ["quant.bits=8"],
+        ["quant.bits=2"],
+        ["quant.bits=3"],
+        ["quant.group_size=128"],
+        ["quant.modules=[attention,mlp,lm_head]", "quant.bits_by.mlp=3", "quant.bits_by.lm_head=8"],
+        ["quant.modules=[mlp]", "quant.skip_layers=[0]"],
     ],
-    ids=["8", "2", "3 in 4", "3", "groups of 32", "groups of 16", "mixed with a head", "parts exact"],
+    ids=["8", "2", "3", "groups of 128", "mixed with a head", "parts exact"],
 )
-def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_path, quant, kernels):
+def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_path, quant):
     folder = tmp_path / "run"
     ran = cli(*TINY, *quant, "offload=stream", "offload.vram_gib=0.5", "offload.resident_layers=2", "audit=true",
               f"run_dir={folder}")  # fmt: skip
@@ -137,13 +122,13 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
     assert 0 < summary["peak_vram_gib"] <= 0.5
     substitute = summary["run"]["substitute"]
     chosen = {role["kernel"] for role in substitute["details"]["kernels"]["roles"].values()}
-    assert chosen <= kernels
+    assert chosen <= {"int4_mma", "gemlite"}
     plan = json.loads((folder / "plan.json").read_text())
     planned = next(item["bytes"] for item in plan["items"] if item["name"] == "substitute")
-    # gemlite's own packing may differ by a little; ours fills its last block of outputs.
-    assert substitute["stored_bytes"] == pytest.approx(
-        planned, rel=0.02 if chosen & {"gemlite", "int4_mma"} else 0
-    )
+    # Our kernel fills its last block of outputs; gemlite takes fewer bytes for 8 and 2 bits.
+    assert substitute["stored_bytes"] <= 1.02 * planned
+    if "gemlite" not in chosen:
+        assert substitute["stored_bytes"] == pytest.approx(planned, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +138,7 @@ def test_streamed_runs_of_every_format_keep_their_budget_and_pass_the_audit(tmp_
         ["quant=higgs", "decoding=sampling"],
         ["quant=higgs", "offload.codec=substitute", "decoding=sampling"],
         ["quant.bits=8", "offload.codec=substitute"],
-        ["quant.bits=3", "draft.kernel=triton_wq", "offload.codec=substitute"],
+        ["quant.bits=3", "offload.codec=substitute"],
         ["offload.codec=substitute", "decoding=sampling"],
         [WITH_HEAD, "offload.codec=substitute"],
         [WITH_HEAD, "quant.bits_by.lm_head=8", "offload.codec=substitute", "decoding=sampling"],

@@ -1,17 +1,18 @@
 """What ships for readers of Weights & Biases: the workspace's definition and the sweep's."""
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from subspec.config.schema import register_schemas, to_config
+from subspec.config.checks import check_keys
+from subspec.config.schema import to_config
 from subspec.drafts.check_config import check_config
-from subspec.records.metrics import summarise
+from subspec.records.metrics import LinkInfo, speedup, summarise
 from subspec.runs.wandb_logger import SERIES, flat_summary
+from tests.config.test_config import composed
 from tests.helpers.records import record
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +27,6 @@ def dashboard():
 
 
 def test_the_charts_name_what_runs_log(dashboard):
-    from subspec.records.metrics import LinkInfo, speedup
-
     summary = summarise([record(0, link=LinkInfo(50.0, 10**9), peak_vram_gib=7.0)])
     logged = flat_summary({**summary, "speedup": speedup(summary, summary, "itself")})
     assert set(dashboard.BARS.values()) <= set(logged)
@@ -61,14 +60,35 @@ def test_the_workspace_is_grouped_by_experiment_and_method(dashboard):
     assert [section.name for section in found.sections] == ["Totals", "By sample", "Each run"]
 
 
-def test_every_setting_of_the_sweep_composes():
-    sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
-    assert sweep["metric"] == {"name": "tokens_per_s", "goal": "maximize"}
-    assert sweep["command"][-2:] == ["subspec.run", "${args_no_hyphens}"]
-    choices = {key: one.get("values", [one.get("value")]) for key, one in sweep["parameters"].items()}
-    register_schemas()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for end in (0, -1):
-            overrides = [f"{key}={values[end]}" for key, values in choices.items()]
-            assert all(re.fullmatch(r"[\w.]+=[\w.]+", override) for override in overrides)
-            check_config(to_config(compose("config", [*overrides, "run_dir=somewhere"])))
+SWEEP = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+
+
+def agent_command(place: int) -> list[str]:
+    """The command that ``wandb agent`` starts with the first (0) or last (-1) value of every parameter."""
+
+    def value(how):
+        return (how.get("values") or ([how["value"]] if "value" in how else [how["min"], how["max"]]))[place]
+
+    values = {name: {"value": value(how)} for name, how in SWEEP["parameters"].items()}
+    macros = create_sweep_command_args({"args": values})
+    macros |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [SWEEP.get("program", "")]}
+    words: list[str] = []
+    for chunk in create_sweep_command(list(SWEEP["command"])):
+        name = str(chunk)[2:-1] if str(chunk).startswith("${") else None
+        words += macros[name] if name in macros else [str(chunk)]
+    return words
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_what_an_agent_of_the_sweep_starts_composes(place):
+    words = agent_command(place)
+    start = words.index("subspec.run")
+    assert words[start - 1] == "-m"
+    cfg = composed(*words[start + 1 :])
+    check_keys(cfg)
+    check_config(to_config(cfg))
+
+
+def test_the_metric_of_the_sweep_is_one_that_runs_report():
+    assert SWEEP["metric"] == {"name": "tokens_per_s", "goal": "maximize"}
+    assert SWEEP["metric"]["name"] in SERIES

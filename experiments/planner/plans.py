@@ -8,8 +8,8 @@ Needs no GPU and no checkpoint. What it printed is in this folder's README.
 import io
 import re
 
-from subspec.choices import Codec
-from subspec.config import (
+from subspec.config.enums import Codec
+from subspec.config.schema import (
     BeamTreeConfig,
     BenchmarkConfig,
     Config,
@@ -22,10 +22,10 @@ from subspec.config import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
-from subspec.offload.plan import Plan, plan_run
-from subspec.offload.plan_table import plan_table
+from subspec.planning.plan import Plan, plan_run
+from subspec.planning.plan_table import plan_table
+from subspec.runs.console import RunConsole
 from subspec.targets.planted import SHAPES
-from subspec.tracking.console import RunConsole
 
 BUDGETS = {"qwen2_5_7b": 8.0, "llama3_1_8b": 8.0, "qwen2_5_14b": 12.0, "qwen2_5_32b": 24.0}
 """GiB, as published."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from subspec.choices import Codec
-from subspec.config import (
+from subspec.config.enums import Codec
+from subspec.config.schema import (
     BeamTreeConfig,
     BenchmarkConfig,
     Config,
@@ -25,9 +25,9 @@ from subspec.config import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
-from subspec.offload.cards import find_card
+from subspec.planning.gpu_specs import find_gpu
+from subspec.planning.predict_timing import EFFICIENCY, LEVEL_LAYER_S
 from subspec.predict import Acceptance, Iteration, Machine, predict
-from subspec.predict.timing import EFFICIENCY, LEVEL_LAYER_S
 from subspec.targets.planted import SHAPES
 
 GPU = Path(__file__).resolve().parents[1] / "gpu"
@@ -91,7 +91,7 @@ def config(
 
 
 def _way(run: Config, link: float, acceptance: Acceptance) -> Iteration:
-    machine = Machine(link, find_card("H200").memory_gb_per_s)
+    machine = Machine(link, find_gpu("H200").memory_gb_per_s)
     (one,) = predict(run, SHAPES[run.target.shape](), machine, acceptance, depths=()).depths
     return one.iteration
 
@@ -137,7 +137,7 @@ def compare() -> list[Compared]:
 def _plain() -> Compared:
     content = json.loads((GPU / FILES[0]).read_text(encoding="utf-8"))
     (result,) = (one for one in content["results"] if one["mode"] == "plain")
-    machine = Machine(content["link_gb_per_s"], find_card("H200").memory_gb_per_s)
+    machine = Machine(content["link_gb_per_s"], find_gpu("H200").memory_gb_per_s)
     run = config("qwen2_5_7b", 8.0, 48, 6, None)
     found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(20, 48), depths=()).plain
     assert found is not None
@@ -152,7 +152,7 @@ def fitted() -> tuple[float, float]:
         content, model = json.loads((GPU / file).read_text(encoding="utf-8")), SHAPES[shape]()
         run = config(shape, 24.0, 48, 6, 0, None)
         plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
-        nominal = plan.level_read_bytes / (find_card("H200").memory_gb_per_s * 1e9)
+        nominal = plan.level_read_bytes / (find_gpu("H200").memory_gb_per_s * 1e9)
         level = content["formats"]["hqq:4"]["ms_per_level"] / 1e3
         points.append((model.num_hidden_layers, nominal, level))
     (l1, n1, t1), (l2, n2, t2) = points

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from subspec.config import EmbeddedTargetConfig, HubTargetConfig
-from subspec.quant.base import Quantizer
+from subspec.config.schema import EmbeddedTargetConfig, HubTargetConfig
 from subspec.quant.higgs import HiggsQuantizer
-from subspec.quant.higgs_codes import group_of
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.modules import Quantizer
+from subspec.quant.pairs import group_of
 from subspec.targets import load_target
 
 CPU = torch.device("cpu")

@@ -1,9 +1,9 @@
-"""A target writes whole conversations, thousands side by side, with no token computed in vain.
+"""A target writes whole conversations, thousands of rows in one batch.
 
-Every row starts at position 0 and is fed one token per step: a *given* one while the chat template or a prompt asks
-for it, else the one that the target chose. So rows with prompts of different lengths need neither padding nor a
-mask, and a row whose answer has ended goes on with the next turn. The target plays both sides: as the user it
-samples (the idea of Magpie, arXiv 2406.08464), as the assistant it answers greedily or at the row's temperature.
+Every row starts at position 0 and is fed one token per step: a *given* one from the chat template or a prompt, else the
+target's choice. So rows with prompts of different lengths need neither padding nor a mask, and a row whose answer has
+ended continues with the next turn. The target plays both sides: as the user it samples (the idea of Magpie, arXiv
+2406.08464), as the assistant it answers greedily or at the row's temperature.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ _MARKS = ("\u2402first\u2402", "\u2402answer\u2402", "\u2402second\u2402")
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What a chat template puts around the turns of a conversation, as token ids.
+    """The token ids that a chat template puts around the turns of a conversation.
 
     Attributes:
         opening: everything before the first user's words.
-        to_assistant, to_user: what follows ``end`` when the other side's turn begins.
+        to_assistant, to_user: ids after ``end`` when that side's turn begins.
         end: the id that ends a turn.
-        forbidden: other special ids, which nobody may write into a user's turn.
+        forbidden: other special ids, which are not allowed in a user's turn.
     """
 
     opening: tuple[int, ...]
@@ -37,7 +37,7 @@ class ChatFrame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatFrame":
-        """Read it off the tokenizer's template.
+        """Read off the tokenizer's template.
 
         Raises:
             SubspecError: there is no template, or one whose turns do not end with a special token.
@@ -78,14 +78,14 @@ class ChatFrame:
 
 @dataclass(frozen=True)
 class Start:
-    """How a row begins: ids that are given, and who speaks after them."""
+    """The start of a row: given ids, and whether the assistant's turn follows."""
 
     ids: tuple[int, ...]
     assistant: bool
 
 
 class BatchCache:
-    """Keys and values of rows of equal length; what a transformers layer takes as ``past_key_values``."""
+    """Keys and values of rows of equal length, as ``past_key_values`` of transformers layers."""
 
     def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
         config = model.config
@@ -117,7 +117,7 @@ class ChatWriter:
         model: causal LM in eval mode.
         frame: of its chat template.
         rows, length: conversations side by side, and tokens of each.
-        max_answer, max_question: most tokens of a turn; a longer one is ended by force (and not learnt from).
+        max_answer, max_question: most tokens of a turn; a longer one is ended by force, and that end is not learnt.
         question_temperature: of the user's turns.
     """
 
@@ -154,10 +154,10 @@ class ChatWriter:
             starts: how each of the rows begins; shorter than ``length``.
             temperatures: of each row's answers; 0 is greedy.
             seed: of the samples.
-            tick: told the number of finished steps, every few dozen of them.
+            tick: called with the number of finished steps, every 32 of them.
 
         Returns:
-            ids int64 [rows, length] and bool [rows, length]: which of them the target chose as the assistant.
+            ids int64 [rows, length], and bool [rows, length]: the target chose them as the assistant.
         """
         if not len(starts) == len(temperatures) == self.count:
             raise ValueError(f"{len(starts)} starts, {len(temperatures)} temperatures for {self.count} rows")
@@ -219,7 +219,7 @@ class ChatWriter:
         positions = torch.full((1, 1), position, device=self.device)
         rotary = self.base.rotary_emb(hidden, positions)
         for layer in self.base.layers:
-            # One query and no mask: it attends to all keys that the cache hands out.
+            # One query without mask attends to all keys of the cache.
             hidden = layer(
                 hidden,
                 attention_mask=None,

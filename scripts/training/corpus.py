@@ -1,4 +1,4 @@
-"""The text on disk: shards of token ids with a mask of what is to be learnt, each written whole or not at all."""
+"""Text on disk: shards of token ids with a mask of the tokens to learn, each written atomically."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from subspec.errors import SubspecError
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """Where shard ``index`` lies."""
+    """File of shard ``index``."""
     return folder / f"shard-{index:04d}.safetensors"
 
 
@@ -40,7 +40,7 @@ class Corpus:
     Attributes:
         ids, learn: int32 and bool [rows, length], for training.
         held_ids, held_learn: the same of the rows kept back.
-        facts: how the text was made, as the first shard says.
+        facts: settings that the text was made with.
     """
 
     ids: Tensor
@@ -56,7 +56,7 @@ class Corpus:
 
     @property
     def answer_tokens(self) -> int:
-        """Those among them that the target chose as the assistant."""
+        """Ids that the target chose as the assistant."""
         return int(self.learn.sum())
 
 
@@ -91,7 +91,7 @@ def load_corpus(folder: Path, *, held_out: int) -> Corpus:
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, without waiting for what the device is doing."""
+    """``tensor`` on ``device``, copied asynchronously."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,10 +1,11 @@
-"""Training an EAGLE head against its target (EAGLE, arXiv 2401.15077, section 4.2), fed its own features.
+"""Training of an EAGLE head against its target (EAGLE, arXiv 2401.15077, section 4.2), fed its own features.
 
-Row i of a text has the embedding of token i+1 and the target's feature of token i; the head predicts the feature of
-token i+1, and the target's LM head turns it into the distribution of token i+2. While drafting, deeper levels get
-predicted features in place of the target's. So the head is unrolled for several *passes* (harmonized context,
-HASS, arXiv 2408.15766): pass p feeds row i what pass p-1 predicted in row i-1, and its attention sees what a draft at
-that depth sees: the keys of true features up to row i-p, then one key of each pass in between, then its own.
+Row i of a text has the embedding of token i+1 and the target's feature of token i. The head predicts the
+feature of token i+1, and the target's LM head turns it into the distribution of token i+2. While drafting,
+deeper levels get predicted features instead of the target's. So the head is unrolled for several *passes*
+(harmonized context, HASS, arXiv 2408.15766): pass p feeds row i the prediction of pass p-1 in row i-1, and
+attends as a draft at that depth: to the keys of true features up to row i-p, to one key of each pass in
+between, and to its own.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from training.measures import chain_tau, greedy_ranks
 
 
 def shape_for(model: PreTrainedModel, *, kv_heads: int | None, intermediate: int | None) -> EagleShape:
-    """The head of a target: its own attention shape unless told otherwise, with a bias at ``fc``."""
+    """The shape of a target's head: by default the target's attention shape, with a bias at ``fc``."""
     config = model.config
     return EagleShape(
         hidden=config.hidden_size,
@@ -37,7 +38,7 @@ def shape_for(model: PreTrainedModel, *, kv_heads: int | None, intermediate: int
 
 @torch.no_grad()
 def balance_inputs(head: EagleHead, embedding: Tensor, features: Tensor) -> None:
-    """Scale ``fc`` at the start so that embedding and feature contribute equally, together with variance 1.
+    """Scale the initial ``fc`` so that embedding and feature contribute equally, together with variance 1.
 
     Args:
         embedding: the table [vocabulary, hidden]; features: some of the target's, [n, hidden].
@@ -64,7 +65,7 @@ def unroll(
     Args:
         embeddings: [batch, n, hidden], of token i+1 in row i.
         features: [batch, n, hidden], the target's, of token i.
-        passes: how often; pass p is meaningful from row p-1 on.
+        passes: their number; pass p is meaningful from row p-1 on.
         noise: added to ``features`` in the first pass.
 
     Returns:
@@ -72,29 +73,30 @@ def unroll(
     """
     layer, rows, device = head.layers[0], embeddings.shape[1], embeddings.device
     attention = layer.self_attn
-    groups = attention.heads // attention.kv_heads
-    positions = torch.arange(rows, device=device)
+    groups = attention.num_key_value_groups
+    positions = torch.arange(rows, device=device)[None]
     keys: list[Tensor] = []
     values: list[Tensor] = []
     predicted: list[Tensor] = []
     fed = features if noise is None else features + noise
     for number in range(1, passes + 1):
         x = head.fc(torch.cat([embeddings, fed.to(embeddings.dtype)], dim=-1))
-        cos, sin = head.rotary(positions, x.dtype)
+        cos, sin = head.rotary(x, positions)
         query, key, value = attention.project(x, cos, sin)
         keys.append(key.repeat_interleave(groups, dim=1))
         values.append(value.repeat_interleave(groups, dim=1))
         if number == 1:
             attended = nn.functional.scaled_dot_product_attention(query, keys[0], values[0], is_causal=True)
         else:
-            # Rows before number-1 see nothing of the first pass, but always themselves.
+            # Rows before number-1 attend to no key of the first pass, but always to their own.
             attended = nn.functional.scaled_dot_product_attention(
                 query,
                 torch.cat(keys, dim=2),
                 torch.cat(values, dim=2),
                 attn_mask=pass_mask(rows, number, query.dtype, device)[None, None],
             )
-        out = layer.finish(x, attention.o_proj(attended.transpose(1, 2).flatten(2)))
+        x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
+        out = x + layer.mlp(layer.post_attention_layernorm(x))
         predicted.append(out)
         fed = torch.cat([features[:, :1].to(out.dtype), out[:, :-1]], dim=1)
     return predicted
@@ -143,8 +145,8 @@ class EagleLesson:
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`training.trainer.Lesson`."""
-        # Row i is judged by token i+2; the first rows have no input for the later passes. Rows are chosen on the CPU:
-        # the host would have to wait for the device otherwise.
+        # Row i is judged by token i+2; the first rows have no input for the later passes. Rows are chosen on the
+        # CPU, so that the host does not wait for the device.
         judged = learn[:, 2:].clone()
         judged[:, : self.passes - 1] = False
         batch, row = (move(index, self.head_weight.device) for index in judged.nonzero(as_tuple=True))
@@ -168,8 +170,8 @@ class EagleLesson:
 
     @torch.inference_mode()
     def evaluate(self, ids: Tensor, learn: Tensor, depth: int = 6, rows: int = 32) -> dict[str, float]:
-        """Share of positions where the target's greedy token is the head's first, among its three and its ten first,
-        at draft depths 1 and 3, and what a single chain of ``depth`` tokens would gain per pass."""
+        """Share of positions where the target's greedy token is among the head's first 1, 3 and 10, at draft depths 1
+        and 3; tokens per pass of a single chain of ``depth`` tokens."""
         ranks, judged = [], []
         for start in range(0, len(ids), rows):
             part = move(ids[start : start + rows], self.head_weight.device)

@@ -1,4 +1,4 @@
-"""Soft cross-entropy over a large vocabulary without keeping logits: gradients are made where the logits are."""
+"""Soft cross-entropy over a large vocabulary: gradients are computed with the logits, which are not kept."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad_hidden, *rest = ctx.saved_tensors
         scale = grads[0] / grad_hidden.shape[1]
         hidden = (grad_hidden * scale[:, None, None]).to(ctx.types[0])
-        # Only a single pass trains the head, so there is one scale.
+        # The LM head has a gradient with a single pass only, so there is one scale.
         weight = (rest[0] * scale[0]).to(ctx.types[1]) if rest else None
         return hidden, weight, None, None, None
 

@@ -1,4 +1,4 @@
-"""How well a draft agrees with its target on given text, without running the engine."""
+"""Agreement of a draft with its target on given text, without the engine."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The end that both training scripts share: train a lesson, write the weights, say in a card how they came about."""
+"""The common end of both training scripts: train a lesson, write the weights and a model card."""
 
 import argparse
 from collections.abc import Callable
@@ -28,14 +28,14 @@ def train_and_publish(
     meaning: str,
     parameters: int,
 ) -> None:
-    """Train, save, write ``MODEL_CARD.md``, and print what was made.
+    """Train, save, write ``MODEL_CARD.md``, and print a summary.
 
     Args:
         options: of the command line (:mod:`training.setup`).
         save: writes the weights into a folder and returns their file's bytes.
         folder: of the result below the shipped weights, where ``--out`` names none.
         checkpoint: file name beside the text, where ``--checkpoint`` names none.
-        identity: what a checkpoint must agree in to be resumed, besides the target.
+        identity: must be equal for a checkpoint to be resumed, besides the target.
         settings: for the card; ``title``, ``what``, ``meaning`` and ``parameters``: see
             :func:`~training.setup.card`.
     """

@@ -1,4 +1,4 @@
-"""What the training scripts share: opening a target, common options, and the text that a model card needs."""
+"""Common parts of the training scripts: the target, options, the model card."""
 
 import argparse
 import sys
@@ -17,19 +17,19 @@ from training.corpus import Corpus
 from training.trainer import Schedule
 
 WEIGHTS = shipped.FOLDER
-"""Where the drafts that ship with the project lie."""
+"""Folder of the drafts that ship with the project."""
 
 EMBEDDED_SUFFIXES = (".gguf", ".whl")
 
 
 def open_target(where: str | None, device: str, dtype: str) -> Target:
-    """The target to learn from.
+    """The target that writes the text and teaches the draft.
 
     Args:
         where: None for the embedded default, its wheel or GGUF file, or a checkpoint folder.
         device: ``auto``, ``cpu`` or ``cuda``; dtype: ``auto``, ``float32`` or ``bfloat16``.
     """
-    # cuDNN's attention plans anew for every number of keys, and the text grows by one at each step.
+    # cuDNN's attention makes a new plan for every number of keys, and the text grows by one at each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     place, kind = resolve_device(Device(device)), Dtype(dtype)
     if where is None or Path(where).suffix in EMBEDDED_SUFFIXES:
@@ -46,7 +46,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, lr: float, rows: int, decay: float) -> None:
-    """Everything that both drafts' training asks for."""
+    """Options of both training scripts."""
     parser.add_argument("--text", type=Path, required=True, help="folder of scripts/generate_text.py")
     parser.add_argument("--out", type=Path, help="folder of the result (default: the shipped weights)")
     parser.add_argument("--checkpoint", type=Path, help="file to resume from (default: beside the text)")
@@ -62,7 +62,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, lr: float, rows: in
 
 
 def schedule_of(options: argparse.Namespace) -> Schedule:
-    """The schedule that the options of :func:`add_training_options` ask for."""
+    """The schedule of the options of :func:`add_training_options`."""
     return Schedule(
         steps=options.steps,
         minutes=options.minutes,
@@ -79,7 +79,7 @@ def arithmetic(target: Target) -> torch.dtype:
 
 
 def report(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; expected failures are one line, and Ctrl-C is no traceback."""
+    """Run a script's ``main``; expected failures are one line, Ctrl-C prints no traceback."""
     try:
         main()
     except SubspecError as error:
@@ -104,7 +104,7 @@ def card(
     parameters: int,
     meaning: str,
 ) -> str:
-    """A model card in Markdown: what it is, what it was trained on, how, and how well it agrees.
+    """A model card in Markdown: the model, its text, its training, its agreement with the target.
 
     Args:
         what: a paragraph about the model; meaning: a paragraph that explains ``figures``.

@@ -25,7 +25,7 @@ def build_student(
     """A Llama model whose tied embedding is the target's, projected to its main directions.
 
     Args:
-        counts: int64 [vocabulary], occurrences in the text: frequent tokens decide which directions are the main ones.
+        counts: int64 [vocabulary], occurrences in the text: they weight the main directions.
         hidden, layers, heads, kv_heads, intermediate: its shape.
         seed: of the other weights.
     """
@@ -99,7 +99,7 @@ class StudentLesson:
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`training.trainer.Lesson`."""
-        # Chosen on the CPU: the host would have to wait for the device otherwise.
+        # Rows are chosen on the CPU, so that the host does not wait for the device.
         batch, row = (move(index, self.head_weight.device) for index in learn[:, 1:].nonzero(as_tuple=True))
         ids = move(ids, self.head_weight.device)
         true = self._teacher(ids)[batch, row]
@@ -110,8 +110,8 @@ class StudentLesson:
 
     @torch.inference_mode()
     def evaluate(self, ids: Tensor, learn: Tensor, depth: int = 8, rows: int = 32) -> dict[str, float]:
-        """Share of positions where the target's greedy token is the student's first, among its three and its ten
-        first, and what a single chain of ``depth`` tokens would gain per pass."""
+        """Share of positions where the target's greedy token is among the student's first 1, 3 and 10; tokens per pass
+        of a single chain of ``depth`` tokens."""
         ranks = []
         weight = self.module.get_output_embeddings().weight
         for start in range(0, len(ids), rows):

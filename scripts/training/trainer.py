@@ -1,8 +1,7 @@
-"""The loop both drafts are trained with: AdamW on float32 weights, bf16 arithmetic, warm-up and cosine decay.
+"""The training loop: AdamW on float32 weights, bf16 arithmetic, warm-up and cosine decay.
 
-A step's batch and noise depend on the seed and the step's number alone, and a checkpoint holds everything else, so a
-resumed run ends with the very weights of one that was never interrupted (with ``steps``; a budget in minutes ends
-where the clock says).
+A step's batch and noise depend on the seed and the step's number alone, and a checkpoint holds everything else. So a
+resumed run ends with the weights of an uninterrupted one (with ``steps``; a budget in minutes ends by the clock).
 """
 
 import math
@@ -26,10 +25,10 @@ Note = Callable[[str], None]
 
 
 class Lesson(Protocol):
-    """What is learnt: a module and its losses.
+    """A module to train, and its losses.
 
     Attributes:
-        module: whose parameters are trained, in float32.
+        module: its parameters are trained, in float32.
     """
 
     module: nn.Module
@@ -37,19 +36,19 @@ class Lesson(Protocol):
     def loss(
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch (int64 and bool [rows, length], on the CPU), and figures worth a progress line."""
+        """Loss of a batch (int64 and bool [rows, length], on the CPU), and figures for the progress line."""
 
     def evaluate(self, ids: Tensor, learn: Tensor) -> dict[str, float]:
-        """Figures on text that is not trained on."""
+        """Figures on held-out text."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """Length and learning rate of a run.
 
     Attributes:
-        steps: most optimizer steps; None: until the minutes are over.
-        minutes: most time, over all resumed parts; None: until the steps are done.
+        steps: most optimizer steps; None: no limit.
+        minutes: most time, over all resumed parts; None: no limit.
         rows: conversations per step.
         lr: peak learning rate.
         warmup: share of the run in which it rises; it falls to ``lr * floor`` along a cosine.
@@ -72,7 +71,7 @@ class Schedule:
             raise SubspecError("training needs an end: give --steps, --minutes or both")
 
     def progress(self, step: int, seconds: float) -> float:
-        """Share of the run that is over, at most 1."""
+        """Finished share of the run, at most 1."""
         by_steps = step / self.steps if self.steps else (1.0 if self.steps == 0 else 0.0)
         by_time = seconds / (60 * self.minutes) if self.minutes else (1.0 if self.minutes == 0 else 0.0)
         return min(1.0, max(by_steps, by_time))
@@ -87,7 +86,7 @@ class Schedule:
 
 @contextmanager
 def _stop_request() -> Iterator[list[int]]:
-    """Signals that ask to stop are collected, so that a step is finished and saved first."""
+    """Collect SIGINT and SIGTERM, so that the current step is finished and saved first."""
     asked: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -105,10 +104,9 @@ class Trainer:
     """Trains one lesson on one corpus.
 
     Args:
-        lesson, corpus, schedule: what, on what, how long.
         checkpoint: file that training can be resumed from.
         settings: of the lesson; a checkpoint of other settings is refused.
-        note: told a line now and then.
+        note: receives progress lines.
         interval: seconds between progress lines; save_every: between checkpoints.
     """
 
@@ -127,7 +125,7 @@ class Trainer:
         self.checkpoint, self.note = checkpoint, note
         self.interval, self.save_every = interval, save_every
         self.batches = Batches(corpus, schedule.rows, schedule.seed)
-        # The end may be moved when resuming; everything else decides the weights.
+        # The end may change when resuming; everything else determines the weights.
         kept = {key: value for key, value in asdict(schedule).items() if key not in ("steps", "minutes")}
         self.settings = {**settings, **kept, "text": corpus.facts, "rows_of_text": len(corpus.ids)}
         parameters = [p for p in lesson.module.parameters() if p.requires_grad]
@@ -142,7 +140,7 @@ class Trainer:
         self._norm = torch.zeros(())
 
     def resume(self) -> None:
-        """Go on from the checkpoint; starts afresh where there is none.
+        """Continue from the checkpoint, if there is one.
 
         Raises:
             SubspecError: it belongs to other settings.
@@ -167,9 +165,9 @@ class Trainer:
         """Write the checkpoint, whole or not at all.
 
         Raises:
-            SubspecError: the weights are spoilt; the checkpoint stays as it was.
+            SubspecError: the gradient is not finite; the old checkpoint stays.
         """
-        # Looked at only now and then: reading it back makes the host wait for the device.
+        # Checked only here: reading it back makes the host wait for the device.
         if not bool(torch.isfinite(self._norm)):
             raise SubspecError(f"step {self.step}: the gradient is not finite; lower --lr and start again")
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +206,7 @@ class Trainer:
                     self.save()
                     saved = time.perf_counter()
                 if asked:
-                    self.note(f"stopped at step {self.step} and saved {self.checkpoint}: --resume goes on")
+                    self.note(f"stopped at step {self.step} and saved {self.checkpoint}: --resume continues")
                     raise KeyboardInterrupt
         if self.step > spoke_step:
             self._speak(running, self.step - spoke_step, time.perf_counter() - spoke)

@@ -1,8 +1,7 @@
 """Benchmarks: where prompts come from, how they are worded, and how answers are checked.
 
-``load_benchmark`` turns the ``benchmark`` config group into samples. Rows come from the hub, from a local
-JSON-lines file with the hub's columns, or from a handful of prompts written for this project and packaged
-with it; what was used is part of the result, and only ``source=auto`` may choose.
+Rows come from the hub, from a local JSON-lines file with the hub's columns, or from a few packaged prompts written for
+this project. The result names the source used; only ``source=auto`` chooses by itself.
 
     benchmark = load_benchmark(config.benchmark, config.seed)
     for sample in benchmark.samples:
@@ -10,8 +9,7 @@ with it; what was used is part of the result, and only ``source=auto`` may choos
         check_answer(benchmark.name, text, sample.answer)    # True, False, or None: not checkable
 """
 
-from subspec.benchmarks.base import Benchmark, Sample
-from subspec.benchmarks.load import load_benchmark
-from subspec.benchmarks.tasks import TASKS, check_answer, extract_answer
+from subspec.benchmarks.loader import Benchmark, Sample, load_benchmark
+from subspec.benchmarks.prompts import TASKS, check_answer, extract_answer
 
 __all__ = ["TASKS", "Benchmark", "Sample", "check_answer", "extract_answer", "load_benchmark"]

@@ -1,13 +1,23 @@
-r"""Finding the final answer in a model's text and comparing it with the reference. No model code is run.
+r"""Find the final answer in a model's text and compare it with the reference. No generated code is run.
 
-The prompts ask for a last line ``Answer: ...``; models also write ``#### 42``, ``\boxed{42}`` or "the answer
-is 42". The marker that comes last in the text counts, since working often mentions earlier candidates.
+The prompts ask for a last line ``Answer: ...``; models also write ``#### 42``, ``\boxed{42}`` or "the answer is 42".
+The last marker in the text counts, because the working often mentions earlier candidates.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from subspec.benchmarks.base import Checker
 from subspec.benchmarks.latex import equivalent
+
+
+@dataclass(frozen=True)
+class Checker:
+    """``extract`` finds an answer in a text; ``matches`` compares it with the reference."""
+
+    extract: Callable[[str], str | None]
+    matches: Callable[[str, str], bool]
+
 
 # "Answer: 7", "**Final answer:** 7", "The answer is 7", "the correct option is (C)"; "#### 7" is GSM8K's own.
 _MARKER = re.compile(
@@ -20,7 +30,7 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 
 
 def final_answer(text: str) -> str | None:
-    """What follows the last answer marker: a box's content, or the rest of a line. None without a marker."""
+    """Text after the last answer marker: the content of a box, or the rest of the line. None without a marker."""
     line_start = max((match.end() for match in _MARKER.finditer(text)), default=-1)
     box = next((content for at, content in reversed(_boxes(text)) if content and at >= line_start), None)
     if box is not None:
@@ -52,14 +62,14 @@ def _last_line(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ numbers
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d])")
-# A number that is part of a fraction, root or power is not a whole number as it stands.
+# A number inside a fraction, root or power is not the answer.
 _PART_BEFORE = re.compile(r"\\[dtc]?frac|\\sqrt|\d\s*/\s*$")
 _PART_AFTER = re.compile(r"\s*(?:/|\^)\s*[\d({\\-]")
 _REMARK = re.compile(r"(?<=\d)[^\d()]*\s\([^()]*\)[\s.*]*$")
 
 
 def extract_integer(text: str) -> str | None:
-    """The final whole number, without separators, currency, units or leading zeros."""
+    """Final whole number, without separators, currency, units or leading zeros."""
     candidate = final_answer(text)
     candidate = _strip_typesetting(_last_line(text) if candidate is None else candidate)
     candidate = _REMARK.sub("", candidate)
@@ -81,12 +91,12 @@ def _strip_typesetting(text: str) -> str:
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\{,\}|(?<=\d)\\[,!;: ](?=\d)", "", text)
     text = re.sub(r"\\(?:boxed|fbox)\b|\\[,!;: ()\[\]$]|[${}*`€£]", " ", text)
-    # "- $5" and "-$5" mean -5; "$" has gone by now.
+    # "- $5" and "-$5" mean -5; "$" is removed above.
     return re.sub(r"(^|[\s=:(])-\s+(?=\d)", r"\1-", text)
 
 
 def extract_integer_to_999(text: str) -> str | None:
-    """The final whole number if AIME allows it."""
+    """Final whole number if it is from 0 to 999, as in AIME."""
     number = extract_integer(text)
     return number if number is not None and 0 <= int(number) <= 999 else None
 
@@ -107,7 +117,7 @@ _BARE_LETTER = re.compile(r"^[\s*_$(\[]*(?:option\s+)?([A-D])[\s*_$)\].:]*$", re
 
 
 def extract_letter(text: str) -> str | None:
-    """The final option letter, A to D."""
+    """Final option letter, A to D."""
     candidate = final_answer(text)
     if candidate is None:
         match = _BARE_LETTER.match(_last_line(text))
@@ -122,7 +132,7 @@ def extract_letter(text: str) -> str | None:
 
 
 def extract_math(text: str) -> str | None:
-    """The final mathematical expression, as written."""
+    """Final mathematical expression, as written."""
     candidate = final_answer(text)
     if candidate is None:
         return None

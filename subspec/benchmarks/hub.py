@@ -1,8 +1,8 @@
-"""Rows of a data set on the hub, from its service or from the local cache.
+"""Rows of a data set on the hub, from the service or from the local cache.
 
-``datasets`` takes seconds to import and is imported only here. Everything that can go wrong ends as a
-:class:`~subspec.errors.SubspecError` of one line; :class:`HubUnavailableError` marks the failures after which
-``source=auto`` may fall back (no network, no access), as opposed to data that is wrong.
+``datasets`` takes seconds to import and is imported only here. Failures are one-line
+:class:`~subspec.errors.SubspecError`; after a :class:`HubUnavailableError` (no network, no access) ``source=auto`` may
+fall back to packaged prompts.
 """
 
 import logging
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspec.benchmarks.files import read_rows
+from subspec.benchmarks.rows import read_rows
 from subspec.config.schema import HubData
 from subspec.errors import ConfigError, SubspecError
 from subspec.utils.network import hub_problem
@@ -23,7 +23,7 @@ REQUEST_TIMEOUT_S = 5.0
 
 
 class HubUnavailableError(SubspecError):
-    """The data set is out of reach (no network and not cached, or no permission); ``reason`` says why."""
+    """No network and not cached, or no permission; ``reason`` says which."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}; {remedy}")
@@ -32,7 +32,7 @@ class HubUnavailableError(SubspecError):
 
 @dataclass(frozen=True)
 class HubRows:
-    """Rows by position, without loading them all. ``cached_because``: why the hub itself was not asked, if so."""
+    """Rows by position, read lazily. ``cached_because``: why the hub was not asked; None if it was."""
 
     rows: Sequence[dict[str, Any]]
     columns: list[str]
@@ -54,9 +54,9 @@ def describe(hub: HubData) -> str:
 
 
 def load_rows(hub: HubData, columns: tuple[str, ...]) -> HubRows:
-    """Fetch the data set, or read it from the local cache when the hub cannot be reached."""
+    """Fetch the data set, or read it from the local cache if the hub cannot be reached."""
     problem = None
-    if not Path(hub.path).is_dir():  # a data set folder on this machine needs no hub
+    if not Path(hub.path).is_dir():  # a local data set folder needs no hub
         from huggingface_hub import constants
 
         problem = hub_problem(constants.ENDPOINT) or _first_request(hub)
@@ -72,9 +72,10 @@ def load_rows(hub: HubData, columns: tuple[str, ...]) -> HubRows:
 
 
 def _first_request(hub: HubData) -> str | None:
-    """Ask the hub for the data set's description: why that fails for reasons of its service, else None.
+    """Request the data set's description once, with a time limit: the libraries retry for tens of seconds.
 
-    The libraries repeat a failing request for tens of seconds; this one is made once, with a time limit.
+    Returns:
+        The problem of the service, or None.
     """
     from huggingface_hub import HfApi
 
@@ -95,7 +96,7 @@ def _builder(hub: HubData) -> Sequence[dict[str, Any]]:
 
 
 def _files(hub: HubData, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of single JSON-lines files, read line by line: they may be far larger than the memory to spare."""
+    """Rows of single JSON-lines files, read line by line: a file may exceed free memory."""
     from huggingface_hub import hf_hub_download
 
     rows = []
@@ -110,10 +111,9 @@ def _files(hub: HubData, columns: tuple[str, ...]) -> list[dict[str, Any]]:
 
 @contextmanager
 def _offline(enabled: bool) -> Iterator[None]:
-    """Make the hub's libraries use their caches only.
+    """Restrict the hub's libraries to their caches.
 
-    ``HF_HUB_OFFLINE`` is read when they are imported, which may be long past; both look at these attributes
-    at every request.
+    They read ``HF_HUB_OFFLINE`` when they are imported, and these attributes at every request.
     """
     if not enabled:
         yield
@@ -131,7 +131,7 @@ def _offline(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no chatter: a run's console belongs to the run."""
+    """Silence progress bars and log lines of the hub's libraries."""
     import datasets
     from datasets.utils import logging as datasets_logging
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -155,15 +155,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecError:
-    """One line for what the libraries report in many ways."""
+    """Translate an error of the hub's libraries into one line."""
     from huggingface_hub import errors
 
     chain = list(_causes(error))
     message = " ".join(str(error).split())
     data = f"benchmark.hub.path={hub.path}"
     elsewhere = "or use benchmark.source=file with benchmark.path=<rows.jsonl>"
-    # `datasets` wraps a refusal into a "not found" of its own and keeps only the words.
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated dataset" in message:
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in chain)
+
+    # `datasets` wraps a refusal into its own "not found" error and keeps the message.
+    if caused_by(errors.GatedRepoError) or "gated dataset" in message:
         return HubUnavailableError(
             f"{data} is gated and this machine has no access",
             f"accept its terms on the data set's page on the hub and set HF_TOKEN, {elsewhere}",
@@ -171,33 +175,23 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
     if isinstance(error, ValueError) and "split" in message:
         return ConfigError(f"benchmark.hub.split={hub.split} is not a split of {hub.path} ({message})")
     if problem is not None:
-        if isinstance(error, ValueError):  # cached, but not this configuration
-            return HubUnavailableError(
-                f"{problem} and {describe(hub)} is not in the local cache ({message})",
-                f"fetch it once with a network, {elsewhere}",
-            )
-        return HubUnavailableError(
-            f"{problem} and {data} is not in the local cache", f"fetch it once with a network, {elsewhere}"
-        )
-    if any(isinstance(e, errors.RevisionNotFoundError) for e in chain) or message.startswith("Revision "):
+        # A ValueError: the data set is cached, but not in this configuration.
+        missing = f"{describe(hub)} is not in the local cache ({message})"
+        missing = missing if isinstance(error, ValueError) else f"{data} is not in the local cache"
+        return HubUnavailableError(f"{problem} and {missing}", f"fetch it once with a network, {elsewhere}")
+    if caused_by(errors.RevisionNotFoundError) or message.startswith("Revision "):
         return ConfigError(
             f"benchmark.hub.revision={hub.revision} does not exist in {hub.path}; correct or drop it"
         )
-    if any(isinstance(e, errors.EntryNotFoundError) for e in chain) and hub.files:
+    if caused_by(errors.EntryNotFoundError) and hub.files:
         return ConfigError(
             f"benchmark.hub.files={hub.files}: not all of these files are in {hub.path}; correct them"
         )
-    if (
-        any(isinstance(e, errors.RepositoryNotFoundError) for e in chain)
-        or "doesn't exist on the Hub" in message
-    ):
+    if caused_by(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in message:
         return ConfigError(
             f"{data} is not on the hub, or is private; correct the name, or check HF_TOKEN if it is private"
         )
-    if (
-        any(isinstance(e, errors.HFValidationError) for e in chain)
-        or type(error).__name__ == "FileNotFoundError"
-    ):
+    if caused_by(errors.HFValidationError) or isinstance(error, FileNotFoundError):
         return ConfigError(
             f"{data} is neither a data set name (ORG/NAME) nor a folder with data files; correct it"
         )
@@ -210,13 +204,9 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
     refused = next((status for e in chain if (status := _status(e)) in (401, 403)), None)
     if refused:
         return ConfigError(f"the hub refuses access to {data} (HTTP {refused}); check HF_TOKEN")
-    if any(_is_network(e) for e in chain):
+    if any(map(_is_network, chain)):
         return HubUnavailableError(
             f"the hub failed while serving {hub.path} ({message[:160]})", f"try again, {elsewhere}"
-        )
-    if any(isinstance(e, errors.HFValidationError) for e in chain) or isinstance(error, FileNotFoundError):
-        return ConfigError(
-            f"{data} is neither a data set name (ORG/NAME) nor a folder with data files; correct it"
         )
     return SubspecError(f"{data} cannot be loaded: {type(error).__name__}: {message[:300]}; {elsewhere[3:]}")
 
@@ -236,8 +226,8 @@ def _status(error: BaseException) -> int | None:
 def _is_network(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
-        return status == 429 or status >= 500  # an overloaded or broken service; anything else is an answer
-    # The HTTP library differs between releases of the hub's client; its errors are known by their module.
+        return status == 429 or status >= 500  # an overloaded or broken service
+    # The HTTP library differs between releases of the hub's client, so its errors are recognized by module.
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[
         0
     ].startswith("httpx")

@@ -1,8 +1,8 @@
 """``python -m subspec.cli.job ARGUMENTS``: one job of a sweep, as a process of its own.
 
-It is ``python -m subspec.run`` with two differences: Ctrl-C reaches it even where the sweep was started in the
-background, and it does not outlive the sweep. The sweep holds the other end of the job's standard input; when that
-closes, whatever killed the sweep, the job ends as if interrupted, and can be resumed.
+It differs from ``python -m subspec.run`` in two ways. It handles SIGINT even if the sweep was started in the background
+with SIGINT ignored. And it ends with the sweep: the sweep holds the other end of the job's standard input, and the job
+interrupts itself when that end closes, so that it can be resumed.
 """
 
 import os
@@ -12,7 +12,7 @@ import threading
 import time
 
 GRACE_S = 30.0
-"""Seconds that an orphaned job may take to end by itself."""
+"""Seconds after which an orphaned job is terminated."""
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    # os.read, not sys.stdin: a thread that waits inside a buffered reader blocks the interpreter's exit.
+    # os.read, because a thread inside a buffered reader would block the interpreter's exit.
     try:
         while os.read(0, 1):
             pass
     except OSError:
-        return  # no standard input: nobody to wait for
+        return  # no standard input, no parent to watch
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(GRACE_S)
     os._exit(130)

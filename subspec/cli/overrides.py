@@ -1,6 +1,6 @@
-"""The command line before Hydra sees it: put in order, paths quoted, mistakes named, a resumed run completed.
+"""Preparation of the command line for Hydra: order, quoting of paths, error messages, resumed runs.
 
-Hydra's own complaints about these name neither the argument nor a remedy, or come with a page of usage.
+Hydra's own messages name neither the argument nor a remedy, or print a page of usage.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from subspec.sweeps.command_line import SWEEP_DIR, is_sweep, place
 from subspec.utils.paths import conf_dir
 
 PATH_KEYS = ("run_dir", "sweep_dir", "hydra.sweep.dir", "baseline", "target.path", "benchmark.path")
-"""Keys whose value may hold any character, though Hydra's grammar knows only some of them unquoted."""
+"""Keys whose values may hold any character; Hydra's grammar accepts only some unquoted."""
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """The arguments that Hydra gets: flags first, then overrides.
+    """The arguments for Hydra: flags first, then overrides.
 
     Raises:
-        ConfigError: an unknown flag, or arguments that contradict each other.
+        ConfigError: an unknown flag, or contradictory arguments.
         OverrideParseException: an argument that is no override.
     """
     parser = get_args_parser()
@@ -40,7 +40,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     overrides = dict(_checked(text, sweep) for text in said.overrides)
     given = {parsed.key_or_group: _text(parsed) for parsed in overrides.values()}
     if sweep:
-        _check_sweep(given)
+        if "run_dir" in given:
+            raise ConfigError("run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER")
         return [*flags, *([] if said.multirun else ["-m"]), *place(list(overrides), is_resumed(given))]
     if SWEEP_DIR in given and shows:
         overrides = {text: parsed for text, parsed in overrides.items() if parsed.key_or_group != SWEEP_DIR}
@@ -54,12 +55,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _checked(text: str, sweep: bool) -> tuple[str, Override]:
-    """An override as Hydra can read it, and what Hydra reads."""
+    """An override in Hydra's grammar, and its parsed form."""
     key, equals, value = text.partition("=")
     if not key.strip():
         raise ConfigError(f"{text}: there is no key before the equals sign; give KEY=VALUE")
     if key in ("run_dir", SWEEP_DIR) and value.startswith("~"):
-        # Shells leave it alone here, and a folder named ~ is a trap.
+        # Shells do not expand ~ after an equals sign.
         text = f"{key}={Path(value).expanduser()}"
     reader = OverridesParser.create()
     try:
@@ -80,8 +81,3 @@ def _checked(text: str, sweep: bool) -> tuple[str, Override]:
 
 def _text(parsed: Override) -> str:
     return "" if parsed.is_sweep_override() or parsed.value() is None else str(parsed.value())
-
-
-def _check_sweep(given: dict[str, str]) -> None:
-    if "run_dir" in given:
-        raise ConfigError("run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER")

@@ -1,4 +1,4 @@
-"""What a finished run says about the next one: acceptance by depth, and the time of a draft level."""
+"""Measurements of finished runs that a prediction uses: acceptance by depth, and the time of a draft level."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from subspec.config.schema import Config
 from subspec.errors import ConfigError, SubspecError
 from subspec.planning.acceptance import Acceptance
-from subspec.planning.gpu_specs import Card, find_card
+from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.records.method import config_group, is_quantized, method_label
 from subspec.records.metrics import summarise
 from subspec.report.collect import RunData, collect
@@ -16,15 +16,15 @@ from subspec.report.collect import RunData, collect
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one method's runs.
+    """Measurements of the runs of one method.
 
     Attributes:
         acceptance: survival by depth.
-        level_s: seconds of a draft level; None where nothing was drafted on a GPU.
-        target, device: where ``level_s`` holds: names as recorded.
+        level_s: seconds of a draft level; None: nothing was drafted on a GPU.
+        target, device: recorded names, for which ``level_s`` holds.
         width: of the tree.
-        planted: whether the weights were planted.
-        draft: which model drafted. quant: how it was quantized; None when it was not.
+        planted: whether the weights are planted.
+        draft: settings that select the drafting model. quant: those of its quantization; None: it is not quantized.
     """
 
     acceptance: Acceptance
@@ -36,8 +36,8 @@ class Measured:
     draft: Mapping[str, Any]
     quant: Mapping[str, Any] | None
 
-    def fits(self, config: Config, card: Card | None) -> bool:
-        """Whether a level of this run takes as long as one of ``config`` on a card, targets planted or not."""
+    def fits(self, config: Config, card: GpuSpec | None) -> bool:
+        """Whether ``level_s`` holds for ``config`` on ``card``; planted and real targets take the same time."""
         if card is None or _card_name(self.device) != _card_name(card.name):
             return False
         wanted = asdict(config)
@@ -93,13 +93,13 @@ def _width(tree: Mapping[str, Any]) -> int | None:
 
 
 def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which model drafts; its temperature costs no time."""
+    """Settings that select the drafting model."""
     draft = config_group(config, "draft")
     return {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
 
 
 def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides how many bits a level reads."""
+    """Settings that determine the bytes a level reads."""
     quant = config_group(config, "quant")
     own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
     modules = sorted(quant.get("modules") or ())
@@ -107,13 +107,13 @@ def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _card_name(name: str) -> str:
-    """The table's name of a card, whether the driver said it or a user; as it is where the table lacks it."""
+    """The table's name of a GPU, given the driver's or a user's; unchanged if the table lacks it."""
     try:
-        return find_card(name).name
+        return find_gpu(name).name
     except ConfigError:
         return name
 
 
 def _shape(target: str) -> str:
-    """Planted and real targets of a shape take the same time."""
+    """The shape of a target, planted or not."""
     return target.removeprefix("planted_")

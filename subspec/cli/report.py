@@ -125,7 +125,7 @@ def _compare(folder_a: Path, folder_b: Path, json: Path | None) -> None:
             json.parent.mkdir(parents=True, exist_ok=True)
             write_json(json, found.to_dict())
         except OSError as error:
-            # Not write_error's own status, which is EXIT_DIFFERENT.
+            # write_error's own status equals EXIT_DIFFERENT.
             raise ConfigError(str(write_error(error, json, "choose another file"))) from error
         console.note(f"written: {json}")
     if found.differences:

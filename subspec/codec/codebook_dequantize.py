@@ -1,6 +1,6 @@
-"""Dequantized weights of HIGGS, rotated back, on a CUDA device (``lut_dequantize.cu``): what exact weights are near.
+"""Dequantized weights of HIGGS, rotated back, on a CUDA device (``codebook_dequantize.cu``).
 
-The bits are those of :func:`subspec.quant.intervals.rebuild`, which the encoder goes by.
+The bits are those of :meth:`subspec.quant.pairs.QuantizedPairs.rebuild`, with which exact weights are coded.
 """
 
 import functools
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.compile import compile_cuda
-from subspec.kernels.grouped_launch import PartLaunch, float_bits
-from subspec.quant.codebook_linear import MmaLut
+from subspec.kernels.grouped_launch import GroupedLaunch, float_bits
+from subspec.quant.codebook_linear import CodebookLinear
 from subspec.quant.hadamard import LEAST_BLOCK
 
 ROWS = 8
-"""That a block of threads dequantizes, with one block of the rotation's inputs."""
+"""Rows that a block of threads dequantizes, with one block of the rotation's inputs."""
 
 FIELDS = 13
-"""64-bit numbers that say all about one Linear: ``Rotated`` in ``lut_dequantize.cu``."""
+"""64-bit numbers that describe a Linear: ``Rotated`` in ``codebook_dequantize.cu``."""
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """A Linear that is to be dequantized.
+    """A Linear to dequantize.
 
     Attributes:
-        out: what is written: bfloat16 [n, k], contiguous, 4-byte aligned.
-        linear: the fused Linear that has its rows.
-        first, interleaved: which of them (:class:`~subspec.codec.restore.Rows`).
+        out: the result: bfloat16 [n, k], contiguous, 4-byte aligned.
+        linear: the fused Linear.
+        first, interleaved: its rows (:class:`~subspec.codec.restore.Rows`).
     """
 
     out: Tensor
-    linear: MmaLut
+    linear: CodebookLinear
     first: int
     interleaved: bool
 
     @property
     def blocks(self) -> int:
-        """Of threads."""
+        """Blocks of threads."""
         rotation = self.linear.rotation
         return -(-self.out.shape[0] // ROWS) * (rotation.padded // rotation.block)
 
@@ -67,12 +67,12 @@ class Dequantizer:
     """Dequantizes several Linears, in one launch for all with the same bits and blocks.
 
     Args:
-        parts: on one CUDA device, which keep their places; or none.
+        parts: on one CUDA device, where they stay; may be empty.
     """
 
     def __init__(self, parts: Sequence[Rotated]) -> None:
-        self._parts = parts  # which own what the table points to
-        self._launches: list[PartLaunch] = []
+        self._parts = parts  # they own the memory that the tables point to
+        self._launches: list[GroupedLaunch] = []
         alike: dict[tuple[int, int], list[Rotated]] = {}
         for part in parts:
             steps = part.linear.rotation.block // LEAST_BLOCK
@@ -81,15 +81,15 @@ class Dequantizer:
             device = members[0].out.device
             kernel = _kernel(bits, steps, device.index or 0)
             described = [(part.describe(), part.blocks) for part in members]
-            self._launches.append(PartLaunch(kernel, described, 32 * steps, device))
+            self._launches.append(GroupedLaunch(kernel, described, 32 * steps, device))
 
     def __call__(self) -> None:
-        """Write them all."""
+        """Write all of them."""
         for launch in self._launches:
             launch()
 
 
 @functools.cache
 def _kernel(bits: int, steps: int, device: int) -> Any:
-    settings = {"LAYOUT": 0, "BITS": bits, "STEPS": steps}
-    return compile_cuda(["codec.cu", "lut_dequantize.cu"], settings, "lut_dequantize", device)
+    files = ["restore.cu", "codebook_dequantize.cu"]
+    return compile_cuda(files, {"BITS": bits, "STEPS": steps}, "codebook_dequantize", device)

@@ -1,23 +1,22 @@
-"""A coded decoder layer: one run of bytes that crosses the link, and the step that turns it into parameters again.
+"""Exact weights coded by a substitute: one run of bytes, and the step that turns it into parameters again.
 
-The run holds, first, what the substitute knows nothing of (norms, biases, Linears that are not quantized) as it is,
-then for every quantized Linear where its chunks begin and its bits (:mod:`subspec.codec.format`). Decoding fills one
-buffer in bfloat16 that every layer of a pass is decoded into in turn: the device computes a layer in far less time than
-the link takes for its bytes, so one buffer is enough, and what others would take is better spent on resident layers.
+The run of a decoder layer holds, first, the parameters that are not coded (norms, biases, Linears that are not
+quantized) as they are, then the starts of chunks and the bits of every coded Linear (:mod:`subspec.codec.format`).
+Layers are restored to bfloat16 in one buffer, in turn: the device computes a layer in far less time than the link takes
+for its bytes, so a second buffer would only take room from resident layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subspec.codec.format import Coded, encode
-from subspec.codec.restore import Piece, PieceRestorer, Rows, Spans, decode_into
+from subspec.codec.format import encode
+from subspec.codec.restore import Restoration, Restorer, Rows, Spans, restore_into
 from subspec.errors import SubspecError
 from subspec.levels.build import ROLES
-from subspec.levels.model import FusedLayer
-from subspec.quant.intervals import margin_of
+from subspec.levels.model import LevelLayer
 from subspec.quant.level_linear import LevelLinear
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import PlainCodec, parameter_views
@@ -26,12 +25,13 @@ from subspec.utils.rounding import round_up
 
 @dataclass(frozen=True)
 class CodedPart:
-    """Where a Linear's code lies in its layer's bytes, and where its substitute is.
+    """A coded matrix: where its code lies in a run of bytes, and which rows of the substitute it belongs to.
 
     Attributes:
         name: of the parameter.
-        role: of the fused Linear (a field of :class:`~subspec.levels.captured_draft.FusedLayer`).
-        spans: of the layer's bytes.
+        role: of the fused Linear (a field of :class:`~subspec.levels.model.LevelLayer`), or ``head``.
+        rows: of the fused Linear.
+        margin: see :class:`~subspec.codec.format.Coded`.
     """
 
     name: str
@@ -41,25 +41,26 @@ class CodedPart:
     spans: Spans
     margin: float
 
-    @property
-    def words(self) -> int:
-        """int32 words of the code."""
-        return self.spans.starts[1] + self.spans.stream[1]
+    def piece(self, out: Tensor, linear: LevelLinear) -> Restoration:
+        """What restores it into ``out`` by the substitute's ``linear``."""
+        return Restoration(out, linear, self.rows, self.spans, self.margin)
 
-    def piece(self, out: Tensor, substitute: FusedLayer) -> Piece:
-        """What decodes it into ``out``."""
-        return Piece(out, getattr(substitute, self.role), self.rows, self.spans, self.margin)
+
+def bits_per_weight(parts: Iterable[CodedPart]) -> float:
+    """Bits of code per weight, on average."""
+    parts = list(parts)
+    words = sum(part.spans.starts[1] + part.spans.stream[1] for part in parts)
+    return 32 * words / max(1, sum(part.shape.numel() for part in parts))
 
 
 @dataclass(frozen=True)
 class CodedLayer:
-    """What a layer's bytes mean.
+    """The layout of a coded layer's bytes.
 
     Attributes:
-        exact: shapes of the parameters that are as they are; they lie in front, laid out by
+        exact: shapes of the parameters that are not coded, laid out in front by
             :func:`~subspec.targets.layer_bytes.parameter_views`.
         exact_bytes: of them.
-        parts: the coded ones.
         nbytes: of everything.
     """
 
@@ -69,8 +70,61 @@ class CodedLayer:
     nbytes: int
 
 
+class Encoder:
+    """Codes matrices into one run of bytes, and proves each: it is restored and compared bit by bit.
+
+    Args:
+        first: bytes to leave free in front.
+
+    Attributes:
+        parts: the matrices so far.
+        nbytes: of the run so far.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.nbytes = first
+        self.parts: tuple[CodedPart, ...] = ()
+        self._words: list[tuple[int, Tensor]] = []
+
+    def add(
+        self, name: str, role: str, rows: Rows, weight: Tensor, codes: QuantizedWeight, linear: LevelLinear
+    ) -> None:
+        """Append a matrix.
+
+        Args:
+            weight: bfloat16 [n, k].
+            codes: its quantized form.
+            linear: the substitute's fused Linear, of which ``rows`` are made of ``codes``.
+
+        Raises:
+            SubspecError: it is not restored bit for bit (a defect of this device or its software).
+            TypeError: ``codes`` bound no weight.
+        """
+        coded = encode(weight, codes, codes.margin)
+        check = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        restore_into(check, coded, linear, rows)
+        if not torch.equal(check.view(torch.int16), weight.contiguous().view(torch.int16)):
+            raise SubspecError(
+                f"offload.codec=substitute: {name} was not rebuilt bit for bit: set offload.codec=none, and please "
+                "report it with the versions in the run's folder"
+            )
+        spans = []
+        for words in (coded.starts, coded.stream):
+            self._words.append((self.nbytes, words))
+            spans.append((self.nbytes, words.numel()))
+            self.nbytes += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
+        self.parts += (CodedPart(name, role, rows, coded.shape, Spans(*spans), coded.margin),)
+
+    def flat(self, device: torch.device) -> Tensor:
+        """The run, uint8 on ``device``; the bytes in front are not written."""
+        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for first, words in self._words:
+            flat[first : first + 4 * words.numel()].view(torch.int32).copy_(words)
+        return flat
+
+
 def coded_rows(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[str, Rows]]:
-    """The role and the rows within it of every Linear that may be coded, by parameter name."""
+    """The role of every Linear that may be coded, and its rows of the fused Linear, by parameter name."""
     found: dict[str, tuple[str, Rows]] = {}
     for role, names in ROLES.items():
         first = 0
@@ -82,143 +136,83 @@ def coded_rows(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[str, Rows]]:
 
 
 def encode_layer(
-    tensors: Mapping[str, Tensor], codes: Mapping[str, QuantizedWeight], substitute: FusedLayer
+    tensors: Mapping[str, Tensor], codes: Mapping[str, QuantizedWeight], substitute: LevelLayer
 ) -> tuple[CodedLayer, Tensor]:
-    """Code a layer, and prove it: every Linear is decoded again and compared bit by bit.
+    """Code a layer with :class:`Encoder`, whose errors it raises.
 
     Args:
         tensors: the layer's parameters by name, bfloat16.
         codes: of the substitute's Linears, by parameter name.
-        substitute: made of these codes; what is decoded with.
+        substitute: made of these codes.
 
     Returns:
-        What the bytes mean, and the bytes, uint8 on the tensors' device.
-
-    Raises:
-        SubspecError: what was decoded is not what was coded (a defect of this device or its software).
+        The layout of the bytes, and the bytes, uint8 on the tensors' device.
     """
     places = coded_rows({name: tensor.shape for name, tensor in tensors.items()})
-    device = next(iter(tensors.values())).device
     exact = {name: tensor.shape for name, tensor in tensors.items() if name not in codes}
     exact_bytes = PlainCodec().layer_bytes(exact)
-    parts: list[CodedPart] = []
-    run = CodeRun(exact_bytes)
+    encoder = Encoder(exact_bytes)
     for name, own in codes.items():
         role, rows = places[name]
-        coded = encode_proven(name, tensors[name], own, getattr(substitute, role), rows)
-        parts.append(CodedPart(name, role, rows, coded.shape, run.add(coded), coded.margin))
-    flat = run.flat(device)
+        encoder.add(name, role, rows, tensors[name], own, getattr(substitute, role))
+    flat = encoder.flat(next(iter(tensors.values())).device)
     for name, view in parameter_views(flat, exact, torch.bfloat16).items():
         view.copy_(tensors[name])
-    return CodedLayer(exact, exact_bytes, tuple(parts), run.nbytes), flat
-
-
-def encode_proven(
-    name: str, weight: Tensor, codes: QuantizedWeight, substitute: LevelLinear, rows: Rows
-) -> Coded:
-    """Code a weight, decode it again, and compare bit by bit.
-
-    Args:
-        name: of the weight, for a message.
-        weight: bfloat16 [n, k].
-        codes: of its substitute.
-        substitute: the fused Linear made of these codes; what is decoded with.
-        rows: which of its rows are the weight's.
-
-    Raises:
-        SubspecError: what was decoded is not what was coded (a defect of this device or its software).
-    """
-    coded = encode(weight, codes, margin_of(codes))
-    check = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    decode_into(check, coded, substitute, rows)
-    if not torch.equal(check.view(torch.int16), weight.contiguous().view(torch.int16)):
-        raise SubspecError(
-            f"offload.codec=substitute: {name} was not rebuilt bit for bit: set offload.codec=none, and please "
-            "report it with the versions in the run's folder"
-        )
-    return coded
-
-
-class CodeRun:
-    """One run of bytes in the making, codes one behind the other.
-
-    Args:
-        first: bytes that something else takes in front.
-
-    Attributes:
-        nbytes: of the run so far.
-    """
-
-    def __init__(self, first: int = 0) -> None:
-        self.nbytes = first
-        self._pieces: list[tuple[int, Tensor]] = []
-
-    def add(self, coded: Coded) -> Spans:
-        """Append a weight's code; returns where it will lie."""
-        spans = []
-        for words in (coded.starts, coded.stream):
-            self._pieces.append((self.nbytes, words))
-            spans.append((self.nbytes, words.numel()))
-            self.nbytes += round_up(4 * words.numel(), PlainCodec.ALIGNMENT)
-        return Spans(*spans)
-
-    def flat(self, device: torch.device) -> Tensor:
-        """The run, uint8 on ``device``; the bytes in front are not written."""
-        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        for first, words in self._pieces:
-            flat[first : first + 4 * words.numel()].view(torch.int32).copy_(words)
-        return flat
+    return CodedLayer(exact, exact_bytes, encoder.parts, encoder.nbytes), flat
 
 
 class LayerRestorer:
-    """Rebuilds layers in one buffer.
+    """Restores layers in one buffer.
 
     Args:
-        layers: what the bytes of each coded layer mean, by layer number.
+        layers: layouts of the coded layers, by layer number.
         substitute: the fused layers, all of them.
         shapes: of a layer's parameters.
-        resident: bytes of the layers that stay on the device.
+        resident: bytes of the coded layers that stay on the device.
         device: of the buffer.
 
     Attributes:
-        parameters: views into the buffer by parameter name: the parameters of the layer decoded last.
-        log: takes (layer number, begin, end) of every layer decoded, when it is a list.
+        parameters: views into the buffer by parameter name: the parameters of the layer restored last.
+        log: takes (layer number, begin, end) of every layer restored, when it is a list.
     """
 
     def __init__(
         self,
         layers: Mapping[int, CodedLayer],
-        substitute: Sequence[FusedLayer],
+        substitute: Sequence[LevelLayer],
         shapes: Mapping[str, torch.Size],
         resident: Mapping[int, Tensor],
         device: torch.device,
     ) -> None:
         self.layers, self.resident = layers, resident
-        # The parameters that are not coded first, as in the coded bytes: one copy moves all of them.
+        # The parameters that are not coded come first, as in the coded bytes: one copy moves all of them.
         first = next(iter(layers.values())).exact
         ordered = {**first, **{name: shape for name, shape in shapes.items() if name not in first}}
         self.buffer = torch.empty(PlainCodec().layer_bytes(ordered), dtype=torch.uint8, device=device)
         self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
-        self._decoders = {
-            index: PieceRestorer(
-                [part.piece(self.parameters[part.name], substitute[index]) for part in layer.parts]
+        self._restorers = {
+            index: Restorer(
+                [
+                    part.piece(self.parameters[part.name], getattr(substitute[index], part.role))
+                    for part in layer.parts
+                ]
             )
             for index, layer in layers.items()
         }
         self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
-    def decode(self, index: int, flat: Tensor) -> None:
+    def restore(self, index: int, flat: Tensor) -> None:
         """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
         if self.log is None:
-            self._decode(index, flat)
+            self._restore(index, flat)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        self._decode(index, flat)
+        self._restore(index, flat)
         end.record()
         self.log.append((index, begin, end))
 
-    def _decode(self, index: int, flat: Tensor) -> None:
+    def _restore(self, index: int, flat: Tensor) -> None:
         exact = self.layers[index].exact_bytes
         self.buffer[:exact].copy_(flat[:exact])
-        self._decoders[index](flat)
+        self._restorers[index](flat)

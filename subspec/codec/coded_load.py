@@ -1,6 +1,6 @@
-"""Coding a target while it is loaded: layer by layer on the device, the codes to the host, the resident ones back.
+"""Coding a target while it is loaded: layer by layer on the device, the code to the host, the resident one back.
 
-What an earlier run coded is taken from the disk (:mod:`subspec.codec.coded_cache`), without the exact weights.
+Layers that an earlier run coded are taken from the disk (:mod:`subspec.codec.coded_cache`), without the exact weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from subspec.codec.coded_cache import Checks, CodedCache, KeptLayer, codes_checksum
-from subspec.codec.coded_layer import CodedLayer, LayerRestorer, encode_layer
-from subspec.codec.restore import PieceRestorer
-from subspec.levels.build import LayerFuser
-from subspec.levels.model import FusedLayer
+from subspec.codec.coded_cache import CodedCache, KeptLayer, codes_checksum
+from subspec.codec.coded_layer import CodedLayer, LayerRestorer, bits_per_weight, encode_layer
+from subspec.codec.restore import Restorer
+from subspec.levels.build import SubstituteBuilder
+from subspec.levels.model import LevelLayer
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import parameter_views
 from subspec.targets.source import LayerSource
@@ -31,7 +31,7 @@ class TargetCoding:
         cache: of what earlier runs coded; None: nothing is kept.
 
     Attributes:
-        layers: what each coded layer's bytes mean.
+        layers: layouts of the coded layers' bytes.
         streamed: pinned bytes of the coded layers that stream.
     """
 
@@ -46,14 +46,10 @@ class TargetCoding:
         index: int,
         tensors: Mapping[str, Tensor],
         codes: Mapping[str, QuantizedWeight],
-        substitute: FusedLayer,
+        substitute: LevelLayer,
         pinned: Pinned,
     ) -> None:
-        """Code a layer; its exact tensors may be forgotten afterwards.
-
-        Raises:
-            TypeError: its substitute's codes name no intervals.
-        """
+        """Code a layer with :func:`~subspec.codec.coded_layer.encode_layer`; its exact tensors may be freed then."""
         layer, flat = encode_layer(tensors, codes, substitute)
         self.layers[index] = layer
         if index in self._planned:
@@ -63,22 +59,19 @@ class TargetCoding:
             self.streamed[index] = host = pinned(flat.numel())
             host.copy_(flat)
         if self._cache is not None:
-            self._cache.coded += 1
-            checks = {
-                part.name: Checks(codes_checksum(codes[part.name]), checksum(tensors[part.name]))
-                for part in layer.parts
-                if self._cache.trouble is None
-            }
-            self._cache.keep(index, layer, checks, host)
+            self._cache.made += 1
+            if self._cache.trouble is None:
+                checks = {name: (codes_checksum(own), checksum(tensors[name])) for name, own in codes.items()}
+                self._cache.keep(index, layer, checks, host)
 
     def restore(
         self,
         index: int,
         source: LayerSource,
-        fuser: LayerFuser,
+        builder: SubstituteBuilder,
         device: torch.device,
         locked: Callable[[PinnedBuffer], Tensor],
-    ) -> FusedLayer | None:
+    ) -> LevelLayer | None:
         """A layer as an earlier run coded it, checked as :mod:`subspec.codec.coded_cache` says.
 
         Args:
@@ -94,41 +87,41 @@ class TargetCoding:
         shapes = source.layer_shapes(index)
         linears = {name.removesuffix(".weight"): shapes[name] for name in cache.linears}
         found = cache.quantizer.layer(index, linears, device)
-        kept = None if found is None else cache.find(index)
+        kept = None if found is None else cache.get(index)
         if found is None or kept is None:
             return None
-        # All layers are decoded into one buffer, and what is exact is copied there in one run.
+
+        def reject(why: str) -> None:
+            cache.note(f"the cached code of layer {index} {why}: coding it again")
+
+        # All layers are restored into one buffer, to which the exact parameters are copied in one run.
         if list(kept.layer.exact.items()) != [own for own in shapes.items() if own[0] not in cache.linears]:
-            cache.reject(index, "is laid out otherwise")
-            return None
+            return reject("is laid out otherwise")
         codes = {f"{module}.weight": own for module, own in found.items()}
-        if {name: own.codes for name, own in kept.checks.items()} != {
+        if {name: own for name, (own, _) in kept.checks.items()} != {
             name: codes_checksum(own) for name, own in codes.items()
         }:
-            cache.reject(index, "is of another substitute")
-            return None
-        counted = fuser.modules, fuser.weights, fuser.stored_bytes
-        host = kept.buffer.tensor
-        exact = parameter_views(host, kept.layer.exact, torch.bfloat16)
+            return reject("is of another substitute")
+        counted = builder.modules, builder.weights, builder.stored_bytes
+        exact = parameter_views(kept.buffer.tensor, kept.layer.exact, torch.bfloat16)
         on_device = {name: tensor.to(device) for name, tensor in exact.items()}
-        substitute = fuser.fuse(on_device, device, index=index, known=codes)
+        substitute = builder.build_layer(on_device, device, index=index, known=codes)
         modules = len(codes)
-        del found, codes  # room for the decoded Linears
+        del found, codes  # room for the restored Linears
         if (problem := _problem(kept, substitute, source.sample(index), device)) is not None:
-            fuser.modules, fuser.weights, fuser.stored_bytes = counted
-            cache.reject(index, problem)
-            return None
+            builder.modules, builder.weights, builder.stored_bytes = counted
+            return reject(problem)
         cache.read += 1
         cache.quantizer.store.read += modules
         self.layers[index] = kept.layer
         if index in self._planned:
-            self._resident[index] = host
+            self._resident[index] = kept.buffer.tensor[: kept.layer.nbytes]
         else:
-            self.streamed[index] = locked(kept.buffer)
+            self.streamed[index] = locked(kept.buffer)[: kept.layer.nbytes]
         return substitute
 
     def shrink(self, room: int, slots: int, pinned: Pinned) -> None:
-        """Stream resident layers, last ones first, until codes that came out larger than planned fit.
+        """Stream resident layers, last ones first, until code that came out larger than planned fits.
 
         Args:
             room: device bytes that the plan has for resident coded layers and ring slots.
@@ -145,9 +138,9 @@ class TargetCoding:
             self.streamed[index].copy_(flat)
 
     def decoder(
-        self, substitute: Sequence[FusedLayer], shapes: Mapping[str, torch.Size], device: torch.device
+        self, substitute: Sequence[LevelLayer], shapes: Mapping[str, torch.Size], device: torch.device
     ) -> LayerRestorer | None:
-        """The step that rebuilds the coded layers, with the resident ones' bytes on ``device``; None: none is coded."""
+        """Restores the coded layers; resident ones' bytes are moved to ``device``. None: no layer is coded."""
         if not self.layers:
             return None
         resident = {index: flat.to(device) for index, flat in sorted(self._resident.items())}
@@ -156,38 +149,35 @@ class TargetCoding:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that one coded weight takes, on average."""
-        parts = [part for layer in self.layers.values() for part in layer.parts]
-        words = sum(part.words for part in parts)
-        return 32 * words / max(1, sum(part.shape.numel() for part in parts))
+        """See :func:`~subspec.codec.coded_layer.bits_per_weight`."""
+        return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
 
 def _problem(
-    kept: KeptLayer, substitute: FusedLayer, sample: Mapping[str, Tensor], device: torch.device
+    kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device
 ) -> str | None:
-    """Why a layer from the disk is not what it was made from; None: it is, bit for bit.
+    """How a layer from the disk differs from the one that was coded; None: bit for bit the same.
 
     Args:
         substitute: made of the codes that the layer was coded with.
         sample: of the target's weights as they are now.
     """
-    host = kept.buffer.tensor
-    exact = parameter_views(host, kept.layer.exact, torch.bfloat16)
+    exact = parameter_views(kept.buffer.tensor, kept.layer.exact, torch.bfloat16)
     if not all(
         _same(tensor[:1] if tensor.dim() > 1 else tensor, sample.get(name)) for name, tensor in exact.items()
     ):
         return "is of other weights"
-    flat = host.to(device)
+    flat = kept.buffer.tensor[: kept.layer.nbytes].to(device)
     for part in kept.layer.parts:
-        decoded = torch.empty(part.shape, dtype=torch.bfloat16, device=device)
-        PieceRestorer([part.piece(decoded, substitute)])(flat)
-        if checksum(decoded) != kept.checks[part.name].weight:
+        restored = torch.empty(part.shape, dtype=torch.bfloat16, device=device)
+        Restorer([part.piece(restored, getattr(substitute, part.role))])(flat)
+        if checksum(restored) != kept.checks[part.name][1]:
             return "is not rebuilt to what it was made from"
-        if not _same(decoded[:1].cpu(), sample.get(part.name)):
+        if not _same(restored[:1].cpu(), sample.get(part.name)):
             return "is of other weights"
     return None
 
 
 def _same(kept: Tensor, now: Tensor | None) -> bool:
-    """Bit for bit, where there is something to compare with."""
+    """Whether two tensors are equal bit for bit; True without the second one."""
     return now is None or torch.equal(kept.view(torch.int16), now.contiguous().view(torch.int16))

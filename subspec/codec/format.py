@@ -1,9 +1,10 @@
-"""The substitute as a compressor: an exact bfloat16 weight, coded given the interval its substitute names.
+"""The code of an exact bfloat16 weight, given the interval in which its quantized weight places it.
 
-The quantized weight on the device says which real interval holds the exact one (:mod:`subspec.quant.intervals`): for
-HQQ ``[(q - z - 1/2) s, (q - z + 1/2) s]``. What is missing is which of the interval's bfloat16 numbers it is. Within an
-interval the weights' density is nearly constant, so the ideal code of a number takes ``log2(interval / spacing)`` bits,
-with the spacing of bfloat16 numbers *at that weight*: they lie dense near zero and wide apart at the ends. The code:
+The quantized weight on the device bounds the exact one by a real interval
+(:meth:`subspec.quant.quantized_weight.QuantizedWeight.interval`): for HQQ ``[(q - z - 1/2) s, (q - z + 1/2) s]``. The
+code selects one of the interval's bfloat16 numbers. Within an interval the weights' density is nearly constant, so the
+ideal code of a number takes ``log2(interval / spacing)`` bits, with the spacing of bfloat16 numbers *at that weight*:
+they are dense near zero and wide apart at the ends. The code:
 
 1. **Cell.** The interval is cut into cells as wide as the spacing at its larger end, ``g = 2**(E - 7)`` with
    ``2**E <= max(|low|, |high|) < 2**(E + 1)``; cells are numbered by ``floor(w / g)``, magnitude and sign apart, so
@@ -17,10 +18,10 @@ with the spacing of bfloat16 numbers *at that weight*: they lie dense near zero 
 3. **Escape.** One symbol more than there are cells says that the 16 bits follow as they are: for weights outside their
    interval, or inside the cells at zero without being zero, and for everything where there is no finite interval.
 
-Widths depend on the interval and on the cell alone, so the decoder needs no side information but where a chunk of
-:data:`CHUNK` weights begins; chunks decode in parallel. Every bit pattern survives, NaN payloads and signed zeros
-included. Intervals come from single rounded float32 operations in a fixed order, so the same codes and scales give
-the same intervals everywhere; decoding compares nothing with a tolerance.
+Widths depend on the interval and on the cell alone, so restoring needs no side information but the place where a
+chunk of :data:`CHUNK` weights begins; chunks are restored in parallel. Every bit pattern survives, NaN payloads and
+signed zeros included. Intervals come from single rounded float32 operations in a fixed order, so the same integers and
+scales give the same intervals everywhere; restoring compares nothing with a tolerance.
 
 Costs 6.9 to 7.0 bits per weight for HQQ at 4 bits in groups of 64 (``experiments/codec``), where the entropy of the
 exact weight given the substitute is about 6.8; 7.3 to 7.4 for HIGGS at 4 bits, of 7.0.
@@ -32,25 +33,24 @@ import torch
 from torch import Tensor
 
 from subspec.errors import SubspecError
-from subspec.quant.intervals import intervals_of
 from subspec.quant.quantized_weight import QuantizedWeight
 
 CHUNK = 512
-"""Weights, in row-major order, that are decoded one after the other."""
+"""Weights, in row-major order, that are restored one after the other."""
 
 MOST_WEIGHTS = (1 << 31) - 1
-"""Of a matrix: the launcher of the CUDA decoder passes 32-bit integers, and would cut longer ones off silently."""
+"""Weights of a matrix: the launcher of the CUDA kernels passes 32-bit integers, and would truncate longer ones."""
 
 RAW_BITS = 16
 
 PADDING_WORDS = 20
-"""Behind a stream: the decoder reads ahead, three words or, by way of shared memory, up to 19."""
+"""Words behind a stream: the CUDA kernels read ahead, three words or, by way of shared memory, up to 19."""
 
 BLOCK = 1 << 21
 """Weights that are encoded at a time; a multiple of :data:`CHUNK`. Bounds the temporaries to a quarter of a GiB."""
 
 MIN_EXPONENT, MAX_EXPONENT = -110, 126
-"""Of an interval's larger end; beyond, cells or their numbers would leave float32's normal range."""
+"""Exponents of an interval's larger end; beyond, cells or their numbers would leave float32's normal range."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Coded:
         starts: int32 [chunks], the word of ``stream`` at which each chunk begins.
         stream: int32 [words], bits from the least significant one upwards.
         shape: of the weight.
-        margin: of the intervals, see :func:`~subspec.quant.intervals.margin_of`.
+        margin: of the intervals, see :attr:`~subspec.quant.quantized_weight.QuantizedWeight.margin`.
     """
 
     starts: Tensor
@@ -81,7 +81,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class _Cells:
-    """What the decoder knows before it reads: int32 tensors of one shape.
+    """Properties of the intervals' cells: int32 tensors of one shape.
 
     Attributes:
         first: number of the interval's first cell.
@@ -98,17 +98,17 @@ class _Cells:
     extra: Tensor
 
 
-def encode(weight: Tensor, codes: QuantizedWeight, margin: float) -> Coded:
+def encode(weight: Tensor, quantized: QuantizedWeight, margin: float) -> Coded:
     """Code an exact weight.
 
     Args:
         weight: bfloat16 [n, k].
-        codes: of its substitute, for the same rows and columns; integers have ``k`` a multiple of their group size.
-        margin: see :func:`~subspec.quant.intervals.margin_of`.
+        quantized: of its substitute, with the same rows and columns.
+        margin: see :attr:`~subspec.quant.quantized_weight.QuantizedWeight.margin`.
 
     Raises:
-        TypeError: the weight is not bfloat16, or the codes name no intervals.
-        SubspecError: it has more elements than the decoder can number.
+        TypeError: the weight is not bfloat16, or the quantized weight has no intervals.
+        SubspecError: the weight has more elements than the CUDA kernels can number.
     """
     if weight.dtype is not torch.bfloat16:
         raise TypeError(f"only bfloat16 weights are coded, not {weight.dtype}")
@@ -117,12 +117,12 @@ def encode(weight: Tensor, codes: QuantizedWeight, margin: float) -> Coded:
             f"offload.codec=substitute: a Linear of {weight.numel()} weights, and at most {MOST_WEIGHTS} can be coded: "
             "set offload.codec=none"
         )
-    flat, intervals = weight.contiguous().view(torch.int16).flatten(), intervals_of(codes, margin)
+    flat = weight.contiguous().view(torch.int16).flatten()
     starts, streams, words = [], [], 0
     for begin in range(0, flat.numel(), BLOCK):
         end = min(begin + BLOCK, flat.numel())
-        cells = _cells(*intervals.between(begin, end))
-        value, length = _symbols(flat[begin:end], cells, intervals.centred)
+        cells = _cells(*quantized.interval(begin, end, margin))
+        value, length = _symbols(flat[begin:end], cells, quantized.centred)
         offsets, stream = _pack(value, length)
         starts.append(offsets + words)
         streams.append(stream)
@@ -131,16 +131,15 @@ def encode(weight: Tensor, codes: QuantizedWeight, margin: float) -> Coded:
     return Coded(torch.cat(starts).to(torch.int32), torch.cat(streams), weight.shape, margin)
 
 
-def decode(coded: Coded, codes: QuantizedWeight) -> Tensor:
-    """The exact weight, bfloat16; the reference of the CUDA kernel (``kernels/codec.cu``).
+def restore(coded: Coded, quantized: QuantizedWeight) -> Tensor:
+    """The exact weight, bfloat16; the reference of the CUDA kernels (``kernels/csrc/restore.cu``).
 
-    Only what the next weight's place depends on is done one weight of every chunk at a time.
+    Only the work that the next weight's place depends on is done one weight of every chunk at a time.
     """
     total, device = coded.shape.numel(), coded.stream.device
     chunks = coded.starts.numel()
     place = torch.arange(chunks * CHUNK, device=device).view(chunks, CHUNK).t().clamp_max(total - 1)
-    intervals = intervals_of(codes, coded.margin)
-    low, high = intervals.between(0, total)
+    low, high = quantized.interval(0, total, coded.margin)
     cells = _cells(low[place], high[place])
     stream = coded.stream.to(torch.int64) & 0xFFFFFFFF
     windows = stream[:-1] | (stream[1:] << 32)
@@ -155,11 +154,11 @@ def decode(coded: Coded, codes: QuantizedWeight) -> Tensor:
         symbol = symbol + longer * ((window >> k) & 1).to(torch.int32) * extra
         used = k + longer
         symbols[step], behind[step] = symbol, window >> used
-        number = _numbers(symbol, cells.first[step], cells.count[step], intervals.centred)
+        number = _numbers(symbol, cells.first[step], cells.count[step], quantized.centred)
         magnitude = torch.where(number < 0, -1 - number, number)
         rest = torch.where(magnitude > 0, 7 - tops[magnitude.clamp(0, 1023)], 0)
         at = at + used + torch.where(symbol == cells.count[step], RAW_BITS, rest)
-    number = _numbers(symbols, cells.first, cells.count, intervals.centred)
+    number = _numbers(symbols, cells.first, cells.count, quantized.centred)
     negative = number < 0
     magnitude = torch.where(negative, -1 - number, number).clamp_max(1023)
     top = tops[magnitude]

@@ -1,66 +1,65 @@
-"""Exact weights from their code and the packed substitute on the device: the CUDA decoder's launches.
+"""Exact weights from their code and the packed quantized weight on the device: the CUDA kernels' launches.
 
-The substitute is read where the draft's kernels have it, in their order; so only kernels of ours whose order is known
-here can serve (:data:`KERNELS`). HIGGS is dequantized first, into the place of the exact weight
-(:mod:`subspec.codec.codebook_dequantize`). On a CPU the torch decoder stands in.
+The kernels read the quantized weight in the order of the draft's own kernels (:data:`KERNELS`). HIGGS is dequantized
+first, into the place of the exact weight (:mod:`subspec.codec.codebook_dequantize`). On a CPU
+:func:`subspec.codec.format.restore` computes.
 """
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspec.codec.codebook_dequantize import Dequantizer, Rotated
-from subspec.codec.format import CHUNK, Coded, decode
-from subspec.kernels import int4, wq
+from subspec.codec.format import CHUNK, Coded, restore
+from subspec.kernels import int4
 from subspec.kernels.compile import compile_cuda
-from subspec.kernels.grouped_launch import PartLaunch, float_bits
-from subspec.quant.codebook_linear import MmaLut
-from subspec.quant.intervals import reach_factor
-from subspec.quant.level_linear import LevelLinear, MmaInt4, TritonWq
-from subspec.quant.quantized_weight import Codes, QuantizedWeight
-from subspec.utils.rounding import round_up
+from subspec.kernels.grouped_launch import GroupedLaunch, float_bits
+from subspec.quant.codebook_linear import CodebookLinear
+from subspec.quant.integers import Int4Linear
+from subspec.quant.level_linear import LevelLinear
+from subspec.quant.pairs import reach_factor
+from subspec.quant.quantized_weight import QuantizedWeight
 
-KERNELS = (MmaInt4.kind, TritonWq.kind, MmaLut.kind)
-"""Kernels of the draft whose packed weights the decoder reads."""
+KERNELS = (Int4Linear.kind, CodebookLinear.kind)
+"""Kernels of the draft whose packed weights can be read."""
 
 THREADS = 128
-"""Of a block, each of which decodes a chunk."""
+"""Threads of a block, each of which restores a chunk."""
 
-FIELDS = 16
-"""64-bit numbers that say all about one Linear: ``Part`` in ``codec.cu``."""
+FIELDS = 14
+"""64-bit numbers that describe a Linear: ``Part`` in ``restore.cu``."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which of the decoders reads a substitute.
+class Source:
+    """A CUDA kernel that restores weights.
 
     Attributes:
-        number: ``LAYOUT`` of ``codec.cu``.
-        bits: of the substitute, where the decoder is compiled for them; else 0.
+        name: of the kernel and of its file.
+        width: bits of the integers that it is compiled for; 0: it reads no integers.
     """
 
-    number: int
-    bits: int = 0
+    name: str
+    width: int = 0
 
     @property
-    def sources(self) -> list[str]:
-        """Files that are compiled as one."""
-        return ["codec.cu", "codec_staged.cu"] if self.number in (1, 4) else ["codec.cu"]
+    def files(self) -> list[str]:
+        """Files of ``kernels/csrc`` that are compiled as one."""
+        return ["restore.cu", f"{self.name}.cu"]
 
     @property
     def macros(self) -> dict[str, int]:
-        """What these files expect."""
-        return {"LAYOUT": self.number, "WIDTH": self.bits}
+        """Macros of these files."""
+        return {"WIDTH": self.width} if self.width else {}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a fused Linear are a Linear's own.
+    """A Linear's rows of a fused Linear.
 
     Attributes:
         first: the first of them.
@@ -79,7 +78,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the code of a Linear lies in a run of bytes.
+    """Places of a Linear's code in a run of bytes.
 
     Attributes:
         starts, stream: first byte, a multiple of 4, and number of int32 words of :class:`~subspec.codec.format.Coded`.
@@ -97,13 +96,13 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A Linear that is decoded together with others.
+class Restoration:
+    """A Linear to restore, together with others.
 
     Attributes:
-        out: what is written: bfloat16 [n, k], contiguous, 16-byte aligned.
+        out: the result: bfloat16 [n, k], contiguous, 16-byte aligned.
         linear: the substitute's fused Linear.
-        rows: which of its rows belong to this weight.
+        rows: the Linear's rows of it.
         spans: of the code.
         margin: see :class:`~subspec.codec.format.Coded`.
     """
@@ -115,119 +114,93 @@ class Piece:
     margin: float
 
 
-def substitute_codes(linear: LevelLinear, rows: Rows, count: int) -> QuantizedWeight:
-    """A Linear's own codes, from the packed weight of the fused one.
+def quantized_rows(linear: LevelLinear, rows: Rows, count: int) -> QuantizedWeight:
+    """A Linear's own quantized weight, from the packed one of the fused Linear.
 
     Raises:
-        TypeError: the kernel's order is not known here.
+        TypeError: the kernel's order is unknown.
     """
-    if isinstance(linear, MmaLut):
-        codes = linear.codes
-        pairs, scale = (rows.select(part, count).contiguous() for part in (codes.pairs, codes.scale))
-        return replace(codes, pairs=pairs, scale=scale)
-    if isinstance(linear, MmaInt4):
-        q, scale, zero = int4.unpack_codes(linear.weight)
-        group, bits = int4.GROUP, 4
-    elif isinstance(linear, TritonWq):
-        q, scale, zero = wq.unpack_codes(linear.weight)
-        group, bits = linear.weight.group, linear.weight.bits
-    else:
-        raise _unknown(linear)
-    q, scale, zero = (rows.select(part, count).contiguous() for part in (q, scale, zero))
-    return Codes(q, scale, zero, group, bits)
+    fused = linear.quantized()
+    return fused.of_rows([rows.select(part, count).contiguous() for part in fused.row_tensors])
 
 
-class PieceRestorer:
-    """Decodes several Linears whose code lies in one run of bytes, in one launch per order of the substitute.
+class Restorer:
+    """Restores several Linears whose code lies in one run of bytes, in one launch per kind of quantized weight.
 
     Args:
-        pieces: on one device.
+        restorations: on one device.
 
     Raises:
-        TypeError: the order of a Linear's kernel is not known here.
+        TypeError: the order of a Linear's kernel is unknown.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = pieces
+    def __init__(self, restorations: Sequence[Restoration]) -> None:
+        self.restorations = restorations
         self._dequantize: Dequantizer | None = None
-        self._launches: list[PartLaunch] = []
-        device = pieces[0].out.device if pieces else torch.device("cpu")
+        self._launches: list[GroupedLaunch] = []
+        device = restorations[0].out.device if restorations else torch.device("cpu")
         if device.type != "cuda":
             return
         rotated = [
-            Rotated(piece.out, piece.linear, piece.rows.first, piece.rows.interleaved)
-            for piece in pieces
-            if isinstance(piece.linear, MmaLut)
+            Rotated(own.out, own.linear, own.rows.first, own.rows.interleaved)
+            for own in restorations
+            if isinstance(own.linear, CodebookLinear)
         ]
         self._dequantize = Dequantizer(rotated)
-        parts: dict[Layout, list[tuple[list[int], int]]] = {}
-        # The large ones first: what is left at the end is short.
-        for piece in sorted(pieces, key=lambda piece: -piece.out.numel()):
-            layout, fields = describe(piece)
-            parts.setdefault(layout, []).append((fields, blocks_of(layout, piece.out)))
+        parts: dict[Source, list[tuple[list[int], int]]] = {}
+        # The large ones first: the last blocks are then short.
+        for own in sorted(restorations, key=lambda own: -own.out.numel()):
+            source, fields = describe(own)
+            parts.setdefault(source, []).append((fields, blocks_of(own.out)))
         self._launches = [
-            PartLaunch(_kernel(layout, device.index or 0), members, THREADS, device)
-            for layout, members in parts.items()
+            GroupedLaunch(_kernel(source, device.index or 0), members, THREADS, device)
+            for source, members in parts.items()
         ]
 
     def __call__(self, flat: Tensor) -> None:
-        """Write every piece's weight from ``flat`` (uint8, 4-byte aligned, on the pieces' device)."""
+        """Write every weight from ``flat`` (uint8, 4-byte aligned, on the weights' device)."""
         if self._dequantize is not None:
             self._dequantize()
         for launch in self._launches:
             launch(flat)
         if flat.is_cuda:
             return
-        for piece in self.pieces:
-            codes = substitute_codes(piece.linear, piece.rows, piece.out.shape[0])
-            piece.out.copy_(decode(Coded(*piece.spans.on(flat), piece.out.shape, piece.margin), codes))
+        for own in self.restorations:
+            quantized = quantized_rows(own.linear, own.rows, own.out.shape[0])
+            own.out.copy_(restore(Coded(*own.spans.on(flat), own.out.shape, own.margin), quantized))
 
 
-def decode_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> None:
-    """Write one exact weight; arguments as in :class:`Piece`."""
+def restore_into(out: Tensor, coded: Coded, linear: LevelLinear, rows: Rows) -> None:
+    """Write one exact weight; arguments as in :class:`Restoration`."""
     starts, stream = coded.starts.numel(), coded.stream.numel()
     flat = torch.cat([coded.starts, coded.stream]).view(torch.uint8)
-    PieceRestorer([Piece(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)])(flat)
+    Restorer([Restoration(out, linear, rows, Spans((0, starts), (4 * starts, stream)), coded.margin)])(flat)
 
 
-def blocks_of(layout: Layout, out: Tensor) -> int:
-    """Blocks of threads that decode a weight ``out`` [n, k]."""
-    threads = -(-out.numel() // CHUNK)
-    if layout.number == 4:  # the chunks of a warp lie apart: ``chunk_of`` in ``codec_staged.cu``
-        columns = out.shape[1]
-        threads = round_up(threads, 32 * (columns // math.gcd(columns, CHUNK)))
-    return -(-threads // THREADS)
+def blocks_of(out: Tensor) -> int:
+    """Blocks of threads that restore a weight ``out`` [n, k]."""
+    return -(-out.numel() // (CHUNK * THREADS))
 
 
-def describe(piece: Piece) -> tuple[Layout, list[int]]:
-    """The layout of a piece's substitute, and all fields of ``Part`` but the last one."""
-    linear, out, reach = piece.linear, piece.out, 0.5 + piece.margin
-    if isinstance(linear, MmaInt4):
-        layout, packed = Layout(1), linear.weight
-        sources = [packed.words.data_ptr(), 0, packed.meta.data_ptr()]
-        form = [0, packed.tiles, 4, int4.GROUP]
-    elif isinstance(linear, TritonWq):
-        weight = linear.weight
-        whole = weight.in_features % 64 == 0 and weight.group % 4 == 0
-        layout = Layout(4, weight.bits) if whole else Layout(2)
-        sources = [weight.words.data_ptr(), weight.high.data_ptr(), weight.meta.data_ptr()]
-        form = [weight.out_features, 0, weight.bits, weight.group]
-    elif isinstance(linear, MmaLut):
-        layout, look_up, rotation = Layout(3), linear.weight, linear.rotation
-        sources = [0, 0, look_up.scale.data_ptr()]
-        form = [rotation.block, look_up.tiles, look_up.bits, rotation.padded // look_up.scale.shape[1]]
-        reach = reach_factor(piece.margin, rotation.block)
+def describe(own: Restoration) -> tuple[Source, list[int]]:
+    """The kernel for a Linear, and all fields of ``Part`` but the last one."""
+    linear, out, reach = own.linear, own.out, 0.5 + own.margin
+    if isinstance(linear, Int4Linear):
+        source, packed = Source("restore_integers", linear.weight.bits), linear.weight
+        addresses = [packed.words.data_ptr(), packed.meta.data_ptr()]
+        form = [packed.tiles, 0, int4.GROUP]
+    elif isinstance(linear, CodebookLinear):
+        source, scale, rotation = Source("restore_codebook"), linear.weight.scale, linear.rotation
+        addresses = [0, scale.data_ptr()]
+        form = [linear.weight.tiles, rotation.block, rotation.padded // scale.shape[1]]
+        reach = reach_factor(own.margin, rotation.block)
     else:
-        raise _unknown(linear)
-    place = [piece.rows.first, int(piece.rows.interleaved), float_bits(reach)]
-    spans = [piece.spans.starts[0], piece.spans.stream[0]]
-    return layout, [*spans, *sources, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
-
-
-def _unknown(linear: LevelLinear) -> TypeError:
-    return TypeError(f"the decoder does not know the order of {linear.kind}'s weights")
+        raise TypeError(f"the order of {linear.kind}'s weights is unknown to the codec")
+    place = [own.rows.first, int(own.rows.interleaved), float_bits(reach)]
+    spans = [own.spans.starts[0], own.spans.stream[0]]
+    return source, [*spans, *addresses, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
 
 
 @functools.cache
-def _kernel(layout: Layout, device: int) -> Any:
-    return compile_cuda(layout.sources, layout.macros, "codec_decode", device)
+def _kernel(source: Source, device: int) -> Any:
+    return compile_cuda(source.files, source.macros, source.name, device)

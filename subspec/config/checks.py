@@ -1,8 +1,12 @@
-"""Checks of a configuration that need nothing but itself. Each refusal names the keys and the remedy."""
+"""Checks of a configuration: ranges of keys and contradictions between them.
+
+Each message names the keys and the remedy. Checks against the target, the draft or the machine are in
+:mod:`subspec.drafts.check_config` and :mod:`subspec.planning`.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +40,7 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level shows what the draft thinks"),
+    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level yields the draft's probabilities"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     (
@@ -68,14 +72,16 @@ RANGES: list[Check] = [
     ("benchmark.max_prompt_tokens", _AT_LEAST_1, "must be at least 1 (null: what fits)"),
     ("logger.init_timeout_s", _POSITIVE, "must be positive"),
 ]
-"""(key, whether a value is fine, what is wrong otherwise); keys an option does not have are passed over."""
+"""(key, predicate, complaint); keys that the chosen option does not have are skipped."""
 
 
 def check_keys(cfg: DictConfig, parent: str = "") -> None:
-    """What Hydra lets pass: keys added with ``+``, mandatory keys that nothing has set, dead interpolations.
+    """Check for keys added with ``+``, mandatory keys without a value, and interpolations without a target.
+
+    Hydra accepts all of these.
 
     Raises:
-        ConfigError: with the first key found.
+        ConfigError: for the first key found.
     """
     schema = OmegaConf.get_type(cfg)
     known = {field.name for field in dataclasses.fields(schema)}
@@ -96,14 +102,15 @@ def check_keys(cfg: DictConfig, parent: str = "") -> None:
 
 
 def check_values(config: Config) -> None:
-    """Values of single keys, and keys that contradict each other.
+    """Check values of single keys and contradictions between keys.
 
     Raises:
-        ConfigError: with the first one found.
+        ConfigError: for the first problem found.
     """
     for key, fine, complaint in RANGES:
-        present, value = _lookup(config, key)
-        if present and not fine(value):
+        group, _, name = key.rpartition(".")
+        node = getattr(config, group) if group else config
+        if hasattr(node, name) and not fine(value := getattr(node, name)):
             raise ConfigError(f"{key}={value} {complaint}")
     _check_execution(config)
     _check_lengths(config)
@@ -116,17 +123,8 @@ def check_values(config: Config) -> None:
         )
 
 
-def _lookup(config: Config, key: str) -> tuple[bool, Any]:
-    node: Any = config
-    for part in key.split("."):
-        if not hasattr(node, part):
-            return False, None
-        node = getattr(node, part)
-    return True, node
-
-
 def _check_execution(config: Config) -> None:
-    """Keys that say how a draft computes are of use either with ``offload=stream`` or without it."""
+    """Check that keys of the draft's execution fit ``offload``."""
     draft, quant, streamed = config.draft, config.quant, isinstance(config.offload, StreamOffloadConfig)
     if streamed and isinstance(quant, HiggsConfig) and quant.kernel is not HiggsKernel.auto:
         raise ConfigError(
@@ -151,8 +149,19 @@ def _check_execution(config: Config) -> None:
         )
 
 
+def check_skip_layers(skipped: Iterable[int], layers: int, model: str = "target") -> None:
+    """Check ``quant.skip_layers`` against the number of decoder layers of the quantized ``model``.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    wrong = [index for index in skipped if not 0 <= index < layers]
+    if wrong:
+        raise ConfigError(f"quant.skip_layers: no layer {wrong[0]} in a {model} with layers 0..{layers - 1}")
+
+
 def quantizes(config: Config) -> bool:
-    """Whether ``quant`` concerns the draft."""
+    """Whether ``quant`` applies to the draft."""
     return isinstance(config.draft, SubstituteDraftConfig) or getattr(config.draft, "quantize", False)
 
 
@@ -173,6 +182,6 @@ def _check_lengths(config: Config) -> None:
 
 
 def prompt_limit(config: Config) -> int:
-    """Longest prompt that is run, in tokens; longer ones are skipped and counted."""
+    """Longest prompt in tokens; longer ones are skipped and counted."""
     room = config.decoding.max_length - (config.decoding.max_new_tokens or 1)
     return min(room, config.benchmark.max_prompt_tokens or room)

@@ -1,19 +1,18 @@
-"""The size of a tree that nobody named: small where the whole target is at hand, the paper's where it streams.
+"""Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed.
 
-A pass over a streamed target costs as much as dozens of draft levels, so a deep tree pays there and nowhere else. The
-YAML files of the trees say so by an interpolation, ``depth: ${streamed_tree:depth,16}``, which Hydra resolves when
-everything is composed: records and plans hold the number.
+A pass over a streamed target takes as long as dozens of draft levels, so that deep trees pay only there. The YAML files
+of trees hold an interpolation, ``depth: ${streamed_tree:depth,16}``, which composing resolves.
 """
 
 from omegaconf import DictConfig, OmegaConf
 
 PAPER_TREES = {"subspec": {"depth": 48, "width": 6}, "small_model": {"depth": 32, "width": 6}}
-"""By draft: the settings of SubSpec (arXiv 2509.18344) and of its small-model baseline. Other drafts are not accepted
-that far."""
+"""Settings of SubSpec (arXiv 2509.18344) and of its small-model baseline, by draft. Deep levels of other drafts are
+rarely accepted."""
 
 
 def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
-    """``key`` (``depth`` or ``width``) of the paper's tree for this configuration's draft, or ``otherwise``."""
+    """``key`` (``depth`` or ``width``) of the paper's tree for a streamed target and this draft, or ``otherwise``."""
     offload, draft = (OmegaConf.select(_root_, f"{group}.name") for group in ("offload", "draft"))
     if not str(offload).startswith("stream"):
         return otherwise
@@ -21,5 +20,5 @@ def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
 
 
 def register_streamed_tree() -> None:
-    """Make ``${streamed_tree:...}`` known to OmegaConf. Safe to call more than once."""
+    """Register ``${streamed_tree:...}`` with OmegaConf. Idempotent."""
     OmegaConf.register_new_resolver("streamed_tree", streamed_tree, replace=True)

@@ -1,10 +1,10 @@
-"""Enums of the schema (:mod:`subspec.config.schema`): keys that take one of a few words."""
+"""Enums of the schema (:mod:`subspec.config.schema`)."""
 
 from enum import Enum
 
 
 class Device(Enum):
-    """Where the run computes; ``auto`` takes CUDA when there is a card, and the record says which."""
+    """Device of the run; ``auto`` is CUDA if there is a GPU. Records hold the resolved device."""
 
     auto = "auto"
     cpu = "cpu"
@@ -21,7 +21,7 @@ class Dtype(Enum):
 
 
 class Source(Enum):
-    """Where a benchmark's prompts come from."""
+    """Source of a benchmark's prompts."""
 
     auto = "auto"
     hub = "hub"
@@ -30,7 +30,7 @@ class Source(Enum):
 
 
 class Placement(Enum):
-    """Where a module that is only looked up lives; ``auto`` lets the planner decide."""
+    """Location of the embedding table; ``auto`` lets the planner decide."""
 
     auto = "auto"
     device = "device"
@@ -38,14 +38,14 @@ class Placement(Enum):
 
 
 class Profile(Enum):
-    """What is recorded besides metrics: ``timeline`` writes a trace and a picture of a few iterations."""
+    """Recordings besides metrics: ``timeline`` writes a trace and a picture of a few iterations."""
 
     none = "none"
     timeline = "timeline"
 
 
 class Objective(Enum):
-    """What a search maximises: a total of the run's summary."""
+    """Total of the summary that a search maximises."""
 
     tokens_per_s = "tokens_per_s"
     tokens_per_s_total = "tokens_per_s_total"
@@ -53,7 +53,7 @@ class Objective(Enum):
 
 
 class WandbMode(Enum):
-    """``auto`` is online with a key and a network, else offline (said and recorded)."""
+    """``auto`` is online with a key and a network, else offline."""
 
     auto = "auto"
     online = "online"
@@ -73,11 +73,8 @@ class Kernel(Enum):
 
     auto = "auto"
     int4_mma = "int4_mma"
-    tinygemm = "tinygemm"
     gemlite = "gemlite"
-    triton_wq = "triton_wq"
     lut_mma = "lut_mma"
-    lut_triton = "lut_triton"
 
 
 class HiggsKernel(Enum):
@@ -86,7 +83,6 @@ class HiggsKernel(Enum):
 
     auto = "auto"
     reference = "reference"
-    lut_triton = "lut_triton"
     lut_mma = "lut_mma"
     flute = "flute"
 
@@ -99,14 +95,14 @@ class Hadamard(Enum):
 
 
 class Cache(Enum):
-    """Whether something that takes long to make is kept on disk: ``auto`` where there is room for it."""
+    """Cache on disk of data that takes long to make; ``auto``: if there is room for it."""
 
     auto = "auto"
     off = "off"
 
 
 class Codec(Enum):
-    """How exact weights cross the link: as they are, or coded by what the substitute on the device knows of them."""
+    """Form of streamed exact weights: uncoded, or coded given the substitute on the device."""
 
     auto = "auto"
     none = "none"

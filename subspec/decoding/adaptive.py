@@ -1,9 +1,9 @@
-"""A beam that stops as soon as another level is not worth its time.
+"""A beam whose depth adapts to the draft's confidence and to measured times.
 
-A further level is worth drafting while the tokens it is expected to add, per second it costs, exceed the run's
-average tokens per second (the marginal-value rule; for a ratio of sums it is Dinkelbach's condition for the
-optimum). The expectation comes from the draft's own cumulative probability of the level, calibrated against what
-the target actually accepted, since a draft sharpened with T = 0.2 is overconfident.
+A further level is worth drafting while its expected tokens per second of cost exceed the run's average tokens per
+second (the marginal-value rule; for a ratio of sums it is Dinkelbach's condition for the optimum). The expectation is
+the draft's cumulative probability of the level, calibrated against the target's acceptance, since a draft sharpened
+with a low temperature is overconfident.
 """
 
 import math
@@ -30,7 +30,7 @@ class Calibration:
         return min(int(cost / self.WIDTH), self.BINS - 1)
 
     def observe(self, cost: float, accepted: bool) -> None:
-        """A level whose -log(mass) was ``cost`` held an accepted node, or not."""
+        """Count a level with -log(mass) ``cost``, and whether it held an accepted node."""
         self._seen[self._bin(cost)] += 1
         self._accepted[self._bin(cost)] += accepted
 
@@ -43,14 +43,14 @@ class Adaptive(Beam):
     """Beam of at most ``depth`` levels.
 
     Args:
-        level_cost: time of a draft level in verification passes; None measures both while running (the depths
-            then depend on the machine's load, the output never does).
-        check_every: levels between two looks at the level's probability, each a single number read back.
-        min_depth: levels drafted without looking.
+        level_cost: time of a draft level in verification passes; None: both are measured while running (depths then
+            depend on the machine's load, the output does not).
+        check_every: levels between two checks of the level's probability, each of which reads one number back.
+        min_depth: levels drafted without a check.
     """
 
     DECAY = 0.9  # of the running averages, per iteration
-    SUDDEN = 4.0  # a deep tree and a pass take less than this many times a pass alone, where drafting pays
+    SUDDEN = 4.0  # where drafting pays, a deep tree and a pass take less than this many times a pass alone
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Adaptive(Beam):
         else:
             level_s, verify_s = self.level_cost, 1.0
         seconds = outcome.levels * level_s + verify_s
-        # Kernels are compiled and loaded in the first iterations: one that is far faster starts the averages anew.
+        # The first iterations compile and load kernels: a far faster one restarts the averages.
         first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY
         self._level_s = keep * self._level_s + (1 - keep) * level_s

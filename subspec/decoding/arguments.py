@@ -15,7 +15,7 @@ from subspec.errors import ConfigError
 
 
 class ArgumentError(ConfigError, ValueError):
-    """An argument of a library call is not what it has to be."""
+    """An argument of a library call has the wrong type or is out of range."""
 
 
 def prompt_list(prompt_ids: Any) -> list[int]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from subspec.decoding.digest import digest_rows
-from subspec.decoding.result import FinishReason
+from subspec.decoding.result import FinishReason, audit_errors
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
-from subspec.decoding.stopping import Emission
+from subspec.decoding.stopping import OutputBuffer
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, finite_choice
 
@@ -64,8 +64,8 @@ class AuditResult:
 
     @property
     def errors(self) -> int:
-        """What must not be: mismatches and, where bits are compared, near-ties."""
-        return self.mismatch + (self.near_tie if self.bitwise else 0)
+        """Failures: mismatches and, where bits are compared, near-ties."""
+        return audit_errors(self.mismatch, self.near_tie, self.bitwise)
 
     def as_dict(self) -> dict[str, Any]:
         """For records."""
@@ -74,7 +74,7 @@ class AuditResult:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What an audit's passes say of some tokens, on the device: [n] each, ``top_*`` [n, 2]."""
+    """The judgement of n tokens, on the device: [n] each, ``top_*`` [n, 2]."""
 
     gaps: Tensor
     own: Tensor
@@ -118,7 +118,7 @@ class Auditor:
         *,
         seed: int = 0,
         digests: Sequence[int] | None = None,
-        ending: tuple[Emission, FinishReason] | None = None,
+        ending: tuple[OutputBuffer, FinishReason] | None = None,
     ) -> AuditResult:
         """Check ``token_ids``, emitted after ``prompt_ids`` with ``seed``.
 
@@ -141,7 +141,7 @@ class Auditor:
         judged = []
         for part in parts:
             past, count = cache.length, part.numel()
-            hidden = self.target.append(part, cache)
+            hidden = self.target.append(part, cache).final
             begin = max(first - past, 0)
             if begin < count:
                 position = past + begin + 1  # of the token that the piece's first row chooses
@@ -206,7 +206,7 @@ class Auditor:
         )
 
 
-def _ends_alike(replay: Emission, reason: FinishReason, token_ids: Sequence[int]) -> bool:
+def _ends_alike(replay: OutputBuffer, reason: FinishReason, token_ids: Sequence[int]) -> bool:
     """Whether plain decoding, which looks after each token, ends these tokens where they end, and for that reason."""
     for count, token in enumerate(token_ids, start=1):
         replay.add([token])

@@ -1,25 +1,28 @@
-"""Tokens that one target pass runs: a run of text behind the committed prefix, or a tree."""
+"""The tokens of one forward pass: a run of text behind the committed prefix, a verification tree, or a draft level."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from subspec.decoding.kv_cache import KVView
+from subspec.decoding.kv_cache import KVCache, KVView
+from subspec.decoding.tree import Tree
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One text's share of a pass.
+    """The tokens of one text in a pass.
 
     Attributes:
         tokens: int64 [n].
         depths: int64 [n], positions counted from the end of the prefix.
         past: tokens of the prefix.
-        view: the cache rows: written behind the prefix, read from position 0 on.
+        view: the cache rows that the pass writes and reads.
         levels: largest depth.
         ancestors: bool [n, n]; row i marks the path from the root to node i, both included. None: a run of text, whose
-            depths are 0 .. n - 1.
+            depths are 0 .. n - 1, or a draft level.
+        drafted: bool [n, rows in front of the prefix], the draft rows that each token attends to; None: the rows lie
+            behind the prefix.
     """
 
     tokens: Tensor
@@ -28,10 +31,11 @@ class TokenBatch:
     view: KVView
     levels: int
     ancestors: Tensor | None = None
+    drafted: Tensor | None = None
 
     @classmethod
     def chain(cls, tokens: Tensor, past: int, view: KVView) -> "TokenBatch":
-        """A run of text: every token sees the prefix and the tokens before it."""
+        """A run of text: every token attends to the prefix and the tokens before it."""
         depths = torch.arange(tokens.numel(), device=tokens.device)
         return cls(tokens, depths, past, view, tokens.numel() - 1)
 
@@ -42,13 +46,47 @@ class TokenBatch:
 
     @property
     def length(self) -> int:
-        """No position reaches it."""
+        """Upper bound of the positions, exclusive."""
         return self.past + self.levels + 1
 
     def visible(self) -> Tensor:
-        """Which cache row of ``view`` each token attends to, its own included: bool [n, past + n]."""
+        """The rows of ``view`` that each token attends to, its own included: bool [n, rows]."""
         n, device = self.tokens.numel(), self.tokens.device
-        if self.ancestors is None:
+        if self.ancestors is None and self.drafted is None:
             return torch.ones(n, self.past + n, dtype=torch.bool, device=device).tril_(self.past)
         prefix = torch.ones(n, self.past, dtype=torch.bool, device=device)
+        if self.drafted is not None:
+            return torch.cat([self.drafted, prefix], dim=1)
+        assert self.ancestors is not None
         return torch.cat([prefix, self.ancestors], dim=1)
+
+
+class DraftRows:
+    """Assigns the rows of a cache's draft region to tree nodes, level by level.
+
+    Attributes:
+        used: number of rows in use.
+        node_of_row: int64 [draft rows], the node of each row; valid for the rows in use.
+    """
+
+    def __init__(self, cache: KVCache, device: torch.device) -> None:
+        self.cache = cache
+        self.used = 0
+        self.node_of_row = torch.zeros(cache.draft_rows, dtype=torch.int64, device=device)
+
+    def take(self, tree: Tree, frontier: Tensor) -> TokenBatch:
+        """A pass over the nodes ``frontier`` (int64 [f]), whose keys and values go to the next free rows."""
+        cache, new = self.cache, frontier.numel()
+        view = cache.draft_view(self.used, new)
+        self.used += new
+        # Rows are assigned leftwards.
+        start = cache.draft_rows - self.used
+        self.node_of_row[start : start + new] = frontier
+        return TokenBatch(
+            tree.tokens.index_select(0, frontier),
+            tree.depths.index_select(0, frontier),
+            cache.length,
+            view,
+            tree.levels,
+            drafted=tree.ancestors.index_select(0, frontier).index_select(1, self.node_of_row[start:]),
+        )

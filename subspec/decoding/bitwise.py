@@ -3,7 +3,7 @@
 A matrix library picks its kernel, and with it the order of a sum, by the number of rows. In bfloat16 that decides
 between tokens whose logits nearly tie: a tree's pass and plain decoding then emit different texts. Here the order of
 a row's sums is fixed (:mod:`subspec.kernels.invariant`), so plain decoding, prefill in chunks of any size and trees of
-any shape give the same logits to the last bit. What is between the sums works element by element.
+any shape give the same logits to the last bit. The operations between the sums are elementwise.
 
 Layers are the model's own modules, of which only the parameters are used; between layers the residual stream is in
 the model's dtype, partial sums are float32 until they are added to it.
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from subspec.decoding.batch import TokenBatch
 from subspec.kernels.invariant_attention import Heads, attend, path_table
 from subspec.kernels.invariant_linear import Tiling, multiply, split_k
+from subspec.kernels.modules import triton_kernels
 from subspec.utils.rounding import next_power_of_two, round_up
 
 ROLES = ("qkv", "out", "gate_up", "down", "head")
@@ -31,14 +32,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 256
 """Bytes: every buffer of a pass begins at a multiple."""
 
-PATH_BYTES = 16
-"""Of a pair of nodes while the path table is made: 64-bit columns, and what they are chosen from."""
-
 ACTIVATION_BLOCK = 1024
 
 MLP_ROWS = 384
-"""Most rows whose gate and up are there at once: more are taken in equal pieces, which changes no bits. The paper's
-tree of 289 nodes is one piece."""
+"""Most rows whose gate and up are in memory at once: more are processed in equal pieces, which changes no bits. The
+paper's tree of 289 nodes is one piece."""
 
 
 def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -62,14 +60,14 @@ def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 
 
 def unsupported(config: PretrainedConfig) -> str | None:
-    """What of a model's configuration the kernels do not compute; None when there is nothing."""
+    """The part of a model's configuration that the kernels do not support; None: all of it is supported."""
     if config.hidden_act not in ("silu", "swish"):
         return f"the activation {config.hidden_act} is not built"
     return None
 
 
 def altered(model: PreTrainedModel) -> str | None:
-    """What the modules of a loaded model compute besides their parameters, which are all that is used; None: nothing.
+    """Changes to a loaded model that its parameters, which are all that is used, do not show; None: there are none.
 
     Adapters replace Linears, steering adds hooks, and a library may keep a weight in another order.
     """
@@ -97,7 +95,7 @@ def altered(model: PreTrainedModel) -> str | None:
 
 @dataclass(frozen=True)
 class PassShapes:
-    """What the buffers of a pass depend on."""
+    """The sizes that the buffers of a pass depend on."""
 
     hidden: int
     intermediate: int
@@ -155,21 +153,22 @@ class PassShapes:
         }
         return {name: round_up(size, ALIGNMENT) for name, size in sizes.items()}
 
-    def pass_bytes(self, rows: int, length: int, *, is_tree: bool) -> int:
-        """Most that a pass holds: its buffers, the residual stream, and a tree's path table."""
-        residual = rows * self.hidden * self.itemsize
-        return sum(self.buffers(rows, length).values()) + residual + is_tree * PATH_BYTES * rows * rows
 
+class BitwisePass:
+    """One pass; its buffers are one allocation, which is freed with the pass.
 
-class Pass:
-    """Buffers of one pass: one allocation, given back when the pass is over."""
+    Args:
+        residual: [n, hidden], embedding rows of the batch's tokens; overwritten.
+    """
 
-    def __init__(self, shapes: PassShapes, batch: TokenBatch, residual: Tensor, no_paths: Tensor) -> None:
+    def __init__(self, arithmetic: "BitwiseArithmetic", batch: TokenBatch, residual: Tensor) -> None:
+        self._arithmetic = arithmetic
+        shapes = arithmetic.shapes
         self.batch = batch
         self.residual = residual
         self.rows = residual.shape[0]
         self.positions = batch.positions
-        self.paths = no_paths
+        self.paths = arithmetic.no_paths
         if batch.ancestors is not None:
             self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
         sizes = shapes.buffers(self.rows, batch.length)
@@ -184,6 +183,21 @@ class Pass:
         for size in shape:
             count *= size
         return self._buffers[name][after : after + count * dtype.itemsize].view(dtype).view(shape)
+
+    def layer(self, layer: nn.Module) -> None:
+        """Run a decoder layer; its keys and values go to the cache rows of its ``layer_idx``."""
+        self._arithmetic.run_layer(self, layer)
+
+    def hidden(self) -> Tensor:
+        """The residual stream [n, hidden] behind the last layer that was run."""
+        total = self.residual.float()
+        for part in () if self.partial is None else self.partial:
+            total = total + part
+        return total.to(self.residual.dtype)
+
+    def finish(self, norm: nn.Module) -> Tensor:
+        """Hidden states [n, hidden] after the final norm, in place of the residual stream."""
+        return self._arithmetic.norm(self, norm.weight, self.residual)
 
 
 class BitwiseArithmetic:
@@ -202,26 +216,18 @@ class BitwiseArithmetic:
         self.inverse_frequency: Tensor = base.rotary_emb.inv_freq
         self.attention_scaling: float = base.rotary_emb.attention_scaling
         self._zero = torch.zeros(1, dtype=torch.int64, device=self.inverse_frequency.device)
-        self._no_paths = torch.zeros(1, dtype=torch.int32, device=self.inverse_frequency.device)
+        self.no_paths = torch.zeros(1, dtype=torch.int32, device=self.inverse_frequency.device)
 
-    def begin(self, batch: TokenBatch, embedded: Tensor) -> Pass:
-        """Start a pass with the embedding rows [n, hidden] of its tokens, which it overwrites."""
-        return Pass(self.shapes, batch, embedded, self._no_paths)
-
-    def layer(self, state: Pass, index: int, layer: nn.Module) -> None:
-        """Run decoder layer ``index`` with the parameters of ``layer``; its keys and values go to the cache."""
+    def run_layer(self, state: BitwisePass, layer: nn.Module) -> None:
+        """Run a decoder layer with the parameters of ``layer``; its keys and values go to the cache."""
         shapes, attention, mlp = self.shapes, layer.self_attn, layer.mlp
         rows, hidden = state.rows, shapes.hidden
         normed = state.buffer("normed", rows, hidden)
-        self._norm(state, layer.input_layernorm.weight, normed)
-        attended = self._attention(state, index, attention, normed)
+        self.norm(state, layer.input_layernorm.weight, normed)
+        attended = self._attention(state, attention, normed)
         self._add(state, "out", attended, attention.o_proj)
-        self._norm(state, layer.post_attention_layernorm.weight, normed)
+        self.norm(state, layer.post_attention_layernorm.weight, normed)
         self._mlp(state, mlp, normed)
-
-    def finish(self, state: Pass, norm: nn.Module) -> Tensor:
-        """The pass's result: hidden states [n, hidden] after the final norm, in place of the residual stream."""
-        return self._norm(state, norm.weight, state.residual)
 
     def linear(self, role: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """x [n, k] @ weight [m, k].T into ``out`` [n, m], whose rows may be strided; returns it."""
@@ -232,18 +238,17 @@ class BitwiseArithmetic:
         weights = [linear.weight for linear in linears]
         multiply(x, weights, [linear.bias for linear in linears], out, self.tilings[role])
 
-    def _add(self, state: Pass, role: str, x: Tensor, linear: nn.Module) -> None:
+    def _add(self, state: BitwisePass, role: str, x: Tensor, linear: nn.Module) -> None:
         """Multiply, and leave the parts of the sum for the next norm to add to the residual stream."""
         state.partial = self._parts(state, linear)
         self._multiply(role, x, (linear,), state.partial)
 
-    def _parts(self, state: Pass, linear: nn.Module) -> Tensor:
+    def _parts(self, state: BitwisePass, linear: nn.Module) -> Tensor:
         n, k = linear.weight.shape
         return state.buffer("added", split_k(n, k).parts, state.rows, n, dtype=torch.float32)
 
-    def _mlp(self, state: Pass, mlp: nn.Module, normed: Tensor) -> None:
-        from subspec.kernels import invariant
-
+    def _mlp(self, state: BitwisePass, mlp: nn.Module, normed: Tensor) -> None:
+        invariant = triton_kernels("invariant", normed.device)
         inner = self.shapes.intermediate
         state.partial = self._parts(state, mlp.down_proj)
         for first in range(0, state.rows, self.shapes.mlp_piece(state.rows)):
@@ -256,10 +261,9 @@ class BitwiseArithmetic:
             invariant.swiglu[(count, blocks)](gate_up, product, inner, BLOCK=ACTIVATION_BLOCK)
             self._multiply("down", product, (mlp.down_proj,), state.partial[:, first : first + count])
 
-    def _norm(self, state: Pass, weight: Tensor, out: Tensor) -> Tensor:
-        """residual += what :meth:`_add` left; ``out`` = its RMS norm."""
-        from subspec.kernels import level
-
+    def norm(self, state: BitwisePass, weight: Tensor, out: Tensor) -> Tensor:
+        """residual += the parts that :meth:`_add` left; ``out`` = its RMS norm."""
+        level = triton_kernels("level", out.device)
         partial, hidden = state.partial, self.shapes.hidden
         level.add_rms_norm[(state.rows,)](
             state.residual,
@@ -277,15 +281,14 @@ class BitwiseArithmetic:
         state.partial = None
         return out
 
-    def _attention(self, state: Pass, index: int, attention: nn.Module, normed: Tensor) -> Tensor:
-        from subspec.kernels import level
-
+    def _attention(self, state: BitwisePass, attention: nn.Module, normed: Tensor) -> Tensor:
+        level = triton_kernels("level", normed.device)
         heads, batch, rows = self.shapes.heads, state.batch, state.rows
         parts = split_k(self.shapes.qkv, self.shapes.hidden).parts
         sums = state.buffer("wide", parts, rows, self.shapes.qkv, dtype=torch.float32)
         self._multiply("qkv", normed, (attention.q_proj, attention.k_proj, attention.v_proj), sums)
         query = state.buffer("added", rows, heads.query, heads.dim)
-        k_rows, v_rows = batch.view.rows[index, 0], batch.view.rows[index, 1]
+        k_rows, v_rows = batch.view.rows[attention.layer_idx]
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         level.rope_store[(rows, heads.query + 2 * heads.kv)](
             sums,

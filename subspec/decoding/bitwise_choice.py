@@ -1,4 +1,4 @@
-"""Whether the target of a run computes in batch-invariant arithmetic, and with which tile shapes."""
+"""The choice of a run's arithmetic: batch-invariant or not, and its tile shapes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from subspec.kernels.invariant_linear import Tiling
 from subspec.utils.console import Note
 
 AUTO = "auto"
-"""Batch-invariant wherever that is covered."""
+"""Batch-invariant if it is supported."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Bitwise:
     reason: str = ""
     tilings: dict[str, Tiling] = field(default_factory=dict)
 
-    def apply(self, decoder: TargetModel) -> None:
-        """Let ``decoder`` compute so."""
+    def apply(self, target: TargetModel) -> None:
+        """Let ``target`` compute in the chosen arithmetic."""
         if not self.reason:
-            decoder.bitwise = BitwiseArithmetic(decoder.model, self.tilings)
+            target.bitwise = BitwiseArithmetic(target.model, self.tilings)
 
     def facts(self) -> dict[str, Any]:
         """For records."""
@@ -48,7 +48,6 @@ def why_not(
     *,
     accelerate: bool = False,
     loaded: PreTrainedModel | None = None,
-    key: str = "decoding.bitwise",
 ) -> str:
     """Why the target's passes are not batch-invariant; empty when they are.
 
@@ -56,18 +55,17 @@ def why_not(
         asked: :data:`AUTO`, or True, or False.
         model: the target's transformers configuration.
         accelerate: whether accelerate offloads the target.
-        loaded: the target where it is whole, whose modules may be others than the configuration says.
-        key: what ``asked`` is called.
+        loaded: a whole target, whose modules may differ from its configuration.
 
     Raises:
-        ConfigError: True was asked for and cannot be.
+        ConfigError: ``asked`` is True and is not supported.
     """
     reason = uncovered(model, dtype, device) or (altered(loaded) if loaded is not None else None) or ""
     if accelerate:
         reason = "offload=accelerate computes with transformers' own modules"
     if asked is True and reason:
-        raise ConfigError(f"{key}=true: {reason}; set {key}={AUTO}, which records it")
-    return f"{key}=false" if asked is False else reason
+        raise ConfigError(f"decoding.bitwise=true: {reason}; set decoding.bitwise={AUTO}, which records it")
+    return "decoding.bitwise=false" if asked is False else reason
 
 
 def choose_bitwise(
@@ -79,10 +77,9 @@ def choose_bitwise(
     *,
     accelerate: bool = False,
     loaded: PreTrainedModel | None = None,
-    key: str = "decoding.bitwise",
 ) -> Bitwise:
-    """As :func:`why_not`, with the tile shapes, which are measured where no earlier run on this card has."""
-    reason = why_not(asked, model, dtype, device, accelerate=accelerate, loaded=loaded, key=key)
+    """As :func:`why_not`, with the tile shapes, which are measured unless an earlier run on this GPU did."""
+    reason = why_not(asked, model, dtype, device, accelerate=accelerate, loaded=loaded)
     if not reason:
         matrices = PassShapes.of(model, dtype.itemsize).matrices(model.vocab_size)
         try:

@@ -1,43 +1,121 @@
-"""The one interface between the engine and whatever proposes tokens."""
+"""The interface between the engine and a draft."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from subspec.decoding.hidden import NO_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
+
+Perturb = Callable[[Tensor], Tensor]
+"""Adds the sampling noise of a tree level to its logits [f, vocabulary]."""
 
 
-class Draft(Protocol):
+class Draft(ABC):
     """Proposes a tree one level at a time.
 
     Per prompt the engine calls ``begin`` once and ``observe`` for every committed prefill chunk; per iteration
-    ``expand`` once per level (the first call has the root alone) and ``commit`` once after verification.
+    ``extend`` once per level (the first call has the root alone) and ``commit`` once after verification.
 
     Attributes:
+        wants: hidden states of the target that ``observe`` and ``commit`` receive.
+        shares_cache: whether the draft keeps its rows in the draft region of the target's cache.
+
+    Args:
         temperature: of the draft's distribution; sharpens the tree only.
-        needs_features: whether ``observe`` and ``commit`` want the target's hidden states (EAGLE).
-        shares_cache: whether the draft keeps its rows in the target cache's draft region.
     """
 
-    temperature: float
-    needs_features: bool
-    shares_cache: bool
+    wants: HiddenRequest = NO_HIDDEN
+    shares_cache: bool = False
 
+    def __init__(self, temperature: float) -> None:
+        if temperature <= 0:
+            raise ValueError(f"draft.temperature must be positive, not {temperature}")
+        self.temperature = temperature
+
+    @abstractmethod
     def begin(self, cache: KVCache) -> None:
-        """A new prompt starts; ``cache`` is the target's, still empty."""
+        """Start a prompt; ``cache`` is the target's, still empty."""
 
-    def observe(self, tokens: Tensor, features: Tensor | None) -> None:
-        """``tokens`` int64 [c] were committed; ``features`` [c, hidden] are the target's final hidden states."""
+    def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:  # noqa: B027 (optional)
+        """Take note of committed prompt tokens.
 
+        Args:
+            tokens: int64 [c].
+            hidden: the hidden states in ``wants``, [c, width]; None if it wants none.
+        """
+
+    @abstractmethod
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         """Logits [f, vocabulary] of the tokens that may follow the nodes ``frontier`` (int64 [f]).
 
-        The frontier is the last level or, with some growths (``TreePolicy.whole_levels``), a part of it in any order.
+        The frontier is the last level or, unless ``TreePolicy.whole_levels``, a part of it in any order.
         """
 
-    def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
-        """The nodes ``path`` (int64 [n], root first) were accepted; ``features`` [n, hidden] belong to them.
+    def extend(
+        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
+    ) -> Tensor:
+        """Draft one level below ``frontier`` (int64 [f]); returns the next frontier.
 
-        A growth may have taken nodes out since they were drafted: ``Tree.drafted_number`` has their old numbers.
+        Args:
+            perturb: adds the noise of sampling to the logits; None: greedy.
         """
+        logits = self.expand(tree, frontier)
+        if perturb is not None:
+            logits = perturb(logits)
+        return policy.grow(tree, frontier, logits, self.temperature)
+
+    @abstractmethod
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
+        """Take note of accepted nodes.
+
+        Args:
+            path: int64 [n], the root first. A policy may have pruned the tree since these nodes were drafted:
+                ``Tree.drafted_number`` returns their numbers of that time.
+            hidden: the hidden states in ``wants`` of these nodes, [n, width]; None if it wants none.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """Facts about the execution for the run's record: ``graphs_captured``, ``draft_launches``."""
+        return {}
+
+
+class LevelDraft(Draft):
+    """A draft that keeps its rows in the draft region of the cache that ``begin`` is given.
+
+    On the target's cache it drafts with the target's keys and values; on a cache of its own it is the model of a
+    :class:`~subspec.drafts.separate_cache.SeparateCacheDraft`.
+    """
+
+    @property
+    @abstractmethod
+    def whole_levels(self) -> bool:
+        """Whether every frontier of this tree so far was the whole last level."""
+
+    @property
+    @abstractmethod
+    def node_of_row(self) -> Tensor:
+        """Node of each row of the draft region, int64 [draft rows]; valid for the rows in use."""
+
+    @abstractmethod
+    def rows_used(self, tree: Tree) -> int:
+        """Rows of the draft region that ``tree`` has filled."""
+
+    @abstractmethod
+    def append(self, tokens: Tensor) -> None:
+        """Run ``tokens`` (int64 [n]) behind the prefix and commit their rows."""
+
+    def warm_up(self, width: int) -> None:
+        """Compile and capture ``append``, before anything is timed; it may write rows of an empty cache.
+
+        Args:
+            width: most nodes of a level.
+        """
+
+    def captures(self, policy: TreePolicy) -> bool:
+        """Whether a greedy level and the tree's new nodes under ``policy`` are one captured graph."""
+        return False

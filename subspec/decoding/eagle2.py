@@ -48,7 +48,7 @@ class Eagle2(TreePolicy):
         best, tokens = scaled.topk(self.width, dim=-1)
         # Rounding must not make a child likelier than its parent.
         log_probs = (best - scaled.logsumexp(dim=-1, keepdim=True)).clamp_(max=0)
-        # Not a number would rank before its own parent, and the re-ranked nodes would be no tree.
+        # NaN would rank before its own parent, and the re-ranked nodes would not form a tree.
         log_probs = log_probs.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
         scores = (tree.scores.index_select(0, frontier)[:, None] + log_probs).flatten()
         nodes = tree.append(tokens.flatten(), frontier.repeat_interleave(self.width), scores)
@@ -57,8 +57,7 @@ class Eagle2(TreePolicy):
     def finish(self, tree: Tree) -> None:
         """Keep the best ``total_tokens`` - 1 nodes and the root.
 
-        No node scores higher than its parent, and between equal scores the smaller number wins, which is the parent's:
-        so whatever is kept is a tree.
+        No node scores higher than its parent, and equal scores are ordered by number, so a kept node's parent is kept.
         """
         if tree.size <= self.total_tokens:
             return

@@ -1,7 +1,7 @@
-"""The loop: draft a tree, verify it in one target pass, emit what was accepted.
+"""The engine's loop: draft a tree, verify it in one target pass, emit the accepted tokens.
 
-An iteration leaves the device exactly once, to read the accepted path (:meth:`Verdict.read`). Plain decoding is
-the same loop without a draft: its tree is the root alone.
+An iteration synchronises with the device exactly once, to read the accepted path (:meth:`Acceptance.read`). Plain
+decoding is the same loop without a draft: its tree is the root alone.
 """
 
 import time
@@ -15,19 +15,20 @@ from subspec.decoding.arguments import prompt_list, stop_list, whole_number
 from subspec.decoding.batch import TokenBatch
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.draft import Draft
+from subspec.decoding.hidden import NO_HIDDEN, Hidden
 from subspec.decoding.result import GenerationResult, GenerationStats
 from subspec.decoding.sampling import Sampler, Sampling
-from subspec.decoding.stopping import Emission, TextDecoder
+from subspec.decoding.stopping import OutputBuffer, TextDecoder
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import IterationOutcome, TreePolicy
-from subspec.decoding.verify import NOT_FINITE, NotFiniteError, Verdict, finite_choice, verify
+from subspec.decoding.verify import NOT_FINITE, Acceptance, NotFiniteError, finite_choice, verify
 from subspec.errors import SubspecError
 from subspec.utils.rounding import round_up
 
 TokenCallback = Callable[[list[int], str], None]
-"""Called with each emitted block: its ids, and the text that became certain with it ("" without a tokenizer)."""
+"""Called with each emitted block: its ids, and the text that became final with it ("" without a tokenizer)."""
 
 
 ROW_MULTIPLE = 64
@@ -39,7 +40,7 @@ class Engine:
 
     Args:
         target: the model whose output is reproduced.
-        draft, growth: what proposes tokens, and the shape of its trees; both None for plain decoding.
+        draft, policy: the draft and the shape of its trees; both None for plain decoding.
         sampling: greedy by default.
         max_length: most tokens of prompt and output together.
         prefill_chunk: prompt tokens per target pass.
@@ -54,7 +55,7 @@ class Engine:
         self,
         target: TargetModel,
         draft: Draft | None = None,
-        growth: TreePolicy | None = None,
+        policy: TreePolicy | None = None,
         *,
         sampling: Sampling | None = None,
         max_length: int = 2048,
@@ -62,65 +63,61 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         tokenizer: TextDecoder | None = None,
     ) -> None:
-        if (draft is None) != (growth is None):
-            raise ValueError("a draft and a tree growth go together")
-        if growth is not None and getattr(growth, "width", 1) > target.vocab_size:
+        if (draft is None) != (policy is None):
+            raise ValueError("a draft and a tree policy go together")
+        if policy is not None and policy.width > target.vocab_size:
             raise ValueError(
-                f"a tree of width {growth.width} is wider than the vocabulary of {target.vocab_size}"
+                f"a tree of width {policy.width} is wider than the vocabulary of {target.vocab_size}"
             )
         self.target = target
         self.draft = draft
-        self.growth = growth
+        self._wants = NO_HIDDEN if draft is None else draft.wants
+        self.policy = policy
         self.max_length = max_length
         self.prefill_chunk = prefill_chunk
         self.eos_token_ids = tuple(eos_token_ids)
         self.tokenizer = tokenizer
         self.trace: list[Span] | None = None
         self.keeps_digests = False
-        # Trees of nearly the same size take the same kernels when their rows are rounded up; on a CPU rows cost time.
-        # Batch-invariant arithmetic has one kernel for any number.
-        rounds = growth is not None and target.device.type == "cuda" and target.bitwise is None
+        # Rounded rows let trees of nearly the same size use the same kernels; on a CPU rows cost time. Batch-invariant
+        # arithmetic has one kernel for any number of rows.
+        rounds = policy is not None and target.device.type == "cuda" and target.bitwise is None
         self._rows = ROW_MULTIPLE if rounds else 1
-        self.tree = Tree(round_up(growth.capacity, self._rows) if growth else 1, target.device)
+        self.tree = Tree(round_up(policy.capacity, self._rows) if policy else 1, target.device)
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
-        # A draft that can do a whole level in one launch; samples need the noise added in between.
-        fused = getattr(draft, "level_step", None) if self.sampler.sampling.greedy else None
-        if growth is not None and not growth.whole_levels:
-            fused = None
-        self._level_step: Callable[[Tree], None] | None = fused(growth) if fused else None
         self.cache = target.new_cache(
             max_length=max_length,
-            draft_rows=growth.draft_rows if draft is not None and draft.shares_cache else 0,
+            draft_rows=policy.draft_rows if draft is not None and draft.shares_cache else 0,
             target_rows=max(
-                round_up(growth.pass_nodes, self._rows) if growth else 1, min(prefill_chunk, max_length)
+                round_up(policy.pass_nodes, self._rows) if policy else 1, min(prefill_chunk, max_length)
             ),
         )
 
     @torch.inference_mode()
     def prepare(self, prompt_ids: Sequence[int]) -> None:
-        """Meet every shape once before anything is timed: compile, capture and load what the device needs.
+        """Run every shape once before anything is timed, to compile, capture and load kernels.
 
-        Without it the first deep tree, and the first pass over each number of rows, would pay for that (tens of
-        milliseconds each on a GPU). Does nothing on a CPU.
+        Otherwise the first deep tree, and the first pass over each number of rows, takes tens of milliseconds longer on
+        a GPU. Does nothing on a CPU.
         """
         if self.target.device.type != "cuda":
             return
         self.draft_whole_tree(self._prefill(prompt_ids)[0])
-        most = self.growth.pass_nodes if self.growth is not None else 1
+        most = self.policy.pass_nodes if self.policy is not None else 1
         sizes = list(range(self._rows, round_up(most, self._rows) + 1, self._rows))
         if self.target.bitwise is not None:  # one kernel for any number of rows
             sizes = [min(most, self.tree.size)]
         for rows in sizes:
-            self.target.logits(self._pass(rows)).argmax(dim=-1)
+            self.target.logits(self._pass(rows).final).argmax(dim=-1)
         torch.cuda.synchronize(self.target.device)
 
     def draft_whole_tree(self, root: Tensor) -> None:
-        """Draft to the full depth, whatever the growth would decide."""
+        """Draft to the full depth, regardless of :meth:`TreePolicy.wants_level`."""
         frontier = self.tree.plant(root)
-        while self.growth is not None and self.tree.levels < self.growth.max_depth:
+        while self.policy is not None and self.tree.levels < self.policy.max_depth:
             frontier = self._level(frontier)
-        if self.growth is not None:
-            self.growth.finish(self.tree)
+        if self.policy is not None:
+            self.policy.finish(self.tree)
 
     @torch.inference_mode()
     def generate(
@@ -144,22 +141,24 @@ class Engine:
             on_tokens: called with every emitted block, from the first token on.
 
         Raises:
-            SubspecError: an argument is not what it has to be (the message names it), or the target's logits are not
-                finite.
+            SubspecError: an argument has the wrong type or is out of range (the message names it), or the target's
+                logits are not finite.
         """
         prompt_ids = prompt_list(prompt_ids)
         whole_number("seed", seed, least=0)
-        emission = self.emission(prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
+        output = self.output_buffer(
+            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos
+        )
         digests: list[Tensor] = []
         stats = GenerationStats(prompt_tokens=len(prompt_ids))
-        self.target.take_transfer()  # what was prefetched for nobody
+        self.target.take_transfer()  # discard the counts of an earlier generation's prefetches
         clock = PhaseClock(self.target.device, self.trace)
         self.sampler.reseed(seed)
 
         def emit(block: list[int]) -> int:
-            kept = emission.add(block)
+            kept = output.add(block)
             if on_tokens is not None:
-                on_tokens(kept, emission.new_text())
+                on_tokens(kept, output.new_text())
             return len(kept)
 
         started = time.perf_counter()
@@ -176,25 +175,25 @@ class Engine:
         first_token_at = time.perf_counter()
         stats.prefill_s = first_token_at - started
 
-        while emission.finish_reason is None:
+        while output.finish_reason is None:
             iteration_started = time.perf_counter()
             with clock.phase("draft"):
-                drafted = self._draft(root, emission.remaining - 1)
+                drafted = self._draft(root, output.remaining - 1)
             size, levels = self.tree.size, self.tree.levels
             with clock.phase("verify"):
                 hidden, logits = self._score(size)
-            with clock.phase("settle"):
-                verdict = self._judge(logits, levels)
+            with clock.phase("accept"):
+                acceptance = self._judge(logits, levels)
                 row_digests = digest_rows(logits) if self.keeps_digests else None
-            del logits  # of the whole vocabulary: the next pass's must not come beside them
-            with clock.waiting("wait for the verdict"):
+            del logits  # of the whole vocabulary: freed before the next pass allocates its own
+            with clock.waiting("wait for the acceptance"):
                 # The iteration's one synchronisation.
-                accepted, emitted, depth = verdict.read_with_depth()
-            with clock.phase("settle"):
-                self._commit(verdict, len(accepted), hidden)
+                accepted, emitted, depth = acceptance.read()
+            with clock.phase("accept"):
+                self._commit(acceptance, len(accepted), hidden)
             if row_digests is not None:
-                digests.append(row_digests.index_select(0, verdict.path(len(accepted))))
-            root = verdict.bonus
+                digests.append(row_digests.index_select(0, acceptance.path(len(accepted))))
+            root = acceptance.bonus
             stats.iterations += 1
             stats.verified_tokens += emit(emitted)
             seconds = time.perf_counter() - iteration_started
@@ -203,24 +202,24 @@ class Engine:
         stats.decode_s = time.perf_counter() - first_token_at
         _add_phases(stats, clock.drain())
         stats.bytes_streamed, stats.transfer_s = self.target.take_transfer()
-        result = GenerationResult(emission.token_ids, emission.text(), emission.finish_reason, stats)
+        result = GenerationResult(output.token_ids, output.text(), output.finish_reason, stats)
         if digests:
             result.digests = torch.cat(digests)[: len(result.token_ids)].tolist()
         return result
 
-    def emission(
+    def output_buffer(
         self,
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | str = (),
         ignore_eos: bool = False,
-    ) -> Emission:
-        """What collects the tokens of a text and ends it; arguments as of :meth:`generate`."""
+    ) -> OutputBuffer:
+        """The buffer that collects the tokens of a text and ends it; arguments as of :meth:`generate`."""
         if max_new_tokens is not None:
             whole_number("max_new_tokens", max_new_tokens, least=1)
         room = self._room(prompt_ids)
-        return Emission(
+        return OutputBuffer(
             eos_token_ids=() if ignore_eos else self.eos_token_ids,
             max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
             stop=stop_list(stop),
@@ -248,71 +247,67 @@ class Engine:
             self.draft.begin(self.cache)
         tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=self.target.device)
         for chunk in tokens.split(self.prefill_chunk):
-            hidden = self.target.append(chunk, self.cache)
+            hidden = self.target.append(chunk, self.cache, hidden_of=self._wants.layers)
             if self.draft is not None:
-                self.draft.observe(chunk, hidden if self.draft.needs_features else None)
-        logits = self.target.logits(hidden[-1:])
+                self.draft.observe(chunk, self._wants.select(hidden))
+        logits = self.target.logits(hidden.final[-1:])
         return self.sampler.choose(logits, self.cache.length, torch.zeros_like(tokens[:1]), 1), logits
 
     def _draft(self, root: Tensor, most_levels: int) -> int:
-        """Grow a tree from ``root``; levels past the length limit would be verified for nothing.
-
-        Returns the number of levels.
-        """
+        """Grow a tree from ``root``, not past the length limit; returns the number of levels."""
         frontier = self.tree.plant(root)
-        if self.draft is None or self.growth is None:
+        if self.draft is None or self.policy is None:
             return 0
-        self.growth.begin_tree()
-        while self.tree.levels < most_levels and self.growth.wants_level(self.tree):
+        self.policy.begin_tree()
+        while self.tree.levels < most_levels and self.policy.wants_level(self.tree):
             frontier = self._level(frontier)
-        self.growth.finish(self.tree)
+        self.policy.finish(self.tree)
         return self.tree.levels
 
     def _level(self, frontier: Tensor) -> Tensor:
         """Draft one level below ``frontier``; returns the new one."""
         assert self.draft is not None
-        assert self.growth is not None
-        if self._level_step is not None:
-            self._level_step(self.tree)
-            return self.tree.last_level
-        logits = self.draft.expand(self.tree, frontier)
-        logits = self.sampler.perturb(logits, self.cache.length + 1 + self.tree.levels)
-        return self.growth.grow(self.tree, frontier, logits, self.draft.temperature)
+        assert self.policy is not None
+        if self.sampler.sampling.greedy:
+            return self.draft.extend(self.tree, frontier, self.policy)
+        position = self.cache.length + 1 + self.tree.levels
+        return self.draft.extend(
+            self.tree, frontier, self.policy, lambda logits: self.sampler.perturb(logits, position)
+        )
 
-    def _score(self, size: int) -> tuple[Tensor, Tensor]:
-        """One target pass over the first ``size`` nodes: hidden states [rows, hidden], logits [size, vocabulary]."""
+    def _score(self, size: int) -> tuple[Hidden, Tensor]:
+        """One target pass over the first ``size`` nodes: hidden states of all rows, logits [size, vocabulary]."""
         hidden = self._pass(round_up(size, self._rows))
-        return hidden, self.target.logits(hidden)[:size]
+        return hidden, self.target.logits(hidden.final)[:size]
 
-    def _judge(self, logits: Tensor, levels: int) -> Verdict:
-        """What the target, with these ``logits`` of the first nodes, accepts of the tree's first ``levels`` levels."""
+    def _judge(self, logits: Tensor, levels: int) -> Acceptance:
+        """The nodes of the tree's first ``levels`` levels that the target accepts, by its ``logits`` of the nodes."""
         depths = self.tree.depths[: logits.shape[0]]
         chosen = self.sampler.choose(logits, self.cache.length + 1, depths, levels + 1)
         return verify(self.tree, chosen, levels, finite_choice(logits, chosen))
 
-    def _pass(self, rows: int) -> Tensor:
-        """The target's hidden states [rows, hidden] of the first ``rows`` entries of the tree's tensors.
+    def _pass(self, rows: int) -> Hidden:
+        """The target's hidden states of the first ``rows`` entries of the tree's tensors.
 
-        Entries past the tree's size are leftovers: they see something, write rows nobody reads, and are ignored. Their
-        positions are kept inside the model's.
+        Entries past the tree's size are left over from earlier trees: their results and cache rows are ignored. Their
+        positions are clamped to the model's range.
         """
         tree, past = self.tree, self.cache.length
         depths = tree.depths[:rows].clamp(max=max(0, self.max_length - 1 - past))
         view = self.cache.target_view(rows)
         ancestors = tree.ancestors[:rows, :rows]
-        return self.target.run(TokenBatch(tree.tokens[:rows], depths, past, view, tree.levels, ancestors))
+        batch = TokenBatch(tree.tokens[:rows], depths, past, view, tree.levels, ancestors)
+        return self.target.forward(batch, hidden_of=self._wants.layers)
 
-    def _commit(self, verdict: Verdict, accepted: int, hidden: Tensor) -> None:
-        """Move the accepted nodes' keys and values into the prefix, and tell the draft."""
-        path = verdict.path(accepted)
+    def _commit(self, acceptance: Acceptance, accepted: int, hidden: Hidden) -> None:
+        """Move the accepted nodes' keys and values into the prefix, and call the draft's ``commit``."""
+        path = acceptance.path(accepted)
         self.cache.accept(path)
-        if self.draft is None:
-            return
-        features = hidden.index_select(0, path) if self.draft.needs_features else None
-        self.draft.commit(self.tree, path, features)
+        if self.draft is not None:
+            self.draft.commit(self.tree, path, self._wants.select(hidden, path))
 
     def _account(self, stats: GenerationStats, levels: int, size: int, accepted: int) -> None:
-        """Count what an iteration drafted and accepted."""
+        """Count the drafted and accepted nodes of an iteration."""
         grow = levels - len(stats.drafted_by_depth)
         if grow > 0:
             stats.drafted_by_depth += [0] * grow
@@ -323,18 +318,22 @@ class Engine:
         stats.drafted_nodes += size - 1
 
     def _learn(self, stats: GenerationStats, clock: PhaseClock, outcome: IterationOutcome) -> None:
-        """Book the iteration's times; tell the growth. ``outcome`` comes with the whole iteration as ``verify_s``."""
+        """Add the iteration's times to ``stats`` and pass them to the policy.
+
+        Args:
+            outcome: its ``verify_s`` is the time of the whole iteration.
+        """
         phases = clock.take()
         _add_phases(stats, phases)
-        if self.growth is None:
+        if self.policy is None:
             return
         draft_s = phases.get("draft", 0.0)
         rest = max(outcome.verify_s - draft_s, 0.0)
-        self.growth.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
+        self.policy.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
 
 
 def _add_phases(stats: GenerationStats, phases: dict[str, float]) -> None:
     stats.draft_s += phases.get("draft", 0.0)
-    settle = phases.get("settle", 0.0)
-    stats.settle_s += settle
-    stats.verify_s += phases.get("verify", 0.0) + settle
+    accept = phases.get("accept", 0.0)
+    stats.accept_s += accept
+    stats.verify_s += phases.get("verify", 0.0) + accept

@@ -1,11 +1,12 @@
-"""From the configuration to what the engine is told: the target's distribution and the shape of the draft's trees.
+"""The target's distribution and the tree policy of a configuration, for sessions and the planner."""
 
-Apart from :mod:`subspec.session`, which builds whole runs, because the planner asks the same of a configuration.
-"""
+from collections.abc import Callable
+from typing import Any
 
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
+    ChainTreeConfig,
     Config,
     Eagle2TreeConfig,
     SamplingConfig,
@@ -25,18 +26,21 @@ def build_sampling(config: Config) -> Sampling:
     return Sampling()
 
 
+POLICIES: dict[type[TreeConfig], Callable[[Any], TreePolicy]] = {
+    ChainTreeConfig: lambda tree: Beam(tree.depth, width=1),
+    BeamTreeConfig: lambda tree: Beam(tree.depth, tree.width),
+    AdaptiveTreeConfig: lambda tree: Adaptive(
+        tree.depth,
+        tree.width,
+        level_cost=tree.level_cost,
+        check_every=tree.check_every,
+        min_depth=tree.min_depth,
+    ),
+    Eagle2TreeConfig: lambda tree: Eagle2(tree.depth, tree.width, tree.total_tokens),
+}
+"""By the class of ``tree``'s configuration."""
+
+
 def build_tree_policy(tree: TreeConfig) -> TreePolicy:
     """The draft tree's shape."""
-    if isinstance(tree, AdaptiveTreeConfig):
-        return Adaptive(
-            tree.depth,
-            tree.width,
-            level_cost=tree.level_cost,
-            check_every=tree.check_every,
-            min_depth=tree.min_depth,
-        )
-    if isinstance(tree, BeamTreeConfig):
-        return Beam(tree.depth, tree.width)
-    if isinstance(tree, Eagle2TreeConfig):
-        return Eagle2(tree.depth, tree.width, tree.total_tokens)
-    return Beam(tree.depth, width=1)
+    return POLICIES[type(tree)](tree)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 REPLACEMENT = "\ufffd"
-"""What an invalid or incomplete UTF-8 sequence is decoded to."""
+"""The replacement of an invalid or incomplete UTF-8 sequence."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -111,7 +111,7 @@ class GrowingText:
         overlap: characters before the tail that :meth:`find` may need, one less than the longest string looked for.
 
     Attributes:
-        rule: what the tokenizer is known to do.
+        rule: of the tokenizer.
         tail: text behind the settled text.
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVView:
-    """The rows one forward pass writes and attends to; what a transformers model takes as ``past_key_values``.
+    """The rows that one forward pass writes and attends to; ``past_key_values`` of a transformers model.
 
     ``write`` and ``read`` are row ranges of ``rows`` (layers, 2, kv heads, rows, head dim).
     """
@@ -109,8 +109,7 @@ class KVCache:
         self.extend(count)
 
     def adopt(self, rows: Tensor) -> None:
-        """Commit copies of the draft-region rows ``rows`` (int64 [n]), in order: for a draft with a cache of its own,
-        whose rows are as exact as they get."""
+        """Commit copies of the draft-region rows ``rows`` (int64 [n]), in order, in a draft's own cache."""
         count = rows.numel()
         start = self.draft_rows + self.length
         self.rows[:, :, :, start : start + count] = self.rows.index_select(3, rows)

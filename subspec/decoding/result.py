@@ -1,4 +1,4 @@
-"""What one generation returns: the emitted tokens, and the raw counts and times every metric is computed from."""
+"""The result of a generation: the emitted tokens, and the raw counts and times that metrics are computed from."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -27,7 +27,7 @@ class GenerationStats:
         decode_s: seconds from the first token to the last.
         draft_s: share of ``decode_s`` spent drafting (device time on a GPU).
         verify_s: share of ``decode_s`` spent in target passes and verification.
-        settle_s: share of ``verify_s`` behind the target's logits: choosing tokens, accepting a path, moving its keys
+        accept_s: share of ``verify_s`` behind the target's logits: choosing tokens, accepting a path, moving its keys
             and values.
         transfer_s: seconds in which the host-to-device link carried weights, prefill included (0 without
             offloading).
@@ -44,7 +44,7 @@ class GenerationStats:
     decode_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
-    settle_s: float = 0.0
+    accept_s: float = 0.0
     transfer_s: float = 0.0
     bytes_streamed: int = 0
 
@@ -66,3 +66,8 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: GenerationStats
     digests: list[int] | None = None
+
+
+def audit_errors(mismatch: int, near_tie: int, bitwise: bool) -> int:
+    """Errors of an audited text: mismatches, and near-ties where logits were compared bit for bit."""
+    return mismatch + (near_tie if bitwise else 0)

@@ -95,7 +95,7 @@ class PositionNoise:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self._generator = torch.Generator(device=device)
+        self._generator = None if device.type == "meta" else torch.Generator(device=device)
         self._seed = 0
         self._rows: dict[int, Tensor] = {}
 
@@ -115,11 +115,12 @@ class PositionNoise:
 
     def _row(self, position: int) -> Tensor:
         if position not in self._rows:
-            # A digest rather than seed + position: neighbouring seeds must not share rows.
-            digest = hashlib.blake2b(f"{self._seed}/{position}".encode(), digest_size=7).digest()
-            self._generator.manual_seed(int.from_bytes(digest, "little"))
             row = torch.empty(self.vocab_size, dtype=torch.float32, device=self.device)
-            row.exponential_(generator=self._generator)
+            if self._generator is not None:
+                # A digest rather than seed + position: neighbouring seeds must not share rows.
+                digest = hashlib.blake2b(f"{self._seed}/{position}".encode(), digest_size=7).digest()
+                self._generator.manual_seed(int.from_bytes(digest, "little"))
+                row.exponential_(generator=self._generator)
             self._rows[position] = -row.clamp_min_(torch.finfo(torch.float32).tiny).log_()
         return self._rows[position]
 
@@ -136,7 +137,7 @@ class Sampler:
         self.noise.reseed(seed)
 
     def scores(self, logits: Tensor, noise: Tensor, slack: float = 0.0) -> Tensor:
-        """What the choice is the argmax of, float32 [n, vocabulary]; filtered tokens are -inf."""
+        """The scores whose argmax is chosen, float32 [n, vocabulary]; filtered tokens are -inf."""
         scaled = logits.float() / self.sampling.temperature
         if self.sampling.top_k == 0 and self.sampling.top_p == 1:
             return scaled + noise

@@ -1,9 +1,9 @@
-"""When a generation ends, and the text it has produced so far.
+"""The end of a generation, and its text.
 
-A verification pass emits several tokens at once; whatever ends the text (an end-of-sequence id, a stop string,
-the length limit) must cut the block exactly where plain decoding would have stopped. Plain decoding looks after each
-token, so with stop strings every token of a block is looked at, too: the text of a block need not contain what the
-text of a part of it contained (:mod:`subspec.decoding.growing_text`).
+A verification pass emits several tokens at once. An end-of-sequence id, a stop string or the length limit must cut the
+block exactly where plain decoding would have stopped. Plain decoding checks after each token, so stop strings are
+searched after each token of a block: a later token may change the text that a part of the block decodes to
+(:mod:`subspec.decoding.growing_text`).
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def eos_ids(*places: object) -> tuple[int, ...]:
     """Every id that ends a text, ascending, from the first place that names any.
 
     Args:
-        places: whatever has an ``eos_token_id`` (a number, several, or None): configurations, a tokenizer.
+        places: objects with an ``eos_token_id`` (a number, several, or None): configurations, a tokenizer.
 
     Raises:
         ConfigError: something else stands there.
@@ -35,7 +35,7 @@ def eos_tuple(ids: Any, where: str) -> tuple[int, ...]:
     """One id or several as a tuple, ascending.
 
     Args:
-        where: what names them, for messages.
+        where: their origin, for messages.
 
     Raises:
         ConfigError: they are not ids.
@@ -59,7 +59,7 @@ def hidden_tokens(tokenizer: TextDecoder) -> dict[str, int]:
     }
 
 
-class Emission:
+class OutputBuffer:
     """Collects emitted tokens until something ends the text.
 
     Args:
@@ -71,7 +71,7 @@ class Emission:
         tokenizer: turns ids into text; None: no text.
 
     Raises:
-        ArgumentError: stop strings without a tokenizer, or what :func:`~subspec.decoding.arguments.stop_list` refuses,
+        ArgumentError: stop strings without a tokenizer, refused by :func:`~subspec.decoding.arguments.stop_list`,
             or a stop string that contains a special token and more.
     """
 
@@ -105,7 +105,7 @@ class Emission:
         return self._max - len(self.token_ids)
 
     def add(self, block: Sequence[int]) -> list[int]:
-        """Append a block of tokens up to whatever ends the text; returns the part that was kept."""
+        """Append a block of tokens up to the end of the text; returns the kept part."""
         before = len(self.token_ids)
         for token in block:
             self.token_ids.append(token)
@@ -144,10 +144,10 @@ class Emission:
         return self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
 
     def new_text(self) -> str:
-        """Text that became certain since the last call: no token that may follow changes it or cuts it off.
+        """Text that became final since the last call: no later token changes it or cuts it off.
 
         The pieces add up to :meth:`text` when the text has ended. With a tokenizer whose decoding is not known
-        (``DecodingRule.whole``) nothing is certain before that.
+        (``DecodingRule.whole``) nothing is final before that.
         """
         if self._growing is None:
             return ""

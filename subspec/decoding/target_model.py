@@ -1,30 +1,64 @@
-"""One decoder model run on explicit tokens, positions, visibility and KV rows.
+"""A causal language model run on token batches: explicit positions, visibility and KV rows.
 
-The thin layer between the engine and Hugging Face modelling code: a 4-D *additive* mask with explicit position
-ids passes straight through transformers' mask preparation to scaled-dot-product attention (a boolean 4-D mask
-would be silently wrong with eager attention).
+Every target runs the same loop over decoder layers, whether its layers are on one device, streamed, or placed by
+accelerate. The layers compute with transformers' own modules, or in batch-invariant arithmetic
+(:mod:`subspec.decoding.bitwise`). A draft that consists of modules runs through the same loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subspec.decoding.batch import TokenBatch
-from subspec.decoding.bitwise import BitwiseArithmetic
-from subspec.decoding.kv_cache import KVCache, KVView
+from subspec.decoding.bitwise import BitwiseArithmetic, BitwisePass
+from subspec.decoding.hidden import Hidden
+from subspec.decoding.kv_cache import KVCache
+
+
+class ModulePass:
+    """One pass by the model's own modules.
+
+    Args:
+        embedded: [n, hidden], embedding rows of the batch's tokens.
+        mask: additive, [1, 1, n, rows of the view].
+    """
+
+    def __init__(self, batch: TokenBatch, embedded: Tensor, mask: Tensor, rotary: nn.Module) -> None:
+        positions = batch.positions.unsqueeze(0)
+        self._hidden = embedded.unsqueeze(0)
+        self._arguments: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "position_embeddings": rotary(self._hidden, positions),
+            "past_key_values": batch.view,
+            "use_cache": True,
+        }
+
+    def layer(self, layer: nn.Module) -> None:
+        """Run a decoder layer; its keys and values go to the cache rows of its ``layer_idx``."""
+        self._hidden = layer(self._hidden, **self._arguments)
+
+    def hidden(self) -> Tensor:
+        """The residual stream [n, hidden] behind the last layer that was run."""
+        return self._hidden[0]
+
+    def finish(self, norm: nn.Module) -> Tensor:
+        """Hidden states [n, hidden] after the final norm."""
+        return norm(self._hidden)[0]
 
 
 class TargetModel:
-    """Runs a causal language model; holds no state of its own.
+    """Runs a causal language model that is whole on one device; the interface of all targets.
 
     Args:
         model: a transformers causal LM of the Llama, Qwen2, Qwen3 or Mistral family, in eval mode.
 
     Attributes:
-        bitwise: batch-invariant arithmetic that :meth:`run` and :meth:`logits` compute with; None: the model's own.
+        bitwise: the batch-invariant arithmetic of passes and logits; None: the model's own modules.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -59,68 +93,65 @@ class TargetModel:
             device=self.device,
         )
 
-    def run(self, batch: TokenBatch) -> Tensor:
-        """Hidden states [n, hidden] after the final norm, in the model's dtype."""
-        if self.bitwise is None:
-            return self.forward(batch.tokens, batch.positions, batch.visible(), batch.view)
-        self.begin_pass()
-        state = self.bitwise.begin(batch, self.embed(batch.tokens))
-        for index in range(self.num_layers):
-            with self.layer(index) as layer:
-                self.bitwise.layer(state, index, layer)
-        return self.bitwise.finish(state, self.base.norm)
-
-    def begin_pass(self) -> None:
-        """Layers are asked for in order from now on."""
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """A module that holds the parameters of decoder layer ``index`` while the context is entered."""
-        yield self.base.layers[index]
-
-    def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor, view: KVView) -> Tensor:
-        """Hidden states after the final norm, by the model's own modules.
+    def forward(self, batch: TokenBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
+        """Run the tokens of ``batch``.
 
         Args:
-            tokens, positions: int64 [n].
-            visible: bool [n, rows of ``view``]: which row each token attends to, its own included.
-            view: where keys and values go and come from.
-
-        Returns:
-            Hidden states [n, hidden] in the model's dtype.
+            hidden_of: decoder layers whose residual streams are returned besides the final hidden states.
         """
-        output = self.base(
-            input_ids=tokens.unsqueeze(0),
-            attention_mask=self.additive_mask(visible),
-            position_ids=positions.unsqueeze(0),
-            past_key_values=view,
-            use_cache=True,
-        )
-        return output.last_hidden_state[0]
+        self.begin_pass()
+        run: BitwisePass | ModulePass
+        if self.bitwise is not None:
+            run = BitwisePass(self.bitwise, batch, self.embed(batch.tokens))
+        else:
+            mask = self.additive_mask(batch.visible())
+            run = ModulePass(batch, self.embed(batch.tokens), mask, self.base.rotary_emb)
+        kept = {}
+        for index in range(len(self.base.layers)):
+            with self.layer(index) as layer:
+                run.layer(layer)
+            if index in hidden_of:
+                kept[index] = run.hidden().to(self.device)
+        return Hidden(run.finish(self.base.norm).to(self.device), kept)
 
-    def append(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Run ``tokens`` (int64 [c]) causally behind the cache's prefix and commit them; hidden states [c, hidden]."""
-        count = tokens.numel()
-        hidden = self.run(TokenBatch.chain(tokens, cache.length, cache.target_view(count)))
-        cache.extend(count)
+    def append(self, tokens: Tensor, cache: KVCache, *, hidden_of: Sequence[int] = ()) -> Hidden:
+        """Run ``tokens`` (int64 [c]) causally behind the cache's prefix and commit them."""
+        batch = TokenBatch.chain(tokens, cache.length, cache.target_view(tokens.numel()))
+        hidden = self.forward(batch, hidden_of=hidden_of)
+        cache.extend(tokens.numel())
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head: [n, hidden] -> [n, vocabulary]."""
+        if self.bitwise is None:
+            return self.head(hidden).to(self.device)
+        out = torch.empty(hidden.shape[0], self.vocab_size, dtype=hidden.dtype, device=hidden.device)
+        return self.bitwise.linear("head", hidden, self.head.weight, out)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embedding rows of ``tokens`` [n] -> [n, hidden]."""
         return self.model.get_input_embeddings()(tokens)
 
     def additive_mask(self, visible: Tensor) -> Tensor:
-        """bool [n, rows] -> [1, 1, n, rows] in the model's dtype: 0 where visible, else the lowest number."""
+        """bool [n, rows] -> [1, 1, n, rows] in the model's dtype: 0 where visible, else the lowest number.
+
+        A boolean 4-D mask would be silently wrong with transformers' eager attention.
+        """
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[None, None]
 
+    def begin_pass(self) -> None:
+        """Prepare a pass, which asks for the layers in order."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A module that holds the parameters of decoder layer ``index`` while the context is entered."""
+        yield self.base.layers[index]
+
     def take_transfer(self) -> tuple[int, float]:
-        """(weight bytes, seconds of the link) since the last call; nothing where nothing is streamed."""
+        """(weight bytes, seconds of the link) since the last call; zeros unless layers are streamed."""
         return 0, 0.0
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """LM head: [n, hidden] -> [n, vocabulary]."""
-        if self.bitwise is None:
-            return self.head(hidden)
-        out = torch.empty(hidden.shape[0], self.vocab_size, dtype=hidden.dtype, device=hidden.device)
-        return self.bitwise.linear("head", hidden, self.head.weight, out)
+    def facts(self) -> dict[str, Any]:
+        """Facts about the placement of the weights for the run's record."""
+        return {}

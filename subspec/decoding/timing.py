@@ -1,4 +1,4 @@
-"""Phase times without disturbing what they measure: host clock on a CPU, events on a GPU."""
+"""Phase times without added synchronisation: host clock on a CPU, events on a GPU."""
 
 import time
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""The draft tree as tensors on the device: no node objects, no host synchronisation while it grows.
+"""The draft tree as tensors on the device, grown without host synchronisation.
 
 Nodes are numbered in the order they are appended, level by level, so a parent's number is always smaller than
 its children's. Node 0 is the root: the last emitted token, whose keys and values are not committed yet.
@@ -16,9 +16,9 @@ class Tree:
         scores: float32 [capacity], cumulative log-probability under the draft (float16 would underflow
             around depth 25).
         ancestors: bool [capacity, capacity]; row i marks the path from the root to node i, both included.
-        size: number of nodes; known on the host because growth is a static schedule.
+        size: number of nodes; known on the host because tree policies are static schedules.
         levels: number of levels below the root.
-        level_size: nodes of the deepest level (0 once nodes were taken out: the tree then grows no further).
+        level_size: nodes of the deepest level (0 once the tree was pruned: it then grows no further).
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -64,14 +64,14 @@ class Tree:
         return self.last_level
 
     def adopt_level(self, count: int) -> None:
-        """Count ``count`` nodes behind the last one as a level; whoever calls has written their entries."""
+        """Count ``count`` nodes behind the last one, whose entries are already written, as a level."""
         self.size, self.levels, self.level_size = self.size + count, self.levels + 1, count
 
     def keep(self, nodes: Tensor) -> None:
-        """Take out all other nodes; those kept move up, in order. ``levels`` stays the number that was drafted.
+        """Remove all other nodes; the kept ones are renumbered in order. ``levels`` stays the number that was drafted.
 
         Args:
-            nodes: int64 [n], ascending, the root first; with a node its parent. Not checked, which would read it back.
+            nodes: int64 [n], ascending, the root first, every node with its parent. Not checked: no read-back.
         """
         count = nodes.numel()
         number = torch.zeros_like(self._slots).scatter_(0, nodes, self._slots[:count])
@@ -79,13 +79,13 @@ class Tree:
             values[:count] = values.index_select(0, nodes)
         self.parents[:count] = number.index_select(0, self.parents.index_select(0, nodes))
         block = self.ancestors.index_select(0, nodes).index_select(1, nodes)
-        # Whole rows: a pass rounds its rows up, and what lies behind the last node must stay unseen.
+        # Whole rows: a pass rounds its rows up, and entries behind the last node must stay invisible.
         self.ancestors[:count] = False
         self.ancestors[:count, :count] = block
         self.size, self.level_size, self._kept = count, 0, nodes
 
     def drafted_number(self, nodes: Tensor) -> Tensor:
-        """The numbers that ``nodes`` (int64 [n]) had while the tree grew, which a draft may have noted down."""
+        """The numbers that ``nodes`` (int64 [n]) had while the tree grew."""
         return nodes if self._kept is None else self._kept.index_select(0, nodes)
 
     @property

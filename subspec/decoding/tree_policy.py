@@ -1,7 +1,7 @@
-"""How a draft tree grows: which candidates of a level become nodes, and when to stop.
+"""Tree policies: which candidates of a draft level become nodes, and when to stop.
 
-A growth never reads a tensor back to the host (``adaptive`` reads one number every few levels, see
-:mod:`subspec.decoding.adaptive`). The draft's temperature sharpens the scores only; verification does not see it.
+A policy never reads a tensor back to the host (``adaptive`` reads one number every few levels, see
+:mod:`subspec.decoding.adaptive`). The draft's temperature affects the scores only, not the verification.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from subspec.decoding.tree import Tree
 
 @dataclass(frozen=True)
 class IterationOutcome:
-    """What one draft-and-verify iteration did, as an adaptive growth learns from it.
+    """The outcome of one draft-and-verify iteration, from which an adaptive policy learns.
 
     Attributes:
         levels: levels drafted.
@@ -32,18 +32,19 @@ class IterationOutcome:
 
 
 class TreePolicy(ABC):
-    """A tree shape.
+    """The shape of draft trees.
 
     Attributes:
         max_depth: most levels that are verified.
+        width: most nodes of a frontier.
         capacity: most nodes.
         pass_nodes: most nodes of a verification pass.
-        draft_rows: most nodes the draft itself runs on.
-        whole_levels: whether a level's nodes, all of them and in order, are the next frontier (what a draft with
-            captured levels needs).
+        draft_rows: most nodes that the draft runs.
+        whole_levels: whether all nodes of a level, in order, are the next frontier.
     """
 
     max_depth: int
+    width: int
     capacity: int
     pass_nodes: int
     draft_rows: int
@@ -55,7 +56,7 @@ class TreePolicy(ABC):
 
         Args:
             tree: the tree, extended in place.
-            frontier: int64 [f], the nodes just run through the draft.
+            frontier: int64 [f], the nodes that the draft has just run.
             logits: [f, vocabulary], the draft's logits after each of them.
             temperature: of the draft's distribution.
 
@@ -63,18 +64,18 @@ class TreePolicy(ABC):
             The next frontier, int64 node numbers.
         """
 
-    def begin_tree(self) -> None:  # noqa: B027 (a hook, not a duty)
-        """A new tree starts."""
+    def begin_tree(self) -> None:  # noqa: B027 (optional)
+        """Called before a new tree."""
 
     def wants_level(self, tree: Tree) -> bool:
         """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
         return tree.levels < self.max_depth
 
-    def finish(self, tree: Tree) -> None:  # noqa: B027 (a hook, not a duty)
-        """The tree is drafted and about to be verified: the last chance to take nodes out."""
+    def finish(self, tree: Tree) -> None:  # noqa: B027 (optional)
+        """Prune the drafted tree before it is verified."""
 
-    def learn(self, outcome: IterationOutcome) -> None:  # noqa: B027 (a hook, not a duty)
-        """Take note of how the last tree fared. Static shapes ignore it."""
+    def learn(self, outcome: IterationOutcome) -> None:  # noqa: B027 (optional)
+        """Take note of the last tree's outcome. Static shapes ignore it."""
 
 
 class Beam(TreePolicy):

@@ -1,9 +1,9 @@
-"""Which drafted tokens the target accepts, decided on the device; one small copy tells the host.
+"""Verification: the drafted tokens that the target accepts, computed on the device.
 
 The target's pass over the tree yields, for every node, the token the target emits after it (argmax, or one
 sample). A node is accepted when it is the token its parent asks for and its parent is accepted too. Following
-the target's own tokens through the tree this way emits exactly what plain decoding would have emitted: the tree
-only decides how many of them one pass yields (Miao et al., SpecInfer, arXiv 2305.09781, section 4.3, for the
+the target's own tokens through the tree emits exactly the tokens of plain decoding; the tree only decides how many of
+them one pass yields (Miao et al., SpecInfer, arXiv 2305.09781, section 4.3, for the
 greedy rule; drawing the target's sample first and matching it keeps sampling exact as well).
 """
 
@@ -26,13 +26,13 @@ class NotFiniteError(SubspecError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Acceptance:
     """Result of a verification, on the device.
 
     Attributes:
         packed: int64 [3 + 2 * path_room]: number of accepted nodes with the root, then their node numbers
             in order, then the token the target emits after each (entries past the number are meaningless), whether
-            one of those tokens was chosen by logits that are not finite, and the depth of the deepest node there was.
+            one of those tokens was chosen by logits that are not finite, and the depth of the deepest verified node.
         path_room: levels + 1, or the number of nodes if that is less.
         bonus: int64 [1], the target's token after the deepest accepted node: the next root.
     """
@@ -41,13 +41,10 @@ class Verdict:
     path_room: int
     bonus: Tensor
 
-    def read(self) -> tuple[list[int], list[int]]:
-        """(accepted node numbers with the root, emitted tokens). A device-to-host copy, the only one to make."""
-        return self.read_with_depth()[:2]
+    def read(self) -> tuple[list[int], list[int], int]:
+        """(accepted node numbers with the root, emitted tokens, depth of the deepest verified node).
 
-    def read_with_depth(self) -> tuple[list[int], list[int], int]:
-        """As :meth:`read`, in the same copy also the levels that the verified nodes really made up (a tree that nodes
-        were taken out of may lack its deepest levels).
+        One device-to-host copy. The depth is less than the drafted levels if a policy pruned the deepest ones.
 
         Raises:
             NotFiniteError: a token was chosen by logits that are not finite.
@@ -67,7 +64,7 @@ class Verdict:
         return self.packed[1 : 1 + count]
 
 
-def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor | None = None) -> Verdict:
+def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor | None = None) -> Acceptance:
     """Walk the target's choices through the tree.
 
     Args:
@@ -96,7 +93,7 @@ def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor
     bonus = chosen.index_select(0, deepest)
     deepest_drafted = depths.max().view(1)
     wrong = torch.zeros_like(count) if finite is None else (on_path & ~finite).any().view(1).to(count.dtype)
-    return Verdict(torch.cat([count, path, emitted, wrong, deepest_drafted]), room, bonus)
+    return Acceptance(torch.cat([count, path, emitted, wrong, deepest_drafted]), room, bonus)
 
 
 def finite_choice(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """EAGLE heads on disk and on the hub: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``.
 
 Published checkpoints of EAGLE-1 and EAGLE-2 look alike: the tensors of :mod:`subspec.drafts.eagle_head`, and a copy
-of the target's embedding table, which is dropped here because the target's own is used. Whatever else is missing or
-left over is named, so that a head of another kind (EAGLE-3, Medusa) is refused in words.
+of the target's embedding table, which is dropped here because the target's own is used. Other missing or surplus
+tensors are named, so that a head of another kind (EAGLE-3, Medusa) is refused with a reason.
 """
 
 import functools
@@ -47,7 +47,7 @@ class HeadFiles:
 
     Attributes:
         path: as the user gave it.
-        source: what a record says it is: the folder, or hub id @ commit.
+        source: for records: the folder, or hub id @ commit.
     """
 
     path: str
@@ -271,7 +271,7 @@ def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Te
     frequencies that old checkpoints store are dropped.
 
     Args:
-        name: what the user called the checkpoint.
+        name: of the checkpoint as the user gave it.
 
     Raises:
         ConfigError: tensors are missing or left over; each is named.

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from subspec.decoding.kv_cache import KVView
 from subspec.errors import ConfigError
@@ -139,6 +144,21 @@ class EagleShape:
             if name not in OPTIONAL or name in self.biases
         }
 
+    def layer_config(self) -> LlamaConfig:
+        """The configuration of transformers' decoder layer."""
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.eps,
+            max_position_embeddings=self.max_positions,
+            rope_parameters=dict(self.rope),
+            attention_bias=True,
+            attn_implementation="sdpa",
+        )
+
     def config(self) -> dict[str, Any]:
         """The ``config.json`` that :meth:`of` reads this back from, with these weights."""
         return {
@@ -172,137 +192,65 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "rope_type": kind, "rope_theta": float(theta)}
 
 
-class Rotary(nn.Module):
-    """Rotary tables in float32, whatever the parameters' dtype becomes."""
+class EagleRotary(LlamaRotaryEmbedding):
+    """transformers' rotary tables, whose frequencies stay float32 when the module's dtype changes."""
 
-    inverse_frequency: Tensor
-
-    def __init__(self, shape: EagleShape) -> None:
-        super().__init__()
-        config = LlamaConfig(
-            hidden_size=shape.heads * shape.head_dim,
-            num_attention_heads=shape.heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.max_positions,
-            rope_parameters=dict(shape.rope),
-        )
-        with torch.device("cpu"):
-            made = LlamaRotaryEmbedding(config=config)
-        self.scaling: float = made.attention_scaling
-        self.register_buffer("inverse_frequency", made.inv_freq.float(), persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Rotary":
-        # Module.to(bfloat16) would round the frequencies; only their device changes.
-        moved = fn(self.inverse_frequency)
-        self.inverse_frequency = self.inverse_frequency.to(moved.device)
+    def _apply(self, fn: Any, recurse: bool = True) -> "EagleRotary":
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """int64 [...] -> cosine and sine, each [..., head_dim]."""
-        angles = positions[..., None].float() * self.inverse_frequency
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
+class EagleAttention(LlamaAttention):
+    """transformers' attention, with a bias wherever the checkpoint has one."""
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary tables [..., n, dim] to ``x`` [..., n, dim] (halves, as in the Llama family)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-class EagleAttention(nn.Module):
-    """Grouped-query attention with a bias wherever the checkpoint has one."""
-
-    def __init__(self, shape: EagleShape) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-
-        def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=f"{ATTENTION}{name}.bias" in shape.biases)
-
-        self.q_proj = linear("q_proj", shape.hidden, width)
-        self.k_proj = linear("k_proj", shape.hidden, kv_width)
-        self.v_proj = linear("v_proj", shape.hidden, kv_width)
-        self.o_proj = linear("o_proj", width, shape.hidden)
+    def __init__(self, config: LlamaConfig, biases: frozenset[str]) -> None:
+        super().__init__(config, layer_idx=0)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if f"{ATTENTION}{name}.bias" not in biases:
+                self.get_submodule(name).register_parameter("bias", None)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., n, hidden] -> queries [..., heads, n, dim], keys and values [..., kv_heads, n, dim]."""
-        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        query = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        key = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(-2, -3)
-        value = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(-2, -3)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        """[batch, n, hidden] -> queries [batch, heads, n, dim], keys and values [batch, kv_heads, n, dim]."""
+        query, key, value = (
+            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return *apply_rotary_pos_emb(query, key, cos, sin), value
 
     def store(self, x: Tensor, cos: Tensor, sin: Tensor, view: KVView) -> None:
-        """Keys and values of [n, hidden] into ``view``."""
-        key = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(0, 1)
-        value = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(0, 1)
-        view.update(rotate(key, cos, sin)[None], value[None], 0)
-
-    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, view: KVView) -> Tensor:
-        """[n, hidden], additive mask [n, rows of ``view``] -> [n, hidden]; the new rows are stored."""
-        query, key, value = self.project(x, cos, sin)
-        key, value = view.update(key[None], value[None], 0)
-        groups, count = self.heads // self.kv_heads, x.shape[0]
-        # The queries of a group share a KV head: as further rows of it, nothing of the cache is repeated.
-        grouped = query.reshape(1, self.kv_heads, groups * count, self.head_dim)
-        attended = nn.functional.scaled_dot_product_attention(
-            grouped, key, value, attn_mask=mask.repeat(groups, 1)[None, None]
+        """Write the keys and values of [1, n, hidden] to ``view``."""
+        key, value = (
+            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for linear in (self.k_proj, self.v_proj)
         )
-        return self.o_proj(attended.reshape(self.heads, count, -1).transpose(0, 1).flatten(1))
+        view.update(apply_rotary_pos_emb(key, key, cos, sin)[1], value, 0)
 
-    def causal(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, n, hidden] -> [batch, n, hidden], differentiable."""
-        query, key, value = self.project(x, cos, sin)
-        groups = self.heads // self.kv_heads
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
-
-
-class EagleMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, shape: EagleShape) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
-        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class EagleNorm(nn.Module):
-    """RMSNorm computed in float32, as in the Llama family."""
-
-    def __init__(self, shape: EagleShape) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape.hidden))
-        self.eps = shape.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden]."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
-class EagleLayer(nn.Module):
-    """A decoder layer without input norm."""
-
-    def __init__(self, shape: EagleShape) -> None:
-        super().__init__()
-        self.self_attn = EagleAttention(shape)
-        self.mlp = EagleMLP(shape)
-        self.post_attention_layernorm = EagleNorm(shape)
-
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention."""
-        x = residual + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class; on a cache, keys and values are not repeated for the query heads of a group."""
+        if past_key_values is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, **options)
+        assert attention_mask is not None
+        query, key, value = self.project(hidden_states, *position_embeddings)
+        count, groups = query.shape[2], self.num_key_value_groups
+        key, value = past_key_values.update(key, value, 0)
+        # The queries of a group become further rows of their KV head.
+        attended = nn.functional.scaled_dot_product_attention(
+            query.reshape(1, key.shape[1], groups * count, self.head_dim),
+            key,
+            value,
+            attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        )
+        attended = attended.reshape(1, -1, count, self.head_dim).transpose(1, 2).flatten(2)
+        return self.o_proj(attended), None
 
 
 class EagleHead(nn.Module):
@@ -318,8 +266,13 @@ class EagleHead(nn.Module):
         self.shape = shape
         with torch.random.fork_rng(devices=[]):  # Linears draw initial weights of their own
             self.fc = nn.Linear(2 * shape.hidden, shape.hidden, bias="fc.bias" in shape.biases)
-            self.layers = nn.ModuleList([EagleLayer(shape)])
-        self.rotary = Rotary(shape)
+            config = shape.layer_config()
+            layer = LlamaDecoderLayer(config, layer_idx=0)
+            layer.input_layernorm = nn.Identity()
+            layer.self_attn = EagleAttention(config, shape.biases)
+            self.layers = nn.ModuleList([layer])
+        with torch.device("cpu"):
+            self.rotary = EagleRotary(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -351,44 +304,26 @@ class EagleHead(nn.Module):
     def forward(
         self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView
     ) -> Tensor:
-        """Predicted features, on a cache.
+        """Predicted features on a cache.
 
         Args:
             embeddings, features: [n, hidden]; row i: a token's embedding, and the feature of the token before it.
             positions: int64 [n].
-            mask: [n, rows of ``view``], additive, in the parameters' dtype.
+            mask: [1, 1, n, rows of ``view``], additive, in the parameters' dtype.
             view: of a cache of one layer.
 
         Returns:
             [n, hidden].
         """
+        x = self.fc(torch.cat([embeddings, features], dim=-1))[None]
+        tables = self.rotary(x, positions[None])
         layer = self.layers[0]
-        x = self.fc(torch.cat([embeddings, features], dim=-1))
-        cos, sin = self.rotary(positions, x.dtype)
-        return layer.finish(x, layer.self_attn.cached(x, cos, sin, mask, view))
+        return layer(x, attention_mask=mask, position_embeddings=tables, past_key_values=view)[0]
 
     def store(self, embeddings: Tensor, features: Tensor, positions: Tensor, view: KVView) -> None:
-        """Keys and values alone, for rows whose predictions nobody asks for; arguments as in :meth:`forward`.
+        """Write keys and values alone, for rows whose predictions are not needed; arguments as of :meth:`forward`.
 
         With a single layer they depend on the row's own input only: no attention, no MLP, no mask.
         """
-        x = self.fc(torch.cat([embeddings, features], dim=-1))
-        self.layers[0].self_attn.store(x, *self.rotary(positions, x.dtype), view)
-
-    def causal(self, embeddings: Tensor, features: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Predicted features of whole texts at once, differentiable: what training needs.
-
-        Args:
-            embeddings, features: [batch, n, hidden], aligned as in :meth:`forward`. Rows after a text's end do not
-                reach rows before it, so padding on the right needs no mask.
-            positions: int64 [n] or [batch, n]; None: 0, 1, 2 ...
-
-        Returns:
-            [batch, n, hidden].
-        """
-        if positions is None:
-            positions = torch.arange(embeddings.shape[1], device=embeddings.device)
-        layer = self.layers[0]
-        x = self.fc(torch.cat([embeddings, features], dim=-1))
-        cos, sin = self.rotary(positions, x.dtype)
-        return layer.finish(x, layer.self_attn.causal(x, cos, sin))
+        x = self.fc(torch.cat([embeddings, features], dim=-1))[None]
+        self.layers[0].self_attn.store(x, *self.rotary(x, positions[None]), view)

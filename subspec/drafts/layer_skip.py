@@ -1,4 +1,4 @@
-"""Self-speculation without training: some of the target's own layers draft, the others are skipped.
+"""``draft=layer_skip``: self-speculation without training, with some of the target's own layers.
 
 The draft is the target's module graph with a part of its decoder layers (Zhang et al., Draft & Verify, arXiv
 2309.08168, section 3, without the search for the best part): residual streams make a model survive missing layers.
@@ -9,11 +9,17 @@ own number, so the committed prefix holds exact keys and values for it.
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.config.schema import LayerSkipDraftConfig
-from subspec.drafts.substitute import share_parameters
+from subspec.config.schema import Config, LayerSkipDraftConfig
+from subspec.decoding.draft import LevelDraft
+from subspec.decoding.target_model import TargetModel
+from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
+from subspec.levels.build import level_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.dense import check_level_support, dense_layer, layer_views
 
 
 def spread(layers: int, keep: int) -> tuple[int, ...]:
@@ -24,7 +30,7 @@ def spread(layers: int, keep: int) -> tuple[int, ...]:
 
 
 def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] | None:
-    """The layers that ``draft`` names, ascending; None when it leaves the choice open.
+    """The layers that ``draft`` names, ascending; None if it names none.
 
     Args:
         layers: of the target.
@@ -53,17 +59,17 @@ def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] |
 
 
 def usual_layers(layers: int) -> tuple[int, ...]:
-    """What drafts where nothing is chosen: half of the layers, rounded up, spread evenly."""
+    """The default layers: half of them, rounded up, spread evenly."""
     return spread(layers, max(1, -(-layers // 2)))
 
 
 def streamed_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
-    """What drafts under ``offload=stream``: the layers that were chosen, else the resident ones.
+    """The layers that draft under ``offload=stream``: the chosen ones, else the resident ones.
 
-    Where every layer is resident all of them would be the target itself; then half of them draft.
+    If every layer is resident, half of them: all of them would be the target itself.
 
     Args:
-        resident: layers on the device; those that were chosen are among them.
+        resident: layers on the device, the chosen ones included.
         layers: of the target.
     """
     chosen = chosen_layers(draft, layers)
@@ -79,3 +85,51 @@ def skip_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     # A layer knows its own number, by which it finds its rows of the cache.
     base.layers = nn.ModuleList([base.layers[index] for index in layers])
     return skipping
+
+
+class LayerSkipSpec(DraftSpec):
+    """``draft=layer_skip``: the layers as modules, or the resident ones of a streamed target as captured levels."""
+
+    @classmethod
+    def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        assert isinstance(config.draft, LayerSkipDraftConfig)
+        chosen_layers(config.draft, model.num_hidden_layers)
+
+    def prepare(self) -> None:
+        """Choose the layers.
+
+        Raises:
+            ConfigError: captured levels do not support the target's shape.
+        """
+        draft, count, plan = (
+            self.context.config.draft,
+            self.context.model.num_hidden_layers,
+            self.context.plan,
+        )
+        assert isinstance(draft, LayerSkipDraftConfig)
+        if plan is None:
+            self._layers = chosen_layers(draft, count) or usual_layers(count)
+        else:
+            check_level_support(self.context.model, self.context.dtype, f"target {self.context.name}")
+            self._layers = streamed_layers(draft, plan.resident_layers, count)
+
+    def build(self, target: TargetModel) -> BuiltDraft:
+        config, layers, count = self.context.config.draft, self._layers, target.num_layers
+        assert isinstance(config, LayerSkipDraftConfig)
+        draft: LevelDraft
+        if self.context.plan is None:
+            levels = "modules"
+            draft = SubstituteDraft(skip_layers(target.model, layers), config.temperature)
+        else:
+            levels = "fused, bfloat16"
+            parts = [
+                dense_layer(layer_views(target.base.layers[index]), cache_layer=index) for index in layers
+            ]
+            overlap = None if config.overlap_launches else False
+            draft = CapturedDraft(level_model(target.model, parts), config.temperature, overlap=overlap)
+        listed = ", ".join(map(str, layers))
+        return BuiltDraft(
+            draft,
+            facts={"layers": list(layers), "target_layers": count, "levels": levels},
+            summary=f"{len(layers)} of the target's {count} layers ({listed}), {levels}",
+        )

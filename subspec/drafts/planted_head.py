@@ -1,7 +1,7 @@
 """``draft.path=planted``: an EAGLE head with random weights for a planted target, drawn on the run's device.
 
 No checkpoint is read. It has the shape of the head that was published for the target's family, so its memory and its
-time per level are the real ones; what it predicts is noise, so the target accepts next to nothing of it (tau about 1).
+time per level are the real ones. Its predictions are noise: tau is about 1.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class PlantedHead:
 
     @property
     def source(self) -> str:
-        """What a record says it is."""
+        """Its description in records."""
         return f"planted, random weights in the shape of a head for {self.target_shape}, seed {self.seed}"
 
     def shape(self) -> EagleShape:
@@ -71,7 +71,7 @@ class PlantedHead:
 def planted_shape(target: PretrainedConfig) -> EagleShape:
     """Sizes of the head that is published for targets of this family.
 
-    Heads for Qwen2.5 have as many KV heads as heads, whatever the target has, and biases of q, k and v; those for
+    Heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target; those for
     Llama-3.1 have the target's KV heads and no bias.
     """
     heads = target.num_attention_heads

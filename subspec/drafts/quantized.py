@@ -1,4 +1,4 @@
-"""A draft of modules, quantized in place: read where earlier runs kept it, else quantized and kept there."""
+"""Quantization of a draft of modules, in place: read from the store of earlier runs, else quantized and stored."""
 
 import time
 from contextlib import nullcontext
@@ -7,11 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from subspec.config.schema import Cache, QuantConfig
-from subspec.drafts.base import Progress
-from subspec.quant.base import HEAD, Quantizer, QuantReport, linear_names, quantize_model
 from subspec.quant.build import build_quantizer
-from subspec.store.folder import open_store
-from subspec.store.module_cache import CachedModules, StorableQuantizer
+from subspec.quant.modules import HEAD, Quantizer, QuantReport, linear_names, quantize_model
+from subspec.store.substitutes import CachedModules, StorableQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.console import Note
 
@@ -26,28 +24,27 @@ def quantize_draft(
     unpack: bool,
     note: Note,
     what: str = "a substitute",
-    progress: Progress | None = None,
+    quantizer: Quantizer | None = None,
 ) -> QuantReport:
-    """Quantize the Linears that ``quant`` chooses, as ``quant.folder`` and ``quant.cache`` say where results are kept.
+    """Quantize the Linears that ``quant`` chooses; results are kept where ``quant.folder`` and ``quant.cache`` say.
 
     Args:
         model: its modules are replaced.
-        identity: of the exact weights (``LayerSource.identity``); what is kept under another is never used.
+        identity: of the exact weights (``LayerSource.identity``), part of the key that results are kept under.
         dtype, device: of the model.
         unpack: keep the quantized values as plain Linears.
-        what: is quantized, for messages.
+        what: the model, for messages.
+        quantizer: used instead of the one that ``quant`` configures.
 
     Raises:
         SubspecError: no quantizer, unknown modules or layers, or a ``quant.folder`` that holds something else.
     """
     started = time.perf_counter()
-    quantizer = build_quantizer(quant, dtype, device, unpack=unpack, what=what)
+    quantizer = quantizer or build_quantizer(quant, dtype, device, unpack=unpack, what=what)
     modules, skip = list(getattr(quant, "modules", [])), list(getattr(quant, "skip_layers", []))
     cached = _cached_modules(quantizer, model, quant, identity, dtype, note)
     with cached or nullcontext():
-        report = quantize_model(
-            model, cached or quantizer, modules=modules, skip_layers=skip, progress=progress
-        )
+        report = quantize_model(model, cached or quantizer, modules=modules, skip_layers=skip)
     if cached is not None:
         report.details["cache"] = cached.store.report()
     report.seconds = time.perf_counter() - started
@@ -62,7 +59,7 @@ def _cached_modules(
     dtype: torch.dtype,
     note: Note,
 ) -> CachedModules | None:
-    """``quantizer`` with its results of earlier runs; None when it cannot keep them."""
+    """``quantizer`` with its results of earlier runs; None if its results cannot be stored."""
     if not isinstance(quantizer, StorableQuantizer):
         return None
     facts = {"target": identity, "dtype": str(dtype), **quantizer.facts}
@@ -77,11 +74,15 @@ def _cached_modules(
     )
     if HEAD in chosen:
         head = model.get_output_embeddings().weight
-        # The target's vocabulary may cut a small model's head: what is kept of it is for that vocabulary alone.
+        # A small model's head may be cut to the target's vocabulary: its results serve that vocabulary alone.
         if head.shape[0] != config.vocab_size:
             facts["target"] = f"{identity}, LM head of {head.shape[0]} rows"
         expected += quantizer.stored_shape_bytes(head.shape, HEAD)
-    store = open_store(
-        getattr(quant, "cache", Cache.off), getattr(quant, "folder", None), facts, expected, note
+    store = SubstituteStore(
+        facts,
+        cache=getattr(quant, "cache", Cache.off),
+        folder=getattr(quant, "folder", None),
+        expected_bytes=expected,
+        note=note,
     )
     return CachedModules(quantizer, store)

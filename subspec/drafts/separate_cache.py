@@ -1,22 +1,20 @@
-"""A draft with a KV cache of its own: what it has computed for a token is kept once the token is accepted.
+"""A draft with a KV cache of its own, for a model that cannot read the target's keys and values.
 
-The model that drafts is not the target, so it cannot read the target's keys and values. It runs the prompt itself,
-in chunks, and drafts in the draft region of its own cache exactly as a substitute does in the target's. After
-verification the rows of the accepted nodes move from the draft region to the prefix: nothing that was accepted is
-computed again. Only an accepted node of the deepest level, which no level ever ran, is run alone.
+The draft runs the prompt itself, in chunks, and drafts in the draft region of its own cache, as a substitute does in
+the target's. After verification the rows of the accepted nodes move from the draft region to the prefix, so they are
+not computed again. Only an accepted node of the deepest level, which was never run, is run alone.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from subspec.decoding.draft import Draft, LevelDraft, Perturb
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.substitute import SubstituteDraft
-from subspec.levels.captured_draft import CapturedDraft
 
 PROMPT_ROWS = 256
 """Tokens of a prompt per pass of the draft."""
@@ -27,12 +25,12 @@ def prompt_rows(max_length: int) -> int:
     return min(PROMPT_ROWS, max_length)
 
 
-class SeparateCacheDraft:
+class SeparateCacheDraft(Draft):
     """Drafts with another model than the target.
 
     Args:
-        levels: runs a level of the tree on whatever cache it is given, module by module or fused.
-        decoder: the same model, for the prompt.
+        levels: runs a level of the tree, as modules or as captured graphs.
+        model: the same model, for the prompt.
         max_length: most tokens of prompt and output together.
         draft_rows: most nodes of a tree that are run (``TreePolicy.draft_rows``).
         vocab_size: of the target.
@@ -42,72 +40,64 @@ class SeparateCacheDraft:
         cache: the draft's own.
     """
 
-    needs_features = False
-    shares_cache = False
-
     def __init__(
         self,
-        levels: SubstituteDraft | CapturedDraft,
-        decoder: TargetModel,
+        levels: LevelDraft,
+        model: TargetModel,
         *,
         max_length: int,
         draft_rows: int,
         vocab_size: int,
         width: int = 1,
     ) -> None:
+        super().__init__(levels.temperature)
         self.levels = levels
-        self.decoder = decoder
-        self.temperature = levels.temperature
+        self.model = model
         self.vocab_size = vocab_size
-        self.cache = decoder.new_cache(
+        self.cache = model.new_cache(
             max_length=max_length, draft_rows=draft_rows, target_rows=prompt_rows(max_length)
         )
         self._width = width
-        self._is_ready = False
-        if isinstance(levels, CapturedDraft):
-            # The engine takes a draft that has this for one that can draft and grow a level in one go.
-            self.level_step: Callable[[TreePolicy], Callable[[Tree], None]] = levels.level_step
+        self._is_warm = False
 
-    @property
-    def graphs_captured(self) -> int:
-        """Number of captured graphs, for the record; 0 where levels run module by module."""
-        return getattr(self.levels, "graphs_captured", 0)
-
-    @property
-    def launches(self) -> str:
-        """How the levels' kernels are launched, for the record; empty where levels run module by module."""
-        return getattr(self.levels, "launches", "")
+    def facts(self) -> dict[str, Any]:
+        return {"graphs_captured": 0, **self.levels.facts()}
 
     def begin(self, cache: KVCache) -> None:
         self.cache.reset()
         self.levels.begin(self.cache)
-        if not self._is_ready and isinstance(self.levels, CapturedDraft):
-            self._is_ready = True
-            if self.levels.device.type == "cuda":
-                # Captured now, not when the first deepest node is accepted, which may be in a timed text.
-                self.levels.reserve(self._width)
-                self.levels.append(torch.zeros(1, dtype=torch.int64, device=self.levels.device))
-                self.cache.reset()
-                self.levels.begin(self.cache)
+        if not self._is_warm:
+            # Else captured when the first deepest node is accepted, possibly in a timed text.
+            self._is_warm = True
+            self.levels.warm_up(self._width)
+            self.cache.reset()
+            self.levels.begin(self.cache)
 
-    def observe(self, tokens: Tensor, features: Tensor | None) -> None:
+    def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
         """Run a chunk of the prompt."""
         for chunk in tokens.split(self.cache.target_rows):
-            self.decoder.append(chunk, self.cache)
+            self.model.append(chunk, self.cache)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         return fit_vocabulary(self.levels.expand(tree, frontier), self.vocab_size)
 
-    def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
+    def extend(
+        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
+    ) -> Tensor:
+        # Beyond the draft's vocabulary nothing is drafted; a greedy level needs no padding to the target's.
+        if perturb is None and self.levels.captures(policy):
+            return self.levels.extend(tree, frontier, policy)
+        return super().extend(tree, frontier, policy, perturb)
+
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         """Keep the accepted nodes' rows; run the last of them if no level did."""
         used = self.levels.rows_used(tree)
         first = self.cache.draft_rows - used
-        # Rows were noted down by the numbers that nodes had before the growth took some of them out.
+        # Rows are known by the numbers that nodes had before the policy pruned the tree.
         holds = self.levels.node_of_row[first:][None, :] == tree.drafted_number(path)[:, None]
         has_run = path.numel() - 1 < tree.levels
         if not self.levels.whole_levels:
-            # Of a level that was expanded in part the host does not know whether the node was in it: the one
-            # read-back of such a tree, after the iteration's own.
+            # The host does not know whether a partly expanded level ran the node: one more read-back.
             has_run = bool(holds[-1].any())
         kept = path.numel() if has_run else path.numel() - 1
         if kept:
@@ -118,7 +108,7 @@ class SeparateCacheDraft:
 
 
 def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [n, v] cut or padded with -inf to [n, ``vocab_size``]: what the draft does not know is never drafted."""
+    """Logits [n, v] cut or padded with -inf to [n, ``vocab_size``]: ids unknown to the draft are never drafted."""
     missing = vocab_size - logits.shape[-1]
     if missing == 0:
         return logits

@@ -12,5 +12,5 @@ SMALL_MODEL = FOLDER / "small_model"
 
 
 def shipped_source(weights: Path) -> str:
-    """What a record calls a shipped draft: with its digest, since training anew replaces the file in a checkout."""
+    """The name of a shipped draft in records, with its digest: a new training replaces the file in a checkout."""
     return f"shipped with subspec (sha256 {sha256(weights)[:12]})"

@@ -1,6 +1,6 @@
-"""The small model of ``draft=small_model``: where it comes from, whether its tokens are the target's, its weights.
+"""``draft=small_model``: another, smaller model on a cache of its own, as modules or as captured levels.
 
-Any checkpoint that can be a target can be a draft, through the same doors (:mod:`subspec.targets`); it only needs no
+Any checkpoint that can be a target can be a draft, read by the same code (:mod:`subspec.targets`); it needs no
 tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond either are never drafted.
 """
 
@@ -17,23 +17,35 @@ from subspec.config.schema import (
     Config,
     Dtype,
     HubTargetConfig,
+    NoQuantConfig,
     PlantedTargetConfig,
     SmallModelDraftConfig,
+    StreamOffloadConfig,
     TargetConfig,
 )
+from subspec.decoding.draft import LevelDraft
+from subspec.decoding.target_model import TargetModel
 from subspec.drafts import shipped
+from subspec.drafts.quantized import quantize_draft
+from subspec.drafts.separate_cache import SeparateCacheDraft
+from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.check_model import MOVING_ROPE, rope_kind
+from subspec.levels.build import level_model
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.dense import check_level_support, dense_layer, layer_views
+from subspec.quant.modules import QuantReport
+from subspec.targets.check_model import check_model_config
 from subspec.targets.checkpoint import check_folder_config
+from subspec.targets.checkpoint_source import CheckpointSource
+from subspec.targets.device import check_memory
 from subspec.targets.hub import locate
 from subspec.targets.layer_bytes import flat_layer
-from subspec.targets.layers import CheckpointSource
-from subspec.targets.meta_model import empty_model, fill
+from subspec.targets.meta_model import count_parameters, empty_model, fill
 from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
 from subspec.targets.prepared import prepare_draft
 from subspec.targets.source import LayerSource
-from subspec.targets.target import attention_window
 from subspec.utils.console import Note
 
 SHIPPED = shipped.SMALL_MODEL
@@ -59,7 +71,7 @@ def small_model_config(config: Config) -> TargetConfig:
         shape = draft.path.removeprefix(PLANTED)
         if shape not in SHAPES:
             raise ConfigError(f"draft.path={draft.path}: no such planted shape; use {', '.join(SHAPES)}")
-        # The target's seed plants the target's own next-token map.
+        # With the target's seed it follows the target's own next-token map.
         seed = getattr(config.target, "seed", 0)
         return PlantedTargetConfig(name=draft.path, dtype=draft.dtype, shape=shape, seed=seed)
     return HubTargetConfig(name=draft.path, dtype=draft.dtype, path=draft.path, revision=draft.revision)
@@ -90,7 +102,7 @@ def load_small_config(config: Config) -> PretrainedConfig:
 
 
 def small_shapes(config: Config) -> ModelSpec:
-    """What a plan counts the small model by."""
+    """The shapes that a plan computes sizes from."""
     return _read(small_model_config(config))[1]
 
 
@@ -103,7 +115,7 @@ def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelSpec]:
 
 @functools.lru_cache(maxsize=8)
 def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelSpec]:
-    """A plan is laid out many times over; the folder is looked up once."""
+    """Cached: a plan computes sizes many times."""
     if planted:
         model = planted_config(PlantedTargetConfig(name=path, shape=path))
     else:
@@ -147,25 +159,17 @@ def small_dtype(draft: SmallModelDraftConfig, target: torch.dtype) -> torch.dtyp
 
 
 def check_small_model(config: Config, model: PretrainedConfig) -> None:
-    """What the small model's configuration rules out as a draft.
+    """Check the small model's configuration.
 
     Raises:
-        ConfigError: with the key.
+        ConfigError: naming the key.
     """
-    name, length = small_model_config(config).name, config.decoding.max_length
-    positions = getattr(model, "max_position_embeddings", None)
-    limit = min(limit for limit in (positions, attention_window(model), length) if limit)
-    if limit < length:
-        raise ConfigError(
-            f"decoding.max_length={length} exceeds the {limit} tokens that the small model {name} attends to: lower "
-            f"decoding.max_length to {limit}, or set draft.path to another model"
-        )
-    kind = rope_kind(model)
-    if kind in MOVING_ROPE:
-        raise ConfigError(
-            f"draft.path={name} has {kind} rotary embeddings, whose frequencies depend on how far a pass reaches: "
-            "take another small model"
-        )
+    check_model_config(
+        model,
+        name=f"the small model {small_model_config(config).name}",
+        max_length=config.decoding.max_length,
+        key="decoding.max_length",
+    )
 
 
 def check_shipped(config: Config, target: PretrainedConfig) -> None:
@@ -194,7 +198,7 @@ class Vocabulary:
 
 
 def check_vocabularies(draft: Vocabulary, target: Vocabulary) -> None:
-    """Whether the draft's ids mean the target's tokens, as far as both have them.
+    """Check that both models mean the same tokens by the ids that both have.
 
     With both tokenizers, every id that both define must be the same token, and nearly all must be defined by both:
     logits beyond the tokens are padding. Without one of them, the logits must be equally wide.
@@ -233,8 +237,8 @@ def load_small_model(
     Args:
         vocab_size: of the target. A wider LM head is cut to it; a narrower embedding table gets zero rows, so that
             every token of the target can be looked up.
-        flat: put every layer into one allocation, laid out for the fused level. False for a model whose Linears are to
-            be replaced one by one: what remains of a layer would keep the whole of it alive.
+        flat: put every layer into one allocation, laid out for captured levels. False for a model whose Linears will
+            be replaced one by one: the remaining parameters would keep the whole allocation alive.
     """
     config, tied = source.config, source.config.tie_word_embeddings
     model = empty_model(config, source.dtype, device)
@@ -253,20 +257,117 @@ def load_small_model(
     return model
 
 
-def layer_views(layer: nn.Module) -> dict[str, Tensor]:
-    """A loaded layer's parameters by name."""
-    return {name: parameter.data for name, parameter in layer.named_parameters()}
-
-
 def _cut(head: Tensor, vocab_size: int) -> Tensor:
     return head if head.shape[0] <= vocab_size else head[:vocab_size].clone()
 
 
 @contextmanager
 def _about_draft() -> Iterator[None]:
-    """The doors to checkpoints speak of targets; here they are asked for a draft."""
+    """Rename ``target.path`` to ``draft.path`` in the messages of the code that reads checkpoints."""
     try:
         yield
     except SubspecError as error:
         text = str(error).replace("target.path", "draft.path").replace("target.revision", "draft.revision")
         raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
+
+
+class SmallModelSpec(DraftSpec):
+    """``draft=small_model``."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        draft = config.draft
+        assert isinstance(draft, SmallModelDraftConfig)
+        if draft.quantize and isinstance(config.quant, NoQuantConfig):
+            raise ConfigError("draft.quantize=true needs a quantizer: set quant=hqq, or draft.quantize=false")
+        if not isinstance(config.offload, StreamOffloadConfig):
+            return
+        if draft.quantize:
+            raise ConfigError(
+                "draft.quantize=true is not built for offload=stream, which runs a small model in bfloat16: set "
+                "draft.quantize=false, or offload=none"
+            )
+        if draft.dtype not in (Dtype.auto, Dtype.bfloat16):
+            raise ConfigError(
+                f"draft.dtype={draft.dtype.value}: offload=stream runs a small model in bfloat16; leave it at auto"
+            )
+
+    @classmethod
+    def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        check_shipped(config, model)
+        check_small_model(config, load_small_config(config))
+
+    @classmethod
+    def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
+        return load_small_config(config)
+
+    def prepare(self) -> None:
+        """Load the small model; captured levels and prompt passes read the same bytes.
+
+        Raises:
+            ConfigError: another vocabulary, or a shape that captured levels do not support.
+        """
+        context, draft = self.context, self.context.config.draft
+        assert isinstance(draft, SmallModelDraftConfig)
+        device, streamed = context.device, context.plan is not None
+        dtype = small_dtype(draft, context.dtype)
+        self._source = source = open_small_model(context.config, dtype, device, context.note)
+        check_small_model(context.config, source.config)
+        if streamed:
+            check_level_support(source.config, dtype, f"draft.path={source.name}")
+        vocab_size = context.model.vocab_size
+        check_vocabularies(
+            Vocabulary(source.name, source.config.vocab_size, source.tokenizer),
+            Vocabulary(context.name, vocab_size, context.tokenizer),
+        )
+        if not streamed:  # else the plan has counted it
+            check_memory(
+                count_parameters(source.config) * dtype.itemsize, device, f"small model {source.name}"
+            )
+        self._model = load_small_model(source, vocab_size, device, flat=not draft.quantize)
+        self._report: QuantReport | None = None
+        if draft.quantize:
+            self._report = quantize_draft(
+                self._model,
+                context.config.quant,
+                identity=source.identity,
+                dtype=dtype,
+                device=device,
+                unpack=device.type == "cpu",
+                note=context.note,
+                what=f"the small model {source.name}",
+            )
+
+    def build(self, target: TargetModel) -> BuiltDraft:
+        context, source, config = self.context, self._source, self.context.config.draft
+        assert isinstance(config, SmallModelDraftConfig)
+        levels: LevelDraft
+        if context.plan is None:
+            kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
+            model = levels.model
+        else:
+            kind, model = "fused, bfloat16", TargetModel(self._model)
+            parts = [dense_layer(layer_views(layer)) for layer in model.base.layers]
+            overlap = None if config.overlap_launches else False
+            levels = CapturedDraft(level_model(self._model, parts), config.temperature, overlap=overlap)
+        draft = SeparateCacheDraft(
+            levels,
+            model,
+            max_length=context.config.decoding.max_length,
+            draft_rows=context.policy.draft_rows,
+            vocab_size=target.vocab_size,
+            width=context.policy.width,
+        )
+        parameters, dtype = count_parameters(source.config), str(source.dtype).removeprefix("torch.")
+        facts = {
+            "source": source.source,
+            "planted": source.planted,
+            "dtype": dtype,
+            "layers": source.config.num_hidden_layers,
+            "vocabulary": source.config.vocab_size,
+            "parameters": parameters,
+            "kv_cache_bytes": draft.cache.nbytes,
+            "levels": kind,
+        }
+        summary = f"{source.source}, {parameters / 1e6:.1f} M parameters, {dtype}, {kind}"
+        return BuiltDraft(draft, self._report, facts, summary)

@@ -1,40 +1,36 @@
-"""Which tile shape each matrix of a batch-invariant pass runs with: measured on this card, once, and kept.
+"""Tile shapes of the matrices of a batch-invariant pass: measured on this card, once, and kept.
 
-Every candidate is timed with 1, 64 and 320 rows, and the least sum wins: one shape serves every number of rows. The
-times go to ``<cache>/kernels/<card>-<torch>-invariant-<hash of the kernels' source>.json``. Bits do not depend on the
-choice, so that a file that was lost changes no text.
+Every candidate is timed with 1, 64 and 320 rows, and the least sum wins: one shape serves every number of rows. Times
+are kept in a :class:`~subspec.kernels.timing.TimesFile`. Bits do not depend on the choice: a lost file changes no text.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from subspec.errors import SubspecError
 from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, Tiling, multiply, split_k
-from subspec.kernels.timing import graph_time, read_times, slug, source_hash, write_times
+from subspec.kernels.timing import TimesFile, graph_time
 from subspec.utils.console import Note, print_note
-from subspec.utils.disk import cache_root
 
 ROWS = (1, 64, 320)
 """Plain decoding, a small tree, and the paper's tree."""
 
 MOST_COLUMNS = 16384
-"""Of a matrix that is timed: a larger one (an LM head) runs as many like it."""
+"""Columns of a matrix that is timed: a larger one (an LM head) repeats the same work."""
 
 PARTIAL_ROLES = ("qkv", "out", "down")
 """Matrices whose result is float32 parts of a sum (:class:`subspec.decoding.bitwise.BitwiseArithmetic`)."""
-
-SOURCES = tuple(f"kernels/{name}.py" for name in ("invariant", "invariant_linear", "choose_tiling"))
-"""Files whose change makes times out of date."""
 
 Timer = Callable[[Tiling, str, int, int], float]
 
 
 @dataclass(frozen=True)
 class TilingChoice:
-    """The shapes by role, and where they come from.
+    """Tile shapes by role.
 
     Attributes:
         measured: roles measured in this run.
@@ -66,40 +62,29 @@ def choose_tilings(
     if timer is None and device.type != "cuda":
         return TilingChoice(dict.fromkeys(shapes, REFERENCE), 0)
     timer = timer or (lambda tiling, role, n, k: tile_time(tiling, role, n, k, dtype, device))
-    card = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    folder = folder or cache_root() / "kernels"
-    file = folder / f"{card}-{slug(torch.__version__)}-invariant-{source_hash(SOURCES)}.json"
-    known = read_times(file, note)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    file = TimesFile(card, ["kernels"], note, folder, "invariant")
     wanted = {role: (min(n, MOST_COLUMNS), k) for role, (n, k) in shapes.items()}
     keys = {role: f"{role} {n}x{k} {str(dtype).removeprefix('torch.')}" for role, (n, k) in wanted.items()}
-    names = {str(tiling) for tiling in CANDIDATES}
-    missing = [role for role in wanted if names.isdisjoint(known.get(keys[role], {}))]
+    by_name = {str(tiling): tiling for tiling in CANDIDATES}
+    missing = [role for role in wanted if not file.times.get(keys[role])]
     if missing:
         note("measuring the kernels of batch-invariant passes on this card, once: some seconds")
     failed: dict[str, str] = {}
-    for role in missing:
-        times = {}
-        for tiling in CANDIDATES:
-            try:
-                times[str(tiling)] = timer(tiling, role, *wanted[role]) * 1e6
-            except Exception as error:  # a card without the shared memory that it needs
-                failed[str(tiling)] = (
-                    str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                )
-        if times:  # where nothing ran, something else may have been in the way: tried again next time
-            known[keys[role]] = times
+    for role in missing:  # a candidate may need more shared memory than the card has
+        calls = {name: partial(timer, tiling, role, *wanted[role]) for name, tiling in by_name.items()}
+        failed |= file.measure(keys[role], calls)
     if missing:
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        write_times(file, known, note)
+        file.write()
     picked = {}
     for role, key in keys.items():
-        kept = known.get(key, {})
-        times = {tiling: kept[str(tiling)] for tiling in CANDIDATES if str(tiling) in kept}
+        times = {name: value for name, value in file.times[key].items() if name in by_name}
         if not times:
             reasons = "; ".join(dict.fromkeys(failed.values()))
             raise SubspecError(f"decoding.bitwise: no tile shape runs on this card ({reasons})")
-        picked[role] = min(times, key=lambda tiling: times[tiling])
+        picked[role] = by_name[min(times, key=times.__getitem__)]
     return TilingChoice(picked, len(missing))
 
 

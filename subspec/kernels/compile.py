@@ -8,13 +8,13 @@ import torch
 
 
 def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str, device: int) -> Any:
-    """A kernel.
+    """Compile a kernel.
 
     Args:
         sources: files of ``kernels/csrc``, compiled as one.
-        settings: macros that they expect.
+        settings: macros by name.
         name: of the kernel.
-        device: number of the CUDA device that it is for.
+        device: number of the CUDA device.
     """
     folder = resources.files("subspec.kernels").joinpath("csrc")
     header = "".join(f"#define {key} {value}\n" for key, value in settings.items())
@@ -24,7 +24,7 @@ def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str,
 
 
 def problem(trial: Callable[[], object]) -> str | None:
-    """Why sources for tensor cores cannot be compiled here, in a few words; None when they can.
+    """Why sources for tensor cores cannot be compiled here, in a few words; None if they can.
 
     Args:
         trial: compiles one of them.

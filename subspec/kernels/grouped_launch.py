@@ -1,4 +1,4 @@
-"""One launch for several Linears: a table on the device says what each is, and which blocks of threads are its own."""
+"""One launch for several Linears, which a table on the device describes."""
 
 import struct
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-class PartLaunch:
-    """A kernel whose first argument is the table, and whose last is the number of its rows.
+class GroupedLaunch:
+    """A launch of a kernel whose first argument is the table, and whose last is the number of its rows.
 
     Args:
         kernel: of :func:`subspec.kernels.compile.compile_cuda`.
-        parts: of each Linear its fields (64-bit integers), to which its first block is added, and its blocks.
-        threads: of a block.
+        parts: each Linear's fields (64-bit integers), to which its first block is appended, and its number of blocks.
+        threads: per block.
         device: of the table.
     """
 
@@ -39,6 +39,6 @@ class PartLaunch:
 
 
 def float_bits(value: float) -> int:
-    """The bits of a float32, as a table has them."""
+    """A float32 as the integer that a table holds."""
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     return bits

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.invariant_linear import operand
+from subspec.kernels.modules import triton_kernels
 from subspec.utils.rounding import next_power_of_two, round_up
 
 SPLIT = 1024
@@ -92,8 +93,7 @@ def attend(
         partial: float32, at least :meth:`Heads.partial_floats`.
         out: [rows, query heads * dim].
     """
-    from subspec.kernels import invariant
-
+    invariant = triton_kernels("invariant", query.device)
     rows = query.shape[0]
     splits, piece = splits_of(length), heads.piece_rows(rows, length)
     group = heads.query // heads.kv

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec.kernels.modules import triton_kernels
 from subspec.utils.rounding import round_up
 
 K_STEP = 128
@@ -58,7 +59,7 @@ REFERENCE = Tiling(32, 32, 32, 1, 1)
 
 @dataclass(frozen=True)
 class KSplit:
-    """How a matrix's inputs are cut: ``parts`` of ``size`` inputs each, the last one what is left."""
+    """Slices of a matrix's inputs: ``parts`` of ``size`` inputs each, the last one with the remainder."""
 
     parts: int
     size: int
@@ -85,8 +86,7 @@ def multiply(
         out: [rows, sum of n_i] in the dtype of ``x``: the result; its rows may be strided. Or float32
             [parts, rows, sum of n_i], rows of which may be a slice: the parts of :func:`split_k`, whose sum it is.
     """
-    from subspec.kernels import invariant
-
+    invariant = triton_kernels("invariant", x.device)
     rows, k = x.shape
     partial = out.dim() == 3
     sizes = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
@@ -119,6 +119,8 @@ def aligned(x: Tensor) -> Tensor:
 
 def operand(x: Tensor) -> object:
     """Type of the factors of a product: that of ``x`` on a GPU; Triton's interpreter multiplies float32 only."""
+    if x.is_meta:
+        return None
     from triton import language as tl
 
     if x.device.type != "cuda":

@@ -3,8 +3,8 @@
 A level is a chain of some 260 kernels, each of a few microseconds. Launched one behind the other, every kernel starts
 with nothing on its way from memory, and ends with most of the device idle. With programmatic dependent launch (CUDA
 programming guide, "Programmatic Dependent Launch and Synchronization"; compute capability 9.0) a kernel's blocks may
-start as soon as every block of the kernel before has executed ``griddepcontrol.launch_dependents``; they load what no
-kernel writes (weights), and then execute ``griddepcontrol.wait``, which returns when the kernel before has ended and
+start as soon as every block of the kernel before has executed ``griddepcontrol.launch_dependents``; they load constants
+(weights), and then execute ``griddepcontrol.wait``, which returns when the kernel before has ended and
 its writes can be seen. Captured in a CUDA graph such launches become programmatic edges.
 
 Why that is safe, as long as every kernel that is launched here keeps one rule: **all its threads execute the wait
@@ -13,7 +13,7 @@ before they read anything but constants, and before they write anything.**
 - *Read after write, one kernel back*: the wait itself.
 - *Any number of kernels back*: a kernel cannot end before its own wait has returned, so when kernel n has ended, n - 1
   had, and so on down to the first kernel of the level, which is launched the ordinary way, behind everything
-  before it. Whoever has waited for n has waited for all of them.
+  before it. Waiting for n therefore waits for all of them.
 - *Write after read* (scratch that the allocator hands on within a level, the residual): writes lie behind the wait too.
 - *Constants* read before the wait are written by no kernel of the same level: weights, norms' gains, biases, rotary
   frequencies.
@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 OVERLAP = True
-"""Whether levels overlap their kernels' launches where the device can, unless they are told."""
+"""Default of :func:`how`: whether launches overlap where the device can."""
 
 OVERLAPPING = "overlapping"
-"""How a level's kernels are launched, in records; anything else says why they are not."""
+"""Value of :func:`how` in records when launches overlap; any other value contains the reason why not."""
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _on = False
@@ -61,7 +61,7 @@ class _Config(ctypes.Structure):
 
 
 def problem(device: torch.device) -> str | None:
-    """Why launches cannot overlap on ``device``, in a few words; None when they can."""
+    """Why launches cannot overlap on ``device``, in a few words; None if they can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -73,10 +73,10 @@ def how(device: torch.device, asked: bool | None = None) -> str:
     """How a level's kernels are launched on ``device``: :data:`OVERLAPPING`, or ``in order`` and why.
 
     Args:
-        asked: whether they are to overlap; None: as :data:`OVERLAP` says, where the device can.
+        asked: whether launches must (not) overlap; None: :data:`OVERLAP`, where the device can.
 
     Raises:
-        ValueError: they are to overlap, and cannot.
+        ValueError: launches must overlap, and cannot.
     """
     reason = problem(device)
     if asked and reason:
@@ -88,7 +88,7 @@ def how(device: torch.device, asked: bool | None = None) -> str:
 
 @contextmanager
 def overlapping(on: bool) -> Iterator[None]:
-    """Our kernels launched inside overlap (or do not), in this thread of launches."""
+    """Context in which our kernels' launches overlap (or do not)."""
     global _on
     before, _on = _on, on
     try:
@@ -98,7 +98,7 @@ def overlapping(on: bool) -> Iterator[None]:
 
 
 def is_overlapping() -> bool:
-    """Whether kernels are to be launched, and compiled, so that they overlap."""
+    """Whether kernels are launched, and compiled, to overlap."""
     return _on
 
 
@@ -118,8 +118,8 @@ def launch(
     """Launch a kernel of PyTorch's run-time compiler on the current stream.
 
     Args:
-        kernel: of ``torch.cuda._compile_kernel``; inside :func:`overlapping` compiled to keep the module's rule.
-        block: threads.
+        kernel: of ``torch.cuda._compile_kernel``; inside :func:`overlapping` it must keep the module's rule.
+        block: threads per block.
         args: tensors for pointers, integers for ``int``, floats for ``double``.
         shared: bytes of dynamic shared memory.
     """

@@ -1,8 +1,8 @@
 """The small operations of a draft level as Triton kernels: everything between the Linear layers.
 
-A level has a handful of rows, so each operation is a launch and little else; what could be fused, is. Sums that
-the 4-bit Linear left in slices are added by whoever reads them. The length of the committed prefix is read from
-device memory, so that a captured graph serves any length; attention loops over the rows that exist.
+A level has a handful of rows, so a launch costs more than its arithmetic; operations are fused where possible. A kernel
+that reads the partial sums of a Linear adds them up. The length of the committed prefix is read from device memory, so
+that a captured graph serves any length; attention loops over the rows that exist.
 
 With OVERLAP a kernel is launched with ``launch_pdl=True`` and keeps the rule of :mod:`subspec.kernels.launch`: it lets
 the next kernel start at once, reads constants only, and waits for the kernel before ahead of everything else.

@@ -10,10 +10,11 @@ import torch
 
 from subspec.utils.capture import capturing
 from subspec.utils.console import Note
-from subspec.utils.disk import replace_file
+from subspec.utils.disk import cache_root
+from subspec.utils.files import write_atomic
 
 ROUNDS = 3
-"""Measurements of which the fastest counts: what disturbs a kernel only ever makes it slower."""
+"""Measurements of which the fastest counts: disturbances only ever make a kernel slower."""
 
 FORMAT = 1
 """Of the file."""
@@ -40,50 +41,90 @@ def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
 
 
 def slug(text: str) -> str:
-    """Lower case, everything but letters, digits, dots and pluses a dash: part of a file name."""
+    """Part of a file name: lower case, with a dash for everything but letters, digits, dots and pluses."""
     return "-".join(
         "".join(c if c.isascii() and (c.isalnum() or c in ".+") else " " for c in text.lower()).split()
     )
 
 
-def source_hash(sources: Iterable[str]) -> str:
-    """Twelve hex digits of the source that times belong to.
-
-    Args:
-        sources: files of the package, as ``kernels/int4.py``.
-    """
+def source_hash(packages: Iterable[str]) -> str:
+    """Twelve hex digits of the sources that times belong to: every ``.py`` and ``.cu`` of these packages."""
     digest = hashlib.sha256()
-    for name in sources:
-        digest.update(resources.files("subspec").joinpath(name).read_bytes())
+    for package in packages:
+        folder = Path(str(resources.files("subspec").joinpath(package)))
+        for file in sorted(file for suffix in ("py", "cu") for file in folder.rglob(f"*.{suffix}")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def read_times(file: Path, note: Note) -> dict[str, dict[str, float]]:
-    """Microseconds by ``role shape format rows`` and candidate; empty, and said, when the file is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or content["for"] != file.stem:
-            note(f"{file} belongs to other kernels or another card: measuring again")
+class TimesFile:
+    """Microseconds by key and candidate, in ``<card>-<torch>-<hash of the sources>.json``.
+
+    Args:
+        card: the device's name.
+        packages: of the kernels and of everything that launches them (:func:`source_hash`).
+        note: receives a message if the file cannot be read or written.
+        folder: of the file; that of the cache if None.
+        subject: part of the file's name.
+
+    Attributes:
+        path: of the file.
+        times: microseconds by key and candidate.
+    """
+
+    def __init__(
+        self, card: str, packages: Iterable[str], note: Note, folder: Path | None = None, subject: str = ""
+    ) -> None:
+        name = "-".join(
+            [slug(card), slug(torch.__version__), *filter(None, [subject]), source_hash(packages)]
+        )
+        self.path = (folder or cache_root() / "kernels") / f"{name}.json"
+        self._note = note
+        self.times = self._read(note)
+
+    def measure(self, key: str, candidates: Mapping[str, Callable[[], float]]) -> dict[str, str]:
+        """Add the times of the candidates that ``key`` lacks.
+
+        Args:
+            candidates: calls that return seconds; any exception means that a candidate does not run here.
+
+        Returns:
+            First line of the error of every candidate that failed.
+        """
+        times, failed = self.times.setdefault(key, {}), {}
+        for name, seconds in candidates.items():
+            if name not in times:
+                try:
+                    times[name] = seconds() * 1e6
+                except Exception as error:
+                    failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return failed
+
+    def write(self) -> None:
+        """Keep the times together with those that another process has written in the meantime."""
+        merged = {**self._read(lambda text: None), **self.times}
+        content = {"format": FORMAT, "for": self.path.stem, "microseconds": merged}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            self._note(f"the kernels' times are not kept: cannot write {self.path} ({error.strerror})")
+
+    def _read(self, note: Note) -> dict[str, dict[str, float]]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or content["for"] != self.path.stem:
+                note(f"{self.path} belongs to other kernels or another card: measuring again")
+                return {}
+            times = {
+                key: {name: float(value) for name, value in entry.items()}
+                for key, entry in content["microseconds"].items()
+            }
+            if not all(value > 0 for entry in times.values() for value in entry.values()):
+                raise ValueError
+            return times
+        except (FileNotFoundError, NotADirectoryError):
             return {}
-        times = {
-            key: {name: float(value) for name, value in entry.items()}
-            for key, entry in content["microseconds"].items()
-        }
-        if not all(value > 0 for entry in times.values() for value in entry.values()):
-            raise ValueError
-        return times
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        note(f"{file} cannot be read ({type(error).__name__}): measuring again")
-        return {}
-
-
-def write_times(file: Path, times: Mapping[str, Mapping[str, float]], note: Note) -> None:
-    """Keep ``times`` together with what another process has written meanwhile; a failure is only said."""
-    merged = {**read_times(file, lambda text: None), **times}
-    content = {"format": FORMAT, "for": file.stem, "microseconds": merged}
-    try:
-        replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
-    except OSError as error:
-        note(f"the kernels' times are not kept: cannot write {file} ({error.strerror})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            note(f"{self.path} cannot be read ({type(error).__name__}): measuring again")
+            return {}

@@ -1,18 +1,19 @@
-"""From a target's exact layers to the fused substitute: quantize, pack, and hand to the kernels that were chosen."""
+"""Build draft levels from a target's exact layers: quantize, pack, and assign the chosen kernels."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.errors import ConfigError
-from subspec.levels.model import FusedLayer, FusedModel
-from subspec.quant.affine_format import TILES, AffineFormat, Format
+from subspec.levels.model import LevelLayer, LevelModel
+from subspec.quant.hqq import HqqFormat
 from subspec.quant.level_linear import Dense, LevelLinear, Variant
-from subspec.quant.quantized_weight import CodeQuantizer, QuantizedWeight, stack_rows
+from subspec.quant.quantized_weight import QuantizedWeight, stack_rows
+from subspec.quant.weight_format import TILES, WeightFormat, WeightQuantizer
 from subspec.utils.rounding import round_up
 
 ROLES = {
@@ -21,34 +22,46 @@ ROLES = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""A layer's fused Linears and what each is made of."""
+"""A layer's fused Linears and their parts."""
 
 
-class LayerFuser:
-    """Builds :class:`FusedLayer` objects from exact layer weights.
+class SubstituteBuilder:
+    """Builds :class:`LevelLayer` objects from exact layer weights.
 
     Args:
         config: the target's configuration.
         quantizer: of single weights.
-        formats: how each role's quantized weight is kept (``head``: the draft has an LM head of its own); None: 4
-            bits in groups of 64 for a layer's Linears.
-        kernel: what computes the quantized Linears: a kernel by role (of
-            :func:`subspec.quant.choose_kernels.choose_kernels`), or the name of one for all, with its usual settings.
+        formats: of each role's quantized weight (``head``: the draft has an LM head of its own); None: HQQ with 4 bits
+            in groups of 64 for a layer's Linears.
+        kernel: of the quantized Linears by role (:func:`subspec.quant.choose_kernels.choose_kernels`), or the name of
+            one kernel for all, with its default settings.
         keep_exact: names of Linears (``q_proj``...) that are not quantized.
+        skip_layers: layers whose Linears all stay exact (``quant.skip_layers``).
+
+    Attributes:
+        layers: the layers taken so far.
+        head: the draft's own LM head; None: the target's.
+        codes: the quantized weights of the layer taken last, by parameter name, while ``keeps_codes``.
     """
 
     def __init__(
         self,
         config: PretrainedConfig,
-        quantizer: CodeQuantizer,
+        quantizer: WeightQuantizer,
         *,
         kernel: str | Mapping[str, Variant],
         keep_exact: frozenset[str],
-        formats: Mapping[str, Format] | None = None,
+        formats: Mapping[str, WeightFormat] | None = None,
+        skip_layers: frozenset[int] = frozenset(),
     ) -> None:
         self.config = config
+        self.skip_layers = skip_layers
+        self.layers: list[LevelLayer] = []
+        self.head: LevelLinear | None = None
+        self.keeps_codes = False
+        self.codes: dict[str, QuantizedWeight] = {}
         self.quantizer = quantizer
-        self.formats: Mapping[str, Format] = formats or dict.fromkeys(ROLES, AffineFormat())
+        self.formats: Mapping[str, WeightFormat] = formats or dict.fromkeys(ROLES, HqqFormat())
         if isinstance(kernel, str):
             kernel = {role: Variant(kernel, TILES[role]) for role in self.formats}
         self.kernels = kernel
@@ -56,7 +69,20 @@ class LayerFuser:
         self.modules = self.weights = self.stored_bytes = 0
         self.bits: dict[str, float] = {}
 
-    def fuse(
+    def needs(self, index: int) -> bool:
+        """Every layer is needed."""
+        return True
+
+    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
+        """Append decoder layer ``index``, whose exact parameters are ``layer``."""
+        self.codes = {}
+        device = next(iter(layer.values())).device
+        keep = self.codes if self.keeps_codes else None
+        self.layers.append(
+            self.build_layer(layer, device, exact=index in self.skip_layers, index=index, keep=keep)
+        )
+
+    def build_layer(
         self,
         tensors: Mapping[str, Tensor],
         device: torch.device,
@@ -65,15 +91,15 @@ class LayerFuser:
         index: int | None = None,
         keep: dict[str, QuantizedWeight] | None = None,
         known: Mapping[str, QuantizedWeight] | None = None,
-    ) -> FusedLayer:
-        """One layer.
+    ) -> LevelLayer:
+        """Build one layer.
 
         Args:
             tensors: the layer's exact parameters by name; those of ``known`` may be missing.
             exact: keep every Linear exact (a layer in ``quant.skip_layers``).
-            index: the layer's number, by which a quantizer may remember its codes; None: it is not to.
-            keep: where to put the quantized weights, by parameter name, for whoever needs them besides.
-            known: all of the layer's quantized weights, by parameter name; None: they are made from ``tensors``.
+            index: the layer's number, under which a quantizer may store the quantized weights; None: do not store them.
+            keep: receives the quantized weights, by parameter name.
+            known: all of the layer's quantized weights, by parameter name; None: quantize ``tensors``.
         """
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
@@ -85,7 +111,7 @@ class LayerFuser:
         assert post_norm is not None
         linears = {role: self._linear(role, tensors, exact, index, keep, known) for role in ROLES}
         self.quantizer.end_layer()
-        layer = FusedLayer(
+        layer = LevelLayer(
             **linears,
             qkv_bias=torch.cat([b.to(device, torch.bfloat16) for b in bias if b is not None])
             if bias[0] is not None
@@ -111,7 +137,7 @@ class LayerFuser:
             role == "down" and "mlp.down_proj.bias" in tensors
         ):
             raise ConfigError(
-                f"this target has a bias in {names[0]}, which the fused substitute does not support"
+                f"this target has a bias in {names[0]}, which the substitute of offload=stream does not support"
             )
         swiglu = role == "gate_up"
         if known is not None and not (exact or is_kept(role, self.keep_exact)):
@@ -126,11 +152,11 @@ class LayerFuser:
             keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
         return self._quantized(role, codes)
 
-    def fuse_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
+    def build_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
         """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
 
         Args:
-            keep: where to put the quantized weight, for whoever needs it besides.
+            keep: receives the quantized weight.
         """
         if "head" not in self.formats:
             return None
@@ -142,7 +168,7 @@ class LayerFuser:
         return head
 
     def _codes(self, weights: list[Tensor], names: Sequence[str | None]) -> list[QuantizedWeight]:
-        return [self.quantizer.codes(weight, name) for weight, name in zip(weights, names, strict=True)]
+        return [self.quantizer.quantize(weight, name) for weight, name in zip(weights, names, strict=True)]
 
     def _quantized(self, role: str, codes: list[QuantizedWeight]) -> LevelLinear:
         swiglu = role == "gate_up"
@@ -157,12 +183,13 @@ class LayerFuser:
         return linear
 
 
-def compact(layer: FusedLayer, device: torch.device | None = None) -> FusedLayer:
-    """Move a layer's packed weights into one allocation: the allocator rounds every tensor of some MiB up to two,
-    which takes 7 % of a 7B substitute when each Linear has tensors of its own.
+def compact(layer: LevelLayer, device: torch.device | None = None) -> LevelLayer:
+    """Move a layer's packed weights into one allocation.
+
+    The allocator rounds tensors above 1 MiB to multiples of 2 MiB: 7 % of a 7B substitute with separate tensors.
 
     Args:
-        device: where to; None: where they are.
+        device: destination; None: their own device.
     """
     tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
     sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
@@ -181,19 +208,19 @@ def compact(layer: FusedLayer, device: torch.device | None = None) -> FusedLayer
     return layer
 
 
-def _linears(layer: FusedLayer) -> tuple[LevelLinear, ...]:
+def _linears(layer: LevelLayer) -> tuple[LevelLinear, ...]:
     return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
 def is_kept(role: str, keep_exact: frozenset[str]) -> bool:
-    """Whether a fused Linear stays exact: one exact part makes the whole of it exact."""
+    """Whether a fused Linear stays exact, which it does if any of its parts does."""
     return any(name.rpartition(".")[2] in keep_exact for name in ROLES[role])
 
 
 def role_shapes(
     layer: Mapping[str, torch.Size], keep_exact: frozenset[str] = frozenset()
 ) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of a layer's quantized fused Linears.
+    """(outputs, inputs) of a layer's quantized fused Linears.
 
     Args:
         layer: shapes of a layer's parameters by name.
@@ -209,32 +236,27 @@ def role_shapes(
     }
 
 
-def fuse_model(
-    config: PretrainedConfig,
-    layers: list[FusedLayer],
-    shared: Mapping[str, Tensor],
-    rotary: nn.Module,
-    draft_head: LevelLinear | None = None,
-) -> FusedModel:
-    """Put fused layers and the target's own embedding, norm, head and rotary tables together.
+def level_model(
+    model: PreTrainedModel, layers: list[LevelLayer], draft_head: LevelLinear | None = None
+) -> LevelModel:
+    """Combine fused layers with a model's embedding, final norm, LM head and rotary frequencies.
 
     Args:
-        draft_head: the draft's own LM head (``LayerFuser.fuse_head``).
-        shared: ``model.embed_tokens.weight``, ``model.norm.weight`` and, unless it is tied or coded by the draft's,
-            ``lm_head.weight``.
-        rotary: the target's rotary embedding module.
+        model: its layers need no weights. An LM head on the meta device is coded by ``draft_head``.
+        draft_head: the draft's own LM head (``SubstituteBuilder.build_head``).
     """
-    embedding, final_norm = shared["model.embed_tokens.weight"], shared["model.norm.weight"]
-    head = shared.get("lm_head.weight")
-    if head is None and (config.tie_word_embeddings or draft_head is None):
-        head = embedding
+    config, base = model.config, model.get_decoder()
+    embedding, final_norm = model.get_input_embeddings().weight.data, base.norm.weight.data
+    output = model.get_output_embeddings().weight
+    head = embedding if output is model.get_input_embeddings().weight else output.data
+    rotary = base.rotary_emb
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inverse: Any = rotary.inv_freq
-    return FusedModel(
+    return LevelModel(
         layers=layers,
         embedding=embedding,
         final_norm=final_norm,
-        head=head,
+        head=None if head.is_meta else head,
         draft_head=draft_head,
         inverse_frequency=inverse.float().to(final_norm.device),
         attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
@@ -243,5 +265,5 @@ def fuse_model(
         kv_heads=config.num_key_value_heads,
         head_dim=dim,
         hidden=config.hidden_size,
-        vocab_size=(embedding if head is None else head).shape[0],
+        vocab_size=head.shape[0],
     )

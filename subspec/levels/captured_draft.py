@@ -1,23 +1,26 @@
-"""The substitute on a GPU: one draft level as nine kernels a layer, replayed as one CUDA graph.
+"""Draft levels on a GPU: nine kernels a layer, a level replayed as one CUDA graph.
 
-Same draft as :class:`~subspec.drafts.substitute.SubstituteDraft`, same region of the target's KV cache, other
-execution: q/k/v and gate/up are one Linear each, whatever lies between the Linears is fused (``kernels/level.py``),
-and a level from the embedding look-up to the tree's new nodes is captured once and replayed. A tree that grows by
-a fixed schedule makes everything but the tree's contents, the cache and the prefix length constant, and the length
-is read from device memory; so one graph per level serves the whole run and the host does nothing but launch it.
+The draft and its region of the KV cache are those of :class:`~subspec.drafts.substitute.SubstituteDraft`; the execution
+differs: q/k/v and gate/up are one Linear each, the operations between the Linears are fused (``kernels/level.py``), and
+a level from the embedding look-up to the tree's new nodes is captured once and replayed. With a fixed schedule of tree
+growth everything but the tree's contents, the cache and the prefix length is constant, and the length is read from
+device memory: one graph per level serves the whole run.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from subspec.config.schema import SubstituteDraftConfig
+from subspec.decoding.draft import LevelDraft, Perturb
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.kernels import launch
-from subspec.levels.model import Attention, FusedLayer, FusedModel
+from subspec.kernels.modules import triton_kernels
+from subspec.levels.model import Attention, LevelLayer, LevelModel
 from subspec.utils.capture import capture_stream, capturing
 from subspec.utils.rounding import next_power_of_two
 
@@ -30,7 +33,7 @@ USUAL_ROWS = 8
 
 @dataclass
 class _Level:
-    """What is constant about a level."""
+    """The constants of a level."""
 
     rows: int
     used: int
@@ -38,41 +41,32 @@ class _Level:
     first_new: int
 
 
-class CapturedDraft:
+class CapturedDraft(LevelDraft):
     """A draft whose levels run as captured graphs (on a CPU, for tests, as plain calls).
 
     Args:
-        model: the substitute.
+        model: the layers and the tensors shared with the target.
         temperature: of the draft distribution.
         attention: settings of attention.
-        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: where
-            the device can.
+        overlap: whether kernels start while the one before still runs (:mod:`subspec.kernels.launch`); None: if the
+            device supports it.
     """
 
-    needs_features = False
     shares_cache = True
-
-    launches: str
-    """How kernels are launched, for the record: see :func:`subspec.kernels.launch.how`."""
 
     def __init__(
         self,
-        model: FusedModel,
-        temperature: float = 0.2,
+        model: LevelModel,
+        temperature: float = SubstituteDraftConfig.temperature,
         *,
         attention: Attention = Attention(),  # noqa: B008 (frozen)
         overlap: bool | None = None,
     ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"draft.temperature must be positive, not {temperature}")
-        # Imported here: Triton is not there on machines that only compose configurations or run on a CPU.
-        from subspec.kernels import level
-
-        self.kernels = level
+        super().__init__(temperature)
         self.model = model
-        self.temperature = temperature
         self.attention = attention
         self.device = model.final_norm.device
+        self.kernels = triton_kernels("level", self.device)
         self.launches = launch.how(self.device, overlap)
         self.overlap = self.launches == launch.OVERLAPPING
         self._overlapped: dict[str, bool] = (
@@ -89,10 +83,9 @@ class CapturedDraft:
         self._length_is_set = False
         self._scratch = Tree(1, self.device)
 
-    @property
-    def graphs_captured(self) -> int:
-        """Number of captured graphs, for the record."""
-        return len(self._graphs)
+    def facts(self) -> dict[str, Any]:
+        """Number of captured graphs, and how their kernels are launched (:func:`subspec.kernels.launch.how`)."""
+        return {"graphs_captured": len(self._graphs), "draft_launches": self.launches}
 
     # ------------------------------------------------------------------------------- the draft interface
 
@@ -103,32 +96,30 @@ class CapturedDraft:
             self._node_of_row = torch.zeros(cache.draft_rows, dtype=torch.int64, device=self.device)
         self._length_is_set = False
 
-    def observe(self, tokens: Tensor, features: Tensor | None) -> None:
-        """Nothing to do: the committed rows are in the shared cache."""
-
-    def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         self._length_is_set = False
 
-    # ------------------------------------------------------ what a draft with a cache of its own asks besides
+    # ----------------------------------------------------------------------- on a cache of the draft's own
 
-    whole_levels = True
-    """A frontier is always the whole last level."""
+    @property
+    def whole_levels(self) -> bool:
+        return True
 
     @property
     def node_of_row(self) -> Tensor:
-        """Node number of each row of the draft region, int64; right for the rows that are in use."""
         return self._node_of_row
 
     def rows_used(self, tree: Tree) -> int:
-        """Rows of the draft region that ``tree`` has filled: those of all levels but the last."""
+        """The rows of all levels but the last."""
         return tree.size - tree.level_size
 
-    def reserve(self, rows: int) -> None:
-        """Make room for levels of ``rows`` nodes, before anything is captured."""
-        self._logits_of(rows)
+    def warm_up(self, width: int) -> None:
+        if self.device.type == "cuda":
+            self._logits_of(width)
+            self.append(torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def append(self, tokens: Tensor) -> None:
-        """Run one token (int64 [1]) behind the prefix and commit its row: a level of its own, replayed as one."""
+        """Run one token (int64 [1]) behind the prefix and commit its row, as a level of its own."""
         cache = self._cache
         assert cache is not None
         self._length_is_set = False
@@ -137,24 +128,25 @@ class CapturedDraft:
         cache.adopt(torch.full_like(tokens, cache.draft_rows - 1))
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        """Logits of the frontier, which is the whole last level; growth is the caller's (sampling perturbs first)."""
+        """Logits of the frontier, which must be the whole last level."""
         if frontier.numel() != tree.level_size:
             raise ValueError(
                 f"captured levels draft whole levels: {frontier.numel()} of {tree.level_size} nodes were asked for"
             )
         return self._run(tree, frontier.numel(), None)
 
-    def level_step(self, growth: TreePolicy) -> Callable[[Tree], None]:
-        """Draft and grow one level in one go (greedy, beams)."""
-        if not isinstance(growth, Beam):
-            raise TypeError(f"{type(growth).__name__} has no captured level")
+    def captures(self, policy: TreePolicy) -> bool:
+        return isinstance(policy, Beam)
 
-        def step(tree: Tree) -> None:
-            place = self._place(tree, growth.width)
-            self._run(tree, place.rows, growth.width)
-            tree.adopt_level(growth.width)
-
-        return step
+    def extend(
+        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
+    ) -> Tensor:
+        """One level; of a greedy beam, the tree's new nodes are part of the captured graph."""
+        if perturb is not None or not self.captures(policy):
+            return super().extend(tree, frontier, policy, perturb)
+        self._run(tree, self._place(tree, policy.width).rows, policy.width)
+        tree.adopt_level(policy.width)
+        return tree.last_level
 
     # --------------------------------------------------------------------------------------- one level
 
@@ -245,7 +237,7 @@ class CapturedDraft:
         return out
 
     def _logits_of(self, rows: int) -> Tensor:
-        """Where every level's logits go: captured levels would otherwise keep one such tensor each."""
+        """One buffer for the logits of all levels, so that captured levels do not keep one tensor each."""
         if self._logits is None or self._logits.shape[0] < rows:
             self._graphs.clear()  # they write to the narrower buffer
             shape = (max(rows, USUAL_ROWS), self.model.vocab_size)
@@ -274,7 +266,7 @@ class CapturedDraft:
     def _attention(
         self,
         index: int,
-        layer: FusedLayer,
+        layer: LevelLayer,
         qkv: Tensor,
         tree: Tree,
         nodes: Tensor,
@@ -368,7 +360,7 @@ class CapturedDraft:
         return attended
 
     def _remember(self, start_row: int, nodes: Tensor) -> None:
-        """Which node each draft row holds: constant per level, so written once per capture, not per replay."""
+        """Store the nodes of a level's draft rows, which are constant: before the capture, not per replay."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         self._node_of_row[start_row : start_row + nodes.numel()] = nodes

@@ -1,40 +1,39 @@
-"""Fused levels over exact bfloat16 layers, without a second copy of their weights.
+"""Draft levels over exact bfloat16 layers, without a second copy of their weights.
 
-A layer lies in one flat run of bytes in which the parts of a fused Linear are neighbours
-(:func:`subspec.targets.layer_bytes.flat_layer`), so that the parameters of a transformers module and the fused Linears
-are views of the same bytes.
+The parts of a fused Linear are adjacent in a layer's flat bytes (:func:`subspec.targets.layer_bytes.flat_layer`), so
+the parameters of a transformers module and the fused Linears are views of the same bytes.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from subspec.errors import ConfigError
-from subspec.levels.model import FusedLayer
+from subspec.levels.model import LevelLayer
 from subspec.quant.level_linear import Dense
 from subspec.targets.layer_bytes import NEIGHBOURS
 from subspec.utils.rounding import is_power_of_two
 
 
-def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) -> FusedLayer:
-    """The fused form of a layer made by :func:`flat_layer` in bfloat16; nothing is copied.
+def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) -> LevelLayer:
+    """A layer of draft levels over the bytes of :func:`flat_layer`, bfloat16; nothing is copied.
 
     Args:
-        cache_layer: whose rows of the KV cache it uses; None: those of its place among the fused layers.
+        cache_layer: layer of the KV cache that it uses; None: its place among the draft's layers.
 
     Raises:
-        ConfigError: the layer has a bias that the fused level does not know.
+        ConfigError: the layer has a bias that draft levels do not support.
     """
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         if f"{name}.bias" in views:
             raise ConfigError(
-                f"the draft's layers have a bias in {name}, which the fused level of offload=stream does not support: "
+                f"the draft's layers have a bias in {name}, which offload=stream does not support: "
                 "set offload=none, or take another draft"
             )
     weights, biases, gate_up = ([views[name] for name in group if name in views] for group in NEIGHBOURS)
-    return FusedLayer(
+    return LevelLayer(
         qkv=Dense(_joined(weights)),
         out=Dense(views["self_attn.o_proj.weight"]),
         gate_up=Dense(_joined(gate_up), swiglu=True, interleaved=False),
@@ -48,31 +47,36 @@ def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) 
     )
 
 
-def check_fused(config: PretrainedConfig, dtype: torch.dtype, what: str) -> None:
-    """Whether the fused level can run a model's layers.
+def layer_views(layer: nn.Module) -> dict[str, Tensor]:
+    """A loaded layer's parameters by name."""
+    return {name: parameter.data for name, parameter in layer.named_parameters()}
+
+
+def check_level_support(config: PretrainedConfig, dtype: torch.dtype, what: str) -> None:
+    """Check that draft levels support a model's layers.
 
     Args:
-        what: the model, as a message begins with.
+        what: the model, the beginning of a message.
 
     Raises:
-        ConfigError: its heads or its type do not suit the kernels.
+        ConfigError: the kernels do not support its head size or its dtype.
     """
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if dim < 16 or not is_power_of_two(dim):
         raise ConfigError(
-            f"{what} has heads of {dim} numbers, and the fused level of offload=stream needs a power of two of at "
+            f"{what} has heads of {dim} numbers, and captured levels of offload=stream need a power of two of at "
             "least 16: set offload=none, or take another draft"
         )
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{what} is in {name}, and the fused level of offload=stream computes in bfloat16: leave "
+            f"{what} is in {name}, and captured levels of offload=stream compute in bfloat16: leave "
             "draft.dtype and target.dtype at auto"
         )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Neighbours as one tensor over the same bytes, joined along their first dimension."""
+    """Adjacent tensors as one tensor over the same bytes, joined along their first dimension."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != end or not part.is_contiguous():

@@ -1,4 +1,4 @@
-"""What a fused level computes with: the layers' Linears, what is shared with the target, and settings of attention."""
+"""The model that a captured level runs: its layers, tensors shared with the target, and settings of attention."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from subspec.quant.level_linear import LevelLinear
 
 
 @dataclass
-class FusedLayer:
+class LevelLayer:
     """One decoder layer of the draft; Linears as :class:`~subspec.quant.level_linear.LevelLinear`.
 
     ``cache_layer``: the layer of the KV cache it writes and reads; None: its place among the draft's layers.
@@ -27,18 +27,18 @@ class FusedLayer:
 
 
 @dataclass
-class FusedModel:
-    """The substitute's layers and what it shares with the target.
+class LevelModel:
+    """A draft's layers and the tensors that it shares with the target.
 
     Attributes:
         embedding: [vocabulary, hidden], on the device or in pinned host memory.
         head: LM head [vocabulary, hidden], the target's own; None: it is coded by ``draft_head``.
-        draft_head: what drafts with instead, quantized; None: ``head``.
+        draft_head: the draft's own quantized LM head; None: ``head``.
         inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
         attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
     """
 
-    layers: list[FusedLayer]
+    layers: list[LevelLayer]
     embedding: Tensor
     final_norm: Tensor
     head: Tensor | None
@@ -55,15 +55,15 @@ class FusedModel:
 
 @dataclass(frozen=True)
 class Attention:
-    """How a level attends (``kernels/level.py``: ``tree_attention``); what is best depends on the prefix.
+    """Settings of a level's attention (``kernels/level.py``: ``tree_attention``); the best ones depend on the prefix.
 
     Attributes:
-        splits: slices of the keys that are worked on in parallel, a power of two.
-        block: keys at a time.
-        chunk: rows times heads of a kv head that one program takes, a power of two of at least 16; 0: all.
+        splits: slices of the keys, processed in parallel; a power of two.
+        block: keys per step.
+        chunk: rows times heads of a KV head per program, a power of two of at least 16; 0: all.
         warps: of a program.
-        stages: blocks of keys whose loads are on their way together.
-        masks_prefix: whether blocks of the prefix go through the tree's mask too, instead of a branch around it.
+        stages: blocks of keys loaded ahead.
+        masks_prefix: apply the tree's mask to blocks of the prefix too, instead of a branch around it.
     """
 
     splits: int = 32

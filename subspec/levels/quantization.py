@@ -1,8 +1,7 @@
-"""From ``quant=...`` to what a fused level needs of it: a quantizer of weights, and each role's format.
+"""The quantization of draft levels that ``quant=...`` configures: a quantizer of weights, and the format of each role.
 
 A new method of quantization is one entry in :data:`METHODS`, beside its
-:class:`~subspec.quant.quantized_weight.CodeQuantizer` and its :class:`~subspec.quant.affine_format.Format`. The planner
-and the builder ask here, so both mean the same bytes.
+:class:`~subspec.quant.weight_format.WeightFormat`. The planner and the builder of levels both use these functions.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,36 +12,33 @@ import torch
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, is_kept, role_shapes
-from subspec.quant.affine_format import Format, affine_format, describe
-from subspec.quant.base import HEAD, MODULE_CLASSES, linear_names
-from subspec.quant.codebook_format import LutFormat
+from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.higgs import check_higgs
-from subspec.quant.higgs_weight import HiggsCodeQuantizer
-from subspec.quant.hqq import check_group_size, check_hqq
-from subspec.quant.module_bits import bits_by_linear
-from subspec.quant.quantized_weight import CodeQuantizer, HqqCodes
+from subspec.quant.hqq import HqqFormat, check_group_size, check_hqq, hqq_quantizer
+from subspec.quant.modules import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
+from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 
 AUTO = "auto"
 
 TILE_ROWS = 16
-"""Rows of a gate and an up projection that take turns in one Linear (:func:`subspec.kernels.int4.interleave`)."""
+"""Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.int4.interleave`)."""
 
 
 @dataclass(frozen=True)
 class LevelQuantization:
-    """How a fused substitute is quantized.
+    """The quantization of a substitute whose levels are captured.
 
     Attributes:
         quantizer: of single weights.
-        shapes: outputs and inputs of every quantized role: a layer's (``qkv``...), and ``head`` if it is quantized.
-        formats: how each of them is kept.
-        exact: outputs and inputs of a layer's roles that stay exact.
+        shapes: (outputs, inputs) of every quantized role: a layer's (``qkv``...), and ``head`` if it is quantized.
+        formats: by quantized role.
+        exact: (outputs, inputs) of a layer's roles that stay exact.
         keep_exact: names of the Linears that stay exact.
     """
 
-    quantizer: CodeQuantizer
+    quantizer: WeightQuantizer
     shapes: Mapping[str, tuple[int, int]]
-    formats: Mapping[str, Format]
+    formats: Mapping[str, WeightFormat]
     exact: Mapping[str, tuple[int, int]]
     keep_exact: frozenset[str]
     bits: Mapping[str, int] = field(default_factory=dict)
@@ -58,7 +54,7 @@ class LevelQuantization:
         return sum(self._bytes(role) for role in self.shapes if role != "head")
 
     def stored_bytes(self, layers: int) -> int:
-        """Bytes on disk of so many layers, and of the head."""
+        """Bytes on disk of ``layers`` layers and the head."""
         return sum(
             (1 if role == "head" else layers) * self.quantizer.stored_bytes(shape, _linears(role)[0])
             for role, shape in self.shapes.items()
@@ -68,7 +64,7 @@ class LevelQuantization:
         """For the plan: ``attention 4 bit, mlp 3 bit in 4-bit words, lm_head 8 bit; groups of 64``."""
         of = {path.rpartition(".")[2]: kept for role, kept in self.formats.items() for path in _linears(role)}
         details = list(dict.fromkeys(kept.detail for kept in of.values()))
-        said = {name: kept.name if len(details) == 1 else describe(kept) for name, kept in of.items()}
+        said = {name: kept.name if len(details) == 1 else str(kept) for name, kept in of.items()}
         parts = []
         for key, names in MODULE_CLASSES.items():
             kinds = {name: said[name] for name in names if name in said}
@@ -80,14 +76,14 @@ class LevelQuantization:
         return self.formats[role].device_bytes(*self.shapes[role])
 
 
-def fused_quantization(
+def level_quantization(
     quant: QuantConfig,
     layer: Mapping[str, torch.Size],
     head: tuple[int, int],
     *,
     kernel: str = AUTO,
 ) -> LevelQuantization:
-    """How ``quant`` quantizes a target of these shapes for a fused level.
+    """The quantization of a target of these shapes that ``quant`` configures.
 
     Args:
         layer: shape of every parameter of a layer by name.
@@ -95,16 +91,16 @@ def fused_quantization(
         kernel: ``draft.kernel``.
 
     Raises:
-        ConfigError: there is no fused level for it, or its settings do not fit the target.
+        ConfigError: captured levels do not support the method, or its settings do not fit the target.
     """
     if type(quant) not in METHODS:
         raise ConfigError(
-            f"quant={quant.name} has no fused level for offload=stream: set quant=hqq or quant=higgs"
+            f"quant={quant.name} is not supported by offload=stream: set quant=hqq or quant=higgs"
         )
     outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
     if outputs % TILE_ROWS:
         raise ConfigError(
-            f"this target's {ROLES['gate_up'][0]} has {outputs} outputs, and the fused substitute of offload=stream "
+            f"this target's {ROLES['gate_up'][0]} has {outputs} outputs, and the substitute of offload=stream "
             f"takes a multiple of {TILE_ROWS}: set offload=none, or draft=none with offload.codec=none"
         )
     return METHODS[type(quant)](quant, layer, head, kernel)
@@ -126,7 +122,7 @@ def hqq_quantization(
             check_group_size(*shape, group_size=quant.group_size, axis=1, name=name)
     if HEAD in bits:
         check_group_size(*head, group_size=quant.group_size, axis=1, name=HEAD)
-    formats: dict[str, Format] = {}
+    formats: dict[str, WeightFormat] = {}
     for role, (n, k) in shapes.items():
         own = {name: bits[name] for name in (path.rpartition(".")[2] for path in _linears(role))}
         if len(set(own.values())) > 1:
@@ -136,7 +132,7 @@ def hqq_quantization(
                 f"bits ({said}): give them the same"
             )
         number = next(iter(own.values()))
-        format_ = affine_format(number, quant.group_size, kernel)
+        format_ = HqqFormat(number, quant.group_size)
         problems = {name: format_.unfit(name, n, k) for name in format_.kernels}
         if kernel == AUTO and all(problems.values()):
             raise ConfigError(
@@ -146,7 +142,7 @@ def hqq_quantization(
         if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
             raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
         formats[role] = format_
-    quantizer = HqqCodes(quant.bits, quant.group_size, bits)
+    quantizer = hqq_quantizer(quant.bits, quant.group_size, bits)
     return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
 
 
@@ -156,13 +152,13 @@ def higgs_quantization(
     """HIGGS: one grid for all roles."""
     check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
     shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
-    format_ = LutFormat(
+    format_ = HiggsFormat(
         quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value
     )
     for role, (n, k) in shapes.items():
         if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
             raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
-    quantizer = HiggsCodeQuantizer(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
+    quantizer = higgs_quantizer(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
     return LevelQuantization(quantizer, shapes, dict.fromkeys(shapes, format_), exact, keep_exact)
 
 

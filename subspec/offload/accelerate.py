@@ -1,12 +1,13 @@
-"""``offload=accelerate``: Hugging Face accelerate's CPU offloading, the baseline its users know.
+"""``offload=accelerate``: Hugging Face accelerate's CPU offloading, a baseline.
 
-The same exact weights, the same engine, the same budget; which modules stay on the device and how the others get
-there is accelerate's own choice (``infer_auto_device_map`` and ``dispatch_model``).
+Exact weights, engine and budget are the same; accelerate chooses which modules stay on the device and how the others
+get there (``infer_auto_device_map`` and ``dispatch_model``).
 """
+
+from typing import Any
 
 import torch
 
-from subspec.decoding.kv_cache import KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import SubspecError
 from subspec.targets.meta_model import build_model, count_parameters
@@ -14,11 +15,10 @@ from subspec.targets.source import LayerSource
 
 
 def host_bytes(source: LayerSource, weight_bytes: int) -> int:
-    """Weights that host memory has to hold at the same time: a run that lacks it would swap instead of failing.
+    """Bytes of weights that host memory holds at the same time; with less of it a run would swap.
 
-    The model is built on the host, and only then does accelerate move its share, up to ``weight_bytes``, to the device.
-    Planted weights are drawn, so all of them are there at once; those of a checkpoint are views of its file, which
-    costs no memory for the share that moves.
+    The model is built on the host, then accelerate moves up to ``weight_bytes`` of it to the device. Planted weights
+    are all in memory at once; those of a checkpoint are views of its file, so the share that moves costs no memory.
     """
     whole = count_parameters(source.config) * source.dtype.itemsize
     return whole if source.planted else max(0, whole - weight_bytes)
@@ -41,7 +41,7 @@ class AccelerateTarget(TargetModel):
 
         model = build_model(source, torch.device("cpu"))
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what drawing planted weights took
+            torch.cuda.empty_cache()  # temporaries of planted weights
         super().__init__(model)
         index = device.index or 0
         placement = infer_auto_device_map(
@@ -56,14 +56,12 @@ class AccelerateTarget(TargetModel):
             )
         self.modules_on_device = sum(place == index for place in placement.values())
         self.modules_offloaded = len(placement) - self.modules_on_device
-        # Parameters of dispatched modules are on the meta device between uses; these facts are not theirs any more.
+        # Parameters of dispatched modules are on the meta device between uses.
         self.dtype, self.device = source.dtype, device
         self.model = dispatch_model(model, placement, main_device=index)
 
-    def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor, view: KVView
-    ) -> torch.Tensor:
-        return super().forward(tokens, positions, visible, view).to(self.device)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().logits(hidden).to(self.device)
+    def facts(self) -> dict[str, Any]:
+        return {
+            "modules_on_device": self.modules_on_device,
+            "modules_offloaded": self.modules_offloaded,
+        }

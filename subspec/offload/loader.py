@@ -1,38 +1,43 @@
-"""Build a streamed target and its fused substitute from a layer source, following a plan.
+"""Load a streamed target from a layer source, following a plan.
 
-One exact layer at a time is on the device: it is quantized for the substitute, then written to its pinned buffer, as
-it is or coded by the substitute (:mod:`subspec.codec.coded_load`). Host memory never holds more of the target than
-what is kept there and the layer on its way; a layer that an earlier run coded is read straight into its buffer.
-Resident layers are fetched a second time at the end, when the quantizer's temporaries are gone, and the first layers of
-the substitute wait on the host where these need their room (``Plan.waiting_layers``), so that loading itself stays
-inside the budget. An LM head that is coded (:mod:`subspec.codec.coded_head`) is quantized and coded first of all,
-when there is most room.
+Layers pass through the device one at a time and are handed to every consumer: the substitute's builder
+quantizes them, the coder codes them given the substitute (:mod:`subspec.codec.coded_load`), a store copies them to
+pinned memory as they are. Host memory holds the layers that are kept there and the one on its way; a layer that an
+earlier run coded is read straight into its buffer.
+
+To keep loading inside the budget, resident layers are fetched again at the end, when the quantizer's temporaries are
+gone, and the substitute's first layers are staged on the host if these need their room (``Plan.waiting_layers``). An LM
+head that is coded (:mod:`subspec.codec.coded_head`) is quantized and coded first, when most memory is free.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.coded_head import CodedHead, HeadCode, encode_head
 from subspec.codec.coded_load import TargetCoding
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement
-from subspec.levels.build import LayerFuser, compact, fuse_model
-from subspec.levels.model import FusedModel
+from subspec.levels.build import SubstituteBuilder, compact, level_model
+from subspec.levels.model import LevelModel
+from subspec.offload.feeds import CodedFeed, LayerFeed, ResidentFeed, RingFeed
 from subspec.offload.streamed_target import StreamedTarget
-from subspec.quant.level_linear import LevelLinear
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import PlainCodec, flat_layer, write_layer
 from subspec.targets.meta_model import empty_model, fill
 from subspec.targets.source import LayerSource
 from subspec.utils.pinned import PinnedBuffer
 
+CPU = torch.device("cpu")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 class LoadingPlan(Protocol):
-    """What loading follows (:class:`subspec.planning.plan.Plan`)."""
+    """The part of a plan that loading follows (:class:`subspec.planning.plan.Plan`)."""
 
     @property
     def resident_layers(self) -> tuple[int, ...]: ...
@@ -56,37 +61,138 @@ class LoadingPlan(Protocol):
     def coded_head_bytes(self) -> int: ...
 
 
+class LayerConsumer(Protocol):
+    """Takes decoder layers as they pass through the device."""
+
+    def needs(self, index: int) -> bool:
+        """Whether to take decoder layer ``index``; asked once per layer, in order."""
+
+    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
+        """Take the exact parameters of decoder layer ``index``, which are not kept otherwise."""
+
+
+class PinnedMemory:
+    """Page-locked host memory of a target; plain memory where there is no GPU to copy to.
+
+    Attributes:
+        buffers: all of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._locks = device.type == "cuda"
+        self.buffers: list[PinnedBuffer] = []
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Uint8 [nbytes].
+
+        Raises:
+            SubspecError: host memory cannot be locked.
+        """
+        return self.adopt(PinnedBuffer(nbytes, pin=False))
+
+    def adopt(self, buffer: PinnedBuffer) -> Tensor:
+        """Lock a buffer that is already filled; returns its bytes."""
+        if self._locks:
+            buffer.lock()
+        self.buffers.append(buffer)
+        return buffer.tensor
+
+    def close(self) -> None:
+        """Unlock all of it; nothing may read it any more."""
+        for buffer in self.buffers:
+            buffer.close()
+
+
+class PlainStore:
+    """Copies layers to pinned memory as they are.
+
+    Attributes:
+        layers: flat bytes by layer number.
+    """
+
+    def __init__(self, source: LayerSource, resident: set[int], memory: PinnedMemory) -> None:
+        self._source, self._resident, self._memory = source, resident, memory
+        self.layers: dict[int, Tensor] = {}
+
+    def needs(self, index: int) -> bool:
+        return index not in self._resident
+
+    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
+        source = self._source
+        nbytes = PlainCodec(source.dtype.itemsize).layer_bytes(source.layer_shapes(index))
+        self.layers[index] = flat = self._memory.allocate(nbytes)
+        write_layer(flat, layer, source.dtype)
+
+
+class Coder:
+    """Builds the substitute's layers and codes the exact ones by them, or restores both from an earlier run."""
+
+    def __init__(
+        self,
+        source: LayerSource,
+        coding: TargetCoding,
+        builder: SubstituteBuilder,
+        memory: PinnedMemory,
+        device: torch.device,
+    ) -> None:
+        self._source, self._coding, self._builder = source, coding, builder
+        self._memory, self._device = memory, device
+        builder.keeps_codes = True
+
+    def needs(self, index: int) -> bool:
+        if index in self._builder.skip_layers:
+            return True
+        restored = self._coding.restore(index, self._source, self._builder, self._device, self._memory.adopt)
+        if restored is not None:
+            self._builder.layers.append(restored)
+        return restored is None
+
+    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
+        builder = self._builder
+        builder.take(index, layer)
+        if builder.codes:
+            self._coding.add(index, layer, builder.codes, builder.layers[-1], self._memory.allocate)
+        builder.codes = {}
+
+
 @dataclass
 class LoadedStream:
     """A loaded target. Keep it alive as long as it runs: it owns the pinned memory.
 
     Attributes:
-        decoder: the target.
-        substitute: the fused substitute, or None without one.
-        buffers: page-locked memory.
-        resident: parameters of each resident layer by layer number, laid out by
-            :func:`subspec.targets.layer_bytes.flat_views`.
-        shared: embedding, final norm and, unless tied or coded, LM head, wherever they live.
+        builder: has built the substitute; None: there is none.
         bits_per_weight: of the coded Linears of layers; None: nothing is coded.
         head_bits_per_weight: of the coded LM head; None: it is not.
         coded: where the coded layers came from; None: nothing is coded.
     """
 
-    decoder: StreamedTarget
-    substitute: FusedModel | None
-    buffers: list[PinnedBuffer]
-    resident: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    target: StreamedTarget
+    memory: PinnedMemory
+    builder: SubstituteBuilder | None = None
     bits_per_weight: float | None = None
     head_bits_per_weight: float | None = None
     coded: CodedCache | None = None
 
+    @property
+    def substitute(self) -> LevelModel | None:
+        """The substitute's levels; None without one."""
+        builder = self.builder
+        return None if builder is None else level_model(self.target.model, builder.layers, builder.head)
+
+    def facts(self) -> dict[str, Any]:
+        """Facts about coded weights for the run's record."""
+        facts = {
+            "coded_bits_per_weight": self.bits_per_weight,
+            "coded_head_bits_per_weight": self.head_bits_per_weight,
+            "coded_cache": None if self.coded is None else self.coded.report(),
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
     def close(self) -> None:
-        """Unlock the host memory, once nothing runs any more."""
-        if self.decoder.device.type == "cuda":
+        """Unlock the host memory; the target must not run any more."""
+        if self.target.device.type == "cuda":
             torch.cuda.synchronize()
-        for buffer in self.buffers:
-            buffer.close()
+        self.memory.close()
 
 
 def load_streamed(
@@ -94,130 +200,128 @@ def load_streamed(
     plan: LoadingPlan,
     device: torch.device,
     *,
-    fuser: LayerFuser | None,
-    skip_layers: frozenset[int] = frozenset(),
+    builder: SubstituteBuilder | None = None,
     coded: CodedCache | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> LoadedStream:
     """Load a target for streaming.
 
     Args:
-        plan: which layers are resident, how many ring slots there are, where the embedding lives.
-        fuser: makes the substitute's layers; None without a draft.
-        skip_layers: layers that stay exact in the substitute.
-        coded: of what earlier runs coded with this substitute.
-        progress: called with (layers done, layers).
+        builder: builds the substitute; None: there is none.
+        coded: layers that earlier runs coded with this substitute; None: they are not kept.
 
     Raises:
         SubspecError: host memory cannot be locked.
     """
-    pin, cpu = device.type == "cuda", torch.device("cpu")
+    memory = PinnedMemory(device)
     model = empty_model(source.config, source.dtype, device)
-    buffers: list[PinnedBuffer] = []
-    shared = dict(source.shared(device))
-    if plan.embedding is Placement.host:
-        name = "model.embed_tokens.weight"
-        table = shared.pop(name)
-        buffer = PinnedBuffer(table.numel() * table.element_size(), pin=pin)
-        shared[name] = buffer.tensor.view(table.dtype).view(table.shape)
-        shared[name].copy_(table)
-        buffers.append(buffer)
-        del table
-    plain = PlainCodec(source.dtype.itemsize)
-    head: LevelLinear | None = None
-    code: HeadCode | None = None
-    if plan.coded_head_bytes and fuser is not None:
-        head, code = _code_head(shared, fuser, plain.layer_bytes(source.layer_shapes(0)))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    shared = _load_shared(source, plan, memory, device)
+    head_code: HeadCode | None = None
+    if plan.coded_head_bytes and builder is not None:
+        head_code = _code_head(
+            shared, builder, PlainCodec(source.dtype.itemsize).layer_bytes(source.layer_shapes(0))
+        )
+        _release_temporaries(device)
     fill(model, shared)
     if source.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
-    layers = source.config.num_hidden_layers
     resident = set(plan.resident_layers)
-    streamed, fused = {}, []
-    coding = TargetCoding(resident, coded) if plan.codec is Codec.substitute else None
+    coding = None
+    if plan.codec is Codec.substitute and builder is not None:
+        coding = TargetCoding(resident, coded)
+    store = PlainStore(source, resident, memory)
+    consumers: list[LayerConsumer] = [store]
+    if builder is not None:
+        consumers = [builder, store] if coding is None else [Coder(source, coding, builder, memory, device)]
+    _pass_layers(source, consumers, builder, plan.waiting_layers, device)
 
-    def locked(buffer: PinnedBuffer) -> torch.Tensor:
-        if pin:
-            buffer.lock()
-        buffers.append(buffer)
-        return buffer.tensor
-
-    def pinned(nbytes: int) -> torch.Tensor:
-        return locked(PinnedBuffer(nbytes, pin=False))
-
-    for index in range(layers):
-        restored = None
-        if coding is not None and fuser is not None and index not in skip_layers:
-            restored = coding.restore(index, source, fuser, device, locked)
-        if restored is not None:
-            fused.append(restored)
-        elif fuser is not None or index not in resident:
-            tensors = source.layer(index, device)
-            codes: dict[str, QuantizedWeight] = {}
-            if fuser is not None:
-                exact = index in skip_layers
-                keep = None if coding is None else codes
-                fused.append(fuser.fuse(tensors, device, exact=exact, index=index, keep=keep))
-            if coding is not None and codes:
-                coding.add(index, tensors, codes, fused[-1], pinned)
-            elif index not in resident:
-                streamed[index] = pinned(plain.layer_bytes(source.layer_shapes(index)))
-                write_layer(streamed[index], tensors, source.dtype)
-            del tensors, codes
-        if fuser is not None and index < plan.waiting_layers:
-            compact(fused[index], cpu)
-        if progress is not None:
-            progress(index + 1, layers)
-    if fuser is not None and code is None:
-        head = fuser.fuse_head(shared.get("lm_head.weight", shared["model.embed_tokens.weight"]))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    for layer in fused[: plan.waiting_layers]:
-        compact(layer, device)
-    # By way of the host: a layer on its way would need room on the device beside its place.
-    decoding = decoded_head = None
-    if coding is not None:
-        kept = sum(index in coding.layers for index in resident)
-        room = (kept + plan.ring_slots) * plan.layer_bytes
-        if code is not None:
-            room -= max(0, code.nbytes - plan.coded_head_bytes)
-        coding.shrink(room, plan.ring_slots, pinned)
-        streamed |= coding.streamed
-        decoding = coding.decoder(fused, source.layer_shapes(0), device)
-        if code is not None and head is not None:
-            assert decoding is not None  # the plan codes no head where no layer is coded
-            decoded_head = CodedHead(code, head, decoding.buffer)
-    exact = {
-        index: flat_layer(source.layer(index, cpu), source.dtype, device)
-        for index in sorted(resident - (set(coding.layers) if coding else set()))
-    }
-    decoder = StreamedTarget(model, exact, streamed, plan.ring_slots, device, decoding, decoded_head)
-    substitute = None
-    if fuser is not None:
-        substitute = fuse_model(source.config, fused, shared, decoder.base.rotary_emb, head)
-    bits = coding.bits_per_weight if coding is not None and coding.layers else None
+    if builder is not None and head_code is None:
+        builder.head = builder.build_head(shared.get(HEAD, shared[EMBEDDING]))
+    _release_temporaries(device)
+    if builder is not None:
+        for layer in builder.layers[: plan.waiting_layers]:
+            compact(layer, device)
+    restorer, coded_head = None, None
+    if coding is not None and builder is not None:
+        coded_resident = sum(index in coding.layers for index in resident)
+        room = (coded_resident + plan.ring_slots) * plan.layer_bytes
+        if head_code is not None:
+            room -= max(0, head_code.nbytes - plan.coded_head_bytes)
+        coding.shrink(room, plan.ring_slots, memory.allocate)
+        restorer = coding.decoder(builder.layers, source.layer_shapes(0), device)
+        if head_code is not None and builder.head is not None:
+            assert restorer is not None  # the plan codes no head where no layer is coded
+            coded_head = CodedHead(head_code, builder.head, restorer.buffer)
+    coded_layers = () if coding is None else coding.layers
+    modules = model.get_decoder().layers
+    exact = {index: modules[index] for index in sorted(resident.difference(coded_layers))}
+    for index, module in exact.items():
+        # By way of the host: on the device, a layer on its way would need room beside its place.
+        fill(module, flat_layer(source.layer(index, CPU), source.dtype, device))
+    feeds: list[LayerFeed] = [ResidentFeed(exact)]
+    if store.layers:
+        template = modules[min(store.layers)]
+        feeds.append(RingFeed(template, store.layers, plan.ring_slots, source.dtype, device))
+    if coding is not None and restorer is not None:
+        template = modules[min(coding.layers)]
+        feeds.append(CodedFeed(template, restorer, coding.streamed, plan.ring_slots, device))
     return LoadedStream(
-        decoder,
-        substitute,
-        buffers,
-        exact,
-        shared,
-        bits,
-        None if code is None else code.bits_per_weight,
-        coded if coding else None,
+        StreamedTarget(model, feeds, device, coded_head),
+        memory,
+        builder,
+        None if coding is None or restorer is None else coding.bits_per_weight,
+        None if head_code is None else head_code.bits_per_weight,
+        None if coding is None else coded,
     )
 
 
-def _code_head(shared: dict[str, torch.Tensor], fuser: LayerFuser, room: int) -> tuple[LevelLinear, HeadCode]:
-    """The draft's LM head and the exact one coded by it, which is taken out of ``shared`` and forgotten.
+def _load_shared(
+    source: LayerSource, plan: LoadingPlan, memory: PinnedMemory, device: torch.device
+) -> dict[str, Tensor]:
+    """Embedding (on the device or pinned, as planned), final norm and, unless tied, LM head."""
+    shared = dict(source.shared(device))
+    if plan.embedding is Placement.host:
+        table = shared.pop(EMBEDDING)
+        shared[EMBEDDING] = memory.allocate(table.nbytes).view(table.dtype).view(table.shape)
+        shared[EMBEDDING].copy_(table)
+    return shared
+
+
+def _code_head(shared: dict[str, Tensor], builder: SubstituteBuilder, room: int) -> HeadCode:
+    """Build the draft's LM head and code the exact one by it; the exact one is removed from ``shared``.
 
     Args:
-        room: bytes of the buffer that layers are decoded into.
+        room: bytes of the buffer that layers are restored into.
     """
-    exact, codes = shared.pop("lm_head.weight"), list[QuantizedWeight]()
-    head = fuser.fuse_head(exact, codes)
-    assert head is not None  # the plan codes no head where the draft has none
-    return head, encode_head(exact, codes[0], head, room)
+    exact, codes = shared.pop(HEAD), list[QuantizedWeight]()
+    builder.head = builder.build_head(exact, codes)
+    assert builder.head is not None  # the plan codes no head where the draft has none
+    return encode_head(exact, codes[0], builder.head, room)
+
+
+def _pass_layers(
+    source: LayerSource,
+    consumers: Sequence[LayerConsumer],
+    builder: SubstituteBuilder | None,
+    staged_layers: int,
+    device: torch.device,
+) -> None:
+    """Bring every layer that is needed to the device once.
+
+    Args:
+        staged_layers: the substitute's first layers, moved to the host as soon as they are built.
+    """
+    for index in range(source.config.num_hidden_layers):
+        takers = [consumer for consumer in consumers if consumer.needs(index)]
+        if takers:
+            layer = source.layer(index, device)
+            for consumer in takers:
+                consumer.take(index, layer)
+            del layer
+        if builder is not None and index < staged_layers:
+            compact(builder.layers[index], CPU)
+
+
+def _release_temporaries(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""The streamer: layers flow from pinned host memory through a ring of device buffers, in the order they are used.
+"""Copies of layers from pinned host memory through a ring of device buffers, in the order of use.
 
-Copies run on a stream of their own and never wait for Python: as soon as the host knows that a layer's kernels are
-*enqueued*, it enqueues the copy that refills the layer's buffer behind them. Events order both directions: a layer's
-kernels wait until its copy has arrived, and a copy waits until the kernels that read the buffer's previous content
-have finished. The order of layers is cyclic, so the last layers of one pass are followed by the
-first of the next: while the draft works, the ring fills up.
+Copies run on a stream of their own and never wait for Python: once a layer's kernels are *enqueued*, the host enqueues
+the copy that refills the layer's buffer behind them. Events order both directions: a layer's kernels wait until its
+copy has arrived, and a copy waits until the kernels that read the buffer's previous content have finished. The order
+of layers is cyclic: the last layers of one pass are followed by the first of the next, so the ring fills up while the
+draft works.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ class LayerStreamer:
         layers: uint8 [bytes] each, pinned, in the order of use; sizes may differ.
         slots: number of ring buffers, at least 1 and at most ``len(layers)``.
         device: of the ring.
-        guard_refills: False omits the events that keep a refill from overtaking its readers. Only for the test
-            that shows what they are for.
+        guard_refills: False omits the events that keep a refill from overtaking its readers (for a test of them).
     """
 
     def __init__(
@@ -36,9 +35,8 @@ class LayerStreamer:
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         self._cuda = device.type == "cuda"
         self._guard = guard_refills
-        self._copied_count = (
-            0  # copies enqueued so far; copy n carries layer n % len(layers) into slot n % slots
-        )
+        # Copies enqueued so far; copy n takes layer n % len(layers) to slot n % slots.
+        self._copied_count = 0
         self._used_count = 0  # layers whose kernels are enqueued
         self.bytes_copied = 0
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -56,16 +54,16 @@ class LayerStreamer:
             self._copy(self._copied_count)
             self._copied_count += 1
 
-    def enter(self) -> int:
-        """The slot that holds the next layer; the current stream waits for its copy."""
+    def acquire(self) -> int:
+        """The slot of the next layer; the current stream waits for its copy."""
         self.prefetch()
         slot = self._used_count % len(self.slots)
         if self._cuda:
             torch.cuda.current_stream().wait_event(self._copied[slot])
         return slot
 
-    def leave(self) -> None:
-        """The kernels that read the layer are enqueued: its slot may be refilled behind them."""
+    def release(self) -> None:
+        """The kernels that read the layer are enqueued: refill its slot behind them."""
         slot = self._used_count % len(self.slots)
         if self._cuda:
             released = torch.cuda.Event()
@@ -80,7 +78,7 @@ class LayerStreamer:
         return self._used_count % len(self.layers)
 
     def rewind(self) -> None:
-        """Make the first layer the next one: after a pass that was interrupted."""
+        """Make the first layer the next one, after a pass that was interrupted."""
         if self.position == 0:
             return
         if self._cuda:

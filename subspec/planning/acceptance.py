@@ -1,13 +1,13 @@
-"""How many tokens a pass accepts, for trees of any depth, from one measurement.
+"""Accepted tokens per pass for trees of any depth, from one measurement.
 
 The survival s(d) is the share of passes that accept at least d draft tokens. A beam's first d levels do not depend on
-how many follow, so one deep run tells tau of every shallower tree:
+the number of further levels, so one deep run determines tau of every shallower tree:
 
     tau(D) = 1 + s(1) + ... + s(D)        (1: the target's own bonus token)
 
-Where only a tau is known, every level is taken to survive with the same probability p (each drafted token is right
-or wrong by itself), so that tau = 1 + p + ... + p^D; p follows from tau by bisection. The same p continues a measured
-curve below its deepest level, and such figures are marked as extrapolated.
+If only a tau is known, every level is assumed to survive with the same probability p, independently, so that
+tau = 1 + p + ... + p^D; p follows by bisection. The same p extends a measured curve below its deepest level; such
+figures are marked as extrapolated.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from subspec.errors import ConfigError
 
 THIN = 0.5
-"""A level drafted by fewer than this share of the passes says little about the passes that stopped before it."""
+"""A level drafted by a smaller share of the passes is no evidence about the passes that stopped before it."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Acceptance:
     Attributes:
         measured: s(1), s(2), ... as measured; empty when only a tau is known.
         per_level: p, the survival of one level given its parent's, used below the measured depths.
-        depth: deepest level that ``measured`` or the known tau speaks for.
-        source: where it comes from, for people.
-        notes: what limits it, one line each.
+        depth: deepest level that ``measured`` or the known tau covers.
+        source: origin of the figures, for people.
+        notes: limitations, one line each.
     """
 
     measured: tuple[float, ...]
@@ -60,7 +60,7 @@ class Acceptance:
         if not counts:
             raise ConfigError(f"{source}: no draft tree in these records; take a run with draft=subspec")
         survival: list[float] = []
-        for tried, hit in counts:  # nobody accepts a level without the one above: a rise is noise
+        for tried, hit in counts:  # a level is accepted only below an accepted one: a rise is noise
             survival.append(min(hit / tried, survival[-1] if survival else 1.0))
         tau = 1 + sum(survival)
         notes = ()
@@ -87,7 +87,7 @@ class Acceptance:
         return 1 + sum(self.survival(level) for level in range(1, depth + 1))
 
     def extrapolated(self, depth: int) -> bool:
-        """Whether a tree this deep reaches below what was measured."""
+        """Whether a tree of ``depth`` levels is deeper than the measurement."""
         return depth > self.depth
 
 

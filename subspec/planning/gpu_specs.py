@@ -1,13 +1,13 @@
-"""Common NVIDIA cards: what a plan needs to know of a card that is not in this machine.
+"""Memory, memory bandwidth and PCIe interface of common NVIDIA GPUs, for plans on other machines.
 
-Memory size, memory bandwidth and the PCIe interface are those of NVIDIA's public data sheets and product pages
+The figures are those of NVIDIA's public data sheets and product pages
 (GeForce: the specification tables; data centre: the data sheets of T4, V100, A10, A100, L4, L40S, A6000, RTX 6000
-Ada, H100, H200). Sizes are nominal; what a driver reports is up to 7 % less (ECC, reserved pages).
+Ada, H100, H200). Sizes are nominal; a driver reports up to 7 % less (ECC, reserved pages).
 
 Link rates are *estimates*: copies from pinned memory reach about 0.87 of a PCIe link's raw rate (packet headers
 and flow control take the rest). One is measured: 55.5 GB/s on an H200 (PCIe 5 x16, copies of 8 MiB and more),
-0.88 of the raw 63.0. They hold for a slot that gives the card all its lanes at its own generation; a card in an
-older or narrower slot is slower, and ``offload.link_gb_per_s`` says so.
+0.88 of the raw 63.0. They hold for a slot with all of the GPU's lanes at its generation; for a slower slot set
+``offload.link_gb_per_s``.
 """
 
 import re
@@ -23,10 +23,13 @@ LINK_EFFICIENCY = 0.87
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card. ``vram_gib``: memory in GiB; ``memory_gb_per_s``: its bandwidth in GB/s (1e9 bytes).
+class GpuSpec:
+    """A GPU.
 
-    ``pcie``: (generation, lanes). ``measured_link``: pinned host-to-device GB/s where somebody measured it.
+    Attributes:
+        vram_gib: device memory, GiB. memory_gb_per_s: its bandwidth, GB/s (1e9 bytes).
+        pcie: (generation, lanes).
+        measured_link: pinned host-to-device GB/s; None: not measured.
     """
 
     name: str
@@ -42,53 +45,53 @@ class Card:
         return self.measured_link or LINK_EFFICIENCY * LANE_GB_PER_S[generation] * lanes
 
 
-CARDS = (
-    Card("T4", 16, 320, (3, 16)),
-    Card("V100 16GB", 16, 900, (3, 16)),
-    Card("V100 32GB", 32, 900, (3, 16)),
-    Card("RTX 2080 Ti", 11, 616, (3, 16)),
-    Card("RTX 3060 12GB", 12, 360, (4, 16)),
-    Card("RTX 3070", 8, 448, (4, 16)),
-    Card("RTX 3080 10GB", 10, 760, (4, 16)),
-    Card("RTX 3090", 24, 936, (4, 16)),
-    Card("RTX 4060", 8, 272, (4, 8)),
-    Card("RTX 4060 Ti 8GB", 8, 288, (4, 8)),
-    Card("RTX 4060 Ti 16GB", 16, 288, (4, 8)),
-    Card("RTX 4070", 12, 504, (4, 16)),
-    Card("RTX 4070 Ti Super", 16, 672, (4, 16)),
-    Card("RTX 4080", 16, 717, (4, 16)),
-    Card("RTX 4090", 24, 1008, (4, 16)),
-    Card("RTX 5060 Ti 16GB", 16, 448, (5, 8)),
-    Card("RTX 5070", 12, 672, (5, 16)),
-    Card("RTX 5070 Ti", 16, 896, (5, 16)),
-    Card("RTX 5080", 16, 960, (5, 16)),
-    Card("RTX 5090", 32, 1792, (5, 16)),
-    Card("A10", 24, 600, (4, 16)),
-    Card("A6000", 48, 768, (4, 16)),
-    Card("RTX 6000 Ada", 48, 960, (4, 16)),
-    Card("L4", 24, 300, (4, 16)),
-    Card("L40S", 48, 864, (4, 16)),
-    Card("A100 40GB", 40, 1555, (4, 16)),
-    Card("A100 80GB PCIe", 80, 1935, (4, 16)),
-    Card("A100 80GB SXM", 80, 2039, (4, 16)),
-    Card("H100 PCIe", 80, 2000, (5, 16)),
-    Card("H100 SXM", 80, 3350, (5, 16)),
-    Card("H200", 140, 4800, (5, 16), measured_link=55.5),
+GPU_SPECS = (
+    GpuSpec("T4", 16, 320, (3, 16)),
+    GpuSpec("V100 16GB", 16, 900, (3, 16)),
+    GpuSpec("V100 32GB", 32, 900, (3, 16)),
+    GpuSpec("RTX 2080 Ti", 11, 616, (3, 16)),
+    GpuSpec("RTX 3060 12GB", 12, 360, (4, 16)),
+    GpuSpec("RTX 3070", 8, 448, (4, 16)),
+    GpuSpec("RTX 3080 10GB", 10, 760, (4, 16)),
+    GpuSpec("RTX 3090", 24, 936, (4, 16)),
+    GpuSpec("RTX 4060", 8, 272, (4, 8)),
+    GpuSpec("RTX 4060 Ti 8GB", 8, 288, (4, 8)),
+    GpuSpec("RTX 4060 Ti 16GB", 16, 288, (4, 8)),
+    GpuSpec("RTX 4070", 12, 504, (4, 16)),
+    GpuSpec("RTX 4070 Ti Super", 16, 672, (4, 16)),
+    GpuSpec("RTX 4080", 16, 717, (4, 16)),
+    GpuSpec("RTX 4090", 24, 1008, (4, 16)),
+    GpuSpec("RTX 5060 Ti 16GB", 16, 448, (5, 8)),
+    GpuSpec("RTX 5070", 12, 672, (5, 16)),
+    GpuSpec("RTX 5070 Ti", 16, 896, (5, 16)),
+    GpuSpec("RTX 5080", 16, 960, (5, 16)),
+    GpuSpec("RTX 5090", 32, 1792, (5, 16)),
+    GpuSpec("A10", 24, 600, (4, 16)),
+    GpuSpec("A6000", 48, 768, (4, 16)),
+    GpuSpec("RTX 6000 Ada", 48, 960, (4, 16)),
+    GpuSpec("L4", 24, 300, (4, 16)),
+    GpuSpec("L40S", 48, 864, (4, 16)),
+    GpuSpec("A100 40GB", 40, 1555, (4, 16)),
+    GpuSpec("A100 80GB PCIe", 80, 1935, (4, 16)),
+    GpuSpec("A100 80GB SXM", 80, 2039, (4, 16)),
+    GpuSpec("H100 PCIe", 80, 2000, (5, 16)),
+    GpuSpec("H100 SXM", 80, 3350, (5, 16)),
+    GpuSpec("H200", 140, 4800, (5, 16), measured_link=55.5),
 )
 """The table, by age and class."""
 
 
-def find_card(name: str) -> Card:
-    """The card called ``name``; case, spaces, ``NVIDIA``, ``GeForce`` and ``RTX`` do not matter.
+def find_gpu(name: str) -> GpuSpec:
+    """The GPU called ``name``; case, spaces, ``NVIDIA``, ``GeForce`` and ``RTX`` are ignored.
 
     Raises:
-        ConfigError: no such card, or several (``A100``): the known ones are listed.
+        ConfigError: no such GPU, or several (``A100``); the message lists them.
     """
     wanted = _key(name)
-    for card in CARDS:
+    for card in GPU_SPECS:
         if _key(card.name) == wanted:
             return card
-    begins = [card for card in CARDS if wanted and re.match(rf"{wanted}(\D|\d+gb|$)", _key(card.name))]
+    begins = [card for card in GPU_SPECS if wanted and re.match(rf"{wanted}(\D|\d+gb|$)", _key(card.name))]
     if len(begins) == 1:
         return begins[0]
     if begins:
@@ -96,7 +99,7 @@ def find_card(name: str) -> Card:
             f"offload.card={name} could be any of {', '.join(card.name for card in begins)}: say which"
         )
     raise ConfigError(
-        f"offload.card={name}: unknown card; known are {', '.join(card.name for card in CARDS)}. "
+        f"offload.card={name}: unknown card; known are {', '.join(card.name for card in GPU_SPECS)}. "
         "For another one leave offload.card out and set offload.vram_gib and offload.link_gb_per_s"
     )
 

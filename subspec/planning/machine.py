@@ -1,8 +1,8 @@
-"""The card a prediction is for: from the table, or the one in this machine, measured."""
+"""Measurement of this machine's GPU for predictions."""
 
 from subspec.config.schema import Device
 from subspec.errors import ConfigError
-from subspec.planning.gpu_specs import Card, find_card
+from subspec.planning.gpu_specs import GpuSpec, find_gpu
 
 AUTO = "auto"
 
@@ -10,15 +10,15 @@ COPY_SHARE = 2713 / 4800
 """Large device copies (bytes read and written) over the data sheet's bandwidth: measured on an H200."""
 
 DRIVER_SHARE, CONTEXT_GIB = 0.93, 0.5
-"""What a driver reports of a card's nominal memory at least, and what CUDA takes beside PyTorch."""
+"""Smallest share of the nominal memory that a driver reports, and memory of the CUDA context."""
 
 
-def usable_vram_gib(card: Card) -> float:
-    """The largest budget to plan with on a card, rounded down to 0.1 GiB."""
+def usable_vram_gib(card: GpuSpec) -> float:
+    """The largest budget for a GPU, rounded down to 0.1 GiB."""
     return int((card.vram_gib * DRIVER_SHARE - CONTEXT_GIB) * 10) / 10
 
 
-def measure_card() -> Card:
+def measure_gpu() -> GpuSpec:
     """This machine's GPU: its link measured, its memory bandwidth from the table or from a copy.
 
     Raises:
@@ -36,12 +36,12 @@ def measure_card() -> Card:
     properties = torch.cuda.get_device_properties(device)
     link = measure_link(device)
     try:
-        memory = find_card(properties.name).memory_gb_per_s
+        memory = find_gpu(properties.name).memory_gb_per_s
     except ConfigError:
         memory = measured_memory_gb_per_s(device) / COPY_SHARE
-    # What the driver reports is already less than nominal.
+    # The driver reports less than the nominal size.
     total = properties.total_memory / 2**30 / DRIVER_SHARE
-    return Card(properties.name, total, memory, (4, 16), measured_link=link)
+    return GpuSpec(properties.name, total, memory, (4, 16), measured_link=link)
 
 
 def measured_memory_gb_per_s(device: object) -> float:

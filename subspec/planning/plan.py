@@ -1,16 +1,17 @@
-"""The memory planner: a budget in GiB in, what goes where out, before anything is loaded.
+"""The memory planner: from a budget in GiB to the place of every part of a run, before anything is loaded.
 
-From the target's transformers configuration (no weights), the substitute, the tree and the lengths, the planner
-computes every piece of the run, sets 1 % of the budget aside (``HEADROOM`` says why) and then, in this order:
+The planner reads the target's transformers configuration, not its weights. It sets 1 % of the budget aside
+(:data:`~subspec.planning.allocator.HEADROOM`), and then, in this order:
 
-1. reserves what the run cannot do without: substitute, norms, LM head, KV cache, tree, workspaces, ring;
-2. reserves the workspace of a prefill chunk of 512 tokens (``CHUNK_GOAL`` says why), smaller only if it must be;
-3. keeps as many exact layers resident as still fit, or exactly ``offload.resident_layers``;
+1. reserves the indispensable: substitute, norms, LM head, KV cache, tree, workspaces, ring;
+2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.memory_layout.CHUNK_GOAL`), of a
+   smaller one only if it must;
+3. keeps as many layers resident as still fit, or exactly ``offload.resident_layers``;
 4. puts the embedding table on the host if that frees a layer (or the chunk of step 2), else on the device;
-5. lets the prefill chunk grow into half of what is left.
+5. lets the prefill chunk grow into half of the rest.
 
-A budget that cannot hold step 1, or host memory that cannot hold the streamed layers, is refused with the
-arithmetic and the change that would help.
+If the budget cannot hold step 1, or host memory the streamed layers, the run is refused with the arithmetic and the
+change that would help.
 
 Example::
 
@@ -28,21 +29,21 @@ from transformers import PretrainedConfig
 from subspec.config.enums import Codec
 from subspec.config.schema import Config, Placement
 from subspec.errors import ConfigError
-from subspec.planning.gpu_specs import Card, find_card
-from subspec.planning.layout import CHUNK_STEP, Choice, Item, Layout
-from subspec.planning.refusal import least_choice, refuse_device, refuse_host
-from subspec.planning.sizes import GIB, headroom
+from subspec.planning.allocator import GIB, Allocation, headroom
+from subspec.planning.gpu_specs import GpuSpec, find_gpu
+from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
+from subspec.planning.refusal import least_decision, refuse_device, refuse_host
 
 TAUS = (1, 4, 12, 26)
-"""Acceptance lengths whose ceilings are shown: no draft, a small head, a small model, the substitute."""
+"""Acceptance lengths whose ceilings are shown: of no draft, a small head, a small model, the substitute."""
 
 CONTEXT_BYTES = GIB // 2
-"""What CUDA takes of a card beside PyTorch's allocations, about; the budget does not cover it."""
+"""Device memory of the CUDA context, about; the budget does not cover it."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """Host-to-device bandwidth in GB/s (1e9 bytes), and where the figure comes from."""
+class Bandwidth:
+    """Host-to-device bandwidth in GB/s (1e9 bytes), and its source."""
 
     gb_per_s: float
     source: str
@@ -50,34 +51,35 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where. Sizes are bytes.
+    """The place of every part of a run. Sizes are bytes.
 
     Attributes:
-        budget: ``offload.vram_gib``; the device items never exceed it, less its headroom.
-        host_limit: host memory the run may take; None: not known, not checked.
-        items: every piece, device first.
-        resident_layers, streamed_layers: layer numbers, together all of them.
-        ring_slots: layer buffers on the device; 0 when nothing is streamed.
+        card: the named GPU; None: this machine's.
+        budget: ``offload.vram_gib``; the device items fit it with its headroom.
+        host_limit: host memory that the run may take; None: unknown and not checked.
+        items: allocations, the device's first.
+        resident_layers, streamed_layers: layer numbers.
+        ring_slots: layer buffers on the device; 0 if nothing is streamed.
         codec: whether exact layers are coded by their substitute (``layer_bytes`` is then an estimate).
-        embedding: where the embedding table lives.
+        embedding: place of the embedding table.
         prefill_chunk: prompt tokens per sweep over the streamed layers.
         layer_bytes: of one streamed layer, on the host and over the link.
-        streamed_bytes_per_pass: what crosses the link for one target pass.
-        plain_bytes_per_pass: the same for plain decoding in this budget (None: it does not fit).
+        streamed_bytes_per_pass: over the link in one target pass.
+        plain_bytes_per_pass: the same for plain decoding in this budget; None: it does not fit.
         plain_resident: resident layers of plain decoding in this budget.
-        level_read_bytes: what one draft level reads of the device's memory (its weights and LM head; 0: no draft).
-        link: bandwidth of the predictions; None: not known.
-        notes: what a reader should know, one line each.
-        waiting_layers: of the substitute, the first ones, that are on the host until all are made.
-        coded_head_bytes: of the exact LM head, coded by the draft's own (an estimate); 0: it is not coded.
+        level_read_bytes: device memory that a draft level reads (weights and LM head); 0 without a draft.
+        link: bandwidth of the predictions; None: unknown.
+        notes: remarks for people, one line each.
+        waiting_layers: first layers of the substitute that are staged on the host until loading has finished.
+        coded_head_bytes: of the exact LM head coded by the draft's own (an estimate); 0: it is not coded.
     """
 
     target: str
     draft: str
-    card: Card | None
+    card: GpuSpec | None
     budget: int
     host_limit: int | None
-    items: tuple[Item, ...]
+    items: tuple[Allocation, ...]
     resident_layers: tuple[int, ...]
     streamed_layers: tuple[int, ...]
     ring_slots: int
@@ -89,7 +91,7 @@ class Plan:
     plain_bytes_per_pass: int | None
     plain_resident: int | None
     level_read_bytes: int
-    link: Link | None
+    link: Bandwidth | None
     notes: tuple[str, ...]
     waiting_layers: int = 0
     coded_head_bytes: int = 0
@@ -127,7 +129,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Builtin types, for ``plan.json``; predictions included."""
         plain = asdict(self)
-        plain["items"] = [{**asdict(item), "place": item.place.value} for item in self.items]
+        plain["items"] = [
+            {"name": item.name, "bytes": item.bytes, "place": item.place.value, "note": item.note}
+            for item in self.items
+        ]
         plain["embedding"] = self.embedding.value
         plain["codec"] = self.codec.value
         for name in ("resident_layers", "streamed_layers", "notes"):
@@ -158,18 +163,17 @@ def plan_run(
 
     Args:
         model: the target's transformers configuration.
-        link_gb_per_s: measured host-to-device bandwidth, GB/s; ``offload.link_gb_per_s`` wins when it is set, and
-            the named card's is used when neither is there.
-        host_free: free host memory in bytes (psutil's ``available``); not this machine's concern, and ignored,
-            when ``offload.card`` names another one.
-        device_total: memory of the device in bytes; a named card's own when ``offload.card`` is set.
+        link_gb_per_s: measured host-to-device bandwidth, GB/s. ``offload.link_gb_per_s`` takes precedence; without
+            both, the named GPU's is used.
+        host_free: free host memory in bytes (psutil's ``available``); ignored if ``offload.card`` is set.
+        device_total: memory of this machine's device in bytes.
 
     Raises:
-        ConfigError: the run does not fit, with the arithmetic and what would make it fit.
+        ConfigError: the run does not fit, with the arithmetic and the remedy.
     """
-    layout = Layout(config, model)
+    layout = MemoryLayout(config, model)
     offload = layout.offload
-    card = find_card(offload.card) if offload.card is not None else None
+    card = find_gpu(offload.card) if offload.card is not None else None
     budget = int(offload.vram_gib * GIB)
     total = int(card.vram_gib * GIB) if card else device_total
     whose = card.name if card else "this machine's GPU"
@@ -178,24 +182,24 @@ def plan_run(
             f"offload.vram_gib={offload.vram_gib:g} is more than the {total / GIB:.4g} GiB of {whose}: "
             f"set offload.vram_gib to at most {(total - CONTEXT_BYTES) / GIB:.1f} (CUDA itself takes about 0.5)"
         )
-    choice = choose(layout, budget)
-    if layout.coded and offload.codec is Codec.auto and (choice is None or offload.resident_layers is None):
-        # Where every layer fits as it is, there is nothing to gain from decoding; where the decoded layer beside the
-        # ring is what does not fit, decoding cannot be had.
-        plain = Layout(replace(config, offload=replace(offload, codec=Codec.none)), model)
+    decision = choose(layout, budget)
+    if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
+        # If every layer fits as it is, coding gains nothing. If only the buffer of the restored layer does not fit, the
+        # target streams uncoded.
+        plain = MemoryLayout(replace(config, offload=replace(offload, codec=Codec.none)), model)
         whole = choose(plain, budget)
-        if whole is not None and (choice is None or whole.resident == plain.shapes.layers):
-            layout, choice = plain, whole
-        elif choice is None:
-            layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_choice(tried)))
-    if choice is None:
+        if whole is not None and (decision is None or whole.resident == plain.spec.layers):
+            layout, decision = plain, whole
+        elif decision is None:
+            layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_decision(tried)))
+    if decision is None:
         raise refuse_device(layout, model, budget, lambda changed: choose(changed, budget))
-    items = tuple(layout.items(choice))
-    resident = layout.spread(choice.resident)
-    streamed = tuple(index for index in range(layout.shapes.layers) if index not in resident)
+    items = tuple(layout.allocations(decision))
+    resident = layout.spread(decision.resident)
+    streamed = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
     if host_limit is not None and sum(i.bytes for i in items if i.place is Placement.host) > host_limit:
-        raise refuse_host(layout, items, choice, host_limit, budget)
+        raise refuse_host(layout, items, decision, host_limit, budget)
 
     notes = []
     if total is not None and budget > total - CONTEXT_BYTES:
@@ -206,7 +210,7 @@ def plan_run(
         notes.append("host memory is not checked: set offload.ram_gib to check it")
     plainly = layout.draft is None and not layout.coded
     plain_layout = layout if plainly else layout.without_draft(model)
-    plain = choice if plainly else choose(plain_layout, budget)
+    plain = decision if plainly else choose(plain_layout, budget)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -216,43 +220,45 @@ def plan_run(
         items=items,
         resident_layers=resident,
         streamed_layers=streamed,
-        ring_slots=layout.ring_slots(choice.resident),
+        ring_slots=layout.ring_slots(decision.resident),
         codec=Codec.substitute if layout.coded else Codec.none,
-        embedding=choice.embedding,
-        prefill_chunk=choice.chunk,
+        embedding=decision.embedding,
+        prefill_chunk=decision.chunk,
         layer_bytes=layout.layer_bytes,
         streamed_bytes_per_pass=len(streamed) * layout.layer_bytes,
-        plain_bytes_per_pass=plain and (layout.shapes.layers - plain.resident) * plain_layout.layer_bytes,
+        plain_bytes_per_pass=plain and (layout.spec.layers - plain.resident) * plain_layout.layer_bytes,
         plain_resident=plain and plain.resident,
-        level_read_bytes=layout.draft.level_read(choice.resident) if layout.draft else 0,
+        level_read_bytes=layout.draft.level_read(decision.resident) if layout.draft else 0,
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
-        waiting_layers=layout.waiting_layers(choice),
+        waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
     )
 
 
-def choose(layout: Layout, budget: int) -> Choice | None:
-    """The best choice whose device items and headroom fit ``budget`` bytes: most resident layers first; None: none
-    does."""
-    best: Choice | None = None
+def choose(layout: MemoryLayout, budget: int) -> Decision | None:
+    """The best decision whose device allocations and headroom fit ``budget`` bytes: most resident layers first.
+
+    None if none fits.
+    """
+    best: Decision | None = None
     for placement in layout.placements():
         found = _choose(layout, budget - headroom(budget), placement)
-        # Only what counts more than the place of the table: layers, and the chunk as far as it was asked for.
+        # Resident layers, and the chunk up to its goal, matter more than the table's place.
         if found and (best is None or _rank(found, layout) > _rank(best, layout)):
             best = found
     return best
 
 
-def _rank(choice: Choice, layout: Layout) -> tuple[int, int]:
-    return choice.resident, min(choice.chunk, layout.goal)
+def _rank(decision: Decision, layout: MemoryLayout) -> tuple[int, int]:
+    return decision.resident, min(decision.chunk, layout.goal)
 
 
-def _choose(layout: Layout, room: int, embedding: Placement) -> Choice | None:
+def _choose(layout: MemoryLayout, room: int, embedding: Placement) -> Decision | None:
     def used(resident: int, chunk: int) -> int:
-        return layout.device_bytes(Choice(resident, chunk, embedding))
+        return layout.device_bytes(Decision(resident, chunk, embedding))
 
-    least, most = len(layout.forced), layout.shapes.layers
+    least, most = len(layout.required_resident), layout.spec.layers
     if layout.offload.resident_layers is not None:
         least = most = layout.offload.resident_layers
     chunks, ceiling = _chunks(layout.goal, layout.most_chunk), room
@@ -264,22 +270,22 @@ def _choose(layout: Layout, room: int, embedding: Placement) -> Choice | None:
         resident, chunks = least, _chunks(layout.least_chunk, layout.goal)
     else:
         return None
-    return Choice(resident, _largest(chunks, lambda chunk: used(resident, chunk) <= ceiling), embedding)
+    return Decision(resident, _largest(chunks, lambda chunk: used(resident, chunk) <= ceiling), embedding)
 
 
 def _chunks(least: int, most: int) -> list[int]:
-    """Chunk sizes to choose from, ascending: the ends, and the multiples of 64 between them."""
+    """Candidate chunk sizes, ascending: both bounds and the multiples of 64 between them."""
     first = (least // CHUNK_STEP + 1) * CHUNK_STEP
     return sorted({least, *range(first, most, CHUNK_STEP), most})
 
 
 def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
-    """The largest of ``sizes`` that fits; the first one does, and what is larger needs more."""
+    """Largest size for which ``fits`` holds; assumes that ``sizes[0]`` fits and that ``fits`` is monotone."""
     return sizes[bisect_left(sizes, True, lo=1, key=lambda size: not fits(size)) - 1]
 
 
-def _host_limit(layout: Layout, host_free: int | None) -> int | None:
-    """Bytes of host memory the run may take, the smaller of what was allowed and what is there."""
+def _host_limit(layout: MemoryLayout, host_free: int | None) -> int | None:
+    """Bytes of host memory that the run may take: the smaller of the allowed and the free; None if both are unknown."""
     asked = layout.offload.ram_gib
     if layout.offload.card is not None:
         host_free = None
@@ -287,13 +293,12 @@ def _host_limit(layout: Layout, host_free: int | None) -> int | None:
     return min(known) if known else None
 
 
-def _link(configured: float | None, measured: float | None, card: Card | None) -> Link | None:
-    # A value somebody wrote down is never overruled: the schema says null means "measured, or the card's".
+def _link(configured: float | None, measured: float | None, card: GpuSpec | None) -> Bandwidth | None:
     if configured is not None:
-        return Link(configured, "offload.link_gb_per_s")
+        return Bandwidth(configured, "offload.link_gb_per_s")
     if measured is not None:
-        return Link(measured, "measured")
+        return Bandwidth(measured, "measured")
     if card is not None:
         estimated = "measured on one" if card.measured_link else "estimated"
-        return Link(card.link_gb_per_s, f"{card.name}, {estimated}")
+        return Bandwidth(card.link_gb_per_s, f"{card.name}, {estimated}")
     return None

@@ -1,4 +1,4 @@
-"""A plan as a table for people: what goes where with its share of the budget, and what the link then allows.
+"""A plan as a table: every allocation with its share of the budget, and the ceilings that the link sets.
 
 Example::
 
@@ -14,11 +14,11 @@ from rich.text import Text
 
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement
+from subspec.planning.allocator import GIB
 from subspec.planning.plan import TAUS, Plan
-from subspec.planning.sizes import GIB
 
 BAR, NARROW_BAR = 12, 8
-"""Columns of a full bar (the whole budget), and of one on a console of less than ``NARROW`` columns."""
+"""Columns of a full bar (the whole budget), and on a console of less than ``NARROW`` columns."""
 
 NARROW = 100
 
@@ -27,7 +27,7 @@ LAYERS_SHOWN = 8
 
 
 class _PlanTable:
-    """Renders for the console it meets: some encodings have no block characters."""
+    """Renders for a console's width and encoding, which may lack block characters."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -46,18 +46,18 @@ class _PlanTable:
 
 
 def plan_table(plan: Plan) -> _PlanTable:
-    """The whole plan as one thing that rich can print."""
+    """The plan as a rich renderable."""
     return _PlanTable(plan)
 
 
 def title(plan: Plan) -> str:
-    """What is planned, on one line."""
+    """Target, draft, budget and GPU on one line."""
     card = f" on {plan.card.name}" if plan.card else ""
     return f"plan: target {plan.target}, draft {plan.draft}, {gib(plan.budget)} GiB{card}"
 
 
 def fact_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """The lines between the tables: label and text; what is not known is left out."""
+    """Label and text of the lines between the tables, without unknown figures."""
     layers = len(plan.resident_layers) + len(plan.streamed_layers)
     yield "resident layers", _numbers(plan.resident_layers, layers)
     if plan.streamed_layers:
@@ -79,7 +79,7 @@ def fact_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB with two decimals; what would read 0.00 is shown as such a bound."""
+    """Bytes as GiB with two decimals; ``<0.01`` for sizes that would read 0.00."""
     value = size / GIB
     return f"{value:.2f}" if value >= 0.005 or not size else "<0.01"
 
@@ -122,7 +122,7 @@ def _facts(plan: Plan) -> Table:
 
 
 def _ceilings(plan: Plan) -> Table:
-    """What the link allows: tau / seconds per pass, and plain decoding in the same budget."""
+    """Ceilings of the link: tau / seconds per pass, and plain decoding in the same budget."""
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
     table.add_column("ceiling of the link at", no_wrap=True)
     for tau in TAUS:

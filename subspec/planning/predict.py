@@ -1,4 +1,4 @@
-"""From a configuration, a machine and an acceptance to speeds over tree depths."""
+"""Predicted speeds over tree depths, from a configuration, a machine and an acceptance."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,18 +15,17 @@ from subspec.targets.layer_bytes import PlainCodec
 from subspec.targets.model_spec import ModelSpec
 
 DEPTHS = (4, 8, 16, 24, 32, 48, 64)
-"""Tree depths that are predicted beside the configured one."""
+"""Tree depths predicted besides the configured one."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """A tree depth, and what the plan keeps resident for it.
+    """The prediction for one tree depth.
 
     Attributes:
         depth: levels of the tree.
-        resident: layers kept on the device. streamed_gb: GB over the link per pass.
-        iteration: draft, then verify.
-        extrapolated: deeper than what acceptance was measured for.
+        resident: number of resident layers in its plan. streamed_gb: GB over the link per pass.
+        extrapolated: deeper than the acceptance was measured.
     """
 
     depth: int
@@ -38,15 +37,14 @@ class Depth:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one would get.
+    """Predictions for one configuration.
 
     Attributes:
         plan: of the configured depth.
-        machine, acceptance: what was assumed.
-        level_s: seconds of a draft level. level_measured: whether it was measured instead of computed.
-        plain: plain streaming in the same budget; None when it does not fit.
-        depths: by tree depth, ascending; depths that do not fit the budget are left out.
-        too_deep: those.
+        machine, acceptance: the assumptions.
+        level_s: seconds of a draft level.
+        plain: plain streaming in the same budget; None: it does not fit.
+        depths: ascending tree depths that fit the budget. too_deep: those that do not.
     """
 
     plan: Plan
@@ -89,11 +87,11 @@ def predict(
     """Predict speeds; nothing is loaded.
 
     Args:
-        config: a run with ``offload=stream`` and a draft that the planner knows; its tree's width and depth count.
+        config: a run with ``offload=stream`` and a draft; width and depth of its tree are used.
         model: the target's transformers configuration.
-        machine: bandwidths. Its link is used for the plan too.
-        acceptance: how much of a tree is accepted, with the tree's width.
-        depths: predicted beside the configured depth.
+        machine: bandwidths; its link is used for the plan too.
+        acceptance: measured with the tree's width.
+        depths: predicted besides the configured depth.
 
     Raises:
         ConfigError: the configured run does not fit, or does not stream.
@@ -150,7 +148,7 @@ def _plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int)
     return plan_run(
         replace(config, tree=tree),
         model,
-        link_gb_per_s=None if named else machine.link_gb_per_s,  # the plan says whose link it is
+        link_gb_per_s=None if named else machine.link_gb_per_s,  # the plan then names the GPU's own link
         host_free=None,
         device_total=None,
     )

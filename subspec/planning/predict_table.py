@@ -37,8 +37,8 @@ def depth_table(prediction: Prediction) -> Table:
     return table
 
 
-def said_lines(prediction: Prediction, planted: bool, level_source: str) -> list[str]:
-    """What the figures rest on, one line each."""
+def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[str]:
+    """Assumptions and remarks behind the figures, one line each."""
     machine, plain = prediction.machine, prediction.plain
     lines = [
         f"link {machine.link_gb_per_s:.1f} GB/s, device memory {machine.memory_gb_per_s:.0f} GB/s",

@@ -1,18 +1,16 @@
 """Seconds of an iteration, from bytes and bandwidths.
 
     draft level   layers * LEVEL_LAYER_S + (substitute + LM head) / (memory bandwidth * EFFICIENCY)
-    target pass   the larger of: streamed bytes / link, less what the ring took while the draft worked;
+    target pass   the larger of: streamed bytes / link, less the bytes that filled the ring during drafting;
                   and all of the target's weights / (memory bandwidth * EFFICIENCY)
-    end of a pass LM head / (memory bandwidth * EFFICIENCY) + OTHER_S, in which the link goes on filling the ring
+    end of a pass LM head / (memory bandwidth * EFFICIENCY) + OTHER_S, while the link continues to fill the ring
     iteration     depth * draft level + target pass + end
 
-The link idles while the draft works, but for the ring's slots.
+During drafting the link is idle once the ring's slots are full. Restoring coded layers, which overlaps with the link,
+and a coded LM head, which does not, is left out.
 
-Decoding coded weights is left out: of layers, which happens while the link works, and of a coded LM head, which does
-not.
-
-The two constants of a draft level come from two measurements on one H200 (single levels of 7B and 32B, width 6); the
-check in ``experiments/predict`` repeats the fit and states the errors on whole runs, of which none went into it.
+The two constants of a draft level are fitted to two measurements on one H200 (single levels of 7B and 32B, width 6);
+the check in ``experiments/predict`` repeats the fit and states the errors on whole runs, which are not part of it.
 """
 
 from dataclasses import dataclass
@@ -21,18 +19,18 @@ from subspec.planning.acceptance import Acceptance
 from subspec.planning.plan import Plan
 
 EFFICIENCY = 0.64
-"""Share of a card's data-sheet memory bandwidth that long kernels reach (fitted, see the module's text)."""
+"""Share of the data-sheet memory bandwidth that long kernels reach (fitted)."""
 
 LEVEL_LAYER_S = 7.4e-6
-"""Seconds per layer of a draft level that do not depend on its bytes: launches, norms, attention (fitted)."""
+"""Seconds per layer of a draft level, independent of its bytes: launches, norms, attention (fitted)."""
 
 OTHER_S = 0.4e-3
-"""Bookkeeping per iteration that no event on the device brackets, seconds: measured 0.3 to 0.6 ms."""
+"""Seconds of bookkeeping per iteration outside the timed phases: measured 0.3 to 0.6 ms."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a prediction needs to know of a machine.
+    """Speeds of a machine.
 
     Attributes:
         link_gb_per_s, memory_gb_per_s: host-to-device and device-memory bandwidth, GB/s (1e9 bytes).
@@ -66,9 +64,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Iteration:
-    """A predicted iteration: seconds drafting, in the target's pass with its end, both; tokens it emits; tokens/s.
+    """A predicted iteration.
 
-    ``ceiling``: tokens/s at this tau if nothing but streaming took time; None when nothing is streamed.
+    Attributes:
+        draft_s, pass_s: seconds of drafting, and of the target's pass with its end.
+        tau: emitted tokens.
+        ceiling: tokens/s at this tau if only streaming took time; None: nothing is streamed.
     """
 
     draft_s: float

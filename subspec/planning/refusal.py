@@ -15,32 +15,35 @@ from subspec.config.schema import (
     Placement,
 )
 from subspec.errors import ConfigError
-from subspec.planning.layout import CHUNK_STEP, Choice, Item, Layout
-from subspec.planning.sizes import GIB, least_budget
+from subspec.planning.allocator import GIB, Allocation, least_budget
+from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
 
 SMALL = GIB // 20
-"""Pieces below 0.05 GiB are summed up as the rest."""
+"""Allocations below 0.05 GiB are summed up as the rest."""
 
 SHORTEST = 256
-"""Tokens below which no shorter ``decoding.max_length`` is proposed: a chat turn needs as much."""
+"""Shortest proposed ``decoding.max_length``: a chat turn needs as many tokens."""
 
 SHALLOWEST = 4
-"""Levels below which no smaller ``tree.depth`` is proposed."""
+"""Smallest proposed ``tree.depth``."""
 
 
 def refuse_device(
-    layout: Layout, model: PretrainedConfig, budget: int, choose: Callable[[Layout], Choice | None]
+    layout: MemoryLayout,
+    model: PretrainedConfig,
+    budget: int,
+    choose: Callable[[MemoryLayout], Decision | None],
 ) -> ConfigError:
-    """The budget cannot hold the run even with the fewest layers resident and the smallest prefill chunk.
+    """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk.
 
     Args:
-        choose: finds a choice of a changed layout within the same budget, or None.
+        choose: the decision for a changed layout in the same budget, or None.
     """
-    least = least_choice(layout)
-    items = [item for item in layout.items(least) if item.place is Placement.device]
+    least = least_decision(layout)
+    items = [item for item in layout.allocations(least) if item.place is Placement.device]
     used = sum(item.bytes for item in items)
     needed = least_budget(used)
-    items.append(Item("kept free", needed - used, Placement.device))
+    items.append(Allocation("kept free", ((needed - used, 1),)))
     helps = next((text for text, changed in _changes(layout) if _fits(layout, changed, model, choose)), None)
     remedy = f"or {helps}" if helps else "no other single change is enough"
     return ConfigError(
@@ -50,9 +53,9 @@ def refuse_device(
 
 
 def refuse_host(
-    layout: Layout, items: Sequence[Item], choice: Choice, limit: int, budget: int
+    layout: MemoryLayout, items: Sequence[Allocation], decision: Decision, limit: int, budget: int
 ) -> ConfigError:
-    """Host memory cannot hold what is not on the device; the machine would swap."""
+    """The refusal of a run whose host allocations exceed ``limit`` bytes; the machine would swap."""
     host = [item for item in items if item.place is Placement.host]
     needed = sum(item.bytes for item in host)
     remedies = ["free some"]
@@ -60,16 +63,16 @@ def refuse_host(
     if asked is not None and asked * GIB <= limit:
         remedies = [f"raise offload.ram_gib to at least {ceil_gib(needed)} if the machine has it"]
     more = math.ceil((needed - limit) / layout.layer_bytes)
-    streamed = layout.shapes.layers - choice.resident
-    if more <= streamed and not layout.coded:  # coded layers wait on the host while loading, wherever they go
-        wanted = least_budget(layout.device_bytes(replace(choice, resident=choice.resident + more)))
+    streamed = layout.spec.layers - decision.resident
+    if more <= streamed and not layout.coded:  # all coded layers are on the host while loading
+        wanted = least_budget(layout.device_bytes(replace(decision, resident=decision.resident + more)))
         if wanted > budget:
             remedies.append(
                 f"raise offload.vram_gib to {ceil_gib(wanted)} (each resident layer takes "
                 f"{layout.layer_bytes / GIB:.2f} GiB off the host)"
             )
         else:
-            remedies.append(f"set offload.resident_layers={choice.resident + more}")
+            remedies.append(f"set offload.resident_layers={decision.resident + more}")
     remedies.append("choose a smaller target")
     source = "offload.ram_gib allows" if asked is not None and asked * GIB <= limit else "are free"
     return ConfigError(
@@ -78,14 +81,14 @@ def refuse_host(
     )
 
 
-def least_choice(layout: Layout) -> Choice:
-    """The choice that takes the least device memory."""
+def least_decision(layout: MemoryLayout) -> Decision:
+    """The decision with the least device memory."""
     pinned = layout.offload.resident_layers
-    resident = len(layout.forced) if pinned is None else pinned
-    return Choice(resident, layout.least_chunk, layout.placements()[-1])
+    resident = len(layout.required_resident) if pinned is None else pinned
+    return Decision(resident, layout.least_chunk, layout.placements()[-1])
 
 
-def arithmetic(items: Sequence[Item]) -> str:
+def arithmetic(items: Sequence[Allocation]) -> str:
     """``substitute 3.4 + LM head 1.0 + ... + rest 0.1``, in GiB, largest first."""
     shown = sorted((item for item in items if item.bytes >= SMALL), key=lambda item: -item.bytes)
     rest = sum(item.bytes for item in items) - sum(item.bytes for item in shown)
@@ -103,18 +106,21 @@ def _either(parts: list[str]) -> str:
 
 
 def _fits(
-    layout: Layout, config: Config, model: PretrainedConfig, choose: Callable[[Layout], Choice | None]
+    layout: MemoryLayout,
+    config: Config,
+    model: PretrainedConfig,
+    choose: Callable[[MemoryLayout], Decision | None],
 ) -> bool:
     try:
-        return choose(Layout(config, model)) is not None
+        return choose(MemoryLayout(config, model)) is not None
     except ConfigError:
         return False
 
 
-def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
-    """Single changes, those that cost least first: (what to set, the configuration with it set).
+def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
+    """Single changes, the cheapest first: (what to set, the changed configuration).
 
-    Fewer bits are not among them: what they cost in acceptance depends on the target.
+    Fewer bits are not proposed: their cost in acceptance depends on the target.
     """
     config, offload, decoding, tree = (
         layout.config,
@@ -129,7 +135,7 @@ def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
 
     if offload.resident_layers is not None:
         yield changed("offload", resident_layers=None)
-    if offload.embedding is Placement.device and not layout.shapes.tied:
+    if offload.embedding is Placement.device and not layout.spec.tied:
         yield changed("offload", embedding=Placement.host)
     if offload.ring_slots > 2:
         yield changed("offload", ring_slots=2)
@@ -156,7 +162,7 @@ def _changes(layout: Layout) -> Iterator[tuple[str, Config]]:
         text, other = changed("offload", ring_slots=1)
         yield f"{text} (slower: copies then wait for the layer being computed)", other
     plain, also = replace(config, draft=NoDraftConfig(name="none")), ""
-    if offload.codec is Codec.substitute:  # which keeps the substitute even where nothing drafts
+    if offload.codec is Codec.substitute:  # keeps the substitute without a draft too
         plain, also = replace(plain, offload=replace(offload, codec=Codec.none)), " and offload.codec=none"
     if not isinstance(config.draft, NoDraftConfig):
         yield f"set draft=none{also} (plain decoding)", plain

@@ -1,33 +1,35 @@
-"""What choosing a kernel asks of the device: which kernels are there, and how long one takes.
+"""Times of a format's kernels as a draft level runs them: in a CUDA graph, with weights that are in no cache."""
 
-gemlite tunes itself, for 7 to 9 seconds per shape; its findings are kept beside our own measurements, so that a
-second start does not tune again.
-"""
-
+import copy
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from subspec.kernels import launch
-from subspec.kernels.timing import slug
-from subspec.quant import codebook_linear, level_linear
-from subspec.quant.affine_format import Format
-from subspec.quant.kernel_timing import variant_time
-from subspec.quant.level_linear import GemLite, Variant
+from subspec.kernels.timing import graph_time, slug
+from subspec.quant import gemlite
+from subspec.quant.gemlite import GemLite, load_tuning, save_tuning
+from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note
-from subspec.utils.disk import replace_file
 
-Won = dict[str, tuple[Format, tuple[int, int]]]
+CACHES = 3
+"""Copies of a weight take this many times the L2 cache, so that none is still cached when its turn comes again."""
+
+MOST_COPIES = 64
+"""Copies of one weight; only weights of some tens of kilobytes would need more."""
+
+Won = dict[str, tuple[WeightFormat, tuple[int, int]]]
 """Format and shape by role."""
 
 
 class Bench(Protocol):
-    """A device to choose for.
+    """A device to choose kernels for.
 
     Attributes:
-        name: of the card, as records and file names have it.
+        name: of the card, as in records and file names.
         device: where the kernels will run.
         launches: how they are launched there (:func:`subspec.kernels.launch.how`), and measured.
     """
@@ -36,17 +38,17 @@ class Bench(Protocol):
     device: torch.device
     launches: str
 
-    def unavailable(self, kernel: str) -> str | None:
-        """Why a kernel cannot run here; None when it can."""
+    def unavailable(self, kernel: str, format_: WeightFormat) -> str | None:
+        """Why a kernel cannot run here; None if it can."""
 
-    def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:
-        """Seconds of one call; any exception says that this kernel cannot do it."""
+    def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
+        """Seconds of one call; any exception means that this kernel cannot do it."""
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
-        """Called once before anything is asked, with the kernels that take part."""
+        """Prepare to measure these kernels; called once."""
 
     def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
-        """Called once at the end. ``won``: the roles that gemlite won; ``measured``: whether anything was."""
+        """Clean up; called once. ``won``: the roles that gemlite won; ``measured``: whether anything was."""
 
 
 class CudaBench:
@@ -62,18 +64,14 @@ class CudaBench:
         self.name = torch.cuda.get_device_name(device)
         self._gemlite = False
 
-    def unavailable(self, kernel: str) -> str | None:
+    def unavailable(self, kernel: str, format_: WeightFormat) -> str | None:
         with torch.cuda.device(self.device):
-            if kernel in codebook_linear.LUT_KERNELS:
-                return codebook_linear.unavailable(kernel, self.device)
-            return level_linear.unavailable(kernel, self.device)
+            return format_.unavailable(kernel, self.device)
 
-    def seconds(self, variant: Variant, format_: Format, role: str, n: int, k: int, rows: int) -> float:
+    def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
         with torch.cuda.device(self.device):
-            overlap = self.launches == launch.OVERLAPPING
-            return variant_time(
-                variant, n, k, rows, self.device, swiglu=role == "gate_up", format_=format_, overlap=overlap
-            )
+            overlap, swiglu = self.launches == launch.OVERLAPPING, role == "gate_up"
+            return variant_time(variant, format_, n, k, rows, self.device, swiglu=swiglu, overlap=overlap)
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
         self._gemlite = GemLite.kind in kernels
@@ -96,33 +94,46 @@ class CudaBench:
             save_tuning(self._tuning(folder), note)
 
     def _tuning(self, folder: Path) -> Path:
-        return folder / f"gemlite-{slug(self.name)}-{level_linear.gemlite_version()}.json"
+        return folder / f"gemlite-{slug(self.name)}-{gemlite.version()}.json"
 
 
-def load_tuning(file: Path, note: Note) -> bool:
-    """Let gemlite know what it found out in an earlier run; False: nothing to be known."""
-    if not file.is_file():
-        return False
-    known = _gemlite().load_config(str(file), print_error=False)
-    if not known:
-        note(f"{file} cannot be read: gemlite tunes itself again")
-    return known
+def rotation(linear: LevelLinear, device: torch.device) -> list[LevelLinear]:
+    """Copies of a Linear that together do not fit into the device's caches, at least two."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    count = min(max(2, -(-CACHES * cache // linear.nbytes)), MOST_COPIES)
+    copies = [linear]
+    for _ in range(count - 1):
+        other = copy.copy(linear)
+        other.adopt([tensor.clone() for tensor in linear.tensors])
+        copies.append(other)
+    return copies
 
 
-def save_tuning(file: Path, note: Note) -> None:
-    """Keep what gemlite found out, together with what it knew."""
-    try:
-        with (
-            TemporaryDirectory() as folder
-        ):  # it writes in place, and what it cannot read it takes for nothing
-            written = Path(folder) / file.name
-            _gemlite().cache_config(str(written))
-            replace_file(file, written.read_bytes())
-    except OSError as error:
-        note(f"gemlite's tuning is not kept: cannot write {file} ({error.strerror})")
+def rotated_time(linears: list[LevelLinear], x: Tensor) -> float:
+    """Seconds of one call, over Linears that take turns."""
+    return graph_time(lambda: [linear(x) for linear in linears]) / len(linears)
 
 
-def _gemlite() -> Any:
-    from gemlite.core import GemLiteLinearTriton
+def variant_time(
+    variant: Variant,
+    format_: WeightFormat,
+    n: int,
+    k: int,
+    rows: int,
+    device: torch.device,
+    *,
+    swiglu: bool,
+    overlap: bool | None = None,
+) -> float:
+    """Seconds of one call of a kernel on a weight [n, k] and ``rows`` rows, weights not cached.
 
-    return GemLiteLinearTriton
+    Takes three times the L2 cache of device memory (at least two weights) for the duration of the call.
+
+    Args:
+        overlap: whether launches overlap (:func:`subspec.kernels.launch.how`). Captured, the first one has nothing in
+            its graph to overlap with, and graphs replayed one after the other do not overlap.
+    """
+    on = launch.how(device, overlap) == launch.OVERLAPPING
+    with torch.inference_mode(), launch.overlapping(on):
+        linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
+        return rotated_time(linears, torch.randn(rows, k, device=device, dtype=torch.bfloat16))

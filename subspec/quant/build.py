@@ -1,6 +1,6 @@
 """From ``quant=...`` to a quantizer of modules: one entry in :data:`QUANTIZERS` per method.
 
-What the fused level of ``offload=stream`` needs of a method is beside it, in :mod:`subspec.levels.quantization`.
+The methods of the fused level of ``offload=stream`` are in :mod:`subspec.levels.quantization`.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,9 @@ import torch
 
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
-from subspec.quant.base import Quantizer
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.module_bits import bits_by_linear
+from subspec.quant.modules import Quantizer, bits_by_linear
 
 
 def build_quantizer(
@@ -23,7 +22,7 @@ def build_quantizer(
     Args:
         dtype, device: of the draft.
         unpack: keep the quantized values as plain Linears.
-        what: is quantized, for messages.
+        what: the quantized model, for messages.
 
     Raises:
         ConfigError: ``quant`` names no quantizer.

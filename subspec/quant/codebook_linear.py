@@ -1,87 +1,64 @@
-"""Linear layers whose weights are looked up in a table of pairs (``quant=higgs``): several kernels, one result.
+"""Linears whose weights are looked up in a codebook of pairs (``quant=higgs``), and the format that they share.
 
-    y[row, n] = sum over groups of scale[n, group] * sum_k table[code[n, k]] * R(x)[row, k]
+    y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k]] * R(x)[row, k]
 
-where R rotates the inputs. Like every Linear of a draft level (:mod:`subspec.quant.level_linear`) a call gives sums
-[splits, rows, stride] that its reader adds up, or the activation of a fused gate/up pair. Kernels:
+where R rotates the inputs. Kernels:
 
-- ``reference``: dequantizes in every call; plain torch, any device.
-- ``lut_triton``: bytes and scales row by row, in the quantizer's own packing (:mod:`subspec.kernels.lut_triton`).
-- ``lut_mma``: CUDA, compiled at run time; words in the order of tensor-core fragments (:mod:`subspec.quant.codebook`).
+- ``lut_mma``: ours, CUDA compiled at run time (:mod:`subspec.kernels.codebook`).
+- ``reference``: plain torch in the dtype of its input; dequantizes in every call.
 - ``flute``: FLUTE's kernel, where that package is installed (:mod:`subspec.quant.flute`).
-
-Example::
-
-    codes = encode(weight, bits=4, dim=2, group_size=256, hadamard_size=512)
-    linear = make_lut_linear(codes, Variant("lut_triton"))
-    y = linear(x).sum(0)     # about functional.linear(x, weight)
 """
 
-import math
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.kernels import codebook
 from subspec.kernels.activation import apply_swiglu
-from subspec.quant import codebook, flute
-from subspec.quant.flute import FluteLut
-from subspec.quant.hadamard_transform import Rotate, rotate
-from subspec.quant.higgs_weight import CHUNK, HiggsCodes, pack_pairs, unpack_pairs
-from subspec.quant.level_linear import LevelLinear, Variant
-
-MAX_ROWS = 16
-"""Rows of one launch of the Triton kernel: as many as the narrowest product takes anyway."""
-
-BLOCKS_PER_PROCESSOR = 4
-"""Blocks that a multiprocessor holds, so that one block's loads fly while another computes."""
-
-MOST_SPLITS = 8
-
-
-USUAL_TILES = 4
-"""16-row tiles per block of ``lut_triton`` where a variant names none: 64 rows make the widest instructions."""
-
-
-@dataclass(frozen=True)
-class TritonSettings:
-    """What ``lut_triton`` is compiled with besides its block's outputs.
-
-    Attributes:
-        inputs: per step, a power of two of at least 64 (fewer where groups are smaller).
-        warps, stages: of Triton; the kernel itself loads codes one step ahead, so that stages add only x's.
-        gather: look up through shared memory instead of the L1 cache.
-    """
-
-    inputs: int = 128
-    warps: int = 4
-    stages: int = 1
-    gather: bool = False
+from subspec.quant import flute
+from subspec.quant.flute import FluteLinear
+from subspec.quant.grids import FILE, load_grid
+from subspec.quant.hadamard import Rotate, Rotation, rotate, rotate_by
+from subspec.quant.level_linear import FewRowsLinear, LevelLinear, Variant
+from subspec.quant.pairs import (
+    CHUNK,
+    ROUNDING_BYTES,
+    ROWS_BYTES,
+    QuantizedPairs,
+    coded_bits,
+    group_of,
+    pack_pairs,
+    packed_sizes,
+    quantize_pairs,
+    unpack_pairs,
+)
+from subspec.quant.weight_format import FormatQuantizer, WeightFormat, split_variants
 
 
-USUAL_SETTINGS = TritonSettings()
-
-
-def pair_table(codes: HiggsCodes) -> Tensor:
+def pair_table(weight: QuantizedPairs) -> Tensor:
     """int32 [4 ** bits]: both weights of a pair as bfloat16, the first one in the low half."""
-    halves = codes.grid.pairs().to(codes.pairs.device, torch.bfloat16).contiguous().view(torch.int16)
+    halves = weight.grid.pairs().to(weight.pairs.device, torch.bfloat16).contiguous().view(torch.int16)
     return halves.view(torch.int32)[:, 0].contiguous()
 
 
-class ReferenceLut(LevelLinear):
-    """Plain torch on any device, in the arithmetic of its input; keeps the codes packed."""
+class ReferenceCodebook(LevelLinear):
+    """Plain torch on any device, in the arithmetic of its input; keeps the pairs packed."""
 
     kind = "reference"
 
-    def __init__(self, codes: HiggsCodes, *, swiglu: bool = False) -> None:
+    def __init__(self, weight: QuantizedPairs, *, swiglu: bool = False) -> None:
         self.swiglu = swiglu
-        self.rotation, self.grid, self.group = codes.rotation, codes.grid, codes.group_size
-        self.packed = pack_pairs(codes.pairs, codes.grid.bits)
-        self.scale = codes.scale
-        self.stride = codes.pairs.shape[0]
-        self.nbytes = self.packed.numel() + 2 * self.scale.numel()
+        self.packed, self.scale = pack_pairs(weight.pairs, weight.grid.bits), weight.scale
+        self._like = replace(weight, pairs=weight.pairs[:0], scale=weight.scale[:0])
+        self.stride = weight.shape[0]
+        self.nbytes = self.packed.nbytes + self.scale.nbytes
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -90,119 +67,33 @@ class ReferenceLut(LevelLinear):
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         self.packed, self.scale = tensors
 
-    @property
-    def codes(self) -> HiggsCodes:
-        """What it was made from."""
-        pairs = unpack_pairs(self.packed, self.grid.bits)
-        return HiggsCodes(pairs, self.scale, self.grid, self.group, self.rotation)
+    def quantized(self) -> QuantizedPairs:
+        return self._like.of_rows([unpack_pairs(self.packed, self._like.grid.bits), self.scale])
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.codes.rotated().to(x.dtype)
-        y = functional.linear(self.rotation(x), weight)
+        y = functional.linear(self._like.rotation(x), self.quantized().rotated().to(x.dtype))
         return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
-class TritonLut(LevelLinear):
-    """The Triton kernel; on a CPU (tests) it runs in Triton's interpreter."""
-
-    kind = "lut_triton"
-
-    def __init__(
-        self,
-        codes: HiggsCodes,
-        variant: Variant,
-        settings: TritonSettings = USUAL_SETTINGS,
-        *,
-        swiglu: bool = False,
-        rotate: Rotate = rotate,
-    ) -> None:
-        # Imported here: Triton is not there on machines that only compose configurations or run on a CPU.
-        from subspec.kernels import lut_triton
-
-        self._kernels = lut_triton
-        self.swiglu, self.settings, self._rotate = swiglu, settings, rotate
-        self.outputs = 16 * (variant.tiles or USUAL_TILES)
-        self.rotation, self.group, self.bits = codes.rotation, codes.group_size, codes.grid.bits
-        self.packed = pack_pairs(codes.pairs, self.bits)
-        self.scale = codes.scale.contiguous()
-        self.table = pair_table(codes)
-        self.stride = codes.pairs.shape[0]
-        self.nbytes = self.packed.numel() + 2 * self.scale.numel()
-        # A step lies in one group: groups are multiples of 64 but not always powers of two.
-        self._step = min(settings.inputs, self.group & -self.group)
-        self.splits = variant.splits or self._usual_splits()
-        self.splits = max(1, min(self.splits, self.rotation.padded // self._step))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.packed, self.scale
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        self.packed, self.scale = tensors
-
-    def _usual_splits(self) -> int:
-        if not self.packed.is_cuda:
-            return 1
-        count = torch.cuda.get_device_properties(self.packed.device).multi_processor_count
-        blocks = -(-self.stride // self.outputs)
-        return min(MOST_SPLITS, math.ceil(BLOCKS_PER_PROCESSOR * count / blocks))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        if rows > MAX_ROWS:
-            parts = [self(part) for part in x.split(MAX_ROWS)]
-            return torch.cat(parts, dim=0 if self.swiglu else 1)
-        n, inputs = self.stride, self.rotation.padded
-        partial = torch.empty(self.splits, rows, n, dtype=torch.float32, device=x.device)
-        steps = inputs // self._step
-        cuda = x.is_cuda
-        tl = self._kernels.tl
-        self._kernels.lut_linear[(-(-n // self.outputs), self.splits)](
-            self._rotate(x, self.rotation),
-            self.packed,
-            self.scale,
-            self.table,
-            partial,
-            rows,
-            n,
-            inputs,
-            self.scale.shape[1],
-            -(-steps // self.splits) * self._step,
-            BITS=self.bits,
-            GROUP=self.group,
-            N=self.outputs,
-            K=self._step,
-            M=MAX_ROWS,
-            GATHER=self.settings.gather,
-            OPERAND=tl.bfloat16 if cuda else tl.float32,  # the interpreter multiplies no bfloat16
-            num_warps=self.settings.warps,
-            num_stages=self.settings.stages,
-        )
-        return self._activation(partial) if self.swiglu else partial
-
-    def _activation(self, partial: Tensor) -> Tensor:
-        splits, rows, n = partial.shape
-        out = torch.empty(rows, n // 2, dtype=torch.bfloat16, device=partial.device)
-        block = 512
-        self._kernels.swiglu_sums[(rows, -(-n // 2 // block))](
-            partial, out, rows, n // 2, SPLITS=splits, BLOCK=block, num_warps=4
-        )
-        return out
-
-
-class MmaLut(LevelLinear):
-    """Our CUDA tensor-core kernel (:mod:`subspec.quant.codebook`); on a CPU (tests) its reference stands in."""
+class CodebookLinear(FewRowsLinear):
+    """Our CUDA tensor-core kernel (:mod:`subspec.kernels.codebook`)."""
 
     kind = "lut_mma"
 
     def __init__(
-        self, codes: HiggsCodes, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
+        self, weight: QuantizedPairs, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
     ) -> None:
-        self.rotation, self.grid, self._rotate = codes.rotation, codes.grid, rotate
-        self.weight = codebook.pack(codes, pair_table(codes), tiles=variant.tiles or 2, swiglu=swiglu)
+        self.rotation, self.grid, self._rotate, self.swiglu = weight.rotation, weight.grid, rotate, swiglu
+        self.weight = codebook.pack(
+            weight.pairs,
+            weight.scale,
+            pair_table(weight),
+            bits=weight.grid.bits,
+            tiles=variant.tiles or 2,
+            swiglu=swiglu,
+        )
         if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
-            device = self.weight.words.device
-            count = torch.cuda.get_device_properties(device).multi_processor_count
+            count = torch.cuda.get_device_properties(self.weight.words.device).multi_processor_count
             self.splits = variant.splits or codebook.splits_for(self.weight, count)
         self.stride = self.weight.padded
         self.nbytes = self.weight.nbytes
@@ -215,78 +106,181 @@ class MmaLut(LevelLinear):
         words, scale = tensors
         self.weight = replace(self.weight, words=words, scale=scale)
 
-    @property
-    def codes(self) -> HiggsCodes:
-        """What it was made from."""
-        pairs, scale = codebook.unpack_codes(self.weight)
-        return HiggsCodes(pairs, scale, self.grid, self.rotation.padded // scale.shape[1], self.rotation)
+    def quantized(self) -> QuantizedPairs:
+        pairs, scale = codebook.unpack_pairs(self.weight)
+        group = self.rotation.padded // scale.shape[1]
+        return QuantizedPairs(pairs, scale, self.grid, group, self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, swiglu = x.shape[0], self.weight.swiglu
-        if not x.is_cuda:
-            y = codebook.reference(self.weight, self._rotate(x, self.rotation))
-            y = functional.pad(y, (0, (self.stride // 2 if swiglu else self.stride) - y.shape[1]))
-            return y.to(torch.bfloat16) if swiglu else y.unsqueeze(0)
-        if rows > codebook.MAX_ROWS:
-            parts = [self(part) for part in x.split(codebook.MAX_ROWS)]
-            return torch.cat(parts, dim=0 if swiglu else 1)
-        if swiglu:
-            out = torch.empty(rows, self.stride // 2, dtype=torch.bfloat16, device=x.device)
-        else:
-            out = torch.empty(self.splits, rows, self.stride, dtype=torch.float32, device=x.device)
-        codebook.linear(self.weight, self._rotate(x, self.rotation), out, splits=self.splits)
-        return out
+        return super().__call__(self._rotate(x, self.rotation))
+
+    def reference(self, x: Tensor) -> Tensor:
+        return codebook.reference(self.weight, x)
+
+    def launch(self, x: Tensor, out: Tensor) -> None:
+        codebook.linear(self.weight, x, out, splits=self.splits)
 
 
-LUT_KERNELS = (MmaLut.kind, TritonLut.kind, ReferenceLut.kind)
-"""What can compute a Linear of ``quant=higgs`` and is ours, the fastest first; ``flute`` has to be asked for."""
+@dataclass(frozen=True)
+class HiggsFormat(WeightFormat):
+    """HIGGS: pairs looked up in a grid, inputs rotated.
+
+    Attributes:
+        bits: 4, 3 or 2.
+        dim: of the grid; kernels do not depend on it.
+        group: inputs per scale, at most.
+        hadamard_size: inputs rotated together, at most.
+        hadamard: what rotates them (:func:`subspec.quant.hadamard.rotate_by`).
+    """
+
+    bits: int = 4
+    dim: int = 2
+    group: int = 256
+    hadamard_size: int = 512
+    hadamard: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits} bit"
+
+    @property
+    def detail(self) -> str:
+        return f"HIGGS grids of dimension {self.dim}, groups of {self.group}, rotated by {self.hadamard_size}"
+
+    @property
+    def key(self) -> str:
+        return f"lut{self.bits}g{self.group}r{self.hadamard_size}{self.hadamard}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "quantizer": "higgs",
+            "grids": grids_hash(),
+            "bits": self.bits,
+            "vector_dim": self.dim,
+            "group_size": self.group,
+            "hadamard_size": self.hadamard_size,
+        }
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """``auto`` takes ours; the others have to be asked for (``quant.kernel`` without streaming)."""
+        return (CodebookLinear.kind,)
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {
+            "bits": self.bits,
+            "dim": self.dim,
+            "group_size": self.group,
+            "hadamard_size": self.hadamard_size,
+        }
+
+    def quantize(self, weight: Tensor) -> QuantizedPairs:
+        return quantize_pairs(weight, **self._settings)
+
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
+    ) -> QuantizedPairs | None:
+        return QuantizedPairs.restore(stored, shape, device=device, **self._settings)
+
+    def stored_bytes(self, n: int, k: int) -> int:
+        return self.device_bytes(n, k)
+
+    def quantized_bytes(self, n: int, k: int) -> int:
+        """A byte per pair, and the scales."""
+        _, scales = packed_sizes(n, k, bits=self.bits, group_size=self.group)
+        return n * Rotation.of(k, self.hadamard_size).padded // 2 + scales
+
+    def peak_bytes(self, n: int, k: int) -> int:
+        """:data:`~subspec.quant.pairs.ROUNDING_BYTES` per weight of the rows that are quantized at once."""
+        padded = Rotation.of(k, self.hadamard_size).padded
+        return ROUNDING_BYTES * min(n * padded, max(ROWS_BYTES // 4, padded))
+
+    @property
+    def coded_bits(self) -> float:
+        return coded_bits(load_grid(self.bits, self.dim))
+
+    def device_bytes(self, n: int, k: int) -> int:
+        """Packed pairs and scales, padding of the inputs included.
+
+        The kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open.
+        """
+        return sum(packed_sizes(n, k, bits=self.bits, group_size=self.group))
+
+    def unfit(self, kernel: str, n: int, k: int) -> str | None:
+        return None if kernel in self.kernels else "it has no look-up tables"
+
+    def unavailable(self, kernel: str, device: torch.device) -> str | None:
+        return unavailable(kernel, device)
+
+    def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
+        return split_variants(kernel, role, k // CHUNK, codebook.WARPS)
+
+    def linear(self, variant: Variant, weight: QuantizedPairs, *, swiglu: bool) -> LevelLinear:
+        rotates = rotate_by(self.hadamard, weight.pairs.device)
+        return make_codebook_linear(weight, variant, swiglu=swiglu, rotate=rotates)
+
+    def random_linear(
+        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
+    ) -> LevelLinear:
+        return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
+
+    def random_weight(self, n: int, k: int, device: torch.device) -> QuantizedPairs:
+        """Random pairs, with scales of a real weight's size."""
+        rotation = Rotation.of(k, self.hadamard_size)
+        group = group_of(rotation.padded, self.group)
+        pairs = torch.randint(0, 4**self.bits, (n, rotation.padded // 2), dtype=torch.uint8, device=device)
+        scale = torch.rand(n, rotation.padded // group, device=device) * 0.01 + 0.01
+        return QuantizedPairs(pairs, scale.half(), load_grid(self.bits, self.dim), group, rotation)
 
 
-def make_lut_linear(
-    codes: HiggsCodes,
-    variant: Variant,
-    *,
-    swiglu: bool = False,
-    settings: TritonSettings = USUAL_SETTINGS,
-    rotate: Rotate = rotate,
+def higgs_quantizer(
+    bits: int = 4, dim: int = 2, group_size: int = 256, hadamard_size: int = 512
+) -> FormatQuantizer:
+    """HIGGS for a draft level."""
+    return FormatQuantizer(HiggsFormat(bits, dim, group_size, hadamard_size))
+
+
+@functools.cache
+def grids_hash() -> str:
+    """Twelve hex digits of the file of grids."""
+    return hashlib.sha256(resources.files("subspec.quant").joinpath(FILE).read_bytes()).hexdigest()[:12]
+
+
+CODEBOOK_KERNELS = (CodebookLinear.kind, ReferenceCodebook.kind)
+"""Our kernels for ``quant=higgs``, the fastest first; ``flute`` has to be asked for."""
+
+
+def make_codebook_linear(
+    weight: QuantizedPairs, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
 ) -> LevelLinear:
     """A Linear of ``quant=higgs``.
 
     Args:
-        variant: one of :data:`LUT_KERNELS`, its tiles of 16 outputs per block and its splits (0: usual ones).
+        variant: one of :data:`CODEBOOK_KERNELS` or ``flute``, its tiles and its splits (0: usual ones).
         swiglu: the rows are gate and up interleaved 16 by 16, and the result is their activation.
-        settings: of the Triton kernel.
         rotate: what rotates the inputs (the reference always does it in torch).
 
     Raises:
         ValueError: there is no such kernel, or rows of gate and up are not whole tiles.
     """
-    if swiglu and codes.pairs.shape[0] % 32:
-        raise ValueError(f"{codes.pairs.shape[0]} interleaved rows are not a multiple of 32")
-    if variant.kernel == ReferenceLut.kind:
-        return ReferenceLut(codes, swiglu=swiglu)
-    if variant.kernel == TritonLut.kind:
-        return TritonLut(codes, variant, settings, swiglu=swiglu, rotate=rotate)
-    if variant.kernel == MmaLut.kind:
-        return MmaLut(codes, variant, swiglu=swiglu, rotate=rotate)
-    if variant.kernel == FluteLut.kind:
-        return FluteLut(codes, swiglu=swiglu, rotate=rotate)
-    raise ValueError(f"no look-up kernel {variant.kernel!r}: use {', '.join((*LUT_KERNELS, FluteLut.kind))}")
+    if swiglu and weight.shape[0] % 32:
+        raise ValueError(f"{weight.shape[0]} interleaved rows are not a multiple of 32")
+    if variant.kernel == ReferenceCodebook.kind:
+        return ReferenceCodebook(weight, swiglu=swiglu)
+    if variant.kernel == CodebookLinear.kind:
+        return CodebookLinear(weight, variant, swiglu=swiglu, rotate=rotate)
+    if variant.kernel == FluteLinear.kind:
+        return FluteLinear(weight, swiglu=swiglu, rotate=rotate)
+    known = ", ".join((*CODEBOOK_KERNELS, FluteLinear.kind))
+    raise ValueError(f"no look-up kernel {variant.kernel!r}: use {known}")
 
 
 def unavailable(kernel: str, device: torch.device) -> str | None:
-    """Why ``kernel`` cannot run on ``device``, in a few words; None when it can."""
-    if kernel == ReferenceLut.kind:
+    """Why ``kernel`` cannot run on ``device``, in a few words; None if it can."""
+    if kernel == ReferenceCodebook.kind:
         return None
     if device.type != "cuda":
         return "no CUDA device"
-    if kernel == MmaLut.kind:
-        return codebook.unavailable()
-    if kernel == FluteLut.kind:
-        return flute.unavailable()
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or later"
-    return None
-
-
-assert CHUNK == codebook.STEP, "both packings work in steps of 64 inputs"
+    return codebook.unavailable() if kernel == CodebookLinear.kind else flute.unavailable()

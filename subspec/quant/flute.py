@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from subspec.kernels.activation import apply_swiglu
-from subspec.quant.hadamard_transform import Rotate, rotate
-from subspec.quant.higgs_weight import HiggsCodes
+from subspec.quant.hadamard import Rotate, rotate
 from subspec.quant.level_linear import LevelLinear
+from subspec.quant.pairs import QuantizedPairs
 
 GROUPS = (32, 64, 128, 256)
 """Group sizes that its kernels have."""
 
 
-class FluteLut(LevelLinear):
+class FluteLinear(LevelLinear):
     """FLUTE's kernel behind the interface of a draft level's Linears.
 
     Raises:
@@ -30,19 +30,19 @@ class FluteLut(LevelLinear):
 
     kind = "flute"
 
-    def __init__(self, codes: HiggsCodes, *, swiglu: bool = False, rotate: Rotate = rotate) -> None:
-        if problem := unfit(codes.pairs.shape[0], codes.group_size):
+    def __init__(self, weight: QuantizedPairs, *, swiglu: bool = False, rotate: Rotate = rotate) -> None:
+        if problem := unfit(weight.pairs.shape[0], weight.group_size):
             raise ValueError(f"FLUTE: {problem}")
         higgs: Any = importlib.import_module("flute.integrations.higgs")
         tune: Any = importlib.import_module("flute.tune")
         utils: Any = importlib.import_module("flute.utils")
-        grid, device = codes.grid, codes.pairs.device
-        self.weight, self.scale, self.table, pairs, self._tuned = higgs.prepare_data_transposed(
-            codes.pairs if grid.dim == 2 else single_codes(codes),
-            codes.scale.to(torch.bfloat16),
+        grid, device = weight.grid, weight.pairs.device
+        self.words, self.scale, self.table, pairs, self._tuned = higgs.prepare_data_transposed(
+            weight.pairs if grid.dim == 2 else single_points(weight),
+            weight.scale.to(torch.bfloat16),
             grid.points.to(device, torch.bfloat16).contiguous(),
             num_bits=grid.bits,
-            group_size=codes.group_size,
+            group_size=weight.group_size,
             vector_size=grid.dim,
             dtype=torch.bfloat16,
             device=device,
@@ -51,21 +51,21 @@ class FluteLut(LevelLinear):
         self.pairs = pairs.view(dtype=torch.float32)
         self._product = tune.qgemm_v2
         self._workspace = utils.make_workspace_streamk(device=device)
-        self.rotation, self.swiglu, self._rotate = codes.rotation, swiglu, rotate
-        self.stride = codes.pairs.shape[0]
-        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        self.rotation, self.swiglu, self._rotate = weight.rotation, swiglu, rotate
+        self.stride = weight.pairs.shape[0]
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.weight, self.scale
+        return self.words, self.scale
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
-        self.weight, self.scale = tensors
+        self.words, self.scale = tensors
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._product(
             self._rotate(x, self.rotation),
-            self.weight,
+            self.words,
             self.scale,
             self.table,
             self.pairs,
@@ -75,14 +75,14 @@ class FluteLut(LevelLinear):
         return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 
-def single_codes(codes: HiggsCodes) -> Tensor:
-    """Codes of single weights of a one-dimensional grid, uint8 [n, padded]."""
-    bits = codes.grid.bits
-    return torch.stack([codes.pairs & (1 << bits) - 1, codes.pairs >> bits], dim=-1).flatten(1)
+def single_points(weight: QuantizedPairs) -> Tensor:
+    """Points of a one-dimensional grid, one per weight: uint8 [n, padded]."""
+    bits = weight.grid.bits
+    return torch.stack([weight.pairs & (1 << bits) - 1, weight.pairs >> bits], dim=-1).flatten(1)
 
 
 def unfit(out_features: int, group_size: int) -> str | None:
-    """Why it does not take a weight; None when it does."""
+    """Why it does not take a weight; None if it does."""
     if group_size not in GROUPS:
         return f"it has groups of {', '.join(map(str, GROUPS))}, not {group_size}"
     if out_features % 16:
@@ -91,7 +91,7 @@ def unfit(out_features: int, group_size: int) -> str | None:
 
 
 def unavailable() -> str | None:
-    """Why it cannot run here, in a few words; None when it can."""
+    """Why it cannot run here, in a few words; None if it can."""
     if importlib.util.find_spec("flute") is None:
         return "flute is not installed (pip install flute-kernel, whose releases need torch 2.5)"
     try:

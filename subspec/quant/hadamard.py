@@ -16,17 +16,26 @@ Example::
 """
 
 import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.errors import ConfigError
+from subspec.kernels.modules import triton_kernels
 from subspec.utils.rounding import is_power_of_two, round_up
 
 LEAST_BLOCK = 64
 """Smallest block that is rotated by itself: a mean of fewer weights is not Gaussian enough, and kernels take 64
 inputs in one step."""
+
+
+LIBRARY = "fast_hadamard_transform"
 
 
 @functools.cache
@@ -64,8 +73,8 @@ def walsh_hadamard(x: Tensor, size: int) -> Tensor:
 def butterfly(x: Tensor, size: int) -> Tensor:
     """:func:`walsh_hadamard` without its factor, by additions alone, in one order everywhere.
 
-    Every value is a sum or a difference, rounded once, of two of the pass before, over distances 1, 2, 4 .. size / 2:
-    whoever takes the passes in this order gets the same bits, which matrix products do not promise.
+    Every value is a sum or a difference, rounded once, of two of the pass before, over distances 1, 2, 4 .. size / 2.
+    Passes in this order give the same bits everywhere, which matrix products do not promise.
 
     Args:
         x: float32 [..., multiple of size].
@@ -128,3 +137,86 @@ class Rotation:
 def _signs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).to(device, dtype)
+
+
+Rotate = Callable[[Tensor, Rotation], Tensor]
+"""Rotates rows of inputs: :func:`rotate` or an equivalent."""
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate rows of inputs.
+
+    Args:
+        x: [rows, in_features], contiguous; bfloat16 on a CUDA device.
+
+    Returns:
+        bfloat16 [rows, padded] on a CUDA device; on a CPU the same, computed in float32.
+    """
+    if x.device.type == "cpu":
+        return rotation(x.float()).to(x.dtype)
+    return rotate_triton(x, rotation)
+
+
+def rotate_triton(x: Tensor, rotation: Rotation) -> Tensor:
+    """:func:`rotate` by the Triton kernel, bfloat16; without a GPU in Triton's interpreter."""
+    rotate_inputs = triton_kernels("rotate", x.device).rotate_inputs
+    rows = x.shape[0]
+    out = torch.empty(rows, rotation.padded, dtype=torch.bfloat16, device=x.device)
+    first, second, third = radices(rotation.block)
+    rotate_inputs[(rows, rotation.padded // rotation.block)](
+        x,
+        rotation.signs(x.device, torch.float32),
+        out,
+        rotation.in_features,
+        rotation.padded,
+        rotation.block**-0.5,
+        BLOCK=rotation.block,
+        FIRST=first,
+        SECOND=second,
+        THIRD=third,
+        num_warps=4,
+    )
+    return out
+
+
+def rotate_by(name: str, device: torch.device) -> Rotate:
+    """``auto``: :func:`rotate`; ``library``: :func:`rotate_library`.
+
+    Raises:
+        ConfigError: the library cannot be used here.
+    """
+    if name != "library":
+        return rotate
+    problem = "no CUDA device" if device.type != "cuda" else library_problem()
+    if problem is not None:
+        raise ConfigError(
+            f"quant.hadamard=library cannot run here: {problem}; quant.hadamard=auto needs no library"
+        )
+    return rotate_library
+
+
+def radices(block: int) -> tuple[int, int, int]:
+    """Three powers of two with the product ``block``, as equal as can be."""
+    bits = block.bit_length() - 1
+    first, second = bits // 3, (bits + 1) // 3
+    return 1 << first, 1 << second, 1 << (bits - first - second)
+
+
+def rotate_library(x: Tensor, rotation: Rotation) -> Tensor:
+    """:func:`rotate` by ``fast_hadamard_transform``, in the dtype of ``x``; see :func:`library_problem`."""
+    library: Any = importlib.import_module(LIBRARY)
+    if rotation.padded > rotation.in_features:
+        x = functional.pad(x, (0, rotation.padded - rotation.in_features))
+    blocks = (x * rotation.signs(x.device, x.dtype)).view(x.shape[0], -1, rotation.block)
+    return library.hadamard_transform(blocks, rotation.block**-0.5).view(x.shape)
+
+
+def library_problem() -> str | None:
+    """Why ``fast_hadamard_transform`` cannot be used; None if it can."""
+    if importlib.util.find_spec(LIBRARY) is None:
+        return "fast_hadamard_transform is not installed (pip install fast-hadamard-transform, needs nvcc)"
+    try:
+        importlib.import_module(LIBRARY)
+    except Exception as error:
+        return f"fast_hadamard_transform cannot be imported: {str(error).splitlines()[0] if str(error) else error}"
+    return None

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from subspec.config.enums import Hadamard, HiggsKernel
 from subspec.errors import ConfigError
-from subspec.quant.codebook_linear import LUT_KERNELS, ReferenceLut, make_lut_linear, unavailable
+from subspec.quant.codebook_linear import (
+    CODEBOOK_KERNELS,
+    HiggsFormat,
+    ReferenceCodebook,
+    make_codebook_linear,
+    unavailable,
+)
 from subspec.quant.grids import BITS, DIMS
-from subspec.quant.hadamard import LEAST_BLOCK
-from subspec.quant.hadamard_transform import rotate, rotate_by
-from subspec.quant.higgs_weight import encode, higgs_sizes
+from subspec.quant.hadamard import LEAST_BLOCK, rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.utils.rounding import is_power_of_two
 
@@ -23,7 +27,7 @@ LARGEST_BLOCK = 1024
 
 
 def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int) -> None:
-    """Whether HIGGS has these settings, whatever the model.
+    """Check HIGGS's settings, for any model.
 
     Raises:
         ConfigError: naming the key.
@@ -42,22 +46,20 @@ def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int)
 
 
 def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the kernel that computes Linears here; ``auto`` takes the first that can.
+    """The name of the kernel that computes Linears here; ``auto`` is the first that can.
 
     Raises:
         ConfigError: the kernel that was asked for cannot run here.
     """
     if asked is HiggsKernel.auto:
         if dtype is not torch.bfloat16:
-            return ReferenceLut.kind  # the others compute in bfloat16
-        return next(name for name in LUT_KERNELS if unavailable(name, device) is None)
+            return ReferenceCodebook.kind  # the others compute in bfloat16
+        return next(name for name in CODEBOOK_KERNELS if unavailable(name, device) is None)
     problem = unavailable(asked.value, device)
     if problem is None and asked is not HiggsKernel.reference and dtype is not torch.bfloat16:
         problem = f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     if problem is not None:
-        raise ConfigError(
-            f"quant.kernel={asked.value} cannot run here: {problem}; quant.kernel=auto takes what can"
-        )
+        raise ConfigError(f"quant.kernel={asked.value} cannot run here: {problem}; set quant.kernel=auto")
     return asked.value
 
 
@@ -83,14 +85,14 @@ class HiggsModule(nn.Module):
 
 
 class HiggsQuantizer:
-    """Quantizes Linears with :func:`subspec.quant.higgs_weight.encode`.
+    """Quantizes whole Linears with :class:`~subspec.quant.codebook_linear.HiggsFormat`.
 
     Args:
         bits: 4, 3 or 2.
         vector_dim: coordinates per grid point, 1 or 2.
         group_size: weights per scale, at most: the largest multiple of 64 that divides a Linear's inputs.
         hadamard_size: inputs that are rotated together, at most.
-        kernel, hadamard: what computes the quantized Linears and rotates their inputs.
+        kernel, hadamard: kernel of the quantized Linears, and what rotates their inputs.
         compute_dtype, device: of the substitute.
         unpack: keep the dequantized values, rotated back, as a plain Linear: the same logits up to rounding, without
             a rotation and a look-up in every forward pass, where memory allows.
@@ -112,8 +114,7 @@ class HiggsQuantizer:
         unpack: bool,
     ) -> None:
         check_higgs(bits, vector_dim, group_size, hadamard_size)
-        self.bits, self.vector_dim = bits, vector_dim
-        self.group_size, self.hadamard_size = group_size, hadamard_size
+        self.format = HiggsFormat(bits, vector_dim, group_size, hadamard_size)
         self.compute_dtype, self.device, self.unpack = compute_dtype, device, unpack
         if unpack and (kernel is not HiggsKernel.auto or hadamard is not Hadamard.auto):
             key = "kernel" if kernel is not HiggsKernel.auto else "hadamard"
@@ -130,24 +131,16 @@ class HiggsQuantizer:
         return f"unpacked {dtype} Linears" if self.unpack else f"higgs {self.kernel} {dtype}"
 
     def stored_bytes(self, linear: nn.Linear, name: str = "") -> int:
-        return sum(
-            higgs_sizes(linear.out_features, linear.in_features, bits=self.bits, group_size=self.group_size)
-        )
+        return self.format.device_bytes(linear.out_features, linear.in_features)
 
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
-        codes = encode(
-            linear.weight.detach().to(self.device),
-            bits=self.bits,
-            dim=self.vector_dim,
-            group_size=self.group_size,
-            hadamard_size=self.hadamard_size,
-        )
+        weight = self.format.quantize(linear.weight.detach().to(self.device))
         if not self.unpack:
-            look_up = make_lut_linear(codes, Variant(self.kernel), rotate=self.rotate)
+            look_up = make_codebook_linear(weight, Variant(self.kernel), rotate=self.rotate)
             return HiggsModule(look_up, linear.out_features, linear.bias)
         plain = nn.Linear(
             linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
         )
-        plain.weight = nn.Parameter(codes.dequantize().to(self.compute_dtype), requires_grad=False)
+        plain.weight = nn.Parameter(weight.dequantize().to(self.compute_dtype), requires_grad=False)
         plain.bias = linear.bias
         return plain

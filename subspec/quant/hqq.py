@@ -1,19 +1,95 @@
-"""HQQ (Half-Quadratic Quantization, Badri & Shaji 2023) through ``hqq``'s own ``HQQLinear``."""
+"""HQQ (Half-Quadratic Quantization, Badri & Shaji 2023): integers chosen by ``hqq``'s own optimiser.
+
+:class:`HqqFormat` quantizes weights for a draft level, :class:`HqqQuantizer` whole Linears to ``hqq``'s ``HQQLinear``.
+"""
 
 import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subspec.errors import ConfigError
+from subspec.kernels.int4 import BITS
+from subspec.quant.integers import IntegerFormat, QuantizedIntegers
+from subspec.quant.weight_format import FormatQuantizer
 
-BITS = (8, 4, 3, 2)
+SLICE_WEIGHTS = 1 << 26
+"""Weights that are quantized at a time: the optimiser holds several float32 copies, and an LM head is large."""
+
+OPTIMISER_BYTES = 21
+"""Bytes per weight that the optimiser holds on a GPU: the weight in float32, and, in half precision, the temporaries
+that take 32.4 bytes in float32 (counted on a CPU)."""
+
+
+@dataclass(frozen=True)
+class HqqFormat(IntegerFormat):
+    """Integers of HQQ (axis 1).
+
+    Scales and zeros are rounded to float16, as they are stored on a device and on disk: a weight that is read back from
+    a cache is bit for bit the one that was quantized.
+    """
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "quantizer": "hqq",
+            "version": importlib.metadata.version("hqq"),
+            "bits": self.bits,
+            "group_size": self.group,
+            "axis": 1,
+        }
+
+    def peak_bytes(self, n: int, k: int) -> int:
+        """:data:`OPTIMISER_BYTES` per weight of the largest part that is quantized at once."""
+        return OPTIMISER_BYTES * k * (n if n <= 2 * _rows(k) else _rows(k))
+
+    def quantize(self, weight: Tensor) -> QuantizedIntegers:
+        """Quantize a weight, a large one some rows at a time (each part converges on its own)."""
+        rows = _rows(weight.shape[1])
+        if weight.shape[0] <= 2 * rows:
+            return self._quantize(weight)
+        parts = [self._quantize(part) for part in weight.split(rows)]
+        return parts[0].stacked(parts[1:], swiglu=False)
+
+    def _quantize(self, weight: Tensor) -> QuantizedIntegers:
+        from hqq.core.quantize import Quantizer
+
+        n, k = weight.shape
+        q, meta = Quantizer.quantize(
+            weight,
+            nbits=self.bits,
+            group_size=self.group,
+            axis=1,
+            bitpack=False,
+            device=str(weight.device),
+        )
+        scale, zero = (meta[name].half().float().view(n, -1) for name in ("scale", "zero"))
+        return QuantizedIntegers(q.to(torch.uint8).view(n, k), scale, zero, self.group, self.bits)
+
+
+def _rows(k: int) -> int:
+    """Rows of a large weight that are quantized at a time."""
+    return max(1, SLICE_WEIGHTS // k)
+
+
+def hqq_quantizer(
+    bits: int = 4, group_size: int = 64, bits_by: Mapping[str, int] | None = None
+) -> FormatQuantizer:
+    """HQQ for a draft level.
+
+    Args:
+        bits: 8, 4, 3 or 2.
+        bits_by: bits of Linears (``q_proj``...) that have others.
+    """
+    by_linear = {name: HqqFormat(own, group_size) for name, own in (bits_by or {}).items()}
+    return FormatQuantizer(HqqFormat(bits, group_size), by_linear)
 
 
 def check_hqq(bits: int, group_size: int, axis: int) -> None:
-    """Whether HQQ has these settings, whatever the model.
+    """Check HQQ's settings, for any model.
 
     Raises:
         ConfigError: naming the key.
@@ -27,7 +103,7 @@ def check_hqq(bits: int, group_size: int, axis: int) -> None:
 
 
 def check_group_size(out_features: int, in_features: int, *, group_size: int, axis: int, name: str) -> None:
-    """Whether groups of ``group_size`` divide a Linear of shape ``out_features x in_features``.
+    """Check that groups of ``group_size`` divide a Linear of shape ``out_features x in_features``.
 
     Raises:
         ConfigError: naming the Linear and a size that divides it.
@@ -116,7 +192,7 @@ class HqqQuantizer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything that results follow from besides the weight."""
+        """Everything that quantized modules follow from besides the weight: a cache's key."""
         other = {name: own for name, own in sorted(self.bits_by.items()) if own != self.bits}
         return {
             "quantizer": "hqq modules",

@@ -1,21 +1,18 @@
-"""What a run is called among others: its method in a few words, and the group it belongs to.
-
-Tables, plots and Weights & Biases use the same words, so that a reader of one finds the row in the other.
-"""
+"""Labels of a run: its method and its group, the same in tables, plots and Weights & Biases."""
 
 from collections.abc import Mapping
 from typing import Any
 
 QUANTIZED_DRAFTS = ("subspec",)
-"""Drafts that are made by the config group ``quant``, where a run's facts do not say whether one was."""
+"""Drafts that ``quant`` quantizes, for runs whose facts do not say."""
 
 
 def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
     """Draft, quantizer, tree and offloading: ``subspec hqq4, beam 48x6, stream 8 GiB``.
 
     Args:
-        config: the resolved configuration, as in ``config.yaml``; parts that are missing are left out.
-        facts: the run's ``facts.json``, which knows whether anything was quantized.
+        config: the resolved configuration, as in ``config.yaml``; missing parts are left out.
+        facts: the run's ``facts.json``, which says whether a draft was quantized.
     """
     draft = config_group(config, "draft")
     name = str(draft.get("name") or "unknown draft")
@@ -31,7 +28,7 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
 
 
 def quant_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
-    """``hqq4``; empty when nothing is quantized."""
+    """``hqq4``; empty if nothing is quantized."""
     if not is_quantized(config, facts):
         return ""
     quant = config_group(config, "quant")
@@ -49,13 +46,13 @@ def is_quantized(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
 
 
 def group_name(config: Mapping[str, Any]) -> str | None:
-    """The experiment a run belongs to; None when it was started without one."""
+    """The experiment of a run; None without one."""
     experiment = config.get("experiment")
     return str(experiment) if experiment else None
 
 
 def config_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A group of a configuration; empty when a file that somebody has edited holds something else there."""
+    """A group of a configuration; empty if the file holds something else there."""
     group = config.get(name)
     return group if isinstance(group, Mapping) else {}
 
@@ -69,12 +66,12 @@ def _tree(tree: Mapping[str, Any]) -> str:
 
 
 def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``stream 8 GiB``, or ``stream coded 8 GiB`` where the exact weights crossed the link coded."""
+    """``stream 8 GiB``, or ``stream coded 8 GiB`` if the exact weights were streamed coded."""
     name = offload.get("name")
     if name in (None, "none"):
         return ""
     if "codec" in offload:
-        codec = (facts or {}).get("codec", offload["codec"])  # what auto came to, the facts alone know
+        codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
     vram = offload.get("vram_gib")
     return f"{name} {_number(vram)} GiB" if vram is not None else str(name)

@@ -1,9 +1,8 @@
-"""Every figure a run reports, defined once: per turn, pooled over turns, and against a baseline.
+"""Definitions of every reported figure: per turn, pooled over turns, and against a baseline.
 
-Why one place: tau, tokens per second and acceptance have several definitions in the literature, and a table is
-only worth reading when all of its rows use the same one. How: a turn's record keeps the raw counts and seconds
-beside the derived figures, and :func:`summarise` pools the *raw* values. A summary therefore depends on the
-records alone, and a run that was killed and resumed has the summary of an undisturbed one.
+Tau, tokens per second and acceptance have several definitions in the literature; all tables use those of this module. A
+record keeps raw counts and seconds beside derived figures, and :func:`summarise` pools the raw values. A summary
+depends on the records alone, so that a resumed run has the summary of an undisturbed one.
 
 Units: seconds, tokens, GB = 1e9 bytes (links are sold in GB/s), GiB = 2**30 bytes (memory). A figure whose
 denominator is zero is ``None`` (JSON null), never 0 or infinity.
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
-from subspec.decoding.result import GenerationResult
+from subspec.decoding.result import GenerationResult, audit_errors
 
 Record = Mapping[str, Any]
 
@@ -39,10 +38,10 @@ PER_TURN_FIGURES = (
     "roofline_share",
     "link_busy_share",
 )
-"""Figures of a turn whose mean, standard deviation and median over turns are reported."""
+"""Figures of a turn that are summarised by mean, standard deviation and median."""
 
 CONTEXT_FIELDS = ("benchmark", "source", "target", "draft", "device", "planted", "seed")
-"""Fields that are the same in every record of a run and that a reader of its summary needs."""
+"""Record fields that are constant over a run and part of its summary."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def turn_metrics(
 
 
 def summarise(records: Iterable[Record]) -> dict[str, Any]:
-    """Pool the records of a run. The order of the records does not matter.
+    """Pool the records of a run, in any order.
 
     Returns:
         - ``context``: the fields of :data:`CONTEXT_FIELDS` (a list where records disagree, None where absent).
@@ -187,7 +186,7 @@ def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
 
     Returns:
         ``baseline`` (its name), ``tokens_per_s`` and ``tokens_per_s_total`` (ratios of the two runs' totals), and
-        ``differences``: what else differs between the runs besides the method; a reader must see these.
+        ``differences`` between the runs besides the method.
     """
     ours, theirs = summary["totals"], baseline["totals"]
     pairs = {
@@ -288,7 +287,10 @@ def _audit(turns: Sequence[Record]) -> dict[str, Any] | None:
         "margin": _largest(audits, "margin"),
         "turns": len(audits),
         "bitwise": sum(bool(a.get("bitwise")) for a in audits),
-        "errors": sums["mismatch"] + sum(a["near_tie"] for a in audits if a.get("bitwise")),
+        "errors": sum(
+            audit_errors(a.get("mismatch") or 0, a.get("near_tie") or 0, bool(a.get("bitwise")))
+            for a in audits
+        ),
     }
 
 
@@ -297,10 +299,15 @@ def _largest(records: Sequence[Record], name: str) -> float | None:
 
 
 def _common(records: Sequence[Record], name: str) -> Any:
-    """The value all records share; the list of distinct values, in a stable order, when they disagree."""
+    """The common value of all records, or the list of distinct values in a stable order."""
     values = {repr(record[name]): record[name] for record in records if record.get(name) is not None}
     distinct = [values[key] for key in sorted(values)]
     return distinct[0] if len(distinct) == 1 else distinct or None
+
+
+def distinct_values(value: Any) -> list[Any]:
+    """A field of ``context`` as a list: one value, or those on which records disagree."""
+    return value if isinstance(value, list) else [value]
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:

@@ -1,35 +1,35 @@
-"""``job.json``: how a job of a sweep ended, kept beside its records."""
+"""``job.json``: how a job of a sweep ended, stored beside its records."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from subspec.errors import SubspecError
-from subspec.records.records import read_records
+from subspec.records.run_files import PLAN, SUMMARY, read_json
+from subspec.records.run_folder import read_records
 from subspec.utils.files import write_json
 
 OUTCOME = "job.json"
 LOG = "job.log"
-"""What the job printed, all attempts one after another."""
+"""Output of the job, all attempts in order."""
 
 RUNNING, OK, FAILED, INTERRUPTED = "running", "ok", "failed", "interrupted"
 MISSING = "missing"
-"""Status of a job that has not been started, or of which only its records tell."""
+"""Status of a job without ``job.json``: it has not been started, or only its records exist."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job's last attempt ended.
+    """How the last attempt of a job ended.
 
     Attributes:
         status: ``running`` (also after the sweep itself was killed), ``ok``, ``failed`` or ``interrupted``.
-        exit_code: of the job's process; negative: the signal that ended it; None while it runs.
+        exit_code: of the job's process; negative for a signal; None while it runs.
         reason: one line why it failed, else empty.
-        seconds: that this attempt took.
-        attempts: how often the job was started.
-        samples: ``benchmark.max_samples`` of the attempt, so that asking for more runs the job again.
+        seconds: duration of this attempt.
+        attempts: number of starts.
+        samples: ``benchmark.max_samples`` of the attempt; a larger value runs the job again.
     """
 
     status: str
@@ -41,10 +41,11 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The outcome in a job's folder; None when there is none that can be read."""
+    """The outcome in a job's folder; None if there is no readable one."""
+    found = read_json(folder / OUTCOME)
     try:
-        return Outcome(**json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Outcome(**found) if found is not None else None
+    except TypeError:
         return None
 
 
@@ -58,22 +59,20 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a job that got that far."""
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    """``summary.json`` of a job; None if there is no readable one."""
+    return read_json(folder / SUMMARY)
 
 
 def is_finished(folder: Path, samples: int | None, plan_only: bool) -> bool:
-    """Whether the job in ``folder`` ended well, with as many samples as asked for now, and its files are whole: a
-    record line that was damaged since is a turn to run again."""
+    """Whether the job in ``folder`` succeeded with the current number of samples and its records are complete.
+
+    A damaged record line is a turn to run again.
+    """
     outcome = read_outcome(folder)
     if outcome is None or outcome.status != OK or outcome.samples != samples:
         return False
     if plan_only:
-        return (folder / "plan.json").is_file()
+        return (folder / PLAN).is_file()
     summary = read_summary(folder)
     if summary is None:
         return False
@@ -86,7 +85,7 @@ def is_finished(folder: Path, samples: int | None, plan_only: bool) -> bool:
 
 
 def objective(summary: Mapping[str, Any] | None, name: str | None) -> float | None:
-    """What a search maximises: the total called ``name`` of a summary; None when there is no such figure."""
+    """The total ``name`` of a summary, which a search maximises; None if there is no such figure."""
     if summary is None or name is None:
         return None
     value = (summary.get("totals") or {}).get(name)

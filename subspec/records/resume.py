@@ -1,7 +1,6 @@
-"""``run_dir=FOLDER resume=true`` is all it takes: the overrides a run was started with are kept in its folder.
+"""Overrides of a run, stored in its folder, so that ``run_dir=FOLDER resume=true`` continues it.
 
-They are written by the run itself, once it owns the folder (Hydra would write them before, also for a run that is
-then refused), and replaced as a whole, so that a kill leaves the old or the new ones.
+The run writes them after it has locked the folder. Hydra would write them earlier, also for a run that is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,12 @@ from pathlib import Path
 import yaml
 
 from subspec.errors import ConfigError
+from subspec.records.run_files import OVERRIDES
 from subspec.utils.files import write_atomic, write_error
-
-OVERRIDES = "overrides.yaml"
 
 
 def is_resumed(given: Mapping[str, str]) -> bool:
-    """Whether the command line asks to continue a run. ``given``: values by key."""
+    """Whether ``resume`` is true. ``given``: values of the command line by key."""
     return given.get("resume", "").lower() in ("true", "yes", "on", "1")
 
 
@@ -25,16 +23,15 @@ def with_stored_overrides(
 ) -> list[str]:
     """The overrides of a resumed run, completed with those stored in its folder.
 
-    What is said on the new command line wins; everything else is as it was. Without ``resume=true`` the overrides
-    come back unchanged.
+    Overrides of the new command line take precedence. Without ``resume=true`` they are returned unchanged.
 
     Args:
         overrides: of the command line.
         given: their values by key.
-        must_exist: whether a folder without a run, and no word about the run to start there, is refused.
+        must_exist: refuse a folder without a run if no other override says which run to start there.
 
     Raises:
-        ConfigError: ``resume=true`` without a folder, or with one that tells nothing about the run to continue.
+        ConfigError: ``resume=true`` without a folder, or with one that does not tell which run to continue.
     """
     if not is_resumed(given):
         return list(overrides)
@@ -49,7 +46,7 @@ def with_stored_overrides(
                 f"resume=true, but run_dir={given['run_dir']} holds no run to continue: correct the folder, "
                 "or leave resume out to start a run there"
             ) from None
-        return list(overrides)  # a batch script that always says resume=true, in its first session
+        return list(overrides)  # first session of a batch script that always passes resume=true
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable(file) from error
     if not isinstance(stored, list) or not all(isinstance(text, str) for text in stored):
@@ -58,7 +55,7 @@ def with_stored_overrides(
 
 
 def store_overrides(folder: Path, overrides: Sequence[str]) -> None:
-    """Keep what :func:`with_stored_overrides` will need."""
+    """Store the overrides for :func:`with_stored_overrides`."""
     kept = [text for text in overrides if _key(text) not in ("resume", "run_dir")]
     try:
         write_atomic(folder / OVERRIDES, yaml.safe_dump(kept, width=1000, allow_unicode=True).encode("utf-8"))

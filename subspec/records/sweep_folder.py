@@ -1,8 +1,7 @@
-"""A sweep's folder: its lock, and ``sweep.json``, which says which job lies in which folder.
+"""A sweep's folder: its lock, and ``sweep.json``, which maps jobs to folders.
 
-A job is known by the digest of its resolved configuration, without the keys that change no record: spelling an
-override differently or in another order finds the same job, changing the configuration makes a new one, and asking
-for more samples extends the old one.
+A job is identified by the digest of its resolved configuration without the keys that change no record. Another spelling
+or order of overrides finds the same job, another configuration makes a new one, and more samples extend the old one.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,12 +17,13 @@ from typing import Any, Self
 import filelock
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.records.records import FREE_KEYS, LOCK
+from subspec.records.run_files import LOCK, RECORDS, read_json, take_lock
+from subspec.records.run_folder import FREE_KEYS
 from subspec.utils.files import write_error, write_json
 
 MANIFEST = "sweep.json"
 ROOT = "multirun"
-"""Where sweeps go that are given no folder (``conf/hydra/default.yaml``)."""
+"""Root of sweeps without a given folder (``conf/hydra/default.yaml``)."""
 
 REMEDY = "choose another folder with sweep_dir="
 
@@ -34,8 +34,8 @@ class Job:
 
     Attributes:
         number: name of its folder.
-        overrides: of its configuration, as the sweeper gave them.
-        digest: of its resolved configuration.
+        overrides: as the sweeper gave them.
+        digest: digest of its resolved configuration.
     """
 
     number: int
@@ -44,7 +44,7 @@ class Job:
 
 
 class SweepFolder:
-    """A sweep's folder, held by one process. Make one with :meth:`open`; use it as a context manager."""
+    """A sweep's folder, held by one process. Create it with :meth:`open`; use it as a context manager."""
 
     def __init__(
         self, path: Path, lock: filelock.BaseFileLock, command: Sequence[str], made: Sequence[Path] = ()
@@ -54,24 +54,24 @@ class SweepFolder:
         self.jobs: dict[str, Job] = {}
         self.finished = False
         self._lock = lock
-        self._made = list(made)  # folders that were not there before, the innermost first
+        self._made = list(made)  # new folders, the innermost first
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], command: Sequence[str]) -> Self:
-        """Take the folder and read which jobs it holds.
+        """Lock the folder and read its jobs.
 
         Args:
-            command: the overrides of the whole sweep, to be found again by.
+            command: overrides of the whole sweep, by which it is found again.
 
         Raises:
-            SubspecError: another process is writing it, or it cannot be written.
-            ConfigError: it holds a single run, or a manifest that cannot be read.
+            SubspecError: another process holds it, or it cannot be written.
+            ConfigError: it holds a single run, or an unreadable manifest.
         """
         path = Path(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            lock = take_lock(path)
         except OSError as error:
             raise write_error(error, path, REMEDY) from error
         if lock is None:
@@ -80,7 +80,7 @@ class SweepFolder:
             )
         folder = cls(path, lock, command, made)
         try:
-            if (path / "records.jsonl").exists():
+            if (path / RECORDS).exists():
                 raise ConfigError(f"sweep_dir={path} holds the records of a single run: {REMEDY}FOLDER")
             folder._read()
         except BaseException:
@@ -97,7 +97,7 @@ class SweepFolder:
         self.close()
 
     def assign(self, wanted: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> list[Job]:
-        """The jobs of a list of (overrides, resolved configuration); new ones get the next numbers.
+        """Jobs of a list of (overrides, resolved configuration); new ones get the next numbers.
 
         Equal configurations are one job.
 
@@ -115,30 +115,30 @@ class SweepFolder:
         return jobs
 
     def job_folder(self, job: Job) -> Path:
-        """Where a job's run lies."""
+        """Run folder of a job."""
         return self.path / str(job.number)
 
     def write(self, finished: bool = False) -> None:
-        """Replace ``sweep.json``. ``finished``: nothing is missing.
+        """Replace ``sweep.json``. ``finished``: no job is missing.
 
         Raises:
             SubspecError: it cannot be written.
         """
         self.finished = finished
-        jobs = [
-            {"number": job.number, "overrides": list(job.overrides), "digest": job.digest}
-            for job in self.jobs.values()
-        ]
-        content = {"command": self.command, "finished": finished, "jobs": jobs}
+        content = {
+            "command": self.command,
+            "finished": finished,
+            "jobs": [asdict(job) for job in self.jobs.values()],
+        }
         try:
             write_json(self.path / MANIFEST, content)
         except OSError as error:
             raise write_error(error, self.path / MANIFEST, REMEDY) from error
 
     def close(self) -> None:
-        """Let go of the lock. May be called twice. A folder made for jobs that never came to be goes again."""
+        """Release the lock and remove a new folder without jobs. May be called twice."""
         if self._made and not self.jobs:
-            with contextlib.suppress(OSError):  # something lies in it
+            with contextlib.suppress(OSError):  # the folder is not empty
                 if not any(entry.name != LOCK for entry in self.path.iterdir()):
                     (self.path / LOCK).unlink()
                 for folder in self._made:
@@ -165,26 +165,27 @@ class SweepFolder:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """``sweep.json`` of a folder; None when there is none that can be read."""
+    """``sweep.json`` of a folder; None if there is no readable one."""
+    found = read_json(path / MANIFEST)
     try:
-        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        [(entry["number"], entry["overrides"], entry["digest"]) for entry in found["jobs"]]
-        found["command"], found["finished"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if found is not None:
+            found["command"], found["finished"]
+            [(entry["number"], entry["overrides"], entry["digest"]) for entry in found["jobs"]]
+    except (KeyError, TypeError):
         return None
     return found
 
 
 def unfinished_sweep(command: Sequence[str], root: Path = Path(ROOT)) -> Path | None:
-    """The newest folder below ``root`` in which the same sweep was stopped, and which nobody is writing."""
+    """Newest folder below ``root`` in which the same sweep was stopped and which no process holds."""
     wanted = sorted(command)
     for file in sorted(root.glob(f"*/*/{MANIFEST}"), reverse=True):
         manifest = read_manifest(file.parent)
         if manifest is None or sorted(manifest["command"]) != wanted:
             continue
         if manifest["finished"]:
-            return None  # measured to the end: the same command measures anew
-        lock = _lock(file.parent)
+            return None  # complete: the same command measures anew
+        lock = take_lock(file.parent)
         if lock is not None:
             lock.release()
             return file.parent
@@ -192,7 +193,7 @@ def unfinished_sweep(command: Sequence[str], root: Path = Path(ROOT)) -> Path | 
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Identifies what a run computes: its resolved configuration without the keys that change no record."""
+    """Digest of a resolved configuration without the keys that change no record."""
     text = json.dumps(_without_free_keys(config), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
@@ -204,13 +205,3 @@ def _without_free_keys(config: Mapping[str, Any], parent: str = "") -> dict[str,
         if key not in FREE_KEYS:
             kept[name] = _without_free_keys(value, f"{key}.") if isinstance(value, Mapping) else value
     return kept
-
-
-def _lock(path: Path) -> filelock.BaseFileLock | None:
-    """The folder's lock, or None when another process holds it; it dies with its owner."""
-    lock = filelock.FileLock(path / LOCK, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return None
-    return lock

@@ -1,8 +1,8 @@
-"""Reports: the records of any number of runs as tables and pictures.
+"""Reports: tables and plots of any number of runs.
 
-``python -m subspec.report FOLDER...`` reads every run below the folders and writes REPORT.md, CSV tables and plots.
-Every figure is computed from the records (see :mod:`subspec.records.metrics`), so that unfinished sweeps have
-reports too. As a library::
+``python -m subspec.report FOLDER...`` reads every run below the folders and writes REPORT.md, CSV tables and plots. All
+figures are computed from the records (see :mod:`subspec.records.metrics`), also those of unfinished sweeps. As a
+library::
 
     from subspec.report import write_report
 

@@ -1,8 +1,7 @@
 """Percentile bootstrap (Efron, 1979) of speeds and speed-ups, over samples.
 
-A run's speed is all its tokens over all its seconds; what varies from one draw to the next is which samples are in.
-Two runs of the same prompts are resampled together ("paired"): a prompt that is easy for one is mostly easy for the
-other, so their ratio is known better than either speed.
+A speed is all tokens over all seconds; draws differ in the samples they contain. Two runs of the same prompts are
+resampled together ("paired"): the speeds of one prompt are correlated, so that the ratio varies less than either speed.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-"""Draws: enough for two digits of a 95 % interval."""
+"""Number of draws: sufficient for two digits of a 95 % interval."""
 
 LEVEL = 0.95
 
@@ -26,9 +25,9 @@ class Interval:
     """An estimate and its interval.
 
     Attributes:
-        value: the estimate from all samples.
+        value: estimate from all samples.
         low, high: ends of the interval; None with fewer than two samples.
-        samples: how many samples it is from.
+        samples: number of samples.
         paired: whether two runs were resampled together.
     """
 
@@ -46,7 +45,7 @@ def speed_interval(
 
     Args:
         samples: tokens and seconds by sample.
-        resamples, level, seed: draws, coverage, and what makes the draws repeatable.
+        resamples, level, seed: number of draws, coverage, seed of the draws.
     """
     table = _table(samples)
     if not len(table):
@@ -66,10 +65,10 @@ def speedup_interval(
     level: float = LEVEL,
     seed: int = SEED,
 ) -> Interval | None:
-    """How many times faster than the baseline; None without samples in both.
+    """Ratio to the speed of the baseline; None without samples in both.
 
-    Paired over the samples that both have, when there are at least two of those: estimate and interval are then from
-    these alone. Otherwise each side is resampled by itself, over all it has.
+    Paired if both have at least two samples in common; estimate and interval are then of these alone. Otherwise each
+    side is resampled separately over all its samples.
 
     Args:
         ours, baseline: tokens and seconds by sample; equal keys mean the same prompt.
@@ -93,7 +92,7 @@ def speedup_interval(
 
 
 def _timed(samples: Mapping[str, Speed]) -> dict[str, Speed]:
-    """Samples that have a speed: one whose prefill was its only pass has none."""
+    """Samples with a speed: a sample that ended with its prefill has none."""
     return {key: speed for key, speed in samples.items() if speed[0] > 0 and speed[1] > 0}
 
 
@@ -103,7 +102,7 @@ def _table(samples: Mapping[str, Speed]) -> np.ndarray:
 
 
 def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
-    """int64 [resamples, count]: which samples are in each draw."""
+    """int64 [resamples, count]: samples of each draw."""
     return np.random.default_rng(seed).integers(0, count, size=(resamples, count))
 
 

@@ -1,8 +1,8 @@
-"""Find runs below folders and read them, whatever state they are in.
+"""Find runs below folders and read them in any state.
 
-A report is wanted most while a sweep is still running or after it has broken, so nothing found in a run's folder
-is fatal: damaged lines, missing summaries and unreadable files are counted and said. Figures are always computed
-from the records; ``summary.json`` only tells whether the run came to its end.
+Reports are made of sweeps that are still running or have broken, so no content of a run folder is fatal: damaged lines,
+missing summaries and unreadable files are counted and reported. Figures are computed from the records;
+``summary.json`` only tells whether the run finished.
 """
 
 import json
@@ -18,19 +18,16 @@ import yaml
 from subspec.errors import SubspecError
 from subspec.records.metrics import summarise
 from subspec.records.outcome import FAILED, OUTCOME, read_outcome
-from subspec.records.records import CONFIG, ENVIRONMENT, RECORDS, SUMMARY, read_records
-from subspec.records.resume import OVERRIDES
+from subspec.records.run_files import CONFIG, ENVIRONMENT, FACTS, OVERRIDES, PLAN, RECORDS, SUMMARY
+from subspec.records.run_folder import read_records
 from subspec.records.sweep_folder import MANIFEST, read_manifest
 
-PLAN = "plan.json"
-FACTS = "facts.json"
-
 PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}
-"""Folders that hold no run folders of ours, and may hold very many files."""
+"""Folders that are not searched: they hold no runs and possibly very many files."""
 
 
 class State(StrEnum):
-    """How far a run came."""
+    """Progress of a run."""
 
     finished = "finished"
     unfinished = "unfinished"
@@ -39,17 +36,17 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder as it was found.
+    """The content of a run folder.
 
     Attributes:
-        folder: where it lies. name: its path below the folder that was searched.
-        config: the resolved configuration. overrides: as typed; None when the folder does not say.
-        facts: what actually ran. plan: the memory plan. environment: versions and hardware.
-        records: whole records, each turn once, and only such that figures can be computed from.
+        folder: its path. name: its path below the folder that was searched.
+        config: the resolved configuration. overrides: as typed; None if unknown.
+        facts: content of ``facts.json``. plan: the memory plan. environment: versions and hardware.
+        records: complete records, each turn once, with all fields that figures are computed from.
         summary: of :func:`~subspec.records.metrics.summarise` over ``records``.
-        state: whether it came to its end.
-        damaged: lines of ``records.jsonl`` that are no records.
-        notes: what a reader should know about this run, one line each.
+        state: progress of the run.
+        damaged: number of lines of ``records.jsonl`` that are no records.
+        notes: notes about this run, one line each.
     """
 
     folder: Path
@@ -67,7 +64,7 @@ class RunData:
 
     @property
     def turns(self) -> list[Mapping[str, Any]]:
-        """The records that were generated; skipped prompts are left out."""
+        """Records of generated turns; skipped prompts are left out."""
         return [record for record in self.records if not record.get("skipped")]
 
 
@@ -75,7 +72,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     """Every run in or below ``folders``, each once, in the order of their paths.
 
     Raises:
-        SubspecError: a folder does not exist, or there is no run in any of them.
+        SubspecError: a folder does not exist, or there is no run.
     """
     found: dict[Path, RunData] = {}
     for root in map(Path, folders):
@@ -98,14 +95,16 @@ def run_folders(root: Path) -> Iterator[Path]:
     """Folders in or below ``root`` that hold a run; links are not followed."""
     for place, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in PASSED_OVER)
-        # A folder with a plan alone planned something (plan_only=true), it ran nothing.
+        # A folder with a plan alone is of plan_only=true.
         if RECORDS in files or (CONFIG in files and (ENVIRONMENT in files or OVERRIDES in files)):
             yield Path(place)
 
 
 def sweep_notes(folders: Sequence[Path]) -> list[str]:
-    """Jobs of the sweeps in or below ``folders`` that failed or have not been started, one line each: they may have
-    left no run behind, and a table without their rows would not tell."""
+    """Failed jobs and jobs that have not been started of the sweeps in or below ``folders``, one line each.
+
+    They may have left no run folder, so that the tables would not show them.
+    """
     notes: dict[Path, str] = {}
     for root in map(Path, folders):
         for place, names, files in os.walk(root):
@@ -123,7 +122,7 @@ def sweep_notes(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str | None = None) -> RunData:
-    """Read one run folder; never fails for what is in it."""
+    """Read one run folder. No content of it is an error."""
     notes: list[str] = []
     config = _mapping(folder / CONFIG, notes)
     environment = _mapping(folder / ENVIRONMENT, notes)
@@ -162,11 +161,6 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     )
 
 
-def read_optional(file: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping; {} when it is not there or cannot be read."""
-    return _mapping(file, [], optional=True)
-
-
 # ------------------------------------------------------------------------------------------------ parts
 
 
@@ -176,7 +170,7 @@ def _name(folder: Path, root: Path) -> str:
 
 
 def _mapping(file: Path, notes: list[str], *, optional: bool = False) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping; {} with a note when it cannot be read."""
+    """A JSON or YAML file that holds a mapping; {} with a note if it cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -207,7 +201,7 @@ def _records(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]
 
 
 def _usable(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Records that can be pooled, and how many cannot. A line may be JSON and still not be a record of ours."""
+    """Records that can be pooled, and the number of others: a JSON line need not be one of our records."""
     kept = [record for record in records if _poolable(record)]
     return kept, len(records) - len(kept)
 
@@ -226,7 +220,7 @@ def _poolable(record: Mapping[str, Any]) -> bool:
 
 
 def _config_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What records themselves say of their configuration."""
+    """The part of a configuration that records hold."""
     if not records:
         return {}
     first = records[0]
@@ -235,8 +229,7 @@ def _config_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _is_whole(written: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
-    """Whether ``summary.json`` was written over the records that are there: a run that was resumed and killed again
-    still has its first summary."""
+    """Whether ``summary.json`` covers the records: a run that was resumed and killed still has its first summary."""
     counts = _nested(written, "counts")
     ours = summary["counts"]
     return counts.get("turns") == ours["turns"] and counts.get("skipped") == ours["skipped"]

@@ -1,8 +1,8 @@
-"""The report's pictures. Each function takes rows and returns a matplotlib figure, or None where nothing fits it.
+"""Plots of a report. Each function takes rows and returns a matplotlib figure, or None without data for it.
 
-No figure goes without the words for planted weights and sample prompts: a picture travels further than the page
-around it. Colours are those of Okabe and Ito, which stay apart for colour-blind readers and in grey; nothing is told
-by colour alone. Figures are made without pyplot, whose state is shared by all threads of a process.
+Every figure carries the warnings about planted weights and sample prompts, because it is shown without the page around
+it. Colours are those of Okabe and Ito, which colour-blind readers and grey prints can tell apart; markers, dashes or
+hatches repeat their information. Figures are made without pyplot, whose state is shared by all threads of a process.
 """
 
 import textwrap
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from subspec.records.method import config_group, method_label
-from subspec.records.table import FROM_NOISE
+from subspec.records.summary_table import FROM_NOISE
 from subspec.report.bootstrap import Interval
 from subspec.report.rows import Row
 from subspec.report.tables import number
@@ -23,30 +23,30 @@ from subspec.report.tables import number
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""One more than colours: the eighth name has the first one's colour and another shape."""
+"""One more than colours: the eighth name repeats the first colour with another shape."""
 PHASES = {"draft": ("#E69F00", ""), "target": ("#0072B2", "//"), "other": ("#999999", "..")}
 PHASE_NAMES = {"draft": "drafting", "target": "target pass and verification", "other": "other"}
 
 WIDTH = 9.0
-"""Inches of a figure with one column of panels."""
+"""Width of every figure in inches."""
 
 BAR = 0.36
-"""Inches of height per bar."""
+"""Inches per bar."""
 
 LABEL = 38
-"""Characters of a method's label before it is broken onto a second line."""
+"""Characters per line of a method's label."""
 
 FOOT = 0.45
-"""Inches at the bottom for a footnote of two lines."""
+"""Inches of a footnote of up to two lines."""
 
 FOOT_LINE = 0.14
-"""Inches of another line of it."""
+"""Inches of each further line."""
 
 LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
-"""Inches of a legend's line, and of its frame."""
+"""Inches of a legend's line and of its frame."""
 
 SAME_PASS = 1.02
-"""Passes of one length, up to what measurements of the link differ by."""
+"""Ratio up to which passes count as equally long; measurements of the link differ by as much."""
 
 PLANTED = (
     "PLANTED weights: made-up, real speed but no language model; acceptance comes from quantization noise."
@@ -65,184 +65,119 @@ Drawing = Callable[[Sequence[Row]], Figure | None]
 def speed(rows: Sequence[Row]) -> Figure | None:
     """Tokens per second by method and benchmark, with 95 % bootstrap intervals over samples."""
     shown = [row for row in rows if row.speed is not None]
-    panels = _places(shown)
-    if not panels:
-        return None
-    figure, axes = _bars(panels, "Decoding speed by method")
+
+    def draw(axis: Axes, place: int, row: Row) -> float:
+        bar = row.speed
+        axis.barh(place, bar.value, height=0.7, color=styles[row.draft][0])
+        if (whiskers := _whiskers(bar)) is not None:
+            axis.errorbar(bar.value, place, xerr=whiskers, fmt="none", ecolor="black", capsize=3, linewidth=1)
+        edge = bar.high if bar.high is not None else bar.value
+        axis.text(edge, place, f" {number(bar.value)}", va="center", ha="left", fontsize=8)
+        return bar.high or bar.value
+
     styles = _styles(sorted({row.draft for row in shown}))
-    for axis, members in zip(axes, panels.values(), strict=True):
-        for place, row in enumerate(members):
-            bar = row.speed
-            axis.barh(place, bar.value, height=0.7, color=styles[row.draft][0])
-            if bar.low is not None:
-                axis.errorbar(
-                    bar.value, place, xerr=_whiskers(bar), fmt="none", ecolor="black", capsize=3, linewidth=1
-                )
-            edge = bar.high if bar.high is not None else bar.value
-            axis.text(edge, place, f" {number(bar.value)}", va="center", ha="left", fontsize=8)
-        axis.set_xlim(0, 1.14 * max((row.speed.high or row.speed.value) for row in members))
-    axes[-1].set_xlabel("decoding speed (tokens/s); whiskers: 95 % interval over samples")
-    return _finish(figure, shown)
+    label = "decoding speed (tokens/s); whiskers: 95 % interval over samples"
+    return _bars(shown, "Decoding speed by method", label, draw)
 
 
 def tau_by_method(rows: Sequence[Row]) -> Figure | None:
-    """Tokens per target pass by method and benchmark: what a draft is worth wherever it runs."""
+    """Tokens per target pass by method and benchmark; independent of the hardware."""
     shown = [row for row in rows if row.draft != "none" and row.totals["tau"] is not None]
-    panels = _places(shown)
-    if not panels:
-        return None
-    figure, axes = _bars(panels, "Acceptance length by method")
-    styles = _styles(sorted({row.draft for row in rows}))  # as in the picture of speeds
-    for axis, members in zip(axes, panels.values(), strict=True):
-        for place, row in enumerate(members):
-            tau = row.totals["tau"]
-            axis.barh(place, tau, height=0.7, color=styles[row.draft][0])
-            axis.text(tau, place, f" {number(tau)}", va="center", ha="left", fontsize=8)
-        axis.set_xlim(0, 1.14 * max(row.totals["tau"] for row in members))
+
+    def draw(axis: Axes, place: int, row: Row) -> float:
+        tau = row.totals["tau"]
+        axis.barh(place, tau, height=0.7, color=styles[row.draft][0])
+        axis.text(tau, place, f" {number(tau)}", va="center", ha="left", fontsize=8)
         axis.axvline(1.0, color="black", linewidth=1, linestyle=":")
-    axes[-1].set_xlabel("tau (tokens per target pass); dotted: plain decoding")
-    return _finish(figure, shown)
+        return tau
+
+    styles = _styles(sorted({row.draft for row in rows}))  # the colours of the plot of speeds
+    label = "tau (tokens per target pass); dotted: plain decoding"
+    return _bars(shown, "Acceptance length by method", label, draw)
 
 
 def time_split(rows: Sequence[Row]) -> Figure | None:
     """Milliseconds per iteration: drafting, the target's pass, and the rest."""
     shown = [row for row in rows if row.iteration is not None]
-    panels = _places(shown)
-    if not panels:
-        return None
-    figure, axes = _bars(panels, "Where the time of an iteration goes")
-    for axis, members in zip(axes, panels.values(), strict=True):
-        for place, row in enumerate(members):
-            left = 0.0
-            for phase, (colour, hatch) in PHASES.items():
-                length = 1e3 * row.iteration[phase]
-                axis.barh(
-                    place,
-                    length,
-                    left=left,
-                    height=0.7,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0,
-                    label=PHASE_NAMES[phase],
-                )
-                left += length
-            axis.text(left, place, f" {number(left)} ms", va="center", ha="left", fontsize=8)
-        axis.set_xlim(0, 1.18 * max(1e3 * sum(row.iteration.values()) for row in members))
-    axes[-1].set_xlabel("milliseconds per iteration (one draft tree and one target pass)")
-    return _finish(figure, shown, _legend(figure, axes, columns=3))
+
+    def draw(axis: Axes, place: int, row: Row) -> float:
+        left = 0.0
+        for phase, (colour, hatch) in PHASES.items():
+            length, look = 1e3 * row.iteration[phase], {"color": colour, "hatch": hatch, "edgecolor": "white"}
+            axis.barh(place, length, left=left, height=0.7, linewidth=0, label=PHASE_NAMES[phase], **look)
+            left += length
+        axis.text(left, place, f" {number(left)} ms", va="center", ha="left", fontsize=8)
+        return left
+
+    label = "milliseconds per iteration (one draft tree and one target pass)"
+    return _bars(shown, "Where the time of an iteration goes", label, draw, legend=3, room=1.18)
 
 
 def acceptance(rows: Sequence[Row]) -> Figure | None:
-    """Of the passes that drafted a depth, the share that accepted it. Deep levels of an adaptive tree are few."""
+    """Share of the passes that drafted a depth and accepted it. Adaptive trees seldom draft deep levels."""
     shown = [row for row in rows if row.totals["drafted_by_depth"]]
-    panels = _places(shown)
-    if not panels:
-        return None
-    figure, axes = _grid(len(panels), "Acceptance by depth of the draft tree")
     styles = _styles(sorted({row.method for row in rows}))  # one method per draft: the colours of its bars
-    for axis, (title, members) in zip(axes, panels.items(), strict=True):
+
+    def draw(axis: Axes, members: Sequence[Row]) -> None:
         for row in members:
-            rates = [
-                (d, r) for d, r in enumerate(row.totals["accept_rate_by_depth"], start=1) if r is not None
-            ]
+            rates = enumerate(row.totals["accept_rate_by_depth"], start=1)
+            depths, values = zip(*[(depth, rate) for depth, rate in rates if rate is not None], strict=True)
             colour, dash, marker = styles[row.method]
-            depths, values = zip(*rates, strict=True)
-            many = len(depths) > 16
-            axis.plot(
-                depths,
-                values,
-                dash,
-                color=colour,
-                marker=marker,
-                markevery=4 if many else 1,
-                markersize=4,
-                label=row.method,
-            )
-        axis.set_title(title, fontsize=9)
+            look = {"color": colour, "marker": marker, "markersize": 4, "label": row.method}
+            axis.plot(depths, values, dash, markevery=4 if len(depths) > 16 else 1, **look)
         axis.set_xlabel("depth (draft tokens)")
         axis.set_ylabel("accepted / drafted at this depth")
         axis.set_ylim(0, 1.03)
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    return _finish(figure, shown, _legend(figure, axes, columns=2))
+
+    return _panels(shown, _places(shown), "Acceptance by depth of the draft tree", draw)
 
 
 def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
-    """Mean acceptance length against the bits per weight of the substitute; None unless they differ somewhere."""
+    """Acceptance length against bits per weight of the substitute; None unless the bits differ."""
     shown = [row for row in rows if row.nominal_bits is not None and row.totals["tau"] is not None]
     stored = all(row.bits is not None for row in shown)
-    targets: dict[str, list[Row]] = {}
-    for row in shown:
-        targets.setdefault(_target(row), []).append(row)
     if len({_bits(row, stored) for row in shown}) < 2:
         return None
-    figure, axes = _grid(len(targets), "Acceptance length by bits of the substitute")
     styles = _styles(sorted({_without_bits(row) for row in shown}))
-    for axis, (title, members) in zip(axes, targets.items(), strict=True):
-        series: dict[str, list[Row]] = {}
-        for row in members:
-            series.setdefault(_without_bits(row), []).append(row)
-        for name, points in series.items():
-            points = sorted(points, key=lambda row: _bits(row, stored))
+
+    def draw(axis: Axes, members: Sequence[Row]) -> None:
+        for name, series in _grouped(members, _without_bits).items():
+            points = sorted((_bits(row, stored), row.totals["tau"]) for row in series)
             colour, dash, marker = styles[name]
-            bits = [_bits(row, stored) for row in points]
-            taus = [row.totals["tau"] for row in points]
-            axis.plot(bits, taus, dash, color=colour, marker=marker, markersize=6, label=name)
-        axis.set_title(title, fontsize=9)
+            axis.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=6, label=name)
         axis.set_xlabel("bits per weight" + (", scales and zeros included" if stored else " (nominal)"))
         axis.set_ylabel("tau (tokens per target pass)")
         axis.margins(0.12)
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    return _finish(figure, shown, _legend(figure, axes, columns=2))
+
+    return _panels(shown, _grouped(shown, _target), "Acceptance length by bits of the substitute", draw)
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
-    """Tokens per second against tau, under what the link allows: tau / (bytes per pass / bandwidth)."""
+    """Tokens per second against tau, under the link's limit: tau / (bytes per pass / bandwidth)."""
     shown = [row for row in rows if row.ceilings and row.speed is not None and row.totals["tau"] is not None]
-    targets: dict[str, list[Row]] = {}
-    for row in shown:
-        targets.setdefault(_target(row), []).append(row)
-    if not targets:
-        return None
-    figure, axes = _grid(len(targets), "Speed under the link's ceiling (roofline)")
     styles = _styles(sorted({row.method for row in rows}))
-    for axis, (title, members) in zip(axes, targets.items(), strict=True):
+
+    def draw(axis: Axes, members: Sequence[Row]) -> None:
         most = 1.15 * max(row.totals["tau"] for row in members)
         for index, (name, passes, methods) in enumerate(_ceilings(members)):
             colour = styles[methods[0]][0] if len(methods) == 1 else "#666666"
             ends = dict.fromkeys(number(1e3 * seconds) for seconds in (passes[0], passes[-1]))
-            axis.plot(
-                [0, most],
-                [0, most * len(passes) / sum(passes)],
-                DASHES[index % len(DASHES)],
-                color=colour,
-                linewidth=1.2,
-                alpha=0.8,
-                label=f"ceiling, {name}: {' to '.join(ends)} ms a pass",
-            )
+            label = f"ceiling, {name}: {' to '.join(ends)} ms a pass"
+            line, dash = [0, most * len(passes) / sum(passes)], DASHES[index % len(DASHES)]
+            axis.plot([0, most], line, dash, color=colour, linewidth=1.2, alpha=0.8, label=label)
         for row in members:
             colour, _, marker = styles[row.method]
-            axis.errorbar(
-                row.totals["tau"],
-                row.speed.value,
-                yerr=_whiskers(row.speed),
-                fmt=marker,
-                color=colour,
-                capsize=3,
-                markersize=7,
-                label=row.method,
-            )
-        axis.set_title(title, fontsize=9)
+            look = {"fmt": marker, "color": colour, "capsize": 3, "markersize": 7, "label": row.method}
+            axis.errorbar(row.totals["tau"], row.speed.value, yerr=_whiskers(row.speed), **look)
         axis.set_xlabel("tau (tokens per target pass)")
         axis.set_ylabel("decoding speed (tokens/s)")
         axis.set_xlim(0, most)
         axis.set_ylim(0, 1.25 * max(row.totals["roofline_tokens_per_s"] for row in members))
-        axis.grid(alpha=0.3)
-    return _finish(figure, shown, _legend(figure, axes, columns=2))
+
+    return _panels(shown, _grouped(shown, _target), "Speed under the link's ceiling (roofline)", draw)
 
 
 DRAWINGS: dict[str, Drawing] = {
@@ -253,7 +188,7 @@ DRAWINGS: dict[str, Drawing] = {
     "time_split": time_split,
     "roofline": roofline,
 }
-"""By the name of their files, in the order of the report."""
+"""By file name, in the order of the report."""
 
 MISSING = {
     "speed": "no run has decoded anything",
@@ -263,7 +198,7 @@ MISSING = {
     "time_split": "no run has an iteration",
     "roofline": "no run streams weights over a measured link (offload=stream)",
 }
-"""Why a figure is not there."""
+"""Reason of a missing figure."""
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -278,26 +213,51 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _places(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by panel title, in order."""
-    panels: dict[str, list[Row]] = {}
+def _grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows by ``key``, in order."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        sample = " (sample prompts)" if row.sample else f" ({row.source})"
-        panels.setdefault(f"{_target(row)}, {row.benchmark}{sample}", []).append(row)
-    return panels
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _places(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by target, benchmark and source."""
+
+    def title(row: Row) -> str:
+        source = "sample prompts" if row.sample else row.source
+        return f"{_target(row)}, {row.benchmark} ({source})"
+
+    return _grouped(rows, title)
 
 
 def _target(row: Row) -> str:
     return f"{row.target} (PLANTED)" if row.planted else row.target
 
 
-def _bars(panels: Mapping[str, Sequence[Row]], title: str) -> tuple[Figure, list[Axes]]:
-    """A column of panels with a labelled place for a bar per row."""
-    counts = [len(members) for members in panels.values()]
-    heights = [BAR * max(count, 2) + 0.5 for count in counts]
+def _bars(
+    rows: Sequence[Row],
+    title: str,
+    label: str,
+    draw: Callable[[Axes, int, Row], float],
+    legend: int = 0,
+    room: float = 1.14,
+) -> Figure | None:
+    """A column of panels with a labelled bar per row; None without rows.
+
+    Args:
+        title, label: of the figure and of the lowest axis.
+        draw: draws the bar of a row at its place and returns its length.
+        legend: columns of the legend; 0: none.
+        room: length of the axis over the longest bar.
+    """
+    panels = _places(rows)
+    if not panels:
+        return None
+    heights = [BAR * max(len(members), 2) + 0.5 for members in panels.values()]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-    several = len({row.experiment for members in panels.values() for row in members}) > 1
+    several = len({row.experiment for row in rows}) > 1
     for axis, (name, members) in zip(axes, panels.items(), strict=True):
         axis.set_title(name, fontsize=9, loc="left")
         labels = [textwrap.fill(_label(row, several), LABEL) for row in members]
@@ -305,24 +265,37 @@ def _bars(panels: Mapping[str, Sequence[Row]], title: str) -> tuple[Figure, list
         axis.set_ylim(len(members) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
+        axis.set_xlim(0, room * max(draw(axis, place, row) for place, row in enumerate(members)))
+    axes[-1].set_xlabel(label)
     figure.suptitle(title, fontsize=12)
-    return figure, list(axes)
+    return _finish(figure, rows, _legend(figure, axes, legend) if legend else 0.0)
 
 
-def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Panels in two columns; one panel takes the whole width."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
+def _panels(
+    rows: Sequence[Row],
+    panels: Mapping[str, Sequence[Row]],
+    title: str,
+    draw: Callable[[Axes, Sequence[Row]], None],
+) -> Figure | None:
+    """Panels in two columns with a common legend; a single panel takes the whole width. None without rows."""
+    if not panels:
+        return None
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 3.6 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[count:]:
+    axes = list(figure.subplots(lines, columns, squeeze=False).flatten())
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
+    for axis, (name, members) in zip(axes, panels.items(), strict=False):
+        draw(axis, members)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=12)
-    return figure, list(axes[:count])
+    return _finish(figure, rows, _legend(figure, axes[: len(panels)], columns=2))
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> float:
-    """One legend below all panels, each entry once; returns the inches it takes."""
+    """Add one legend below all panels, each entry once; returns its height in inches."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -335,7 +308,7 @@ def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> float:
 
 
 def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
-    """Say what must be said at the bottom, with the legend (``legend`` inches) above it, in room of their own."""
+    """Add the warnings at the bottom, below the legend of ``legend`` inches, and make room for both."""
     lines = []
     if any(row.planted for row in rows):
         other = {row.draft for row in rows if row.planted} - FROM_NOISE
@@ -358,14 +331,14 @@ def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
 
 
 def _whiskers(interval: Interval) -> list[list[float]] | None:
-    """Lengths below and above; rounding may put an estimate a hair outside its own interval."""
+    """Lengths below and above the estimate, which rounding may place just outside its interval."""
     if interval.low is None or interval.high is None:
         return None
     return [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
 
 
 def _styles(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, dash and marker by name: dashes change once the colours are used up."""
+    """Colour, dash and marker by name; dashes change after the last colour."""
     return {
         name: (
             PALETTE[index % len(PALETTE)],
@@ -377,7 +350,7 @@ def _styles(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def _label(row: Row, several: bool) -> str:
-    """A bar's name; with its experiment where the picture has bars of ``several``."""
+    """Name of a bar, with its experiment if the figure shows ``several``."""
     return f"{row.experiment}: {row.method}" if row.experiment and several else row.method
 
 
@@ -386,16 +359,16 @@ def _bits(row: Row, stored: bool) -> float:
 
 
 def _without_bits(row: Row) -> str:
-    """Rows that differ in bits alone make one line."""
+    """Label of the line of rows that differ in bits alone."""
     config = {**row.runs[0].config, "quant": {}}
     quantizer = config_group(row.runs[0].config, "quant").get("name")
     return f"{row.benchmark}: {method_label(config, row.runs[0].facts)}, {quantizer}"
 
 
 def _ceilings(rows: Sequence[Row]) -> list[tuple[str, list[float], list[str]]]:
-    """Distinct ceilings, the highest first: what is streamed, ascending seconds of its passes, the methods under it.
+    """Distinct ceilings, the highest first: kind of streamed weights, ascending seconds per pass, methods.
 
-    Passes within :data:`SAME_PASS` of the fastest share a ceiling: the link is measured anew by every run.
+    Passes within :data:`SAME_PASS` of the fastest share a ceiling, because every run measures the link anew.
     """
     found: list[tuple[str, list[float], list[str]]] = []
     each = sorted((name, seconds, row.method) for row in rows for name, seconds in row.ceilings)

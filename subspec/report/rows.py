@@ -1,8 +1,7 @@
-"""The rows of a report: runs of one configuration pooled, with their speed-up over the baseline of their kind.
+"""Rows of a report: pooled runs of one configuration, with their speed-up over a baseline.
 
-Runs belong to one row when nothing differs that could change a record or a time: configuration (but for names of
-folders and loggers) and hardware. Several runs in a row are repeats; their totals are pooled and their spread shown.
-Rows compare with each other when they ran the same prompts of one target; a baseline is looked for among those.
+A row holds runs of equal configuration (apart from folders and loggers) and hardware. Several runs of a row are
+repeats: totals are pooled and the spread is shown. Rows are compared if they ran the same prompts of one target.
 """
 
 import json
@@ -15,24 +14,24 @@ from typing import Any
 
 from subspec.errors import SubspecError
 from subspec.records.method import config_group, group_name, is_quantized, method_label
-from subspec.records.metrics import summarise
-from subspec.records.records import FREE_KEYS
+from subspec.records.metrics import distinct_values, summarise
+from subspec.records.run_folder import FREE_KEYS
 from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
 from subspec.report.collect import RunData
 
 PLAIN = "none"
-"""The draft whose rows are the baseline when none is named."""
+"""Draft of the default baseline."""
 
 NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}
-"""Keys of a configuration that do not make it another one."""
+"""Configuration keys that do not separate rows."""
 
 SHOWN_DIFFERENCES = 3
-"""Keys that are added to labels which would be the same otherwise."""
+"""Number of keys added to labels that would otherwise be equal."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a row is compared with: the baseline's ``label``, the speed-up in decoding, what else differs."""
+    """Baseline of a row: its ``label``, the decoding speed-up, and differences besides the method."""
 
     label: str
     speedup: Interval | None
@@ -44,18 +43,19 @@ class Row:
     """One configuration on one machine.
 
     Attributes:
-        experiment: config file it was started with; None without one.
+        experiment: experiment file; None without one.
         target, benchmark, source: names; source is ``hub``, ``file`` or ``sample``.
         method: label, see :func:`~subspec.records.method.method_label`; unique among rows that compare.
-        draft: name of the draft. bits: bits per weight of a quantized draft, scales included where known.
-        planted, sample: whether weights are planted, and prompts are the packaged samples.
+        draft: name of the draft. bits: bits per weight of a quantized draft, scales included; None if unknown.
+        nominal_bits: ``quant.bits`` of a quantized draft.
+        planted, sample: whether weights are planted; whether prompts are the packaged samples.
         device: GPU or CPU.
         runs: the repeats, in the order they were found.
         summary: over the records of all repeats.
-        speed: tokens/s with a bootstrap interval over samples; None when nothing was decoded.
+        speed: tokens/s with a bootstrap interval over samples; None if nothing was decoded.
         by_sample: tokens and seconds by prompt, for comparing rows.
-        plain_bytes_per_pass: what a pass would stream uncoded; equal to the streamed bytes for plain weights.
-        baseline: None when there is nothing to compare with.
+        plain_bytes_per_pass: uncoded bytes of a pass; equal to the streamed bytes for plain weights.
+        baseline: None without one.
     """
 
     experiment: str | None
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it ran on a CPU, whose speeds say nothing about offloading."""
+        """Whether it ran on a CPU."""
         return self.summary["context"]["device"] == "cpu"
 
     @property
@@ -95,10 +95,7 @@ class Row:
 
     @property
     def iteration(self) -> dict[str, float] | None:
-        """Seconds per iteration by phase: ``draft``, ``target``, ``other``; None without iterations.
-
-        ``target`` is the target's pass with verification; ``other`` is what neither of the two clocks counted.
-        """
+        """Seconds per iteration by phase: ``draft``, ``target`` (with verification), ``other``; None without any."""
         totals = self.totals
         count = totals["iterations"]
         if not count:
@@ -112,7 +109,7 @@ class Row:
 
     @property
     def ceilings(self) -> list[tuple[str, float]]:
-        """(what crosses the link, seconds per pass at the measured bandwidth); empty without a measured link."""
+        """(kind of streamed weights, seconds per pass at the measured bandwidth); empty without a measured link."""
         streamed, link = self.totals["bytes_per_pass"], self.totals["link_gb_per_s"]
         if isinstance(streamed, list) or isinstance(link, list) or not streamed or not link:
             return []
@@ -123,19 +120,19 @@ class Row:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Rows of one place ran the same prompts of the same target."""
+        """Target, benchmark and source: rows are compared within one place."""
         return self.target, self.benchmark, self.source
 
 
 def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
-    """Rows of all runs that generated anything, and notes about comparing them.
+    """Rows of all runs that generated tokens, and notes about their comparison.
 
     Args:
-        runs: what was collected.
+        runs: of :func:`~subspec.report.collect.collect`.
         baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
 
     Raises:
-        SubspecError: a baseline was named and no row is it, or several rows of one place are.
+        SubspecError: no row matches the given baseline, or several rows of one place do.
     """
     groups: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
@@ -150,7 +147,7 @@ def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[lis
 
 
 def device_name(run: RunData) -> str:
-    """The GPU's name, or the CPU's with its threads; ``unknown`` when the folder does not say."""
+    """Name of the GPU, or of the CPU with its threads; ``unknown`` if the folder does not say."""
     hardware = run.environment.get("hardware")
     hardware = hardware if isinstance(hardware, Mapping) else {}
     gpu = hardware.get("gpu")
@@ -168,8 +165,10 @@ def _identity(run: RunData) -> str:
 
 
 def _settings(run: RunData) -> dict[str, Any]:
-    """What makes a configuration another one, as ``dotted.key: value``; plain decoding has no tree, and no
-    quantizer but the one whose substitute codes what is streamed."""
+    """Settings that separate rows, as ``dotted.key: value``.
+
+    Plain decoding has no tree, and a quantizer only if the streamed weights are coded.
+    """
     kept = _kept(run.config)
     if config_group(run.config, "draft").get("name") != PLAIN:
         return kept
@@ -178,12 +177,12 @@ def _settings(run: RunData) -> dict[str, Any]:
 
 
 def _is_coded(run: RunData) -> bool:
-    """Whether exact weights crossed the link coded: then the quantizer decides how many bytes did."""
+    """Whether exact weights were streamed coded; the quantizer then decides the streamed bytes."""
     return run.facts.get("codec") == "substitute"
 
 
 def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
-    """The configuration as ``dotted.key: value``, without what makes no difference."""
+    """The configuration as ``dotted.key: value`` without :data:`NOT_COMPARED`."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
@@ -214,8 +213,8 @@ def _row(runs: Sequence[RunData]) -> Row:
         draft=_text(context["draft"]),
         bits=substitute.get("bits_per_weight") if isinstance(substitute, Mapping) else None,
         nominal_bits=nominal if isinstance(nominal, int | float) else None,
-        planted=True in _values(context["planted"]),
-        sample="sample" in _values(context["source"]),
+        planted=True in distinct_values(context["planted"]),
+        sample="sample" in distinct_values(context["source"]),
         device=device_name(first),
         runs=tuple(runs),
         summary=summary,
@@ -226,7 +225,7 @@ def _row(runs: Sequence[RunData]) -> Row:
 
 
 def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
-    """Tokens and seconds of every prompt over all its turns (and repeats), by its name and text."""
+    """Tokens and seconds of every prompt over its turns and repeats, by sample id and prompt digest."""
     digests: dict[str, Any] = {}
     for record in records:
         if not record.get("turn"):
@@ -243,7 +242,7 @@ def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
 
 
 def _plain_bytes(run: RunData) -> float | None:
-    """Bytes that this run's streamed layers take uncoded, from its plan; None when there is no plan."""
+    """Uncoded bytes of the streamed layers, from the plan; None without one."""
     plan = run.plan
     try:
         layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
@@ -254,7 +253,7 @@ def _plain_bytes(run: RunData) -> float | None:
 
 
 def _unique_labels(rows: list[Row]) -> list[Row]:
-    """Add what differs to labels that would be the same in one table."""
+    """Add differing settings to labels that would be equal in one table."""
     same: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         same[(row.place, row.experiment, row.method)].append(row)
@@ -328,8 +327,11 @@ def _is_baseline(row: Row, baseline: str | None) -> bool:
 
 
 def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """Of several baselines, those most like the row: itself, then same device, decoding, streamed or not, offloading,
-    quantizer of coded weights, experiment."""
+    """The baselines most similar to the row.
+
+    Criteria in this order: the row itself, device, decoding, streamed or not, offloading, quantizer of coded weights,
+    experiment.
+    """
     if row in candidates:
         return [row]
     found = list(candidates)
@@ -360,7 +362,7 @@ def _quant(row: Row) -> Any:
 
 
 def _differences(row: Row, other: Row) -> tuple[str, ...]:
-    """What besides the method a reader of the speed-up must know of."""
+    """Differences besides the method."""
     pairs = {
         "device": (row.device, other.device),
         "seed": tuple(_text(one.summary["context"]["seed"]) for one in (row, other)),
@@ -370,7 +372,7 @@ def _differences(row: Row, other: Row) -> tuple[str, ...]:
     }
     named = {"decoding": "decoding settings", "offloading": "offloading or budget"}
     return tuple(
-        f"{named[key]}" if key in named else f"{key}: {mine} against {theirs}"
+        named.get(key, f"{key}: {mine} against {theirs}")
         for key, (mine, theirs) in pairs.items()
         if mine != theirs
     )
@@ -394,9 +396,5 @@ def audit_text(row: Row) -> str:
     return text
 
 
-def _values(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _text(value: Any) -> str:
-    return "unknown" if value is None else ", ".join(map(str, _values(value)))
+    return "unknown" if value is None else ", ".join(map(str, distinct_values(value)))

@@ -1,4 +1,4 @@
-"""The report's tables as lists of named cells: for CSV with full precision, for Markdown as people read them."""
+"""Cells of the report's tables: CSV with full precision, Markdown with rounded figures."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from subspec.records.method import config_group, group_name, method_label
+from subspec.records.sweep_folder import config_digest
 from subspec.report.bootstrap import Interval
 from subspec.report.collect import RunData, State
 from subspec.report.rows import Row, audit_text, device_name
@@ -93,7 +94,7 @@ def acceptance_cells(row: Row) -> list[Cells]:
 
 
 def run_cells(run: RunData) -> Cells:
-    """A row of ``runs.csv``: what it was, on what, and how far it came."""
+    """A row of ``runs.csv``: configuration, machine and progress of a run."""
     context, totals = run.summary["context"], run.summary["totals"]
     versions = run.environment.get("versions")
     git = run.environment.get("git")
@@ -115,6 +116,7 @@ def run_cells(run: RunData) -> Cells:
         "tokens_per_s": totals["tokens_per_s"],
         "tau": totals["tau"],
         "overrides": " ".join(run.overrides) if run.overrides is not None else None,
+        "config_digest": config_digest(run.config) if run.config else None,
         "device": device_name(run),
         "versions": _pairs(versions),
         "commit": _commit(git),
@@ -123,7 +125,7 @@ def run_cells(run: RunData) -> Cells:
 
 
 def csv_text(cells: Sequence[Cells]) -> str:
-    """CSV with a heading, full precision, empty fields where nothing was measured."""
+    """CSV with a heading; unmeasured figures are empty fields."""
     if not cells:
         return ""
     buffer = io.StringIO()
@@ -136,7 +138,7 @@ def csv_text(cells: Sequence[Cells]) -> str:
 def markdown_table(
     headings: Mapping[str, str], cells: Sequence[Mapping[str, Any]], right: Sequence[str] = ()
 ) -> str:
-    """A Markdown table of the named cells; ``right``: columns that are numbers."""
+    """A Markdown table of the named cells; ``right``: right-aligned columns."""
     head = "| " + " | ".join(headings.values()) + " |"
     rule = "|" + "|".join("---:" if key in right else "---" for key in headings) + "|"
     lines = ["| " + " | ".join(_escaped(one.get(key)) for key in headings) + " |" for one in cells]
@@ -189,7 +191,7 @@ def method_text(row: Row) -> dict[str, str]:
 
 
 def interval_text(interval: Interval | None, unit: str = "") -> str:
-    """``69.9 (65.1 to 74.0)``; the ends are left out where there is one sample."""
+    """``69.9 (65.1 to 74.0)``; without ends for one sample."""
     if interval is None:
         return "-"
     text = number(interval.value) + unit
@@ -222,7 +224,7 @@ def _speedup(row: Row) -> str:
 
 
 def _place(folder: Path) -> str:
-    """A path as others can read it: below the current folder, or below the home folder as ``~``, where it is."""
+    """A path relative to the current folder, or to the home folder as ``~``, if it lies there."""
     resolved = folder.resolve()
     for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
         if resolved.is_relative_to(base) and base != Path(base.anchor):

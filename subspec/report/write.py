@@ -1,11 +1,11 @@
-"""Write a report: REPORT.md with tables and pictures, CSV files, and an index of the runs behind every figure."""
+"""Write a report: REPORT.md with tables and plots, CSV files, and an index of the runs."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec.records.table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.records.summary_table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
 from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.plots import DRAWINGS, MISSING, save
 from subspec.report.rows import Row, make_rows
@@ -37,12 +37,12 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and what it is about.
+    """The written files and their content.
 
     Attributes:
-        folder: where it is. page: REPORT.md. tables: CSV files. plots: PNG and SVG files by name.
+        folder: folder of the report. page: REPORT.md. tables: CSV files. plots: PNG and SVG files by name.
         rows: one per configuration. runs: all runs found.
-        notes: what was missing or damaged, one line each; also on the page.
+        notes: missing and damaged data, one line each; also on the page.
     """
 
     folder: Path
@@ -55,18 +55,18 @@ class Report:
 
 
 def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None) -> Report:
-    """Read all runs in and below ``folders`` and write a report about them to ``out``.
+    """Write a report about all runs in and below ``folders`` to ``out``.
 
-    Partial sweeps are fine: unfinished runs count with what they have, and the page says so.
+    Unfinished runs count with their finished turns, and the page says so.
 
     Args:
-        folders: run folders, sweep folders, or anything above them.
-        out: made when missing; files of an earlier report are replaced.
-        baseline: what speed-ups are against: a draft, a method's label, an experiment, a run's name or folder; None:
-            plain decoding (draft=none) of the same target and prompts.
+        folders: run folders, sweep folders, or folders above them.
+        out: created if missing; files of an earlier report are replaced.
+        baseline: baseline of speed-ups: a draft, a method's label, an experiment, a run's name or folder; None: plain
+            decoding (draft=none) of the same target and prompts.
 
     Raises:
-        SubspecError: there is no run, the baseline is not among them, or ``out`` cannot be written.
+        SubspecError: there is no run, no such baseline, or ``out`` cannot be written.
     """
     runs = collect(folders)
     rows, notes = make_rows(runs, baseline)
@@ -81,7 +81,7 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
             stem = out / PLOTS / name
             if figure is not None:
                 plots[name] = tuple(save(figure, stem))
-            else:  # of an earlier report, about other runs
+            else:  # files of an earlier report
                 for suffix in (".png", ".svg"):
                     stem.with_suffix(suffix).unlink(missing_ok=True)
         page = out / REPORT
@@ -103,7 +103,7 @@ def _write_tables(rows: Sequence[Row], runs: Sequence[RunData], out: Path) -> li
 
 
 def _run_notes(runs: Sequence[RunData]) -> list[str]:
-    """What is not whole."""
+    """Notes about unfinished, empty and damaged runs."""
     notes = []
     states = Counter(run.state for run in runs)
     if states[State.unfinished]:
@@ -164,23 +164,24 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
+    def bold(text: str) -> str:
+        text = text.removeprefix("note: ")
+        return f"> **{text[0].upper()}{text[1:]}.**"
+
     planted = [row for row in rows if row.planted]
     sample = [row for row in rows if row.sample]
     lines = []
     if planted:
         names = ", ".join(sorted({row.target for row in planted}))
-        lines.append(f"> **{PLANTED_WEIGHTS[0].upper()}{PLANTED_WEIGHTS[1:]}.** These rows: target {names}.")
+        lines.append(f"{bold(PLANTED_WEIGHTS)} These rows: target {names}.")
         others = ", ".join(sorted({row.draft for row in planted} - FROM_NOISE))
         if others:
-            text = f"{PLANTED_DRAFT[0].upper()}{PLANTED_DRAFT[1:]}"
-            lines.append(f"> **{text}.** These of them: draft {others}.")
+            lines.append(f"{bold(PLANTED_DRAFT)} These of them: draft {others}.")
     if sample:
         names = ", ".join(sorted({row.benchmark for row in sample}))
-        text = SAMPLE_PROMPTS.removeprefix("note: ")
-        lines.append(f"> **{text[0].upper()}{text[1:]}.** These rows: benchmark {names}.")
+        lines.append(f"{bold(SAMPLE_PROMPTS)} These rows: benchmark {names}.")
     if any(row.on_cpu and row.draft != "none" for row in rows):
-        text = ON_CPU.removeprefix("note: ")
-        lines.append(f"> **{text[0].upper()}{text[1:]}.**")
+        lines.append(bold(ON_CPU))
     failed = [row for row in rows if (row.summary["audit"] or {}).get("mismatch")]
     if failed:
         lines.append(f"> **AUDIT FAILED** in {len(failed)} row(s): their output is not the target's own.")
@@ -194,7 +195,7 @@ def _overview(rows: Sequence[Row], runs: Sequence[RunData]) -> str:
 
 
 def _tables(rows: Sequence[Row]) -> list[str]:
-    """A table for each target, benchmark, experiment and device."""
+    """One table per target, benchmark, experiment and device."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
         planted = " (planted weights)" if row.planted else ""

@@ -1,7 +1,7 @@
-"""What a person sees: progress while the run goes on, notes and warnings, and the table at its end.
+"""Console output of a run: progress, notes and warnings, and the table at the end.
 
-On a terminal there is a bar; anywhere else (a file, a pipe, a batch system's log) one plain line per finished
-sample, without control characters. Everything is computed from records and summaries, never from a model.
+A terminal shows a bar. Any other stream (a file, a pipe, a batch system's log) gets one plain line per finished sample,
+without control characters. All figures come from records and summaries.
 
 Example::
 
@@ -22,16 +22,16 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.text import Text
 
 from subspec.records.metrics import ratio
-from subspec.records.table import banners, summary_table
+from subspec.records.summary_table import SummaryTable, banners, decimals
 from subspec.utils.terminal import Terminal
 
 
 class RunConsole(Terminal):
-    """Prints for one run. All output of the project goes through it, so that nothing breaks the bar."""
+    """Console of one run. All output goes through it, so that no line breaks the bar."""
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Iterator["RunProgress"]:
-        """Show progress over ``total`` samples, ``done`` of which an earlier session has finished."""
+        """Show progress over ``total`` samples, of which earlier sessions finished ``done``."""
         progress = _Bar(self, total, done) if self.live else RunProgress(self, total, done)
         try:
             progress.open()
@@ -40,19 +40,19 @@ class RunConsole(Terminal):
             progress.close()
 
     def table(self, summary: Mapping[str, Any], speedup: Mapping[str, Any] | None = None) -> None:
-        """The table at the end of a run, and what must be known to read it.
+        """Print the table at the end of a run and its warnings.
 
         Args:
             summary: of :func:`~subspec.records.metrics.summarise`.
-            speedup: of :func:`~subspec.records.metrics.speedup`, when there is a baseline.
+            speedup: of :func:`~subspec.records.metrics.speedup`, with a baseline.
         """
-        self.rich.print(summary_table(summary, speedup))
+        self.rich.print(SummaryTable(summary, speedup))
         for banner in banners(summary):
             self._line(banner, "bold yellow")
 
 
 class RunProgress:
-    """Progress as plain lines, one per finished sample. Base of the bar."""
+    """Progress as plain lines, one per finished sample. Base class of the bar."""
 
     def __init__(self, console: RunConsole, total: int, done: int = 0) -> None:
         self.console = console
@@ -71,7 +71,7 @@ class RunProgress:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds left, if the samples to come take as long as this session's; None before its first one."""
+        """Estimated seconds left, from the mean of this session's samples; None before the first."""
         here = self.done - self._first
         return self.elapsed_s / here * max(self.total - self.done, 0) if here > 0 else None
 
@@ -86,10 +86,10 @@ class RunProgress:
         return ratio(self._verified, self._iterations)
 
     def open(self) -> None:
-        """Begin to show."""
+        """Start the display."""
 
     def close(self) -> None:
-        """Stop showing."""
+        """Stop the display."""
 
     def turn(self, record: Mapping[str, Any]) -> None:
         """Count a finished turn; nothing is printed."""
@@ -98,7 +98,7 @@ class RunProgress:
         self._seconds += record.get("decode_s") or 0.0
 
     def sample_finished(self, *records: Mapping[str, Any]) -> None:
-        """A sample is done: the records of all its turns (or of its being skipped)."""
+        """Count and print a finished sample, given the records of its turns."""
         self.done += 1
         self.console._line(self.describe(records), "")
 
@@ -114,12 +114,13 @@ class RunProgress:
             }
             parts += [
                 f"{sums['new_tokens']} tokens",
-                f"{number(ratio(sums['verified_tokens'], sums['decode_s']))} tokens/s",
-                f"tau {number(ratio(sums['verified_tokens'], sums['iterations']))}",
+                f"{decimals(ratio(sums['verified_tokens'], sums['decode_s']))} tokens/s",
+                f"tau {decimals(ratio(sums['verified_tokens'], sums['iterations']))}",
                 f"prefill {sums['prefill_s']:.2f} s",
                 f"decode {sums['decode_s']:.2f} s",
             ]
-            parts += ["correct" if record["correct"] else "wrong" for record in turns if _checked(record)]
+            checked = [record["correct"] for record in turns if record.get("correct") is not None]
+            parts += ["correct" if correct else "wrong" for correct in checked]
             mismatches = sum((record.get("audit") or {}).get("mismatch") or 0 for record in turns)
             if mismatches:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")
@@ -137,7 +138,7 @@ class _Bar(RunProgress):
         bar = self
 
         class Figures(TextColumn):
-            """Computed when drawn, so that the clocks run between two samples."""
+            """Text computed at every redraw, so that the clocks advance between samples."""
 
             def render(self, task: Task) -> Text:
                 return Text(bar.figures(), style="default")
@@ -154,7 +155,7 @@ class _Bar(RunProgress):
     def figures(self) -> str:
         """The text beside the bar."""
         return (
-            f"{self.done}/{self.total} samples  {number(self.tokens_per_s)} tok/s  tau {number(self.tau)}  "
+            f"{self.done}/{self.total} samples  {decimals(self.tokens_per_s)} tok/s  tau {decimals(self.tau)}  "
             f"{clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
         )
 
@@ -169,15 +170,6 @@ class _Bar(RunProgress):
         self._progress.update(self._task, completed=self.done)
         if any(record.get("skipped") for record in records):
             self.console.note(self.describe(records))
-
-
-def _checked(record: Mapping[str, Any]) -> bool:
-    return record.get("correct") is not None
-
-
-def number(value: float | None) -> str:
-    """Two decimals, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 def clock(seconds: float | None) -> str:

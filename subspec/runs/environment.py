@@ -1,7 +1,6 @@
-"""What a run ran on: versions, source revision, hardware, command line, and peak memory.
+"""Environment of a run: versions, source revision, hardware, command line, and peak memory.
 
-A figure without these cannot be compared with another one. Only facts about software and
-hardware are collected: no user name, no host name, and the home folder is written as ``~``.
+No user name and no host name are collected, and the home folder is written as ``~``.
 """
 
 import importlib.metadata
@@ -34,11 +33,11 @@ PACKAGES = (
     "accelerate",
     "wandb",
 )
-"""Packages whose version can change a result or its speed; those not installed are left out."""
+"""Packages whose version can change a result or its speed; missing ones are left out."""
 
 
 def environment() -> dict[str, Any]:
-    """Everything about the machine and the software, as a plain dict for ``environment.json`` and loggers."""
+    """The content of ``environment.json``."""
     return {
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -50,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> list[str]:
-    """The arguments of this process, the home folder as ``~``."""
+    """Arguments of this process, with the home folder as ``~``."""
     home = os.path.expanduser("~")
     arguments = sys.orig_argv
     if home in ("", os.sep):
@@ -77,8 +76,8 @@ def git_state(package: Path | None = None) -> dict[str, Any] | None:
     """
     package = package or PACKAGE
     root = package.parent
-    # An installed package may lie inside somebody else's repository (a virtual environment in a checkout):
-    # only a repository that tracks our own files says anything about them.
+    # An installed package may lie inside another repository (a virtual environment in a checkout). Only a repository
+    # that tracks our files counts.
     if _git(root, "ls-files", "--error-unmatch", f"{package.name}/__init__.py") is None:
         return None
     commit = _git(root, "rev-parse", "HEAD")
@@ -104,7 +103,7 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_ram_gib() -> float:
-    """Largest resident memory of this process so far, in GiB."""
+    """Peak resident memory of this process in GiB."""
     try:
         import resource
     except ImportError:  # Windows has no getrusage
@@ -116,24 +115,24 @@ def peak_ram_gib() -> float:
 
 
 def peak_vram_gib() -> float | None:
-    """Largest sum of PyTorch's allocations on the current CUDA device so far, in GiB; None without one."""
-    import torch
-
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return torch.cuda.max_memory_allocated() / GIB
+    """Peak sum of PyTorch's allocations on the current CUDA device in GiB; None without one."""
+    return _device_gib("max_memory_allocated")
 
 
 def reserved_vram_gib() -> float | None:
-    """Most memory that PyTorch's allocator held of the current CUDA device so far, in GiB; None without one.
+    """Peak memory that PyTorch's allocator held of the current CUDA device in GiB; None without one.
 
-    What is cached or fragmented counts too: this, not the sum of allocations, is what a budget's cap is held against.
+    It includes cached and fragmented memory; a budget caps this value.
     """
+    return _device_gib("max_memory_reserved")
+
+
+def _device_gib(statistic: str) -> float | None:
     import torch
 
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    return torch.cuda.max_memory_reserved() / GIB
+    return getattr(torch.cuda, statistic)() / GIB
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -176,7 +175,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver, from the kernel module where it can be read, else from its own tool."""
+    """Version of NVIDIA's driver, from the kernel module if readable, else from nvidia-smi."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", text)

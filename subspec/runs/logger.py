@@ -1,9 +1,9 @@
-"""Where a run's series go besides its own folder, behind one interface that can never hurt the run.
+"""Loggers of a run's series besides the run folder, behind one interface that cannot fail the run.
 
-The run folder is the truth; a logger is a convenience. So the runner only ever holds a :class:`SafeLogger`: every
-call of the logger proper happens on a worker thread with a deadline, and whatever it does (raise, exit, hang, find
-the disk full), the run prints one warning and goes on without it. The only failure that stops a run is one that the
-user asked to be told about, before anything is loaded: ``logger.mode=online`` where there is no way to go online.
+The run folder is authoritative. The runner holds a :class:`SafeLogger`, which calls the actual logger on a worker
+thread with a deadline. If the logger raises, exits, hangs or fills the disk, the run prints one warning and
+continues without it. One failure stops a run, before anything is loaded: ``logger.mode=online`` without a way to go
+online.
 
 Example::
 
@@ -19,7 +19,6 @@ Example::
 
 import queue
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,20 @@ from subspec.config.schema import LoggerConfig, NoLoggerConfig, WandbConfig
 from subspec.errors import ConfigError, SubspecError
 
 ABANDON_S = 5.0
-"""Seconds that letting go of a logger that hangs may take."""
+"""Seconds that abandoning a hanging logger may take."""
 
 
-class Logger(ABC):
-    """Takes a run's configuration, its turns, and at the end its table and summary.
+class Logger:
+    """Receives a run's configuration, its turns, and at the end its table and summary. This class ignores them.
 
     Attributes:
-        note: one line for the console about where the series go; empty when there is nothing to say.
-        deadlines_s: seconds that each method may take before the run goes on without the logger.
+        note: one line for the console about the destination; empty without one.
+        deadlines_s: seconds that each method may take before the run continues without the logger.
     """
 
     note: str = ""
     deadlines_s: Mapping[str, float] = {"start": 60.0, "log_turn": 30.0, "log_table": 60.0, "finish": 120.0}
 
-    @abstractmethod
     def start(
         self,
         config: Mapping[str, Any],
@@ -50,54 +48,33 @@ class Logger(ABC):
         environment: Mapping[str, Any],
         finished: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Begin. ``finished``: the records that a resumed run already holds, in the order of their positions."""
+        """Begin. ``finished``: records of a resumed run in the order of their positions."""
 
-    @abstractmethod
     def log_turn(self, record: Mapping[str, Any], step: int) -> None:
-        """One finished turn. ``step``: its position in the run folder, from 0."""
+        """Log a finished turn. ``step``: its position in the run folder, from 0."""
 
-    @abstractmethod
     def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """All records, once, at the end."""
+        """Log all records, once at the end."""
 
-    @abstractmethod
     def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
-        """End. ``summary``: of :func:`~subspec.records.metrics.summarise`, None when the run never got there."""
+        """End. ``summary``: of :func:`~subspec.records.metrics.summarise`; None if the run did not finish."""
 
-    def abandon(self) -> None:  # noqa: B027 - most loggers hold nothing
-        """Let go of everything at once, after a call that never came back."""
+    def abandon(self) -> None:
+        """Release all resources at once, after a call that did not return."""
 
 
 class NoLogger(Logger):
     """Only the run folder."""
 
-    def start(
-        self,
-        config: Mapping[str, Any],
-        run_dir: Path,
-        environment: Mapping[str, Any],
-        finished: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """Nothing to do."""
-
-    def log_turn(self, record: Mapping[str, Any], step: int) -> None:
-        """Nothing to do."""
-
-    def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing to do."""
-
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
-        """Nothing to do."""
-
 
 class SafeLogger(Logger):
     """Guards another logger: at most one warning line, no exception, no hang.
 
-    Calls run one after another on one daemon thread. A call that raises switches the logger off, but it is still
-    finished at the end. A call that outlives its deadline leaves the thread to itself: the logger is abandoned.
+    Calls run in order on one daemon thread. A call that raises switches the logger off, except for its ``finish``. A
+    call that exceeds its deadline keeps the thread, and the logger is abandoned.
 
     Attributes:
-        failure: why the logger was switched off; None while all is well.
+        failure: why the logger was switched off; None otherwise.
     """
 
     def __init__(self, inner: Logger, warn: Callable[[str], None]) -> None:
@@ -116,7 +93,7 @@ class SafeLogger(Logger):
 
     @property
     def name(self) -> str:
-        """What to call the guarded logger in a message."""
+        """Name of the guarded logger in messages."""
         return type(self.inner).__name__.removesuffix("Logger")
 
     def start(
@@ -126,26 +103,26 @@ class SafeLogger(Logger):
         environment: Mapping[str, Any],
         finished: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """As the logger's own.
+        """Call the logger's own.
 
         Raises:
-            SubspecError: the configuration asks for what cannot be had (nothing else comes through).
+            SubspecError: the configuration cannot be satisfied; other exceptions become a warning.
         """
         self._started = True
         self._call("start", lambda: self.inner.start(config, Path(run_dir), environment, finished))
 
     def log_turn(self, record: Mapping[str, Any], step: int) -> None:
-        """As the logger's own; nothing once it has failed."""
+        """Call the logger's own, unless it has failed."""
         if self.failure is None:
             self._call("log_turn", lambda: self.inner.log_turn(record, step))
 
     def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """As the logger's own; nothing once it has failed."""
+        """Call the logger's own, unless it has failed."""
         if self.failure is None:
             self._call("log_table", lambda: self.inner.log_table(records))
 
     def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
-        """As the logger's own; after a failure too, so that what it got is kept. Only the first call counts."""
+        """Call the logger's own once, also after a failure, so that logged turns are kept."""
         if self._started and not self._hung:
             self._started = False
             self._call("finish", lambda: self.inner.finish(summary, exit_code))
@@ -162,7 +139,7 @@ class SafeLogger(Logger):
         if not outcome.done.wait(self.inner.deadlines_s[name]):
             self._hung = True
             self._fail(f"{name} did not come back within {self.inner.deadlines_s[name]:g} s")
-            # On a thread of its own, and not waited for without end: what hangs may hold a lock it needs.
+            # On a thread with a deadline: the hanging call may hold a lock.
             thread = threading.Thread(target=self._abandon, name="logger-abandon", daemon=True)
             thread.start()
             thread.join(ABANDON_S)
@@ -182,7 +159,7 @@ class SafeLogger(Logger):
         try:
             self.inner.abandon()
         except BaseException:
-            return  # the warning has been printed; there is nothing left to lose
+            return  # the warning has been printed
 
 
 def make_logger(config: LoggerConfig, warn: Callable[[str], None]) -> SafeLogger:

@@ -1,11 +1,10 @@
-"""One run, from its configuration to its records: what ``python -m subspec.run`` does once Hydra has composed.
+"""One run, from its composed configuration to its records.
 
-Order matters: everything that can fail cheaply (configuration, prompts, the run folder) comes before anything
-that takes minutes (the target's weights, quantization), and every finished turn is on disk before the next starts.
+Steps that can fail early (configuration, prompts, the run folder) come before steps that take minutes (the target's
+weights, quantization). Every finished turn is on disk before the next starts.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,41 +30,37 @@ from subspec.decoding.bitwise_choice import why_not
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import AuditError, SubspecError
 from subspec.records.metrics import speedup, summarise
-from subspec.records.records import RunFolder, read_records
 from subspec.records.resume import store_overrides
+from subspec.records.run_files import FACTS, PLAN, read_json
+from subspec.records.run_folder import RunFolder, read_records
 from subspec.runs.console import RunConsole, RunProgress
 from subspec.runs.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
-from subspec.runs.loading import Loaded, check_draft, check_offload, load, plan_for, print_plan
+from subspec.runs.loading import Loaded, load, print_plan
 from subspec.runs.logger import SafeLogger, make_logger
 from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, skipped_record, turn_record
+from subspec.session import check_draft, check_offload, plan_for
 from subspec.targets import load_target_config, resolve_device, resolve_dtype
 from subspec.utils.files import write_error, write_json
 
 WARMUP_TOKENS = 16
-"""Tokens of a warm-up generation: enough for a few iterations of every kind of pass."""
+"""Tokens of a warm-up generation: a few iterations of every kind of pass."""
 
 ENOUGH_PASSES = 20
-"""Passes without an accepted token that tell of a draft for another target."""
-
-PLAN = "plan.json"
-"""Where everything was planned to go, before loading."""
-
-FACTS = "facts.json"
-"""What actually ran, kept beside the records from the start: a kill before the summary must not lose it."""
+"""Passes without an accepted token that indicate a draft for another target."""
 
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
     """Run a composed configuration; records, summary and resolved configuration go to ``run_dir``.
 
     Args:
-        overrides: what ``cfg`` was composed from; kept in the folder for ``resume=true``.
+        overrides: overrides of ``cfg``, stored in the folder for ``resume=true``.
 
     Returns:
-        The total called ``optimise``, for a search; None without.
+        The total named by ``optimise``; None without.
 
     Raises:
         SubspecError: an expected failure, in one line.
-        AuditError: the run finished, but emitted a token the target would not have.
+        AuditError: the run finished, but emitted a token that plain decoding would not have.
     """
     check_keys(cfg)
     config = to_config(cfg)
@@ -89,7 +84,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     )
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
-    # Before the folder is opened: where it is refused for holding other prompts, this says why they are others.
+    # Printed before the folder is opened, which is refused if it holds other prompts.
     console.note(_describe_prompts(benchmark))
     facts = environment()
     chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
@@ -128,7 +123,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
 def _plan_only(
     config: Config, model: PretrainedConfig, device: torch.device, run_dir: Path, console: RunConsole
 ) -> None:
-    """Print and write the plan; nothing is loaded, and no GPU is needed for a named card."""
+    """Print and write the plan without loading. A named card needs no GPU."""
     named = isinstance(config.offload, StreamOffloadConfig) and config.offload.card is not None
     plan = plan_for(config, model, None if named else device)
     print_plan(plan, console)
@@ -166,7 +161,7 @@ class _Run:
         self.loading_peaks: dict[str, float | None] = {}
 
     def execute(self) -> dict[str, Any]:
-        """Generate what is missing; returns the summary over everything in the folder."""
+        """Generate the missing turns; returns the summary of all records in the folder."""
         samples = self.benchmark.samples
         pending = [(index, sample) for index, sample in enumerate(samples) if not self._is_finished(sample)]
         if pending:
@@ -176,7 +171,7 @@ class _Run:
                     progress.sample_finished(*self._sample(index, sample, progress))
             self._keep_reserved()
         else:
-            self.facts = self._facts_on_disk()
+            self.facts = read_json(self.folder.path / FACTS) or {}
             self.console.note("every sample is finished: nothing to generate")
         return {**summarise(self.folder.records()), "run": self.facts}
 
@@ -210,11 +205,11 @@ class _Run:
                 f"({quant.quantizer}), {quant.backend}, {_origin(quant.details)} in {quant.seconds:.1f} s"
             )
         self.auditor = (
-            Auditor(self.assembly.decoder, self.assembly.sampling, margin=config.audit_margin)
+            Auditor(self.assembly.target, self.assembly.sampling, margin=config.audit_margin)
             if config.audit
             else None
         )
-        self.assembly.engine.keeps_digests = config.audit and self.assembly.decoder.bitwise is not None
+        self.assembly.engine.keeps_digests = config.audit and self.assembly.target.bitwise is not None
         self.context = RunContext(
             benchmark=self.benchmark.name,
             source=self.benchmark.source.value,
@@ -223,7 +218,7 @@ class _Run:
             device=self.device.type,
             planted=self.target.planted,
             seed=config.seed,
-            bitwise=self.assembly.decoder.bitwise is not None,
+            bitwise=self.assembly.target.bitwise is not None,
         )
         self._warm_up(first)
         self._end_loading()
@@ -233,7 +228,7 @@ class _Run:
         _write(self.folder.path / FACTS, self.facts)
 
     def _facts(self) -> dict[str, Any]:
-        """What actually ran, whatever ``auto`` stood for."""
+        """Resolved settings of the run, written before the first record so that a kill keeps them."""
         quant = self.assembly.quant
         return {
             "target_source": self.target.source,
@@ -258,14 +253,8 @@ class _Run:
             "notes": list(self.target.notes),
         }
 
-    def _facts_on_disk(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder.path / FACTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-
     def _warm_up(self, sample: Sample) -> None:
-        """Let lazy initialisation, kernel selection and caches settle before anything is timed."""
+        """Run untimed generations, so that lazy initialisation, kernel selection and caches are done."""
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
         if self.config.warmup:
             self.assembly.engine.prepare(prompt)
@@ -274,7 +263,7 @@ class _Run:
             self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
 
     def _end_loading(self) -> None:
-        """Begin the peak of the records anew, and keep those that end here: a budget bounds loading, too."""
+        """Keep the memory peaks of loading, which a budget bounds too, and reset them for the records."""
         if self.device.type != "cuda":
             return
         self.loading_peaks = {
@@ -284,7 +273,7 @@ class _Run:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _keep_reserved(self) -> None:
-        """Most memory that the allocator held until now: the reset above forgot what it held while loading."""
+        """Record the peak of reserved memory over loading and generation."""
         before = self.loading_peaks.get("reserved_vram_gib")
         now = reserved_vram_gib()
         if before is None or now is None:
@@ -293,7 +282,7 @@ class _Run:
         _write(self.folder.path / FACTS, self.facts)
 
     def _profile(self, sample: Sample) -> None:
-        """Trace one text that no figure counts."""
+        """Trace one text that is in no figure."""
         from subspec.runs.timeline import record_timeline
 
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
@@ -304,7 +293,7 @@ class _Run:
 
     def _sample(self, index: int, sample: Sample, progress: RunProgress) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
-        said: list[str] = []  # user and assistant in turn
+        said: list[str] = []  # user and assistant messages, alternating
         for turn, question in enumerate(sample.turns):
             said.append(question)
             record = self.folder.finished(sample.id, turn)
@@ -344,7 +333,7 @@ class _Run:
         correct = check_answer(self.benchmark.name, text, sample.answer) if last else None
         audit = None
         if self.auditor is not None:
-            replay = self.assembly.engine.emission(prompt, **rules)
+            replay = self.assembly.engine.output_buffer(prompt, **rules)
             ending = (replay, result.finish_reason)
             audited = self.auditor.audit(
                 prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
@@ -369,13 +358,13 @@ class _Run:
 
 
 def turn_seed(seed: int, sample_id: str, turn: int) -> int:
-    """The seed of a turn's samples: independent of which other samples run, and of a resume."""
+    """Seed of a turn: independent of other samples and of a resume."""
     digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 
 def _never_accepted(totals: Mapping[str, Any]) -> str:
-    """A note where drafting was for nothing; empty elsewhere."""
+    """A note if no drafted token was accepted; empty otherwise."""
     passes = totals["iterations"]
     if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
         return ""
@@ -392,7 +381,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _origin(details: dict[str, Any]) -> str:
-    """Whether a substitute was quantized now, or earlier."""
+    """Whether a substitute was quantized in this run or read from a cache."""
     cache = details.get("cache", {})
     if not cache.get("read"):
         return "quantized"
@@ -406,7 +395,7 @@ def _describe_prompts(benchmark: Benchmark) -> str:
 
 
 def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
-    """The summary of a finished run to compare with, from its records."""
+    """Summary of the baseline run, from its records."""
     if run_dir is None:
         return None
     with _about("baseline"):
@@ -417,13 +406,13 @@ def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
 
 
 def _shortened(path: str, length: int = 40) -> str:
-    """A path that leaves room beside it in a table: its end says which one it is."""
+    """The end of a long path, for a table."""
     return path if len(path) <= length else f"...{path[3 - length :]}"
 
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Name the config key in front of an error that does not name it itself."""
+    """Prefix errors that do not name the config key ``key``."""
     try:
         yield
     except SubspecError as error:

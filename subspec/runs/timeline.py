@@ -1,7 +1,7 @@
-"""``profile=timeline``: what link, draft, target and host did during a few iterations, as a trace and a picture.
+"""``profile=timeline``: trace and picture of link, draft, target and host during a few iterations.
 
-Idle time is seen here, not guessed: a gap in the link's lane is bandwidth nobody used. ``timeline.json`` opens in
-Perfetto or chrome://tracing; ``timeline.png`` shows the same intervals.
+A gap in the link's lane is unused bandwidth. ``timeline.json`` opens in Perfetto or chrome://tracing; ``timeline.png``
+shows the same intervals.
 """
 
 import json
@@ -19,12 +19,12 @@ from subspec.decoding.timing import Span
 LANES = ("link", "draft", "decode", "target", "host")
 COLOURS = {"link": "#3b6fb6", "draft": "#d98b2b", "target": "#4a9b5d", "decode": "#7b5aa6", "host": "#8a8a8a"}
 ITERATIONS = 4
-"""Iterations shown; a few more are traced, so that the first one is a typical one."""
+"""Iterations shown; a few more are traced, so that the first one shown is typical."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Something a lane was busy with; seconds since the trace began."""
+    """A busy interval of a lane, in seconds since the trace began."""
 
     lane: str
     name: str
@@ -46,7 +46,7 @@ def record_timeline(engine: Engine, prompt_ids: Sequence[int], folder: Path) -> 
 
 
 def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATIONS + 2) -> list[Interval]:
-    """Generate a short text and return what every lane did."""
+    """Generate a short text and return the intervals of every lane."""
     device = engine.target.device
     spans: list[Span] = []
     layers: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
@@ -54,7 +54,7 @@ def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATION
     decodes: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
     decoder: Any = engine.target
     streamer = getattr(decoder, "streamer", None)
-    decoding = getattr(decoder, "decoding", None)
+    decoding = getattr(decoder, "restorer", None)
     cuda = device.type == "cuda"
     base: torch.cuda.Event | None = None
     if cuda:
@@ -70,7 +70,7 @@ def trace(engine: Engine, prompt_ids: Sequence[int], iterations: int = ITERATION
             decoding.log = decodes
     zero = time.perf_counter()
     engine.trace = spans
-    depth = engine.growth.max_depth if engine.growth is not None else 0
+    depth = engine.policy.max_depth if engine.policy is not None else 0
     try:
         engine.generate(prompt_ids, max_new_tokens=(depth + 1) * iterations, ignore_eos=True)
     finally:
@@ -116,7 +116,7 @@ def _intervals(
 
 
 def last_iterations(intervals: list[Interval], count: int = ITERATIONS) -> list[Interval]:
-    """The intervals of the last ``count`` whole iterations, times counted from the first of them."""
+    """Intervals of the last ``count`` whole iterations, with times from the first of them."""
     starts = [i.begin for i in intervals if i.lane == "host" and i.name == "draft"]
     if len(starts) < 2:
         return intervals
@@ -146,7 +146,7 @@ def chrome_trace(intervals: Sequence[Interval]) -> dict[str, Any]:
 
 
 def busy_share(intervals: Sequence[Interval], lane: str) -> float:
-    """Share of the shown time in which the lane was busy."""
+    """Busy share of the lane in the shown time."""
     if not intervals:
         return 0.0
     end = max(i.end for i in intervals)
@@ -159,7 +159,7 @@ def busy_share(intervals: Sequence[Interval], lane: str) -> float:
 
 
 def draw(intervals: Sequence[Interval], file: Path) -> None:
-    """The picture: one row per lane, time from left to right."""
+    """Draw one row per lane, time from left to right."""
     import matplotlib
 
     matplotlib.use("Agg")

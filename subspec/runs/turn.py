@@ -1,7 +1,7 @@
-"""The record of one turn: what the runner hands to the run folder, the logger and the console.
+"""The record of one turn, for the run folder, the logger and the console.
 
-A record is a plain dict that survives strict JSON unchanged, so that what is read back from disk equals what was
-written. It keeps a digest of the prompt instead of the prompt: data sets have licences, and the tokens count.
+A record is a dict that strict JSON preserves, so that records read back equal those written. It holds a digest of the
+prompt instead of the prompt, because data sets have licences.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ from subspec.decoding.result import GenerationResult
 from subspec.records.metrics import LinkInfo, turn_metrics
 
 PROMPT_TOO_LONG = "prompt_too_long"
-"""Why a prompt was skipped: more tokens than ``benchmark.max_prompt_tokens`` or ``decoding.max_length`` leaves."""
+"""Reason of a skipped prompt: longer than ``benchmark.max_prompt_tokens`` or ``decoding.max_length`` allows."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every record of a run says about the run.
+    """Fields of a run that every record repeats.
 
     Attributes:
         benchmark: name of the benchmark.
-        source: where its prompts came from: ``hub``, ``file`` or ``sample``, never ``auto``.
+        source: source of its prompts: ``hub``, ``file`` or ``sample``, never ``auto``.
         target: name of the target.
         draft: name of the draft method.
-        device: where it ran: ``cpu`` or ``cuda``, never ``auto``.
+        device: ``cpu`` or ``cuda``, never ``auto``.
         planted: whether the target's weights are planted.
-        seed: the run's seed.
+        seed: seed of the run.
         bitwise: whether the target's passes were batch-invariant (``decoding.bitwise``).
     """
 
@@ -93,7 +93,7 @@ def turn_record(
 def skipped_record(
     context: RunContext, *, sample_id: str, sample_index: int, reason: str, turn: int = 0, **details: Any
 ) -> dict[str, Any]:
-    """The record of a prompt that was not run, so that it is counted, and not tried again after a resume.
+    """The record of a skipped prompt, which is counted and not tried again after a resume.
 
     Args:
         context: the run.
@@ -101,7 +101,7 @@ def skipped_record(
         sample_index: as in :func:`turn_record`.
         reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
         turn: as in :func:`turn_record`.
-        details: what explains the reason, such as ``prompt_tokens=2100``.
+        details: details of the reason, such as ``prompt_tokens=2100``.
     """
     return {**_head(context, sample_id, sample_index, turn), "skipped": {"reason": reason, **details}}
 

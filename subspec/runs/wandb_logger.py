@@ -1,19 +1,18 @@
-"""Weights & Biases: a series per turn, one table of samples, the report's pictures, and the run's totals.
+"""Weights & Biases: a series per turn, one table of samples, the report's figures, and the run's totals.
 
-Runs of one experiment are a group (``logger.group``), its job types are the drafts, and ``method`` in a run's
-configuration says draft, bits, tree and offloading in the words of the report. ``scripts/wandb_dashboard.py`` makes a
-workspace of that.
+Runs of one experiment are a group (``logger.group``), job types are the drafts, and ``method`` in the configuration is
+the report's label. ``scripts/wandb_dashboard.py`` makes a workspace from these.
 
-``logger.mode=auto`` never prompts and never waits long: without a key, or without an answer from the service within
-``logger.init_timeout_s``, the run is written offline into its own folder, to be uploaded later with ``wandb sync``.
+``logger.mode=auto`` never prompts. Without a key, or without an answer from the service within
+``logger.init_timeout_s``, the run is written offline into its folder, for ``wandb sync``.
 
-A resumed run keeps its W&B id (``wandb_run.json`` in the run folder). Online, W&B continues the run; offline, a new
-folder of the same id is written that holds the earlier turns too, so that uploading the last one is enough.
+A resumed run keeps its W&B id (``wandb_run.json`` in the run folder). Online, W&B continues the run. Offline, a new
+folder of the same id holds the earlier turns too, so that uploading the last folder is enough.
 
-``wandb`` is imported only when a run starts with this logger: the import alone takes half a second.
+``wandb`` is imported when a run starts with this logger, because the import takes half a second.
 """
 
-import json
+import io
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from subspec.config.schema import WandbConfig, WandbMode
 from subspec.errors import ConfigError
 from subspec.records.method import method_label
 from subspec.records.metrics import ratio
+from subspec.records.run_files import read_json
 from subspec.runs.logger import Logger, describe
 from subspec.runs.wandb_service import drop_service, has_credentials, import_wandb, reachable
 from subspec.utils.files import plain, write_json
@@ -33,7 +33,7 @@ from subspec.utils.files import plain, write_json
 RUN_FILE = "wandb_run.json"
 
 STEP = "sample_index"
-"""The axis of every series. Two turns of one conversation share a sample, and so a place on it."""
+"""Axis of every series. The turns of a conversation share a sample and a position."""
 
 SERIES = (
     "tokens_per_s",
@@ -54,7 +54,7 @@ SERIES = (
     "peak_vram_gib",
     "peak_ram_gib",
 )
-"""Fields of a record that become a series of their own; those that are None are left out."""
+"""Record fields that become series; None values are left out."""
 
 COLUMNS = (
     "sample_id",
@@ -72,21 +72,21 @@ COLUMNS = (
 )
 
 TEXT_LIMIT = 500
-"""Characters of a text in the samples table; ``records.jsonl`` has it whole."""
+"""Characters of a text in the samples table; ``records.jsonl`` holds the whole text."""
 
 
 class WandbLogger(Logger):
     """Logs to Weights & Biases, online or offline.
 
     Attributes:
-        mode: what it ended up with: ``online``, ``offline`` or ``disabled``; empty before the start.
+        mode: resolved mode: ``online``, ``offline`` or ``disabled``; empty before the start.
     """
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
         self.mode = ""
         self.note = ""
-        # Two attempts at most (online, then offline), each with the library's own grace of ten seconds.
+        # At most two attempts (online, then offline), each with the library's grace period of ten seconds.
         self.deadlines_s = {**Logger.deadlines_s, "start": 2 * (config.init_timeout_s + 15.0) + 15.0}
         self._wandb: Any = None
         self._run: Any = None
@@ -107,7 +107,7 @@ class WandbLogger(Logger):
         environment: Mapping[str, Any],
         finished: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Begin or continue the W&B run, see the module's text.
+        """Begin or continue the W&B run.
 
         Raises:
             ConfigError: ``logger.mode=online`` without a key, or without an answer from the service.
@@ -117,8 +117,7 @@ class WandbLogger(Logger):
         run_dir.mkdir(parents=True, exist_ok=True)
         self._setup()
         run_id, known = _run_id(run_dir)
-        # "allow" even for a new id: had the first session been killed before it could store anything else, the
-        # second one continues; "never" would refuse it.
+        # "allow" also for a new id: "never" would refuse the second session of a run whose first was killed early.
         arguments = {
             "id": run_id,
             "resume": "allow",
@@ -140,7 +139,7 @@ class WandbLogger(Logger):
         sent = self._step
         for position, record in enumerate(finished):
             self._count(record)
-            if position >= sent:  # the service has the others
+            if position >= sent:  # the service holds the others
                 self._log(record, position)
         if known and finished:
             again = (
@@ -149,14 +148,14 @@ class WandbLogger(Logger):
             self.note += f"; run {run_id} {again}"
 
     def log_turn(self, record: Mapping[str, Any], step: int) -> None:
-        """The turn's series and the running totals; nothing for a skipped prompt."""
+        """Log the turn's series and the running totals; nothing for a skipped prompt."""
         if self._run is None:
             return
         self._count(record)
         self._log(record, step)
 
     def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """The samples table, and the report's pictures of this run."""
+        """Log the samples table and the report's figures of this run."""
         if self._run is None:
             return
         table = self._wandb.Table(columns=list(COLUMNS), data=[_row(record) for record in records])
@@ -166,7 +165,7 @@ class WandbLogger(Logger):
             self._run.log(pictures, step=self._take_step(len(records)))
 
     def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
-        """Acceptance by depth as a plot, totals into the W&B summary, and the run is closed whatever happens."""
+        """Log acceptance by depth and the summary, and close the run in any case."""
         if self._run is None:
             return
         run, self._run = self._run, None
@@ -178,7 +177,7 @@ class WandbLogger(Logger):
             run.finish(exit_code=exit_code)
 
     def abandon(self) -> None:
-        """End the library's helper process with whatever it is waiting for."""
+        """Kill the library's helper process."""
         self._run = None
         if self._wandb is not None:
             drop_service(self._wandb)
@@ -210,7 +209,7 @@ class WandbLogger(Logger):
         self.note = f"W&B: offline{why}; upload with `wandb sync {_relative(folder)}`"
 
     def _try_online(self, arguments: dict[str, Any]) -> str:
-        """Go online. Returns the reason when that is not possible, else an empty string."""
+        """Go online. Returns the reason if that fails, else an empty string."""
         wandb = self._wandb
         if not has_credentials(wandb):
             return "no W&B key found"
@@ -231,31 +230,31 @@ class WandbLogger(Logger):
         self._wandb.setup(settings=self._settings(silent=True))
 
     def _forget_attempt(self, folders: set[Path]) -> None:
-        """After a failed start: the helper process holds the run's id, so a new one has to take over."""
+        """Clean up after a failed start: the old helper process holds the run's id, so a new one is started."""
         drop_service(self._wandb)
         self._setup()
-        for folder in folders:  # no turn was logged: leave nothing that somebody might try to upload
+        for folder in folders:  # no turn was logged; nothing is to be uploaded
             shutil.rmtree(folder, ignore_errors=True)
 
     def _run_settings(self) -> Any:
         return self._settings(
             silent=True,
-            console="off",  # wrapping stdout would break the progress bar
-            disable_git=True,  # the environment has the revision; the remote's address is nobody's business
+            console="off",  # a wrapped stdout breaks the progress bar
+            disable_git=True,  # the environment holds the revision; the remote's address stays private
             save_code=False,
             init_timeout=self.config.init_timeout_s,
             finish_timeout=self.deadlines_s["finish"] - 20.0,
         )
 
     def _settings(self, **values: Any) -> Any:
-        """Settings this version of the library knows; the others are younger than the oldest one allowed."""
+        """Settings that the installed version of the library supports."""
         settings = self._wandb.Settings
         return settings(**{name: value for name, value in values.items() if name in settings.model_fields})
 
     # ----------------------------------------------------------------------------------------- logging
 
     def _define(self) -> None:
-        # No automatic summary: the last turn's value is not the run's. The totals are put there at the end.
+        # No automatic summary: it would hold the last turn's values. The totals are written at the end.
         self._run.define_metric(STEP, summary="none", hidden=True)
         for pattern in (*SERIES, "correct", "audit/*", "total/*"):
             self._run.define_metric(pattern, step_metric=STEP, summary="none")
@@ -265,7 +264,7 @@ class WandbLogger(Logger):
             self._sums[name] += record.get(name) or 0
 
     def _take_step(self, position: int) -> int:
-        """The row for a position: the position itself, or the next free row, for W&B drops rows that go back."""
+        """The row of a position, or the next free row: W&B drops rows that go back."""
         step = max(position, self._step)
         self._step = step + 1
         return step
@@ -288,13 +287,11 @@ class WandbLogger(Logger):
         self._run.log({STEP: record["sample_index"], **values}, step=self._take_step(position))
 
     def _pictures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """``plots/acceptance``, ``plots/time_split``, ``plots/roofline``, as far as the run has them."""
-        # Imported here: matplotlib takes a second, and drawing is the report's business.
-        import io
-
+        """``plots/acceptance``, ``plots/time_split``, ``plots/roofline``, if the run has data for them."""
+        # Lazy imports: matplotlib takes a second.
         from PIL import Image
 
-        from subspec.report.single import run_figures
+        from subspec.report.run_figures import run_figures
 
         images = {}
         for name, figure in run_figures(*self._described, records).items():
@@ -317,7 +314,7 @@ class WandbLogger(Logger):
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """A readable name: target, draft (with its quantizer), benchmark and seed."""
+    """Name of a run: target, draft with its quantizer, benchmark and seed."""
     draft = _name(config, "draft")
     quant = config.get("quant") or {}
     if draft == "subspec" and quant.get("name") not in (None, "none"):
@@ -328,7 +325,7 @@ def run_name(config: Mapping[str, Any]) -> str:
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a summary, the totals bare, the others as ``audit/exact``; lists and nulls are left out."""
+    """Figures of a summary: totals without prefix, others as ``audit/exact``; without lists and nulls."""
     flat: dict[str, Any] = {}
 
     def add(prefix: str, value: Any) -> None:
@@ -346,15 +343,12 @@ def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_id(run_dir: Path) -> tuple[str, bool]:
-    """The W&B id of this run folder, made on the first start; and whether it was there already."""
+    """The W&B id of this run folder, and whether it existed before."""
     file = run_dir / RUN_FILE
-    try:
-        run_id = json.loads(file.read_text(encoding="utf-8"))["id"]
-        if isinstance(run_id, str) and run_id.isalnum():
-            return run_id, True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    # The agent of a sweep has named the run already; another id would not count as the sweep's.
+    run_id = (read_json(file) or {}).get("id")
+    if isinstance(run_id, str) and run_id.isalnum():
+        return run_id, True
+    # A W&B agent has chosen the id already; another id would not belong to its sweep.
     assigned = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
     run_id = assigned if assigned.isalnum() else secrets.token_hex(4)
     write_json(file, {"id": run_id})

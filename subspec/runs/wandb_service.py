@@ -1,4 +1,4 @@
-"""The Weights & Biases library and service as a run meets them: is there a key, a network, a helper process."""
+"""Access to the Weights & Biases library and service: key, network and helper process."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ import psutil
 
 
 def import_wandb() -> Any:
-    """The library, with its own error reports off unless the user has switched them on."""
-    # Its own error reports go over the same network: where that fails, they hold up the end of the run by 20 s.
+    """Import the library with its error reports off unless the user has switched them on."""
+    # The reports use the same network. If that fails, they delay the end of the run by 20 s.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -20,14 +20,14 @@ def import_wandb() -> Any:
 
 
 def has_credentials(wandb: Any) -> bool:
-    """Whether the library would find a key: environment, netrc or its own settings. Never prompts."""
+    """Whether the library finds a key in the environment, netrc or its settings. Never prompts."""
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     return bool(wandb.api.api_key)
 
 
 def reachable(url: str, timeout_s: float) -> bool:
-    """Whether a connection to the host of ``url`` opens; assumed where a proxy stands in between."""
+    """Whether a connection to the host of ``url`` opens; assumed behind a proxy."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     if parts.hostname is None or parts.scheme in proxies or "all" in proxies:
@@ -41,14 +41,14 @@ def reachable(url: str, timeout_s: float) -> bool:
 
 
 def drop_service(wandb: Any) -> None:
-    """End the library's helper process, a child of ours, and forget it.
+    """Kill the library's helper process, a child of this process.
 
-    It would otherwise retry for minutes what it still wants to upload, and the interpreter waits for it at exit.
+    It would retry pending uploads for minutes, and the interpreter waits for it at exit.
     """
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if child.name().startswith("wandb-core"):
                 child.kill()
-    # Complains that the connection is gone, which is what this is for.
+    # Raises because the connection is gone.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

@@ -1,276 +1,226 @@
-"""A quantized substitute on disk: one safetensors file per decoder layer (:mod:`subspec.store.layer_files`).
+"""Quantized weights of a substitute on disk: one safetensors file per decoder layer, and one for the LM head.
 
-The facts that it follows from are the target, the quantizer, its version and settings. Beside each weight's tensors
-lies a fingerprint of the exact weight they were made from, which is checked before they are used: a stale file costs a
-new quantization, never a worse draft.
+A weight's tensors are kept with the checksum of the exact weight that they were made from, which is compared before
+they are used: a stale file costs a new quantization, never a worse draft.
 
-The folder is either the cache's own (``<cache>/substitutes/<hash of the facts>/``), where nothing fails a run, or it is
-the user's (``quant.folder``): then whatever does not fit, is damaged or cannot be written stops the run.
+Example::
+
+    with SubstituteStore(facts, expected_bytes=3_670_000_000) as store:
+        quantizer = CachedQuantizer(hqq_quantizer(), store)
+        for index in range(layers):
+            codes = quantizer.quantize(weight, f"{index}.mlp.up_proj")
+            quantizer.end_layer()
+    store.report()
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
-from concurrent.futures import Future
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from subspec.errors import ConfigError, SubspecError
-from subspec.store.layer_files import UNREADABLE, LayerFiles
-from subspec.utils.console import Note, print_note
-from subspec.utils.disk import MANIFEST, cache_root
+from subspec.quant.modules import Quantizer
+from subspec.quant.quantized_weight import QuantizedWeight
+from subspec.quant.weight_format import WeightQuantizer
+from subspec.store.store import Index, Store
+from subspec.utils.checksum import checksum
+from subspec.utils.pinned import PinnedBuffer
 
-FORMAT = 2
-"""Of the files; another number makes other keys."""
+R = TypeVar("R")
 
-SAMPLE = 4096
-"""Elements of a weight that its fingerprint looks at, evenly spread."""
+Layer = dict[str, dict[str, Tensor]]
+"""A layer's tensors by module and part; the part :data:`ORIGIN` is the checksum of the exact weight."""
 
-SUMMED = 1 << 22
-"""Elements of a weight that its fingerprint sums at a time: bounds the temporaries to 32 MiB."""
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of an element."""
-
-Stored = dict[str, dict[str, Tensor]]
-"""A layer: tensors by module; ``of`` is the fingerprint, the others are the quantizer's."""
+ORIGIN = "of"
 
 
-def cache_folder(facts: Mapping[str, Any]) -> Path:
-    """Where the cache keeps what follows from ``facts``."""
-    text = json.dumps({**facts, "format": FORMAT}, sort_keys=True)
-    return cache_root() / "substitutes" / hashlib.sha256(text.encode()).hexdigest()[:24]
+class SubstituteStore(Store[Layer]):
+    """The quantized weights of one substitute, written layer by layer.
 
-
-class SubstituteStore(LayerFiles):
-    """Reads and writes one substitute's folder, layer by layer; a context manager.
-
-    Args:
-        folder: of :func:`cache_folder`, or the user's; None: remember nothing.
-        expected_bytes: of the whole substitute.
-        facts: what the results follow from (JSON types).
-        owned: the folder is the user's: stop instead of doing without it.
-        note: told what was wrong and what was done about it.
-
-    Attributes:
-        read, quantized: matrices that were found here, and that were not.
-        trouble: why nothing (more) is written; None while all is well.
-
-    Raises:
-        ConfigError: the user's folder holds something else.
+    A weight's name is ``LAYER.path.of.module``, or ``head.lm_head``. Layers are asked for in ascending order, so that
+    the next one can be read ahead.
     """
 
-    format = FORMAT
-    kind, making, suffix = "quantized substitute", "quantizing", ".safetensors"
-
-    def __init__(
-        self,
-        folder: Path | None,
-        *,
-        expected_bytes: int = 0,
-        facts: Mapping[str, Any] | None = None,
-        owned: bool = False,
-        note: Note = print_note,
-    ) -> None:
-        self.owned = owned
-        self.read = self.quantized = 0
-        self._layer: str | None = None
-        self._stored: Stored = {}
-        self._fresh: Stored = {}
-        self._ahead: dict[str, Future[Stored]] = {}
-        super().__init__(folder, expected_bytes=expected_bytes, facts=facts, note=note)
-
-    def close(self) -> None:
-        """See :meth:`LayerFiles.close`; what was read ahead in vain is let go."""
-        try:
-            super().close()
-        finally:
-            self._ahead.clear()
-
-    def report(self) -> dict[str, Any]:
-        """For the record."""
-        return {
-            "folder": None if self.folder is None else str(self.folder),
-            "read": self.read,
-            "quantized": self.quantized,
-            "trouble": self.trouble,
-        }
-
-    # -------------------------------------------------------------------------------------- by the weight
+    name, making, made_as, suffix = "quantized substitute", "quantizing", "quantized", ".safetensors"
+    format = 3
+    _layer: Index | None = None
+    _stored: Layer
+    _fresh: Layer
 
     def stored(self, name: str) -> Mapping[str, Tensor] | None:
-        """The tensors kept under a name, on the CPU, whatever weight they were made from; None: there are none.
-
-        Args:
-            name: ``LAYER.path.of.module``; layers in ascending order, then any others.
-        """
-        if self.folder is None:
-            return None
-        layer, _, module = name.partition(".")
+        """The tensors kept under a name, on the CPU, of any exact weight; None: none are kept."""
+        number, _, module = name.partition(".")
+        layer = int(number) if number.isdecimal() else number
         if layer != self._layer:
-            self._begin(layer)
+            self.end_layer()
+            self._layer, self._stored = layer, self.get(layer) or {}
         return self._stored.get(module)
 
-    def find(self, weight: Tensor, name: str) -> Mapping[str, Tensor] | None:
-        """A weight's tensors, on the CPU; None when they are not here, or were made from another weight.
+    def remember(
+        self,
+        weight: Tensor,
+        name: str,
+        *,
+        restore: Callable[[Mapping[str, Tensor]], R | None],
+        make: Callable[[], R],
+        tensors: Callable[[R], Mapping[str, Tensor]],
+    ) -> R:
+        """The quantized form of a weight, from the disk or made now; a new one reaches the disk by :meth:`end_layer`.
 
         Args:
-            name: see :meth:`stored`.
+            restore: from the tensors; None: they do not fit.
+            make: quantizes the weight.
+            tensors: what the disk keeps of the result.
         """
         stored = self.stored(name)
-        if stored is not None and not torch.equal(stored.get("of", torch.empty(0)), fingerprint(weight)):
-            self.reject(name)
-            return None
-        return stored
-
-    def reject(self, name: str) -> None:
-        """What was found under this name does not belong to the weight."""
-        layer, _, module = name.partition(".")
-        if self.owned:
-            raise self._refusal(f"its layer {layer}, {module} was made from other weights")
-        self.note(f"the cached codes of layer {layer}, {module} are of other weights: quantizing again")
-
-    def keep(self, weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Remember a weight's tensors; they reach the disk with :meth:`end_layer`."""
+        module = name.partition(".")[2]
+        if stored is not None:
+            same = ORIGIN in stored and int(stored[ORIGIN]) == checksum(weight)
+            found = restore(stored) if same else None
+            if found is not None:
+                self.read += 1
+                return found
+            if self.owned:
+                raise self._refusal(f"its layer {self._layer}, {module} was made from other weights")
+            self.note(
+                f"layer {self._layer}, {module} of the cached {self.name} is of other weights: quantizing it"
+            )
+        self.made += 1
+        result = make()
         if self.trouble is None:
-            self._fresh[name.partition(".")[2]] = {**tensors, "of": fingerprint(weight)}
+            self._fresh[module] = {**tensors(result), ORIGIN: torch.tensor(checksum(weight))}
+        return result
 
     def end_layer(self) -> None:
-        """Hand what is new to the disk."""
-        if self._fresh and self.trouble is None and self._layer is not None:
-            tensors = self._stored | self._fresh
-            self._write_behind(self._layer, lambda: [_serialized(tensors)])
+        """Write what is new in the layer."""
+        if self._layer is not None and self._fresh:
+            layer = self._stored | self._fresh
+            self.put(self._layer, lambda: [_serialized(layer)])
         self._layer, self._stored, self._fresh = None, {}, {}
 
-    # ------------------------------------------------------------------------------------------- reading
+    def parse(self, content: PinnedBuffer) -> Layer:
+        layer: Layer = {}
+        for key, tensor in load_tensors(content.tensor.numpy().tobytes()).items():
+            module, _, part = key.rpartition(":")
+            layer.setdefault(module, {})[part] = tensor
+        return layer
 
-    def _begin(self, layer: str) -> None:
-        if self._layer is not None:
-            self.end_layer()
-        self._layer = layer
-        if self._file(layer) not in self._files and not self._locked and self.trouble is None:
-            self._lock()
-        self._stored = self._ahead.pop(layer).result() if layer in self._ahead else self._load(layer)
-        following = str(int(layer) + 1) if layer.isdecimal() else ""
-        if following and self._file(following) in self._files:
-            self._ahead[following] = self._thread.submit(self._load, following)
 
-    def _load(self, layer: str) -> Stored:
-        """A layer's tensors on the CPU; nothing, and said, when its file is not what the manifest says."""
-        name = self._file(layer)
-        expected = self._files.get(name)
-        if expected is None or self.folder is None:
-            return {}
-        try:
-            content = (self.folder / name).read_bytes()
-            self._check_size(expected, len(content))
-            self._check_content(expected, content)
-            stored: Stored = {}
-            for key, tensor in load_tensors(content).items():
-                module, _, part = key.rpartition(":")
-                stored.setdefault(module, {})[part] = tensor
-            return stored
-        except UNREADABLE as error:
-            self._damaged(layer, error)
-            return {}
+def _serialized(layer: Layer) -> bytes:
+    return save_tensors(
+        {f"{module}:{part}": t for module, parts in layer.items() for part, t in parts.items()}
+    )
 
-    # ----------------------------------------------------------------------------------- a folder of the user's
 
-    def _open(self) -> None:
-        if self.owned:
-            self._check_owned()
-        else:
-            super()._open()
+class CachedQuantizer:
+    """The part of a :class:`~subspec.quant.weight_format.WeightQuantizer` that quantizes, with results kept on disk.
 
-    def _limit(self, folder: Path) -> None:
-        if not self.owned:
-            super()._limit(folder)
+    Args:
+        inner: quantizes what the store does not have.
+        store: closed by its owner.
+    """
 
-    def _unreadable(self, error: Exception) -> None:
-        if self.owned:
-            raise self._refusal(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
-        super()._unreadable(error)
+    def __init__(self, inner: WeightQuantizer, store: SubstituteStore) -> None:
+        self.inner, self.store = inner, store
 
-    def _damaged(self, layer: str, error: Exception) -> None:
-        if self.owned:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise self._refusal(f"its layer {layer} is damaged ({why})") from error
-        super()._damaged(layer, error)
-
-    def _give_up(self, why: str) -> None:
-        if self.owned:
-            self.trouble = why
-            raise SubspecError(f"quant.folder={self.folder}: the substitute cannot be kept there: {why}")
-        super()._give_up(why)
-
-    def _lock(self) -> None:
-        if self.owned:
-            assert self.folder is not None
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                self._give_up(error.strerror or str(error))
-        super()._lock()
-
-    def _remove(self) -> None:
-        """Of a folder of the user's only what is ours."""
-        if not self.owned:
-            super()._remove()
-            return
-        assert self.folder is not None
-        for name in [*self._files, MANIFEST]:
-            with suppress(OSError):
-                (self.folder / name).unlink(missing_ok=True)
-
-    def _check_owned(self) -> None:
-        """That the user's folder is empty, or holds what these facts make."""
-        assert self.folder is not None
-        try:
-            file = self.folder / MANIFEST
-            if not file.is_file():
-                if self.folder.exists() and any(self.folder.iterdir()):
-                    raise ConfigError(
-                        f"quant.folder={self.folder} holds other files: name an empty or a new folder"
-                    )
-                return
-            found = json.loads(file.read_text(encoding="utf-8"))
-            kept, wanted = dict(found["facts"]), json.loads(json.dumps(dict(self.facts)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._refusal(f"it cannot be read ({type(error).__name__})") from error
-        if found.get("format") != FORMAT:
-            raise self._refusal(f"it has format {found.get('format')}, this version reads {FORMAT}")
-        # Which target it is, the weights' fingerprints tell: a checkpoint may have moved.
-        for key in sorted((kept.keys() | wanted.keys()) - {"target"}):
-            if kept.get(key) != wanted.get(key):
-                raise self._refusal(f"it was made with {key} {kept.get(key)}, this run has {wanted.get(key)}")
-
-    def _refusal(self, why: str) -> ConfigError:
-        return ConfigError(
-            f"quant.folder={self.folder} cannot be used: {why}; name another folder, where the substitute is then kept"
+    def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
+        """Codes of a weight; without a name they are neither read nor kept."""
+        if name is None:
+            return self.inner.quantize(weight)
+        n, k = weight.shape
+        return self.store.remember(
+            weight,
+            name,
+            restore=lambda stored: self.inner.restore(stored, (n, k), name, weight.device),
+            make=lambda: self.inner.quantize(weight, name),
+            tensors=lambda codes: codes.tensors(),
         )
 
+    def layer(
+        self, index: int, shapes: Mapping[str, torch.Size], device: torch.device
+    ) -> dict[str, QuantizedWeight] | None:
+        """A layer's codes from the disk alone, not counted as read; None: some are not kept.
 
-def fingerprint(weight: Tensor) -> Tensor:
-    """uint8 [32]: SHA-256 of the shape, of the sum of all elements, which any change of one changes, and of some,
-    evenly spread: of bits, not of values."""
-    flat = weight.detach().flatten()
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    # In parts: summing in 64 bits makes a copy of what is summed, eight bytes for every weight of an LM head.
-    for part in flat.view(INTEGERS[weight.element_size()]).split(SUMMED):
-        total += part.sum(dtype=torch.int64)
-    sample = flat[:: max(1, flat.numel() // SAMPLE)].contiguous().view(torch.uint8).cpu()
-    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype} {int(total)}".encode())
-    digest.update(bytes(sample.numpy()))
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        The exact weights are not compared: the caller has to check that they are the same.
+
+        Args:
+            shapes: of the layer's quantized weights, by the module's path.
+        """
+        found: dict[str, QuantizedWeight] = {}
+        for module, (n, k) in shapes.items():
+            name = f"{index}.{module}"
+            stored = self.store.stored(name)
+            codes = None if stored is None else self.inner.restore(stored, (n, k), name, device)
+            if codes is None:
+                return None
+            found[module] = codes
+        return found
+
+    def end_layer(self) -> None:
+        """Write what was quantized."""
+        self.inner.end_layer()
+        self.store.end_layer()
 
 
-def _serialized(tensors: Stored) -> bytes:
-    return save_tensors(
-        {f"{module}:{part}": t for module, parts in tensors.items() for part, t in parts.items()}
-    )
+@runtime_checkable
+class StorableQuantizer(Quantizer, Protocol):
+    """A quantizer of modules whose results can be kept.
+
+    Attributes:
+        facts: everything that its results follow from besides the weight (JSON types).
+    """
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
+        """Bytes of a weight's packed form."""
+
+    def pack(self, linear: nn.Linear, name: str) -> nn.Module:
+        """Quantize a Linear."""
+
+    def tensors(self, packed: nn.Module) -> dict[str, Tensor]:
+        """What the disk keeps of a packed module."""
+
+    def restore(self, stored: Mapping[str, Tensor], linear: nn.Linear, name: str) -> nn.Module | None:
+        """The packed module from its tensors, bit for bit; None: they do not fit the Linear."""
+
+    def finish(self, packed: nn.Module, linear: nn.Linear) -> nn.Module:
+        """The module that replaces the Linear."""
+
+
+class CachedModules:
+    """A :class:`~subspec.quant.modules.Quantizer` with results kept on disk; a context manager that closes the store.
+
+    Args:
+        inner: quantizes what the store does not have.
+    """
+
+    def __init__(self, inner: StorableQuantizer, store: SubstituteStore) -> None:
+        self.inner, self.store = inner, store
+        self.name, self.backend, self.stored_bytes = inner.name, inner.backend, inner.stored_bytes
+
+    def __enter__(self) -> "CachedModules":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:  # otherwise the last layer is not complete
+                self.store.end_layer()
+        finally:
+            self.store.close()
+
+    def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
+        """See :meth:`Quantizer.quantize`; ``name`` is ``layers.LAYER.path``, or that of the LM head."""
+        inner = self.inner
+        key = name.removeprefix("layers.") if name.startswith("layers.") else f"head.{name}"
+        packed = self.store.remember(
+            linear.weight,
+            key,
+            restore=lambda stored: inner.restore(stored, linear, name),
+            make=lambda: inner.pack(linear, name),
+            tensors=inner.tensors,
+        )
+        return inner.finish(packed, linear)

@@ -1,4 +1,4 @@
-"""What the command line says about sweeps, put into Hydra's words before Hydra reads it."""
+"""Translation of the command line of a sweep into Hydra's keys."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ HYDRA_SWEEP_DIR = "hydra.sweep.dir"
 
 
 def is_sweep(overrides: Sequence[str], config_dir: str | None = None) -> bool:
-    """Whether the overrides ask for many runs without ``-m``: a search, or a table experiment.
+    """Whether the overrides are a sweep without ``-m``: a search, or a table experiment.
 
     Args:
-        config_dir: of ``--config-dir``, searched first.
+        config_dir: value of ``--config-dir``, searched first.
 
     Raises:
         ConfigError: a table in a list of experiments.
     """
-    if "hydra.mode=RUN" in overrides:  # a job of the sweep itself
+    if "hydra.mode=RUN" in overrides:  # a job of a sweep
         return False
     values = dict(text.partition("=")[::2] for text in overrides)
     if values.get("hparams_search") not in (None, "", "null"):
@@ -46,23 +46,22 @@ def is_table(experiment: str, config_dir: str | None = None) -> bool:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             return bool(content["hydra"]["sweeper"]["params"])
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-            return False  # Hydra says what is wrong with it
+            return False  # Hydra reports the error
     return False
 
 
 def place(overrides: Sequence[str], resume: bool) -> list[str]:
-    """The overrides of a sweep, its folder among them where it is known already.
+    """The overrides of a sweep, with its folder if that is known.
 
-    ``sweep_dir=`` becomes Hydra's key. Without either, a sweep of the same overrides that was stopped before it was
-    finished is continued.
+    ``sweep_dir=`` becomes Hydra's key. Without a folder, an unfinished sweep of the same overrides is continued.
 
     Raises:
-        ConfigError: ``resume=true``, and there is no such sweep.
+        ConfigError: ``resume=true`` without such a sweep.
     """
     given = _for_jobs_only([_as_hydra_key(text) for text in overrides])
     if any(text.startswith(f"{HYDRA_SWEEP_DIR}=") for text in given):
         return given
-    # Hydra's sweepers see the overrides of the run only, and the manifest holds those.
+    # The manifest holds the overrides that Hydra's sweepers see: those of the run.
     command = [text for text in given if not text.startswith(("resume=", "hydra.", "hydra/", "+hydra"))]
     found = unfinished_sweep(command)
     if found is not None:
@@ -82,13 +81,13 @@ def _as_hydra_key(text: str) -> str:
 
 
 def _for_jobs_only(overrides: Sequence[str]) -> list[str]:
-    """Single values of a grid as choices of one, which Hydra leaves out of the configuration of the sweep itself.
+    """Turn single values of a grid into choices of one, which Hydra leaves out of the sweep's own configuration.
 
-    That one has no row and no swept group in it: ``offload.vram_gib=8`` beside ``experiment=a,b`` would be refused as
-    a key of the default ``offload=none``, though every job has it.
+    That configuration holds no row and no swept group. It would refuse ``offload.vram_gib=8`` beside ``experiment=a,b``
+    as a key of the default ``offload=none``, although every job has it.
     """
     if any(text.startswith(("hparams_search=", "hydra/sweeper=")) for text in overrides):
-        return list(overrides)  # a search takes single values as they are
+        return list(overrides)  # a search keeps single values
     reader = OverridesParser.create()
     texts = []
     for text in overrides:
@@ -103,6 +102,6 @@ def _for_jobs_only(overrides: Sequence[str]) -> list[str]:
                 reader.parse_overrides([choice])
                 text = choice
         except HydraException:
-            pass  # Hydra says what is wrong with the original
+            pass  # Hydra reports the error of the original
         texts.append(text)
     return texts

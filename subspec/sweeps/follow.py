@@ -1,4 +1,4 @@
-"""How far a job is, told by what it writes into its folder; whoever runs it."""
+"""Progress of a job, read from the files it writes into its folder."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from subspec.records.metrics import ratio
 from subspec.records.outcome import LOG, RUNNING, Outcome, read_outcome
-from subspec.records.records import RECORDS
+from subspec.records.run_files import RECORDS
 
 if TYPE_CHECKING:
     from subspec.sweeps.progress import SweepProgress
 
 WATCH_S = 1.0
-"""Seconds between two looks at jobs that others run."""
+"""Seconds between two checks of jobs that another project's launcher runs."""
 
 _PROGRESS = re.compile(rb"^\[(\d+)/(\d+)\] ", re.MULTILINE)
 
@@ -28,11 +28,11 @@ class FollowedJob:
     """A job and its figures so far.
 
     Attributes:
-        folder: of its run.
-        label: what tells it from the others, for people.
-        gpu: the one it may see; None: as the sweep itself, or not known.
-        done, total: its samples; ``total`` is None until it is known.
-        tokens_per_s, tau: over its records so far; None before the first.
+        folder: run folder.
+        label: name for people.
+        gpu: the visible GPU; None: as the sweep itself, or unknown.
+        done, total: finished and all samples; ``total`` is None until known.
+        tokens_per_s, tau: over the records so far; None before the first.
     """
 
     folder: Path
@@ -50,11 +50,11 @@ class FollowedJob:
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     def follow(self) -> None:
-        """Read what it has written since the last look."""
+        """Read new lines of the records and the log."""
         for line in self._new_lines(self.folder / RECORDS, "_read"):
             try:
                 self._count(json.loads(line))
@@ -65,7 +65,7 @@ class FollowedJob:
                 self.done, self.total = int(found[1]), int(found[2])
 
     def _new_lines(self, file: Path, position: str) -> list[bytes]:
-        """Whole lines written since the last look."""
+        """Complete lines written since the last call."""
         try:
             with file.open("rb") as stream:
                 stream.seek(getattr(self, position))
@@ -85,7 +85,7 @@ class FollowedJob:
 
 
 class ForeignJob(FollowedJob):
-    """A job that a launcher of another project runs, maybe on another machine that shares the folder."""
+    """A job of another project's launcher, possibly on another machine that shares the folder."""
 
     def __init__(self, folder: Path, label: str) -> None:
         super().__init__(folder, label)
@@ -96,7 +96,7 @@ class ForeignJob(FollowedJob):
         self.is_running = False
 
     def look(self) -> Outcome | None:
-        """Whether it has been started meanwhile, and how far it is; its outcome once it has ended."""
+        """Update start and progress; returns the outcome once the job has ended."""
         outcome = read_outcome(self.folder)
         if outcome is None or outcome.attempts <= self._attempts:
             return None
@@ -108,7 +108,7 @@ class ForeignJob(FollowedJob):
 
 @contextmanager
 def watched(progress: "SweepProgress", jobs: Sequence[ForeignJob]) -> Iterator[None]:
-    """Show jobs that somebody else runs, for as long as the block takes."""
+    """Show the progress of ``jobs``, run by another project's launcher, during the block."""
     waiting, over = list(jobs), Event()
 
     def look() -> None:

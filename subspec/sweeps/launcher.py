@@ -1,8 +1,8 @@
 """``hydra/launcher=process``: every job in a fresh process, one at a time on each GPU.
 
-Speed is only comparable when nothing leaks from one job into the next: allocator peaks, compiled and captured
-graphs, caches. And a sweep of days must survive the job that runs out of memory. So each job is
-``python -m subspec.run`` with its overrides, with its own folder and log; the launcher only watches.
+A fresh process keeps allocator peaks, captured graphs and caches of one job out of the next, so that speeds are
+comparable, and a sweep survives a job that runs out of memory. A job is ``python -m subspec.run`` with its overrides,
+its folder and its log.
 """
 
 import os
@@ -32,7 +32,7 @@ class ProcessLauncher(Launcher):
     """Runs jobs as processes of their own.
 
     Args:
-        jobs: how many at a time; None: one per GPU, one on a machine without.
+        jobs: number of jobs at a time; None: one per GPU, one without a GPU.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
@@ -45,7 +45,7 @@ class ProcessLauncher(Launcher):
         """Called by Hydra.
 
         Raises:
-            ConfigError: ``jobs`` is no number of jobs (Hydra would wrap this up, had the constructor raised it).
+            ConfigError: ``jobs`` is below 1. (Hydra would wrap an exception of the constructor.)
         """
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"hydra.launcher.jobs={self.jobs} must be at least 1 (null: one per GPU)")
@@ -53,12 +53,12 @@ class ProcessLauncher(Launcher):
         self.config = config
 
     def expect(self, total: int, labels: Mapping[str, str], finished: int = 0) -> None:
-        """What the progress shows.
+        """Set the content of the progress display.
 
         Args:
             total: jobs of the whole sweep.
-            labels: what to call a job, by the name of its folder.
-            finished: those of ``total`` that need not be run.
+            labels: labels of jobs by the name of their folder.
+            finished: jobs of ``total`` that earlier sessions finished.
         """
         self.labels = labels
         if self._progress is None:
@@ -67,10 +67,10 @@ class ProcessLauncher(Launcher):
             self._progress.total, self._progress.finished_before = total, finished
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; one result each, in their order. A job that fails ends no other.
+        """Run the jobs and return their results in order. A failed job does not affect the others.
 
         Raises:
-            KeyboardInterrupt: the sweep was interrupted (Ctrl-C or SIGTERM); its running jobs have ended.
+            KeyboardInterrupt: the sweep was interrupted (Ctrl-C or SIGTERM) and its running jobs have ended.
         """
         setup_globals()
         configs = [self._compose(i, texts) for i, texts in enumerate(job_overrides, start=initial_job_idx)]
@@ -87,7 +87,7 @@ class ProcessLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-            # The folder of the sweep as a whole: a file that a job does not compose may have chosen it.
+            # The folder of the whole sweep: a file that a job does not compose may have set it.
             config.hydra.sweep.dir = str(self.config.hydra.sweep.dir)
         HydraConfig.instance().set_config(config)
         return config
@@ -97,7 +97,7 @@ class ProcessLauncher(Launcher):
         return self.labels.get(name) or " ".join(map(str, config.hydra.overrides.task))
 
     def width(self) -> int:
-        """How many jobs run at the same time."""
+        """Number of jobs that run at the same time."""
         return len(self._slots(word(OmegaConf.select(self.config, "device")) == "cpu"))
 
     def _slots(self, cpu: bool) -> list[str | None]:
@@ -110,7 +110,7 @@ class ProcessLauncher(Launcher):
 
 
 class _Queue:
-    """Jobs that wait, jobs that run, and what came of the others."""
+    """Waiting and running jobs, and the outcomes of the others."""
 
     def __init__(
         self, jobs: Sequence[tuple[JobSpec, str]], slots: Sequence[str | None], progress: SweepProgress
@@ -156,7 +156,7 @@ class _Queue:
         self.progress.finished(job, outcome)
 
     def _stop(self, interrupted: bool) -> None:
-        """End what runs: gently, or, asked a second time, at once."""
+        """Interrupt the running jobs; a second interrupt kills them."""
         for job in self.running.values():
             job.interrupt()
         if interrupted and self.running:
@@ -174,7 +174,7 @@ class _Queue:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; empty on a machine without."""
+    """GPUs of this process in the naming of ``CUDA_VISIBLE_DEVICES``; empty without any."""
     import torch
 
     count = torch.cuda.device_count()
@@ -192,14 +192,14 @@ def _job_return(config: DictConfig, outcome: Outcome, job: JobProcess) -> JobRet
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """A batch system ends a sweep with SIGTERM: the jobs end as they do after Ctrl-C."""
+    """Treat SIGTERM, which batch systems send, as Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:
         before: Any = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread, so signals are handled elsewhere
         yield
         return
     try:

@@ -1,4 +1,4 @@
-"""One job as a process: its command, its log, how far it is, and how it ended."""
+"""One job as a process: command, log, progress and outcome."""
 
 import os
 import re
@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +19,7 @@ from subspec.records.outcome import (
     INTERRUPTED,
     LOG,
     OK,
+    OUTCOME,
     RUNNING,
     Outcome,
     objective,
@@ -27,26 +27,26 @@ from subspec.records.outcome import (
     read_summary,
     write_outcome,
 )
-from subspec.records.records import LOCK
+from subspec.records.run_files import take_lock
 from subspec.sweeps.follow import FollowedJob
 from subspec.utils.files import RESUME_HINT, write_error
 from subspec.utils.paths import PACKAGE
 
 INTERRUPT_EXIT = 130
 IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-"""``hydra/launcher=basic``: all jobs one after another in the sweep's own process, for debugging."""
+"""``hydra/launcher=basic``: all jobs in the sweep's own process, one after another, for debugging."""
 
 LOCK_WAIT_S = 60.0
-"""How long a job waits for the orphan of a killed sweep to leave its folder."""
+"""Seconds that a job waits for the orphan of a killed sweep to leave its folder."""
 
 _OF_THE_SWEEP = re.compile(r"hydra[./](sweep|sweeper|launcher|mode)\b")
 
 
 class JobFailed(SubspecError):
-    """A job of a sweep did not end well; the others go on.
+    """A job of a sweep failed; the others continue.
 
     Attributes:
-        exit_code: of its process; negative: a signal.
+        exit_code: of its process; negative for a signal.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -56,13 +56,13 @@ class JobFailed(SubspecError):
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job's process needs to know.
+    """Specification of a job's process.
 
     Attributes:
-        folder: its run folder.
-        command: its command line.
+        folder: run folder.
+        command: command line.
         samples: ``benchmark.max_samples``.
-        optimise: the total that a search maximises; None outside a search.
+        optimise: total that a search maximises; None outside a search.
         device: as configured: ``auto``, ``cpu`` or ``cuda``.
     """
 
@@ -78,7 +78,7 @@ def job_spec(hydra: DictConfig, task: DictConfig) -> JobSpec:
 
     Args:
         hydra: its ``hydra`` node.
-        task: the rest (further keys are ignored).
+        task: the remaining keys.
     """
     folder = Path(str(hydra.sweep.dir)) / str(hydra.sweep.subdir)
     flags = [] if hydra.job.config_name == "config" else [f"--config-name={hydra.job.config_name}"]
@@ -98,17 +98,17 @@ def job_spec(hydra: DictConfig, task: DictConfig) -> JobSpec:
 
 
 def word(value: Any) -> str | None:
-    """A configured word, whether it is an enum of the schema already or not."""
+    """A configured word, given as a string or as an enum of the schema."""
     return None if value is None else str(getattr(value, "value", value))
 
 
 def job_environment(gpu: str | None) -> dict[str, str]:
-    """The environment of a job's process. ``gpu``: the one it may see, as CUDA names it; None: as it is."""
+    """Environment of a job's process. ``gpu``: the visible one, in CUDA's naming; None: unchanged."""
     environment = dict(os.environ)
-    # The very package that runs here, also from a checkout or an unpacked wheel that only sys.path knows of.
+    # The same package as here, also from a checkout or an unpacked wheel that is on sys.path only.
     root = str(PACKAGE.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    environment["PYTHONUNBUFFERED"] = "1"  # a killed job's log tells how far it came
+    environment["PYTHONUNBUFFERED"] = "1"  # the log of a killed job is complete
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     return environment
@@ -155,15 +155,15 @@ class JobProcess(FollowedJob):
     def _spawn(self, log: BinaryIO) -> subprocess.Popen:
         return subprocess.Popen(
             self.spec.command,
-            stdin=subprocess.PIPE,  # held open while the sweep lives, see subspec.cli.job
+            stdin=subprocess.PIPE,  # open while the sweep lives, see subspec.cli.job
             stdout=log,
             stderr=subprocess.STDOUT,
             env=job_environment(self.gpu),
-            start_new_session=True,  # Ctrl-C on the terminal is passed on by the sweep, once
+            start_new_session=True,  # the sweep forwards Ctrl-C once
         )
 
     def poll(self) -> Outcome | None:
-        """Look how far it is; its outcome once it has ended."""
+        """Update the progress; returns the outcome once the process has ended."""
         assert self._process is not None
         code = self._process.poll()
         self.follow()
@@ -172,22 +172,22 @@ class JobProcess(FollowedJob):
         return self._ended(code)
 
     def interrupt(self) -> None:
-        """What Ctrl-C does: the job ends when it can, and remains resumable."""
+        """Send SIGINT: the job ends and remains resumable."""
         self._signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End it at once, where an interrupt takes too long; what is finished remains."""
+        """Send SIGKILL; finished turns remain."""
         self._ended_by_us = True
         self._signal(signal.SIGKILL)
 
     def wait(self) -> Outcome:
-        """Its outcome, when it has ended."""
+        """Wait for the end and return the outcome."""
         while (outcome := self.poll()) is None:
             time.sleep(0.1)
         return outcome
 
     def value(self) -> float | None:
-        """The figure that a search maximises (``optimise``), if there is one."""
+        """The figure that a search maximises, if there is one."""
         return objective(read_summary(self.folder), self.spec.optimise)
 
     def _signal(self, number: int) -> None:
@@ -195,14 +195,10 @@ class JobProcess(FollowedJob):
             self._process.send_signal(number)
 
     def _wait_for_folder(self) -> None:
-        """The orphan of a killed sweep needs a moment to go."""
-        lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
-        try:
-            lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.2)
-        except filelock.Timeout as error:
-            raise SubspecError(
-                f"run_dir={self.folder} is in use by another process: wait for it, or end it"
-            ) from error
+        """Wait until the orphan of a killed sweep has left the folder."""
+        lock = take_lock(self.folder, LOCK_WAIT_S)
+        if lock is None:
+            raise SubspecError(f"run_dir={self.folder} is in use by another process: wait for it, or end it")
         lock.release()
 
     # ------------------------------------------------------------------------------------------- ending
@@ -210,27 +206,25 @@ class JobProcess(FollowedJob):
     def _ended(self, code: int) -> Outcome:
         assert self.outcome is not None
         assert self._process is not None
-        if self.total is None:  # it had been finished before
+        if self.total is None:  # the run had been finished before
             self.done = self.total = len(self._samples)
         if self._process.stdin is not None:
             self._process.stdin.close()
         if code == 0:
             status, reason = OK, ""
         elif self._ended_by_us or code in (INTERRUPT_EXIT, -signal.SIGINT):
-            # The latter: while the interpreter was leaving.
+            # -SIGINT: interrupted during interpreter shutdown.
             status, reason = INTERRUPTED, "interrupted; it continues when the sweep is run again"
         else:
             status, reason = FAILED, end_reason(code, self._log_text())
-        self.outcome = Outcome(
-            status, code, reason, self.seconds, self.outcome.attempts, self.outcome.samples
+        self.outcome = replace(
+            self.outcome, status=status, exit_code=code, reason=reason, seconds=self.seconds
         )
         try:
             write_outcome(self.folder, self.outcome)
-        except OSError as error:  # the records are what counts; without this file the job is looked at again
-            failure = write_error(error, self.folder / "job.json", "free some space and run the sweep again")
-            self.outcome = Outcome(
-                FAILED, code or 1, str(failure), self.seconds, self.outcome.attempts, self.outcome.samples
-            )
+        except OSError as error:  # the records are kept; without job.json the job is checked again
+            failure = write_error(error, self.folder / OUTCOME, "free some space and run the sweep again")
+            self.outcome = replace(self.outcome, status=FAILED, exit_code=code or 1, reason=str(failure))
         return self.outcome
 
     def _log_text(self) -> str:
@@ -243,7 +237,7 @@ class JobProcess(FollowedJob):
 
 
 def end_reason(code: int, log: str) -> str:
-    """Why a process ended badly, in one line. ``code``: negative is a signal. ``log``: what it printed."""
+    """Why a process failed, in one line. ``code``: negative for a signal. ``log``: its output."""
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -259,16 +253,16 @@ def end_reason(code: int, log: str) -> str:
 
 
 def failure(outcome: Outcome, folder: Path) -> JobFailed:
-    """The exception that stands for a job's outcome."""
+    """The exception for a failed outcome."""
     return JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
 
 
 class QuietReturn(JobReturn):
-    """A job's result for Hydra, which would print a line of its own when a failed one is looked at."""
+    """A job's result for Hydra, whose own class prints a line when the value of a failed job is read."""
 
     @property
     def return_value(self) -> Any:
-        """What the job returned; raises what it failed with."""
+        """The job's value; raises its exception if it failed."""
         if self.status is JobStatus.COMPLETED:
             return self._return_value
         raise self._return_value
@@ -279,13 +273,13 @@ class QuietReturn(JobReturn):
 
 
 def run_in_process(spec: JobSpec) -> float | None:
-    """Run a job in a process of its own and wait for it: what a launcher of another project calls on its worker.
+    """Run a job in a process of its own and wait for it, on a worker of another project's launcher.
 
     Returns:
-        What a search maximises, if there is one.
+        The figure that a search maximises, if there is one.
 
     Raises:
-        JobFailed: it did not end well.
+        JobFailed: it failed.
         KeyboardInterrupt: it was interrupted.
     """
     job = JobProcess(spec)

@@ -1,7 +1,7 @@
-"""What a person sees while a sweep runs: which job, how far it is and how fast, and what is left.
+"""Console output of a running sweep: its jobs with their progress and speed, and the time left.
 
-On a terminal a block of lines at the bottom is redrawn; anywhere else (a file, a pipe, a batch system's log) plain
-lines are printed: when a job starts or ends, and in between when something happened, at most every few seconds.
+A terminal shows a redrawn block of lines at the bottom. Any other stream (a file, a pipe, a batch system's log) gets
+plain lines: when a job starts or ends, and in between for new figures, at most every few seconds.
 """
 
 import time
@@ -14,12 +14,13 @@ from rich.live import Live
 from rich.text import Text
 
 from subspec.records.outcome import INTERRUPTED, LOG, OK, Outcome
-from subspec.runs.console import RunConsole, clock, number
+from subspec.records.summary_table import decimals
+from subspec.runs.console import RunConsole, clock
 from subspec.sweeps.follow import FollowedJob
 from subspec.utils.terminal import one_line
 
 QUIET_S = 10.0
-"""Least time between two plain lines about running jobs."""
+"""Minimum seconds between two plain lines about running jobs."""
 
 
 class SweepProgress:
@@ -44,7 +45,7 @@ class SweepProgress:
 
     @contextmanager
     def shown(self) -> Iterator[Self]:
-        """Show while jobs run."""
+        """Display progress during the block."""
         if not self.console.live:
             yield self
             return
@@ -64,7 +65,7 @@ class SweepProgress:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds left, if the jobs to come take as long as this session's; None before there is any."""
+        """Estimated seconds left, from the mean of this session's jobs; None before there is any."""
         worked = self.ended + sum(_share(job) for job in self._running)
         left = self.total - self.finished_before - worked
         return self.elapsed_s / worked * max(left, 0.0) if worked > 0 else None
@@ -74,11 +75,11 @@ class SweepProgress:
         self.console.note(text)
 
     def started(self, job: FollowedJob) -> None:
-        """A job begins."""
+        """Report the start of a job."""
         self._line(f"{self._count()} start    {describe(job)}, log: {job.folder / LOG}")
 
     def finished(self, job: FollowedJob, outcome: Outcome) -> None:
-        """A job has ended, however."""
+        """Report the end of a job."""
         self._running = [other for other in self._running if other is not job]
         self.ended += 1
         self.failed += outcome.status not in (OK, INTERRUPTED)
@@ -90,7 +91,7 @@ class SweepProgress:
         self._line("  ".join(parts) + f"  ({self._clocks()})")
 
     def update(self, running: Sequence[FollowedJob]) -> None:
-        """Look at the running jobs."""
+        """Update the figures of the running jobs."""
         self._running = list(running)
         if self._live is not None or time.monotonic() - self._last_line < QUIET_S:
             return
@@ -112,7 +113,7 @@ class SweepProgress:
         failed = f", {self.failed} failed" if self.failed else ""
         head = f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"
         lines = [head]
-        for job in self._running:  # of a long line the figures are kept: the job's number tells the rest
+        for job in self._running:  # a long line keeps its figures; the job's number identifies it
             told = f"  {figures(job)}  {clock(job.seconds)}"
             name = f"  {one_line(describe(job))}"
             room = max(width - 1 - len(told), 10)
@@ -127,16 +128,16 @@ class SweepProgress:
 
 
 def describe(job: FollowedJob) -> str:
-    """Which job, for people."""
+    """Number, GPU and label of a job."""
     gpu = f" on GPU {job.gpu}" if job.gpu is not None else ""
     return f"job {job.folder.name}{gpu}: {job.label}"
 
 
 def figures(job: FollowedJob) -> str:
-    """How far a job is, and how fast."""
+    """Progress and speed of a job."""
     if not job.done:
         return "starting"
-    return f"{job.done}/{job.total} samples  {number(job.tokens_per_s)} tokens/s  tau {number(job.tau)}"
+    return f"{job.done}/{job.total} samples  {decimals(job.tokens_per_s)} tokens/s  tau {decimals(job.tau)}"
 
 
 def _share(job: FollowedJob) -> float:

@@ -1,6 +1,6 @@
-"""A launcher around a launcher: it passes on only what is missing, into the folder where it belongs.
+"""A launcher around another launcher that runs only the missing jobs, each in its folder.
 
-This is what makes every sweep resumable, whichever launcher runs its jobs and whichever sweeper chose them.
+It makes every sweep resumable, with any launcher and any sweeper.
 """
 
 import time
@@ -31,24 +31,24 @@ from subspec.records.outcome import (
 )
 from subspec.records.sweep_folder import Job, SweepFolder
 from subspec.sweeps.follow import ForeignJob, watched
+from subspec.sweeps.job_table import labels
 from subspec.sweeps.process import IN_PROCESS, JobFailed, QuietReturn, failure
 from subspec.sweeps.progress import SweepProgress
-from subspec.sweeps.table import labels
 
 
 class ResumableLauncher:
     """Launches the missing jobs of a sweep.
 
     Args:
-        inner: what runs them.
-        context: Hydra's.
-        config: of the whole sweep, ``hydra`` node included.
-        folder: of the sweep.
-        total: jobs of the whole sweep, where they are not all given to :meth:`launch` at once.
-        keys: the overrides that tell the jobs from each other; None: those in which they differ.
+        inner: the launcher that runs the jobs.
+        context: Hydra's context.
+        config: configuration of the whole sweep, ``hydra`` node included.
+        folder: folder of the sweep.
+        total: jobs of the whole sweep, if :meth:`launch` gets them in several calls.
+        keys: overrides that identify jobs in labels; None: those in which they differ.
 
     Attributes:
-        jobs: those that were asked for, in their order, each once.
+        jobs: the requested jobs in order, each once.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ResumableLauncher:
         self._progress: SweepProgress | None = None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """One result for each list of overrides, in their order; what is finished is not run again."""
+        """Run the missing jobs; returns one result per list of overrides, in order."""
         setup_globals()
         overrides = [[t for t in texts if not t.startswith("resume=")] for texts in job_overrides]
         configs = [self._compose(texts) for texts in overrides]
@@ -102,11 +102,11 @@ class ResumableLauncher:
         ]
 
     def _labels(self) -> dict[str, str]:
-        """What to call each job, by the name of its folder."""
+        """Labels of the jobs by the name of their folder."""
         return {str(number): text for number, text in labels(self.jobs, self.keys).items()}
 
     def _watched(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
-        """Live progress where the launcher shows none: jobs of another project's write into their folders, too."""
+        """Progress for another project's launcher, from the files that its jobs write."""
         if hasattr(self.inner, "expect") or self.config.hydra.launcher._target_ == IN_PROCESS:
             return nullcontext()
         named = self._labels()
@@ -139,14 +139,14 @@ class ResumableLauncher:
         except Exception as error:
             if not any(read_outcome(self.folder.job_folder(job)) for job, _ in missing):
                 raise self._launcher_failed(error) from error
-            # Launchers of other projects stop at the first worker that dies; the folders tell what ended well.
+            # Other projects' launchers stop at the first worker that dies; the folders hold the outcomes.
             return [self._result(job, None, error) for job, _ in missing]
         for (job, _), config, result, old in zip(missing, configs, results, before, strict=True):
             self._keep(self.folder.job_folder(job), config, result, time.time() - began, old)
         return results
 
     def _launcher_failed(self, error: Exception) -> Exception:
-        """What to raise when no job was started: the launcher itself is at fault, or its configuration."""
+        """The error for a launcher that started no job."""
         if hasattr(self.inner, "expect") or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
             return error
         launcher = self.config.hydra.runtime.choices["hydra/launcher"]
@@ -163,10 +163,10 @@ class ResumableLauncher:
         seconds: float,
         before: Outcome | None,
     ) -> None:
-        """Write how a job ended that ran in this very process and so had nobody to write it.
+        """Write the outcome of a job that ran in this process.
 
         Args:
-            before: what its folder said when it was started: of an attempt before this one.
+            before: the outcome in its folder before this attempt.
         """
         found = read_outcome(folder)
         if found != before and found is not None and found.status != RUNNING:
@@ -182,7 +182,7 @@ class ResumableLauncher:
     def _result(
         self, job: Job, config: Mapping[str, Any] | None, error: Exception | None = None
     ) -> JobReturn:
-        """What a job's folder tells."""
+        """The result of a job, read from its folder."""
         folder = self.folder.job_folder(job)
         outcome = read_outcome(folder)
         result = QuietReturn(overrides=list(job.overrides), working_dir=str(Path.cwd()))

@@ -1,8 +1,8 @@
-"""``hparams_search=NAME``: Optuna proposes values, a job measures each proposal, the best is at the top of a table.
+"""``hparams_search=NAME``: Optuna proposes values, a job measures each proposal, a table ranks them.
 
-The engine is Hydra's Optuna sweeper. What is added: the study lies in the sweep's folder (``search.db``), so that the
-same command goes on where the search was stopped, with the very proposal that was being measured; a proposal that
-was measured before is not measured again; one that fails (no room in the budget) is recorded and ends nothing.
+Hydra's Optuna sweeper runs the search. This module stores the study in the sweep's folder (``search.db``), so that the
+same command continues a stopped search with the proposal that was being measured. A proposal is measured once. A failed
+proposal (no room in the budget) is recorded, and the search continues.
 """
 
 import logging
@@ -17,30 +17,28 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.records.outcome import read_summary
 from subspec.records.sweep_folder import SweepFolder
-from subspec.records.table import banners
 from subspec.runs.console import RunConsole
+from subspec.sweeps.job_table import Row, job_rows, ranked, show_rows
 from subspec.sweeps.resumable import ResumableLauncher
 from subspec.sweeps.sweeper import command_of, continued_by, task_arguments
-from subspec.sweeps.table import Row, job_rows, print_rows, ranked, write_rows
 
 STORAGE = "search.db"
 TABLE = "search"
 STOPPED = "stopped"
-"""Attribute of a study: numbers of trials that were never measured to the end."""
+"""Attribute of a study: numbers of trials whose measurement was stopped."""
 
 
 class SearchSweeper(Sweeper):
     """Searches with Optuna.
 
     Args:
-        n_trials: of the whole search.
+        n_trials: trials of the whole search.
         n_jobs: proposals at a time; None: as many as the launcher runs.
         sampler: ``tpe`` or ``random``.
-        startup: random trials before TPE learns.
-        seed: of the sampler.
-        params: the search space by key, in the grammar of the command line.
+        startup: random trials before TPE uses results.
+        seed: seed of the sampler.
+        params: search space by key, in the grammar of the command line.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class SearchSweeper(Sweeper):
         """Called by Hydra.
 
         Raises:
-            ConfigError: a key of the sweeper has no meaning.
+            ConfigError: a key of the sweeper has an invalid value.
             SubspecError: the packages of the search are not installed.
         """
         if self.n_trials < 1:
@@ -80,7 +78,7 @@ class SearchSweeper(Sweeper):
         self.folder_path = Path(str(config.hydra.sweep.dir)).resolve()
         self.storage = f"sqlite:///{self.folder_path / STORAGE}"
         self.engine = OptunaSweeper(
-            sampler=optuna.samplers.RandomSampler(),  # replaced when it is known how many trials there are
+            sampler=optuna.samplers.RandomSampler(),  # replaced when the number of trials is known
             direction="maximize",
             storage=self.storage,
             study_name=TABLE,
@@ -131,7 +129,7 @@ class SearchSweeper(Sweeper):
         console.note(f"best {optimise.value}: {best.value:.4g} with {best.label} (job {best.job})")
 
     def _prepare_study(self) -> int:
-        """Make or continue the study; returns how many trials it has measured."""
+        """Create or load the study; returns the number of measured trials."""
         optuna = _import_optuna()
         try:
             study = optuna.create_study(
@@ -167,22 +165,16 @@ class SearchSweeper(Sweeper):
         return any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.get_trials())
 
     def _searched(self, arguments: Sequence[str]) -> set[str]:
-        """The keys whose values are proposed."""
+        """Keys whose values are proposed."""
         parsed = OverridesParser.create().parse_overrides(list(arguments))
         return {*self.params, *(one.get_key_element() for one in parsed if one.is_sweep_override())}
 
     def _show(self, console: RunConsole, folder: SweepFolder, optimise: str, keys: set[str]) -> list[Row]:
         jobs = list(folder.jobs.values())
         rows = ranked(job_rows(folder, jobs, optimise, keys))
-        found = [read_summary(folder.job_folder(job)) for job in jobs]
-        summaries: Sequence[dict[str, Any]] = [summary for summary in found if summary is not None]
-        print_rows(console, rows, summaries)
-        notes = list(dict.fromkeys(line for summary in summaries for line in banners(summary)))
-        try:
-            files = write_rows(folder.path / TABLE, rows, f"Search, the highest {optimise} first", notes)
-            console.note(f"ranking: {files[0]}, {files[1]}")
-        except SubspecError as error:
-            console.warn(str(error))
+        paths = [folder.job_folder(job) for job in jobs]
+        title = f"Search, the highest {optimise} first"
+        show_rows(console, rows, paths, folder.path / TABLE, title, "ranking")
         return rows
 
 

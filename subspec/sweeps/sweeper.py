@@ -1,4 +1,4 @@
-"""``hydra/sweeper=grid``: every combination of the values given, or every row of a table experiment.
+"""``hydra/sweeper=grid``: every combination of the given values, or every row of a table experiment.
 
 A *table experiment* is a file in ``conf/experiment/`` with ``hydra.sweeper.params``: its rows are other experiments
 (``experiment: paper/a,paper/b``), crossed with benchmarks or whatever else it lists. What the command line says about
@@ -20,22 +20,22 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from subspec.errors import SubspecError
-from subspec.records.outcome import INTERRUPTED, OK, read_outcome, read_summary
+from subspec.records.outcome import INTERRUPTED, OK, read_outcome
+from subspec.records.run_files import RECORDS
 from subspec.records.sweep_folder import SweepFolder
-from subspec.records.table import banners
 from subspec.runs.console import RunConsole
+from subspec.sweeps.job_table import Row, job_rows, show_rows
 from subspec.sweeps.resumable import ResumableLauncher
-from subspec.sweeps.table import Row, job_rows, print_rows, write_rows
 
 TABLE = "sweep"
 REPORT = "report"
 
 
 class SweepFailed(SubspecError):
-    """At least one job of a sweep did not end well.
+    """At least one job of a sweep failed.
 
     Attributes:
-        exit_code: the jobs' own where they agree, else 1.
+        exit_code: the common one of the failed jobs, else 1.
     """
 
     def __init__(self, message: str, codes: Sequence[int]) -> None:
@@ -62,10 +62,10 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what is missing, then print and write the table.
+        """Run the missing jobs, then print and write the table.
 
         Raises:
-            SweepFailed: a job did not end well.
+            SweepFailed: a job failed.
         """
         jobs = combinations(
             [*(f"{k}={v}" for k, v in self.params.items()), *task_arguments(arguments, self.params)],
@@ -78,7 +78,7 @@ class GridSweeper(Sweeper):
                 try:
                     launcher.launch(jobs, initial_job_idx=0)
                 finally:
-                    # A misspelt value is refused before there is a job, and there is nothing to show.
+                    # A misspelt value is refused before there is any job.
                     rows = show(console, folder, launcher) if launcher.jobs else []
             except KeyboardInterrupt as stop:  # of the jobs, or of the report
                 raise KeyboardInterrupt(continued_by(folder)) from stop
@@ -87,61 +87,50 @@ class GridSweeper(Sweeper):
 
 
 def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[str]]:
-    """One list of overrides per job; a later override of a key replaces an earlier one."""
+    """Overrides of every job; a later override of a key replaces an earlier one."""
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(overrides))
     batches = BasicSweeper.split_arguments(parsed, None)
     return list(itertools.chain.from_iterable(batches))
 
 
 def task_arguments(arguments: Sequence[str], params: dict[str, Any]) -> list[str]:
-    """The arguments that the jobs get: the table's name as their ``study``, and no word about resuming."""
+    """Arguments of the jobs: with the table's name as their ``study``, without ``resume``."""
     kept = [text for text in arguments if not text.startswith("resume=")]
     if "experiment" not in params:
         return kept
     table = [text.partition("=")[2] for text in kept if text.startswith("experiment=")]
     kept = [text for text in kept if not text.startswith("experiment=")]
-    return [*(f"study={name}" for name in table[-1:]), *kept]  # what the user says wins
+    return [*(f"study={name}" for name in table[-1:]), *kept]  # the user's own study takes precedence
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:
-    """What the same sweep is found again by."""
+    """The overrides by which the same sweep is found again."""
     return [text for text in arguments if not text.startswith("resume=")]
 
 
 def continued_by(folder: SweepFolder) -> str:
-    """What to say to somebody who has stopped a sweep."""
+    """How to continue a stopped sweep."""
     again = shlex.quote(f"sweep_dir={folder.path}")
     return f"finished samples are kept; continue with the same command and {again}"
 
 
 def show(console: RunConsole, folder: SweepFolder, launcher: ResumableLauncher) -> list[Row]:
-    """Print and write the table of a sweep, finished or not, and the report."""
+    """Print and write the table of a sweep, and the report."""
     rows = job_rows(folder, launcher.jobs)
     if launcher.finished_before:
         console.note(f"{launcher.finished_before} of {len(rows)} job(s) had been finished before")
     paths = [folder.job_folder(job) for job in launcher.jobs]
-    summaries = [summary for summary in map(read_summary, paths) if summary is not None]
-    notes = list(dict.fromkeys(line for summary in summaries for line in banners(summary)))
-    print_rows(console, rows, summaries)
-    try:
-        files = write_rows(folder.path / TABLE, rows, "Jobs of this sweep", notes)
-        console.note(f"table: {files[0]}, {files[1]}")
-    except SubspecError as error:
-        console.warn(str(error))
-    if any((path / "records.jsonl").exists() for path in paths):  # the report also names the jobs that failed
+    show_rows(console, rows, paths, folder.path / TABLE, "Jobs of this sweep", "table")
+    if any((path / RECORDS).exists() for path in paths):  # the report also names failed jobs
         write_report([path for path in paths if path.is_dir()], folder.path / REPORT, console)
     return rows
 
 
 def write_report(folders: list[Path], out: Path, console: RunConsole) -> None:
-    """Tables and plots over the jobs' records. A report that fails costs the sweep nothing but a warning."""
+    """Write a report about the jobs. A failure is a warning."""
     try:
-        from subspec.report import write_report as write
-    except ImportError:
-        return
-    if not folders:
-        return
-    try:
+        from subspec.report import write_report as write  # matplotlib takes a second to import
+
         report = write(folders, out)
     except Exception as error:
         console.warn(f"no report ({error}); the records are whole: python -m subspec.report {out.parent}/*")
@@ -150,10 +139,10 @@ def write_report(folders: list[Path], out: Path, console: RunConsole) -> None:
 
 
 def raise_failures(folder: SweepFolder, rows: Sequence[Row]) -> None:
-    """End a sweep with failed jobs as such.
+    """Raise an error if jobs failed.
 
     Raises:
-        SweepFailed: a job did not end well.
+        SweepFailed: a job failed.
     """
     failed = [row for row in rows if row.status != OK]
     if not failed:

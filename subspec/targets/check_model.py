@@ -1,7 +1,7 @@
-"""Which models can be decoded losslessly: one check of a model's configuration for every way to start a run.
+"""Refuse models that cannot be decoded losslessly, by configuration or once loaded.
 
-The command line asks before weights are fetched, the library about a model that is loaded. Messages name the key or the
-argument to change, which the caller passes in.
+The command line checks before weights are fetched, the library checks loaded models. Callers pass in the key or the
+argument that messages name.
 """
 
 from collections.abc import Mapping
@@ -15,24 +15,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from subspec.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` that the engine knows how to run."""
+"""Supported values of ``model_type``."""
 
 ATTENTION = ("sdpa", "eager")
-"""Attention implementations that take an explicit mask, which a tree needs."""
+"""Attention implementations that accept an explicit mask, which a tree needs."""
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of attention that the layers of these families have."""
-
+"""Kinds of attention layers that are built."""
 
 MOVING_ROPE = ("dynamic", "longrope")
-"""Kinds of rotary embeddings that transformers computes anew from the largest position of a pass."""
+"""Kinds of rotary embeddings that transformers recomputes from the largest position of a pass."""
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of rotary embeddings that depend on a token's position alone."""
 
 
 def rope_kind(model: PretrainedConfig) -> str:
-    """The kind of rotary embeddings, as the model's configuration spells it; ``default`` where it says nothing."""
+    """The kind of rotary embeddings in the model's configuration; ``default`` if it names none."""
     settings = getattr(model, "rope_parameters", None) or getattr(model, "rope_scaling", None) or {}
     kind = settings.get("rope_type", settings.get("type"))
     if kind is None and any(isinstance(value, Mapping) for value in settings.values()):
@@ -41,14 +40,10 @@ def rope_kind(model: PretrainedConfig) -> str:
 
 
 def check_family(model_type: Any, name: str) -> None:
-    """Refuse a model of a family that is not supported.
-
-    Args:
-        model_type: of its configuration.
-        name: what the user called the model.
+    """Refuse a ``model_type`` that is none of :data:`FAMILIES`; ``name`` is the model's, for the message.
 
     Raises:
-        ConfigError: it is none of :data:`FAMILIES`.
+        ConfigError: it is not supported.
     """
     if model_type not in FAMILIES:
         raise ConfigError(
@@ -57,20 +52,18 @@ def check_family(model_type: Any, name: str) -> None:
 
 
 def check_unquantized(quantization: Any, name: str) -> None:
-    """Refuse a model whose weights are quantized already.
-
-    Args:
-        quantization: its ``quantization_config``, if any.
+    """Refuse a model with a ``quantization_config``: a mapping, an object or a name.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: it has one.
     """
     if not quantization:
         return
-    method = quantization if isinstance(quantization, str) else None
-    if isinstance(quantization, Mapping):
+    if isinstance(quantization, str):
+        method = quantization
+    elif isinstance(quantization, Mapping):
         method = quantization.get("quant_method")
-    elif method is None:
+    else:
         method = getattr(quantization, "quant_method", None)
     method = getattr(method, "value", method) or "unknown method"
     raise ConfigError(
@@ -80,10 +73,10 @@ def check_unquantized(quantization: Any, name: str) -> None:
 
 
 def shortest_window(model: PretrainedConfig) -> int | None:
-    """Tokens that the narrowest layer of a model attends to; None: every layer sees the whole text.
+    """Tokens that the narrowest layer of a model attends to; None: every layer attends to the whole text.
 
-    transformers reads windows in two places: in the attention masks (Mistral: of every layer; Qwen: of the layers whose
-    type says so), and in the KV cache of ``generate``, for every model whose configuration has no types of layers.
+    transformers reads windows in two places: in the attention masks (Mistral: of every layer; Qwen: of layers of type
+    ``sliding_attention``), and in the KV cache of ``generate``, for every model without ``layer_types``.
     """
     kinds = getattr(model, "layer_types", None)
     windows = []
@@ -99,12 +92,12 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
 
     Args:
         model: its transformers configuration.
-        name: what the user called the model.
+        name: of the model, for messages.
         max_length: most tokens of prompt and output together.
-        key: what the caller's user sets ``max_length`` by.
+        key: the configuration key or argument that sets ``max_length``.
 
     Raises:
-        ConfigError: with the first reason found.
+        ConfigError: the first reason found.
     """
     check_family(getattr(model, "model_type", None), name)
     check_unquantized(getattr(model, "quantization_config", None), name)
@@ -122,17 +115,17 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
     others = sorted(set(getattr(model, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         raise ConfigError(
-            f"{name} has layers of type {', '.join(others)}, which are not built; take another target"
+            f"{name} has layers of type {', '.join(others)}, which are not built; take another model"
         )
     kind = rope_kind(model)
     if kind in MOVING_ROPE:
         raise ConfigError(
-            f"{name} has {kind} rotary embeddings, whose frequencies depend on how far a pass reaches: a tree would "
-            "change them, so it cannot be decoded losslessly here; take another target"
+            f"{name} has {kind} rotary embeddings, whose frequencies depend on the length of a pass: a tree changes "
+            "them, so decoding would not be lossless; take another model"
         )
     if kind not in FIXED_ROPE:
         raise ConfigError(
-            f"{name}: rope type {kind} is not supported (supported: {', '.join(FIXED_ROPE)}); take another target"
+            f"{name}: rope type {kind} is not supported (supported: {', '.join(FIXED_ROPE)}); take another model"
         )
 
 
@@ -140,10 +133,10 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
     """Refuse an object that is not a whole, exact causal language model, ready for inference on one device.
 
     Args:
-        argument: what the caller's user passed it as.
+        argument: its name in the caller's signature.
 
     Raises:
-        ConfigError: with the first reason found.
+        ConfigError: the first reason found.
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -164,7 +157,7 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
     attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
     if attention not in ATTENTION:
         raise ConfigError(
-            f"{argument} ({kind}) computes attention with {attention}, which takes no mask of a tree: load it with "
+            f"{argument} ({kind}) computes attention with {attention}, which accepts no tree mask: load it with "
             "attn_implementation='sdpa'"
         )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})

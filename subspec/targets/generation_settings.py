@@ -1,8 +1,8 @@
-"""What a checkpoint asks of ``generate`` in its ``generation_config.json``: where texts end, and what is not applied.
+"""Settings of a checkpoint's ``generation_config.json``: end-of-text ids, and settings that a run does not apply.
 
-transformers applies these settings by default (Qwen2.5 ships ``repetition_penalty`` 1.05, which changes even greedy
-text). A run here is greedy or samples as its own configuration says, so every setting that would change the output is
-named instead. The file is read as JSON: transformers refuses it whole for one bad value, and the end-of-text ids in it
+transformers applies them by default (Qwen2.5 ships ``repetition_penalty`` 1.05, which changes even greedy
+text). A run here decodes as its own configuration says, so every setting that would change the output is named
+in a note. The file is read as JSON: transformers refuses it whole for one bad value, and the end-of-text ids
 would be lost.
 """
 
@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import eos_ids, eos_tuple
 from subspec.errors import ConfigError
-from subspec.utils.console import quiet_libraries
+from subspec.targets.checkpoint import one_line
 
 FILE = "generation_config.json"
 
@@ -71,7 +69,7 @@ CHANGES_SAMPLES: dict[str, Any] = {
 """Settings that count with ``do_sample`` only and that :class:`~subspec.decoding.sampling.Sampling` does not have."""
 
 OWN_SAMPLING: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 50}
-"""Settings of ``do_sample`` that a run sets itself, with transformers' defaults."""
+"""Settings of ``do_sample`` that the ``decoding`` group has, with transformers' defaults."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class GenerationSettings:
     """The generation settings of a checkpoint.
 
     Attributes:
-        file: where they stand; None: nowhere.
+        file: their file; None: there is none.
         values: by name, as written.
     """
 
@@ -87,13 +85,13 @@ class GenerationSettings:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def eos_token_ids(self, *others: object) -> tuple[int, ...]:
-        """Every id that ends a text, ascending; where the settings name none, the first of ``others`` that does.
+        """Every id that ends a text, ascending; without any here, those of the first of ``others`` that has some.
 
         Args:
-            others: whatever has an ``eos_token_id``.
+            others: objects with an ``eos_token_id``.
 
         Raises:
-            ConfigError: something else than ids stands there.
+            ConfigError: the settings hold something other than ids.
         """
         ids = self.values.get("eos_token_id")
         return (
@@ -102,15 +100,13 @@ class GenerationSettings:
 
 
 def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
-    """The settings in ``folder``: of ``generation_config.json``, or of ``config.json`` without one.
-
-    transformers, too, takes those of old checkpoints from ``config.json``.
+    """The settings in ``folder``; old checkpoints have them in ``config.json``.
 
     Args:
-        name: what the user called the checkpoint.
+        name: of the checkpoint, for messages.
 
     Raises:
-        ConfigError: the file is there and cannot be read.
+        ConfigError: the file cannot be read.
     """
     for file in (folder / FILE, folder / "config.json"):
         if not (file.exists() or file.is_symlink()):
@@ -119,8 +115,8 @@ def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{file} cannot be read ({_line(error)}), and the end-of-text tokens of {name} stand in it: fetch or "
-                "copy it again"
+                f"{file} cannot be read ({one_line(error)}), and it holds the end-of-text tokens of {name}: fetch "
+                "or copy it again"
             ) from error
         if not isinstance(values, dict):
             raise ConfigError(
@@ -130,28 +126,14 @@ def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
     return GenerationSettings()
 
 
-def loadable_settings(folder: Path) -> GenerationConfig | None:
-    """Settings to load the model of ``folder`` with, where transformers refuses the folder's own; else None."""
-    try:
-        with quiet_libraries():
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # no such file
-        return None
-    except Exception:  # a value that transformers does not accept; which exception depends on the value
-        return GenerationConfig(
-            eos_token_id=read_generation_settings(folder, folder.name).values.get("eos_token_id")
-        )
-    return None
-
-
 def not_applied(
     settings: Mapping[str, Any], *, own: str = "the decoding group", sampling: Sampling | None = None
 ) -> str | None:
-    """What ``settings`` ask for and a run does not do, as the end of a sentence; None: nothing.
+    """Requests in ``settings`` that a run does not fulfil, as the end of a sentence; None: there are none.
 
     Args:
-        own: what sets the temperature, top-k and top-p of a run.
-        sampling: what it sets, where that was chosen on purpose: then ``do_sample`` is not named.
+        own: the name of the run's own sampling settings, for the message.
+        sampling: those settings, if chosen explicitly: then ``do_sample`` is not named.
     """
     samples = settings.get("do_sample") is True
     named = _named(settings, CHANGES_OUTPUT)
@@ -173,7 +155,7 @@ def not_applied(
 
 
 def _named(settings: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``neutral``'s keys that ``settings`` set to something else."""
+    """Settings that differ from their value in ``neutral``."""
     return {
         key: settings[key]
         for key, value in neutral.items()
@@ -193,7 +175,3 @@ def _shown(value: Any) -> str:
         text = str(value)
     text = " ".join(text.split())
     return text if len(text) <= VALUE_WIDTH else f"{text[: VALUE_WIDTH - 3]}..."
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,8 +1,8 @@
-"""From ``target.path`` to a folder on disk: a local folder as it is, a hub id through the hub's own cache.
+"""From ``target.path`` to a folder on disk: a local folder, or a hub id through the hub's own cache.
 
-The hub client waits most of a minute before it believes that there is no network, so a short probe decides
-first. Without a network, or with ``HF_HUB_OFFLINE=1``, a snapshot that is completely cached is used.
-Configuration first, weights second: a model that cannot be a target is refused before 15 GB are fetched.
+The hub client waits most of a minute before it gives up on a network, so a short probe comes first. Without a
+network, or with ``HF_HUB_OFFLINE=1``, a complete cached snapshot is used. The configuration is fetched and
+checked before the weights.
 """
 
 import os
@@ -16,13 +16,13 @@ from huggingface_hub import constants, errors
 
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.checkpoint import check_folder_config, missing_weights
+from subspec.targets.checkpoint import CONVERT, check_folder_config, missing_weights
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.disk import free_space, is_full_disk
 from subspec.utils.network import hub_problem
 
 HTTP_S = 20.0
-"""Seconds that the hub may take to describe a repository."""
+"""Timeout for the description of a repository, in seconds."""
 
 WANTED = (
     "config.json",
@@ -36,7 +36,7 @@ WANTED = (
     "merges.txt",
     "chat_template*",
 )
-"""Files of a repository that a target needs; other formats of the same weights stay where they are."""
+"""Files of a repository that a target needs; other formats of the same weights are not fetched."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """ORG/NAME."""
@@ -44,7 +44,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint folder on disk, and what a record says it is."""
+    """A checkpoint folder on disk, and its recorded origin."""
 
     folder: Path
     source: str
@@ -54,10 +54,10 @@ def locate(config: HubTargetConfig, note: Note, *, weights: bool = True) -> Loca
     """The folder of ``config.path`` at ``config.revision``, fetched first when it is a hub id.
 
     Args:
-        weights: False is satisfied with the configuration alone (nothing large is fetched).
+        weights: False: the configuration alone will do, and nothing large is fetched.
 
     Raises:
-        ConfigError: no such folder, or not something that can be a target.
+        ConfigError: no such folder, or not a supported model.
         SubspecError: the hub cannot be reached, refuses, or has no such repository or revision.
     """
     path = Path(config.path).expanduser()
@@ -96,13 +96,13 @@ def _from_hub(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
             f"target.path={config.path}: no such folder, no complete copy in the hub cache, and {trouble}; "
             "check the network, or pass a local folder"
         )
-    if not constants.HF_HUB_OFFLINE:  # who asks for it need not be told
+    if not constants.HF_HUB_OFFLINE:  # set by the user
         note(f"{trouble}: using the cached {config.path}@{cached.name[:12]}")
     return Located(cached, f"{config.path}@{cached.name}")
 
 
 def _fetch(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
-    """Bring the snapshot into the hub's cache: first the configuration, and if that will do, the rest."""
+    """Bring the snapshot into the hub's cache: the configuration, then, if it is supported, the rest."""
     where = {"repo_id": config.path, "endpoint": constants.ENDPOINT}
     api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
     info = api.model_info(config.path, revision=config.revision, files_metadata=True, timeout=HTTP_S)
@@ -126,7 +126,7 @@ def _fetch(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
 
 
 def require_space(path: str, needed: int) -> None:
-    """Refuse to fetch ``needed`` bytes of ``path`` into a hub cache without room for them."""
+    """Refuse to fetch ``needed`` bytes of ``path`` if the hub cache lacks room for them."""
     cache = Path(constants.HF_HUB_CACHE)
     free = free_space(cache)
     if free < needed:
@@ -148,10 +148,10 @@ def _cached(config: HubTargetConfig, *, weights: bool) -> Path | None:
 
 
 def remember_branch(folder: Path, revision: str | None) -> None:
-    """Note in the hub's cache which commit a branch points to: that of the snapshot ``folder``.
+    """Record in the hub's cache that the branch ``revision`` points to the commit of the snapshot ``folder``.
 
-    Everything is fetched by commit, which leaves no such note, and the note is written last: an interrupted
-    update of a branch leaves its older, complete snapshot in use without a network.
+    Fetching by commit does not record it. It is written last, so that an interrupted update leaves the older, complete
+    snapshot in use without a network.
     """
     if revision == folder.name:
         return
@@ -166,10 +166,7 @@ def _check_files(path: str, present: list[str], wanted: list[str]) -> None:
     if not any(name.endswith(".safetensors") for name in wanted):
         other = sorted({Path(name).suffix for name in present} & {".bin", ".pt", ".pth", ".gguf", ".msgpack"})
         kinds = f" (it has {', '.join(other)})" if other else ""
-        raise ConfigError(
-            f"{path} holds no model*.safetensors{kinds}; load it once with transformers and "
-            "`save_pretrained(FOLDER)` it with its tokenizer, then target.path=FOLDER"
-        )
+        raise ConfigError(f"{path} holds no model*.safetensors{kinds}; {CONVERT}")
     if not any(name.startswith("tokenizer") or name == "vocab.json" for name in wanted):
         raise ConfigError(f"{path} holds no tokenizer; a target needs its own")
 
@@ -177,7 +174,7 @@ def _check_files(path: str, present: list[str], wanted: list[str]) -> None:
 def explain_hub_error(
     error: Exception, path: str, revision: str | None = None, key: str = "target.path"
 ) -> SubspecError:
-    """One line for what the hub client raised; ``key``: of the configuration that asked for ``path``."""
+    """One line for an exception of the hub client; ``key``: the configuration key that holds ``path``."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return SubspecError(
@@ -200,5 +197,5 @@ def explain_hub_error(
     text = " ".join(str(error).split())[:300]
     return SubspecError(
         f"cannot fetch {path} from the hub ({type(error).__name__}: {text}); "
-        "try again: what has arrived is kept; or pass a local folder"
+        "try again (complete files are kept), or pass a local folder"
     )

@@ -1,4 +1,4 @@
-"""A decoder layer as one flat run of bytes: what crosses the link, and how parameters are read out of it."""
+"""Layouts of a decoder layer as one flat run of bytes: for the link, and for the device."""
 
 import math
 from collections.abc import Mapping
@@ -15,28 +15,28 @@ NEIGHBOURS = (
     ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 )
-"""Parameters that lie next to each other, in this order."""
+"""Groups of parameters that are contiguous in :func:`flat_views`, in this order."""
 
 
 class LayerCodec(Protocol):
-    """How a streamed layer looks on its way: *bytes plus a decode step*."""
+    """The format of a streamed layer: bytes over the link, and scratch memory to restore it."""
 
     def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
         """Bytes of one layer in pinned memory, over the link and in a ring slot."""
 
     def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Device bytes that the decode step fills beside the slot."""
+        """Device bytes that restoring fills beside the slot."""
 
 
 @dataclass(frozen=True)
 class PlainCodec:
-    """The weights as they are, ``itemsize`` bytes each: parameters are views into the slot, nothing is decoded."""
+    """Plain weights of ``itemsize`` bytes each: parameters are views into the slot, nothing is restored."""
 
     itemsize: int = 2
     ALIGNMENT = 256
 
     def layer_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Every parameter in turn, each at a multiple of 256 bytes (what kernels with vector loads want)."""
+        """Every parameter in turn, each at a multiple of 256 bytes (kernels use vector loads)."""
         return sum(round_up(math.prod(shape) * self.itemsize, self.ALIGNMENT) for shape in shapes.values())
 
     def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
@@ -47,8 +47,7 @@ class PlainCodec:
 def parameter_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
     """Each parameter as a view into ``flat`` (uint8), every one at a multiple of 256 bytes.
 
-    The same layout :class:`~PlainCodec` counts; host buffers and ring slots both use it, so
-    one copy moves a whole layer.
+    The layout that :class:`PlainCodec` counts. Host buffers and ring slots both use it, so one copy moves a layer.
     """
     views, offset = {}, 0
     for name, shape in shapes.items():
@@ -76,7 +75,7 @@ def flat_bytes(shapes: Mapping[str, torch.Size], itemsize: int) -> int:
 def flat_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
     """Every parameter of a layer as a view into ``flat`` (uint8 of :func:`flat_bytes`), in the order of ``shapes``.
 
-    Neighbours touch; everything else begins at a multiple of 256 bytes.
+    Groups of :data:`NEIGHBOURS` are contiguous; everything else begins at a multiple of 256 bytes.
     """
     views, offset = {}, 0
     for group in _groups(shapes):
@@ -100,7 +99,7 @@ def flat_layer(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.
 
 
 def _groups(shapes: Mapping[str, torch.Size]) -> list[tuple[str, ...]]:
-    """Names that lie together, in the order of the first of each."""
+    """Names of each contiguous group, in the order of their first members."""
     group_of = {name: group for group in NEIGHBOURS for name in group}
     groups = dict.fromkeys(group_of.get(name, (name,)) for name in shapes)
     return [tuple(name for name in group if name in shapes) for group in groups]

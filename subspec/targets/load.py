@@ -1,10 +1,12 @@
-"""One door for every kind of target: from its configuration to a :class:`Target`, whole, on one device."""
+"""From a target's configuration to its weights: layer by layer, or whole on one device."""
 
 import torch
 from transformers import PretrainedConfig
 
 from subspec.config.schema import EmbeddedTargetConfig, PlantedTargetConfig, TargetConfig
-from subspec.targets.checkpoint import check_folder_config, checkpoint_identity, load_model
+from subspec.errors import SubspecError
+from subspec.targets.checkpoint import check_folder_config
+from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.embedded import smollm2_config
 from subspec.targets.hub import locate
@@ -29,53 +31,46 @@ def load_target_config(config: TargetConfig, *, note: Note = print_note) -> Pret
     return check_folder_config(located.folder, config.name)
 
 
+def open_source(
+    config: TargetConfig, dtype: torch.dtype, device: torch.device, *, note: Note = print_note
+) -> PlantedSource | CheckpointSource:
+    """The layers of any target, fetched first if need be; a :class:`~subspec.targets.source.LayerSource`.
+
+    Args:
+        dtype: of every tensor handed out.
+        device: of the run; planted weights are drawn there. Nothing is allocated there yet.
+        note: receives one line about everything worth knowing (downloads, a missing chat template, rounding).
+
+    Raises:
+        SubspecError: one line with the remedy, before any weight is read.
+    """
+    source: PlantedSource | CheckpointSource
+    if isinstance(config, PlantedTargetConfig):
+        source = PlantedSource(config, dtype, device)
+    else:
+        source = CheckpointSource(prepare_checkpoint(config, note), dtype)
+    for line in source.notes:
+        note(line)
+    return source
+
+
 def load_target(config: TargetConfig, device: torch.device, *, note: Note = print_note) -> Target:
-    """Load a target, fetching it first if need be.
+    """Load a target whole, fetching it first if need be.
 
     Args:
         config: one of the target options; ``dtype=auto`` is resolved for ``device``.
-        device: where the weights go, see :func:`subspec.targets.resolve_device`.
-        note: told one line about everything worth knowing (downloads, a missing chat template, rounding).
+        device: of the weights, see :func:`subspec.targets.resolve_device`.
+        note: as of :func:`open_source`.
 
     Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
+        SubspecError: one line with the remedy.
     """
-    dtype = resolve_dtype(config.dtype, device)
-    if isinstance(config, PlantedTargetConfig):
-        return _planted(config, dtype, device, note)
-    checkpoint = prepare_checkpoint(config, note)
-    check_memory(checkpoint.weights.count * dtype.itemsize, device, checkpoint.name)
-    model = load_model(checkpoint.folder, checkpoint.name, dtype, device)
-    remarks = checkpoint.remarks(dtype)
-    for line in remarks:
-        note(line)
-    return Target(
-        name=checkpoint.name,
-        model=model,
-        tokenizer=checkpoint.tokenizer,
-        eos_token_ids=checkpoint.eos_token_ids,
-        dtype=dtype,
-        device=device,
-        source=checkpoint.source,
-        identity=checkpoint_identity(checkpoint.folder, checkpoint.source),
-        notes=tuple(remarks),
-    )
-
-
-def _planted(config: PlantedTargetConfig, dtype: torch.dtype, device: torch.device, note: Note) -> Target:
-    check_memory(count_parameters(planted_config(config)) * dtype.itemsize, device, config.name)
-    source = PlantedSource(config, dtype, device)
-    for line in source.notes:
-        note(line)
-    return Target(
-        name=source.name,
-        model=build_model(source, device),
-        tokenizer=source.tokenizer,
-        eos_token_ids=source.eos_token_ids,
-        dtype=dtype,
-        device=device,
-        source=source.source,
-        identity=source.identity,
-        planted=True,
-        notes=source.notes,
-    )
+    source = open_source(config, resolve_dtype(config.dtype, device), device, note=note)
+    check_memory(count_parameters(source.config) * source.dtype.itemsize, device, source.name)
+    try:
+        model = build_model(source, device)
+    except torch.OutOfMemoryError as error:
+        raise SubspecError(
+            f"{source.name} does not fit into the memory of {device}; choose a smaller target"
+        ) from error
+    return Target.of(source, model, device)

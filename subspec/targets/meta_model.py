@@ -1,7 +1,7 @@
-"""A model graph without weights: what a loader fills, and where names and shapes of the weights come from.
+"""Model graphs on the meta device: filled by loaders, and the origin of the names and shapes of weights.
 
-Names and shapes are read off transformers' own modules built on the meta device, so they cannot drift from the
-architecture; one decoder layer is enough, because every layer of the supported families has the same parameters.
+Names and shapes are read off transformers' own modules, so they cannot drift from the architecture. One decoder
+layer is enough: every layer of the supported families has the same parameters.
 """
 
 import copy
@@ -32,7 +32,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     with quiet_libraries(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     base = model.get_decoder()
-    # Frequencies are computed, not loaded: the module is made again where it can hold numbers.
+    # Frequencies are computed, not loaded: the module is rebuilt on a real device.
     base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
     model.tie_weights()
     return model.eval().requires_grad_(False)

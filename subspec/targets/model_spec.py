@@ -1,4 +1,4 @@
-"""What sizes and kernels need to know of a model: its shapes, read off its configuration."""
+"""A model's shapes, read off its configuration, for sizes and kernels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from subspec.targets.meta_model import parameter_shapes
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What sizes depend on; every layer of the supported families has the same parameters, those of ``layer``."""
+    """Shapes of a model; every layer of the supported families has the parameters of ``layer``."""
 
     layers: int
     layer: Mapping[str, torch.Size]
@@ -43,5 +43,5 @@ class ModelSpec:
         )
 
     def vector_sizes(self, itemsize: int) -> list[int]:
-        """Norms and biases of one layer, which the substitute needs on the device whatever is streamed."""
+        """Bytes of each norm and bias of one layer; the substitute keeps them on the device."""
         return [shape.numel() * itemsize for shape in self.layer.values() if len(shape) == 1]

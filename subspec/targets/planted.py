@@ -1,36 +1,32 @@
-"""Planted targets: the exact shapes of real models with made-up weights, for speed without a checkpoint.
+"""Planted targets: exact shapes of real models with made-up weights, for speed without a checkpoint.
 
-No language model: every figure measured with one says so. What is real is the work per token; what is realistic
-is how often a 4-bit substitute agrees with the target, because the two differ by real quantization noise.
+They are no language models, and every figure measured with one says so. The work per token is real. Acceptance
+is realistic, because a 4-bit substitute and the target differ by real quantization noise.
 
-How the map is planted
-----------------------
-Decoder weights are N(0, 0.02). The hidden state behind the last layer is then the token's embedding (rms e) plus
-what the layers added (rms s), noise as far as the LM head is concerned. The LM head's row of pi(t) is the
-embedding of t as a unit vector, so in units of the other tokens' logits, which are N(0, 1) after the final norm,
+Decoder weights are N(0, 0.02). The hidden state behind the last layer is the token's embedding (rms e) plus the
+output of the layers (rms s), which is noise to the LM head. The LM head plants a next-token map pi: its row of
+pi(t) is the embedding of t as a unit vector. In units of the other tokens' logits, which are N(0, 1) after the
+final norm, the logit of pi(t) is
 
     z = sqrt(hidden) * r / sqrt(1 + r^2),    r = e / s
 
-is the logit of pi(t). It wins while z exceeds the largest of vocabulary-many normal numbers, about m (4.4 for
-152064). A quarter (r = 1/4) gives z = 14.5 for a 7B model: no quantization noise ever turns that over. So
-``hard_share`` of the tokens have the row of their successor scaled down until z = m: there the planted token wins
-or loses by a hair, against a random rival, and the substitute sees the same race through its own noise.
+It wins while z exceeds the largest of vocabulary-many normal numbers, about m (4.4 for 152064). r = 1/4 gives z
+= 14.5 for a 7B model: no quantization noise overturns that. So for ``hard_share`` of the tokens the row of the
+successor is scaled down until z = m: there the planted token wins or loses narrowly against a random rival, and
+the substitute sees the same race through its own noise. The scales:
 
-Two scales follow, and one more is free:
+* ``e = r * s``. s follows from the configuration, by propagating variances through one decoder layer
+  (:func:`layers_rms`). r is 1/4 where the model is wide enough for a safe z, and larger for the tiny shapes.
+* hard rows: ``m / z`` (0.30 for 7B, 0.25 for 14B and 32B). So the signal-to-noise ratio of easy and hard tokens
+  does not depend on width, depth or vocabulary.
+* all rows: at the substitute's default temperature of 0.2 its best guess at a hard token has a probability of
+  about two thirds; the largest logits are then about 30, as in real models.
 
-* ``e = r * s``. s comes from the configuration alone, by propagating variances through one decoder layer
-  (:func:`layers_rms`); nothing has to be run, and streaming, quantizing and checking see the same numbers.
-  r is 1/4 where the model is wide enough for a safe z, and larger for the tiny shapes.
-* hard rows: ``m / z`` (0.30 for 7B, 0.25 for 14B and 32B). With both, the signal-to-noise ratio of easy and hard
-  tokens does not depend on width, depth or vocabulary.
-* all rows: chosen so that at the substitute's default temperature of 0.2 its best guess at a hard token has
-  a probability of about two thirds; the largest logits are then about 30, as in real models.
+pi is one cycle through the whole vocabulary in random order, so a text has no short loops. No token ends a
+text: lengths are equal for every draft.
 
-pi is one cycle through the whole vocabulary, in random order, so a text has no short loops by construction. No
-token ends a text (there is no EOS): lengths are then the same for every draft, as speed measurements want it.
-
-Every tensor is a function of (seed, name, layer) alone, drawn by a generator of its own on the source's device:
-the same bits at every call, so a layer can be made again to check a copy. CPUs and GPUs draw different numbers.
+Every tensor is a function of (seed, name, layer) alone, drawn by its own generator on the source's device: the
+same bits at every call. CPUs and GPUs draw different numbers.
 """
 
 import hashlib
@@ -41,22 +37,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-from subspec.config.schema import PlantedTargetConfig
+from subspec.config.schema import PlantedTargetConfig, SubstituteDraftConfig
 from subspec.errors import ConfigError
 from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.planted_tokenizer import planted_tokenizer
 
 EMBEDDING_SHARE = 0.25
-"""Embedding over the layers' own output (rms over rms), where the model is wide enough."""
+"""r: rms of the embedding over rms of the layers' output, where the model is wide enough."""
 
 SAFETY = 4.0
 """Least distance between an easy token's logit and the largest of the others, in units of theirs."""
 
 ATTENTION_SHARE = 0.15
-"""Part of a value's variance that survives attention's averaging (measured, 64 to 512 tokens of context)."""
+"""Share of a value's variance after attention's averaging (measured, 64 to 512 tokens of context)."""
 
-DRAFT_TEMPERATURE = 0.2
-"""The substitute's default temperature; at it the best guess at a hard token should be no certainty."""
+DRAFT_TEMPERATURE = SubstituteDraftConfig.temperature
+"""The substitute's default temperature."""
 
 CHUNK_ROWS = 4096
 """Rows of the LM head computed in float32 at a time."""
@@ -118,7 +114,7 @@ def _llama3(
 
 
 def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: int = 8) -> Qwen2Config:
-    """Grouped attention with biases, in 25 MB; wider weights make its few layers quantize as badly as 7B's many."""
+    """Grouped attention with biases, 25 MB; its wider weights quantize as badly in few layers as 7B's in many."""
     return Qwen2Config(
         vocab_size=4096,
         hidden_size=hidden,
@@ -172,10 +168,10 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "tiny_draft": _tiny_draft,
     "tiny_tied": _tiny_tied,
 }
-"""Configurations by name: the published ``config.json`` of the Instruct models, and tiny ones for tests.
+"""Configurations by name: the published ``config.json`` of Instruct models, and tiny ones for tests.
 
-Those of small models are for ``draft.path=planted:SHAPE``. A small model with the target's seed and an LM head of its
-own plants the target's map (if the vocabularies are equal) and so agrees on easy tokens; a tied one agrees on none.
+Small models are for ``draft.path=planted:SHAPE``. With the target's seed and vocabulary and an untied LM head, a small
+model plants the target's map and agrees on easy tokens; a tied one agrees on none.
 """
 
 
@@ -195,20 +191,20 @@ def planted_config(config: PlantedTargetConfig) -> PretrainedConfig:
 
 
 class PlantedSource:
-    """A :class:`~subspec.targets.source.LayerSource` that makes its tensors up when asked.
+    """A :class:`~subspec.targets.source.LayerSource` that draws its tensors on request.
 
     Args:
         config: shape, seed and share of hard tokens.
         dtype: of every tensor.
-        device: where the numbers are drawn, wherever they are asked for.
+        device: on which numbers are drawn, whatever device they are requested for.
 
     Attributes:
         successor: int64 [vocabulary] on the CPU, the planted map pi; the same on every device.
-        hard: bool [vocabulary] on the CPU, the tokens whose successor is hard to tell.
-        notes: what a reader of the run's figures should know.
+        hard: bool [vocabulary] on the CPU, the tokens whose successor is hard to predict.
+        notes: for readers of the run's figures.
 
-    With tied embeddings no map can be planted: the token most like the hidden state is then the token itself.
-    ``successor`` is the identity there, no token is hard, and acceptance means nothing.
+    With tied embeddings no map can be planted: the hidden state is most similar to the token itself. There
+    ``successor`` is the identity, no token is hard, and acceptance means nothing.
 
     Raises:
         ConfigError: see :func:`planted_config`.
@@ -247,8 +243,7 @@ class PlantedSource:
 
     @property
     def identity(self) -> str:
-        """Shape, seed, share of hard tokens and where they are drawn: which number a GPU draws where depends on its
-        model too."""
+        """Shape, seed, share of hard tokens and the device: GPUs of different models draw different numbers."""
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"planted {self.shape}, seed {self.seed}, hard {self.hard_share}, torch {torch.__version__} on {where}"
 
@@ -266,10 +261,10 @@ class PlantedSource:
         }
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
-        """Vectors, and the first row of the smallest matrix: drawing one means drawing all before it.
+        """Vectors, and the first row of the smallest matrix (drawing a row means drawing the whole matrix).
 
-        All matrices are drawn alike, so it tells what :attr:`identity` does not: another meaning of the shape's name,
-        and other numbers from a GPU of the same name.
+        One matrix will do to notice what :attr:`identity` does not contain: a changed shape, and other numbers from a
+        GPU of the same name.
         """
         shapes = self._layer_shapes
         smallest = min(
@@ -294,7 +289,7 @@ class PlantedSource:
         return {name: tensors[name].to(device) for name in self._shared_shapes}
 
     def _head(self, embedding: Tensor) -> Tensor:
-        """Row pi(t): the embedding of t as a unit vector, scaled; float32 only a few rows at a time."""
+        """Row pi(t): the embedding of t as a unit vector, scaled; in float32 only a few rows at a time."""
         scale = torch.where(self.hard, self.scales.hard_row, self.scales.row).to(self.device)
         successor = self.successor.to(self.device)
         head = torch.empty_like(embedding)
@@ -318,7 +313,7 @@ class PlantedSource:
 
 
 class Scales:
-    """How strongly the map is planted into a model of this shape; the module docstring derives it.
+    """Scales of the planted map for a model of this shape; the module docstring derives them.
 
     Attributes:
         ratio: r, rms of the embedding over rms of the layers' output.
@@ -337,16 +332,16 @@ class Scales:
         self.ratio = share / math.sqrt(1 - share**2)
         self.easy = share * width
         self.embedding = self.ratio * layers_rms(config)
-        # Rivals' logits near the top lie 1 / spread apart, so there the best gets about two thirds of the probability.
+        # The largest rival logits are 1 / spread apart, so the best has about two thirds of the probability.
         self.row = 2 * DRAFT_TEMPERATURE * spread
         self.hard_row = self.row * self.rival / self.easy
 
 
 def layers_rms(config: PretrainedConfig) -> float:
-    """Expected rms of what all decoder layers together add to the residual stream, from the shape alone.
+    """Expected rms of the sum that all decoder layers add to the residual stream, from the shape alone.
 
-    Each layer reads a normalised state (variance 1) through N(0, std) matrices and its output is independent of
-    the other layers', so variances add up: of ``down(silu(gate) * up)``, and of ``o(attention)`` after averaging.
+    Each layer reads a normalised state (variance 1) through N(0, std) matrices and its output is independent of the
+    other layers', so variances add: of ``down(silu(gate) * up)``, and of ``o(attention)`` after averaging.
     """
     variance = config.initializer_range**2
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

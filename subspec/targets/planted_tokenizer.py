@@ -1,8 +1,8 @@
-"""A tokenizer for planted targets, made in code: any text in, any of the model's ids out, no file needed.
+"""A tokenizer for planted targets, built in code: any text to ids, any id to text.
 
-Ids 0 to 255 are bytes and three more are the special tokens of the chat template. Every further id ``n`` is the
-text ``<n>``, both ways: a planted model's answer, given back as an assistant message, becomes the very same ids
-(except for bytes that are no UTF-8). Prompts are therefore longer than with a real tokenizer: one token a byte.
+Ids 0 to 255 are bytes, three more are the special tokens of the chat template. Every further id ``n`` is the text
+``<n>``, both ways: an answer that is given back as an assistant message becomes the same ids (except for bytes that are
+no UTF-8). One token a byte makes prompts longer than with a real tokenizer.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

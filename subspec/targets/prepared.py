@@ -1,5 +1,6 @@
-"""A checkpoint folder that passed every check that needs no weights: what every way of loading it starts from."""
+"""Find and check the checkpoint of a target or of a small draft, before any of its weights are read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from subspec.config.schema import EmbeddedTargetConfig, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError
 from subspec.targets.checkpoint import (
-    TOKENIZER_FILES,
-    Weights,
+    StoredTensor,
     check_folder_config,
+    has_tokenizer,
     load_tokenizer,
     read_headers,
+    rounded_type,
 )
 from subspec.targets.embedded import SMOLLM2_135M, prepare
 from subspec.targets.generation_settings import not_applied, read_generation_settings
@@ -25,35 +27,39 @@ _READABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bflo
 
 @dataclass(frozen=True)
 class PreparedCheckpoint:
-    """A checkpoint on disk, checked and described, with none of its weights read.
+    """A checkpoint on disk whose configuration, headers and tokenizer have been checked.
 
     Attributes:
-        name: what the user called it.
-        folder, source: where it is, and what a record says it is.
-        config, tokenizer: the model's configuration and its tokenizer.
-        weights: what the safetensors headers say.
+        name: of the model, as configured.
+        folder: on disk.
+        source: recorded by runs.
+        weights: header entries by tensor name.
         eos_token_ids: every id that ends a text, ascending.
-        not_applied: generation settings of the checkpoint that a run does not apply, in words.
+        not_applied: generation settings of the checkpoint that a run does not apply, as the end of a sentence.
+        drafts: whether the model drafts: it may lack a tokenizer, and nothing about it touches the output.
     """
 
     name: str
     folder: Path
     source: str
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    weights: Weights
-    eos_token_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    weights: Mapping[str, StoredTensor]
+    eos_token_ids: tuple[int, ...] = ()
     not_applied: str | None = None
+    drafts: bool = False
 
     def remarks(self, dtype: torch.dtype) -> list[str]:
-        """What a reader of a run's figures should know about it in ``dtype``, a line each."""
+        """Notes for readers of a run's figures in ``dtype``, a line each."""
+        if self.drafts:
+            return []
         lines = []
-        if stored := self.weights.rounding(dtype):
+        if stored := rounded_type({tensor.dtype for tensor in self.weights.values()}, dtype):
             lines.append(
                 f"{self.name}: weights stored as {_READABLE[stored]} are rounded to "
                 f"{str(dtype).removeprefix('torch.')}; the target of this run is the rounded model"
             )
-        if not self.tokenizer.chat_template:
+        if self.tokenizer is not None and not self.tokenizer.chat_template:
             lines.append(f"{self.name} has no chat template: prompts are given as plain text, without roles")
         if not self.eos_token_ids:
             lines.append(f"{self.name} names no end-of-text token: texts end at their length limit only")
@@ -68,57 +74,45 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
     """Find the checkpoint of an embedded or hub target, fetching it first if need be, and check it.
 
     Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
+        SubspecError: one line with the remedy.
     """
     if isinstance(config, EmbeddedTargetConfig):
         located = Located(prepare(SMOLLM2_135M, config.path, note), SMOLLM2_135M.source)
     else:
         located = locate(hub_config(config), note)
     folder, name = located.folder, config.name
-    model_config = check_folder_config(folder, name)
+    model = check_folder_config(folder, name)
     weights = read_headers(folder, name)
-    tokenizer = load_tokenizer(folder, name, model_config.vocab_size)
+    tokenizer = load_tokenizer(folder, name, model.vocab_size)
     settings = read_generation_settings(folder, name)
     return PreparedCheckpoint(
         name=name,
         folder=folder,
         source=located.source,
-        config=model_config,
+        config=model,
         tokenizer=tokenizer,
         weights=weights,
-        eos_token_ids=settings.eos_token_ids(model_config, tokenizer),
+        eos_token_ids=settings.eos_token_ids(model, tokenizer),
         not_applied=not_applied(settings.values),
     )
 
 
-@dataclass(frozen=True)
-class DraftCheckpoint(PreparedCheckpoint):
-    """A checkpoint that drafts: it may come without a tokenizer, and nobody reads its prompts or its endings."""
-
-    tokenizer: PreTrainedTokenizerBase | None  # type: ignore[assignment]
-
-    def remarks(self, dtype: torch.dtype) -> list[str]:
-        """Nothing about it touches the output."""
-        return []
-
-
-def prepare_draft(config: HubTargetConfig, note: Note) -> DraftCheckpoint:
+def prepare_draft(config: HubTargetConfig, note: Note) -> PreparedCheckpoint:
     """Find and check the checkpoint of a model that drafts, fetching it first if need be.
 
     Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
+        SubspecError: one line with the remedy.
     """
     located = locate(config, note)
     folder, name = located.folder, config.name
-    model_config = check_folder_config(folder, name)
+    model = check_folder_config(folder, name)
     weights = read_headers(folder, name)
-    has_one = any((folder / file).is_file() for file in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(folder, name, model_config.vocab_size) if has_one else None
-    return DraftCheckpoint(name, folder, located.source, model_config, tokenizer, weights, ())
+    tokenizer = load_tokenizer(folder, name, model.vocab_size) if has_tokenizer(folder) else None
+    return PreparedCheckpoint(name, folder, located.source, model, tokenizer, weights, drafts=True)
 
 
 def hub_config(config: TargetConfig) -> HubTargetConfig:
-    """``config`` if it names a checkpoint folder or hub id.
+    """``config``, which must name a checkpoint folder or hub id.
 
     Raises:
         ConfigError: it does not.

@@ -1,7 +1,4 @@
-"""A target's exact weights, one decoder layer at a time: what a loader needs that never holds the whole model.
-
-Streaming, quantizing and planting all walk the layers once; whoever walks decides where each layer ends up.
-"""
+"""The interface of a target's exact weights: one decoder layer at a time, so that the whole model is never needed."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -12,17 +9,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class LayerSource(Protocol):
-    """Where a target's weights come from.
+    """Origin of a target's weights.
 
     Attributes:
         name: of the target.
         config: the model's transformers configuration.
-        tokenizer: the target's tokenizer.
+        tokenizer: the target's; only a model that drafts may have None.
         eos_token_ids: every id that ends a text, ascending.
         dtype: of every tensor handed out.
-        source: what a record says was loaded.
+        source: recorded origin.
         planted: whether the weights are made up.
-        identity: what tells its decoder layers from all others', for what is kept on disk and follows from them.
+        notes: for readers of a run's figures.
+        identity: of the decoder layers, for results on disk that depend on them.
     """
 
     name: str
@@ -32,6 +30,7 @@ class LayerSource(Protocol):
     dtype: torch.dtype
     source: str
     planted: bool
+    notes: tuple[str, ...]
 
     @property
     def identity(self) -> str: ...
@@ -41,14 +40,14 @@ class LayerSource(Protocol):
         (``self_attn.q_proj.weight``), in the order of the module's ``named_parameters``."""
 
     def layer(self, index: int, device: torch.device) -> Mapping[str, Tensor]:
-        """The parameters of decoder layer ``index`` on ``device``; nothing of them is kept here."""
+        """The parameters of decoder layer ``index`` on ``device``; none is kept here."""
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
-        """What is quickly read of decoder layer ``index``, on the CPU: vectors whole, of matrices the first row [1, k].
+        """A quickly read part of decoder layer ``index``, on the CPU: vectors whole, of matrices the first row [1, k].
 
-        It tells whether what was kept of the layer is still of these weights; parameters that follow from ``identity``
-        may be missing."""
+        It verifies results on disk that were made from the layer. Parameters that follow from ``identity`` may be
+        missing."""
 
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
-        """Everything outside the decoder layers, by its name in the causal LM: ``model.embed_tokens.weight``,
+        """All parameters outside the decoder layers, by name in the causal LM: ``model.embed_tokens.weight``,
         ``model.norm.weight`` and, unless tied, ``lm_head.weight``."""

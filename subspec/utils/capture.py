@@ -1,4 +1,4 @@
-"""Capture of CUDA graphs that nothing else on the device can spoil, and the streams that a process keeps."""
+"""Capture of CUDA graphs, and the streams that a process keeps."""
 
 import functools
 import gc
@@ -13,20 +13,20 @@ import torch
 def lasting_stream(purpose: str, device: int) -> torch.cuda.Stream:
     """One stream per purpose and device for as long as the process runs.
 
-    cuBLAS keeps a workspace of 32 MiB for every stream it has met, and gives it back only with the process: a new
-    stream for every run of a process would take its budget away bit by bit.
+    cuBLAS keeps a workspace of 32 MiB for every stream that it was used on, until the process ends: a new stream for
+    every run of a process would exhaust its budget.
     """
     return torch.cuda.Stream(device)
 
 
 def capture_stream() -> torch.cuda.Stream:
-    """What everything is captured on, on the current device."""
+    """The stream of all captures on the current device."""
     return lasting_stream("capture", torch.cuda.current_device())
 
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """``torch.cuda.graph(graph, **options)`` on one lasting stream, with Python's cyclic garbage collector at rest.
+    """``torch.cuda.graph(graph, **options)`` on one lasting stream, with Python's cyclic garbage collector disabled.
 
     A collection in the middle of a capture may destroy an older graph (or an event, or page-locked memory) that lay in
     a reference cycle; CUDA does not permit that while any stream captures, and the capture fails.

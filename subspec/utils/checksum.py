@@ -1,21 +1,21 @@
-"""A 64-bit checksum of tensors' bits, computed where they lie, and the same on every device.
+"""A 64-bit checksum of tensors' bits, computed on their device, and the same on every device.
 
-For what would take too long to bring to the host and hash there: a decoded layer has to be compared with the weights
-that it was made from at every start, when these are not at hand any more. It guards against mistakes, not malice.
+For tensors that are compared at every start with ones that are not at hand any more, and that are too large to be
+hashed on the host. It guards against mistakes, not malice.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 22
-"""Words that are summed at a time: bounds the temporaries to about 160 MiB."""
+BLOCK = 1 << 20
+"""Words that are summed at a time: bounds the temporaries to about 40 MiB."""
 
 _STEP, _MIX, _CHAIN = 0x1E3779B97F4A7C15, -0x40A7B892E31B1A47, 0x2545F4914F6CDD1D
 """Odd 64-bit constants (of Fibonacci hashing, SplitMix64 and xorshift*), as signed integers."""
 
 
 def checksum(*tensors: Tensor) -> int:
-    """A signed 64-bit integer of all bits of ``tensors`` and of where each of them is.
+    """A signed 64-bit integer of all bits of ``tensors`` in their order, not of shapes and strides.
 
     The sum, modulo 2**64, of every 8-byte word times an odd multiplier that depends on its place: a change of one word
     always changes it, several changes cancel once in 2**63 times, and integers add up to the same in any order.

@@ -1,4 +1,4 @@
-"""What is said while a target is fetched and loaded: plain notes, and one progress bar for long downloads."""
+"""Notes and progress while a target is fetched and loaded."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from rich.progress import (
 from transformers.utils import logging as transformers_logging
 
 Note = Callable[[str], None]
-"""Tells the user one line."""
+"""Prints one line for the user."""
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
@@ -65,7 +65,7 @@ class ByteProgress:
 
 @contextmanager
 def working(text: str, note: Note) -> Iterator[None]:
-    """Say that something takes a while: a spinner on a terminal, one line elsewhere."""
+    """Announce a long step: a spinner on a terminal, one line elsewhere."""
     console = Console(file=sys.stderr)  # this very stream: callers may redirect sys.stderr meanwhile
     if console.is_terminal:
         with console.status(text):
@@ -77,10 +77,10 @@ def working(text: str, note: Note) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries(*, bars: bool = False) -> Iterator[None]:
-    """Keep transformers' and the hub client's log lines to themselves; restores what was set before.
+    """Silence the logs of transformers and the hub client; the earlier settings are restored.
 
     Args:
-        bars: leave their progress bars on where standard error is a terminal.
+        bars: keep their progress bars if standard error is a terminal.
     """
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()

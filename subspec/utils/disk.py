@@ -1,9 +1,4 @@
-"""The folder where prepared targets are kept: where it is, and how not to be fooled by what lies in it.
-
-A checkpoint is built in a work folder, gets a manifest (size and SHA-256 of each of its files), and is renamed
-into place: it is there completely or not at all. Reading it back checks it against the manifest, so a file
-that was cut off or flipped since is noticed. One lock file per target lets only one process build.
-"""
+"""The cache folder, and folders in it that are checked against a manifest: size and SHA-256 of each file."""
 
 import errno
 import hashlib
@@ -11,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,9 +15,6 @@ from subspec.errors import SubspecError
 from subspec.utils.console import Note
 
 MANIFEST = "manifest.json"
-
-Content = bytes | bytearray | memoryview
-"""Of a file, or of a piece of one."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -44,7 +36,7 @@ def sha256(file: Path) -> str:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether ``error`` (or what caused it) says that a disk or quota is full.
+    """Whether ``error`` or one of its causes reports a full disk or quota.
 
     Libraries written in Rust report it as text only: ``... (os error 28)``.
     """
@@ -58,7 +50,7 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def says_full_disk(text: str) -> bool:
-    """Whether a program's output says that a disk or quota is full."""
+    """Whether a program's output reports a full disk or quota."""
     return any(mark in text for mark in ("No space left on device", "os error 28", "Disk quota exceeded"))
 
 
@@ -67,8 +59,8 @@ def disk_errors(doing: str, folder: Path) -> Iterator[None]:
     """Turn a full disk or a forbidden folder under the cache into one line with the remedy.
 
     Args:
-        doing: what went wrong, as in "cannot <doing>".
-        folder: where it was written to.
+        doing: completes "cannot <doing>".
+        folder: is written to.
     """
     try:
         yield
@@ -104,36 +96,33 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = free_space(folder)
     if free < needed:
         raise SubspecError(
-            f"{what} needs {_gb(needed)} in {folder} and only {_gb(free)} are free; "
+            f"{what} needs {needed / 1e9:.2f} GB in {folder} and only {free / 1e9:.2f} GB are free; "
             "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
         )
 
 
 @contextmanager
-def build_lock(folder: Path, note: Note, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock beside ``folder`` (created if need be), saying so when another process has it.
-
-    The lock dies with its process, however that ends.
+def folder_lock(folder: Path, note: Note, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file beside ``folder``, whose parents are created; it is released when the process ends in any way.
 
     Args:
-        wait: for another process that has it.
+        note: told when another process holds the lock and is waited for.
 
     Raises:
-        SubspecError: it cannot be made, or another process has it and is not waited for.
+        OSError: the lock file cannot be created, or, without ``wait``, another process holds it.
     """
-    with disk_errors("prepare the target", folder.parent):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # what some special file systems say instead of "forbidden"
-            raise PermissionError(errno.EPERM, error.strerror) from error
-        lock = FileLock(folder.parent / f"{folder.name}.lock", mode=0o666)
-        try:
-            lock.acquire(timeout=0.2)
-        except Timeout as error:
-            if not wait:
-                raise SubspecError("another process is preparing it") from error
-            note(f"another process is preparing {folder.name}: waiting for it")
-            lock.acquire()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # some special file systems say so instead of "forbidden"
+        raise PermissionError(errno.EPERM, error.strerror) from error
+    lock = FileLock(folder.parent / f"{folder.name}.lock", mode=0o666)
+    try:
+        lock.acquire(timeout=0.2)
+    except Timeout as error:
+        if not wait:
+            raise BlockingIOError(errno.EAGAIN, "another process is preparing it") from error
+        note(f"another process is preparing {folder.name}: waiting for it")
+        lock.acquire()
     try:
         yield
     finally:
@@ -150,7 +139,7 @@ def write_manifest(folder: Path, **facts: object) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in ``folder``, compared with its manifest; None when nothing is.
+    """How ``folder`` differs from its manifest; None if it does not.
 
     Raises:
         SubspecError: the folder is there but may not be read.
@@ -176,7 +165,7 @@ def damage(folder: Path) -> str | None:
 
 
 def publish(built: Path, folder: Path) -> None:
-    """Move the complete folder ``built`` to ``folder``, readable for whoever shares the cache."""
+    """Move the complete folder ``built`` to ``folder``, readable for all users of the cache."""
     umask = os.umask(0)
     os.umask(umask)
     for file in built.iterdir():
@@ -185,29 +174,3 @@ def publish(built: Path, folder: Path) -> None:
             os.fsync(stream.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     built.replace(folder)
-
-
-def replace_file(file: Path, *content: Content) -> None:
-    """Write a file beside its place and rename it: readers find the old one, the new one, or none.
-
-    Its pieces follow each other. It is not forced to the disk: for what can be made again, and is checked when it is
-    read.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            for piece in content:
-                stream.write(piece)
-        part.replace(file)
-    except OSError:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

@@ -1,10 +1,11 @@
-"""Writing files that survive a kill: strict JSON, atomic replacement, and errors a person can act on."""
+"""Files that survive a kill: atomic replacement, strict JSON, and errors that name the remedy."""
 
 import errno
 import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from typing import Any
 from subspec.errors import SubspecError
 
 RESUME_HINT = "what is finished is safe: continue with resume=true run_dir={run_dir}"
+
+SCRATCH = ".tmp"
+"""End of the names of files that are being written."""
+
+Content = bytes | bytearray | memoryview
+"""Of a file, or of a piece of one."""
 
 _REASONS = {
     errno.ENOSPC: "the disk is full, free some space",
@@ -26,13 +33,13 @@ _REASONS = {
 
 
 def write_error(error: OSError, path: Path, remedy: str) -> SubspecError:
-    """One line for a failed write: which file, why, and the remedy."""
+    """One line for a failed write: the file, the reason, and the remedy."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return SubspecError(f"cannot write {path}: {reason}; {remedy}")
 
 
 def plain(value: Any) -> Any:
-    """``value`` as what strict JSON can hold: NaN and infinities become None, enums and scalars their value."""
+    """``value`` as strict JSON can hold it: NaN and infinities become None, enums and scalars their value."""
     if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, float):
@@ -51,23 +58,34 @@ def plain(value: Any) -> Any:
 
 
 def json_line(value: Any) -> bytes:
-    """``value`` as one line of ASCII JSON, newline included: no cut can fall into the middle of a character."""
+    """``value`` as one line of ASCII JSON with its newline: a cut never falls into the middle of a character."""
     return json.dumps(plain(value), allow_nan=False).encode("ascii") + b"\n"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: whenever the process dies, the old or the new content is there, whole."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, *content: Content, durable: bool = True) -> None:
+    """Replace ``path`` by the pieces of ``content``; a process that dies leaves the old or the new file, whole.
+
+    Args:
+        durable: survive a power loss, too. Not needed for a file that is checked when it is read and can be made again.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{SCRATCH}")
     try:
         with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            for piece in content:
+                file.write(piece)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         scratch.replace(path)
     except BaseException:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,8 +100,9 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems cannot sync a folder; the data itself is already synced
+        with suppress(
+            OSError
+        ):  # some network file systems cannot sync a folder; the data itself is already synced
+            os.fsync(handle)
     finally:
         os.close(handle)

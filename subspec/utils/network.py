@@ -1,8 +1,7 @@
-"""Can the hub be reached? Answered once per process, within about three seconds.
+"""Reachability of the hub, probed once per process within about three seconds.
 
-The hub's client retries for tens of seconds without a network, far too long for ``source=auto`` to wait. A
-plain socket answers at once. Behind a proxy the socket goes to the proxy, which is asked for a tunnel to the
-hub: a proxy that listens but does not let the hub through counts as unreachable.
+The hub's client retries for tens of seconds without a network; a plain socket answers at once. Behind a proxy the
+socket connects to the proxy and asks it for a tunnel to the hub: a proxy that refuses the tunnel counts as unreachable.
 """
 
 import base64
@@ -20,9 +19,9 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def offline_requested() -> str | None:
-    """The environment variable that asks for no network access, if one does.
+    """The environment variable that forbids network access; None if none does.
 
-    The hub's libraries read these once, when they are imported; here they count whenever they are set.
+    The hub's libraries read these once, when they are imported; here they are read at every call.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").strip().upper() in _TRUE:
@@ -31,7 +30,7 @@ def offline_requested() -> str | None:
 
 
 def hub_problem(endpoint: str) -> str | None:
-    """Why the hub at ``endpoint`` cannot be used right now, in a few words; None when it answers."""
+    """Why the hub at ``endpoint`` cannot be reached, in a few words; None if it answers."""
     variable = offline_requested()
     if variable is not None:
         return f"{variable} is set"
@@ -42,7 +41,7 @@ def hub_problem(endpoint: str) -> str | None:
 def _probe(endpoint: str) -> str | None:
     host = urlsplit(endpoint).hostname or endpoint
     outcome: list[str | None] = []
-    # Name resolution has no timeout of its own and may block for long: it is left behind in a daemon thread.
+    # Name resolution has no timeout and may block for long: the daemon thread is abandoned then.
     worker = threading.Thread(target=lambda: outcome.append(_try(endpoint)), daemon=True)
     worker.start()
     worker.join(TIMEOUT_S + 1.0)

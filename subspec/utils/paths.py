@@ -1,4 +1,4 @@
-"""Where the configuration tree lies: inside the package when installed from a wheel, beside it in a checkout."""
+"""The folder of the configuration tree: inside the package in a wheel, beside it in a checkout."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def conf_dir() -> Path:
     """The folder with ``config.yaml`` and the config groups.
 
     Raises:
-        SubspecError: it is in neither place: the installation is incomplete.
+        SubspecError: the installation is incomplete.
     """
     for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
         if (folder / "config.yaml").is_file():

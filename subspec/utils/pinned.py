@@ -1,7 +1,7 @@
-"""Page-locked host memory of exactly the size asked for.
+"""Page-locked host memory of exact size.
 
 PyTorch's pinned allocator rounds every block up to a power of two: a 466 MB layer would pin 512 MB. Anonymous
-memory registered with CUDA has no such rounding, and is returned to the system when it is closed.
+memory registered with CUDA is not rounded, and is returned to the system when it is closed.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from subspec.errors import SubspecError
 
 
 class PinnedBuffer:
-    """``nbytes`` of host memory, page-locked for a CUDA device (plain memory without one, for tests).
+    """``nbytes`` of host memory, page-locked for a CUDA device (not locked with ``pin=False``).
 
     Attributes:
         tensor: uint8 [nbytes] over the memory.
 
     Raises:
-        SubspecError: the system has not that much memory, or does not let the process lock it.
+        SubspecError: the system lacks the memory, or does not permit the process to lock it.
     """
 
     def __init__(self, nbytes: int, *, pin: bool = True) -> None:
@@ -29,7 +29,7 @@ class PinnedBuffer:
             self._map = mmap.mmap(-1, max(nbytes, 1))
         except OSError as error:
             raise SubspecError(
-                f"{nbytes / 2**30:.2f} GiB of host memory cannot be had ({error.strerror}): "
+                f"{nbytes / 2**30:.2f} GiB of host memory cannot be allocated ({error.strerror}): "
                 "free memory (or raise ulimit -v), or set offload.resident_layers higher"
             ) from error
         with contextlib.suppress(AttributeError, OSError):  # huge pages: fewer faults, faster pinning

@@ -2,15 +2,15 @@
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is not below ``number``."""
+    """Smallest multiple of ``multiple`` that is at least ``number``."""
     return -(-number // multiple) * multiple
 
 
 def next_power_of_two(number: int) -> int:
-    """The smallest power of two that is not below ``number``; 1 for 0."""
+    """Smallest power of two that is at least ``number``; 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def is_power_of_two(number: int) -> bool:
-    """1, 2, 4, ..."""
+    """Whether ``number`` is 1, 2, 4, ..."""
     return number > 0 and number & (number - 1) == 0

@@ -1,4 +1,4 @@
-"""Lines for people: styled on a terminal, plain and without control characters anywhere else."""
+"""Console lines: styled on a terminal, plain and without control characters elsewhere."""
 
 import io
 import os
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.text import Text
 
 PLAIN_WIDTH = 100
-"""Columns of the final table where there is no terminal to ask."""
+"""Columns of the final table without a terminal."""
 
 
 class Terminal:
-    """Prints lines for people, on a terminal or into a file.
+    """Prints lines to a terminal or a file.
 
     Args:
-        file: where to print; standard output when None.
-        width: columns; the terminal's own when None.
+        file: None: standard output.
+        width: columns; None: the terminal's.
     """
 
     def __init__(self, file: TextIO | None = None, width: int | None = None) -> None:
         stream = file if file is not None else sys.stdout
         if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
             stream.reconfigure(errors="replace")  # a sample's name must not end the run
-        # Asked of the stream itself: rich also believes FORCE_COLOR, which batch systems set for log files.
+        # Not rich's own test, which obeys FORCE_COLOR: batch systems set it for log files.
         self.live = _is_terminal(stream)
         if width is None and not self.live:
             width = _columns_from_environment() or PLAIN_WIDTH
@@ -43,17 +43,17 @@ class Terminal:
         self._line(text, "dim")
 
     def warn(self, text: str) -> None:
-        """One line that a person should read."""
+        """One warning."""
         self._line(f"warning: {text}", "yellow")
 
     def error(self, text: str) -> None:
-        """One line that says why the run stops."""
+        """One line with the reason why the run stops."""
         self._line(f"error: {text}", "bold red")
 
     def _line(self, text: str, style: str) -> None:
         text = one_line(text)
         if text:
-            # A log file wants one line per message; a terminal wraps by itself, and wraps words with rich.
+            # One line per message in a log file; on a terminal rich wraps at words.
             self.rich.print(Text(text, style=style), soft_wrap=not self.live)
 
 

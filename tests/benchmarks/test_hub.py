@@ -242,7 +242,7 @@ print(json.dumps([time.monotonic() - start, benchmark.source.value, benchmark.no
         )
     assert done.returncode == 0, done.stderr
     seconds, source, note, message = json.loads(done.stdout.splitlines()[-1])
-    assert seconds < 5 + 3  # a slow import of the libraries included
+    assert seconds < 20  # the libraries alone would retry for minutes
     assert source == "sample"
     assert "127.0.0.1 cannot be reached" in note
     assert "\n" not in note + message

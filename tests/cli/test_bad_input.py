@@ -1,16 +1,25 @@
 """What a user can get wrong: one line that names the key and the remedy, a status, and no traceback."""
 
+import copy
 import errno
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import subspec.runs.loading
 import subspec.runs.runner
+from subspec.config.help_text import GROUPS
+from subspec.config.schema import register_schemas
+from subspec.errors import ConfigError
+from subspec.utils.paths import conf_dir
 from tests.helpers.cli import cli, records_of, summary_of, tiny_run
 from tests.helpers.tiny import edit_config, tiny_checkpoint
 
@@ -191,6 +200,17 @@ CHECKS = {
 }
 """Refused by the run before anything is loaded."""
 
+THROUGH_THE_COMMAND_LINE = (
+    "nothing to quantize with",
+    "bits of no class",
+    "empty folder name",
+    "no path",
+    "no budget",
+    "unknown profile",
+    "resume without folder",
+)
+"""Cases of which the command line has a part, and one of each kind."""
+
 FILES = {
     "missing": (
         "benchmark.path={root}/none.jsonl",
@@ -258,12 +278,40 @@ def refused(places, run_dir, arguments, code, line):
     cli(*tiny_run(places / "tiny", run_dir), *more).refused(code, line)
 
 
-@pytest.mark.parametrize("case", CHECKS)
-def test_checks(places, tmp_path, monkeypatch, case):
+@pytest.fixture(scope="module")
+def composed(places):
+    """``composed(groups)``: the configuration of a good run with these options of groups; composed once each."""
+    register_schemas()
+
+    @cache
+    def compose_once(groups):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("config", [*tiny_run(places / "tiny", "unused"), *groups])
+
+    return lambda groups: copy.deepcopy(compose_once(groups))
+
+
+@pytest.mark.parametrize("case", [name for name in CHECKS if name not in THROUGH_THE_COMMAND_LINE])
+def test_checks(places, composed, tmp_path, monkeypatch, case):
+    """Refused by the runner. The command line is left out: composing would take most of the time."""
+
     def load(*arguments, **options):
         raise AssertionError("the target was loaded before the configuration was refused")
 
     monkeypatch.setattr(subspec.runs.runner, "load", load)
+    arguments, line = CHECKS[case]
+    texts = arguments.replace("{root}", str(places)).split()
+    groups = tuple(text for text in texts if text.partition("=")[0] in GROUPS)
+    cfg = composed(groups)
+    for key, _, value in (text.partition("=") for text in texts if text not in groups):
+        OmegaConf.update(cfg, key, yaml.safe_load(value))
+    with pytest.raises(ConfigError, match=line) as caught:
+        subspec.runs.runner.run(cfg, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", THROUGH_THE_COMMAND_LINE)
+def test_checks_through_the_command_line(places, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     arguments, line = CHECKS[case]
     refused(places, tmp_path / "run", arguments, 2, line)
@@ -355,7 +403,7 @@ def test_prompts_longer_than_the_cache_are_skipped_and_counted(places, tmp_path)
     assert summary_of(tmp_path / "none")["totals"]["tokens_per_s"] is None
 
 
-@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False)])
 def test_debugging_shows_the_traceback(places, tmp_path, monkeypatch, value, shown):
     monkeypatch.setenv("SUBSPEC_DEBUG", value)
     for wrong in ("tree.dept=3", "quant=none"):

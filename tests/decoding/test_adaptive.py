@@ -6,22 +6,22 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import IterationOutcome
 
 
-def grow_until_it_stops(growth, per_level):
+def grow_until_it_stops(policy, per_level):
     """Levels drafted when every level keeps the share ``per_level`` of the last one's mass in its best node."""
-    tree = Tree(growth.capacity, torch.device("cpu"))
+    tree = Tree(policy.capacity, torch.device("cpu"))
     frontier = tree.plant(torch.tensor([0]))
     vocab = 8
     odds = torch.full((vocab,), (1 - per_level) / (vocab - 1))
     odds[0] = per_level
-    while growth.wants_level(tree):
-        frontier = growth.grow(tree, frontier, odds.log().expand(frontier.numel(), vocab), 1.0)
+    while policy.wants_level(tree):
+        frontier = policy.grow(tree, frontier, odds.log().expand(frontier.numel(), vocab), 1.0)
     return tree
 
 
-def taught(growth, accepted, levels=6, draft_s=0.0, verify_s=1.0, times=5):
+def taught(policy, accepted, levels=6, draft_s=0.0, verify_s=1.0, times=5):
     for _ in range(times):
-        growth.learn(IterationOutcome(levels, levels + 1, accepted, draft_s, verify_s))
-    return growth
+        policy.learn(IterationOutcome(levels, levels + 1, accepted, draft_s, verify_s))
+    return policy
 
 
 def adaptive(**options):

@@ -139,7 +139,7 @@ def test_no_token_that_a_filter_excludes_is_exact():
 def test_the_end_of_a_text_is_audited(model, tokens, reason, right):
     engine = engine_for(model, eos_token_ids=())
     text = engine.generate(PROMPT, max_new_tokens=21).token_ids[:tokens]
-    ending = (engine.emission(PROMPT, max_new_tokens=20), reason)
+    ending = (engine.output_buffer(PROMPT, max_new_tokens=20), reason)
     result = Auditor(TargetModel(model)).audit(PROMPT, text, ending=ending)
     assert result.exact == tokens
     assert result.ending is right
@@ -149,12 +149,12 @@ def test_the_end_of_a_text_is_audited(model, tokens, reason, right):
 def test_an_end_of_sequence_token_that_was_run_over_is_a_mismatch(model):
     text = engine_for(model, eos_token_ids=()).generate(PROMPT, max_new_tokens=12).token_ids
     engine = engine_for(model, eos_token_ids=(text[5],))
-    replay = engine.emission(PROMPT, max_new_tokens=12)
+    replay = engine.output_buffer(PROMPT, max_new_tokens=12)
     assert (
         Auditor(TargetModel(model)).audit(PROMPT, text, ending=(replay, FinishReason.length)).ending is False
     )
     cut = text[: text.index(text[5]) + 1]
-    replay = engine.emission(PROMPT, max_new_tokens=12)
+    replay = engine.output_buffer(PROMPT, max_new_tokens=12)
     assert Auditor(TargetModel(model)).audit(PROMPT, cut, ending=(replay, FinishReason.eos)).ending is True
 
 

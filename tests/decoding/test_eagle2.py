@@ -18,15 +18,15 @@ CPU = torch.device("cpu")
 VOCAB = 9
 
 
-def expanded(growth, seed, logits_of=None):
+def expanded(policy, seed, logits_of=None):
     """A tree grown from random logits (or from ``logits_of(rows)``), before re-ranking."""
     generator = torch.Generator().manual_seed(seed)
-    tree = Tree(growth.capacity, CPU)
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([seed % VOCAB]))
-    while growth.wants_level(tree):
+    while policy.wants_level(tree):
         rows = frontier.numel()
         logits = logits_of(rows) if logits_of else torch.randn(rows, VOCAB, generator=generator) * 2
-        frontier = growth.grow(tree, frontier, logits, 1.0)
+        frontier = policy.grow(tree, frontier, logits, 1.0)
     return tree
 
 
@@ -47,9 +47,9 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(2, 40), st.
 @given(shapes)
 def test_every_frontier_node_gets_its_best_children_and_the_best_of_these_go_on(made):
     depth, width, total, seed = made
-    growth = Eagle2(depth, width, total)
+    policy = Eagle2(depth, width, total)
     generator = torch.Generator().manual_seed(seed)
-    tree = Tree(growth.capacity, CPU)
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([0]))
     rows = 0
     for level in range(depth):
@@ -61,7 +61,7 @@ def test_every_frontier_node_gets_its_best_children_and_the_best_of_these_go_on(
             for row, node in enumerate(frontier)
             for token in log_probs[row].topk(width).indices.tolist()
         }
-        frontier = growth.grow(tree, frontier, logits, 1.0)
+        frontier = policy.grow(tree, frontier, logits, 1.0)
         new = range(tree.size - len(expected), tree.size)
         got = {(int(tree.parents[n]), int(tree.tokens[n])): float(tree.scores[n]) for n in new}
         assert got.keys() == expected.keys()
@@ -70,24 +70,24 @@ def test_every_frontier_node_gets_its_best_children_and_the_best_of_these_go_on(
         best = sorted((float(tree.scores[n]) for n in new), reverse=True)[:width]
         assert tree.scores[frontier].tolist() == best
         assert tree.depths[frontier].tolist() == [level + 1] * width
-    assert tree.size == growth.capacity == drafted_nodes(depth, width)
-    assert rows == growth.draft_rows
-    assert not growth.wants_level(tree)
+    assert tree.size == policy.capacity == drafted_nodes(depth, width)
+    assert rows == policy.draft_rows
+    assert not policy.wants_level(tree)
 
 
 @settings(max_examples=60)
 @given(shapes)
 def test_re_ranking_keeps_the_best_nodes_and_renumbers_them(made):
     depth, width, total, seed = made
-    growth = Eagle2(depth, width, total)
-    tree = expanded(growth, seed)
+    policy = Eagle2(depth, width, total)
+    tree = expanded(policy, seed)
     before, size = described(tree), tree.size
     tokens, parents = tree.tokens[:size].clone(), tree.parents[:size].tolist()
-    growth.finish(tree)
+    policy.finish(tree)
     # The root scores 0, every other node less or as much with a larger number.
     best = sorted(range(size), key=lambda node: (-list(before.values())[node], node))[:total]
     kept = sorted(best)
-    assert tree.size == len(kept) == min(total, size) == growth.pass_nodes
+    assert tree.size == len(kept) == min(total, size) == policy.pass_nodes
     assert tree.tokens[: tree.size].tolist() == tokens[kept].tolist()
     assert tree.drafted_number(torch.arange(tree.size)).tolist() == kept
     assert [kept[parent] for parent in tree.parents[: tree.size].tolist()] == [parents[node] for node in kept]
@@ -105,17 +105,17 @@ def test_re_ranking_keeps_the_best_nodes_and_renumbers_them(made):
 @pytest.mark.parametrize("total", range(2, 20))
 def test_between_equal_scores_ancestors_are_kept(total, logit):
     """One certain token (60: a probability of 1 in float32, so a chain of equal scores), or none preferred at all."""
-    growth = Eagle2(4, 3, total)
+    policy = Eagle2(4, 3, total)
 
     def logits_of(rows):
         logits = torch.zeros(rows, VOCAB)
         logits[:, 4] = logit
         return logits
 
-    tree = expanded(growth, 0, logits_of)
+    tree = expanded(policy, 0, logits_of)
     if logit:
         assert float(tree.scores.max()) == 0 == float(tree.scores[tree.size - 9 : tree.size].max())
-    growth.finish(tree)
+    policy.finish(tree)
     assert tree.size == total
     kept = tree.drafted_number(torch.arange(tree.size)).tolist()
     assert kept == sorted(set(kept))
@@ -127,10 +127,10 @@ def test_between_equal_scores_ancestors_are_kept(total, logit):
 
 
 def test_no_child_scores_higher_than_its_parent_however_it_is_rounded():
-    growth = Eagle2(5, 3, 30)
+    policy = Eagle2(5, 3, 30)
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-6, 1.0, 30.0, 1e4):
-        tree = expanded(growth, 0, lambda rows, s=scale: torch.randn(rows, VOCAB, generator=generator) * s)
+        tree = expanded(policy, 0, lambda rows, s=scale: torch.randn(rows, VOCAB, generator=generator) * s)
         assert (tree.scores[: tree.size] <= tree.scores[tree.parents[: tree.size]]).all()
 
 
@@ -138,10 +138,10 @@ def test_no_child_scores_higher_than_its_parent_however_it_is_rounded():
 @given(shapes, st.integers(0, 2**31))
 def test_verification_of_what_was_kept_is_a_walk_through_it(made, choice_seed):
     depth, width, total, seed = made
-    growth = Eagle2(depth, width, total)
-    tree = expanded(growth, seed)
+    policy = Eagle2(depth, width, total)
+    tree = expanded(policy, seed)
     levels = tree.levels
-    growth.finish(tree)
+    policy.finish(tree)
     parents, tokens = tree.parents[: tree.size].tolist(), tree.tokens[: tree.size].tolist()
     chosen = torch.randint(0, VOCAB, (tree.size,), generator=torch.Generator().manual_seed(choice_seed))
     node, path, emitted = 0, [0], []
@@ -152,23 +152,23 @@ def test_verification_of_what_was_kept_is_a_walk_through_it(made, choice_seed):
             break
         node = children[0]
         path.append(node)
-    verdict = verify(tree, chosen, levels)
+    acceptance = verify(tree, chosen, levels)
     deepest = max(len(path_to(parents, n)) - 1 for n in range(tree.size))
-    assert verdict.read_with_depth() == (path, emitted, deepest)
-    assert verdict.bonus.tolist() == emitted[-1:]
-    assert verdict.path(len(path)).tolist() == path
+    assert acceptance.read() == (path, emitted, deepest)
+    assert acceptance.bonus.tolist() == emitted[-1:]
+    assert acceptance.path(len(path)).tolist() == path
 
 
 def test_a_new_tree_has_nothing_of_one_that_was_re_ranked():
-    growth = Eagle2(3, 3, 6)
-    tree = expanded(growth, 1)
-    growth.finish(tree)
-    fresh = expanded(growth, 2)
+    policy = Eagle2(3, 3, 6)
+    tree = expanded(policy, 1)
+    policy.finish(tree)
+    fresh = expanded(policy, 2)
     frontier = tree.plant(torch.tensor([2]))
     generator = torch.Generator().manual_seed(2)
-    while growth.wants_level(tree):
+    while policy.wants_level(tree):
         logits = torch.randn(frontier.numel(), VOCAB, generator=generator) * 2
-        frontier = growth.grow(tree, frontier, logits, 1.0)
+        frontier = policy.grow(tree, frontier, logits, 1.0)
     for name in ("tokens", "parents", "depths", "scores", "ancestors"):
         assert torch.equal(getattr(tree, name), getattr(fresh, name))
     assert torch.equal(tree.drafted_number(frontier), frontier)
@@ -176,9 +176,9 @@ def test_a_new_tree_has_nothing_of_one_that_was_re_ranked():
 
 def test_rows_behind_the_kept_nodes_are_not_seen_by_them():
     """A pass rounds its rows up on a GPU: it then takes leftovers of the larger tree along."""
-    growth = Eagle2(4, 3, 10)
-    tree = expanded(growth, 3)
-    growth.finish(tree)
+    policy = Eagle2(4, 3, 10)
+    tree = expanded(policy, 3)
+    policy.finish(tree)
     assert not tree.ancestors[:10, 10:].any()
 
 
@@ -219,26 +219,26 @@ def test_a_draft_of_captured_levels_refuses_a_part_of_one():
     from tests.levels.test_captured_draft import fused_draft, model_of
 
     model = model_of("qwen2", CPU, vocab_size=640)
-    growth, generator = Beam(3, 3), torch.Generator().manual_seed(0)
-    tree = Tree(growth.capacity, CPU)
+    policy, generator = Beam(3, 3), torch.Generator().manual_seed(0)
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([0]))
     for _ in range(3):
-        frontier = growth.grow(tree, frontier, torch.randn(frontier.numel(), 11, generator=generator), 1.0)
+        frontier = policy.grow(tree, frontier, torch.randn(frontier.numel(), 11, generator=generator), 1.0)
     with pytest.raises(ValueError, match="1 of 3 nodes"):
         fused_draft(model, CPU).expand(tree, tree.last_level[:1])
 
 
 def test_a_draft_that_yields_no_numbers_still_makes_a_tree():
     """What is kept has its parents, so nothing but a whole path can be accepted."""
-    growth = Eagle2(4, 3, 9)
-    tree = Tree(growth.capacity, CPU)
+    policy = Eagle2(4, 3, 9)
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([0]))
     for level in range(4):
         logits = torch.randn(frontier.numel(), VOCAB, generator=torch.Generator().manual_seed(level))
         if level:
             logits[-1, level] = torch.nan
-        frontier = growth.grow(tree, frontier, logits, 1.0)
-    growth.finish(tree)
+        frontier = policy.grow(tree, frontier, logits, 1.0)
+    policy.finish(tree)
     assert not tree.scores[: tree.size].isnan().any()
     for node in range(1, tree.size):
         parent = int(tree.parents[node])

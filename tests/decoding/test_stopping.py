@@ -9,7 +9,7 @@ from tokenizers import decoders
 
 from subspec.decoding.growing_text import DecodingRule, GrowingText, decoding_rule
 from subspec.decoding.result import FinishReason
-from subspec.decoding.stopping import Emission, eos_ids, hidden_tokens
+from subspec.decoding.stopping import OutputBuffer, eos_ids, hidden_tokens
 from subspec.errors import ConfigError
 from tests.helpers import tokenizers
 from tests.helpers.tiny import END_ID, tiny_tokenizer
@@ -53,17 +53,17 @@ def plainly(tokenizer, ids, stop, eos, most):
 
 
 def emitted(tokenizer, ids, sizes, stop=(), eos=(), most=10**6, streamed=True):
-    """The emission of ``ids`` in blocks of ``sizes``, and the pieces of text that were streamed."""
-    emission = Emission(eos_token_ids=eos, max_new_tokens=most, stop=stop, tokenizer=tokenizer)
+    """The output of ``ids`` in blocks of ``sizes``, and the pieces of text that were streamed."""
+    output = OutputBuffer(eos_token_ids=eos, max_new_tokens=most, stop=stop, tokenizer=tokenizer)
     pieces, start, sizes = [], 0, iter(sizes)
-    while start < len(ids) and emission.finish_reason is None:
+    while start < len(ids) and output.finish_reason is None:
         block = ids[start : start + next(sizes, 1)]
-        kept = emission.add(block)
+        kept = output.add(block)
         assert kept == block[: len(kept)]
         start += len(block)
         if streamed:
-            pieces.append(emission.new_text())
-    return emission, pieces
+            pieces.append(output.new_text())
+    return output, pieces
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -83,11 +83,11 @@ def test_blocks_end_where_single_tokens_do(name, data):
     most = data.draw(st.integers(1, 45))
     expected = plainly(tokenizer, ids, stop, eos, most)
     for streamed in (True, False):
-        emission, pieces = emitted(tokenizer, ids, sizes, stop, eos, most, streamed)
-        assert (emission.token_ids, emission.finish_reason, emission.text()) == expected
-        if streamed and emission.finish_reason is not None:
-            assert "".join(pieces) == emission.text()
-        assert emission.text().startswith("".join(pieces))
+        output, pieces = emitted(tokenizer, ids, sizes, stop, eos, most, streamed)
+        assert (output.token_ids, output.finish_reason, output.text()) == expected
+        if streamed and output.finish_reason is not None:
+            assert "".join(pieces) == output.text()
+        assert output.text().startswith("".join(pieces))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -111,16 +111,16 @@ def test_a_stop_string_of_byte_tokens_inside_a_run_of_them(blocks):
     """A later byte turns the whole run into replacement characters: the text of the block does not hold the string."""
     ids = CHECK * 8 + CHECK[:1]
     assert "✅" not in decode(byte_fallback(), ids)
-    emission, pieces = emitted(byte_fallback(), ids, blocks, stop=["✅"])
-    assert (emission.token_ids, emission.finish_reason, emission.text()) == (CHECK, FinishReason.stop, "")
+    output, pieces = emitted(byte_fallback(), ids, blocks, stop=["✅"])
+    assert (output.token_ids, output.finish_reason, output.text()) == (CHECK, FinishReason.stop, "")
     assert "".join(pieces) == ""
 
 
 def test_a_run_of_byte_tokens_is_streamed_when_it_cannot_change():
     tokenizer = byte_fallback()
     (letter,) = [tokenizer.convert_tokens_to_ids("x")]
-    emission = Emission(eos_token_ids=(), max_new_tokens=99, tokenizer=tokenizer)
-    pieces = [emission.add([token]) and emission.new_text() for token in [letter, *CHECK, *CHECK, letter]]
+    output = OutputBuffer(eos_token_ids=(), max_new_tokens=99, tokenizer=tokenizer)
+    pieces = [output.add([token]) and output.new_text() for token in [letter, *CHECK, *CHECK, letter]]
     assert pieces == ["x", "", "", "", "", "", "", "✅✅x"]
     broken, pieces = emitted(tokenizer, [letter, *CHECK, *CHECK[:1], letter], [1] * 9, most=6)
     assert "".join(pieces) == broken.text() == "x" + "\ufffd" * 4 + "x"
@@ -130,26 +130,26 @@ def test_a_split_character_is_streamed_when_it_is_complete():
     tokenizer = tiny_tokenizer()
     ids = tokenizer("a漢b").input_ids
     assert len(ids) == 5
-    emission = Emission(eos_token_ids=(), max_new_tokens=99, tokenizer=tokenizer)
-    pieces = [emission.add([token]) and emission.new_text() for token in ids]
+    output = OutputBuffer(eos_token_ids=(), max_new_tokens=99, tokenizer=tokenizer)
+    pieces = [output.add([token]) and output.new_text() for token in ids]
     assert pieces == ["a", "", "", "漢", "b"]
 
 
 def test_the_beginning_of_a_stop_string_is_held_back():
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "xababc"]
-    emission, pieces = emitted(tokenizer, ids, [1] * 6, stop=["abc", "bb"])
+    output, pieces = emitted(tokenizer, ids, [1] * 6, stop=["abc", "bb"])
     assert pieces == ["x", "", "", "ab", "", ""]
-    assert emission.text() == "xab"
-    emission, pieces = emitted(tokenizer, ids[:3], [1] * 3, stop=["abc"], most=3)
-    assert (pieces, emission.finish_reason) == (["x", "", "ab"], FinishReason.length)
+    assert output.text() == "xab"
+    output, pieces = emitted(tokenizer, ids[:3], [1] * 3, stop=["abc"], most=3)
+    assert (pieces, output.finish_reason) == (["x", "", "ab"], FinishReason.length)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_without_a_rule_text_is_streamed_at_the_end(name):
-    emission, pieces = emitted(made(name), list(range(40, 80)), [4] * 10, most=40)
+    output, pieces = emitted(made(name), list(range(40, 80)), [4] * 10, most=40)
     assert pieces[:-1] == [""] * 9
-    assert pieces[-1] == emission.text() != ""
+    assert pieces[-1] == output.text() != ""
 
 
 # ---------------------------------------------------------------------------------- how a tokenizer decodes
@@ -196,8 +196,8 @@ def test_a_long_text_is_not_decoded_again_and_again(name, monkeypatch):
         GrowingText, "_decode", lambda self, ids: decoded.append(len(ids)) or decode(self, ids)
     )
     ids = list(range(270, 300)) * 60
-    emission, pieces = emitted(made(name), ids, [7] * 999, stop=["never \0"], most=len(ids))
-    assert "".join(pieces) == emission.text() == made(name).decode(ids, skip_special_tokens=True)
+    output, pieces = emitted(made(name), ids, [7] * 999, stop=["never \0"], most=len(ids))
+    assert "".join(pieces) == output.text() == made(name).decode(ids, skip_special_tokens=True)
     assert sum(decoded) < 5 * len(ids)
 
 
@@ -207,22 +207,22 @@ def test_a_long_text_is_not_decoded_again_and_again(name, monkeypatch):
 @pytest.mark.parametrize("blocks", [[1] * 9, [5], [2, 3]])
 def test_a_special_token_as_stop_string_ends_the_text_like_an_eos(blocks):
     tokenizer = tiny_tokenizer()
-    emission, pieces = emitted(tokenizer, [70, 71, END_ID, 72, 73], blocks, stop=["<|im_end|>"])
-    assert (emission.token_ids, emission.finish_reason) == ([70, 71, END_ID], FinishReason.stop)
-    assert emission.text() == tokenizer.decode([70, 71]) == "".join(pieces)
+    output, pieces = emitted(tokenizer, [70, 71, END_ID, 72, 73], blocks, stop=["<|im_end|>"])
+    assert (output.token_ids, output.finish_reason) == ([70, 71, END_ID], FinishReason.stop)
+    assert output.text() == tokenizer.decode([70, 71]) == "".join(pieces)
 
 
 def test_a_special_token_that_is_an_eos_is_one_first():
-    emission, _ = emitted(tiny_tokenizer(), [70, END_ID, 71], [3], stop=["<|im_end|>"], eos=(END_ID,))
-    assert (emission.token_ids, emission.finish_reason) == ([70, END_ID], FinishReason.eos)
+    output, _ = emitted(tiny_tokenizer(), [70, END_ID, 71], [3], stop=["<|im_end|>"], eos=(END_ID,))
+    assert (output.token_ids, output.finish_reason) == ([70, END_ID], FinishReason.eos)
 
 
 def test_a_special_token_that_is_spelled_out_is_a_stop_string_like_any_other():
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "a<|im_end|>b"]
-    emission, pieces = emitted(tokenizer, ids, [4] * 9, stop=["<|im_end|>"])
-    assert emission.token_ids == ids[:-1]
-    assert emission.text() == "a" == "".join(pieces)
+    output, pieces = emitted(tokenizer, ids, [4] * 9, stop=["<|im_end|>"])
+    assert output.token_ids == ids[:-1]
+    assert output.text() == "a" == "".join(pieces)
 
 
 @pytest.mark.parametrize("name", ["byte-level", "byte fallback"])
@@ -231,8 +231,8 @@ def test_an_added_token_that_is_shown_is_found_in_the_text(name):
     token = tokenizer.convert_tokens_to_ids("<shown✅>")
     assert "<shown✅>" not in hidden_tokens(tokenizer)
     for stop in ("<shown✅>", "wn✅"):
-        emission, _ = emitted(tokenizer, [300, token, 301], [3], stop=[stop])
-        assert (emission.token_ids, emission.finish_reason) == ([300, token], FinishReason.stop)
+        output, _ = emitted(tokenizer, [300, token, 301], [3], stop=[stop])
+        assert (output.token_ids, output.finish_reason) == ([300, token], FinishReason.stop)
 
 
 def test_which_tokens_are_hidden():
@@ -247,7 +247,7 @@ def test_which_tokens_are_hidden():
 
 def test_a_stop_string_around_a_special_token_is_refused():
     with pytest.raises(ConfigError, match=r"stop='<\|im_end\|>\\n' .*'<\|im_end\|>'"):
-        Emission(eos_token_ids=(), max_new_tokens=9, stop=["<|im_end|>\n"], tokenizer=tiny_tokenizer())
+        OutputBuffer(eos_token_ids=(), max_new_tokens=9, stop=["<|im_end|>\n"], tokenizer=tiny_tokenizer())
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -256,23 +256,23 @@ def test_a_stop_string_around_a_special_token_is_refused():
 def test_one_string_is_one_stop_string():
     tokenizer = tiny_tokenizer()
     ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "ehtthe"]
-    emission, _ = emitted(tokenizer, ids, [99], stop="the")
-    assert emission.finish_reason is FinishReason.stop
-    assert emission.text() == "eht"
+    output, _ = emitted(tokenizer, ids, [99], stop="the")
+    assert output.finish_reason is FinishReason.stop
+    assert output.text() == "eht"
 
 
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ConfigError, match=r"stop=.*tokenizer"):
-        Emission(eos_token_ids=(), max_new_tokens=9, stop=["x"])
+        OutputBuffer(eos_token_ids=(), max_new_tokens=9, stop=["x"])
 
 
 def test_without_a_tokenizer_there_is_no_text():
-    emission = Emission(eos_token_ids=(5,), max_new_tokens=3)
-    assert emission.add([1, 2]) == [1, 2]
-    assert emission.finish_reason is None
-    assert emission.add([3, 4, 5]) == [3]
-    assert emission.finish_reason is FinishReason.length
-    assert (emission.text(), emission.new_text()) == (None, "")
+    output = OutputBuffer(eos_token_ids=(5,), max_new_tokens=3)
+    assert output.add([1, 2]) == [1, 2]
+    assert output.finish_reason is None
+    assert output.add([3, 4, 5]) == [3]
+    assert output.finish_reason is FinishReason.length
+    assert (output.text(), output.new_text()) == (None, "")
 
 
 class Named:

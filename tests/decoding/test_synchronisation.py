@@ -33,16 +33,19 @@ def model():
 
 def fake_engine(model, sampling, own_cache=False):
     draft = SubstituteDraft(share_parameters(model))
-    growth = Beam(4, 3)
+    policy = Beam(4, 3)
     if own_cache:
-        size = {"max_length": 64, "draft_rows": growth.draft_rows, "vocab_size": model.config.vocab_size}
-        draft = SeparateCacheDraft(draft, draft.decoder, **size)
-    return Engine(TargetModel(model), draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
+        size = {"max_length": 64, "draft_rows": policy.draft_rows, "vocab_size": model.config.vocab_size}
+        draft = SeparateCacheDraft(draft, draft.model, **size)
+    return Engine(TargetModel(model), draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
 
 
-@pytest.mark.parametrize("own_cache", [False, True], ids=["shared cache", "own cache"])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
-def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, own_cache, monkeypatch):
+@pytest.mark.parametrize(
+    ("sampling", "own_cache"),
+    zip(SAMPLINGS, (False, True), strict=True),
+    ids=["greedy", "sampling, own cache"],
+)
+def test_an_iteration_reads_nothing_back_but_the_acceptance(model, sampling, own_cache, monkeypatch):
     # Fake tensors cannot draw with a generator; the real noise is covered by the test on a GPU below.
     monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
@@ -50,34 +53,37 @@ def test_an_iteration_reads_nothing_back_but_the_verdict(model, sampling, own_ca
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])[0]
         for iteration in range(2):
             engine._draft(root, most_levels=10)
-            hidden, verdict = verified(engine)
-            assert hidden.shape == (13, 64)
+            hidden, acceptance = verified(engine)
+            assert hidden.final.shape == (13, 64)
             with pytest.raises((DataDependentOutputException, RuntimeError)):
-                verdict.read()  # the one read-back of an iteration; on fake tensors it has to fail
+                acceptance.read()  # the one read-back of an iteration; on fake tensors it has to fail
             # Once in the middle of the tree, once down to the level that the draft never ran.
-            engine._commit(verdict, 3 if iteration == 0 else 5, hidden)
-            root = verdict.bonus
+            engine._commit(acceptance, 3 if iteration == 0 else 5, hidden)
+            root = acceptance.bonus
         assert engine.cache.length == 17
         if own_cache:
             assert engine.draft.cache.length == 17
 
 
-@pytest.mark.parametrize("growth", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
-def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampling, growth, monkeypatch):
+@pytest.mark.parametrize(
+    ("sampling", "policy"),
+    zip(SAMPLINGS, (Beam(4, 3), Eagle2(4, 3, 9)), strict=True),
+    ids=["greedy beam", "sampled eagle2"],
+)
+def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampling, policy, monkeypatch):
     monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
     head = random_head(SHAPES["qwen2"])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         decoder = TargetModel(model)
-        draft = EagleDraft(head, decoder, growth)
-        engine = Engine(decoder, draft, growth, sampling=sampling, max_length=64, prefill_chunk=4)
+        draft = EagleDraft(head, decoder, policy)
+        engine = Engine(decoder, draft, policy, sampling=sampling, max_length=64, prefill_chunk=4)
         root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])[0]
         for accepted in (3, 1):
             engine._draft(root, most_levels=10)
-            hidden, verdict = verified(engine)
-            assert hidden.shape == (growth.pass_nodes, 64)
-            engine._commit(verdict, accepted, hidden)
-            root = verdict.bonus
+            hidden, acceptance = verified(engine)
+            assert hidden.final.shape == (policy.pass_nodes, 64)
+            engine._commit(acceptance, accepted, hidden)
+            root = acceptance.bonus
         assert draft.cache.length == engine.cache.length - 1 == 12
 
 
@@ -104,13 +110,13 @@ def operations(engine):
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])[0]
         engine._draft(root, 10)
-        hidden, verdict = verified(engine)
-        engine._commit(verdict, 1, hidden)
+        hidden, acceptance = verified(engine)
+        engine._commit(acceptance, 1, hidden)
         with OperationCount() as drafting:
             engine._draft(root, 10)
         with OperationCount() as verifying:
             verified(engine)[1].read()
-    assert engine.tree.size == engine.growth.pass_nodes
+    assert engine.tree.size == engine.policy.pass_nodes
     return drafting.count, verifying.count
 
 
@@ -124,32 +130,32 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_nodes(samplin
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("growth", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])
+@pytest.mark.parametrize("policy", [Beam(4, 3), Eagle2(4, 3, 9)], ids=["beam", "eagle2"])
 @pytest.mark.parametrize("kind", ["substitute", "eagle"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampling"])
 @pytest.mark.parametrize("bitwise", [False, True], ids=["modules", "bitwise"])
-def test_no_synchronisation_on_a_gpu(sampling, kind, growth, bitwise):
+def test_no_synchronisation_on_a_gpu(sampling, kind, policy, bitwise):
     model = tiny_model("llama").cuda().bfloat16()
     decoder = TargetModel(model)
     if bitwise:
         decoder.bitwise = BitwiseArithmetic(model, dict.fromkeys(ROLES, CANDIDATES[2]))
     if kind == "eagle":
-        draft = EagleDraft(random_head(SHAPES["qwen2"]).cuda().bfloat16(), decoder, growth)
+        draft = EagleDraft(random_head(SHAPES["qwen2"]).cuda().bfloat16(), decoder, policy)
     else:
         draft = SubstituteDraft(share_parameters(model))
-    engine = Engine(decoder, draft, growth, sampling=sampling, max_length=64, prefill_chunk=8)
+    engine = Engine(decoder, draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
     with torch.inference_mode():
         root = engine._prefill([1, 2, 3])[0]
         engine._draft(root, 10)
-        hidden, verdict = verified(engine)
-        verdict.read()
-        engine._commit(verdict, 1, hidden)
+        hidden, acceptance = verified(engine)
+        acceptance.read()
+        engine._commit(acceptance, 1, hidden)
         torch.cuda.set_sync_debug_mode("error")
         try:
             engine._draft(root, 10)
-            hidden, verdict = verified(engine)
-            engine._commit(verdict, 2, hidden)
+            hidden, acceptance = verified(engine)
+            engine._commit(acceptance, 2, hidden)
             with pytest.raises(RuntimeError, match="synchroniz"):
-                verdict.read()
+                acceptance.read()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -65,10 +65,10 @@ def test_verify_follows_the_targets_choices_like_a_walk(made, seed):
             break
         node = children[0]
         path.append(node)
-    verdict = verify(tree, chosen)
-    assert verdict.read() == (path, emitted)
-    assert verdict.bonus.tolist() == emitted[-1:]
-    assert verdict.path(len(path)).tolist() == path
+    acceptance = verify(tree, chosen)
+    assert acceptance.read()[:2] == (path, emitted)
+    assert acceptance.bonus.tolist() == emitted[-1:]
+    assert acceptance.path(len(path)).tolist() == path
 
 
 def test_tree_refuses_more_nodes_than_it_has_room_for():
@@ -100,8 +100,8 @@ def test_planting_again_leaves_nothing_of_the_old_tree():
 )
 def test_beam_keeps_the_best_of_all_children(seed, width, depth, temperature):
     generator = torch.Generator().manual_seed(seed)
-    growth, vocab = Beam(depth, width), 7
-    tree = Tree(growth.capacity, CPU)
+    policy, vocab = Beam(depth, width), 7
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([0]))
     for _ in range(depth):
         logits = torch.randn(frontier.numel(), vocab, generator=generator) * 2
@@ -112,21 +112,21 @@ def test_beam_keeps_the_best_of_all_children(seed, width, depth, temperature):
             for token in range(vocab)
         }
         best = sorted(every.values(), reverse=True)[:width]
-        frontier = growth.grow(tree, frontier, logits, temperature)
+        frontier = policy.grow(tree, frontier, logits, temperature)
         got = [(int(tree.parents[n]), int(tree.tokens[n])) for n in frontier]
         assert len(set(got)) == width
         torch.testing.assert_close(tree.scores[frontier], torch.tensor(best), rtol=1e-5, atol=1e-5)
         for key, score in zip(got, tree.scores[frontier].tolist(), strict=True):
             assert every[key] == pytest.approx(score, abs=1e-4)
-    assert tree.size == growth.capacity
-    assert not growth.wants_level(tree)
+    assert tree.size == policy.capacity
+    assert not policy.wants_level(tree)
 
 
 def test_scores_survive_depths_where_half_precision_would_underflow():
-    growth = Beam(48, 2)
-    tree = Tree(growth.capacity, CPU)
+    policy = Beam(48, 2)
+    tree = Tree(policy.capacity, CPU)
     frontier = tree.plant(torch.tensor([0]))
-    while growth.wants_level(tree):
-        frontier = growth.grow(tree, frontier, torch.zeros(frontier.numel(), 50), 1.0)
+    while policy.wants_level(tree):
+        frontier = policy.grow(tree, frontier, torch.zeros(frontier.numel(), 50), 1.0)
     expected = torch.full((2,), -48 * torch.tensor(50.0).log().item())
     torch.testing.assert_close(tree.scores[frontier], expected)

@@ -57,11 +57,11 @@ def test_published_heads_load_and_run(tmp_path, family, shape, options):
     for name, tensor in random_head(SHAPES[shape], 3).state_dict().items():
         assert torch.equal(head.head.state_dict()[name], tensor.bfloat16().float())
     model = tiny_model(family, layers=2)
-    growth = Eagle2(4, 3, 20)
+    policy = Eagle2(4, 3, 20)
     decoder = TargetModel(model)
     assert head.head.shape.kv_heads == (4 if shape == "qwen2" else 2)
     assert decoder.num_kv_heads == 2
-    engine = Engine(decoder, EagleDraft(head.head, decoder, growth), growth, max_length=64, prefill_chunk=2)
+    engine = Engine(decoder, EagleDraft(head.head, decoder, policy), policy, max_length=64, prefill_chunk=2)
     assert engine.generate(PROMPT, max_new_tokens=20).token_ids == hf_greedy(model, PROMPT, 20)
 
 

@@ -107,10 +107,10 @@ def test_captured_levels_do_not_grow_eagle2s_tree(draft):
 def test_the_published_settings_are_the_defaults():
     config = to_config(composed("draft=eagle2", "tree=eagle2"))
     check_against_target(config, large_model())
-    growth = build_tree_policy(config.tree)
-    assert isinstance(growth, Eagle2)
-    assert (growth.max_depth, growth.width, growth.total_tokens) == (6, 10, 60)
-    assert (growth.capacity, growth.pass_nodes, growth.draft_rows) == (511, 60, 51)
+    policy = build_tree_policy(config.tree)
+    assert isinstance(policy, Eagle2)
+    assert (policy.max_depth, policy.width, policy.total_tokens) == (6, 10, 60)
+    assert (policy.capacity, policy.pass_nodes, policy.draft_rows) == (511, 60, 51)
     assert (config.draft.temperature, config.draft.path) == (1.0, None)
 
 

@@ -11,17 +11,17 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts.layer_skip import chosen_layers, skip_layers, spread, streamed_layers, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
-from tests.drafts.test_separate_cache import GROWTHS
+from tests.drafts.test_separate_cache import POLICIES
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
 
 
-def engine_with(model, layers, growth, **options):
+def engine_with(model, layers, policy, **options):
     draft = SubstituteDraft(skip_layers(model, layers), 1.0) if layers else None
     options = {"max_length": 256, "prefill_chunk": 4, **options}
-    return Engine(TargetModel(model), draft, growth if layers else None, **options)
+    return Engine(TargetModel(model), draft, policy if layers else None, **options)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def model():
     return tiny_model("qwen2", layers=4, std=0.08)
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
-def test_greedy_text_is_transformers_own_for_every_tree(model, growth):
-    engine = engine_with(model, (0, 1, 3), GROWTHS[growth]())
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_text_is_transformers_own_for_every_tree(model, policy):
+    engine = engine_with(model, (0, 1, 3), POLICIES[policy]())
     for prompt in (PROMPT, PROMPT[::-1]):
         assert engine.generate(prompt, max_new_tokens=25).token_ids == hf_greedy(model, prompt, 25)
 
@@ -39,14 +39,14 @@ def test_greedy_text_is_transformers_own_for_every_tree(model, growth):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_is_transformers_own_for_every_family(family):
     model = tiny_model(family, layers=3, std=0.08)
-    engine = engine_with(model, (0, 2), GROWTHS["beam"]())
+    engine = engine_with(model, (0, 2), POLICIES["beam"]())
     assert engine.generate(PROMPT, max_new_tokens=15).token_ids == hf_greedy(model, PROMPT, 15)
 
 
 def test_some_of_it_is_accepted_and_all_layers_are_a_perfect_draft(model):
     iterations = {}
     for layers in ((0, 1, 3), (0, 1, 2, 3)):
-        result = engine_with(model, layers, GROWTHS["chain"]()).generate(PROMPT, max_new_tokens=1 + 28)
+        result = engine_with(model, layers, POLICIES["chain"]()).generate(PROMPT, max_new_tokens=1 + 28)
         iterations[len(layers)] = result.stats.iterations
     assert iterations[4] == 4  # depth 6: seven tokens a pass
     assert 4 < iterations[3] < 28
@@ -55,7 +55,7 @@ def test_some_of_it_is_accepted_and_all_layers_are_a_perfect_draft(model):
 def test_samples_are_those_of_plain_decoding(model):
     sampling = Sampling(0.8, 20, 0.9)
     plain = engine_with(model, None, None, sampling=sampling)
-    engine = engine_with(model, (0, 3), GROWTHS["beam"](), sampling=sampling)
+    engine = engine_with(model, (0, 3), POLICIES["beam"](), sampling=sampling)
     for seed in range(2):
         expected = plain.generate(PROMPT, max_new_tokens=20, seed=seed).token_ids
         assert engine.generate(PROMPT, max_new_tokens=20, seed=seed).token_ids == expected
@@ -65,7 +65,7 @@ def test_samples_are_those_of_plain_decoding(model):
 def test_a_kept_layer_uses_the_cache_rows_of_its_own_number(family):
     """The reference: transformers' own model, its skipped layers made to do nothing, on the target's exact cache."""
     model, layers = tiny_model(family, layers=4), (0, 2, 3)
-    engine = engine_with(model, layers, GROWTHS["chain"]())
+    engine = engine_with(model, layers, POLICIES["chain"]())
     with torch.inference_mode():
         root = engine._prefill(PROMPT)[0]
         logits = engine.draft.expand(engine.tree, engine.tree.plant(root))

@@ -22,11 +22,11 @@ from subspec.drafts.eagle_head import EagleShape
 from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
 from subspec.planning.plan import plan_run
-from subspec.records.table import PLANTED_DRAFT
+from subspec.records.summary_table import PLANTED_DRAFT
 from subspec.report.collect import collect
 from subspec.report.rows import make_rows
 from subspec.session import assemble_streamed
-from subspec.targets.layers import open_source
+from subspec.targets.load import open_source
 from tests.config.test_config import composed
 from tests.helpers.cli import cli, records_of, summary_of
 from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES
@@ -183,7 +183,7 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit():
         assert found["EAGLE head"] == sum(parameter.nbytes for parameter in draft.head.parameters())
         prompt = [5, 17, 33, 99]
         result = assembly.engine.generate(prompt, max_new_tokens=6)
-        audit = Auditor(assembly.decoder, assembly.sampling).audit(prompt, result.token_ids)
+        audit = Auditor(assembly.target, assembly.sampling).audit(prompt, result.token_ids)
         assert audit.mismatch == 0
         assert found["EAGLE KV cache"] == draft.cache.nbytes
         assert assembly.draft_facts["planted"]

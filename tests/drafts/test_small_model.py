@@ -35,7 +35,7 @@ from subspec.drafts.small_model import (
 from subspec.errors import ConfigError, SubspecError
 from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed
-from subspec.targets.layers import open_source
+from subspec.targets.load import open_source
 from subspec.targets.planted import planted_config
 from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -113,7 +113,7 @@ def test_a_loaded_small_model_knows_every_token_of_the_target(tmp_path, tie, voc
     tokens = torch.tensor([3, min(vocab, target_vocab) - 1, 7])
     decoder = TargetModel(model)
     cache = decoder.new_cache(max_length=8, draft_rows=0, target_rows=8)
-    logits = decoder.logits(decoder.append(tokens, cache))
+    logits = decoder.logits(decoder.append(tokens, cache).final)
     torch.testing.assert_close(
         logits, reference(tokens[None]).logits[0, :, :target_vocab], rtol=1e-4, atol=1e-5
     )
@@ -140,7 +140,7 @@ def test_what_is_not_there_is_refused_in_the_drafts_own_words(tmp_path):
 
 def test_a_window_or_too_few_positions_are_refused(tmp_path):
     short = tiny_model("llama", max_positions=100).config
-    with pytest.raises(ConfigError, match=r"max_length=128 exceeds the 100 tokens .* planted:tiny_draft"):
+    with pytest.raises(ConfigError, match=r"max_length=128 exceeds the 100 .* planted:tiny_draft"):
         check_small_model(small("planted:tiny_draft"), short)
     moving = tiny_model("llama").config
     moving.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -211,7 +211,7 @@ def test_the_plan_counts_what_a_streamed_small_model_takes(path):
     found = {item.name: item for item in plan.items}
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
     draft = assembly.engine.draft
-    assert found["small model"].bytes == storage_bytes(draft.decoder.model.parameters())
+    assert found["small model"].bytes == storage_bytes(draft.model.model.parameters())
     assert found["small model's KV"].bytes == draft.cache.nbytes
     assert assembly.engine.cache.draft_rows == 0
     assert found["KV cache"].note.startswith("0 + 128 + ")
@@ -219,10 +219,10 @@ def test_the_plan_counts_what_a_streamed_small_model_takes(path):
         "model.embed_tokens.weight",
         "model.norm.weight",
     }  # the table is untied: a level reads a few rows
-    others = sum(p.nbytes for n, p in draft.decoder.model.named_parameters() if n in looked_up)
+    others = sum(p.nbytes for n, p in draft.model.model.named_parameters() if n in looked_up)
     assert plan.level_read_bytes == found["small model"].bytes - others
     # The fused levels read the very bytes that the prompt pass reads.
-    known = {p.untyped_storage().data_ptr() for p in draft.decoder.model.parameters()}
+    known = {p.untyped_storage().data_ptr() for p in draft.model.model.parameters()}
     fused = draft.levels.model
     tensors = [fused.embedding, fused.head, fused.final_norm]
     for layer in fused.layers:
@@ -267,14 +267,14 @@ def test_streamed_layers_draft_where_they_lie(chosen):
     layers = [layer.cache_layer for layer in fused.layers]
     assert layers == (chosen["layers"] if chosen else list(plan.resident_layers))
     for layer in fused.layers:
-        module = assembly.decoder.base.layers[layer.cache_layer]
+        module = assembly.target.base.layers[layer.cache_layer]
         assert layer.qkv.weight.data_ptr() == module.self_attn.q_proj.weight.data_ptr()
         assert torch.equal(
             layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"])
         )
         assert layer.gate_up.weight.data_ptr() == module.mlp.gate_proj.weight.data_ptr()
         assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
-    assert fused.embedding.data_ptr() == assembly.decoder.table.data_ptr()
+    assert fused.embedding.data_ptr() == assembly.target.table.data_ptr()
     assert assembly.draft_facts["layers"] == layers
     assembly.close()
 
@@ -299,7 +299,7 @@ def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
     result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=5, seed=3)
-    audit = Auditor(assembly.decoder, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
+    audit = Auditor(assembly.target, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
     assert audit.mismatch == 0
     assert result.stats.drafted_nodes > 0
     assembly.close()

@@ -6,8 +6,8 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.modules import quantize_model
 from tests.helpers.drafts import hf_greedy, substitute_of
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -47,8 +47,8 @@ def test_every_nodes_logits_are_those_of_its_own_branch_after_the_exact_prefix(f
     model = tiny_model(family, layers=2)
     substitute = substitute_of(model)
     draft = SubstituteDraft(substitute)
-    growth = Beam(4, 3)
-    engine = Engine(TargetModel(model), draft, growth, max_length=64, prefill_chunk=4)
+    policy = Beam(4, 3)
+    engine = Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=4)
     seen = {}
     expand = draft.expand
 
@@ -105,4 +105,4 @@ def test_bits_by_module_and_a_quantized_head_change_no_token(unpack, tie):
     assert torch.equal(model.get_output_embeddings().weight, exact)
     with torch.inference_mode():
         x = torch.randn(2, model.config.hidden_size)
-        assert not torch.equal(draft.decoder.logits(x), TargetModel(model).logits(x))
+        assert not torch.equal(draft.model.logits(x), TargetModel(model).logits(x))

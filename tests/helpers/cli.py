@@ -16,8 +16,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from subspec.cli.run import main
 
@@ -52,14 +55,21 @@ class Ran:
 
 
 def cli(*arguments: object) -> Ran:
-    """``python -m subspec.run ARGUMENTS`` without the process. What it does not expect comes through."""
+    """``python -m subspec.run ARGUMENTS`` without the process. Unexpected exceptions come through.
+
+    Hydra composes every configuration twice, the first time only to read ``hydra.mode``. The flag ``-m`` decides here.
+    """
     out, err = io.StringIO(), io.StringIO()
     argv, environment, threads = sys.argv, dict(os.environ), torch.get_num_threads()
     sys.argv = ["subspec"]
     os.environ["COLUMNS"] = "200"  # no line is broken, however long the folders' names are
     torch.set_num_threads(1)  # a tiny model gains nothing, and threads of busy machines wait for each other
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(Hydra, "get_mode", return_value=None),
+        ):
             main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return Ran(stop.code, out.getvalue(), err.getvalue())
@@ -115,3 +125,9 @@ def timeless(records: list[dict]) -> list[dict]:
 def summary_of(run_dir: Path) -> dict:
     """The summary of a run."""
     return json.loads((Path(run_dir) / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Sweeps draw no report: six plots take longer than tiny jobs. Import this fixture to use it."""
+    monkeypatch.setattr("subspec.sweeps.sweeper.write_report", lambda *_: None)

@@ -4,48 +4,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subspec.decoding.draft import Draft
 from subspec.decoding.engine import Engine
+from subspec.decoding.hidden import FINAL_HIDDEN, Hidden
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.decoding.verify import Verdict
+from subspec.decoding.verify import Acceptance
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.modules import quantize_model
 
 CPU = torch.device("cpu")
 
 
-class RandomDraft:
+class RandomDraft(Draft):
     """Proposes noise."""
 
-    needs_features = False
-    shares_cache = False
-    temperature = 1.0
-
     def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        super().__init__(1.0)
         self.vocab_size = vocab_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def begin(self, cache: KVCache) -> None:
         pass
 
-    def observe(self, tokens: Tensor, features: Tensor | None) -> None:
-        pass
-
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         return torch.randn(frontier.numel(), self.vocab_size, generator=self.generator) * 3
 
-    def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         pass
 
 
 class OracleDraft(RandomDraft):
     """Proposes the next tokens of a given text, and remembers the features it was shown."""
 
-    needs_features = True
+    wants = FINAL_HIDDEN
 
     def __init__(self, vocab_size: int, future: list[int]) -> None:
         super().__init__(vocab_size)
@@ -53,9 +49,9 @@ class OracleDraft(RandomDraft):
         self.position = 0
         self.features: list[Tensor] = []
 
-    def observe(self, tokens: Tensor, features: Tensor | None) -> None:
-        assert features is not None
-        self.features.append(features)
+    def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
+        assert hidden is not None
+        self.features.append(hidden)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         at = self.position + tree.levels + 1
@@ -64,10 +60,10 @@ class OracleDraft(RandomDraft):
             logits[:, self.future[at]] = 20.0
         return logits
 
-    def commit(self, tree: Tree, path: Tensor, features: Tensor | None) -> None:
-        assert features is not None
-        assert features.shape[0] == path.numel()
-        self.features.append(features)
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
+        assert hidden is not None
+        assert hidden.shape[0] == path.numel()
+        self.features.append(hidden)
         self.position += path.numel()
 
 
@@ -85,19 +81,19 @@ def substitute_of(
 
 def engine_for(
     model: PreTrainedModel,
-    growth: TreePolicy | None = None,
+    policy: TreePolicy | None = None,
     *,
     bits: int = 4,
     sampling: Sampling | None = None,
     **options: object,
 ) -> Engine:
-    """Plain decoding without a growth, else drafting with a substitute."""
-    draft = SubstituteDraft(substitute_of(model, bits=bits)) if growth is not None else None
+    """Plain decoding without a policy, else drafting with a substitute."""
+    draft = SubstituteDraft(substitute_of(model, bits=bits)) if policy is not None else None
     options = {"max_length": 256, "prefill_chunk": 16, **options}
-    return Engine(TargetModel(model), draft, growth, sampling=sampling, **options)
+    return Engine(TargetModel(model), draft, policy, sampling=sampling, **options)
 
 
-def verified(engine: Engine) -> tuple[Tensor, Verdict]:
+def verified(engine: Engine) -> tuple[Hidden, Acceptance]:
     """The hidden states of a target pass over the engine's whole tree, and what it accepts."""
     hidden, logits = engine._score(engine.tree.size)
     return hidden, engine._judge(logits, engine.tree.levels)

@@ -50,7 +50,7 @@ def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHea
 
 def eagle_engine(
     model: PreTrainedModel,
-    growth: TreePolicy,
+    policy: TreePolicy,
     shape: str = "qwen2",
     *,
     seed: int = 0,
@@ -58,10 +58,24 @@ def eagle_engine(
     **options: object,
 ) -> Engine:
     """An engine that drafts with a random head."""
-    decoder = TargetModel(model)
-    draft = EagleDraft(random_head(SHAPES[shape], seed), decoder, growth)
+    target = TargetModel(model)
+    draft = EagleDraft(random_head(SHAPES[shape], seed), target, policy)
     options = {"max_length": 256, "prefill_chunk": 16, **options}
-    return Engine(decoder, draft, growth, sampling=sampling, **options)
+    return Engine(target, draft, policy, sampling=sampling, **options)
+
+
+def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0) -> Tensor:
+    """Predicted features [batch, n, hidden] of whole texts at once, by transformers' own attention.
+
+    Args:
+        embeddings, features: [batch, n, hidden].
+        first: position of the first row.
+    """
+    count = embeddings.shape[1]
+    x = head.fc(torch.cat([embeddings, features], dim=-1))
+    mask = torch.full((count, count), torch.finfo(x.dtype).min).triu(1)[None, None]
+    tables = head.rotary(x, torch.arange(first, first + count)[None])
+    return head.layers[0](x, attention_mask=mask, position_embeddings=tables)
 
 
 def published(

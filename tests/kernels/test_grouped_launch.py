@@ -2,13 +2,13 @@
 
 import torch
 
-from subspec.kernels.grouped_launch import PartLaunch, float_bits
+from subspec.kernels.grouped_launch import GroupedLaunch, float_bits
 
 
 def test_blocks_follow_each_other_and_the_table_says_where_each_part_begins():
     calls = []
     flat = torch.zeros(3)
-    launch = PartLaunch(
+    launch = GroupedLaunch(
         lambda **call: calls.append(call), [([7, -1], 3), ([8, 1 << 40], 2)], 128, flat.device
     )
     launch(flat)

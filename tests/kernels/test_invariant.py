@@ -1,8 +1,8 @@
 """Batch-invariant passes: the bits of a row are those of a pass that holds it alone.
 
 On a CPU Triton's interpreter runs the kernels, with products whose order per element is fixed
-(:func:`ordered_products`): what is tested there is the order of operations. On a GPU the same tests run the compiled
-kernels, on more shapes.
+(:func:`ordered_products`), which tests the order of operations. On a GPU the same tests run the compiled kernels, on
+more shapes.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ gpu = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def ordered_products(monkeypatch):
-    """NumPy's matrix product, which the interpreter takes, orders a row's sum by the row's place in the matrix."""
+    """Replace NumPy's matrix product in the interpreter: its order of a row's sum depends on the row's place."""
     if torch.cuda.is_available():
         return
     from triton.runtime import interpreter
@@ -67,7 +67,7 @@ def random_tree(nodes, generator, deepest=None):
     for node in range(1, nodes):
         allowed = [n for n in range(node) if deepest is None or depths[n] < deepest]
         parent = allowed[int(torch.randint(len(allowed), (1,), generator=generator))]
-        # Deep trees are the rule: two of three nodes go on where the last one ended.
+        # Two of three nodes continue the last one, so that trees are deep.
         if torch.rand(1, generator=generator) < 0.66 and depths[node - 1] < (deepest or nodes):
             parent = node - 1
         ancestors[node] |= ancestors[parent]
@@ -247,7 +247,7 @@ def test_products_of_real_shapes(sizes, k, rows, bias, partial):
             if "out of resource" not in str(error):
                 raise
     assert outs
-    # What a card finds to be the fastest must not decide the bits.
+    # Bits must not depend on the tile shape that is fastest on a card.
     assert all(torch.equal(outs[0], other) for other in outs[1:])
 
 
@@ -307,7 +307,7 @@ def check_passes(family, shape, lengths, nodes, seed):
             cache = decoder.new_cache(
                 max_length=len(text) + nodes, draft_rows=len(parts) % 7, target_rows=max(*parts, nodes)
             )
-            hidden = torch.cat([decoder.append(part, cache) for part in text.split(parts)])
+            hidden = torch.cat([decoder.append(part, cache).final for part in text.split(parts)])
             begin = cache.draft_rows
             runs.append((decoder.logits(hidden), cache.rows[:, :, :, begin : begin + len(text)], cache))
         for logits, rows, _ in runs[1:]:
@@ -318,20 +318,22 @@ def check_passes(family, shape, lengths, nodes, seed):
         tokens = torch.randint(decoder.vocab_size, (nodes,), generator=generator).to(device)
         ancestors, depths = ancestors.to(device), depths.to(device)
         batch = TokenBatch(tokens, depths, past, cache.target_view(nodes), int(depths.max()), ancestors)
-        logits = decoder.logits(decoder.run(batch))
+        logits = decoder.logits(decoder.forward(batch).final)
         for node in {0, nodes // 2, nodes - 1, int(depths.argmax())}:
             path = ancestors[node].nonzero()[:, 0]
             own = decoder.new_cache(max_length=past + nodes, draft_rows=0, target_rows=max(past, nodes))
             decoder.append(text, own)
             for step in path:
-                last = decoder.append(tokens[step : step + 1], own)
+                last = decoder.append(tokens[step : step + 1], own).final
             assert same_bits(decoder.logits(last), logits[node : node + 1])
     return model, text, runs[0][0]
 
 
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("family", "shape"), [*(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[:2]), SHAPES[2]]
+)
 def test_every_pass_gives_a_token_the_same_logits(family, shape):
-    model, text, logits = check_passes(family, {**shape, "layers": 1}, [3, 2], 3, seed=0)
+    model, text, logits = check_passes(family, {**shape, "layers": 1}, [2, 1], 3, seed=0)
     with torch.inference_mode():
         expected = model.float()(text[None]).logits[0]
     # The interpreter cuts bfloat16 off where a GPU rounds it.
@@ -377,7 +379,7 @@ def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
         monkeypatch.setattr("subspec.decoding.bitwise.MLP_ROWS", most)
         cache = decoder.new_cache(max_length=32, draft_rows=0, target_rows=20)
         with torch.inference_mode():
-            found.append(decoder.append(text, cache))
+            found.append(decoder.append(text, cache).final)
     assert decoder.bitwise.shapes.mlp_piece(20) == 16
     assert same_bits(*found)
 
@@ -407,7 +409,11 @@ def test_shorter_texts_need_no_more_than_longer_ones(heads):
 # ------------------------------------------------------------------------------------------- whole texts
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.9)], ids=["greedy", "sampling"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(0.8, top_p=0.9)],
+    ids=["greedy", "sampling"],
+)
 def test_a_drafted_text_is_plain_decodings_and_its_audit_compares_bits(sampling):
     device = device_of_tests()
     shape = {
@@ -419,11 +425,11 @@ def test_a_drafted_text_is_plain_decodings_and_its_audit_compares_bits(sampling)
         "vocab_size": 64,
     }
     model = tiny_model("llama", **shape).to(device, torch.bfloat16)
-    prompt, count = [5, 17, 33], 9
+    prompt, count = [5, 17, 33], 6
     texts = []
-    for growth in (None, Beam(3, 2)):
-        draft = SubstituteDraft(share_parameters(model)) if growth else None
-        engine = Engine(arithmetic(model), draft, growth, sampling=sampling, max_length=32, prefill_chunk=2)
+    for policy in (None, Beam(3, 2)):
+        draft = SubstituteDraft(share_parameters(model)) if policy else None
+        engine = Engine(arithmetic(model), draft, policy, sampling=sampling, max_length=32, prefill_chunk=2)
         engine.keeps_digests = True
         texts.append(engine.generate(prompt, max_new_tokens=count, seed=3))
     plain, drafted = texts

@@ -12,9 +12,9 @@ from subspec.drafts.layer_skip import skip_layers
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
-from subspec.levels.build import fuse_model
+from subspec.levels.build import level_model
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.dense import check_fused, dense_layer
+from subspec.levels.dense import check_level_support, dense_layer
 from subspec.levels.model import Attention
 from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
 from tests.helpers.tiny import FAMILIES, tiny_model
@@ -34,18 +34,17 @@ def fused_model(model, device, layers):
     for index in layers:
         tensors = {name: p.data for name, p in model.model.layers[index].named_parameters()}
         fused.append(dense_layer(flat_layer(tensors, torch.bfloat16, device), cache_layer=index))
-    shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
-    return fuse_model(model.config, fused, shared, model.model.rotary_emb)
+    return level_model(model, fused)
 
 
-def own_cache(levels, small, growth, vocab_size):
+def own_cache(levels, small, policy, vocab_size):
     return SeparateCacheDraft(
         levels,
         TargetModel(small),
         max_length=96,
-        draft_rows=growth.draft_rows,
+        draft_rows=policy.draft_rows,
         vocab_size=vocab_size,
-        width=growth.width,
+        width=policy.width,
     )
 
 
@@ -77,7 +76,7 @@ def test_a_flat_layer_is_the_layer(family):
 @pytest.mark.parametrize("kind", ["layer_skip", "small_model"])
 def test_a_fused_tree_is_the_module_by_module_one(kind, device):
     device = torch.device(device)
-    model, growth = model_of("qwen2", device), Beam(3, 3)
+    model, policy = model_of("qwen2", device), Beam(3, 3)
     if kind == "layer_skip":
         layers = (0, 2)
         drafts = [
@@ -90,21 +89,21 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
             SubstituteDraft(small, 1.0),
             CapturedDraft(fused_model(small, device, (0, 1)), 1.0, attention=Attention(splits=4)),
         )
-        drafts = [own_cache(each, small, growth, 320) for each in levels]
-    engines = [Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=4) for draft in drafts]
+        drafts = [own_cache(each, small, policy, 320) for each in levels]
+    engines = [Engine(TargetModel(model), draft, policy, max_length=96, prefill_chunk=4) for draft in drafts]
     rows = []
     with torch.inference_mode():
         reference = engines[0].tree
         for engine in engines:
             frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
             logits = []
-            for _ in range(growth.max_depth):
+            for _ in range(policy.max_depth):
                 out = engine.draft.expand(engine.tree, frontier).clone()
                 logits.append(out)
                 if engine is engines[0]:
-                    frontier = growth.grow(engine.tree, frontier, out, 1.0)
+                    frontier = policy.grow(engine.tree, frontier, out, 1.0)
                 else:  # the reference's tree for both, so that a near-tie does not end the comparison
-                    part = slice(engine.tree.size, engine.tree.size + growth.width)
+                    part = slice(engine.tree.size, engine.tree.size + policy.width)
                     frontier = engine.tree.append(
                         reference.tokens[part], reference.parents[part], reference.scores[part]
                     )
@@ -112,14 +111,14 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
         for expected, got in zip(*rows, strict=True):
             assert same(expected, got)
         if kind == "layer_skip":
-            kept = [engine.cache.rows[list(layers)][:, :, :, : growth.draft_rows] for engine in engines]
+            kept = [engine.cache.rows[list(layers)][:, :, :, : policy.draft_rows] for engine in engines]
             assert same(*kept)
-            assert (engines[1].cache.rows[1, :, :, : growth.draft_rows] == 0).all()
+            assert (engines[1].cache.rows[1, :, :, : policy.draft_rows] == 0).all()
             return
         # Accept a path down to the deepest level: the last node has not run.
         leaf = reference.size - 1
         path = reference.ancestors[leaf, : reference.size].nonzero()[:, 0]
-        assert path.numel() == growth.max_depth + 1
+        assert path.numel() == policy.max_depth + 1
         for engine in engines:
             engine.draft.commit(engine.tree, path, None)
             assert engine.draft.cache.length == len(PROMPT) + path.numel()
@@ -134,10 +133,10 @@ def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(devi
     from subspec.decoding.audit import Auditor
 
     device = torch.device(device)
-    model, growth = model_of("llama", device, layers=1), Beam(2, 1)
+    model, policy = model_of("llama", device, layers=1), Beam(2, 1)
     levels = CapturedDraft(fused_model(model, device, (0,)), 1.0, attention=Attention(splits=2))
-    draft = own_cache(levels, model, growth, 320)
-    engine = Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=16)
+    draft = own_cache(levels, model, policy, 320)
+    engine = Engine(TargetModel(model), draft, policy, max_length=96, prefill_chunk=16)
     count = 60 if device.type == "cuda" else 8
     for _ in range(2 if device.type == "cuda" else 1):  # the second text replays the first one's graphs
         result = engine.generate(PROMPT, max_new_tokens=count)
@@ -150,24 +149,24 @@ def test_graphs_are_captured_once():
     from subspec.decoding.audit import Auditor
 
     device = torch.device("cuda")
-    model, growth = model_of("llama", device, layers=2), Beam(6, 3)
+    model, policy = model_of("llama", device, layers=2), Beam(6, 3)
     small = model_of("llama", device, layers=2)
     levels = CapturedDraft(fused_model(small, device, (0, 1)), 1.0)
-    draft = own_cache(levels, small, growth, 320)
-    engine = Engine(TargetModel(model), draft, growth, max_length=96, prefill_chunk=16)
+    draft = own_cache(levels, small, policy, 320)
+    engine = Engine(TargetModel(model), draft, policy, max_length=96, prefill_chunk=16)
     engine.prepare(PROMPT)
-    captured = draft.graphs_captured
+    captured = draft.facts()["graphs_captured"]
     assert captured == 6 + 1  # every level, and the one token behind the prefix
     for _ in range(2):
         result = engine.generate(PROMPT, max_new_tokens=60)
         assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
         assert draft.cache.length == engine.cache.length
-    assert draft.graphs_captured == captured
+    assert draft.facts()["graphs_captured"] == captured
 
 
 def test_shapes_and_types_that_the_kernels_do_not_know_are_refused():
     config = model_of("llama", "cpu", hidden_size=96, heads=4).config
     with pytest.raises(ConfigError, match=r"^draft has heads of 24 numbers"):
-        check_fused(config, torch.bfloat16, "draft")
+        check_level_support(config, torch.bfloat16, "draft")
     with pytest.raises(ConfigError, match=r"^draft is in float32"):
-        check_fused(model_of("llama", "cpu").config, torch.float32, "draft")
+        check_level_support(model_of("llama", "cpu").config, torch.float32, "draft")

@@ -11,14 +11,13 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
-from subspec.levels.build import ROLES, LayerFuser, fuse_model
+from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
-from subspec.levels.quantization import fused_quantization
-from subspec.quant.affine_format import TILES
-from subspec.quant.codebook_format import LutFormat
-from subspec.quant.higgs_weight import HiggsCodeQuantizer
+from subspec.levels.quantization import level_quantization
+from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.level_linear import Variant
+from subspec.quant.weight_format import TILES
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -31,17 +30,16 @@ def model_of(family, device):
 
 
 def fused_draft(model, device, kernel, bits=4):
-    fuser = LayerFuser(
+    builder = SubstituteBuilder(
         model.config,
-        HiggsCodeQuantizer(bits),
+        higgs_quantizer(bits),
         kernel=kernel,
         keep_exact=frozenset(),
-        formats=dict.fromkeys(ROLES, LutFormat(bits)),
+        formats=dict.fromkeys(ROLES, HiggsFormat(bits)),
     )
-    layers = [fuser.fuse(dict(layer.named_parameters()), device) for layer in model.model.layers]
-    shared = {n: p for n, p in model.named_parameters() if "layers." not in n}
-    fused = fuse_model(model.config, layers, shared, model.model.rotary_emb)
-    return CapturedDraft(fused, attention=Attention(splits=4)), fuser
+    layers = [builder.build_layer(dict(layer.named_parameters()), device) for layer in model.model.layers]
+    fused = level_model(model, layers)
+    return CapturedDraft(fused, attention=Attention(splits=4)), builder
 
 
 def module_draft(model, bits=4):
@@ -50,7 +48,7 @@ def module_draft(model, bits=4):
     for layer in substitute.model.layers:
         for name, module in layer.named_modules():
             if name.endswith("_proj"):
-                weight = HiggsCodeQuantizer(bits).codes(module.weight.data).dequantize()
+                weight = higgs_quantizer(bits).quantize(module.weight.data).dequantize()
                 module.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
     return SubstituteDraft(substitute)
 
@@ -60,16 +58,15 @@ def module_draft(model, bits=4):
     ("family", "kernel", "bits"),
     [
         ("qwen2", "lut_mma", 4),
-        ("llama", "lut_triton", 4),
         ("llama", "lut_mma", 3),
-        ("qwen3", "lut_triton", 2),
+        ("qwen3", "lut_mma", 2),
     ],
 )
 def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, device):
     device = torch.device(device)
     model = model_of(family, device)
     logits = []
-    draft, fuser = fused_draft(model, device, kernel, bits)
+    draft, builder = fused_draft(model, device, kernel, bits)
     with torch.inference_mode():
         tree = None
         for other in (module_draft(model, bits), draft):
@@ -77,20 +74,20 @@ def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, d
             frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
             first = engine.draft.expand(engine.tree, frontier).float().clone()
             if tree is None:
-                frontier = engine.growth.grow(engine.tree, frontier, first, 0.2)
+                frontier = engine.policy.grow(engine.tree, frontier, first, 0.2)
                 tree = engine.tree
             else:  # the reference's nodes, so that a near-tie does not end the comparison
                 frontier = engine.tree.append(tree.tokens[1:4], tree.parents[1:4], tree.scores[1:4])
             logits.append(torch.cat([first, engine.draft.expand(engine.tree, frontier).float()]))
     assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 0.08  # bfloat16 in another order
-    assert fuser.bits["qkv"] == pytest.approx(bits + 16 / 128, abs=1e-3)
+    assert builder.bits["qkv"] == pytest.approx(bits + 16 / 128, abs=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(128, 512), (64, 576), (96, 100)])
 def test_codes_come_back_from_their_tensors(bits, shape):
-    quantizer = HiggsCodeQuantizer(bits)
-    codes = quantizer.codes(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    quantizer = higgs_quantizer(bits)
+    codes = quantizer.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     stored = codes.tensors()
     assert sum(t.numel() * t.element_size() for t in stored.values()) == quantizer.stored_bytes(shape, "")
     again = quantizer.restore(stored, shape, "q_proj", torch.device("cpu"))
@@ -101,7 +98,7 @@ def test_codes_come_back_from_their_tensors(bits, shape):
 
 def test_facts_tell_settings_apart():
     facts = [
-        HiggsCodeQuantizer(*settings).facts
+        higgs_quantizer(*settings).facts
         for settings in [
             (4, 2, 256, 512),
             (3, 2, 256, 512),
@@ -116,20 +113,20 @@ def test_facts_tell_settings_apart():
 @pytest.mark.parametrize("role", [*ROLES, "head"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_variant_takes_the_bytes_the_planner_counts(role, bits):
-    format_, n, k = LutFormat(bits), 128, 576
+    format_, n, k = HiggsFormat(bits), 128, 576
     swiglu = role == "gate_up"
     assert str(bits) in format_.key
     for kernel in format_.kernels:
         for variant in format_.variants(kernel, role, n, k):
             linear = format_.random_linear(variant, n, k, torch.device("cpu"), swiglu=swiglu)
             assert linear.nbytes == format_.device_bytes(n, k)
-    assert format_.reference(role, n, k) == Variant("lut_mma", TILES[role])
+    assert format_.reference(role) == Variant("lut_mma", TILES[role])
 
 
 def quantization(quant, kernel="auto"):
     layer = model_of("llama", "cpu").model.layers[0]
     shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
-    return fused_quantization(quant, shapes, (320, 128), kernel=kernel)
+    return level_quantization(quant, shapes, (320, 128), kernel=kernel)
 
 
 def test_the_planner_is_told_what_is_quantized():

@@ -7,26 +7,16 @@ import torch
 from huggingface_hub import constants
 
 from subspec.config.schema import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Placement
-from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.sampling import Sampler, Sampling
 from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.errors import ConfigError
-from subspec.planning.draft_sizes import Situation, draft_sizes
-from subspec.planning.eagle_sizes import level_bytes, settle_bytes
-from subspec.planning.sizes import MIB
 from subspec.session import assemble_streamed
-from subspec.targets.meta_model import empty_model
-from subspec.targets.model_spec import ModelSpec
 from tests.helpers.eagle import QWEN2_BIASES, SHAPES, published
 from tests.helpers.planning import planned, settings
 from tests.helpers.tiny import tiny_model
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
-from tests.planning.test_sizes import Live, two_layers
 
 META = torch.device("meta")
 QWEN2_7B = EagleShape(3584, 28, 28, 128, 18944, QWEN2_BIASES)
@@ -104,72 +94,3 @@ def test_a_plan_alone_fetches_no_head(monkeypatch, tmp_path):
     biases = 2 * (3584 * 5)
     weights = 2 * sum(size.numel() for size in QWEN2_7B.shapes().values())
     assert 0 <= items["EAGLE head"].bytes - weights <= biases
-
-
-# --------------------------------------------------------------------------- formulas against allocations
-
-
-@pytest.mark.parametrize("shape", [QWEN2_7B, EagleShape(3584, 28, 4, 128, 18944)], ids=["28 KV heads", "4"])
-@pytest.mark.parametrize("growth", [Eagle2(6, 10, 60), Beam(6, 4)], ids=["eagle2", "beam"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}])
-def test_levels_and_prompts_hold_what_the_formulas_say(shape, growth, options, monkeypatch):
-    # The fused attention kernels of a GPU need their output alone.
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query)
-    )
-    config = two_layers("qwen2_5_7b")
-    sampling = Sampling(**options)
-    situation = Situation(eagle_settings("unused"), ModelSpec.of(config), 2, growth, sampling)
-    decoder = TargetModel(empty_model(config, torch.bfloat16, META))
-    with META:
-        head = EagleHead(shape).bfloat16()
-    head.rotary.inverse_frequency = head.rotary.inverse_frequency.to(META)
-    draft = EagleDraft(head, decoder, growth)
-    draft.begin(decoder.new_cache(max_length=2048, draft_rows=0, target_rows=512))
-    sampler = Sampler(sampling, decoder.vocab_size, torch.device("cpu"))
-    monkeypatch.setattr(sampler.noise, "_row", lambda position: torch.zeros(decoder.vocab_size, device=META))
-
-    def tokens(count):
-        return torch.zeros(count, dtype=torch.int64, device=META)
-
-    def known(counted):
-        for tensor in (*decoder.model.parameters(), *head.parameters(), draft.cache.rows, draft._predicted):
-            counted.know(tensor)
-
-    with torch.inference_mode():
-        draft.observe(tokens(3), torch.zeros(3, 3584, dtype=torch.bfloat16, device=META))
-        with Live() as counted:
-            known(counted)
-            draft.observe(tokens(512), torch.zeros(512, 3584, dtype=torch.bfloat16, device=META))
-        assert counted.peak <= settle_bytes(shape, 512, 2) + MIB // 4
-        assert settle_bytes(shape, 512, 2) < 1.5 * counted.peak
-        draft.cache.length = 2040
-        tree = Tree(growth.capacity, META)
-        frontier = tree.plant(tokens(1))
-        peak = 0
-        for level in range(3):
-            with Live() as counted:
-                known(counted)
-                logits = sampler.perturb(draft.expand(tree, frontier), 2042 + level)
-                frontier = growth.grow(tree, frontier, logits, 1.0)
-                del logits
-            peak = max(peak, counted.peak)
-        formula = level_bytes(situation, shape)
-        assert peak <= formula + 8 * decoder.vocab_size  # the level's noise, which verification counts
-        assert formula < (2.2 if options else 1.6) * peak  # room for a GPU's sort
-
-
-def test_every_kind_of_piece_is_there(tmp_path):
-    folder = published(tmp_path / "head", SHAPES["llama3"])
-    model = tiny_model("llama").config
-    growth = Beam(3, 2)
-    situation = Situation(eagle_settings(folder), ModelSpec.of(model), 4, growth, Sampling())
-    sizes = draft_sizes(situation)
-    assert [piece.name for piece in sizes.device(0)] == ["EAGLE head", "EAGLE KV cache", "EAGLE features"]
-    assert sizes.host() == []
-    assert sizes.shared_rows == 0
-    decoder = TargetModel(tiny_model("llama"))
-    draft = EagleDraft(EagleHead(SHAPES["llama3"]), decoder, growth)
-    draft.begin(decoder.new_cache(max_length=2048, draft_rows=0, target_rows=16))
-    assert sizes.device(0)[1].bytes == draft.cache.nbytes
-    assert sizes.device(0)[2].bytes == draft._predicted.nbytes

@@ -13,7 +13,7 @@ from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed
-from subspec.targets.layers import open_source
+from subspec.targets.load import open_source
 from tests.helpers.drafts import verified
 from tests.helpers.planning import settings
 
@@ -49,7 +49,7 @@ def tiny_settings(draft: str, codec: Codec, sampled: bool) -> Config:
     ],
 )
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])
-def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec, sampled):
+def test_an_iteration_of_a_streamed_run_waits_for_the_acceptance_alone(draft, codec, sampled):
     config, device = tiny_settings(draft, codec, sampled), torch.device("cuda")
     source = open_source(config.target, torch.bfloat16, device, note=lambda text: None)
     plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
@@ -64,18 +64,18 @@ def test_an_iteration_of_a_streamed_run_waits_for_the_verdict_alone(draft, codec
             root = engine._prefill([1, 2, 3])[0]
             for _ in range(2):  # compiles and captures
                 engine._draft(root, 10)
-                hidden, verdict = verified(engine)
-                verdict.read()
-                engine._commit(verdict, 1, hidden)
+                hidden, acceptance = verified(engine)
+                acceptance.read()
+                engine._commit(acceptance, 1, hidden)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):
                     engine._draft(root, 10)
-                    hidden, verdict = verified(engine)
-                    engine._commit(verdict, 1, hidden)
+                    hidden, acceptance = verified(engine)
+                    engine._commit(acceptance, 1, hidden)
                 with pytest.raises(RuntimeError, match="synchroniz"):
-                    verdict.read()
+                    acceptance.read()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     finally:

@@ -9,13 +9,13 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.errors import SubspecError
-from subspec.levels.build import LayerFuser
+from subspec.levels.build import SubstituteBuilder
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
 from subspec.offload.loader import load_streamed
 from subspec.offload.stream import LayerStreamer
 from subspec.planning.plan import Plan
-from subspec.quant.quantized_weight import HqqCodes
+from subspec.quant.hqq import hqq_quantizer
 from subspec.targets.layer_bytes import PlainCodec, parameter_views, write_layer
 from subspec.utils.pinned import PinnedBuffer
 from tests.helpers.tiny import tiny_model
@@ -27,7 +27,7 @@ PROMPT = [5, 17, 33, 99, 4, 8, 77]
 class ModelSource:
     """A layer source over a model in memory."""
 
-    name = source = "tiny"
+    name = source = identity = "tiny"
     planted = False
     eos_token_ids = ()
     tokenizer = None
@@ -76,9 +76,9 @@ def test_streamed_text_is_the_models(family, resident, slots, device):
     device = torch.device(device)
     model = tiny_model(family, layers=4).to(device)
     expected = Engine(TargetModel(model), max_length=64).generate(PROMPT, max_new_tokens=20).token_ids
-    loaded = load_streamed(ModelSource(model), plan_for(resident, slots), device, fuser=None)
+    loaded = load_streamed(ModelSource(model), plan_for(resident, slots), device)
     try:
-        engine = Engine(loaded.decoder, max_length=64, prefill_chunk=4)
+        engine = Engine(loaded.target, max_length=64, prefill_chunk=4)
         for _ in range(2):
             result = engine.generate(PROMPT, max_new_tokens=20)
             assert result.token_ids == expected
@@ -97,10 +97,10 @@ def test_tied_and_untied_embeddings_wherever_they_live(device, embedding):
         if tie and embedding is Placement.host:
             continue
         model = tiny_model("qwen2", layers=3, tie=tie, vocab_size=331).to(device, torch.bfloat16)
-        loaded = load_streamed(ModelSource(model), plan_for([0], 2, embedding), device, fuser=None)
+        loaded = load_streamed(ModelSource(model), plan_for([0], 2, embedding), device)
         tokens = torch.tensor(PROMPT, device=device)
         if device.type == "cuda" or embedding is Placement.device:
-            assert torch.equal(loaded.decoder.embed(tokens), model.model.embed_tokens(tokens))
+            assert torch.equal(loaded.target.embed(tokens), model.model.embed_tokens(tokens))
         loaded.close()
 
 
@@ -110,34 +110,36 @@ def test_streamed_speculation_passes_the_audit(device):
     from subspec.decoding.audit import Auditor
 
     device = torch.device(device)
-    model = tiny_model("qwen2", layers=3, hidden_size=128, intermediate_size=192).to(device, torch.bfloat16)
+    model = tiny_model("qwen2", layers=2, hidden_size=128, intermediate_size=192).to(device, torch.bfloat16)
     source = ModelSource(model)
-    fuser = LayerFuser(model.config, HqqCodes(), kernel="int4_mma", keep_exact=frozenset())
-    loaded = load_streamed(source, plan_for([1]), device, fuser=fuser, skip_layers=frozenset({1}))
+    builder = SubstituteBuilder(
+        model.config, hqq_quantizer(), kernel="int4_mma", keep_exact=frozenset(), skip_layers=frozenset({1})
+    )
+    loaded = load_streamed(source, plan_for([1]), device, builder=builder)
     engine = Engine(
-        loaded.decoder,
+        loaded.target,
         CapturedDraft(loaded.substitute, attention=Attention(splits=4)),
-        Beam(4, 3),
+        Beam(4, 3) if device.type == "cuda" else Beam(2, 2),
         max_length=96,
     )
-    count = 60 if device.type == "cuda" else 8
+    count = 60 if device.type == "cuda" else 5
     result = engine.generate(PROMPT, max_new_tokens=count)
     assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
     assert result.stats.iterations < count - 1
-    assert fuser.modules == 14
+    assert builder.modules == 7
     loaded.close()
 
 
 def test_an_interrupted_pass_does_not_confuse_the_next():
     model = tiny_model("llama", layers=4)
     expected = Engine(TargetModel(model), max_length=64).generate(PROMPT, max_new_tokens=12).token_ids
-    loaded = load_streamed(ModelSource(model), plan_for([2], 2), torch.device("cpu"), fuser=None)
-    engine = Engine(loaded.decoder, max_length=64)
+    loaded = load_streamed(ModelSource(model), plan_for([2], 2), torch.device("cpu"))
+    engine = Engine(loaded.target, max_length=64)
     engine.generate(PROMPT, max_new_tokens=3)
     for layers_done in (1, 2):
         for _ in range(layers_done):
-            loaded.decoder.streamer.enter()
-            loaded.decoder.streamer.leave()
+            loaded.target.streamer.acquire()
+            loaded.target.streamer.release()
         assert engine.generate(PROMPT, max_new_tokens=12).token_ids == expected
 
 
@@ -148,8 +150,8 @@ def test_layers_come_in_order_through_any_ring():
             streamer = LayerStreamer(layers, slots, torch.device("cpu"))
             for step in range(3 * count + 1):
                 assert streamer.position == step % count
-                assert streamer.slots[streamer.enter()].unique().tolist() == [step % count]
-                streamer.leave()
+                assert streamer.slots[streamer.acquire()].unique().tolist() == [step % count]
+                streamer.release()
     with pytest.raises(ValueError, match="3 ring slots for 2"):
         LayerStreamer(layers[:2], 3, torch.device("cpu"))
 
@@ -180,10 +182,10 @@ def _readers_see_their_own_layer(guard):
     streamer = LayerStreamer([b.tensor for b in buffers], 2, torch.device("cuda"), guard_refills=guard)
     right = torch.zeros(60, dtype=torch.bool, device="cuda")
     for step in range(60):
-        slot = streamer.slots[streamer.enter()]
+        slot = streamer.slots[streamer.acquire()]
         torch.cuda._sleep(20_000_000)  # about ten milliseconds, many copies' worth: the reader is late
         right[step] = (slot == step % count).all()
-        streamer.leave()
+        streamer.release()
     torch.cuda.synchronize()
     share = float(right.float().mean())
     for buffer in buffers:
@@ -207,18 +209,18 @@ def test_streamed_weights_stay_exact_under_load():
     device = torch.device("cuda")
     model = tiny_model("qwen2", layers=6, hidden_size=512, vocab_size=1000).to(device, torch.bfloat16)
     source = ModelSource(model)
-    loaded = load_streamed(source, plan_for([2]), device, fuser=None)
-    streamer = loaded.decoder.streamer
+    loaded = load_streamed(source, plan_for([2]), device)
+    streamer = loaded.target.streamer
     originals = [source.layer(i, device) for i in (0, 1, 3, 4, 5)]
     noise = torch.randn(2048, 2048, device=device)
     good = torch.ones((), dtype=torch.bool, device=device)
     for _ in range(300):
         for original in originals:
-            layer = loaded.decoder._slot_layers[streamer.enter()]
+            layer = loaded.target.feeds[1].acquire(0)
             noise = (noise @ noise).clamp_(-1, 1)
             for name, parameter in layer.named_parameters():
                 good &= (parameter == original[name]).all()
-            streamer.leave()
+            streamer.release()
     assert bool(good)
     loaded.close()
 
@@ -239,5 +241,7 @@ def test_pinned_memory_is_given_back():
 
 
 def test_more_host_memory_than_there_is_ends_in_one_line():
-    with pytest.raises(SubspecError, match=r"GiB of host memory cannot be had.*offload\.resident_layers"):
+    with pytest.raises(
+        SubspecError, match=r"GiB of host memory cannot be allocated.*offload\.resident_layers"
+    ):
         PinnedBuffer(1 << 62, pin=False)

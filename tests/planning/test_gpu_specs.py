@@ -1,7 +1,7 @@
 import pytest
 
 from subspec.errors import ConfigError
-from subspec.planning.gpu_specs import CARDS, find_card
+from subspec.planning.gpu_specs import GPU_SPECS, find_gpu
 
 
 @pytest.mark.parametrize(
@@ -19,29 +19,29 @@ from subspec.planning.gpu_specs import CARDS, find_card
     ],
 )
 def test_a_card_is_found_however_it_is_spelt(said, name):
-    assert find_card(said).name == name
+    assert find_gpu(said).name == name
 
 
 @pytest.mark.parametrize("said", ["RTX 9090", "", "rtx", "Radeon"])
 def test_an_unknown_card_lists_the_known_ones(said):
     with pytest.raises(ConfigError, match=r"unknown card; known are .*RTX 4090.*offload\.link_gb_per_s"):
-        find_card(said)
+        find_gpu(said)
 
 
 def test_an_ambiguous_card_lists_the_candidates():
     with pytest.raises(ConfigError, match=r"any of A100 40GB, A100 80GB PCIe, A100 80GB SXM"):
-        find_card("A100")
+        find_gpu("A100")
 
 
 def test_every_card_finds_itself_and_its_figures_are_of_a_plausible_size():
-    for card in CARDS:
-        assert find_card(card.name) is card
+    for card in GPU_SPECS:
+        assert find_gpu(card.name) is card
         assert 8 <= card.vram_gib <= 192
         assert 5 < card.link_gb_per_s < 60
         assert card.memory_gb_per_s > 4 * card.link_gb_per_s
 
 
 def test_link_rates():
-    assert find_card("H200").link_gb_per_s == 55.5
-    assert find_card("RTX 4090").link_gb_per_s == pytest.approx(27.4, abs=0.05)
-    assert find_card("RTX 4060").link_gb_per_s == pytest.approx(13.7, abs=0.05)
+    assert find_gpu("H200").link_gb_per_s == 55.5
+    assert find_gpu("RTX 4090").link_gb_per_s == pytest.approx(27.4, abs=0.05)
+    assert find_gpu("RTX 4060").link_gb_per_s == pytest.approx(13.7, abs=0.05)

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
-from subspec.planning.sizes import GIB, MIB
+from subspec.planning.allocator import GIB, MIB, headroom
+from subspec.planning.memory_layout import MemoryLayout
+from subspec.planning.plan import choose
+from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
 
@@ -39,15 +42,15 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
     logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
     attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
-    activations = attention + 2 * (3 * 18944 + 2 * 3584 + 4 * 3584)
-    assert found["draft level"] == logits + 6 * activations + 32 * MIB  # 0.04 GiB
+    level = logits + 6 * (attention + 2 * 14 * 3584)  # and rows of hidden states, queries and outputs
+    assert found["draft level"] == pytest.approx(level + 32 * MIB, rel=0.01)
     prefill = 512 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
     assert found["workspace"] == 320 * (152064 + 3584) * 2 > prefill  # logits of the padded tree, 0.09 GiB
     # To even MiB: 28 substitute layers of 125.02, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
     # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
     rounded = 28 * 126 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
     rounded += 1040 * MIB - found["LM head"] + 156 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
-    rounded += -(-20 * MIB // 3) - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
+    rounded += 20 * MIB // 3 + 1 - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
     assert found["allocator"] == 64 * MIB + rounded
     # 0.08 GiB stay free whatever happens; beside them 0.002 are left, less than the KV rows of a longer chunk.
     assert plan.headroom == -(-8 * GIB // 100)
@@ -265,7 +268,7 @@ def test_host_memory_is_checked_before_anything_swaps():
         (settings(5.78), "decoding.max_length="),
         (settings(6.0, embedding=Placement.device, quant={"bits": 4}), "offload.embedding=host"),
         (settings(6.0, ring_slots=6), "offload.ring_slots=2"),
-        (settings(6.5, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
+        (settings(6.3, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
         (settings(4.0), "draft=none"),
     ],
 )
@@ -316,48 +319,46 @@ def test_the_plan_is_json():
 # ------------------------------------------------------------------------------------------ properties
 
 
-def planned_or_none(vram_mib: int, max_length: int, **options):
+def decide(vram_mib: int, max_length: int, **options):
+    """A layout and its best decision, or None for the latter."""
     decoding = {"max_length": max_length, "max_new_tokens": 8}
-    try:
-        return planned(settings(vram_mib / 1024, decoding=decoding, **options))
-    except ConfigError:
-        return None
+    layout = MemoryLayout(settings(decoding=decoding, **options), SHAPES["qwen2_5_7b"]())
+    return layout, choose(layout, vram_mib * MIB)
 
 
-@effort(max_examples=50, deadline=None)
+@effort(max_examples=25, deadline=None)
 @given(
     vram=st.integers(2 * 1024, 24 * 1024),
     more=st.integers(0, 2048),
-    length=st.integers(16, 16384),
-    longer=st.integers(0, 16384),
-    tree=st.tuples(st.integers(1, 64), st.integers(1, 12)),
+    length=st.sampled_from([16, 200, 2048, 8192]),  # every length and tree is traced once
+    longer=st.sampled_from([0, 1, 2048]),
+    tree=st.sampled_from([(1, 1), (16, 4), (48, 6), (32, 12)]),
     draft=st.sampled_from(["subspec", "none", "small_model", "layer_skip"]),
     quant=st.sampled_from([{}, {"bits": 2}, {"modules": ["mlp"]}, {"skip_layers": [1, 4]}, {"bits": 8}]),
     ring=st.integers(1, 8),
 )
 def test_any_plan_keeps_its_budget_and_is_monotone(vram, more, length, longer, tree, draft, quant, ring):
     options = {"tree": tree, "draft": draft, "quant": quant, "ring_slots": ring}
-    plan = planned_or_none(vram, length, **options)
-    larger = planned_or_none(vram + more, length, **options)
-    longest = planned_or_none(vram, length + longer, **options)
-    if plan is None:
+    layout, decision = decide(vram, length, **options)
+    larger = choose(layout, (vram + more) * MIB)
+    longest = decide(vram, length + longer, **options)[1]
+    if decision is None:
         assert longest is None, "a longer text fits where a shorter one does not"
         return
-    assert plan.total(Placement.device) + plan.headroom <= vram * MIB
-    assert all(item.bytes > 0 for item in plan.items)
-    assert len(plan.resident_layers) + len(plan.streamed_layers) == 28
-    assert min(length, 256) <= plan.prefill_chunk <= length
-    assert plan.ring_slots == min(ring, len(plan.streamed_layers))
+    items = layout.allocations(decision)
+    assert layout.device_bytes(decision) + headroom(vram * MIB) <= vram * MIB
+    assert all(item.bytes > 0 for item in items)
+    assert min(length, 256) <= decision.chunk <= length
+    assert layout.ring_slots(decision.resident) == min(ring, 28 - decision.resident)
+    assert len(layout.spread(decision.resident)) == decision.resident
     assert larger is not None, "more memory is never refused"
-    assert len(larger.resident_layers) >= len(plan.resident_layers)
-    if longest is not None:
-        assert len(longest.resident_layers) <= len(plan.resident_layers)
+    assert larger.resident >= decision.resident
+    assert longest is None or longest.resident <= decision.resident
 
 
 def test_residents_grow_with_the_budget_one_by_one():
-    counts = [
-        -1 if (plan := planned_or_none(vram, 2048)) is None else len(plan.resident_layers)
-        for vram in range(5 * 1024, 20 * 1024, 256)
-    ]
+    layout = MemoryLayout(settings(), SHAPES["qwen2_5_7b"]())
+    decisions = [choose(layout, vram * MIB) for vram in range(5 * 1024, 20 * 1024, 256)]
+    counts = [-1 if decision is None else decision.resident for decision in decisions]
     assert counts == sorted(counts)
     assert set(counts) >= {-1, 0, 1, 5, 20, 28}

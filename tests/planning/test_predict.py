@@ -28,7 +28,7 @@ from subspec.config.schema import (
 )
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance, constant_survival
-from subspec.planning.gpu_specs import Card, find_card
+from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.planning.machine import usable_vram_gib
 from subspec.planning.predict_timing import (
     EFFICIENCY,
@@ -186,10 +186,10 @@ def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
     drafting = 0.25 * (30 / 30.0 + 33 / 20.0)
     assert found.level_s == pytest.approx(drafting / (3 * 10 + 3 * 11))
     assert found.planted
-    assert found.fits(predicted(), find_card("H200"))
-    assert not found.fits(predicted(width=6), find_card("H200"))
-    assert not found.fits(predicted(target="y"), find_card("H200"))
-    assert not found.fits(predicted(), find_card("RTX 4090"))
+    assert found.fits(predicted(), find_gpu("H200"))
+    assert not found.fits(predicted(width=6), find_gpu("H200"))
+    assert not found.fits(predicted(target="y"), find_gpu("H200"))
+    assert not found.fits(predicted(), find_gpu("RTX 4090"))
     assert not found.fits(predicted(), None)
 
 
@@ -198,8 +198,8 @@ def test_a_measured_card_is_the_one_that_a_run_was_on(tmp_path):
     for name in ("NVIDIA H200", "NVIDIA Something New"):
         records = turns([30.0, 20.0], device="cuda", target="x")
         found = read_measured(write_run(tmp_path / name, records, gpu=name))
-        assert found.fits(predicted(), Card(name, 150.3, 4800, (4, 16), measured_link=55.0))
-        assert not found.fits(predicted(), Card("NVIDIA L4", 24.0, 300, (4, 16), measured_link=20.0))
+        assert found.fits(predicted(), GpuSpec(name, 150.3, 4800, (4, 16), measured_link=55.0))
+        assert not found.fits(predicted(), GpuSpec("NVIDIA L4", 24.0, 300, (4, 16), measured_link=20.0))
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_a_measured_card_is_the_one_that_a_run_was_on(tmp_path):
 def test_a_level_of_another_draft_or_of_other_bits_does_not_count(tmp_path, other):
     records = turns([30.0, 20.0], device="cuda", target="x")
     found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
-    assert found.fits(predicted(), find_card("H200"))
-    assert not found.fits(predicted(**other), find_card("H200"))
+    assert found.fits(predicted(), find_gpu("H200"))
+    assert not found.fits(predicted(**other), find_gpu("H200"))
 
 
 def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):
@@ -224,9 +224,9 @@ def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):
     run = config_of({"name": "small_model", "path": "a/b", "temperature": 0.5})
     found = read_measured(write_run(tmp_path / "run", records, run, facts={"substitute": None}, gpu="H200"))
     same = predicted(draft=SmallModelDraftConfig(name="small_model", path="a/b"), quant=NoQuantConfig("none"))
-    assert found.fits(same, find_card("H200"))
+    assert found.fits(same, find_gpu("H200"))
     assert not found.fits(
-        replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_card("H200")
+        replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_gpu("H200")
     )
 
 
@@ -287,7 +287,7 @@ def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
     )
     assert code == 0, err
     budget = json.loads(file.read_text())["plan"]["budget"] / 2**30
-    assert budget == pytest.approx(usable_vram_gib(find_card("RTX 3090")), abs=0.01)
+    assert budget == pytest.approx(usable_vram_gib(find_gpu("RTX 3090")), abs=0.01)
     assert 21 < budget < 23
 
 

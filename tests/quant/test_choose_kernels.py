@@ -7,14 +7,16 @@ import torch
 
 from subspec.errors import ConfigError
 from subspec.kernels.activation import apply_swiglu
-from subspec.quant import level_linear
-from subspec.quant.affine_format import AffineFormat
-from subspec.quant.bench import CudaBench, load_tuning, slug
+from subspec.kernels.timing import slug
+from subspec.quant.bench import CudaBench
 from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels
-from subspec.quant.level_linear import KERNELS, Variant
+from subspec.quant.gemlite import load_tuning
+from subspec.quant.hqq import HqqFormat
+from subspec.quant.level_linear import Variant
 from subspec.utils.capture import capturing
 
 CUDA = torch.device("cuda")
+KERNELS = HqqFormat().kernels
 SHAPES = {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
 
 
@@ -28,7 +30,7 @@ class FakeBench:
         self.time, self.missing, self.launches = time, missing or {}, launches
         self.asked, self.finished = [], []
 
-    def unavailable(self, kernel):
+    def unavailable(self, kernel, format_):
         return self.missing.get(kernel)
 
     def seconds(self, variant, format_, role, n, k, rows):
@@ -43,8 +45,7 @@ class FakeBench:
 
 
 def mma_wins(variant, role):
-    ours = {"int4_mma": 5.0 + variant.tiles + abs(variant.splits - 3), "triton_wq": 90.0 + variant.tiles}
-    return (ours | {"tinygemm": 20.0, "gemlite": 50.0})[variant.kernel]
+    return {"int4_mma": 5.0 + variant.tiles + abs(variant.splits - 3), "gemlite": 50.0}[variant.kernel]
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def choose(tmp_path):
     notes = []
 
     def run(bench, shapes=SHAPES, rows=6, **options):
-        return choose_kernels(shapes, rows, CUDA, note=notes.append, bench=bench, folder=tmp_path, **options)
+        options = {"formats": dict.fromkeys(shapes, HqqFormat()), "folder": tmp_path, **options}
+        return choose_kernels(shapes, rows, CUDA, note=notes.append, bench=bench, **options)
 
     run.notes, run.folder = notes, tmp_path
     return run
@@ -61,7 +63,7 @@ def choose(tmp_path):
 def test_the_fastest_of_each_role_is_taken(choose):
     def time(variant, role):
         if role == "down":
-            return {"int4_mma": 30.0, "tinygemm": 20.0, "gemlite": 10.0, "triton_wq": 40.0}[variant.kernel]
+            return {"int4_mma": 30.0, "gemlite": 10.0}[variant.kernel]
         return mma_wins(variant, role)
 
     bench = FakeBench(time)
@@ -74,7 +76,7 @@ def test_the_fastest_of_each_role_is_taken(choose):
     }
     assert choice.picked["out"].microseconds == pytest.approx(7.0)
     assert choice.measured == 4
-    assert bench.finished == [({"down": (AffineFormat(), SHAPES["down"])}, 6, True)]
+    assert bench.finished == [({"down": (HqqFormat(), SHAPES["down"])}, 6, True)]
     assert "down, 10.0 us" in choice.summary()
     assert "measured in" in choice.summary()
     json.dumps(choice.to_dict())
@@ -143,24 +145,16 @@ def test_a_damaged_or_stale_file_is_measured_again_and_said(choose, damage):
 
 def test_a_file_of_other_kernels_is_not_read(choose, monkeypatch):
     choose(FakeBench(mma_wins))
-    monkeypatch.setattr("subspec.quant.choose_kernels.source_hash", lambda: "0123456789ab")
+    monkeypatch.setattr("subspec.kernels.timing.source_hash", lambda packages: "0123456789ab")
     assert choose(FakeBench(mma_wins)).measured == 4
     assert len(list(choose.folder.iterdir())) == 2
 
 
 def test_a_folder_that_cannot_be_written_to_is_only_said(choose):
     (choose.folder / "file").write_text("")
-    notes = []
-    choice = choose_kernels(
-        SHAPES,
-        6,
-        CUDA,
-        note=notes.append,
-        bench=FakeBench(mma_wins),
-        folder=choose.folder / "file" / "kernels",
-    )
+    choice = choose(FakeBench(mma_wins), folder=choose.folder / "file" / "kernels")
     assert choice.measured == 4
-    assert any("not kept" in note for note in notes)
+    assert any("not kept" in note for note in choose.notes)
 
 
 def test_a_kernel_that_fails_is_left_out_and_named(choose):
@@ -170,16 +164,16 @@ def test_a_kernel_that_fails_is_left_out_and_named(choose):
         return mma_wins(variant, role)
 
     choice = choose(FakeBench(time))
-    assert {variant.kernel for variant in choice.variants.values()} == {"tinygemm"}
+    assert {variant.kernel for variant in choice.variants.values()} == {"gemlite"}
     assert choice.unavailable["int4_mma (out)"] == "out of shared memory"
     assert "out of shared memory" in choice.summary()
 
 
 def test_the_kernel_that_was_asked_for_is_used(choose):
     bench = FakeBench(mma_wins)
-    choice = choose(bench, kernel="tinygemm")
-    assert set(choice.variants.values()) == {Variant("tinygemm")}
-    assert {variant.kernel for _, variant in bench.asked} == {"tinygemm"}
+    choice = choose(bench, kernel="gemlite")
+    assert set(choice.variants.values()) == {Variant("gemlite")}
+    assert {variant.kernel for _, variant in bench.asked} == {"gemlite"}
 
 
 @pytest.mark.parametrize(
@@ -192,27 +186,32 @@ def test_a_kernel_that_is_not_there_stops_the_run(choose, kernel, reason):
 
 
 def test_a_kernel_that_does_not_take_the_shape_stops_the_run(choose):
-    with pytest.raises(ConfigError, match=r"draft\.kernel=tinygemm cannot run here: 3583 outputs"):
-        choose(FakeBench(mma_wins), {"out": (3583, 3584)}, kernel="tinygemm")
+    with pytest.raises(ConfigError, match=r"draft\.kernel=int4_mma cannot run here: 3616 inputs"):
+        choose(
+            FakeBench(mma_wins), {"out": (3584, 3616)}, kernel="int4_mma", formats={"out": HqqFormat(4, 32)}
+        )
 
 
 def test_no_kernel_at_all_stops_the_run(choose):
     with pytest.raises(
         ConfigError,
-        match=r"draft\.kernel=auto .*int4_mma: none; tinygemm: none; gemlite: none; triton_wq: none",
+        match=r"draft\.kernel=auto .*int4_mma: none; gemlite: none",
     ):
         choose(FakeBench(mma_wins, dict.fromkeys(KERNELS, "none")))
 
 
 def test_a_cpu_has_the_reference_and_nothing_else(tmp_path):
-    cpu = torch.device("cpu")
-    choice = choose_kernels(SHAPES, 6, cpu, folder=tmp_path)
+    cpu, formats = torch.device("cpu"), dict.fromkeys(SHAPES, HqqFormat(8, 128))
+    choice = choose_kernels(SHAPES, 6, cpu, formats=formats, folder=tmp_path)
     assert {variant.kernel for variant in choice.variants.values()} == {"int4_mma"}
     assert choice.summary().startswith("int4_mma 2 (qkv)")
     assert "reference" in choice.summary()
+    assert choice.unavailable == {"gemlite": "no CUDA device"}
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"draft\.kernel=tinygemm cannot run here: no CUDA device"):
-        choose_kernels(SHAPES, 6, cpu, kernel="tinygemm")
+    with pytest.raises(ConfigError, match=r"draft\.kernel=gemlite cannot run here: no CUDA device"):
+        choose_kernels(SHAPES, 6, cpu, formats=formats, kernel="gemlite")
+    with pytest.raises(ConfigError, match=r"draft\.kernel=auto .*multiples of 64, not 32.*quant\.group_size"):
+        choose_kernels(SHAPES, 6, cpu, formats=dict.fromkeys(SHAPES, HqqFormat(4, 32)))
 
 
 def test_nothing_quantized_is_nothing_to_choose(choose):
@@ -222,18 +221,34 @@ def test_nothing_quantized_is_nothing_to_choose(choose):
 
 
 def test_what_is_available_is_told_in_words(monkeypatch):
-    assert [level_linear.unavailable(kernel, torch.device("cpu")) for kernel in KERNELS] == [
-        "no CUDA device"
-    ] * len(KERNELS)
+    for kernel in KERNELS:
+        assert HqqFormat().unavailable(kernel, torch.device("cpu")) == "no CUDA device"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert level_linear.unavailable("gemlite", CUDA) == "gemlite is not installed (pip install gemlite)"
+    assert HqqFormat().unavailable("gemlite", CUDA) == "gemlite is not installed (pip install gemlite)"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "k", "kernel", "reason"),
+    [
+        (4, 64, 3584, "int4_mma", None),
+        (2, 192, 3648, "int4_mma", None),
+        (8, 32, 3584, "int4_mma", "its groups are multiples of 64, not 32"),
+        (8, 32, 3584, "gemlite", None),
+        (8, 96, 3584, "int4_mma", "groups of 96 do not divide 3584 inputs"),
+        (4, 16, 3584, "gemlite", "it has groups of 32, 64, 128 ..., not 16"),
+        (4, 64, 3584, "lut_mma", "it has no 4-bit integers"),
+    ],
+)
+def test_what_a_kernel_does_not_take_is_told(bits, group, k, kernel, reason):
+    assert HqqFormat(bits, group).unfit(kernel, 512, k) == reason
 
 
 def test_slices_leave_work_for_every_warp():
-    few = candidates(AffineFormat(), "out", 64, 64, ["int4_mma"], {})
-    assert {variant.splits for variant in few} == {1}
-    many = candidates(AffineFormat(), "out", 64, 64 * 16, ["int4_mma"], {})
-    assert {variant.splits for variant in many} == {1, 2, 3, 4}
+    few = candidates(HqqFormat(), "out", 64, 64, ["int4_mma"], {})
+    assert {variant.splits for variant in few.values()} == {1}
+    for bits, inputs in [(4, 16 * 64), (8, 8 * 64)]:  # 8 bits are two planes
+        many = candidates(HqqFormat(bits), "out", 64, inputs, ["int4_mma"], {})
+        assert {variant.splits for variant in many.values()} == {1, 2, 3, 4}
 
 
 def test_times_of_overlapping_launches_are_kept_apart(choose):
@@ -262,42 +277,42 @@ def test_file_names_are_plain():
 @pytest.mark.gpu
 def test_on_a_card_every_kernel_is_measured_and_the_memory_given_back(tmp_path):
     shapes = {"out": (3584, 3584), "gate_up": (2 * 4864, 896)}
-    choose_kernels(shapes, 6, CUDA, folder=tmp_path / "first", note=print)  # what libraries keep for good
+    formats = dict.fromkeys(shapes, HqqFormat())
+    choose_kernels(shapes, 6, CUDA, formats=formats, folder=tmp_path / "first", note=print)
     before = torch.cuda.memory_allocated()
-    choice = choose_kernels(shapes, 6, CUDA, folder=tmp_path / "second", note=print)
+    choice = choose_kernels(shapes, 6, CUDA, formats=formats, folder=tmp_path / "second", note=print)
     assert torch.cuda.memory_allocated() == before
-    here = [kernel for kernel in KERNELS if not CudaBench(CUDA).unavailable(kernel)]
-    assert {"int4_mma", "tinygemm"} <= set(here)
+    here = [kernel for kernel in KERNELS if not HqqFormat().unavailable(kernel, CUDA)]
+    assert "int4_mma" in here
     for role, picked in choice.picked.items():
-        asked = candidates(AffineFormat(), role, *shapes[role], here, {})
-        assert {"int4_mma", "tinygemm"} <= {name.split()[0] for name in picked.others}
-        assert picked.variant in asked
+        asked = candidates(HqqFormat(), role, *shapes[role], here, {})
+        assert "int4_mma" in {name.split()[0] for name in picked.others}
+        assert picked.variant in asked.values()
         assert picked.measured
 
 
 @pytest.mark.gpu
 def test_on_a_card_a_second_call_measures_nothing(tmp_path, monkeypatch):
-    shapes = {"out": (1024, 1024)}
-    first = choose_kernels(shapes, 4, CUDA, folder=tmp_path, note=print)
+    shapes, formats = {"out": (1024, 1024)}, {"out": HqqFormat(8)}
+    first = choose_kernels(shapes, 4, CUDA, formats=formats, folder=tmp_path, note=print)
     monkeypatch.setattr(CudaBench, "seconds", lambda *_: pytest.fail("measured"))
-    second = choose_kernels(shapes, 4, CUDA, folder=tmp_path, note=print)
+    second = choose_kernels(shapes, 4, CUDA, formats=formats, folder=tmp_path, note=print)
     assert second.variants == first.variants
     assert second.measured == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("rows", [1, 6])
-@pytest.mark.parametrize("k", [576, 1024])
-def test_every_kernel_computes_the_quantized_weight(kernel, swiglu, rows, k):
-    from subspec.quant.affine_format import random_codes
-
-    if reason := level_linear.unavailable(kernel, CUDA):
+@pytest.mark.parametrize(("rows", "k"), [(1, 576), (6, 1024)])
+def test_every_kernel_computes_the_quantized_weight(kernel, bits, swiglu, rows, k):
+    format_ = HqqFormat(bits)
+    if reason := format_.unavailable(kernel, CUDA):
         pytest.skip(reason)
     torch.manual_seed(0)
-    codes = random_codes(256, k, CUDA)
-    linear = level_linear.make_linear(Variant(kernel, 2, 1), codes, swiglu=swiglu)
+    codes = format_.random_weight(256, k, CUDA)
+    linear = format_.linear(Variant(kernel, 2, 1), codes, swiglu=swiglu)
     x = torch.randn(rows, k, device=CUDA, dtype=torch.bfloat16)
     linear(x)  # gemlite tunes itself
     graph = torch.cuda.CUDAGraph()
@@ -317,8 +332,8 @@ def test_every_kernel_computes_the_quantized_weight(kernel, swiglu, rows, k):
 @pytest.mark.gpu
 def test_gemlites_tuning_is_kept(tmp_path):
     pytest.importorskip("gemlite.core")
-    shapes = {"out": (1024, 1024)}
-    choice = choose_kernels(shapes, 4, CUDA, kernel="gemlite", folder=tmp_path, note=print)
+    shapes, formats = {"out": (1024, 1024)}, {"out": HqqFormat()}
+    choice = choose_kernels(shapes, 4, CUDA, formats=formats, kernel="gemlite", folder=tmp_path, note=print)
     assert choice.variants["out"].kernel == "gemlite"
     kept = list(tmp_path.glob("gemlite-*.json"))
     assert len(kept) == 1

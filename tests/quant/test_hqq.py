@@ -1,12 +1,12 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from subspec.drafts.substitute import share_parameters
 from subspec.errors import ConfigError
-from subspec.quant.base import linear_names, quantize_model
-from subspec.quant.hqq import HqqQuantizer
-from tests.helpers.tiny import tiny_model
+from subspec.quant.bit_planes import pack_bits, packed_columns, unpack_bits
+from subspec.quant.hqq import HqqFormat, HqqQuantizer
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,7 @@ def linear():
     return layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("bits", "axis"), [(8, 0), (4, 1), (3, 0), (3, 1), (2, 1)])
 def test_unpacking_does_not_change_a_bit(linear, bits, axis):
     x = torch.randn(5, 256)
     packed = quantizer(bits=bits, axis=axis).quantize(linear, "q")
@@ -43,8 +42,7 @@ def test_more_bits_mean_less_error(linear):
     assert 0.05 < errors[1] < 0.15
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("bits", "axis"), [(8, 0), (4, 1), (3, 0), (3, 1), (2, 1)])
 def test_stored_bytes_are_those_of_the_packed_module(linear, bits, axis):
     chosen = quantizer(bits=bits, axis=axis)
     module = chosen.quantize(linear, "q")
@@ -73,33 +71,22 @@ def test_a_group_size_that_does_not_divide_names_the_module_and_one_that_does(li
         quantizer(group_size=96).quantize(linear, "a.b")
 
 
-def test_modules_and_layers_are_chosen_by_name():
-    model = tiny_model("qwen3", layers=3)
-    substitute = share_parameters(model)
-    done = []
-    report = quantize_model(
-        substitute,
-        quantizer(group_size=32),
-        modules=["mlp", "q_proj"],
-        skip_layers=[1],
-        progress=lambda *count: done.append(count),
-    )
-    kinds = {name: type(m).__name__ for name, m in substitute.named_modules() if name.endswith("_proj")}
-    for name, kind in kinds.items():
-        expected = "HQQLinear" if ("mlp" in name or "q_proj" in name) and ".1." not in name else "Linear"
-        assert kind == expected, name
-    assert report.modules == 8
-    assert len(report.kept_exact) == 13
-    assert done == [(1, 3), (2, 3), (3, 3)]
-    assert 4 < report.bits_per_weight < 7
+@settings(max_examples=15, deadline=None)
+@given(bits=st.sampled_from([8, 4, 3, 2]), n=st.integers(1, 9), k=st.integers(1, 12), seed=st.integers(0, 99))
+def test_bit_planes_lose_nothing_and_leave_no_gaps(bits, n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 1 << bits, (n, 8 * k), generator=generator, dtype=torch.uint8)
+    packed = pack_bits(q, bits)
+    assert packed.shape == (n, packed_columns(8 * k, bits)) == (n, k * bits)
+    assert torch.equal(unpack_bits(packed, bits), q)
 
 
-def test_unknown_modules_and_layers_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"quant\.modules: unknown module 'qproj'; use attention, mlp, .*q_proj"
-    ):
-        linear_names(["qproj"])
-    with pytest.raises(ConfigError, match=r"quant\.modules is empty"):
-        linear_names([])
-    with pytest.raises(ConfigError, match=r"quant\.skip_layers: no layer 7 in a target with layers 0\.\.1"):
-        quantize_model(share_parameters(tiny_model()), quantizer(), modules=["mlp"], skip_layers=[7])
+def test_rows_that_fill_no_byte_are_refused():
+    with pytest.raises(ValueError, match="12 integers in a row are no multiple of 8"):
+        pack_bits(torch.zeros(2, 12, dtype=torch.uint8), 4)
+
+
+def test_weights_of_different_settings_do_not_stack():
+    weights = [HqqFormat(bits).quantize(torch.randn(16, 64)) for bits in (4, 8)]
+    with pytest.raises(ValueError, match="not one weight"):
+        weights[0].stacked(weights[1:], swiglu=False)

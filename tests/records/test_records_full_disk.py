@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from subspec.errors import SubspecError
-from subspec.records.records import RECORDS, read_records
+from subspec.records.run_folder import RECORDS, read_records
 from subspec.utils import files
 from tests.helpers.records import record
-from tests.records.test_records import filled, open_folder
+from tests.records.test_run_folder import filled, open_folder
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_loses_nothing(

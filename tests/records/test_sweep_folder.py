@@ -6,7 +6,7 @@ import pytest
 
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.sweep_folder import SweepFolder, config_digest, read_manifest, unfinished_sweep
-from subspec.sweeps.table import labels, varying
+from subspec.sweeps.job_table import labels, varying
 
 CONFIG = {
     "tree": {"depth": 8},

@@ -12,6 +12,25 @@ from subspec.report import write_report
 from .runs import config_of, plain_run, turns, write_run
 
 
+@pytest.fixture(autouse=True)
+def _empty_pictures(monkeypatch, request):
+    """Pictures are files without content, except in the test that reads them: saving them takes seconds."""
+
+    def save(figure, stem):
+        files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+        for file in files:
+            file.touch()
+        return files
+
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr("subspec.report.write.save", save)
+
+
+@pytest.fixture
+def real_pictures():
+    """Keep the pictures."""
+
+
 @pytest.fixture
 def sweep(tmp_path):
     """Plain decoding and a substitute on planted weights and sample prompts, and a run that has not finished."""
@@ -109,6 +128,8 @@ def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
     runs = cells(tmp_path / "out" / "runs.csv")
     assert [row["state"] for row in runs] == ["finished", "finished", "unfinished"]
     assert runs[2]["damaged_lines"] == "1"
+    assert [len(row["config_digest"]) for row in runs] == [20] * 3
+    assert runs[1]["config_digest"] != runs[2]["config_digest"]
 
 
 def test_folders_are_named_from_where_one_stands(sweep, tmp_path, monkeypatch):
@@ -122,7 +143,7 @@ def test_folders_are_named_from_where_one_stands(sweep, tmp_path, monkeypatch):
     assert str(tmp_path) not in (tmp_path / "out" / "REPORT.md").read_text()
 
 
-def test_every_picture_on_the_page_is_there(sweep, tmp_path):
+def test_every_picture_on_the_page_is_there(sweep, tmp_path, real_pictures):
     report = write_report([sweep], tmp_path / "out")
     page = report.page.read_text(encoding="utf-8")
     named = re.findall(r"\]\((plots/[^)]+)\)", page)

@@ -2,7 +2,7 @@
 
 import sys
 
-from subspec.records.records import RunFolder
+from subspec.records.run_folder import RunFolder
 from tests.helpers.records import CONFIG, record
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from subspec.records.metrics import LinkInfo, speedup, summarise
-from subspec.records.table import ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS, banners
+from subspec.records.summary_table import ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS, banners
 from subspec.runs.console import RunConsole, RunProgress
 from subspec.runs.turn import skipped_record
 from subspec.utils.terminal import one_line
@@ -177,7 +177,7 @@ def test_an_encoding_without_the_signs() -> None:
 def test_a_terminal_gets_a_bar() -> None:
     code = (
         "from subspec.runs.console import RunConsole\n"
-        "from tests.tracking.factory import record\n"
+        "from tests.helpers.records import record\n"
         "console = RunConsole()\n"
         "with console.progress(total=3, done=1) as progress:\n"
         "    progress.turn(record(0)); progress.sample_finished(record(0))\n"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from subspec import session
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     OffloadConfig,
@@ -14,7 +15,7 @@ from subspec.config.schema import (
 from subspec.errors import SubspecError
 from subspec.offload.accelerate import host_bytes
 from subspec.runs import loading
-from subspec.runs.loading import GIB, cap_device
+from subspec.session import GIB, assemble_accelerate, cap_device
 from subspec.targets import device as device_module
 from subspec.targets.planted import SHAPES
 
@@ -55,8 +56,8 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
         raise AssertionError("built")
 
     monkeypatch.setattr("subspec.offload.accelerate.build_model", build)
-    monkeypatch.setattr(loading, "cap_device", lambda *arguments: None)
-    monkeypatch.setattr(loading, "open_source", lambda *arguments, **options: of_32b(planted))
+    monkeypatch.setattr(session, "cap_device", lambda *arguments: None)
+    monkeypatch.setattr(session, "open_source", lambda *arguments, **options: of_32b(planted))
     monkeypatch.setattr(device_module, "free_memory", lambda device: 50 * GIB)
     offload = AccelerateOffloadConfig(name="accelerate", vram_gib=8.0)
     config = SimpleNamespace(target=PlantedTargetConfig(name="x"), offload=offload)
@@ -64,10 +65,10 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
         rf"offload=accelerate .* host memory: the weights need {needs} GiB of memory and 50\.0 GiB are free"
     )
     with pytest.raises(SubspecError, match=line):
-        loading._load_accelerate(config, offload, torch.device("cuda"), SimpleNamespace(note=None))
+        assemble_accelerate(config, torch.device("cuda"))
     monkeypatch.setattr(device_module, "free_memory", lambda device: 62 * GIB)
     with pytest.raises(AssertionError, match="built"):
-        loading._load_accelerate(config, offload, torch.device("cuda"), SimpleNamespace(note=None))
+        assemble_accelerate(config, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("way", ["none", "stream", "accelerate"])
@@ -75,12 +76,15 @@ def test_every_way_of_loading_begins_with_a_free_device(monkeypatch, way):
     """In a sweep within one process the run before may have left a cap and peaks, which are not this run's."""
     done = []
     monkeypatch.setattr(loading, "free_device", lambda device: done.append("freed"))
-    for name in ("_load_streamed", "_load_accelerate", "load_target", "assemble"):
+    for name in ("_load_streamed", "load_target", "assemble"):
         monkeypatch.setattr(loading, name, lambda *arguments, name=name, **options: done.append(name))
+    monkeypatch.setattr(
+        loading, "assemble_accelerate", lambda *arguments: done.append("assemble_accelerate") or (None, None)
+    )
     offloads = {
         "none": (OffloadConfig(name="none"), ["load_target", "assemble"]),
         "stream": (StreamOffloadConfig(name="stream"), ["_load_streamed"]),
-        "accelerate": (AccelerateOffloadConfig(name="accelerate"), ["_load_accelerate"]),
+        "accelerate": (AccelerateOffloadConfig(name="accelerate"), ["assemble_accelerate"]),
     }
     offload, expected = offloads[way]
     config = SimpleNamespace(target=None, offload=offload)

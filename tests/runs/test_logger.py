@@ -9,7 +9,7 @@ import pytest
 
 from subspec.config.schema import LoggerConfig, NoLoggerConfig, WandbConfig
 from subspec.errors import ConfigError
-from subspec.records.records import RunFolder, read_records
+from subspec.records.run_folder import RunFolder, read_records
 from subspec.runs.logger import Logger, NoLogger, SafeLogger, describe, make_logger
 from tests.helpers.records import CONFIG, record
 

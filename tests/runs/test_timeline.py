@@ -56,6 +56,6 @@ def test_a_run_with_a_timeline_counts_as_one_without(tmp_path, draft):
     assert not (tmp_path / "without" / "timeline.json").exists()
     trace = json.loads((tmp_path / "with" / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]
     names = {event["name"] for event in trace if event["ph"] == "X"}
-    assert {"prefill", "draft", "verify", "settle"} <= names
+    assert {"prefill", "draft", "verify", "accept"} <= names
     assert all(event["dur"] >= 0 for event in trace if event["ph"] == "X")
     assert (tmp_path / "with" / "timeline.png").read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ import pytest
 from subspec.errors import SubspecError
 from subspec.records import outcome as outcomes
 from subspec.records.outcome import is_finished, objective, read_outcome
-from subspec.records.records import RunFolder
+from subspec.records.run_folder import RunFolder
 from subspec.runs.console import RunConsole
 from subspec.sweeps import follow
 from subspec.sweeps.process import JobFailed, JobProcess, end_reason, run_in_process
@@ -177,7 +177,7 @@ def test_a_folder_in_use_is_waited_for_then_refused(tmp_path, monkeypatch):
 ORPHAN = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from subspec.sweeps import job
+from subspec.cli import job
 signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=job._end_with_parent, daemon=True).start()
 print("ready", flush=True)
@@ -190,7 +190,7 @@ SWEEP = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdin=subprocess.PIPE,
                          stdout=subprocess.PIPE, start_new_session=True)
-child.stdout.readline()
+assert child.stdout.readline() == b"ready\\n"
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -201,6 +201,7 @@ def test_a_job_does_not_outlive_a_sweep_that_is_killed():
         [sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True
     )
     child = int(sweep.stdout.readline())
+    assert "S" in _state(child)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     deadline = time.monotonic() + 20

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-import subspec.benchmarks.load
+import subspec.benchmarks.loader
 from subspec.benchmarks.hub import HubRows, HubUnavailableError
-from subspec.records.records import RunFolder
+from subspec.records.run_folder import RunFolder
 from subspec.sweeps.command_line import is_sweep
-from tests.helpers.cli import cli, command, records_of, timeless
+from tests.helpers.cli import cli, command, no_report, records_of, timeless  # noqa: F401
 
 TINY = [
     "target=planted_tiny",
@@ -21,10 +21,23 @@ TINY = [
     "benchmark.source=sample",
     "benchmark.max_samples=2",
     "decoding.max_new_tokens=8",
+    "tree.depth=4",
     "warmup=0",
 ]
 HERE = "hydra/launcher=basic"
 """In the test's own process: imports are paid once."""
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request):
+    """Drawing takes longer than the jobs of a test: only the test in processes gets its report."""
+    if "real_report" not in request.fixturenames:
+        request.getfixturevalue("no_report")
+
+
+@pytest.fixture
+def real_report():
+    """Keep the report."""
 
 
 def statuses(sweep):
@@ -235,22 +248,21 @@ def test_two_sweeps_in_one_folder(tmp_path):
 # ------------------------------------------------------------------------------------------ processes
 
 
-def test_jobs_in_processes_of_their_own(tmp_path):
+def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
     """One that ends well, and one whose hub is gone: recorded, with its reason, its log and the exit status."""
     sweep = tmp_path / "größe"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of busy machines wait for each other
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     options = ["-m", *TINY, "benchmark.source=sample,hub", f"sweep_dir={sweep}"]
-    process = command(*options, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
-    assert re.fullmatch(
-        r"error: 1 of 2 jobs did not end well: .*sweep_dir=.* runs only what is missing\n", err
-    )
+    ran = cli(*options)
+    ran.refused(1, r"error: 1 of 2 jobs did not end well: .*sweep_dir=.* runs only what is missing")
     assert statuses(sweep) == ["ok", "failed"]
     assert re.search(
-        r"\[1/2\] ok       job 0: benchmark\.source=sample  2/2 samples  [\d.]+ tokens/s  tau", out
+        r"\[1/2\] ok       job 0: benchmark\.source=sample  2/2 samples  [\d.]+ tokens/s  tau", ran.out
     )
-    assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", out)
-    assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", out)
+    assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", ran.out)
+    assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", ran.out)
     assert "error: " in (sweep / "1" / "job.log").read_text()
     assert "1: its job failed: " in (sweep / "report" / "REPORT.md").read_text(encoding="utf-8")
     assert len(records_of(sweep / "0")) == 2
@@ -378,7 +390,7 @@ def test_a_job_is_not_mixed_with_other_prompts(tmp_path, monkeypatch):
             raise HubUnavailableError("the hub did not answer", "take other prompts")
         return HubRows(rows, ["question", "answer"], None)
 
-    monkeypatch.setattr(subspec.benchmarks.load, "load_rows", load_rows)
+    monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
     sweep, up = tmp_path / "s", False
     command = ["-m", *TINY, "benchmark.source=auto", "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}"]
     assert cli(*command).code == 0

@@ -1,10 +1,20 @@
-"""Fixtures of the target tests: a cache folder of their own, a tiny packaged model, the notes that were told."""
+"""Fixtures of the target tests: an own cache folder, a tiny packaged model, collected notes."""
 
 import os
 
 import pytest
+import torch
 
 from tests.helpers.packaged import GGUF, WHEEL, tiny_packaged
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Matrices this small gain nothing from more threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def gguf(packaged, package_folder):
 
 @pytest.fixture
 def notes():
-    """What was told to the user; pass ``notes.append`` as the note."""
+    """Collected notes; pass ``notes.append`` as the note."""
     return []
 
 

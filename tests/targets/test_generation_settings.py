@@ -92,9 +92,7 @@ def prepared(folder):
     ids=str,
 )
 def test_end_of_text_ids_are_read_whatever_else_stands_there(written, settings, expected):
-    target = load_target(target_of(written(settings)), CPU, note=lambda text: None)
-    assert target.eos_token_ids == expected
-    assert open_source(target_of(written(settings)), torch.float32, CPU).eos_token_ids == expected
+    assert prepared(written(settings)).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -128,11 +126,6 @@ def test_a_file_that_leads_nowhere_is_refused(written, tmp_path):
             prepared(folder)
     finally:
         (folder / FILE).unlink()
-
-
-def test_a_run_is_refused_in_one_line(written, tmp_path):
-    ran = cli(*tiny_run(written('{"eos_token_id": [2, 7], '), tmp_path), "draft=none")
-    ran.refused(2, FILE)
 
 
 # ------------------------------------------------------------------------------------- what is not applied

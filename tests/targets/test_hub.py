@@ -155,19 +155,17 @@ def test_no_such_repository(hub):
     )
 
 
-def test_a_gated_repository(hub):
-    hub.statuses[NAME] = (403, "GatedRepo")
-    refused(SubspecError, "is gated: accept its terms.*HF_TOKEN")
-
-
-def test_an_unauthorised_request(hub):
-    hub.statuses[NAME] = (401, None)
-    refused(SubspecError, "HF_TOKEN")
-
-
-def test_a_broken_hub(hub, monkeypatch):
-    hub.statuses[NAME] = (400, None)
-    refused(SubspecError, "cannot fetch someone/tiny from the hub")
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ((403, "GatedRepo"), "is gated: accept its terms.*HF_TOKEN"),
+        ((401, None), "HF_TOKEN"),
+        ((400, None), "cannot fetch someone/tiny from the hub"),
+    ],
+)
+def test_a_hub_that_refuses(hub, status, words):
+    hub.statuses[NAME] = status
+    refused(SubspecError, words)
 
 
 def test_no_such_revision(hub):

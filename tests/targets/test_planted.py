@@ -1,4 +1,4 @@
-"""Planted targets: the shapes they claim, the same bits at every call, and a map that behaves like a text."""
+"""Planted targets: shapes of the real models, the same bits at every call, and a map that behaves like a text."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
-from subspec.quant.base import quantize_model
 from subspec.quant.hqq import HqqQuantizer
+from subspec.quant.modules import quantize_model
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
 from subspec.targets.meta_model import build_model, count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms
 from subspec.targets.planted_tokenizer import MIN_VOCAB, planted_tokenizer
 from tests.helpers.cli import cli, records_of, summary_of
-from tests.targets.test_layers import assert_same
+from tests.targets.test_checkpoint_source import assert_same
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -26,6 +26,8 @@ PUBLISHED = {
     "qwen2_5_14b": 14_770_033_664,
     "qwen2_5_32b": 32_763_876_352,
     "llama3_1_8b": 8_030_261_248,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "llama3_2_1b": 1_235_814_400,
 }
 """Numbers of parameters of the real models."""
 
@@ -37,7 +39,7 @@ def made(shape="tiny", dtype=torch.float32, device=CPU, **config):
 # --------------------------------------------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["qwen2_5_7b", "llama3_1_8b", "tiny", "tiny_tied"])
 def test_shapes_are_those_of_the_architecture(shape):
     source = made(shape, device=META)
     model = empty_model(SHAPES[shape](), torch.bfloat16, META)
@@ -46,14 +48,12 @@ def test_shapes_are_those_of_the_architecture(shape):
     for index in range(source.config.num_hidden_layers):
         mine |= {f"model.layers.{index}.{name}": size for name, size in source.layer_shapes(index).items()}
     assert mine == shapes
-    total = sum(size.numel() for size in shapes.values())
-    assert count_parameters(source.config) == total == PUBLISHED.get(shape, total)
     assert source.tokenizer.vocab_size == len(source.tokenizer) == source.config.vocab_size
 
 
-def test_the_small_siblings_are_as_large_as_published():
-    assert count_parameters(SHAPES["qwen2_5_1_5b"]()) == 1_543_714_304
-    assert count_parameters(SHAPES["llama3_2_1b"]()) == 1_235_814_400
+def test_shapes_are_as_large_as_published():
+    sizes = {name: count_parameters(SHAPES[name]()) for name in SHAPES}
+    assert sizes.items() >= PUBLISHED.items()
     for name in ("qwen2_5_1_5b", "llama3_2_1b"):
         assert SHAPES[name]().tie_word_embeddings
         assert not SHAPES[f"{name}_untied"]().tie_word_embeddings
@@ -75,11 +75,6 @@ def test_what_shapes_do_not_show(shape, theta, eps, positions):
     assert not config.tie_word_embeddings
     assert config.initializer_range == 0.02
     assert config.eos_token_id is None
-
-
-def test_the_configuration_alone():
-    config = PlantedTargetConfig(name="p", shape="qwen2_5_7b")
-    assert load_target_config(config).hidden_size == 3584
 
 
 # --------------------------------------------------------------------------------------------- the same bits
@@ -193,7 +188,7 @@ def test_the_scales_of_the_large_shapes_are_the_measured_ones():
     scales = Scales(SHAPES["qwen2_5_7b"]())
     assert scales.ratio == pytest.approx(0.25)
     assert scales.hard_row / scales.row == pytest.approx(0.30, abs=0.005)
-    for shape in PUBLISHED:
+    for shape in ("qwen2_5_7b", "qwen2_5_14b", "qwen2_5_32b", "llama3_1_8b"):
         scales = Scales(SHAPES[shape]())
         assert scales.ratio == pytest.approx(0.25)
         assert scales.hard_row / scales.row * scales.easy == pytest.approx(scales.rival)
@@ -203,9 +198,7 @@ def test_the_scales_of_the_large_shapes_are_the_measured_ones():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The shipped tiny target and its 4-bit substitute, and a text of 400 tokens that the target goes on with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much on a busy machine
+    """The shipped tiny target and its 4-bit substitute, and a text of 240 tokens."""
     source = made(hard_share=0.15)
     model = build_model(source, CPU)
     substitute = share_parameters(model)
@@ -213,9 +206,8 @@ def tiny():
     quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
     prompt = torch.randint(0, 4096, (64,), generator=torch.Generator().manual_seed(1)).tolist()
     engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(16, 4), max_length=1024)
-    result = engine.generate(prompt, max_new_tokens=400)
-    yield source, model, substitute, prompt, result
-    torch.set_num_threads(threads)
+    result = engine.generate(prompt, max_new_tokens=240)
+    return source, model, substitute, prompt, result
 
 
 @torch.inference_mode()
@@ -232,7 +224,7 @@ def test_the_text_follows_the_map_and_the_substitute_mostly_agrees(tiny):
     within = (guessed.topk(6).indices == chosen[:, None]).any(-1).float().mean()
     assert 0.88 < agrees < 0.98
     assert agrees + 0.01 < within < 1
-    assert len(set(result.token_ids)) > 200  # no loop
+    assert len(set(result.token_ids)) > 120  # no loop
 
 
 def test_acceptance_is_like_that_of_a_real_text(tiny):
@@ -243,8 +235,8 @@ def test_acceptance_is_like_that_of_a_real_text(tiny):
 def test_a_deep_tree_is_neither_wasted_nor_exhausted(tiny):
     _, model, substitute, prompt, result = tiny
     engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(48, 6), max_length=512)
-    deep = engine.generate(prompt, max_new_tokens=200)
-    assert deep.token_ids == result.token_ids[:200]  # lossless, whatever the tree
+    deep = engine.generate(prompt, max_new_tokens=100)
+    assert deep.token_ids == result.token_ids[:100]  # lossless for any tree
     assert 15 < deep.stats.verified_tokens / deep.stats.iterations < 35
 
 
@@ -338,7 +330,7 @@ def test_the_whole_model_is_the_layers(shape):
     assert target.source == source.source
     assert "planted" in target.source
     assert target.eos_token_ids == source.eos_token_ids == ()
-    assert target.tied_embeddings == (shape == "tiny_tied")
+    assert target.model.config.tie_word_embeddings == (shape == "tiny_tied")
     assert notes == [*target.notes, *source.notes]
     assert "no language model" in notes[0]
     assert target.model.generation_config.eos_token_id is None
@@ -377,8 +369,8 @@ def test_a_run(tmp_path):
         "benchmark.source=sample",
         "benchmark.max_samples=1",
         "logger=none",
-        "tree.depth=8",
-        "decoding.max_new_tokens=40",
+        "tree.depth=4",
+        "decoding.max_new_tokens=16",
         "audit=true",
         "device=cpu",
         f"run_dir={folder}",
@@ -387,7 +379,7 @@ def test_a_run(tmp_path):
     assert "no language model" in ran.out
     (record,) = records_of(folder)
     assert record["planted"] is True
-    assert (record["new_tokens"], record["finish_reason"]) == (40, "length")
+    assert (record["new_tokens"], record["finish_reason"]) == (16, "length")
     summary = summary_of(folder)
     assert summary["audit"]["mismatch"] == 0
     assert "planted" in summary["run"]["target_source"]

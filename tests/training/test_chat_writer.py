@@ -106,7 +106,7 @@ def test_turns_alternate_and_long_ones_are_cut():
 
 
 def test_only_the_seed_decides_and_users_write_no_special_tokens():
-    writer, starts, _ = writer_and_starts(length=200, max_question=40)
+    writer, starts, _ = writer_and_starts(length=110, max_question=40)
     first = writer.write(starts, [0.9] * 4, seed=5)
     again = writer.write(starts, [0.9] * 4, seed=5)
     other = writer.write(starts, [0.9] * 4, seed=6)
@@ -123,7 +123,7 @@ def test_only_the_seed_decides_and_users_write_no_special_tokens():
 def test_samples_follow_the_temperature():
     # One step of many rows: the frequencies are the softmax of the logits at that temperature.
     model, tokenizer = tiny_model(seed=2, std=0.05), tiny_tokenizer()
-    frame, rows = ChatFrame.of(tokenizer), 4000
+    frame, rows = ChatFrame.of(tokenizer), 2000
     start = Start((5, 6, 7), True)
     writer = ChatWriter(model, frame, rows=rows, length=4)
     for warmth in (0.3, 1.0):

@@ -35,7 +35,7 @@ def test_shards_hardly_repeat_each_other():
 
 
 def test_no_packaged_sample_is_asked():
-    asked = {text.lower() for shard in range(8) for text in messages(0, shard, 2000)}
+    asked = {text.lower() for shard in range(4) for text in messages(0, shard, 2000)}
     found = 0
     for file in resources.files("subspec.benchmarks").joinpath("samples").iterdir():
         if not file.name.endswith(".jsonl"):

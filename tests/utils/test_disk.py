@@ -11,6 +11,11 @@ from subspec.errors import SubspecError
 from subspec.utils import disk as module
 
 
+@pytest.fixture
+def notes():
+    return []
+
+
 def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.delenv("SUBSPEC_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -115,39 +120,37 @@ def test_free_space_of_a_folder_to_be(tmp_path):
     assert module.free_space(tmp_path / "not" / "yet") > 0
 
 
-def test_a_cache_inside_a_file_is_one_line(tmp_path, notes):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(SubspecError, match=r"cannot write to .*SUBSPEC_CACHE"),
-        module.build_lock(tmp_path / "file" / "targets" / "x", notes.append),
-    ):
-        pass
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, notes, monkeypatch):
-    def mkdir(*_, **__):
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    with (
-        pytest.raises(SubspecError, match=r"cannot write to .*SUBSPEC_CACHE"),
-        module.build_lock(tmp_path / "targets" / "x", notes.append),
-    ):
-        pass
-
-
-def test_the_lock_says_that_it_waits(tmp_path, notes, monkeypatch):
+@pytest.mark.parametrize("broken", ["a file", "forbidden"])
+def test_a_lock_that_cannot_be_made_is_one_line(tmp_path, notes, monkeypatch, broken):
     folder = tmp_path / "targets" / "x"
-    with module.build_lock(folder, notes.append):
-        assert notes == []
+    if broken == "a file":
+        folder.parent.touch()
+    else:  # as some special file systems say it
 
-        def give_up(text):
-            raise InterruptedError(text)
+        def mkdir(*_, **__):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-        with (
-            pytest.raises(InterruptedError, match="another process is preparing x"),
-            module.build_lock(folder, give_up),
-        ):
-            pass
-    with module.build_lock(folder, notes.append):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    with (
+        pytest.raises(SubspecError, match=r"cannot write to .*SUBSPEC_CACHE"),
+        module.disk_errors("prepare", folder.parent),
+        module.folder_lock(folder, notes.append),
+    ):
+        pass
+
+
+def test_the_lock_notes_that_it_waits_unless_it_must_not(tmp_path, notes):
+    folder = tmp_path / "targets" / "x"
+
+    def give_up(text):
+        raise InterruptedError(text)
+
+    with module.folder_lock(folder, notes.append):
+        for options, error in (({}, InterruptedError), ({"wait": False}, BlockingIOError)):
+            with (
+                pytest.raises(error, match="another process is preparing"),
+                module.folder_lock(folder, give_up, **options),
+            ):
+                pass
+    with module.folder_lock(folder, notes.append):
         assert notes == []

@@ -1,6 +1,6 @@
-// What the kernels for the few rows of a draft level (int4.cu, lut.cu) share, compiled in front of either: loading x, the
-// tensor-core instruction, and adding up what a block's warps have. TILES, WARPS and SWIGLU are those of the kernel
-// behind. With HOST_TEST an emulation takes the place of device code.
+// Shared by the kernels for the few rows of a draft level (int4.cu, codebook.cu) and compiled in front of either:
+// loading x, the tensor-core instruction, and the sum over a block's warps. TILES, WARPS and SWIGLU are those of the
+// kernel behind. With HOST_TEST an emulation takes the place of device code.
 
 struct __align__(16) Word4 { unsigned x, y, z, w; };
 

@@ -1,5 +1,5 @@
 // y[row, n] = sum_k x[row, k] * scale[n, k/64] * (q[n, k] - zero[n, k/64]) for up to 8 rows of bfloat16 x and
-// 4-bit q: the Linear layers of a draft, whose width is a tree level's few rows.
+// q of up to 4 bits, or of 8 bits in two planes: the Linear layers of a draft level, which has few rows.
 //
 // With so few rows the weights' bytes are all that counts. One tensor-core instruction, mma.m16n8k16, takes 16
 // weight rows x 16 weights as its A operand and up to 8 rows of x as B, so no row is padding beyond 8, and each
@@ -10,14 +10,18 @@
 //   sum_k s (q - z) x = s (sum_k (128 + q) x - (128 + z) sum_k x),
 // where sum_k x comes from the same instruction with A = 1.
 //
-// TILES (16-row tiles per block), WARPS, SWIGLU and OVERLAP are set by the host. Each block covers TILES * 16 rows; its
-// warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1 splits k
-// further; the slices' sums are then added by whoever reads the output (deterministic, unlike atomics).
+// PLANES: 1, or 2 for 8-bit q = low + 16 * high. Then the group of the high nibbles, with scale 16 s and zero 0,
+// follows that of the low nibbles, with scale s and zero z; both multiply the same 64 inputs. 16 s is exact in half
+// precision.
+//
+// TILES (16-row tiles per block), WARPS, PLANES, SWIGLU and OVERLAP are set by the host. Each block covers TILES * 16
+// rows; its warps share the groups of the block's slice of k and add up in shared memory. A grid with gridDim.y > 1 splits k
+// further; the slices' sums are then added by the kernel that reads the output (deterministic, unlike atomics).
 //
 // OVERLAP: the launch may overlap with the kernel before (launch.py says why that is safe). Only weight and meta are
 // touched before the wait: nothing writes them.
 //
-// With HOST_TEST the file compiles as C++ behind an emulation of what is device code here.
+// With HOST_TEST the file compiles as C++ behind an emulation of the device code.
 
 #ifndef HOST_TEST
 __device__ __forceinline__ void release_next() {  // the next kernel's blocks may start
@@ -114,7 +118,7 @@ __device__ __forceinline__ void add_group(float (&acc)[TILES][4], const Word4 (&
 extern "C" __global__ void BOUNDS int4_linear(
     const Word4* __restrict__ weight,  // [blocks][groups][TILES][32 lanes] of 4 words
     const Word4* __restrict__ meta,    // [blocks][groups][8][TILES * 2] pairs of half: scale, zero
-    const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
+    const Word4* __restrict__ x,       // bfloat16 [rows][groups / PLANES * 64]
     void* __restrict__ out,            // float [splits][rows][n], or bfloat16 [rows][n / 2] with SWIGLU
     int rows, int n, int groups, int groups_per_split) {
   release_next();
@@ -125,7 +129,7 @@ extern "C" __global__ void BOUNDS int4_linear(
   const int last = min(first + groups_per_split, groups);
   const Word4* w_block = weight + block * groups * TILES * 32 + lane;
   const Word4* m_block = meta + (block * groups * 8 + g) * (TILES / 2);
-  const Word4* x_row = x + (long long)g * groups * 8 + t * 2;
+  const Word4* x_row = x + (long long)g * (groups / PLANES) * 8 + t * 2;
 
   float acc[TILES][4];
 #pragma unroll
@@ -145,7 +149,10 @@ extern "C" __global__ void BOUNDS int4_linear(
     for (int i = 0; i < TILES / 2; ++i) m[i] = load_once(m_block + (long long)group * 8 * (TILES / 2) + i);
   }
   wait_for_previous();
-  if (group < last && g < rows) { xa = load(x_row + group * 8); xb = load(x_row + group * 8 + 1); }
+  if (group < last && g < rows) {
+    xa = load(x_row + group / PLANES * 8);
+    xb = load(x_row + group / PLANES * 8 + 1);
+  }
   while (group < last) {
     const int next = group + WARPS;
     Word4 w_next[TILES], m_next[TILES / 2], xa_next = nothing, xb_next = nothing;
@@ -154,7 +161,10 @@ extern "C" __global__ void BOUNDS int4_linear(
       for (int i = 0; i < TILES; ++i) w_next[i] = load_once(w_block + ((long long)next * TILES + i) * 32);
 #pragma unroll
       for (int i = 0; i < TILES / 2; ++i) m_next[i] = load_once(m_block + (long long)next * 8 * (TILES / 2) + i);
-      if (g < rows) { xa_next = load(x_row + next * 8); xb_next = load(x_row + next * 8 + 1); }
+      if (g < rows) {
+        xa_next = load(x_row + next / PLANES * 8);
+        xb_next = load(x_row + next / PLANES * 8 + 1);
+      }
     }
     add_group(acc, w, m, xa, xb);
 #pragma unroll

@@ -1,0 +1,202 @@
+"""Benchmarks by name: fields of a row, wording of the prompt, and answer check.
+
+To add a benchmark: write a converter from a row to a :class:`Prompt`, enter it in :data:`TASKS`, add
+``conf/benchmark/<name>.yaml`` with its hub coordinates and ``samples/<name>.jsonl`` with a few rows of your own.
+
+The wording of the prompts is this project's. Tasks with a checked answer ask for the working first and for a final
+line ``Answer: ...``, which :mod:`subspec.benchmarks.answers` reads back.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from subspec.benchmarks.answers import CHOICE, INTEGER, INTEGER_TO_999, MATH, Checker
+from subspec.benchmarks.rows import Row
+from subspec.errors import ConfigError
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """User messages of a row, and its reference answer, if any."""
+
+    turns: tuple[str, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: how a row becomes a prompt and how its answer is checked.
+
+    Attributes:
+        convert: ``(row, sample id, seed) -> Prompt``; raises :meth:`Row.error` for an unusable row.
+        columns: columns that ``convert`` reads; others are dropped while reading very large files.
+        id_columns: columns that may hold the data set's own id, first match wins; else the row number is the id.
+        own_ids: whether the data set's ids already name the benchmark and are used unchanged.
+        checker: None where a check would need to run code or judge prose.
+    """
+
+    convert: Callable[[Row, str, int], Prompt]
+    columns: tuple[str, ...]
+    id_columns: tuple[str, ...] = ("id",)
+    own_ids: bool = False
+    checker: Checker | None = None
+
+
+def _mt_bench(row: Row, sample_id: str, seed: int) -> Prompt:
+    return Prompt(row.texts("turns", "prompt"))
+
+
+def _human_eval(row: Row, sample_id: str, seed: int) -> Prompt:
+    return Prompt(
+        (
+            "Complete the Python function below so that it does what its docstring says. Reply with the "
+            "whole function, including its signature and any imports it needs, in one Python code block and "
+            f"nothing else.\n\n```python\n{row.text('prompt').rstrip()}\n```",
+        )
+    )
+
+
+def _gsm8k(row: Row, sample_id: str, seed: int) -> Prompt:
+    # The reference solution ends with a line "#### 42".
+    solution = row.scalar("answer")
+    answer = INTEGER.extract(solution)
+    if answer is None or "####" not in solution:
+        raise row.error("field 'answer' must end with a line '#### <integer>'")
+    return Prompt(
+        (
+            f"{row.text('question').strip()}\n\n"
+            "Work through the problem step by step. Then give the result on a last line of the form "
+            '"Answer: N", where N is a whole number without units.',
+        ),
+        answer,
+    )
+
+
+def _alpaca(row: Row, sample_id: str, seed: int) -> Prompt:
+    instruction, context = row.text("instruction").strip(), row.optional("input")
+    return Prompt((f"{instruction}\n\nInput:\n{context.strip()}" if context else instruction,))
+
+
+def _cnn_dm(row: Row, sample_id: str, seed: int) -> Prompt:
+    return Prompt(
+        (
+            "Summarise the following news article in three or four sentences. Keep to the facts that it "
+            f"reports.\n\nArticle:\n{row.text('article').strip()}",
+        )
+    )
+
+
+def _aime(row: Row, sample_id: str, seed: int) -> Prompt:
+    answer = INTEGER_TO_999.extract(f"Answer: {row.scalar('answer')}")
+    if answer is None:
+        raise row.error("field 'answer' must be a whole number from 0 to 999")
+    return Prompt(
+        (
+            f"{row.text('problem').strip()}\n\n"
+            "Reason step by step. The result is a whole number from 0 to 999; give it on a last line of the "
+            'form "Answer: N".',
+        ),
+        answer,
+    )
+
+
+def _gpqa(row: Row, sample_id: str, seed: int) -> Prompt:
+    correct = row.text("Correct Answer").strip()
+    options = [correct, *(row.text(f"Incorrect Answer {i}").strip() for i in (1, 2, 3))]
+    # The order depends on seed and sample alone, so that every run and method sees the same question.
+    order = sorted(range(4), key=lambda i: hashlib.sha256(f"{seed}/{sample_id}/{i}".encode()).digest())
+    listed = "\n".join(f"{letter}) {options[i]}" for letter, i in zip(LETTERS, order, strict=True))
+    return Prompt(
+        (
+            f"{row.text('Question').strip()}\n\n{listed}\n\n"
+            "Exactly one option is right. Reason step by step, then give its letter on a last line of the "
+            'form "Answer: X", where X is A, B, C or D.',
+        ),
+        LETTERS[order.index(0)],
+    )
+
+
+def _math_500(row: Row, sample_id: str, seed: int) -> Prompt:
+    return Prompt(
+        (
+            f"{row.text('problem').strip()}\n\n"
+            "Reason step by step. Then give the result in its simplest form on a last line of the form "
+            '"Answer: \\boxed{...}".',
+        ),
+        row.scalar("answer"),
+    )
+
+
+def _livecodebench(row: Row, sample_id: str, seed: int) -> Prompt:
+    statement = row.text("question_content").strip()
+    starter = row.optional("starter_code")
+    if starter is None:
+        task = (
+            "Write a Python 3 program that solves the problem above. It reads the input from standard input "
+            "and writes only the requested output to standard output."
+        )
+    else:
+        # Problems of one platform are stated as a method to fill in and define no input format.
+        task = (
+            "Write Python 3 code that solves the problem above, starting from this class:\n\n"
+            f"```python\n{starter.rstrip()}\n```\n"
+        )
+    return Prompt((f"{statement}\n\n{task} Reply with the complete code in one Python code block.",))
+
+
+TASKS: dict[str, Task] = {
+    "mt_bench": Task(
+        _mt_bench,
+        ("question_id", "prompt_id", "turns", "prompt"),
+        id_columns=("question_id", "prompt_id", "id"),
+    ),
+    "human_eval": Task(_human_eval, ("task_id", "prompt"), id_columns=("task_id",), own_ids=True),
+    "gsm8k": Task(_gsm8k, ("id", "question", "answer"), checker=INTEGER),
+    "alpaca": Task(_alpaca, ("id", "instruction", "input")),
+    "cnn_dm": Task(_cnn_dm, ("id", "article")),
+    "aime": Task(_aime, ("id", "problem", "answer"), checker=INTEGER_TO_999),
+    "gpqa": Task(
+        _gpqa,
+        ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))),
+        id_columns=("Record ID", "id"),
+        checker=CHOICE,
+    ),
+    "math_500": Task(
+        _math_500, ("unique_id", "problem", "answer"), id_columns=("unique_id", "id"), checker=MATH
+    ),
+    "livecodebench": Task(
+        _livecodebench, ("question_id", "question_content", "starter_code"), id_columns=("question_id", "id")
+    ),
+}
+"""By name in ``conf/benchmark/``."""
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none; lists the names.
+    """
+    try:
+        return TASKS[name]
+    except KeyError:
+        known = ", ".join(sorted(TASKS))
+        raise ConfigError(f"benchmark.name={name} is unknown; choose one of: {known}") from None
+
+
+def extract_answer(benchmark: str, text: str) -> str | None:
+    """Final answer of a model's text in canonical form; None if none is found or the benchmark has no check."""
+    checker = get_task(benchmark).checker
+    return None if checker is None else checker.extract(text)
+
+
+def check_answer(benchmark: str, text: str, answer: str | None) -> bool | None:
+    """Whether a model's text ends in the reference answer; None if the benchmark has no check."""
+    checker = get_task(benchmark).checker
+    if checker is None or answer is None:
+        return None
+    found = checker.extract(text)
+    return found is not None and checker.matches(found, answer)

@@ -1,0 +1,157 @@
+"""Inputs of a prediction, from the command line: GPU, configuration, bandwidths and acceptance."""
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from subspec.cli.overrides import prepare
+from subspec.cli.predict import PredictCommand
+from subspec.cli.predict_measured import Measured, read_measured
+from subspec.config.checks import check_keys
+from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
+from subspec.drafts.check_config import check_config
+from subspec.errors import ConfigError
+from subspec.planning.acceptance import Acceptance
+from subspec.planning.gpu_specs import GpuSpec, find_gpu
+from subspec.planning.machine import AUTO, measure_gpu, usable_vram_gib
+from subspec.planning.predict import DEPTHS, Prediction, predict
+from subspec.planning.predict_timing import EFFICIENCY, Machine
+from subspec.targets import load_target_config
+from subspec.utils.console import Note
+from subspec.utils.paths import conf_dir
+
+DEFAULTS = {"draft": "subspec", "quant": "hqq", "offload": "stream", "logger": "none"}
+
+
+def predict_command(command: PredictCommand, note: Note) -> tuple[Prediction, str, bool, str]:
+    """The prediction, a title, whether weights are planted, and the source of a draft level's time.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    gpu = named_gpu(command)
+    config = compose(command, gpu)
+    measured = _measured(command)
+    model = load_target_config(config.target, note=note)
+    machine, level_source = _machine(command, config, gpu, measured)
+    prediction = predict(config, model, machine, _acceptance(command, config, measured), _depths(command))
+    planted = hasattr(config.target, "shape") or (measured is not None and measured.planted)
+    assert isinstance(config.offload, StreamOffloadConfig)
+    title = f"{config.target.name} in {config.offload.vram_gib:g} GiB" + (f" on {gpu.name}" if gpu else "")
+    return prediction, title, planted, level_source
+
+
+def named_gpu(command: PredictCommand) -> GpuSpec | None:
+    """The named or measured GPU; None: bandwidths are given instead.
+
+    Raises:
+        ConfigError: neither is given.
+    """
+    name = command.own.get("card")
+    if name == AUTO:
+        return measure_gpu()
+    if name is not None:
+        try:
+            return find_gpu(name)
+        except ConfigError as error:
+            message = str(error).replace("offload.card=", "card=").partition(" For another one")[0]
+            hint = "For another one give memory_gb_per_s, offload.link_gb_per_s and offload.vram_gib"
+            raise ConfigError(f"{message} {hint}" if "unknown card" in message else message) from error
+    given = {text.partition("=")[0] for text in command.overrides}
+    if "memory_gb_per_s" in command.own and {"offload.link_gb_per_s", "offload.vram_gib"} <= given:
+        return None
+    raise ConfigError(
+        "card is not set: give card=NAME (e.g. card=rtx_4090), card=auto for this machine's GPU, or memory_gb_per_s, "
+        "offload.link_gb_per_s and offload.vram_gib"
+    )
+
+
+def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
+    """The configuration, checked as for a run.
+
+    Raises:
+        ConfigError: as for a run.
+    """
+    overrides = prepare(command.overrides)
+    given = {text.partition("=")[0] for text in overrides}
+    if "offload.card" in given:
+        raise ConfigError("offload.card: here the card is given as card=NAME")
+    defaults = dict(DEFAULTS)
+    if gpu is not None:
+        defaults |= {"offload.vram_gib": f"{usable_vram_gib(gpu)}"}
+        if command.own["card"] != AUTO:
+            defaults |= {"offload.card": f"'{gpu.name}'"}
+    stream = not any(text.startswith("offload=") and text != "offload=stream" for text in overrides)
+    added = [
+        f"{key}={value}"
+        for key, value in defaults.items()
+        if key not in given and (stream or not key.startswith("offload."))
+    ]
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = hydra_compose("config", [*added, *overrides, "run_dir=unused"])
+    check_keys(cfg)
+    config = to_config(cfg)
+    check_config(config)
+    if not isinstance(config.offload, StreamOffloadConfig):
+        raise ConfigError(
+            f"offload={config.offload.name}: predictions are for offload=stream; leave offload out"
+        )
+    if config.draft.name == "none":
+        raise ConfigError("draft=none: plain streaming is predicted in any case; leave draft out")
+    if gpu is not None and config.offload.vram_gib > gpu.vram_gib:
+        raise ConfigError(
+            f"offload.vram_gib={config.offload.vram_gib:g} is more than the {gpu.vram_gib:g} GiB of {gpu.name}: "
+            f"set it to at most {usable_vram_gib(gpu)}"
+        )
+    return config
+
+
+def _measured(command: PredictCommand) -> Measured | None:
+    if command.source is not None and "tau" in command.own:
+        raise ConfigError("tau= and --from both say how much is accepted: give one of them")
+    if command.source is None and "tau" not in command.own:
+        raise ConfigError(
+            "tau is not set: give tau=NUMBER as measured by a run (published for SubSpec, Qwen2.5-7B on MT-Bench: "
+            "28.35), or --from RUN"
+        )
+    return read_measured(command.source) if command.source is not None else None
+
+
+def _machine(
+    command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: Measured | None
+) -> tuple[Machine, str]:
+    """The machine, and the source of the time of a draft level."""
+    memory = command.number("memory_gb_per_s") or (gpu.memory_gb_per_s if gpu else None)
+    link = config.offload.link_gb_per_s or (gpu.link_gb_per_s if gpu else None)
+    assert memory is not None
+    assert link is not None
+    level_ms = command.number("level_ms")
+    if level_ms is not None:
+        return Machine(link, memory, level_ms / 1e3), "level_ms"
+    if measured is not None and measured.level_s and measured.fits(config, gpu):
+        return Machine(link, memory, measured.level_s), f"measured by that run on {measured.device}"
+    return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
+
+
+def _acceptance(command: PredictCommand, config: Config, measured: Measured | None) -> Acceptance:
+    """The acceptance of a measured run, or of a single tau."""
+    if measured is not None:
+        return measured.acceptance
+    tau, depth = command.number("tau"), command.number("tau_depth")
+    assert tau is not None
+    if depth is not None and depth != int(depth):
+        raise ConfigError(f"tau_depth={depth:g}: expected a number of levels")
+    return Acceptance.from_tau(tau, int(depth) if depth is not None else config.tree.depth)
+
+
+def _depths(command: PredictCommand) -> tuple[int, ...]:
+    text = command.own.get("depths")
+    if text is None:
+        return DEPTHS
+    try:
+        depths = tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        depths = (0,)
+    if min(depths) < 1:
+        raise ConfigError(f"depths={text}: expected numbers of levels, as in depths=[8,16,32]")
+    return depths

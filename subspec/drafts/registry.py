@@ -1,0 +1,37 @@
+"""The kinds of draft."""
+
+from subspec.config.schema import (
+    DraftConfig,
+    Eagle2DraftConfig,
+    LayerSkipDraftConfig,
+    NoDraftConfig,
+    SmallModelDraftConfig,
+    SubstituteDraftConfig,
+)
+from subspec.drafts.eagle import EagleSpec
+from subspec.drafts.layer_skip import LayerSkipSpec
+from subspec.drafts.small_model import SmallModelSpec
+from subspec.drafts.spec import DraftSpec
+from subspec.drafts.substitute import SubstituteSpec
+from subspec.errors import ConfigError
+
+SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
+    SubstituteDraftConfig: SubstituteSpec,
+    Eagle2DraftConfig: EagleSpec,
+    SmallModelDraftConfig: SmallModelSpec,
+    LayerSkipDraftConfig: LayerSkipSpec,
+}
+"""By the class of the configuration. ``draft=none`` has no spec."""
+
+
+def spec_of(draft: DraftConfig) -> type[DraftSpec] | None:
+    """The kind of a configured draft; None for ``draft=none``.
+
+    Raises:
+        ConfigError: an unknown class of configuration.
+    """
+    if isinstance(draft, NoDraftConfig):
+        return None
+    if type(draft) not in SPECS:
+        raise ConfigError(f"draft={draft.name} has no entry in subspec.drafts.registry.SPECS: add one")
+    return SPECS[type(draft)]

@@ -1,0 +1,130 @@
+"""The specification of a kind of draft: its checks, its consumption of the target's layers, and its construction.
+
+A kind of draft is a configuration class (:mod:`subspec.config.schema`), a file in ``conf/draft``, a :class:`DraftSpec`
+in :mod:`subspec.drafts.registry`, and, for ``offload=stream``, its sizes in :mod:`subspec.planning.draft_memory`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from subspec.codec.coded_cache import CodedCache
+from subspec.config.schema import Config
+from subspec.decoding.draft import Draft
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
+from subspec.levels.build import SubstituteBuilder
+from subspec.offload.loader import LoadingPlan
+from subspec.quant.modules import Quantizer, QuantReport
+from subspec.utils.console import Note, print_note
+
+
+@dataclass
+class BuiltDraft:
+    """A draft with facts about it.
+
+    Attributes:
+        quant: the quantization report; None: nothing was quantized.
+        facts: builtin types for the record: source of the weights, layers, cache.
+        summary: the facts on one line for people, without the draft's name; empty: ``quant`` says it all.
+    """
+
+    draft: Draft
+    quant: QuantReport | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """The inputs of a draft's construction besides the target's weights.
+
+    Attributes:
+        policy: shape of the trees that will be drafted.
+        name, model, tokenizer, dtype, identity: of the target: its name for messages, its transformers configuration,
+            its tokenizer, and the identity of its weights (``LayerSource.identity``).
+        plan: of a target that is streamed; None: the target is whole on ``device``.
+        quantizer: used instead of ``config.quant`` for modules (library users); None: as configured.
+    """
+
+    config: Config
+    policy: TreePolicy
+    name: str
+    model: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    dtype: torch.dtype
+    identity: str
+    device: torch.device
+    plan: LoadingPlan | None = None
+    quantizer: Quantizer | None = None
+    note: Note = print_note
+
+
+class DraftSpec(ABC):
+    """One kind of draft. The class checks configurations; an instance builds one draft.
+
+    A context manager, entered before a streamed target is loaded and left afterwards: ``prepare``, loading of the
+    target, ``close``, ``build``. With a whole target, ``prepare`` and ``build`` follow each other.
+
+    Attributes:
+        builder: consumes the layers of a streamed target; None: the draft takes nothing of them.
+        coded: keeps what the target's exact layers are coded to; None: they are not coded, or not kept.
+    """
+
+    builder: SubstituteBuilder | None = None
+    coded: CodedCache | None = None
+
+    def __init__(self, context: DraftContext) -> None:
+        self.context = context
+
+    @classmethod  # noqa: B027 (optional)
+    def check(cls, config: Config) -> None:
+        """Check a configuration by itself.
+
+        Raises:
+            ConfigError: naming the key and the remedy.
+        """
+
+    @classmethod  # noqa: B027 (optional)
+    def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        """Check a configuration against the target's transformers configuration.
+
+        Raises:
+            SubspecError: naming the key and the remedy.
+        """
+
+    @classmethod  # noqa: B027 (optional)
+    def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
+        """Check the draft's own files, before the target's weights are fetched or read.
+
+        Raises:
+            SubspecError: naming the key and the remedy.
+        """
+
+    @classmethod
+    def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
+        """The configuration of the model that ``quant`` quantizes: by default the target's, ``model``."""
+        return model
+
+    def prepare(self) -> None:  # noqa: B027 (optional)
+        """Load and choose everything that does not depend on the target's weights.
+
+        Errors of configuration and files belong here: a streamed target is not loaded yet.
+        """
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Close files that were open while the target's layers passed."""
+
+    @abstractmethod
+    def build(self, target: TargetModel) -> BuiltDraft:
+        """The draft, for a target that is loaded, whole or streamed."""
+
+    def __enter__(self) -> Self:
+        self.prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""The peak of a captured draft level, traced on the meta device for any shape and width."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.tree_policy import Beam
+from subspec.levels.build import ROLES
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import LevelLayer, LevelModel
+from subspec.planning.trace import LAYERS, META, draft_level_bytes
+from subspec.quant.level_linear import Dense, LevelLinear
+from subspec.targets.model_spec import ModelSpec
+
+LINEAR_SPLITS = 4
+"""Float32 partial sums of a quantized Linear (the kernel's choice for a 7B on 132 multiprocessors)."""
+
+KERNEL_ROWS = 8
+"""Rows that a quantized Linear computes per launch; the results of several launches are concatenated."""
+
+Linear = tuple[str, int, int, bool]
+"""Role, outputs and inputs of a fused Linear, and whether it is exact."""
+
+
+@dataclass(frozen=True)
+class LevelShape:
+    """Shapes of a captured level.
+
+    Attributes:
+        vocab: of the draft. target_vocab: of the target, to which sampled logits are padded.
+        own_head: whether the LM head is quantized.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    target_vocab: int
+    linears: tuple[Linear, ...]
+    own_head: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, linears: tuple[Linear, ...], *, own_head: bool = False) -> "LevelShape":
+        """The level of a draft with the shapes of ``spec``."""
+        vocab = spec.vocab
+        return cls(spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, vocab, vocab, linears, own_head)
+
+
+def fused_linears(roles: Mapping[str, tuple[int, int]], *, exact: bool) -> tuple[Linear, ...]:
+    """The Linears of a layer, from (outputs, inputs) by role."""
+    return tuple((role, n, k, exact) for role, (n, k) in roles.items() if role in ROLES)
+
+
+class _QuantizedShape(LevelLinear):
+    """A quantized Linear's results on the meta device, of the kernel that takes the most memory."""
+
+    kind = "shape"
+
+    def __init__(self, outputs: int, *, splits: int, swiglu: bool) -> None:
+        self.stride, self.splits, self.swiglu = outputs, splits, swiglu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > KERNEL_ROWS:
+            return torch.cat([self(part) for part in x.split(KERNEL_ROWS)], dim=0 if self.swiglu else 1)
+        if self.swiglu:
+            return torch.empty(x.shape[0], self.stride // 2, dtype=torch.bfloat16, device=META)
+        return torch.empty(self.splits, x.shape[0], self.stride, dtype=torch.float32, device=META)
+
+
+def captured_draft(shape: LevelShape) -> CapturedDraft:
+    """A draft of :data:`~subspec.planning.trace.LAYERS` layers on the meta device."""
+
+    def weight(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device=META)
+
+    linears: dict[str, LevelLinear] = {}
+    for role, outputs, inputs, exact in shape.linears:
+        swiglu = role == "gate_up"
+        linears[role] = (
+            Dense(weight(outputs, inputs), swiglu=swiglu, interleaved=False)
+            if exact
+            else _QuantizedShape(outputs, splits=LINEAR_SPLITS, swiglu=swiglu)
+        )
+    norm = weight(shape.hidden)
+    layer = LevelLayer(**linears, qkv_bias=None, input_norm=norm, post_norm=norm)
+    return CapturedDraft(
+        LevelModel(
+            layers=[layer] * LAYERS,
+            embedding=weight(shape.vocab, shape.hidden),
+            final_norm=norm,
+            head=weight(shape.vocab, shape.hidden),
+            draft_head=_QuantizedShape(shape.vocab, splits=1, swiglu=False) if shape.own_head else None,
+            inverse_frequency=weight(shape.head_dim // 2),
+            attention_scaling=1.0,
+            eps=1e-6,
+            q_heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            hidden=shape.hidden,
+            vocab_size=shape.vocab,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def captured_level_bytes(shape: LevelShape, width: int, sampling: Sampling) -> int:
+    """Peak of a captured level of ``width`` rows, with the logits' buffer that all levels share."""
+    draft, policy = captured_draft(shape), Beam(2, width)
+    draft.begin(
+        KVCache(
+            layers=LAYERS,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_length=1,
+            draft_rows=policy.draft_rows,
+            target_rows=0,
+            dtype=torch.bfloat16,
+            device=META,
+        )
+    )
+    return draft_level_bytes(draft, policy, sampling, shape.target_vocab)

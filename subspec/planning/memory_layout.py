@@ -1,0 +1,388 @@
+"""The allocations of a run on the device and the host, for any decision of the planner.
+
+A :class:`MemoryLayout` holds what a configuration fixes; :meth:`MemoryLayout.allocations` lists every allocation for a
+:class:`Decision`. The planner searches the best decision that fits the budget; budgets are unknown here.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
+from subspec.config.enums import Codec, Kernel
+from subspec.config.schema import (
+    Config,
+    Device,
+    Dtype,
+    NoDraftConfig,
+    Placement,
+    StreamOffloadConfig,
+    SubstituteDraftConfig,
+)
+from subspec.decoding.audit import PROMPT_CHUNK
+from subspec.decoding.bitwise import unsupported
+from subspec.decoding.engine import ROW_MULTIPLE
+from subspec.decoding.from_config import build_sampling, build_tree_policy
+from subspec.decoding.tree import Tree
+from subspec.errors import ConfigError
+from subspec.levels.quantization import LevelQuantization, level_quantization
+from subspec.planning.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
+from subspec.planning.draft_memory import (
+    DraftMemory,
+    SizingInputs,
+    draft_memory,
+    kv_bytes,
+    substitute_allocations,
+)
+from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
+from subspec.planning.trace import META, target_trace
+from subspec.targets.layer_bytes import LayerCodec, PlainCodec
+from subspec.targets.model_spec import ModelSpec
+from subspec.utils.rounding import round_up
+
+CHUNK_STEP = 64
+"""Prefill chunks are multiples of this."""
+
+CHUNK_GOAL = 512
+"""Prefill chunk whose workspace is reserved before any layer becomes resident.
+
+A chunk is one sweep over all streamed weights. 1024 tokens instead of 512 cost 0.08 GiB (7B), a fifth of a resident
+layer, and save one sweep of a prompt longer than 512 tokens; most are shorter. The chunk grows into half of the memory
+that the layers leave over.
+"""
+
+LOADING_LAYERS = 3
+"""Layers in host memory while loading: one being read, one being quantized, one to spare."""
+
+PROCESS_BYTES = GIB
+"""Host memory that the CUDA context and its libraries take after planning (an estimate)."""
+
+POST_LOAD = (
+    "resident layers",
+    "ring",
+    "decoded layer",
+    "KV cache",
+    "tree",
+    "workspace",
+    "draft level",
+    "audit",
+)
+"""Device allocations made after weight loading has finished."""
+
+AUDIT_ROWS = 256
+"""Tokens per pass of an audit that compares no bits."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Number of resident layers, tokens per prefill chunk, and place of the embedding table."""
+
+    resident: int
+    chunk: int
+    embedding: Placement
+
+
+class MemoryLayout:
+    """Sizes that a configuration fixes.
+
+    Attributes:
+        draft: None for plain decoding.
+        required_resident: layers that must be resident because the draft needs them exact on the device.
+        coded: whether exact weights are coded by the substitute.
+        layer_bytes: of a streamed layer. resident_bytes: of a resident one, which is coded too if ``coded``.
+        coded_head_bytes: of the exact LM head if it is coded by the draft's own; else 0 (no such head, or the
+            embedding is tied to it).
+        head_loading_bytes: peak while the coded head is made, before other allocations but the embedding; or 0.
+        loading_bytes: peak while a layer is loaded and quantized, before the allocations in :data:`POST_LOAD`; or 0.
+        packed_bytes: of a substitute's layer, its quantized Linears alone.
+        goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, lower bound, upper bound.
+        nodes: most nodes of the tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
+            :data:`~subspec.decoding.engine.ROW_MULTIPLE`, or 1 without a draft.
+
+    Raises:
+        ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.
+    """
+
+    def __init__(self, config: Config, model: PretrainedConfig) -> None:
+        if not isinstance(config.offload, StreamOffloadConfig):
+            raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
+        self.config, self.offload = config, config.offload
+        self.spec = spec = ModelSpec.of(model)
+        self.itemsize = _itemsize(config)
+        self.bitwise = _bitwise(config, model, self.itemsize)
+        self.target = target_trace(model, self.itemsize, bitwise=self.bitwise)
+        self.sampling = build_sampling(config)
+
+        self.coded = codec_of(config) is Codec.substitute
+        quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
+        quantization = _quantization(config, spec) if quantizes else None
+        plain = PlainCodec(self.itemsize)
+        codec: LayerCodec = plain
+        if self.coded and quantization is not None:
+            codec = SubstituteCodec(quantization)
+        self.exact_bytes, self.layer_bytes = plain.layer_bytes(spec.layer), codec.layer_bytes(spec.layer)
+        self.resident_bytes = self.layer_bytes if self.coded else self.exact_bytes
+        self.scratch_bytes = codec.scratch_bytes(spec.layer)
+        self.table_bytes = spec.vocab * spec.hidden * self.itemsize
+
+        self.draft: DraftMemory | None = None
+        self.required_resident: tuple[int, ...] = ()
+        self.nodes = self.rows = self.pass_rows = 1
+        self.draft_rows = self.width = self.levels = 0
+        if not isinstance(config.draft, NoDraftConfig):
+            policy = build_tree_policy(config.tree)
+            self.draft = draft = draft_memory(
+                SizingInputs(
+                    config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization
+                )
+            )
+            assert draft is not None
+            self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
+            self.nodes = policy.capacity
+            self.rows = round_up(policy.capacity, ROW_MULTIPLE)
+            self.pass_rows = round_up(policy.pass_nodes, ROW_MULTIPLE)
+            self.width, self.levels = policy.width, policy.max_depth
+        self.most_chunk = length = config.decoding.max_length
+        self.least_chunk = min(config.decoding.prefill_chunk, length)
+        self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
+        self._check()
+
+        # A substitute that restores the exact layers exists even if it does not draft.
+        self._substitute: tuple[Allocation, ...] = () if self.draft is None else self.draft.allocations
+        self.loading_bytes = self.packed_bytes = self.coded_head_bytes = self.head_loading_bytes = 0
+        if quantization is not None:
+            self._size_loading(quantization)
+            if self.draft is None:
+                self._substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
+        self._weights, self._tree = self._weight_allocations(), self._tree_allocation()
+        self._level = self._level_allocation()
+
+    def _size_loading(self, quantization: LevelQuantization) -> None:
+        spec, room = self.spec, self.exact_bytes
+        head, coded = (spec.vocab, spec.hidden), self.layer_bytes * self.coded
+        # The head is restored into the buffer of restored layers, which needs a coded layer.
+        if self.coded and not spec.tied and len(self.required_resident) < spec.layers:
+            self.coded_head_bytes = own = coded_head_bytes(quantization, room)
+            if own:
+                peak = head_loading_bytes(quantization, head, room, own)
+                self.head_loading_bytes = quantization.head_bytes + peak
+        self.loading_bytes = loading_bytes(
+            quantization, spec.layer, head, self.itemsize, coded, head_is_coded=self.coded_head_bytes > 0
+        )
+        self.packed_bytes = quantization.layer_bytes
+
+    def _check(self) -> None:
+        offload, layers = self.offload, self.spec.layers
+        for key in ("vram_gib", "ring_slots", "link_gb_per_s", "ram_gib"):
+            value = getattr(offload, key)
+            if value is not None and value <= 0:
+                raise ConfigError(f"offload.{key}={value} must be positive")
+        wrong = [index for index in self.required_resident if not 0 <= index < layers]
+        if wrong:
+            raise ConfigError(
+                f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}"
+            )
+        resident, required = offload.resident_layers, len(self.required_resident)
+        if resident is not None and not 0 <= resident <= layers:
+            raise ConfigError(f"offload.resident_layers={resident}: the target has {layers} layers")
+        if resident is not None and resident < required:
+            assert self.draft is not None
+            raise ConfigError(
+                f"offload.resident_layers={resident}, but {self.draft.required_by} {required} layers exact on the "
+                f"device: set it to at least {required}, or to null"
+            )
+        if self.spec.tied and offload.embedding is Placement.host:
+            raise ConfigError(
+                "offload.embedding=host, but the target ties its embedding to the LM head, which every draft level "
+                "multiplies with: leave it at auto"
+            )
+
+    def placements(self) -> tuple[Placement, ...]:
+        """Possible places of the embedding table, the preferred one first."""
+        if self.spec.tied:
+            return (Placement.device,)
+        asked = self.offload.embedding
+        return (Placement.device, Placement.host) if asked is Placement.auto else (asked,)
+
+    def ring_slots(self, resident: int) -> int:
+        """Slots of the ring: at most as many as there are streamed layers."""
+        return min(self.offload.ring_slots, self.spec.layers - resident)
+
+    def device_bytes(self, decision: Decision) -> int:
+        """Sum of the device allocations."""
+        return sum(allocation.bytes for allocation in self._device(decision))
+
+    def allocations(self, decision: Decision) -> list[Allocation]:
+        """Every allocation on the device and on the host, without empty ones."""
+        return [one for one in [*self._device(decision), *self._host(decision)] if one.bytes]
+
+    def _weight_allocations(self) -> list[Allocation]:
+        """Substitute, norms and LM head, which do not depend on the decision."""
+        spec, itemsize = self.spec, self.itemsize
+        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(itemsize))
+        note = f"{spec.vocab} x {spec.hidden}{', coded' * bool(self.coded_head_bytes)}"
+        return [
+            *self._substitute,
+            Allocation("norms and biases", (*vectors, (spec.hidden * itemsize, 1))),
+            Allocation(
+                "embedding and LM head" if spec.tied else "LM head",
+                ((self.coded_head_bytes or self.table_bytes, 1),),
+                note,
+            ),
+        ]
+
+    def _tree_allocation(self) -> Allocation:
+        tensors = [value for value in vars(Tree(self.rows, META)).values() if isinstance(value, Tensor)]
+        size = sum(tensor.nbytes for tensor in tensors)
+        return Allocation("tree", ((size, 1),), _tree_note(self.nodes, self.rows))
+
+    def _level_allocation(self) -> Allocation:
+        draft = self.draft
+        if draft is None:
+            return Allocation("draft level", ())
+        return Allocation(
+            "draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}"
+        )
+
+    def _device(self, decision: Decision) -> list[Allocation]:
+        spec, resident, chunk = self.spec, decision.resident, decision.chunk
+        required, length = len(self.required_resident), self.config.decoding.max_length
+        slots, streamed = self.ring_slots(resident), spec.layers - resident
+        target_rows = max(self.pass_rows, chunk)
+        cache = kv_bytes(spec, length, self.draft_rows, target_rows, self.itemsize)
+        largest, workspace = self._workspace(chunk)
+        restores = streamed > 0 or (self.coded and resident > required)
+        own_table = int(decision.embedding is Placement.device and not spec.tied)
+        found = [
+            *self._weights,
+            Allocation("embedding", ((self.table_bytes, own_table),), f"{spec.vocab} x {spec.hidden}"),
+            Allocation(
+                "resident layers",
+                ((self.exact_bytes, required), (self.resident_bytes, resident - required)),
+                self._resident_note(resident),
+            ),
+            Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
+            Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
+            Allocation("KV cache", ((cache, 1),), f"{self.draft_rows} + {length} + {target_rows} rows"),
+            self._tree,
+            Allocation("workspace", ((workspace, 1),), f"largest: {largest}"),
+            self._level,
+            Allocation("audit", self._audit_tensors(workspace), "its own cache and logits"),
+            Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
+        ]
+        extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
+        found.append(Allocation("allocator", ((extra, 1),), "rounding, segments in part"))
+        making = self.head_loading_bytes and self.head_loading_bytes + self.table_bytes * own_table
+        more = max(0, making - sum(one.bytes for one in found))
+        note = "before the rest is there: what that takes beyond it"
+        return [*found, Allocation("coding the LM head", ((more, 1),), note)]
+
+    def staged_layers(self, decision: Decision) -> int:
+        """Layers of the substitute that are staged on the host until loading has finished.
+
+        When the last layer is made, the device holds the substitute and the peak of loading. If the allocations that
+        follow (:data:`POST_LOAD`) leave less room than that, as many layers as it takes are staged.
+        """
+        room = sum(one.bytes for one in self._device(decision) if one.name in POST_LOAD)
+        short = max(0, self.loading_bytes - room)
+        return min(self.spec.layers, math.ceil(short / max(1, self.packed_bytes)))
+
+    def _resident_note(self, resident: int) -> str:
+        plain = len(self.required_resident) if self.coded else resident
+        kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
+        return f"{resident} of {self.spec.layers}, {kind}"
+
+    def _workspace(self, chunk: int) -> tuple[str, int]:
+        """The largest peak of a pass or of sampling, and its name."""
+        target, rows, length = self.target, self.pass_rows, self.config.decoding.max_length
+        peaks = {
+            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length),
+            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length),
+            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling),
+            **({} if self.draft is None else self.draft.workspaces),
+        }
+        return max(peaks.items(), key=lambda named: named[1])
+
+    def _audit_tensors(self, workspace: int) -> tuple[tuple[int, int], ...]:
+        """The audit's KV cache, and its logits as far as they need more than the run's workspace."""
+        if not self.config.audit:
+            return ()
+        length = self.config.decoding.max_length
+        rows = judged = min(AUDIT_ROWS, length)
+        if self.bitwise:
+            rows, judged = min(PROMPT_CHUNK, length), 1
+        logits = self.target.audit_bytes(judged, self.sampling)
+        return ((kv_bytes(self.spec, length, 0, rows, self.itemsize), 1), (max(0, logits - workspace), 1))
+
+    def _host(self, decision: Decision) -> list[Allocation]:
+        host, resident = Placement.host, decision.resident
+        streamed, table = self.spec.layers - resident, int(decision.embedding is host)
+        staged = self.staged_layers(decision)
+        # Resident layers are coded to the host too, and copied to the device after quantization.
+        coded = (resident - len(self.required_resident)) * self.coded
+        loading = (
+            (self.exact_bytes, LOADING_LAYERS),
+            (self.packed_bytes, staged),
+            (PROCESS_BYTES, 1),
+            (self.layer_bytes, coded),
+        )
+        parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]
+        parts += [*[f"{staged} of the substitute"] * bool(staged), "1 GiB for CUDA"]
+        return [
+            Allocation(
+                "streamed layers", ((self.layer_bytes, streamed),), f"{streamed} layers, pinned", host
+            ),
+            Allocation("embedding table", ((self.table_bytes, table),), "pinned; only looked up", host),
+            Allocation("loading and process", loading, ", ".join(parts), host),
+        ]
+
+    def spread(self, resident: int) -> tuple[int, ...]:
+        """Numbers of the resident layers: the required ones, and the others evenly over the depth.
+
+        The link fetches a streamed layer while the device computes a resident one. With one resident block at the
+        start the full ring would keep the link waiting; with one at the end nothing would be left to fetch. Spread
+        evenly, with streamed layers at both ends, the link pauses for at most a layer's computation, which matters
+        most in prefill, where computing a layer takes as long as streaming it.
+        """
+        others = [index for index in range(self.spec.layers) if index not in self.required_resident]
+        count = resident - len(self.required_resident)
+        chosen = [others[(2 * i + 1) * len(others) // (2 * count)] for i in range(count)]
+        return tuple(sorted([*self.required_resident, *chosen]))
+
+    def without_draft(self, model: PretrainedConfig) -> "MemoryLayout":
+        """The layout of plain decoding, streamed uncoded, with as many resident layers as fit."""
+        offload = replace(self.offload, resident_layers=None, codec=Codec.none)
+        return MemoryLayout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
+
+
+def _bitwise(config: Config, model: PretrainedConfig, itemsize: int) -> bool:
+    """Whether passes run in batch-invariant arithmetic."""
+    reason = unsupported(model)
+    if itemsize != 2:
+        reason = reason or "it is for bfloat16 and float16, and this run computes in float32"
+    if reason and config.decoding.bitwise is True:
+        raise ConfigError(f"decoding.bitwise=true: {reason}; set decoding.bitwise=auto")
+    return not reason and config.decoding.bitwise is not False
+
+
+def _quantization(config: Config, spec: ModelSpec) -> LevelQuantization:
+    if isinstance(config.draft, NoDraftConfig):
+        config = decoding_only(config)
+    kernel = getattr(config.draft, "kernel", Kernel.auto).value
+    return level_quantization(config.quant, spec.layer, (spec.vocab, spec.hidden), kernel=kernel)
+
+
+def _tree_note(nodes: int, rows: int) -> str:
+    count = "the root alone" if nodes == 1 else f"{nodes} nodes"
+    return count if rows == nodes else f"{count} in {rows} rows"
+
+
+def _itemsize(config: Config) -> int:
+    """Bytes per weight. Streaming is for GPUs, where ``auto`` is bfloat16, also when planned without one."""
+    dtype = config.target.dtype
+    card = getattr(config.offload, "card", None)
+    if dtype is Dtype.float32 or (dtype is Dtype.auto and config.device is Device.cpu and card is None):
+        return 4
+    return 2

@@ -1,0 +1,242 @@
+"""Integers with a scale and a zero per group of inputs: the weight, its format, and our kernel's Linear."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log2
+
+import torch
+from torch import Tensor
+
+from subspec.kernels import int4
+from subspec.quant import gemlite
+from subspec.quant.bit_planes import pack_bits, packed_columns, unpack_bits
+from subspec.quant.gemlite import GemLite
+from subspec.quant.level_linear import FewRowsLinear, LevelLinear, Variant
+from subspec.quant.quantized_weight import QuantizedWeight, fitting
+from subspec.quant.weight_format import WHOLE_SUMS, WeightFormat, split_variants
+
+CODED_BITS = {2: 9.55, 3: 8.25, 4: 7.1, 8: 3.7}
+"""Bits per exact weight to reserve by the bits of its integer, in groups of 64: measured (``experiments/codec``) on
+Gaussian weights and on the default model 9.2 to 9.4, 8.0 to 8.1, 7.0 and 3.4 to 3.5."""
+
+CODED_BITS_PER_DOUBLING = 0.16
+"""More for every doubling of the group: scales follow the largest weight of more."""
+
+
+@dataclass(frozen=True)
+class QuantizedIntegers(QuantizedWeight):
+    """Integers with a scale and a zero per group: w = scale * (q - zero).
+
+    Attributes:
+        q: uint8 [n, k], integers 0 .. 2**bits - 1.
+        scale, zero: float32 [n, k / group_size].
+        group_size: weights along k that share a scale and a zero.
+        bits: of the integers.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    group_size: int
+    bits: int = 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.q.shape
+        return n, k
+
+    @property
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.scale, self.zero
+
+    def of_rows(self, parts: Sequence[Tensor]) -> "QuantizedIntegers":
+        q, scale, zero = parts
+        return replace(self, q=q, scale=scale, zero=zero)
+
+    def stacks_with(self, other: "QuantizedIntegers") -> bool:
+        return (other.bits, other.group_size) == (self.bits, self.group_size)
+
+    def dequantize(self) -> Tensor:
+        groups = self.q.float().unflatten(1, (-1, self.group_size))
+        return (self.scale.unsqueeze(-1) * (groups - self.zero.unsqueeze(-1))).flatten(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``q`` (uint8, :mod:`~subspec.quant.bit_planes`), ``scale`` and ``zero`` (float16 if that is exact)."""
+        return {
+            "q": pack_bits(self.q, self.bits).cpu(),
+            "scale": _narrow(self.scale),
+            "zero": _narrow(self.zero),
+        }
+
+    @property
+    def margin(self) -> float:
+        """Widening of an interval, in scales.
+
+        Scale and zero are rounded to float16 after the integers were chosen, which moves a level by up to about
+        ``2**bits`` half-precision roundings of a scale. On Gaussian weights 99.9 % lie within 0.5 scales of their level
+        at 4 bits, and within 0.544 at 8.
+        """
+        return 2.0 ** (self.bits - 12)
+
+    def interval(self, begin: int, end: int, margin: float) -> tuple[Tensor, Tensor]:
+        """``[(q - z - 1/2 - margin) s, (q - z + 1/2 + margin) s]``: exact weights are spread evenly over it."""
+        half = 0.5 + margin
+        group = torch.arange(begin, end, device=self.q.device) // self.group_size
+        scale, zero = self.scale.flatten()[group], self.zero.flatten()[group]
+        centre = self.q.flatten()[begin:end].float() - zero
+        return (centre - half) * scale, (centre + half) * scale
+
+
+class Int4Linear(FewRowsLinear):
+    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`).
+
+    Args:
+        splits: slices of the input dimension; 0: a rule of thumb.
+        warps: per block; 0: the usual number.
+    """
+
+    kind = "int4_mma"
+
+    def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
+        self.weight, self.warps, self.swiglu = weight, warps or int4.WARPS, weight.swiglu
+        if weight.words.is_cuda:
+            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
+            self.splits = splits or int4.splits_for(weight, count)
+        self.stride = weight.padded
+        self.nbytes = weight.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight.words, self.weight.meta
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        words, meta = tensors
+        self.weight = replace(self.weight, words=words, meta=meta)
+
+    def quantized(self) -> QuantizedIntegers:
+        """In groups of 64."""
+        return QuantizedIntegers(*int4.unpack_integers(self.weight), int4.GROUP, self.weight.bits)
+
+    def reference(self, x: Tensor) -> Tensor:
+        return int4.reference(self.weight, x)
+
+    def launch(self, x: Tensor, out: Tensor) -> None:
+        int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps)
+
+
+@dataclass(frozen=True)
+class IntegerFormat(WeightFormat):
+    """:class:`QuantizedIntegers`, however they are chosen: a subclass says how (:meth:`quantize`, ``facts``).
+
+    Attributes:
+        bits: 8, 4, 3 or 2.
+        group: inputs per scale.
+    """
+
+    bits: int = 4
+    group: int = int4.GROUP
+
+    @property
+    def name(self) -> str:
+        return f"{self.bits} bit in 4-bit words" if self.bits in (2, 3) else f"{self.bits} bit"
+
+    @property
+    def detail(self) -> str:
+        return f"groups of {self.group}"
+
+    @property
+    def key(self) -> str:
+        """3 and 4 bits look alike to every kernel."""
+        return f"w{4 if self.bits == 3 else self.bits}g{self.group}"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return Int4Linear.kind, GemLite.kind
+
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
+    ) -> QuantizedIntegers | None:
+        n, k = shape
+        groups = (n, k // self.group)
+        if not fitting(stored, {"q": (n, packed_columns(k, self.bits)), "scale": groups, "zero": groups}):
+            return None
+        q = unpack_bits(stored["q"].to(device), self.bits)
+        scale, zero = (stored[name].to(device).float() for name in ("scale", "zero"))
+        return QuantizedIntegers(q, scale, zero, self.group, self.bits)
+
+    def stored_bytes(self, n: int, k: int) -> int:
+        """``bits`` per weight, and a float16 scale and zero per group."""
+        return n * packed_columns(k, self.bits) + 4 * n * (k // self.group)
+
+    def quantized_bytes(self, n: int, k: int) -> int:
+        """A byte per weight, and a float32 scale and zero per group."""
+        return n * k + 8 * n * (k // self.group)
+
+    def peak_bytes(self, n: int, k: int) -> int:
+        """A float32 copy, and the integers as float32."""
+        return 8 * n * k
+
+    @property
+    def coded_bits(self) -> float:
+        return CODED_BITS[self.bits] + CODED_BITS_PER_DOUBLING * log2(self.group / 64)
+
+    def device_bytes(self, n: int, k: int) -> int:
+        """4 bits per weight (8 for 8 bits), and a scale and a zero for every 64 inputs and nibble.
+
+        Our kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open. gemlite takes
+        fewer bytes for 8 and 2 bits; only groups that our kernel does not have are counted as it keeps them.
+        """
+        if int4.unfit(k, self.group) is None:
+            return int4.packed_bytes(n, k, self.bits)
+        return n * k * (4 if self.bits == 3 else self.bits) // 8 + 4 * n * (k // self.group)
+
+    def unfit(self, kernel: str, n: int, k: int) -> str | None:
+        if kernel not in self.kernels:
+            return f"it has no {self.bits}-bit integers"
+        if k % self.group:
+            return f"groups of {self.group} do not divide {k} inputs"
+        return int4.unfit(k, self.group) if kernel == Int4Linear.kind else gemlite.unfit(k, self.group)
+
+    def unavailable(self, kernel: str, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "no CUDA device"
+        return int4.unavailable() if kernel == Int4Linear.kind else gemlite.unavailable()
+
+    def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
+        """Tiles, splits and warps of our kernel; gemlite decides for itself."""
+        if kernel != Int4Linear.kind:
+            return [Variant(kernel)]
+        if role in WHOLE_SUMS:
+            return [Variant(kernel, tiles, 1, warps) for tiles in (2, 4) for warps in (0, 4)]
+        return split_variants(kernel, role, k // int4.GROUP * int4.planes_of(self.bits), int4.WARPS)
+
+    def linear(self, variant: Variant, weight: QuantizedIntegers, *, swiglu: bool) -> LevelLinear:
+        parts = weight.q, weight.scale, weight.zero
+        if variant.kernel == Int4Linear.kind:
+            packed = int4.pack(*parts, tiles=variant.tiles, bits=self.bits, swiglu=swiglu)
+            return Int4Linear(packed, variant.splits, variant.warps)
+        if variant.kernel == GemLite.kind:
+            bits = 4 if self.bits == 3 else self.bits
+            return GemLite(*parts, weight.group_size, bits=bits, swiglu=swiglu)
+        raise ValueError(f"no kernel {variant.kernel!r} for integers: use {', '.join(self.kernels)}")
+
+    def random_linear(
+        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
+    ) -> LevelLinear:
+        if variant.kernel != Int4Linear.kind:
+            return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
+        packed = int4.random_packed(n, k, tiles=variant.tiles, bits=self.bits, swiglu=swiglu, device=device)
+        return Int4Linear(packed, variant.splits, variant.warps)
+
+    def random_weight(self, n: int, k: int, device: torch.device) -> QuantizedIntegers:
+        """Random integers, with scales of a real weight's size."""
+        q = torch.randint(0, 1 << self.bits, (n, k), dtype=torch.uint8, device=device)
+        scale = (torch.rand(n, k // self.group, device=device) * 0.002 + 0.004) * 2.0 ** (4 - self.bits)
+        zero = torch.full_like(scale, ((1 << self.bits) - 1) / 2)
+        return QuantizedIntegers(q, scale, zero, self.group, self.bits)
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """float16 on the CPU if that is exact, else as it is."""
+    half = values.half()
+    return (half if torch.equal(half.float(), values) else values).cpu().contiguous()

@@ -1,0 +1,214 @@
+"""The interface of a method of quantization: how weights are quantized, what they take, and what multiplies with them.
+
+A method is one :class:`WeightFormat`, its :class:`~subspec.quant.quantized_weight.QuantizedWeight` and the
+:class:`~subspec.quant.level_linear.LevelLinear` of each of its kernels. Planner, builder of draft levels, choice of
+kernels, caches and codec ask these three only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.quantized_weight import QuantizedWeight
+
+TILES = {"qkv": 2, "out": 2, "gate_up": 4, "down": 2, "head": 4}
+"""Outputs per block, in sixteens, where nothing is measured: enough blocks for every multiprocessor."""
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+"""Slices of the inputs that are tried."""
+
+WHOLE_SUMS = ("gate_up", "head")
+"""Roles with whole sums: the activation needs them, and slices of all logits would take memory."""
+
+
+class WeightFormat(ABC):
+    """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses.
+
+    Attributes:
+        bits: per weight, without scales.
+        kernels: names of the kernels that multiply with it; the first one has a torch reference for CPUs.
+    """
+
+    bits: int
+
+    @property
+    @abstractmethod
+    def kernels(self) -> Sequence[str]: ...
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """``4 bit``, for people and records."""
+
+    @property
+    @abstractmethod
+    def detail(self) -> str:
+        """``groups of 64``, for people and records."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.detail}"
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Part of the key of kernels' times: everything that they depend on besides the shape."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Everything that quantized weights follow from besides the weight (JSON types): a cache's key."""
+
+    # ------------------------------------------------------------------------------------- quantizing
+
+    @abstractmethod
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Quantize a weight, floating [n, k]."""
+
+    @abstractmethod
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
+    ) -> QuantizedWeight | None:
+        """A weight of this shape from :meth:`QuantizedWeight.tensors`; None if they do not fit it."""
+
+    @abstractmethod
+    def stored_bytes(self, n: int, k: int) -> int:
+        """Bytes of :meth:`QuantizedWeight.tensors`."""
+
+    @abstractmethod
+    def quantized_bytes(self, n: int, k: int) -> int:
+        """Device bytes of the :class:`QuantizedWeight`."""
+
+    @abstractmethod
+    def peak_bytes(self, n: int, k: int) -> int:
+        """Most device bytes that :meth:`quantize` holds besides the weight and the result."""
+
+    @property
+    def coded_bits(self) -> float:
+        """Bits to reserve for an exact weight that is coded given this one (:mod:`subspec.codec.format`).
+
+        Raises:
+            TypeError: exact weights are not coded with this format.
+        """
+        raise TypeError(f"no exact weight is coded with {self}")
+
+    # ------------------------------------------------------------------------------------- multiplying
+
+    @abstractmethod
+    def device_bytes(self, n: int, k: int) -> int:
+        """Device bytes of a weight [n, k] in a kernel's order, scales included."""
+
+    @abstractmethod
+    def unfit(self, kernel: str, n: int, k: int) -> str | None:
+        """Why ``kernel`` does not take a weight [n, k] of this format, in a few words; None if it does."""
+
+    @abstractmethod
+    def unavailable(self, kernel: str, device: torch.device) -> str | None:
+        """Why ``kernel`` cannot run on ``device``, in a few words; None if it can."""
+
+    @abstractmethod
+    def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
+        """Settings of ``kernel`` worth measuring for a weight [n, k] in this role."""
+
+    @abstractmethod
+    def linear(self, variant: Variant, weight: Any, *, swiglu: bool) -> LevelLinear:
+        """The Linear of a fused role's stacked weight.
+
+        Raises:
+            ValueError: there is no such kernel, or rows of gate and up are not whole tiles.
+        """
+
+    @abstractmethod
+    def random_linear(
+        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
+    ) -> LevelLinear:
+        """A Linear with random contents, to be timed."""
+
+    def reference(self, role: str) -> Variant:
+        """The kernel whose torch reference computes on a CPU."""
+        return Variant(self.kernels[0], TILES[role])
+
+
+def split_variants(kernel: str, role: str, steps: int, warps: int) -> list[Variant]:
+    """Tiles and splits of our CUDA kernels; every warp of a slice needs some of the ``steps`` of 64 inputs."""
+    most = 1 if role in WHOLE_SUMS else max(1, 2 * steps // warps)
+    return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
+
+
+class WeightQuantizer(Protocol):
+    """Quantizes weights by the name of their Linear (:class:`FormatQuantizer`, or a cache around one)."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See :attr:`WeightFormat.facts`."""
+
+    def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
+        """Quantize a weight [n, k].
+
+        Args:
+            name: ``LAYER.path.of.module`` (or ``head.lm_head``); its last part may have a format of its own, and the
+                result may be remembered by it.
+        """
+
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
+    ) -> QuantizedWeight | None:
+        """See :meth:`WeightFormat.restore`."""
+
+    def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """See :meth:`WeightFormat.stored_bytes`."""
+
+    def quantized_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """See :meth:`WeightFormat.quantized_bytes`."""
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        """See :meth:`WeightFormat.peak_bytes`."""
+
+    def end_layer(self) -> None:
+        """All weights of a layer have been quantized."""
+
+
+class FormatQuantizer:
+    """A :class:`WeightQuantizer` that remembers nothing.
+
+    Args:
+        default: format of all Linears but those of ``by_linear``.
+        by_linear: formats by the name of a Linear (``q_proj``...).
+    """
+
+    def __init__(self, default: WeightFormat, by_linear: Mapping[str, WeightFormat] | None = None) -> None:
+        self.default = default
+        self.by_linear = {name: own for name, own in sorted((by_linear or {}).items()) if own != default}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The default format's, and the bits of Linears that have others."""
+        bits = {name: own.bits for name, own in self.by_linear.items()}
+        return self.default.facts | ({"bits_by": bits} if bits else {})
+
+    def format_of(self, name: str | None) -> WeightFormat:
+        """Format of a Linear, given its path."""
+        return self.default if name is None else self.by_linear.get(name.rpartition(".")[2], self.default)
+
+    def quantize(self, weight: Tensor, name: str | None = None) -> Any:
+        return self.format_of(name).quantize(weight)
+
+    def restore(
+        self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
+    ) -> QuantizedWeight | None:
+        return self.format_of(name).restore(stored, shape, device)
+
+    def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
+        return self.format_of(name).stored_bytes(*shape)
+
+    def quantized_bytes(self, shape: tuple[int, int], name: str) -> int:
+        return self.format_of(name).quantized_bytes(*shape)
+
+    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
+        return self.format_of(name).peak_bytes(*shape)
+
+    def end_layer(self) -> None:
+        """Nothing is remembered."""

@@ -1,0 +1,421 @@
+"""The run folder: one JSON line per finished turn, safe against a kill at any byte.
+
+A run on a slow link takes hours, so a finished turn must not be lost, repeated or mixed with another run. Each turn is
+one ``write`` followed by ``fsync``. On resume, incomplete lines are moved to ``records.jsonl.damaged`` and reported. An
+operating-system lock, released when its process ends, excludes a second process. A resumed run must have the
+configuration of the first.
+
+Example::
+
+    chosen = {"source": benchmark.source.value, "device": device.type}
+    with RunFolder.open(
+        run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment(), chosen=chosen
+    ) as folder:
+        for note in folder.notes:
+            console.note(note)
+        if folder.finished(sample.id, turn=0) is None:
+            folder.append(turn_record(...))
+        folder.write_summary(summarise(folder.records()))
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import filelock
+import yaml
+
+from subspec.errors import ConfigError, SubspecError
+from subspec.records.run_files import CONFIG, DAMAGED, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
+from subspec.utils.files import (
+    RESUME_HINT,
+    json_line,
+    plain,
+    sync_folder,
+    write_atomic,
+    write_error,
+    write_json,
+)
+
+FREE_KEYS = frozenset(
+    {
+        "resume",
+        "run_dir",
+        "logger",
+        "experiment",
+        "hparams_search",
+        "optimise",
+        "study",
+        "baseline",
+        "benchmark.max_samples",
+    }
+)
+"""Keys that may differ when a run is resumed, because they change no record.
+
+``experiment`` names values that are compared themselves. Fewer samples are a prefix of more, so a run may be extended.
+All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
+"""
+
+AUTO = "auto"
+
+CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
+"""Keys that may be ``auto``, by the record field that holds the resolved value.
+
+A hub that answers again or a missing GPU changes the resolved value under the same configuration. The value resolved
+now is compared with the records, so a resumed run may also name the earlier value explicitly.
+"""
+
+GONE = {"tree.ahead": 0}
+"""Keys of earlier versions, with the value at which they had no effect."""
+
+BEFORE = {"bitwise": False}
+"""Resolved value in records older than the field."""
+
+Key = tuple[str, int]
+
+
+class RunFolder:
+    """A run's folder, held by one process. Create it with :meth:`open`; use it as a context manager.
+
+    Attributes:
+        path: the folder.
+        notes: findings and repairs of opening it, one line each, for the console.
+        resumed: whether it held records when it was opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: filelock.BaseFileLock,
+        config: Mapping[str, Any],
+        chosen: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self.resumed = False
+        self._lock = lock
+        self._config = dict(config)
+        self._chosen = dict(chosen or {})
+        self._records: dict[Key, dict[str, Any]] = {}
+        self._file: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | os.PathLike[str],
+        *,
+        resume: bool,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any] | None = None,
+        chosen: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Lock the folder, check that it belongs to this run, repair it, and write the run's description.
+
+        Args:
+            run_dir: the folder; created if missing.
+            resume: whether to continue the records in it.
+            config: the resolved configuration as builtin types.
+            environment: versions and hardware; those of a resumed session are appended to the first.
+            chosen: resolved values of the keys of :data:`CHOSEN`, by record field.
+
+        Raises:
+            ConfigError: it holds records and ``resume`` is false, or the records are of another configuration, data
+                source or device.
+            SubspecError: it cannot be written, or another process is writing it.
+        """
+        path = Path(run_dir)
+        remedy = "choose another folder with run_dir="
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(path)
+        except OSError as error:
+            raise write_error(error, path, remedy) from error
+        if lock is None:
+            raise SubspecError(f"run_dir={path} is in use by another process: wait for it, or {remedy}")
+        folder = cls(path, lock, plain(config), chosen)
+        try:
+            folder._load(resume)
+            folder._describe(plain(environment) if environment is not None else None)
+            folder._file = os.open(path / RECORDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            sync_folder(path)
+        except OSError as error:
+            folder.close()
+            raise write_error(error, Path(error.filename or path), remedy) from error
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def __len__(self) -> int:
+        """Number of records; the position of the next one."""
+        return len(self._records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def finished(self, sample_id: str, turn: int = 0) -> dict[str, Any] | None:
+        """The record of a finished or skipped turn, or None."""
+        return self._records.get((str(sample_id), turn))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in the order of writing, each turn once."""
+        return list(self._records.values())
+
+    def append(self, record: Mapping[str, Any]) -> bool:
+        """Write a record and wait until it is on disk. Returns False and writes nothing if its turn is already there.
+
+        Raises:
+            SubspecError: the disk is full or broken. No part of the record remains in the file.
+        """
+        if self._file is None:
+            raise RuntimeError(f"{self.path / RECORDS} is closed")
+        line = json_line(record)
+        # Keep the values that a reader would get back, so that a resumed run computes with the same ones.
+        record = json.loads(line)
+        key = _key(record)
+        if key is None:
+            raise ValueError("a record needs sample_id (str) and turn (int)")
+        if key in self._records:
+            return False
+        start = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, line)
+            if written != len(line):  # a full disk may accept a part; writing the rest raises the reason
+                os.write(self._file, line[written:])
+                raise OSError("only a part of a record was written")
+            os.fsync(self._file)
+        except BaseException as error:  # also an interrupt: the caller assumes that nothing was written
+            with contextlib.suppress(OSError):  # if this fails, resuming repairs the file
+                os.ftruncate(self._file, start)
+            if not isinstance(error, OSError):
+                raise
+            remedy = RESUME_HINT.format(run_dir=self.path)
+            raise write_error(error, self.path / RECORDS, remedy) from error
+        self._records[key] = record
+        return True
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replace ``summary.json``; adds the configuration and the environment to the figures."""
+        environment = read_json(self.path / ENVIRONMENT)
+        try:
+            write_json(self.path / SUMMARY, {**summary, "config": self._config, "environment": environment})
+        except OSError as error:
+            remedy = RESUME_HINT.format(run_dir=self.path)
+            raise write_error(error, self.path / SUMMARY, remedy) from error
+
+    def close(self) -> None:
+        """Close the file and release the lock. May be called twice."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self._lock.release()
+
+    # ---------------------------------------------------------------------------------------- opening
+
+    def _load(self, resume: bool) -> None:
+        file = self.path / RECORDS
+        data = file.read_bytes() if file.exists() else b""
+        if data and not resume:
+            raise ConfigError(
+                f"run_dir={self.path} already holds records: continue it with resume=true, "
+                "or choose another folder with run_dir="
+            )
+        if data:
+            scan = _scan(data)
+            self._check_same_run()
+            self._check_chosen(scan.records.values())
+            self._repair(data, scan)
+            self.resumed = bool(self._records)
+        if self.resumed:
+            self.notes.append(f"resuming: {len(self)} finished turn(s) in {file} are kept")
+        elif resume:
+            self.notes.append(f"resume=true, but {file} holds no finished turn: starting from the beginning")
+
+    def _check_same_run(self) -> None:
+        file = self.path / CONFIG
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+            before = None
+        if not isinstance(before, dict):
+            raise ConfigError(
+                f"resume=true, but {file} is missing or unreadable, so nothing tells which run the records belong "
+                "to; choose another folder with run_dir="
+            )
+        differences = config_differences(before, self._config)
+        if differences:
+            raise ConfigError(
+                f"resume=true, but the configuration differs from the one in {file}: {'; '.join(differences)}. "
+                "Use the same values, or choose another folder with run_dir="
+            )
+
+    def _check_chosen(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse to mix records of another data source or device with the existing ones."""
+        records = list(records)
+        for field, now in self._chosen.items():
+            values = [record.get(field, BEFORE.get(field)) for record in records]
+            before = {str(value).lower() for value in values if value is not None}
+            if before <= {now}:
+                continue
+            key, found = CHOSEN[field], " and ".join(sorted(before))
+            remedy = f"set {key}={found}, or " if len(before) == 1 else ""
+            raise ConfigError(
+                f"resume=true, but {key} comes to {now} now, and the records in {self.path / RECORDS} are of {found}: "
+                f"{remedy}choose another folder with run_dir="
+            )
+
+    def _repair(self, data: bytes, scan: "_Scan") -> None:
+        self._records = scan.records
+        if scan.damaged:
+            # Save the fragments before replacing the file: a kill in between saves them twice instead of losing them.
+            with (self.path / DAMAGED).open("ab") as file:
+                file.write(b"".join(fragment + b"\n" for _, fragment in scan.damaged))
+                file.flush()
+                os.fsync(file.fileno())
+            write_atomic(self.path / RECORDS, b"".join(line + b"\n" for line in scan.lines))
+        elif not data.endswith(b"\n"):  # killed between a complete record and its newline
+            write_atomic(self.path / RECORDS, data + b"\n")
+        self.notes.extend(scan.notes(self.path))
+
+    def _describe(self, environment: dict[str, Any] | None) -> None:
+        """Write ``config.yaml`` (a resumed run may have been extended) and ``environment.json``.
+
+        ``environment.json`` keeps the first session and appends resumed ones.
+        """
+        text = yaml.safe_dump(self._config, sort_keys=False, width=110)
+        write_atomic(self.path / CONFIG, text.encode("utf-8"))
+        if environment is None:
+            return
+        first = read_json(self.path / ENVIRONMENT) if self.resumed else None
+        if first is None:
+            write_json(self.path / ENVIRONMENT, environment)
+            return
+        compared = ("versions", "hardware", "git")
+        changed = [
+            line
+            for part in compared
+            for line in config_differences({part: first.get(part)}, {part: environment.get(part)})
+        ]
+        if changed:
+            self.notes.append(
+                f"resumed in another environment, so times may not compare: {'; '.join(changed)}"
+            )
+        sessions = [*first.get("resumed", []), environment]
+        write_json(self.path / ENVIRONMENT, {**first, "resumed": sessions})
+
+
+def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the records of a run and notes about damage, without locking or changing anything.
+
+    Raises:
+        SubspecError: there is no ``records.jsonl`` that can be read.
+    """
+    path = Path(run_dir)
+    try:
+        data = (path / RECORDS).read_bytes()
+    except OSError as error:
+        raise SubspecError(
+            f"cannot read {path / RECORDS}: {error.strerror}; give the folder of a run"
+        ) from error
+    scan = _scan(data)
+    return list(scan.records.values()), scan.notes(path, repaired=False)
+
+
+def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Dotted keys whose values differ, as ``key: old -> new``.
+
+    :data:`FREE_KEYS` are not compared, nor ``auto`` of :data:`CHOSEN` keys.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        paths = {name: f"{key}.{name}" if key else str(name) for name in {**before, **now}}
+        return [
+            line
+            for name, path in paths.items()
+            if path not in FREE_KEYS
+            for line in config_differences(before.get(name, _ABSENT), now.get(name, _ABSENT), path)
+        ]
+    if before == now and isinstance(before, bool) == isinstance(now, bool):
+        return []
+    if key in CHOSEN.values() and AUTO in (before, now):
+        return []
+    if now is _ABSENT and before == GONE.get(key, _ABSENT):
+        return []
+    return [f"{key}: {_shown(before)} -> {_shown(now)}"]
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+_ABSENT = object()
+
+
+class _Scan:
+    """Content of a records file: ``records`` by key, complete ``lines``, ``damaged`` (line number, bytes)."""
+
+    def __init__(self) -> None:
+        self.records: dict[Key, dict[str, Any]] = {}
+        self.lines: list[bytes] = []
+        self.damaged: list[tuple[int, bytes]] = []
+        self.duplicates = 0
+        self.last = 0
+
+    def notes(self, path: Path, repaired: bool = True) -> list[str]:
+        notes = []
+        done = f"moved to {path / DAMAGED}, its turn runs again" if repaired else "ignored"
+        for number, fragment in self.damaged:
+            what = "half-written last line" if number == self.last else "damaged line"
+            notes.append(f"{path / RECORDS}: {what} {number} ({len(fragment)} bytes) {done}")
+        if self.duplicates:
+            notes.append(
+                f"{path / RECORDS}: {self.duplicates} repeated record(s) ignored, the first one counts"
+            )
+        return notes
+
+
+def _scan(data: bytes) -> _Scan:
+    scan = _Scan()
+    pieces = data.split(b"\n")
+    if not pieces[-1]:
+        pieces.pop()  # the file ends with a newline
+    scan.last = len(pieces)
+    for number, piece in enumerate(pieces, start=1):
+        if not piece.strip():
+            continue
+        record = _parse(piece)
+        key = _key(record) if record is not None else None
+        if record is None or key is None:
+            scan.damaged.append((number, piece))
+            continue
+        scan.lines.append(piece)
+        if key in scan.records:
+            scan.duplicates += 1
+        else:
+            scan.records[key] = record
+    return scan
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _key(record: Mapping[str, Any]) -> Key | None:
+    sample_id, turn = record.get("sample_id"), record.get("turn")
+    if not isinstance(sample_id, str) or not isinstance(turn, int) or isinstance(turn, bool):
+        return None
+    return sample_id, turn
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is _ABSENT else json.dumps(value, default=str)

@@ -1,0 +1,225 @@
+"""A run's summary as a table, and the warnings that must accompany its figures."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from subspec.records.metrics import distinct_values, ratio
+from subspec.utils.rounding import is_power_of_two
+
+Summary = Mapping[str, Any]
+
+SAMPLE_PROMPTS = "note: packaged sample prompts, not the benchmark: compare no figure with published ones"
+PLANTED_WEIGHTS = (
+    "planted weights: real speed, but no language model; acceptance comes from quantization noise"
+)
+PLANTED_DRAFT = (
+    "planted weights: real speed, but no language model; how much of this draft is accepted is planted too and "
+    "means nothing"
+)
+FROM_NOISE = frozenset({"none", "subspec"})
+"""Drafts to which :data:`PLANTED_WEIGHTS` applies: only a substitute differs from its target by quantization noise."""
+ON_CPU = (
+    "note: on a CPU there is no link to hide behind, so that speeds here say nothing about offloading: "
+    "acceptance and losslessness are what to look at"
+)
+
+FIGURES = (
+    ("decode speed (tokens/s)", "tokens_per_s", 2),
+    ("overall speed (tokens/s)", "tokens_per_s_total", 2),
+    ("acceptance length tau", "tau", 2),
+    ("tau as published", "tau_published", 2),
+    ("prompt tokens", "prompt_tokens", 0),
+    ("new tokens", "new_tokens", 0),
+    ("verification passes", "iterations", 0),
+    ("prefill (s)", "prefill_s", 2),
+    ("decode (s)", "decode_s", 2),
+    ("share of the roofline", "roofline_share", 3),
+    ("share of time link is busy", "link_busy_share", 3),
+)
+"""Rows of the upper table: label, figure, decimals."""
+
+DEPTHS_SHOWN = 8
+
+
+def banners(summary: Summary) -> list[str]:
+    """Warnings about the figures, one line each."""
+    context = summary["context"]
+    lines = []
+    if "sample" in distinct_values(context["source"]):
+        lines.append(SAMPLE_PROMPTS)
+    if True in distinct_values(context["planted"]):
+        other = set(distinct_values(context["draft"])) - FROM_NOISE
+        lines.append(PLANTED_DRAFT if other else PLANTED_WEIGHTS)
+    if "cpu" in distinct_values(context["device"]) and set(distinct_values(context["draft"])) - {"none"}:
+        lines.append(ON_CPU)
+    audit = summary["audit"]
+    if audit and audit["mismatch"]:
+        lines.append(
+            f"AUDIT FAILED: {audit['mismatch']} token(s) that the target itself would not have emitted"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """The whole table as a rich renderable. ASCII consoles get ``+/-`` for the plus-minus sign."""
+
+    summary: Summary
+    speedup: Summary | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        sign = "+/-" if options.ascii_only else "±"
+        yield Group(
+            Text(title(self.summary), style="bold"),
+            _figures(self.summary, sign),
+            _facts(fact_lines(self.summary, self.speedup)),
+        )
+
+
+def title(summary: Summary) -> str:
+    """Target, draft, benchmark, device and seed on one line."""
+    context = summary["context"]
+    target = _text(context["target"]) + (" (planted)" if True in distinct_values(context["planted"]) else "")
+    benchmark = _text(context["benchmark"]) + (
+        " (sample)" if "sample" in distinct_values(context["source"]) else ""
+    )
+    parts = (
+        f"target {target}",
+        f"draft {_text(context['draft'])}",
+        f"benchmark {benchmark}",
+        _text(context["device"]),
+        f"seed {_text(context['seed'])}",
+    )
+    return ", ".join(parts)
+
+
+def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[str, str]]:
+    """Labels and texts of the lower table, without figures that were not measured."""
+    counts, totals = summary["counts"], summary["totals"]
+    facts = [("samples", _samples(counts))]
+    facts.append(("finished by", _counts(counts["finish_reasons"]) or "-"))
+    if summary["accuracy"]:
+        found = summary["accuracy"]
+        share = f"{100 * found['accuracy']:.1f} %"
+        facts.append(("correct answers", f"{found['correct']} of {found['checked']} checked ({share})"))
+    facts.append(("losslessness audit", _audit(summary["audit"])))
+    rates = _rates(totals["accept_rate_by_depth"])
+    if rates:
+        facts.append(("accepted by depth", rates))
+    split = _split(totals)
+    if split:
+        facts.append(("decode time", split))
+    if totals["roofline_tokens_per_s"] is not None:
+        facts.append(("link", _link(totals)))
+    facts.append(("peak memory", _memory(summary)))
+    facts.append(("data source", _text(summary["context"]["source"])))
+    if speedup:
+        facts.append((f"speed-up over {speedup['baseline']}", _speedup(speedup)))
+        facts += [("  not the same", difference) for difference in speedup["differences"]]
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _figures(summary: Summary, sign: str) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+    table.add_column("figure", no_wrap=True)
+    for heading in ("total", f"per turn: mean {sign} sd", "median"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, name, digits in FIGURES:
+        spread, total = summary["per_turn"][name], summary["totals"].get(name)
+        if not spread["n"] and total is None:
+            continue
+        mean = _figure(spread["mean"], max(digits, 1))
+        if spread["sd"] is not None:
+            mean += f" {sign} {_figure(spread['sd'], max(digits, 1))}"
+        table.add_row(label, _figure(total, digits), mean, _figure(spread["median"], digits))
+    return table
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for label, text in facts:
+        table.add_row(Text(label), Text(text))
+    return table
+
+
+def _samples(counts: Summary) -> str:
+    text = f"{counts['samples']}, turns {counts['turns']}"
+    skipped = counts["skipped"]
+    return f"{text}; skipped prompts: {_counts(skipped)}" if skipped else f"{text}, no prompt skipped"
+
+
+def _audit(audit: Summary | None) -> str:
+    if not audit:
+        return "not run (audit=true runs it)"
+    ties = f"near-ties {audit['near_tie']}"
+    sizes = (("largest gap", audit["max_gap"]), ("margin", audit["margin"]))
+    known = [f"{label} {value:.3g}" for label, value in sizes if value is not None]
+    ties += f" ({', '.join(known)})" if known else ""
+    verdict = "passed" if not audit.get("errors", audit["mismatch"]) else "FAILED"
+    verdict += " bit for bit" if audit.get("bitwise") == audit["turns"] else ""
+    return f"{verdict}: tokens exact {audit['exact']}, {ties}, mismatches {audit['mismatch']}"
+
+
+def _rates(rates: Sequence[float | None]) -> str:
+    """Rates of the first and last depth and of powers of two between them, so that 48 depths fit one line."""
+    last = len(rates)
+    depths = [d for d in range(1, last + 1) if last <= DEPTHS_SHOWN or is_power_of_two(d) or d == last]
+    return "  ".join(f"{d}:{_figure(rates[d - 1])}" for d in depths)
+
+
+def _split(totals: Summary) -> str:
+    shares = [(name, ratio(totals[f"{name}_s"], totals["decode_s"])) for name in ("draft", "verify")]
+    words = {"draft": "drafting", "verify": "verifying"}
+    return ", ".join(f"{words[name]} {100 * share:.0f} %" for name, share in shares if share is not None)
+
+
+def _link(totals: Summary) -> str:
+    return (
+        f"{totals['bytes_streamed'] / 1e9:.1f} GB at {_text(totals['link_gb_per_s'])} GB/s, "
+        f"roofline {totals['roofline_tokens_per_s']:.2f} tokens/s"
+    )
+
+
+def _memory(summary: Summary) -> str:
+    parts = []
+    for label, name in (("RAM", "peak_ram_gib"), ("GPU", "peak_vram_gib")):
+        if summary[name] is not None:
+            parts.append(f"{label} {summary[name]:.2f} GiB")
+    return ", ".join(parts) or "not measured"
+
+
+def _speedup(speedup: Summary) -> str:
+    decode, overall = speedup["tokens_per_s"], speedup["tokens_per_s_total"]
+    return f"{_figure(decode)}x decode, {_figure(overall)}x overall"
+
+
+def _counts(counts: Summary) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(
+        f"{item:.4g}" if isinstance(item, float) else str(item) for item in distinct_values(value)
+    )
+
+
+def decimals(value: float | None, digits: int = 2, separator: str = "") -> str:
+    """``digits`` decimals, or a dash for None. ``separator``: of thousands, ``,`` or none."""
+    return "-" if value is None else f"{value:{separator}.{digits}f}"
+
+
+_figure = partial(decimals, separator=",")

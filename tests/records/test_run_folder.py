@@ -1,0 +1,383 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from subspec.errors import ConfigError, SubspecError
+from subspec.records.metrics import summarise
+from subspec.records.run_folder import DAMAGED, RECORDS, RunFolder, config_differences, read_records
+from subspec.utils.files import json_line, plain
+from tests.helpers.records import CONFIG, record
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Hundreds of files are opened here; waiting for the disk each time proves nothing about a killed process."""
+    if "real_fsync" not in request.fixturenames:
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def real_fsync() -> None:
+    """Keep the real one."""
+
+
+def open_folder(path: Path, resume: bool = False, **changes: object) -> RunFolder:
+    return RunFolder.open(path, resume=resume, config={**CONFIG, **changes})
+
+
+def small(index: int) -> dict[str, object]:
+    return {"sample_id": f"s{index}", "turn": 0, "sample_index": index, "text": f"«{index}» €"}
+
+
+def filled(path: Path, count: int = 3) -> list[dict[str, object]]:
+    with open_folder(path) as folder:
+        for index in range(count):
+            assert folder.append(record(index))
+        return folder.records()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def test_a_fresh_folder_describes_its_run(tmp_path: Path) -> None:
+    environment = {"versions": {"torch": "2"}, "hardware": {}, "git": None}
+    with RunFolder.open(tmp_path / "a" / "b", resume=False, config=CONFIG, environment=environment) as folder:
+        assert (folder.resumed, folder.notes, len(folder)) == (False, [], 0)
+        assert folder.append(record(0))
+        folder.write_summary(summarise(folder.records()))
+    made = tmp_path / "a" / "b"
+    assert yaml.safe_load((made / "config.yaml").read_text()) == CONFIG
+    assert json.loads((made / "environment.json").read_text()) == environment
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["counts"]["turns"] == 1
+    assert summary["config"] == CONFIG
+    assert summary["environment"] == environment
+
+
+def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[bytes] = []
+    synced: list[int] = []
+    write = os.write
+    with open_folder(tmp_path) as folder:
+        monkeypatch.setattr(
+            os, "write", lambda handle, data: writes.append(bytes(data)) or write(handle, data)
+        )
+        monkeypatch.setattr(os, "fsync", synced.append)
+        folder.append(record(0))
+        assert (tmp_path / RECORDS).read_bytes() == writes[0]
+        assert len(writes) == 1, "one write, so that a kill tears one line at most"
+        assert len(synced) == 1
+
+
+def test_what_is_read_back_equals_what_was_written(tmp_path: Path) -> None:
+    written = filled(tmp_path)
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.records() == written
+        assert folder.finished("s1", 0) == written[1]
+        assert folder.finished("s1", 1) is None
+        assert folder.resumed
+        assert len(folder.notes) == 1
+    assert read_records(tmp_path) == (written, [])
+
+
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
+    with open_folder(tmp_path) as folder:
+        folder.append({**small(0), "a": float("nan"), "b": [float("inf")], "c": {"d": -float("inf")}})
+        assert folder.records()[0]["a"] is None
+    line = (tmp_path / RECORDS).read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["c"] == {"d": None}
+
+
+def test_a_turn_is_never_written_twice(tmp_path: Path) -> None:
+    filled(tmp_path, 2)
+    before = (tmp_path / RECORDS).read_bytes()
+    with open_folder(tmp_path, resume=True) as folder:
+        assert not folder.append(record(1, text="another"))
+        assert folder.records()[1]["text"] == "an answer"
+    assert (tmp_path / RECORDS).read_bytes() == before
+
+
+def test_a_record_without_its_key_is_a_bug(tmp_path: Path) -> None:
+    with open_folder(tmp_path) as folder, pytest.raises(ValueError, match="sample_id"):
+        folder.append({"turn": 0})
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+))  # fmt: skip
+def test_any_plain_value_survives_one_ascii_line(value: object) -> None:
+    line = json_line(value)
+    assert line.endswith(b"\n")
+    assert b"\n" not in line[:-1]
+    assert line.isascii()
+    assert json.loads(line, parse_constant=pytest.fail) == plain(value)
+
+
+def test_scalars_of_numpy_and_torch_are_taken() -> None:
+    import numpy
+    import torch
+
+    made = plain(
+        {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": numpy.int64(3), "d": numpy.float32("nan")}
+    )
+    assert made == {"a": 0.5, "b": [1, 2], "c": 3, "d": None}
+    with pytest.raises(TypeError, match="object"):
+        plain(object())
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def test_records_are_not_touched_without_resume(tmp_path: Path) -> None:
+    filled(tmp_path)
+    before = (tmp_path / RECORDS).read_bytes()
+    with pytest.raises(ConfigError, match=r"resume=true.*run_dir="):
+        open_folder(tmp_path)
+    assert (tmp_path / RECORDS).read_bytes() == before
+
+
+def test_resuming_an_empty_folder_says_so(tmp_path: Path) -> None:
+    with open_folder(tmp_path, resume=True) as folder:
+        assert not folder.resumed
+        assert "from the beginning" in folder.notes[0]
+
+
+def test_a_folder_that_failed_before_its_first_record_is_free(tmp_path: Path) -> None:
+    open_folder(tmp_path).close()
+    with open_folder(tmp_path, seed=4) as folder:
+        assert folder.notes == []
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 4
+
+
+def test_another_configuration_is_refused_with_both_values(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        open_folder(tmp_path, resume=True, seed=9, tree={"name": "chain", "depth": 3}, audit=False)
+    message = str(caught.value)
+    assert "seed: 3 -> 9" in message
+    assert 'tree.name: "beam" -> "chain"' in message
+    assert "tree.width: 2 -> (absent)" in message
+    assert "audit: true -> false" in message
+    assert "tree.depth" not in message
+    assert "\n" not in message
+    open_folder(tmp_path, resume=True).close()  # the lock was let go
+
+
+def test_keys_that_change_no_record_may_differ(tmp_path: Path) -> None:
+    filled(tmp_path)
+    changes = {"logger": {"name": "wandb"}, "run_dir": "elsewhere", "experiment": "x"}
+    with open_folder(tmp_path, resume=True, **changes) as folder:
+        assert len(folder) == 3
+
+
+def test_records_without_their_configuration_are_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
+        open_folder(tmp_path, resume=True)
+
+
+@given(
+    st.dictionaries(
+        st.text(), st.floats() | st.text() | st.booleans() | st.none() | st.integers(), max_size=5
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+def test_a_configuration_equals_itself_after_the_disk(tmp_path: Path, values: dict[str, object]) -> None:
+    """Stop strings may hold anything, line separators too."""
+    for leftover in tmp_path.iterdir():
+        leftover.unlink()
+    with open_folder(tmp_path, decoding=values) as folder:
+        folder.append(small(0))
+    with open_folder(tmp_path, resume=True, decoding=values) as folder:
+        assert len(folder) == 1
+
+
+def test_true_is_not_one() -> None:
+    assert config_differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]
+
+
+def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> None:
+    auto = {**CONFIG, "device": "auto", "benchmark": {**CONFIG["benchmark"], "source": "auto"}}
+    here = {"source": "file", "device": "cpu"}
+
+    def again(chosen: dict[str, str], **changes: object) -> RunFolder:
+        return RunFolder.open(tmp_path, resume=True, config={**auto, **changes}, chosen=chosen)
+
+    with RunFolder.open(tmp_path, resume=False, config=auto, chosen=here) as folder:
+        folder.append(record(0))
+    torn = (tmp_path / RECORDS).read_bytes() + b'{"sample_id'
+    (tmp_path / RECORDS).write_bytes(torn)
+    with pytest.raises(
+        ConfigError, match=r"device comes to cuda now, .* are of cpu: set device=cpu, or choose"
+    ):
+        again({**here, "device": "cuda"}, device="cuda")
+    assert (tmp_path / RECORDS).read_bytes() == torn, "nothing is touched, not even to repair it"
+    assert not (tmp_path / DAMAGED).exists()
+    for changes in ({}, {"device": "cpu"}, {"benchmark": {**auto["benchmark"], "source": "file"}}, {}):
+        with again(here, **changes) as folder:
+            assert len(folder) == 1
+    with again(here) as folder:  # as a run of an earlier version could
+        folder.append(record(1, source="hub"))
+    with pytest.raises(ConfigError, match=r"are of file and hub: choose another folder with run_dir="):
+        again(here)
+
+
+def test_what_auto_came_to_is_no_other_configuration() -> None:
+    assert config_differences({"device": "auto"}, {"device": "cpu"}) == []
+    assert config_differences({"device": "cuda"}, {"device": "cpu"}) == ['device: "cuda" -> "cpu"']
+    assert config_differences({"target": {"dtype": "auto"}}, {"target": {"dtype": "float32"}}) != []
+
+
+def test_a_changed_machine_is_noted_and_recorded(tmp_path: Path) -> None:
+    first = {"versions": {"torch": "2.13"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "1"}
+    second = {"versions": {"torch": "2.12"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "2"}
+    with RunFolder.open(tmp_path, resume=False, config=CONFIG, environment=first) as folder:
+        folder.append(record(0))
+    with RunFolder.open(tmp_path, resume=True, config=CONFIG, environment=second) as folder:
+        assert any('versions.torch: "2.13" -> "2.12"' in note for note in folder.notes)
+    assert json.loads((tmp_path / "environment.json").read_text()) == {**first, "resumed": [second]}
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def test_a_file_cut_at_any_byte_loses_the_torn_line_only(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    for index in range(4):
+        folder.append(small(index))
+    folder.close()
+    whole = (tmp_path / RECORDS).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(len(whole) + 1):
+        (tmp_path / RECORDS).write_bytes(whole[:cut])
+        (tmp_path / DAMAGED).unlink(missing_ok=True)
+        # A record is whole once its last brace is there; only its newline may be missing.
+        kept = sum(len(b"".join(lines[: n + 1])) - 1 <= cut for n in range(4))
+        torn = whole[len(b"".join(lines[:kept])) : cut]
+        with open_folder(tmp_path, resume=True) as folder:
+            assert folder.records() == [small(index) for index in range(kept)], cut
+            assert any("half-written last line" in note for note in folder.notes) == bool(torn), cut
+            for index in range(4):
+                assert folder.append(small(index)) == (index >= kept)
+        assert (tmp_path / RECORDS).read_bytes() == whole, cut
+        damaged = (tmp_path / DAMAGED).read_bytes() if torn else b""
+        assert damaged == (torn + b"\n" if torn else b""), cut
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_any_damage_inside_costs_its_own_line_only(tmp_path: Path, data: st.DataObject) -> None:
+    lines = [json_line(small(index)) for index in range(4)]
+    victim = data.draw(st.integers(0, 3))
+    junk = data.draw(st.binary(min_size=1, max_size=30).filter(lambda b: b.strip() and b"\n" not in b))
+    place = data.draw(st.integers(0, len(lines[victim]) - 2))
+    broken = lines[victim][:place] + junk  # the rest of the line is gone
+    try:
+        json.loads(broken)
+        return  # not damaged after all
+    except ValueError:
+        pass
+    for leftover in tmp_path.iterdir():
+        leftover.unlink()
+    open_folder(tmp_path).close()
+    (tmp_path / RECORDS).write_bytes(b"".join([*lines[:victim], broken + b"\n", *lines[victim + 1 :]]))
+    survivors = [small(index) for index in range(4) if index != victim]
+    assert read_records(tmp_path)[0] == survivors
+    with open_folder(tmp_path, resume=True) as folder:
+        assert folder.records() == survivors
+        assert sum(f"line {victim + 1} " in note for note in folder.notes) == 1
+        assert folder.append(small(victim))
+    assert (tmp_path / DAMAGED).read_bytes() == broken + b"\n"
+    with open_folder(tmp_path, resume=True) as folder:
+        assert len(folder) == 4
+        assert len(folder.notes) == 1, "repaired once, then quiet"
+
+
+def test_repeated_records_count_once(tmp_path: Path) -> None:
+    filled(tmp_path, 2)
+    with (tmp_path / RECORDS).open("ab") as file:
+        file.write(json_line(record(0, text="again")))
+    with open_folder(tmp_path, resume=True) as folder:
+        assert [made["text"] for made in folder.records()] == ["an answer", "an answer"]
+        assert any("repeated" in note for note in folder.notes)
+
+
+def test_reading_changes_nothing_and_names_what_is_missing(tmp_path: Path) -> None:
+    filled(tmp_path, 2)
+    torn = (tmp_path / RECORDS).read_bytes()[:-5]
+    (tmp_path / RECORDS).write_bytes(torn)
+    records, notes = read_records(tmp_path)
+    assert len(records) == 1
+    assert "ignored" in notes[0]
+    assert (tmp_path / RECORDS).read_bytes() == torn
+    with pytest.raises(SubspecError, match=r"records\.jsonl"):
+        read_records(tmp_path / "nowhere")
+
+
+def run_appender(path: Path, count: int, resume: bool) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.runs.appender",
+        str(path),
+        str(count),
+        "resume" if resume else "new",
+    ]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_loses_nothing_that_was_announced(tmp_path: Path, real_fsync: None) -> None:
+    announced: set[str] = set()
+    for attempt, patience in enumerate((3, 9, 17)):
+        process = run_appender(tmp_path, 2000, resume=attempt > 0)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip().isdigit():
+                announced.add(f"s{line.strip()}")
+                patience -= 1
+            if not patience:
+                process.send_signal(signal.SIGKILL)
+                break
+        # What it announced between our decision and its death counts as well.
+        announced |= {
+            f"s{line.strip()}" for line in process.stdout.read().splitlines() if line.strip().isdigit()
+        }
+        process.stdout.close()
+        assert process.wait(timeout=20) == -signal.SIGKILL
+        records, _ = read_records(tmp_path)
+        assert announced <= {made["sample_id"] for made in records}
+    count = len(announced) + 5
+    process = run_appender(tmp_path, count, resume=True)
+    output, _ = process.communicate(timeout=60)
+    assert output.endswith("end\n")
+    raw = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
+    assert [made["sample_id"] for made in raw] == [f"s{index}" for index in range(count)]
+
+
+def test_a_killed_owner_does_not_block_but_a_living_one_does(tmp_path: Path, real_fsync: None) -> None:
+    process = run_appender(tmp_path, 10**6, resume=False)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    try:
+        with pytest.raises(SubspecError, match="in use by another process"):
+            open_folder(tmp_path, resume=True)
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait(timeout=20)
+    with open_folder(tmp_path, resume=True), pytest.raises(SubspecError, match="in use"):
+        open_folder(tmp_path, resume=True)
+    open_folder(tmp_path, resume=True).close()
