@@ -57,7 +57,7 @@ def test_a_trace_counts_new_storages_once_and_forgets_freed_ones():
 
 def test_what_only_cuda_allocates_is_added():
     scores = torch.empty(4, 1000, device=META)
-    assert peak_bytes(lambda: scores.sort(dim=-1, stable=True)) == 4000 * (4 + 8 + 24)
+    assert peak_bytes(lambda: scores.sort(dim=-1, stable=True)) == 4000 * (4 + 8 + 25)
     assert peak_bytes(lambda: scores.logsumexp(dim=-1)) == 16 + 4 * 4000
     query, mask = torch.empty(1, 2, 8, 16, device=META), torch.empty(1, 1, 8, 64, device=META)
     key = torch.empty(1, 2, 64, 16, device=META)

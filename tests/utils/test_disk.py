@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -153,4 +155,22 @@ def test_the_lock_notes_that_it_waits_unless_it_must_not(tmp_path, notes):
             ):
                 pass
     with module.folder_lock(folder, notes.append):
+        assert notes == []
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path, notes):
+    folder = tmp_path / "made"
+    child = os.fork()
+    if child == 0:  # forked, so that nothing is imported again
+        with module.folder_lock(folder, lambda text: None):
+            (tmp_path / "held").touch()
+            while True:
+                time.sleep(60)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(BlockingIOError), module.folder_lock(folder, notes.append, wait=False):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with module.folder_lock(folder, notes.append, wait=False):
         assert notes == []
