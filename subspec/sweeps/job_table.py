@@ -56,7 +56,7 @@ def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[in
     parsed = {job.number: dict(text.partition("=")[::2] for text in job.overrides) for job in jobs}
     known = dict.fromkeys(key for values in parsed.values() for key in values)
     if keys is not None:
-        kept = [key for key in known if key in keys]
+        kept = sorted(key for key in known if key in keys)  # a search proposes them in no fixed order
     else:
         kept = [
             key for key in known if len(jobs) == 1 or len({values.get(key) for values in parsed.values()}) > 1
