@@ -40,7 +40,7 @@ def commands_of(module):
 def test_every_prediction_and_report_is_understood():
     from subspec.cli.predict import parse as parse_prediction
     from subspec.cli.predict_inputs import compose, named_gpu
-    from subspec.cli.report import parse as parse_report
+    from subspec.report.__main__ import parse as parse_report
 
     predictions, reports = commands_of("subspec.predict"), commands_of("subspec.report")
     assert min(len(predictions), len(reports)) >= 2

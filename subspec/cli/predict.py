@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from subspec.cli.guard import guarded
+from subspec.config.guard import guarded
 from subspec.errors import ConfigError
 
 HELP = """\

@@ -1,7 +1,7 @@
 """``python -m subspec.run``: compose the configuration and run it.
 
-Hydra passes exceptions through (``HYDRA_FULL_ERROR``), so that :mod:`subspec.cli.guard` alone reports failures. Heavy
-modules are imported after the configuration has been composed, so that a typo is answered at once.
+Hydra passes exceptions through (``HYDRA_FULL_ERROR``), so that :mod:`subspec.config.guard` alone reports failures.
+Heavy modules are imported after the configuration has been composed, so that a typo is answered at once.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec.cli.guard import expected, fail, guarded
+from subspec.config.guard import expected, fail, guarded
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

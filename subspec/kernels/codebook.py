@@ -20,7 +20,6 @@ from subspec.kernels.compile import compile_cuda, problem
 STEP = 64
 """Inputs that a warp takes at once: four tensor-core instructions."""
 
-MAX_ROWS = 8
 WARPS = 8
 PACK_BYTES = 1 << 28
 

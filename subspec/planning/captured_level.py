@@ -14,14 +14,11 @@ from subspec.levels.build import ROLES
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import LevelLayer, LevelModel
 from subspec.planning.trace import LAYERS, META, draft_level_bytes
-from subspec.quant.level_linear import Dense, LevelLinear
+from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
 
 LINEAR_SPLITS = 4
 """Float32 partial sums of a quantized Linear (the kernel's choice for a 7B on 132 multiprocessors)."""
-
-KERNEL_ROWS = 8
-"""Rows that a quantized Linear computes per launch; the results of several launches are concatenated."""
 
 Linear = tuple[str, int, int, bool]
 """Role, outputs and inputs of a fused Linear, and whether it is exact."""
@@ -57,20 +54,19 @@ def fused_linears(roles: Mapping[str, tuple[int, int]], *, exact: bool) -> tuple
     return tuple((role, n, k, exact) for role, (n, k) in roles.items() if role in ROLES)
 
 
-class _QuantizedShape(LevelLinear):
-    """A quantized Linear's results on the meta device, of the kernel that takes the most memory."""
+class _QuantizedShape(FewRowsLinear):
+    """A quantized Linear's results on the meta device, where nothing is launched."""
 
     kind = "shape"
 
     def __init__(self, outputs: int, *, splits: int, swiglu: bool) -> None:
         self.stride, self.splits, self.swiglu = outputs, splits, swiglu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > KERNEL_ROWS:
-            return torch.cat([self(part) for part in x.split(KERNEL_ROWS)], dim=0 if self.swiglu else 1)
-        if self.swiglu:
-            return torch.empty(x.shape[0], self.stride // 2, dtype=torch.bfloat16, device=META)
-        return torch.empty(self.splits, x.shape[0], self.stride, dtype=torch.float32, device=META)
+    def reference(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def launch(self, x: Tensor, out: Tensor) -> None:
+        raise NotImplementedError
 
 
 def captured_draft(shape: LevelShape) -> CapturedDraft:

@@ -94,13 +94,16 @@ class FewRowsLinear(LevelLinear):
         """Write the result for at most eight rows."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
             y = self.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
         if rows > MAX_ROWS:
-            parts = [FewRowsLinear.__call__(self, part) for part in x.split(MAX_ROWS)]  # x is rotated once
+            parts = [self._multiply(part) for part in x.split(MAX_ROWS)]
             return torch.cat(parts, dim=0 if self.swiglu else 1)
         if self.swiglu:
             out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from subspec.config.schema import WandbConfig, WandbMode
 from subspec.errors import ConfigError
 from subspec.records.method import method_label
-from subspec.records.metrics import ratio
+from subspec.records.metrics import PER_TURN_FIGURES, ratio
 from subspec.records.run_files import read_json
 from subspec.runs.logger import Logger, describe
 from subspec.runs.wandb_service import drop_service, has_credentials, import_wandb, reachable
@@ -36,21 +36,11 @@ STEP = "sample_index"
 """Axis of every series. The turns of a conversation share a sample and a position."""
 
 SERIES = (
-    "tokens_per_s",
-    "tokens_per_s_total",
-    "tau",
-    "tau_published",
-    "prompt_tokens",
-    "new_tokens",
-    "iterations",
-    "prefill_s",
-    "decode_s",
+    *PER_TURN_FIGURES,
     "draft_s",
     "verify_s",
     "transfer_s",
     "roofline_tokens_per_s",
-    "roofline_share",
-    "link_busy_share",
     "peak_vram_gib",
     "peak_ram_gib",
 )

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from subspec.cli.report import main
 from subspec.errors import ConfigError
+from subspec.report.__main__ import main
 from subspec.report.compare import SHOWN, compare
 from tests.helpers.cli import cli, tiny_run
 from tests.helpers.records import record

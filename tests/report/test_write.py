@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from subspec.cli.report import main
 from subspec.errors import SubspecError
 from subspec.report import write_report
+from subspec.report.__main__ import main
 
 from .runs import config_of, plain_run, turns, write_run
 
