@@ -29,11 +29,13 @@ class Sample:
         id: stable across runs and sources, e.g. ``gsm8k/17``, or the data set's own id.
         turns: user messages, in order.
         answer: reference answer in canonical form; None if it cannot be checked.
+        category: the data set's own category, e.g. ``writing``; None if it has none.
     """
 
     id: str
     turns: tuple[str, ...]
     answer: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
 
 def _sample(task: Task, row: Row, id_: str, seed: int) -> Sample:
     prompt = task.convert(row, id_, seed)
-    return Sample(id_, prompt.turns, prompt.answer)
+    return Sample(id_, prompt.turns, prompt.answer, row.optional("category"))
 
 
 def _sample_id(name: str, task: Task, own: Sequence[Any], index: int, index_prefix: str = "") -> str:

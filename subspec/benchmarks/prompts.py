@@ -150,7 +150,7 @@ def _livecodebench(row: Row, sample_id: str, seed: int) -> Prompt:
 TASKS: dict[str, Task] = {
     "mt_bench": Task(
         _mt_bench,
-        ("question_id", "prompt_id", "turns", "prompt"),
+        ("question_id", "prompt_id", "category", "turns", "prompt"),
         id_columns=("question_id", "prompt_id", "id"),
     ),
     "human_eval": Task(_human_eval, ("task_id", "prompt"), id_columns=("task_id",), own_ids=True),

@@ -312,7 +312,12 @@ class _Run:
         config, decoding = self.config, self.config.decoding
         messages = _messages(said)
         prompt = self._prompt_ids(said)
-        place = {"sample_id": sample.id, "sample_index": index, "turn": turn}
+        place = {
+            "sample_id": sample.id,
+            "sample_index": index,
+            "turn": turn,
+            "category": sample.category,
+        }
         if len(prompt) > prompt_limit(config):
             return skipped_record(
                 self.context,

@@ -50,6 +50,7 @@ def turn_record(
     sample_id: str,
     sample_index: int,
     turn: int = 0,
+    category: str | None = None,
     messages: Sequence[Mapping[str, str]] | str | None = None,
     link: LinkInfo | None = None,
     peak_vram_gib: float | None = None,
@@ -67,6 +68,7 @@ def turn_record(
         sample_id: the benchmark's own, stable name of the sample; with ``turn`` it is the record's key.
         sample_index: position of the sample in the run's selection, from 0.
         turn: 0, or the number of the turn in a conversation.
+        category: the sample's category; None if its data set has none.
         messages: the prompt, of which only a digest is kept.
         link: see :func:`~subspec.records.metrics.turn_metrics`.
         peak_vram_gib: likewise.
@@ -78,7 +80,7 @@ def turn_record(
     """
     metrics = turn_metrics(result, link=link, peak_vram_gib=peak_vram_gib, peak_ram_gib=peak_ram_gib)
     return {
-        **_head(context, sample_id, sample_index, turn),
+        **_head(context, sample_id, sample_index, turn, category),
         "prompt_sha256": prompt_digest(messages),
         **metrics,
         "token_ids": list(result.token_ids),
@@ -91,7 +93,14 @@ def turn_record(
 
 
 def skipped_record(
-    context: RunContext, *, sample_id: str, sample_index: int, reason: str, turn: int = 0, **details: Any
+    context: RunContext,
+    *,
+    sample_id: str,
+    sample_index: int,
+    reason: str,
+    turn: int = 0,
+    category: str | None = None,
+    **details: Any,
 ) -> dict[str, Any]:
     """The record of a skipped prompt, which is counted and not tried again after a resume.
 
@@ -101,9 +110,13 @@ def skipped_record(
         sample_index: as in :func:`turn_record`.
         reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
         turn: as in :func:`turn_record`.
+        category: as in :func:`turn_record`.
         details: details of the reason, such as ``prompt_tokens=2100``.
     """
-    return {**_head(context, sample_id, sample_index, turn), "skipped": {"reason": reason, **details}}
+    return {
+        **_head(context, sample_id, sample_index, turn, category),
+        "skipped": {"reason": reason, **details},
+    }
 
 
 def prompt_digest(messages: Sequence[Mapping[str, str]] | str | None) -> str | None:
@@ -114,11 +127,14 @@ def prompt_digest(messages: Sequence[Mapping[str, str]] | str | None) -> str | N
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-def _head(context: RunContext, sample_id: str, sample_index: int, turn: int) -> dict[str, Any]:
+def _head(
+    context: RunContext, sample_id: str, sample_index: int, turn: int, category: str | None
+) -> dict[str, Any]:
     return {
         "sample_id": str(sample_id),
         "sample_index": sample_index,
         "turn": turn,
+        "category": category,
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
         **asdict(context),
     }
