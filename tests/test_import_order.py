@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parents[1] / "subspec"
 
 ORDER = (
     *("errors", "utils", "config", "kernels", "quant", "store", "decoding", "targets", "levels", "codec"),
-    *("offload", "drafts", "planning", "session", "api", "benchmarks", "records", "report", "runs", "sweeps"),
+    *(
+        "offload",
+        "memory",
+        "drafts",
+        "planning",
+        "session",
+        "api",
+        "benchmarks",
+        "records",
+        "report",
+        "runs",
+        "sweeps",
+    ),
     "cli",
 )
 """A package imports from itself and from those before it."""

@@ -72,7 +72,8 @@ import torch
 import subspec.run
 from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig
 from subspec.drafts.eagle_checkpoint import load_head, locate_for
-from subspec.drafts.small_model import load_small_model, open_checkpoint, shipped_small_model
+from subspec.drafts.small_checkpoint import open_checkpoint, shipped_small_model
+from subspec.drafts.small_model import load_small_model
 from subspec.targets.meta_model import count_parameters
 assert 'site' in subspec.__file__, subspec.__file__
 cpu, target = torch.device('cpu'), EmbeddedTargetConfig(name='smollm2_135m')

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subspec.decoding.hidden import NO_HIDDEN, HiddenRequest
@@ -119,3 +120,11 @@ class LevelDraft(Draft):
     def captures(self, policy: TreePolicy) -> bool:
         """Whether a greedy level and the tree's new nodes under ``policy`` are one captured graph."""
         return False
+
+
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits [n, v] cut or padded with -inf to [n, ``vocab_size``]: ids unknown to the draft are never drafted."""
+    missing = vocab_size - logits.shape[-1]
+    if missing == 0:
+        return logits
+    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

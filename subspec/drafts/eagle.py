@@ -21,12 +21,22 @@ from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.eagle_checkpoint import check_default, head_shape, load_head, locate_for
-from subspec.drafts.eagle_head import EagleHead
+from subspec.drafts.eagle_checkpoint import (
+    cached_head,
+    check_default,
+    head_shape,
+    is_local,
+    load_head,
+    locate_for,
+)
+from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.errors import ConfigError
-from subspec.utils.console import Note
+from subspec.memory.allocator import Allocation
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.memory.trace import LEVELS, META, draft_level_bytes, peak_bytes, token_ids
+from subspec.utils.console import Note, print_note
 
 SETTLE_ROWS = 256
 """Rows of a prompt written at once: bounds the workspace beside a long prefill chunk."""
@@ -131,6 +141,75 @@ class EagleDraft(Draft):
         return self.target.logits(hidden)
 
 
+class EagleMemory(DraftMemory):
+    """An EAGLE head with its own KV cache and features; embedding and LM head are the target's.
+
+    With ``plan_only`` a head that is not on disk is not fetched: the largest possible head is counted, one layer of the
+    target with a KV head per query head and every bias.
+
+    Raises:
+        SubspecError: the head cannot be found or read, or belongs to another target.
+    """
+
+    captured = False
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        shape, note = _eagle_shape(inputs)
+        policy, length, target = inputs.policy, inputs.config.decoding.max_length, inputs.target.model
+        weights = {
+            name: torch.empty(size, dtype=target.dtype, device=META) for name, size in shape.shapes().items()
+        }
+        sizes = [weight.nbytes for weight in weights.values()]
+        cache = 2 * shape.kv_heads * shape.head_dim * (policy.draft_rows + length) * inputs.itemsize
+        features = policy.capacity * shape.hidden * inputs.itemsize
+        self.allocations = (
+            Allocation("EAGLE head", tuple((size, 1) for size in sizes), note),
+            Allocation("EAGLE KV cache", ((cache, 1),), f"{policy.draft_rows} + {length} rows, one layer"),
+            Allocation("EAGLE features", ((features, 1),), f"{policy.capacity} nodes"),
+        )
+        self.read = sum(sizes) + inputs.spec.vocab * inputs.spec.hidden * inputs.itemsize
+
+        key = (shape.kv_heads, *shape.shapes().items())
+
+        def begun(past: int) -> EagleDraft:
+            draft = EagleDraft(EagleHead.from_tensors(weights, shape.config()), target, policy)
+            draft.begin(target.new_cache(max_length=length + policy.draft_rows, draft_rows=0, target_rows=1))
+            draft.observe(token_ids(1), inputs.target.hidden(1))
+            draft.cache.length = past
+            return draft
+
+        def level() -> int:
+            used = 1 + (min(LEVELS, policy.max_depth) - 1) * policy.width
+            draft = begun(length + policy.draft_rows - used)  # as many visible rows as the deepest level has
+            return draft_level_bytes(draft, policy, inputs.sampling, target.vocab_size)
+
+        def prompt() -> int:
+            draft = begun(0)
+            return peak_bytes(lambda: draft.observe(token_ids(length), inputs.target.hidden(length)))
+
+        self.level = inputs.target.cached(
+            ("EAGLE level", key, policy.width, policy.draft_rows, length, inputs.sampling), level
+        )
+        self.workspaces = {
+            "EAGLE rows of a prompt": inputs.target.cached(("EAGLE prompt", key, length), prompt)
+        }
+
+
+def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
+    config, spec = inputs.config, inputs.spec
+    draft = config.draft
+    assert isinstance(draft, Eagle2DraftConfig)
+    path = draft.path
+    if config.plan_only and path not in (None, PLANTED) and not is_local(path) and cached_head(path) is None:
+        largest = EagleShape(
+            spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate, frozenset(OPTIONAL)
+        )
+        return largest, "not fetched for a plan: counted as the largest"
+    shape = head_shape(locate_for(draft, config.target, print_note), spec.hidden, config.target.name)
+    random = ", random weights" if path == PLANTED else ""
+    return shape, f"one layer, {shape.kv_heads} KV heads{random}"
+
+
 class EagleSpec(DraftSpec):
     """``draft=eagle2``: a published, the shipped or a planted head, in the target's dtype."""
 
@@ -150,6 +229,10 @@ class EagleSpec(DraftSpec):
         assert isinstance(config.draft, Eagle2DraftConfig)
         files = locate_for(config.draft, config.target, note)
         head_shape(files, model.hidden_size, config.target.name)
+
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        return EagleMemory(inputs)
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""

@@ -17,9 +17,12 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
-from subspec.levels.build import level_model
+from subspec.levels.build import level_model, role_shapes
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer, layer_views
+from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.targets.layer_bytes import flat_bytes
 
 
 def spread(layers: int, keep: int) -> tuple[int, ...]:
@@ -87,6 +90,33 @@ def skip_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     return skipping
 
 
+class LayerSkipMemory(DraftMemory):
+    """Resident layers of the target: a level's workspace is all it adds.
+
+    Raises:
+        ConfigError: the chosen layers are not the target's.
+    """
+
+    required_by = "draft=layer_skip drafts with"
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        draft, spec = inputs.config.draft, inputs.spec
+        assert isinstance(draft, LayerSkipDraftConfig)
+        self._chosen = chosen_layers(draft, spec.layers)
+        # Hardly any model drafts without its first and last layer.
+        self.required_resident = self._chosen or spread(spec.layers, min(2, spec.layers))
+        self.shared_rows = inputs.policy.draft_rows
+        shape = LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=True))
+        self.level = captured_level_bytes(shape, inputs.policy.width, inputs.sampling)
+        self._layers, self._usual = spec.layers, len(usual_layers(spec.layers))
+        self._layer = flat_bytes(spec.layer, inputs.itemsize)
+        self._head = spec.vocab * spec.hidden * inputs.itemsize
+
+    def level_read(self, resident: int) -> int:
+        drafting = self._usual if resident == self._layers else resident
+        return (len(self._chosen) if self._chosen else drafting) * self._layer + self._head
+
+
 class LayerSkipSpec(DraftSpec):
     """``draft=layer_skip``: the layers as modules, or the resident ones of a streamed target as captured levels."""
 
@@ -94,6 +124,10 @@ class LayerSkipSpec(DraftSpec):
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         assert isinstance(config.draft, LayerSkipDraftConfig)
         chosen_layers(config.draft, model.num_hidden_layers)
+
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        return LayerSkipMemory(inputs)
 
     def prepare(self) -> None:
         """Choose the layers.

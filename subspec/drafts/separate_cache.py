@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.decoding.draft import Draft, LevelDraft, Perturb
+from subspec.decoding.draft import Draft, LevelDraft, Perturb, fit_vocabulary
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
@@ -105,11 +105,3 @@ class SeparateCacheDraft(Draft):
         self.levels.commit(tree, path, None)
         if not has_run:
             self.levels.append(tree.tokens.index_select(0, path[-1:]))
-
-
-def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [n, v] cut or padded with -inf to [n, ``vocab_size``]: ids unknown to the draft are never drafted."""
-    missing = vocab_size - logits.shape[-1]
-    if missing == 0:
-        return logits
-    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

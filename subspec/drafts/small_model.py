@@ -1,13 +1,9 @@
 """``draft=small_model``: another, smaller model on a cache of its own, as modules or as captured levels.
 
-Any checkpoint that can be a target can be a draft, read by the same code (:mod:`subspec.targets`); it needs no
-tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond either are never drafted.
+It needs no tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond either are never drafted.
 """
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,141 +12,32 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from subspec.config.schema import (
     Config,
     Dtype,
-    HubTargetConfig,
     NoQuantConfig,
-    PlantedTargetConfig,
     SmallModelDraftConfig,
     StreamOffloadConfig,
-    TargetConfig,
 )
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts import shipped
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.separate_cache import SeparateCacheDraft
+from subspec.drafts.small_checkpoint import load_small_config, open_small_model, small_model_config
+from subspec.drafts.small_model_memory import SmallModelMemory
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.drafts.substitute import SubstituteDraft
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError
 from subspec.levels.build import level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer, layer_views
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.modules import QuantReport
 from subspec.targets.check_model import check_model_config
-from subspec.targets.checkpoint import check_folder_config
-from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.device import check_memory
-from subspec.targets.hub import locate
 from subspec.targets.layer_bytes import flat_layer
 from subspec.targets.meta_model import count_parameters, empty_model, fill
-from subspec.targets.model_spec import ModelSpec
-from subspec.targets.planted import SHAPES, PlantedSource, planted_config
-from subspec.targets.prepared import prepare_draft
 from subspec.targets.source import LayerSource
-from subspec.utils.console import Note
-
-SHIPPED = shipped.SMALL_MODEL
-"""The small model that ships with the project; it has no tokenizer."""
-
-PLANTED = "planted:"
 
 EXTRA_SHARE = 0.01
 """Share of tokens that only one of two otherwise equal vocabularies may have: special tokens added later."""
-
-
-def small_model_config(config: Config) -> TargetConfig:
-    """The small model as a target's configuration.
-
-    Raises:
-        ConfigError: ``draft.path`` names nothing.
-    """
-    draft = config.draft
-    assert isinstance(draft, SmallModelDraftConfig)
-    if draft.path is None:
-        return shipped_small_model(draft.dtype)
-    if draft.path.startswith(PLANTED):
-        shape = draft.path.removeprefix(PLANTED)
-        if shape not in SHAPES:
-            raise ConfigError(f"draft.path={draft.path}: no such planted shape; use {', '.join(SHAPES)}")
-        # With the target's seed it follows the target's own next-token map.
-        seed = getattr(config.target, "seed", 0)
-        return PlantedTargetConfig(name=draft.path, dtype=draft.dtype, shape=shape, seed=seed)
-    return HubTargetConfig(name=draft.path, dtype=draft.dtype, path=draft.path, revision=draft.revision)
-
-
-def shipped_small_model(dtype: Dtype = Dtype.auto) -> HubTargetConfig:
-    """The small model that ships with the project, as a target's configuration.
-
-    Raises:
-        ConfigError: this installation has none.
-    """
-    if not (SHIPPED / "config.json").is_file():
-        raise ConfigError(
-            "draft=small_model: the small model for the default target is not in this installation "
-            "(subspec/drafts/weights/small_model): make one with scripts/distill_draft.py and set draft.path to its "
-            "folder"
-        )
-    return HubTargetConfig(name="the shipped small model", dtype=dtype, path=str(SHIPPED))
-
-
-def load_small_config(config: Config) -> PretrainedConfig:
-    """The small model's own configuration, without its weights.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    return _read(small_model_config(config))[0]
-
-
-def small_shapes(config: Config) -> ModelSpec:
-    """The shapes that a plan computes sizes from."""
-    return _read(small_model_config(config))[1]
-
-
-def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelSpec]:
-    if isinstance(named, PlantedTargetConfig):
-        return _describe(named.shape, None, planted=True)
-    assert isinstance(named, HubTargetConfig)
-    return _describe(named.path, named.revision, planted=False)
-
-
-@functools.lru_cache(maxsize=8)
-def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelSpec]:
-    """Cached: a plan computes sizes many times."""
-    if planted:
-        model = planted_config(PlantedTargetConfig(name=path, shape=path))
-    else:
-        with _about_draft():
-            named = HubTargetConfig(name=path, path=path, revision=revision)
-            model = check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
-    return model, ModelSpec.of(model)
-
-
-def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, note: Note) -> LayerSource:
-    """The small model's weights, fetched first if need be.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    named = small_model_config(config)
-    if isinstance(named, PlantedTargetConfig):
-        return PlantedSource(named, dtype, device)
-    return open_checkpoint(named, dtype, note)
-
-
-def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> CheckpointSource:
-    """A small model's weights on disk, fetched first if need be.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    with _about_draft():
-        checkpoint = prepare_draft(named, note)
-        if checkpoint.folder == SHIPPED:
-            checkpoint = replace(checkpoint, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
-        source = CheckpointSource(checkpoint, dtype)
-    for line in source.notes:
-        note(line)
-    return source
 
 
 def small_dtype(draft: SmallModelDraftConfig, target: torch.dtype) -> torch.dtype:
@@ -261,16 +148,6 @@ def _cut(head: Tensor, vocab_size: int) -> Tensor:
     return head if head.shape[0] <= vocab_size else head[:vocab_size].clone()
 
 
-@contextmanager
-def _about_draft() -> Iterator[None]:
-    """Rename ``target.path`` to ``draft.path`` in the messages of the code that reads checkpoints."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error).replace("target.path", "draft.path").replace("target.revision", "draft.revision")
-        raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
-
-
 class SmallModelSpec(DraftSpec):
     """``draft=small_model``."""
 
@@ -300,6 +177,10 @@ class SmallModelSpec(DraftSpec):
     @classmethod
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
         return load_small_config(config)
+
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        return SmallModelMemory(inputs)
 
     def prepare(self) -> None:
         """Load the small model; captured levels and prompt passes read the same bytes.

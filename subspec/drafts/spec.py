@@ -1,7 +1,7 @@
 """The specification of a kind of draft: its checks, its consumption of the target's layers, and its construction.
 
-A kind of draft is a configuration class (:mod:`subspec.config.schema`), a file in ``conf/draft``, a :class:`DraftSpec`
-in :mod:`subspec.drafts.registry`, and, for ``offload=stream``, its sizes in :mod:`subspec.planning.draft_memory`.
+A kind of draft is a configuration class (:mod:`subspec.config.schema`), a file in ``conf/draft``, and a
+:class:`DraftSpec` in :mod:`subspec.drafts.registry`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,9 @@ from subspec.config.schema import Config
 from subspec.decoding.draft import Draft
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
+from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.offload.loader import LoadingPlan
 from subspec.quant.modules import Quantizer, QuantReport
 from subspec.utils.console import Note, print_note
@@ -108,6 +110,17 @@ class DraftSpec(ABC):
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
         """The configuration of the model that ``quant`` quantizes: by default the target's, ``model``."""
         return model
+
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        """The draft's memory under ``offload=stream``, computed before anything is loaded.
+
+        Raises:
+            SubspecError: the draft has no plan, or its settings contradict the target.
+        """
+        raise ConfigError(
+            f"offload=stream has no plan for draft={inputs.config.draft.name}: set offload=none"
+        )
 
     def prepare(self) -> None:  # noqa: B027 (optional)
         """Load and choose everything that does not depend on the target's weights.

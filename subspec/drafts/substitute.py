@@ -26,11 +26,57 @@ from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.quantization import level_quantization
+from subspec.levels.quantization import LevelQuantization, level_quantization
+from subspec.memory.allocator import Allocation
+from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
+from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.modules import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
+
+
+class SubstituteMemory(DraftMemory):
+    """The quantized substitute: a copy of every layer, exact for those in ``quant.skip_layers``."""
+
+    required_by = "quant.skip_layers keeps"
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        spec, quantization = inputs.spec, inputs.quantization
+        assert quantization is not None
+        self.required_resident = tuple(sorted(set(getattr(inputs.config.quant, "skip_layers", ()))))
+        skipped = len(self.required_resident)
+        self.allocations = substitute_allocations(quantization, spec.layers - skipped, skipped)
+        self.shared_rows = inputs.policy.draft_rows
+        own_head = "head" in quantization.shapes
+        linears = fused_linears(quantization.exact, exact=True) + fused_linears(
+            quantization.shapes, exact=False
+        )
+        self.level = captured_level_bytes(
+            LevelShape.of(spec, linears, own_head=own_head), inputs.policy.width, inputs.sampling
+        )
+        shared_head = 0 if own_head else spec.vocab * spec.hidden * inputs.itemsize
+        self.read = sum(allocation.bytes for allocation in self.allocations) + shared_head
+
+
+def substitute_allocations(
+    quantization: LevelQuantization, replaced: int, skipped: int, note: str = ""
+) -> tuple[Allocation, ...]:
+    """A substitute of ``replaced`` quantized layers and ``skipped`` exact ones.
+
+    The packed weights of a layer are one allocation, every exact fused Linear is one.
+    """
+    exact = [n * k * CAPTURED_ITEMSIZE for n, k in quantization.exact.values()]
+    layer = [n * k * CAPTURED_ITEMSIZE for role, (n, k) in quantization.shapes.items() if role != "head"]
+    kept = [(size, replaced) for size in exact] + [(size, skipped) for size in exact + layer]
+    return (
+        Allocation(
+            "substitute",
+            ((quantization.layer_bytes, replaced), (quantization.head_bytes, 1)),
+            note + quantization.summary(),
+        ),
+        Allocation("exact substitute", tuple(kept), "bfloat16: what stays exact"),
+    )
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -106,6 +152,10 @@ class SubstituteSpec(DraftSpec):
                 "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
                 "or draft=none for plain decoding"
             )
+
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        return SubstituteMemory(inputs)
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.

@@ -26,18 +26,14 @@ from subspec.decoding.bitwise import unsupported
 from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.tree import Tree
+from subspec.drafts.registry import spec_of
+from subspec.drafts.substitute import substitute_allocations
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
-from subspec.planning.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
-from subspec.planning.draft_memory import (
-    DraftMemory,
-    SizingInputs,
-    draft_memory,
-    kv_bytes,
-    substitute_allocations,
-)
+from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
+from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
+from subspec.memory.trace import META, target_trace
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
-from subspec.planning.trace import META, target_trace
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
 from subspec.utils.rounding import round_up
@@ -133,12 +129,13 @@ class MemoryLayout:
         self.draft_rows = self.width = self.levels = 0
         if not isinstance(config.draft, NoDraftConfig):
             policy = build_tree_policy(config.tree)
-            self.draft = draft = draft_memory(
+            kind = spec_of(config.draft)
+            assert kind is not None
+            self.draft = draft = kind.memory(
                 SizingInputs(
                     config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization
                 )
             )
-            assert draft is not None
             self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
             self.nodes = policy.capacity
             self.rows = round_up(policy.capacity, ROW_MULTIPLE)

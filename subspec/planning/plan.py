@@ -1,7 +1,7 @@
 """The memory planner: from a budget in GiB to the place of every part of a run, before anything is loaded.
 
 The planner reads the target's transformers configuration, not its weights. It sets 1 % of the budget aside
-(:data:`~subspec.planning.allocator.HEADROOM`), and then, in this order:
+(:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
 
 1. reserves the indispensable: substitute, norms, LM head, KV cache, tree, workspaces, ring;
 2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.memory_layout.CHUNK_GOAL`), of a
@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from subspec.config.enums import Codec
 from subspec.config.schema import Config, Placement
 from subspec.errors import ConfigError
-from subspec.planning.allocator import GIB, Allocation, headroom
+from subspec.memory.allocator import GIB, Allocation, headroom
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
 from subspec.planning.refusal import least_decision, refuse_device, refuse_host

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement
-from subspec.planning.allocator import GIB
+from subspec.memory.allocator import GIB
 from subspec.planning.plan import TAUS, Plan
 
 BAR, NARROW_BAR = 12, 8

@@ -15,7 +15,7 @@ from subspec.config.schema import (
     Placement,
 )
 from subspec.errors import ConfigError
-from subspec.planning.allocator import GIB, Allocation, least_budget
+from subspec.memory.allocator import GIB, Allocation, least_budget
 from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
 
 SMALL = GIB // 20

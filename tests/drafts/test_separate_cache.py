@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.draft import fit_vocabulary
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.result import FinishReason
@@ -11,7 +12,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts import separate_cache
-from subspec.drafts.separate_cache import SeparateCacheDraft, fit_vocabulary
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import tiny_model

@@ -21,16 +21,15 @@ from subspec.config.schema import (
     StreamOffloadConfig,
 )
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts import small_model
+from subspec.drafts import small_checkpoint
 from subspec.drafts.quantized import quantize_draft
+from subspec.drafts.small_checkpoint import load_small_config, open_small_model
 from subspec.drafts.small_model import (
     Vocabulary,
     check_shipped,
     check_small_model,
     check_vocabularies,
-    load_small_config,
     load_small_model,
-    open_small_model,
 )
 from subspec.errors import ConfigError, SubspecError
 from subspec.planning.plan import plan_run
@@ -188,7 +187,7 @@ def test_the_shipped_model_is_refused_before_anything_is_loaded_where_it_does_no
     with pytest.raises(ConfigError, match=line):
         check_shipped(small(), tiny)
     check_shipped(small("planted:tiny_draft"), tiny)
-    monkeypatch.setattr(small_model, "SHIPPED", tmp_path / "nowhere")
+    monkeypatch.setattr(small_checkpoint, "SHIPPED", tmp_path / "nowhere")
     line = r"^[^\n]*not in this installation[^\n]*set draft\.path[^\n]*$"
     with pytest.raises(ConfigError, match=line):
         load_small_config(small())

@@ -7,7 +7,7 @@ import pytest
 from subspec.config.enums import Codec, Dtype, Kernel
 from subspec.config.schema import BitsByModule, HiggsConfig, NoQuantConfig, Placement, SubstituteDraftConfig
 from subspec.errors import ConfigError
-from subspec.planning.allocator import GIB
+from subspec.memory.allocator import GIB
 from tests.helpers.planning import planned, settings
 
 AUTO, CODED = Codec.auto, Codec.substitute

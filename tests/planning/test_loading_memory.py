@@ -14,13 +14,13 @@ from subspec.kernels import int4
 from subspec.levels import build
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.quantization import level_quantization
+from subspec.memory.allocator import GIB, headroom
+from subspec.memory.trace import MemoryTrace
 from subspec.offload import loader
 from subspec.planning import loading_memory
-from subspec.planning.allocator import GIB, headroom
 from subspec.planning.loading_memory import ENCODING, PACKING, head_loading_bytes, loading_bytes
 from subspec.planning.memory_layout import POST_LOAD, MemoryLayout
 from subspec.planning.plan import choose
-from subspec.planning.trace import MemoryTrace
 from subspec.quant import grids, hqq
 from subspec.quant.codebook_linear import higgs_quantizer
 from subspec.quant.hqq import hqq_quantizer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
-from subspec.planning.allocator import GIB, MIB, headroom
+from subspec.memory.allocator import GIB, MIB, headroom
 from subspec.planning.memory_layout import MemoryLayout
 from subspec.planning.plan import choose
 from subspec.targets.planted import SHAPES

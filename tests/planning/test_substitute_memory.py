@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 
 
 from subspec.config.schema import BitsByModule, HiggsConfig, HqqConfig
+from subspec.drafts.substitute import substitute_allocations
 from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.quantization import level_quantization
-from subspec.planning.draft_memory import substitute_allocations
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.level_linear import Dense
 from subspec.targets.model_spec import ModelSpec

@@ -2,7 +2,7 @@
 
 import pytest
 
-from subspec.planning.allocator import GIB, MIB, Allocation, headroom, least_budget, rounded
+from subspec.memory.allocator import GIB, MIB, Allocation, headroom, least_budget, rounded
 
 
 @pytest.mark.parametrize("used", [0, 5 * GIB, 99 * 64 * MIB, 99 * 64 * MIB + 1, 7_987_654_321, 140 * GIB])

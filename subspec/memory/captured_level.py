@@ -13,7 +13,7 @@ from subspec.decoding.tree_policy import Beam
 from subspec.levels.build import ROLES
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import LevelLayer, LevelModel
-from subspec.planning.trace import LAYERS, META, draft_level_bytes
+from subspec.memory.trace import LAYERS, META, draft_level_bytes
 from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
 
@@ -70,7 +70,7 @@ class _QuantizedShape(FewRowsLinear):
 
 
 def captured_draft(shape: LevelShape) -> CapturedDraft:
-    """A draft of :data:`~subspec.planning.trace.LAYERS` layers on the meta device."""
+    """A draft of :data:`~subspec.memory.trace.LAYERS` layers on the meta device."""
 
     def weight(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=META)

@@ -18,15 +18,16 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.from_config import build_tree_policy
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
+from subspec.drafts import eagle
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_head import EagleHead
 from subspec.drafts.planted_head import planted_shape
 from subspec.levels.build import role_shapes
-from subspec.planning import draft_memory, trace
-from subspec.planning.allocator import GRAPH_BYTES, MIB
-from subspec.planning.captured_level import LevelShape, captured_draft, fused_linears
+from subspec.memory import trace
+from subspec.memory.allocator import GRAPH_BYTES, MIB
+from subspec.memory.captured_level import LevelShape, captured_draft, fused_linears
+from subspec.memory.trace import META, MemoryTrace, TargetTrace, peak_bytes
 from subspec.planning.memory_layout import Decision, MemoryLayout
-from subspec.planning.trace import META, MemoryTrace, TargetTrace, peak_bytes
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import settings
 
@@ -196,7 +197,7 @@ def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
     }
     found = {name: step(TargetTrace(config, 2, bitwise=False)) for name, step in steps.items()}
     target = real(TargetTrace(config, 2, bitwise=False))
-    for module in (trace, draft_memory):
+    for module in (trace, eagle):
         monkeypatch.setattr(module, "META", device)
         monkeypatch.setattr(module, "peak_bytes", on_gpu)
     for name, step in steps.items():

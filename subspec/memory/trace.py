@@ -26,14 +26,13 @@ from transformers import PretrainedConfig
 from subspec.decoding.audit import Auditor
 from subspec.decoding.batch import TokenBatch
 from subspec.decoding.bitwise import ROLES, BitwiseArithmetic
-from subspec.decoding.draft import Draft
+from subspec.decoding.draft import Draft, fit_vocabulary
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.decoding.verify import finite_choice, verify
-from subspec.drafts.separate_cache import fit_vocabulary
 from subspec.kernels.invariant_linear import REFERENCE
 from subspec.targets.meta_model import empty_model
 
