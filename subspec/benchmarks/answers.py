@@ -1,21 +1,28 @@
 r"""Find the final answer in a model's text and compare it with the reference. No generated code is run.
 
 The prompts ask for a last line ``Answer: ...``; models also write ``#### 42``, ``\boxed{42}`` or "the answer is 42".
-The last marker in the text counts, because the working often mentions earlier candidates.
+The last marker that is followed by an answer counts: the working often mentions earlier candidates, and remarks such as
+"I hope this answer is helpful" come after the answer.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from subspec.benchmarks.latex import equivalent
+from subspec.benchmarks.latex import DEGREES, equivalent, evaluate_integer, plain
 
 
 @dataclass(frozen=True)
 class Checker:
-    """``extract`` finds an answer in a text; ``matches`` compares it with the reference."""
+    """Reading and comparing of answers.
 
-    extract: Callable[[str], str | None]
+    Attributes:
+        extract: ``(text, cut=False)`` -> the answer in canonical form, or None. ``cut``: the text was cut at the length
+            limit, so that its last line is not complete.
+        matches: ``(found, reference)`` -> whether they are equal.
+    """
+
+    extract: Callable[..., str | None]
     matches: Callable[[str, str], bool]
 
 
@@ -23,22 +30,50 @@ class Checker:
 _MARKER = re.compile(
     r"####"
     r"|\banswer\b[\s*_]*(?:is\b[\s*_]*)?[:=][\s*_]*"
-    r"|\b(?:answer|result|correct (?:option|choice))\b[\s*_]*is\b[\s*_]*:?",
+    r"|(?P<sentence>\b(?:answer|result|correct (?:option|choice))\b[\s*_]*is\b[\s*_]*:?)",
     re.IGNORECASE,
+)
+_REMARK_ON_ANSWER = re.compile(
+    r"\W*(?:(?:in)?correct|right|wrong|not|(?:help|use)ful|clear)\b", re.IGNORECASE
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 
 
-def final_answer(text: str) -> str | None:
-    """Text after the last answer marker: the content of a box, or the rest of the line. None without a marker."""
-    line_start = max((match.end() for match in _MARKER.finditer(text)), default=-1)
-    box = next((content for at, content in reversed(_boxes(text)) if content and at >= line_start), None)
-    if box is not None:
-        return box
-    if line_start < 0:
-        return None
-    rest = text[line_start:].strip().splitlines()
-    return rest[0].strip() if rest else None
+def candidates(text: str, cut: bool) -> list[str]:
+    """Contents of boxes and lines after answer markers, the last one first.
+
+    Args:
+        text: a model's text; only the part after a closed ``<think>`` block is read.
+        cut: whether the text was cut, so that an answer at its very end counts only in a closed box.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    found = [(at, True, content) for at, content in _boxes(text) if content]
+    for match in _MARKER.finditer(text):
+        line, end, _ = text[match.end() :].lstrip().partition("\n")
+        remark = match["sentence"] and _REMARK_ON_ANSWER.match(line)
+        if line.strip() and not remark and (end or not cut):
+            found.append((match.end(), False, line.strip()))
+    return [content for _, _, content in sorted(found, reverse=True)]
+
+
+def _extractor(
+    parse: Callable[[str], str | None], unmarked: Callable[[str, list[str]], str | None]
+) -> Callable[..., str | None]:
+    """A function that extracts the final answer of a text.
+
+    Args:
+        parse: a candidate -> its answer, "" if it states an answer of the wrong kind, None if it states none.
+        unmarked: (last line, candidates) -> the answer of a text in which no candidate states one.
+    """
+
+    def extract(text: str, cut: bool = False) -> str | None:
+        found = candidates(text, cut)
+        answer = next((answer for one in found if (answer := parse(one)) is not None), None)
+        if answer is None and not cut:
+            answer = unmarked("".join(text.strip().splitlines()[-1:]), found)
+        return answer or None
+
+    return extract
 
 
 def _boxes(text: str) -> list[tuple[int, str]]:
@@ -54,40 +89,37 @@ def _boxes(text: str) -> list[tuple[int, str]]:
     return [(at, text[brace + 1 : closing[brace]].strip()) for at, brace in starts if brace in closing]
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
-
-
 # ------------------------------------------------------------------------------------------------ numbers
 
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d])")
-# A number inside a fraction, root or power is not the answer.
-_PART_BEFORE = re.compile(r"\\[dtc]?frac|\\sqrt|\d\s*/\s*$")
-_PART_AFTER = re.compile(r"\s*(?:/|\^)\s*[\d({\\-]")
+MAX_DIGITS = 100
+"""Longer numbers are runaway output; Python converts at most 4,300 digits."""
+
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?(?!\d)")
+# A number inside a fraction, root, power or product is not the answer.
+_PART_BEFORE = re.compile(r"\\[dtc]?frac|\\sqrt|(?:\d\s*/|\^|±|\\pm)\s*$")
+_PART_AFTER = re.compile(r"\s*(?:/|\^|×|·|\\times|\\cdot)\s*[\d({\\-]")
+_ANOTHER_NUMBER = re.compile(r"\s*(?:,|;|&|and\b|or\b)\s*-?\d[\d,./]*\W*$")
 _REMARK = re.compile(r"(?<=\d)[^\d()]*\s\([^()]*\)[\s.*]*$")
 
 
-def extract_integer(text: str) -> str | None:
-    """Final whole number, without separators, currency, units or leading zeros."""
-    candidate = final_answer(text)
-    candidate = _strip_typesetting(_last_line(text) if candidate is None else candidate)
-    candidate = _REMARK.sub("", candidate)
-    if "=" in candidate:
-        candidate = candidate.rsplit("=", 1)[1]
-    match = _NUMBER.search(candidate)
-    if match is None:
+def _integer(text: str, last: bool = False) -> str | None:
+    """The first (or ``last``) number of a line as a whole number, without separators, currency, units, zeros."""
+    stripped = _REMARK.sub("", _strip_typesetting(text)).rsplit("=", 1)[-1]
+    matches = list(_NUMBER.finditer(stripped))
+    if not matches:
         return None
-    if _PART_BEFORE.search(candidate[: match.start()]) or _PART_AFTER.match(candidate[match.end() :]):
-        return None
+    match = matches[-1 if last else 0]
+    before, after = stripped[: match.start()], stripped[match.end() :]
+    if _PART_BEFORE.search(before) or _PART_AFTER.match(after):
+        value = evaluate_integer(text.rsplit("=", 1)[-1])
+        return "" if value is None else str(value)
     whole, _, decimals = match.group().replace(",", "").partition(".")
-    if decimals.strip("0"):
-        return None
-    return str(int(whole))
+    refused = decimals.strip("0") or len(whole) > MAX_DIGITS or _ANOTHER_NUMBER.match(after)
+    return "" if refused else str(int(whole))
 
 
 def _strip_typesetting(text: str) -> str:
-    text = text.replace("−", "-").replace("–", "-")
+    text = DEGREES.sub("", plain(text))
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\{,\}|(?<=\d)\\[,!;: ](?=\d)", "", text)
     text = re.sub(r"\\(?:boxed|fbox)\b|\\[,!;: ()\[\]$]|[${}*`€£]", " ", text)
@@ -95,52 +127,58 @@ def _strip_typesetting(text: str) -> str:
     return re.sub(r"(^|[\s=:(])-\s+(?=\d)", r"\1-", text)
 
 
-def extract_integer_to_999(text: str) -> str | None:
-    """Final whole number if it is from 0 to 999, as in AIME."""
-    number = extract_integer(text)
-    return number if number is not None and 0 <= int(number) <= 999 else None
+def _integer_to_999(text: str, last: bool = False) -> str | None:
+    number = _integer(text, last)
+    return number if not number or 0 <= int(number) <= 999 else ""
 
 
 def _same_integer(found: str, answer: str) -> bool:
-    reference = extract_integer(f"Answer: {answer}")
-    return reference is not None and int(found) == int(reference)
+    reference = _integer(answer)
+    return bool(reference) and int(found) == int(reference)
 
 
 # ------------------------------------------------------------------------------------------------ letters
 
 # "A" is also an article: "Answer: A proton" names no option, "Answer: A because ..." does.
 _LETTER = re.compile(
-    r"^[\s*_$({\[\"'`]*(?:option|choice|letter)?[\s*_(\[]*([A-D])(?![\w'’+^-])"
-    r"(?!(?<=A)\s+(?!because\b|since\b|as\b|is\b)[a-z])"
+    r"[\s*_$({\[\"'`]*(?:option|choice|letter)?[\s*_(\[]*([A-D])(?![\w'’+^-])"
+    r"(?!(?<=A)\s+(?!because\b|since\b|as\b|is\b|and\b|or\b)[a-z])"
 )
-_BARE_LETTER = re.compile(r"^[\s*_$(\[]*(?:option\s+)?([A-D])[\s*_$)\].:]*$", re.IGNORECASE)
+_BARE_LETTER = re.compile(r"[\s*_$(\[]*(?:option\s+)?([A-Z])[\s*_$)\].:]*$", re.IGNORECASE)
+_ANOTHER_LETTER = re.compile(
+    r"[\s*_$)\]}.]*(?:,|;|/|&|\band\b|\bor\b)[\s*_$(\[{]*(?:option\s+)?[A-D](?![\w'’])"
+)
 
 
-def extract_letter(text: str) -> str | None:
-    """Final option letter, A to D."""
-    candidate = final_answer(text)
-    if candidate is None:
-        match = _BARE_LETTER.match(_last_line(text))
-    else:
-        candidate = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*", "", candidate)
-        candidate = re.sub(r"^\s*(?i:option|choice|letter)\b", "", candidate)
-        match = _LETTER.match(candidate) or _BARE_LETTER.match(candidate)
-    return match.group(1).upper() if match else None
+def _letter(text: str) -> str | None:
+    """Option letter, A to D, at the beginning of a line that names no second one."""
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*", "", plain(text))
+    text = re.sub(r"^\s*(?:both\s+)?(?i:options?|choices?|letters?)\b", "", text)
+    match = _LETTER.match(text) or _BARE_LETTER.match(text)
+    if match is None:
+        return None
+    letter = match.group(1).upper()
+    return letter if letter in "ABCD" and not _ANOTHER_LETTER.match(text[match.end(1) :]) else ""
+
+
+def _bare_letter(line: str, _: list[str]) -> str | None:
+    match = _BARE_LETTER.match(line)
+    return _letter(line) if match else None
 
 
 # -------------------------------------------------------------------------------------------- mathematics
 
 
-def extract_math(text: str) -> str | None:
-    """Final mathematical expression, as written."""
-    candidate = final_answer(text)
-    if candidate is None:
-        return None
-    candidate = candidate.strip().strip("*_` ").strip()
-    return candidate or None
+def _expression(text: str) -> str | None:
+    """Mathematical expression as written, or one or two words (names, "no solution"); None for prose."""
+    text = text.strip().strip("*_` ").strip()
+    prose = len(text.split()) > 2 and not re.search(r"[\d\\$=]", text)
+    return None if prose or not text else text
 
 
-INTEGER = Checker(extract_integer, _same_integer)
-INTEGER_TO_999 = Checker(extract_integer_to_999, _same_integer)
-CHOICE = Checker(extract_letter, lambda found, answer: found == answer.strip().upper())
-MATH = Checker(extract_math, equivalent)
+INTEGER = Checker(_extractor(_integer, lambda line, _: _integer(line, last=True)), _same_integer)
+INTEGER_TO_999 = Checker(
+    _extractor(_integer_to_999, lambda line, _: _integer_to_999(line, last=True)), _same_integer
+)
+CHOICE = Checker(_extractor(_letter, _bare_letter), lambda found, answer: found == answer.strip().upper())
+MATH = Checker(_extractor(_expression, lambda _, found: next(iter(found), None)), equivalent)

@@ -20,6 +20,12 @@ _COSTLY = re.compile(
 )
 """Huge numbers, towers of powers, factorials, and what SymPy evaluates symbolically. Compared as texts."""
 
+DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|[°º]")
+
+_SPACES = re.compile(r"[\u00a0\u2000-\u200b\u202f\u205f\u2060\u3000]")
+_GROUPED = re.compile(r"(?<![\w.,])\d{1,3}(?:[ '’_]\d{3})+(?!\w)")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+
 _FRAME = re.compile(r"^(?:\$+|\\\(|\\\[)|(?:\$+|\\\)|\\\])$")
 _BASE = re.compile(r"^\d+_\{?(\d+)\}?$")
 
@@ -33,21 +39,44 @@ def equivalent(found: str, answer: str) -> bool:
         return False
     if _base(found) != _base(answer) or {_opening(found), _opening(answer)} == {"(", "{"}:
         return False
+    sides = _parse(answer), _parse(found)
+    import math_verify
+
+    return math_verify.verify(*sides, timeout_seconds=_limit())
+
+
+def evaluate_integer(text: str) -> int | None:
+    """Value of an expression such as ``84/2`` or ``3 \\times 10^3``; None for prose and if it is no whole number."""
+    text = _clean(re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}", "", text))
+    if len(text) > MAX_LENGTH or _COSTLY.search(text) or _PROSE.search(text):
+        return None
+    parsed = _parse(text)
+    value = parsed[0].doit() if parsed and hasattr(parsed[0], "doit") else None
+    return int(value) if getattr(value, "is_Integer", False) else None
+
+
+def plain(text: str) -> str:
+    """``text`` with ASCII spaces and minus signs, and without separators of thousands other than commas."""
+    text = _SPACES.sub(" ", text.replace("−", "-").replace("–", "-"))
+    return _GROUPED.sub(lambda match: re.sub(r"\D", "", match.group()), text)
+
+
+def _parse(text: str) -> list:
     import math_verify  # SymPy takes a second to import
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    limit = TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     form = [math_verify.LatexExtractionConfig()]
-    sides = [
-        math_verify.parse(f"\\boxed{{{text}}}", extraction_config=form, parsing_timeout=limit)
-        for text in (answer, found)
-    ]
-    return math_verify.verify(*sides, timeout_seconds=limit)
+    return math_verify.parse(f"\\boxed{{{text}}}", extraction_config=form, parsing_timeout=_limit())
+
+
+def _limit() -> int | None:
+    return TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
 
 
 def _clean(text: str) -> str:
     """``text`` without emphasis, math delimiters, final full stop, percent and degree signs."""
-    text = re.sub(r"\\?%|°", "", text.strip().strip("*`")).strip().rstrip(".")
+    text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
+    text = DEGREES.sub("", re.sub(r"\\?%", "", plain(text).strip().strip("*`"))).strip().rstrip(".")
     return _FRAME.sub("", _FRAME.sub("", text)).strip().rstrip(".")
 
 
@@ -58,4 +87,4 @@ def _base(text: str) -> str | None:
 
 
 def _opening(text: str) -> str:
-    return text.replace("\\left", "").replace("\\lbrace", "{").replace("\\", "").strip()[:1]
+    return text.replace("\\left", "").replace("\\", "").strip()[:1]

@@ -187,16 +187,25 @@ def get_task(name: str) -> Task:
         raise ConfigError(f"benchmark.name={name} is unknown; choose one of: {known}") from None
 
 
-def extract_answer(benchmark: str, text: str) -> str | None:
-    """Final answer of a model's text in canonical form; None if none is found or the benchmark has no check."""
+def extract_answer(benchmark: str, text: str, cut: bool = False) -> str | None:
+    """Final answer of a model's text in canonical form; None if none is found or the benchmark has no check.
+
+    ``cut``: the text was cut at the length limit. Its last line is then not complete, and holds an answer only in a
+    closed box.
+    """
     checker = get_task(benchmark).checker
-    return None if checker is None else checker.extract(text)
+    return None if checker is None else checker.extract(text, cut)
 
 
-def check_answer(benchmark: str, text: str, answer: str | None) -> bool | None:
-    """Whether a model's text ends in the reference answer; None if the benchmark has no check."""
+def check_answer(benchmark: str, text: str, answer: str | None, cut: bool = False) -> bool | None:
+    """Whether a model's text ends in the reference answer.
+
+    None if the benchmark has no check, or if the text was ``cut`` before an answer.
+    """
     checker = get_task(benchmark).checker
     if checker is None or answer is None:
         return None
-    found = checker.extract(text)
-    return found is not None and checker.matches(found, answer)
+    found = checker.extract(text, cut)
+    if found is None:
+        return None if cut else False
+    return checker.matches(found, answer)

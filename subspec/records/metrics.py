@@ -155,7 +155,8 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
           tokens / all seconds). ``tau_published`` counts one prefill per turn. The roofline is all verified tokens
           over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
         - ``per_turn``: ``n``, ``mean``, ``sd`` (of a sample, n - 1) and ``median`` of :data:`PER_TURN_FIGURES`.
-        - ``accuracy``: ``correct``, ``checked`` and ``accuracy`` = correct / checked; None when nothing was checked.
+        - ``accuracy``: ``correct``, ``checked``, ``accuracy`` = correct / checked, and ``unfinished`` (texts that were
+          cut before an answer); None when nothing was to be checked.
         - ``audit``: sums of ``exact``, ``near_tie``, ``mismatch``, the largest ``max_gap``, ``margin``, the audited
           ``turns``, those audited ``bitwise``, and ``errors``: mismatches and, where bits were compared, near-ties;
           None when nothing was audited.
@@ -270,9 +271,21 @@ def _spread(turns: Sequence[Record], name: str) -> dict[str, Any]:
 
 def _accuracy(turns: Sequence[Record]) -> dict[str, Any] | None:
     checked = [bool(record["correct"]) for record in turns if record.get("correct") is not None]
-    if not checked:
+    unfinished = sum(map(is_unfinished, turns))
+    if not checked and not unfinished:
         return None
-    return {"correct": sum(checked), "checked": len(checked), "accuracy": sum(checked) / len(checked)}
+    return {
+        "correct": sum(checked),
+        "checked": len(checked),
+        "accuracy": ratio(sum(checked), len(checked)),
+        "unfinished": unfinished,
+    }
+
+
+def is_unfinished(record: Record) -> bool:
+    """Whether a text was cut at the length limit before it reached the answer that was to be checked."""
+    unchecked = record.get("correct") is None and record.get("reference") is not None
+    return unchecked and record.get("finish_reason") == "length"
 
 
 def _audit(turns: Sequence[Record]) -> dict[str, Any] | None:

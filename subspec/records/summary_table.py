@@ -107,8 +107,9 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     facts.append(("finished by", _counts(counts["finish_reasons"]) or "-"))
     if summary["accuracy"]:
         found = summary["accuracy"]
-        share = f"{100 * found['accuracy']:.1f} %"
-        facts.append(("correct answers", f"{found['correct']} of {found['checked']} checked ({share})"))
+        share = f" ({100 * found['accuracy']:.1f} %)" if found["checked"] else ""
+        cut = f"; {found['unfinished']} cut before an answer" if found["unfinished"] else ""
+        facts.append(("correct answers", f"{found['correct']} of {found['checked']} checked{share}{cut}"))
     facts.append(("losslessness audit", _audit(summary["audit"])))
     rates = _rates(totals["accept_rate_by_depth"])
     if rates:

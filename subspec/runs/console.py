@@ -21,7 +21,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.text import Text
 
-from subspec.records.metrics import ratio
+from subspec.records.metrics import is_unfinished, ratio
 from subspec.records.summary_table import SummaryTable, banners, decimals
 from subspec.utils.terminal import Terminal
 
@@ -121,6 +121,7 @@ class RunProgress:
             ]
             checked = [record["correct"] for record in turns if record.get("correct") is not None]
             parts += ["correct" if correct else "wrong" for correct in checked]
+            parts += ["cut before an answer" for record in turns if is_unfinished(record)]
             mismatches = sum((record.get("audit") or {}).get("mismatch") or 0 for record in turns)
             if mismatches:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")

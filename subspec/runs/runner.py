@@ -27,6 +27,7 @@ from subspec.config.schema import (
 )
 from subspec.decoding.audit import Auditor
 from subspec.decoding.bitwise_choice import why_not
+from subspec.decoding.result import FinishReason
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import AuditError, SubspecError
 from subspec.records.metrics import speedup, summarise
@@ -335,7 +336,8 @@ class _Run:
         result = self.assembly.engine.generate(prompt, seed=seed, **rules)
         last = turn == len(sample.turns) - 1
         text = result.text or ""
-        correct = check_answer(self.benchmark.name, text, sample.answer) if last else None
+        cut = result.finish_reason is FinishReason.length
+        reference = sample.answer if last else None
         audit = None
         if self.auditor is not None:
             replay = self.assembly.engine.output_buffer(prompt, **rules)
@@ -352,9 +354,9 @@ class _Run:
             link=self.loaded.link,
             peak_vram_gib=peak_vram_gib(),
             peak_ram_gib=peak_ram_gib(),
-            correct=correct,
-            extracted=extract_answer(self.benchmark.name, text) if correct is not None else None,
-            reference=sample.answer if correct is not None else None,
+            correct=check_answer(self.benchmark.name, text, reference, cut),
+            extracted=extract_answer(self.benchmark.name, text, cut) if reference is not None else None,
+            reference=reference,
             audit=audit,
         )
 

@@ -138,7 +138,8 @@ def test_a_record_holds_every_metric(run, plain):
         assert record["decode_s"] >= record["draft_s"] + record["verify_s"] - 0.01
         assert (record["draft"], alone["draft"]) == ("subspec", "none")
         assert (record["source"], record["device"], record["seed"]) == ("sample", "cpu", 0)
-        assert record["correct"] is False  # of noise
+        assert (record["correct"], record["extracted"]) == (None, None)  # cut before an answer
+        assert record["reference"]
         assert record["prompt_sha256"] == alone["prompt_sha256"]
 
 

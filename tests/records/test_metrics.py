@@ -160,7 +160,7 @@ def test_counts_skips_answers_and_audit() -> None:
         "skipped": {"prompt_too_long": 2},
         "finish_reasons": {"eos": 4, "length": 1},
     }
-    assert summary["accuracy"] == {"correct": 2, "checked": 3, "accuracy": 2 / 3}
+    assert summary["accuracy"] == {"correct": 2, "checked": 3, "accuracy": 2 / 3, "unfinished": 1}
     expected = {
         "exact": 40,
         "near_tie": 4,
@@ -174,6 +174,11 @@ def test_counts_skips_answers_and_audit() -> None:
     assert summary["audit"] == expected
     assert summary["peak_ram_gib"] == 4.0
     assert summary["peak_vram_gib"] is None
+
+
+def test_only_texts_cut_before_their_answer() -> None:
+    cut = record(0, correct=None, finish_reason="length")
+    assert summarise([cut])["accuracy"] == {"correct": 0, "checked": 0, "accuracy": None, "unfinished": 1}
 
 
 def test_nothing_checked_and_nothing_run() -> None:

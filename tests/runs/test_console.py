@@ -94,6 +94,8 @@ def test_an_empty_run_and_a_single_turn_have_a_table() -> None:
     assert "±" not in one.split("median")[1], "one turn has no standard deviation"
     assert "not run (audit=true runs it)" in one
     assert "correct answers" not in one
+    cut = squeezed(printed(80, summarise([record(0, audit=None, correct=None, finish_reason="length")])))
+    assert "correct answers 0 of 0 checked; 1 cut before an answer" in cut
 
 
 def test_a_deep_tree_still_fits() -> None:
