@@ -1,18 +1,17 @@
 """Rows of a data set on the hub, from the service or from the local cache.
 
 ``datasets`` takes seconds to import and is imported only here. Failures are one-line
-:class:`~subspec.errors.SubspecError`; after a :class:`HubUnavailableError` (no network, no access) ``source=auto`` may
-fall back to packaged prompts.
+:class:`~subspec.errors.SubspecError`; after a :class:`~subspec.benchmarks.rows.DataUnavailableError` (no network, no
+access) ``source=auto`` falls back to packaged prompts.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspec.benchmarks.rows import read_rows
+from subspec.benchmarks.rows import DataUnavailableError, Table, read_rows
 from subspec.config.schema import HubData
 from subspec.errors import ConfigError, SubspecError
 from subspec.utils.network import hub_problem
@@ -20,29 +19,6 @@ from subspec.utils.network import hub_problem
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 5.0
-
-
-class HubUnavailableError(SubspecError):
-    """No network and not cached, or no permission; ``reason`` says which."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}; {remedy}")
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class HubRows:
-    """Rows by position, read lazily. ``cached_because``: why the hub was not asked; None if it was."""
-
-    rows: Sequence[dict[str, Any]]
-    columns: list[str]
-    cached_because: str | None
-
-    def column(self, name: str) -> list[Any]:
-        """All values of one column."""
-        if isinstance(self.rows, list):
-            return [row.get(name) for row in self.rows]
-        return list(self.rows[name])
 
 
 def describe(hub: HubData) -> str:
@@ -53,8 +29,12 @@ def describe(hub: HubData) -> str:
     return f"{hub.path}{config}/{hub.split}{revision}{files}"
 
 
-def load_rows(hub: HubData, columns: tuple[str, ...]) -> HubRows:
-    """Fetch the data set, or read it from the local cache if the hub cannot be reached."""
+def load_rows(hub: HubData, columns: tuple[str, ...]) -> tuple[Table, str | None]:
+    """Fetch the data set, or read it from the local cache if the hub cannot be reached.
+
+    Returns:
+        The rows, and why they come from the local cache (None: they do not).
+    """
     problem = None
     if not Path(hub.path).is_dir():  # a local data set folder needs no hub
         from huggingface_hub import constants
@@ -62,13 +42,12 @@ def load_rows(hub: HubData, columns: tuple[str, ...]) -> HubRows:
         problem = hub_problem(constants.ENDPOINT) or _first_request(hub)
     with _quiet(), _offline(problem is not None):
         try:
-            rows = _files(hub, columns) if hub.files else _builder(hub)
+            rows = _files(hub, columns) if hub.files else _builder(hub, cached=problem is not None)
         except SubspecError:
             raise
         except Exception as error:
             raise _explain(error, hub, problem) from error
-    names = sorted({key for row in rows for key in row}) if isinstance(rows, list) else rows.column_names
-    return HubRows(rows, names, cached_because=problem)
+    return Table(rows, f"benchmark.hub.path={describe(hub)}"), problem
 
 
 def _first_request(hub: HubData) -> str | None:
@@ -89,14 +68,28 @@ def _first_request(hub: HubData) -> str | None:
     return None
 
 
-def _builder(hub: HubData) -> Sequence[dict[str, Any]]:
+def _builder(hub: HubData, cached: bool) -> Sequence[dict[str, Any]]:
+    """Rows through the data set's builder. ``cached``: from the caches of ``datasets`` or of ``hf download``."""
     from datasets import load_dataset
+    from huggingface_hub import snapshot_download
 
-    return load_dataset(hub.path, name=hub.config, split=hub.split, revision=hub.revision)
+    try:
+        return load_dataset(hub.path, name=hub.config, split=hub.split, revision=hub.revision)
+    except Exception:
+        if not cached or Path(hub.path).is_dir():
+            raise
+        try:
+            folder = snapshot_download(
+                hub.path, repo_type="dataset", revision=hub.revision, local_files_only=True
+            )
+            return load_dataset(folder, name=hub.config, split=hub.split)
+        except FileNotFoundError:
+            pass
+        raise  # the first error says what is missing
 
 
 def _files(hub: HubData, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of single JSON-lines files, read line by line: a file may exceed free memory."""
+    """Rows of single files, read row by row: a file may exceed free memory."""
     from huggingface_hub import hf_hub_download
 
     rows = []
@@ -168,7 +161,7 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
 
     # `datasets` wraps a refusal into its own "not found" error and keeps the message.
     if caused_by(errors.GatedRepoError) or "gated dataset" in message:
-        return HubUnavailableError(
+        return DataUnavailableError(
             f"{data} is gated and this machine has no access",
             f"accept its terms on the data set's page on the hub and set HF_TOKEN, {elsewhere}",
         )
@@ -178,7 +171,7 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
         # A ValueError: the data set is cached, but not in this configuration.
         missing = f"{describe(hub)} is not in the local cache ({message})"
         missing = missing if isinstance(error, ValueError) else f"{data} is not in the local cache"
-        return HubUnavailableError(f"{problem} and {missing}", f"fetch it once with a network, {elsewhere}")
+        return DataUnavailableError(f"{problem} and {missing}", f"fetch it once with a network, {elsewhere}")
     if caused_by(errors.RevisionNotFoundError) or message.startswith("Revision "):
         return ConfigError(
             f"benchmark.hub.revision={hub.revision} does not exist in {hub.path}; correct or drop it"
@@ -205,7 +198,7 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
     if refused:
         return ConfigError(f"the hub refuses access to {data} (HTTP {refused}); check HF_TOKEN")
     if any(map(_is_network, chain)):
-        return HubUnavailableError(
+        return DataUnavailableError(
             f"the hub failed while serving {hub.path} ({message[:160]})", f"try again, {elsewhere}"
         )
     return SubspecError(f"{data} cannot be loaded: {type(error).__name__}: {message[:300]}; {elsewhere[3:]}")

@@ -6,19 +6,23 @@ on Python's random generator, on the order of the rows, or on their number.
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from subspec.benchmarks.hub import HubUnavailableError, describe, load_rows
+from subspec.benchmarks.hub import describe, load_rows
 from subspec.benchmarks.prompts import Task, get_task
-from subspec.benchmarks.rows import Row, read_rows
+from subspec.benchmarks.rows import DataUnavailableError, Row, RowError, Table
 from subspec.config.schema import BenchmarkConfig, Source
 from subspec.errors import ConfigError
 
 SAMPLE_DETAIL = "packaged sample prompts"
+
+NAMED = 3
+"""Unusable rows that the note names; ``facts.json`` of a run holds all."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class Benchmark:
         name: name in ``conf/benchmark/``.
         source: the source used; never ``auto``.
         source_detail: hub coordinates, the file path as configured, or "packaged sample prompts".
-        note: choice of ``source=auto`` and its reason, in one line; None for an explicit source.
-        samples: shuffled with the seed and cut to ``max_samples``.
-        available: number of rows before the cut.
+        note: choice of ``source=auto`` and its reason, and the number of unusable rows, in one line; None without both.
+        samples: shuffled with the seed and cut to ``max_samples`` and ``per_category``.
+        available: number of rows of the chosen categories before the cut.
+        skipped: one line for each unusable row. All rows of a file are checked, rows of the hub until there are enough.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Benchmark:
     note: str | None
     samples: list[Sample]
     available: int
+    skipped: list[str] = field(default_factory=list)
 
 
 def load_benchmark(config: BenchmarkConfig, seed: int) -> Benchmark:
@@ -71,17 +77,12 @@ def load_benchmark(config: BenchmarkConfig, seed: int) -> Benchmark:
     """
     task, source = get_task(config.name), Source(config.source)
     if source is Source.file:
-        shown = f"benchmark.path={config.path}"
-        rows = list(read_rows(Path(str(config.path)).expanduser(), shown))
-        return _from_rows(config, task, seed, rows, shown, Source.file, str(config.path))
+        return _from_file(config, task, seed)
     if source is Source.sample:
         return _from_samples(config, task, seed, note=None)
-    for key in ("path", "split"):
-        if getattr(config.hub, key) in (None, "", "???"):
-            raise ConfigError(f"benchmark.hub.{key} is not set; benchmark.source={source.value} needs it")
     try:
         return _from_hub(config, task, seed)
-    except HubUnavailableError as error:
+    except DataUnavailableError as error:
         if source is Source.hub:
             raise
         note = (
@@ -91,65 +92,143 @@ def load_benchmark(config: BenchmarkConfig, seed: int) -> Benchmark:
         return _from_samples(config, task, seed, note)
 
 
+def _from_file(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
+    shown = f"benchmark.path={config.path}"
+    data = Table.read(Path(str(config.path)).expanduser(), shown)
+    return _build(config, task, seed, data, Source.file, str(config.path), note=None)
+
+
 def _from_samples(config: BenchmarkConfig, task: Task, seed: int, note: str | None) -> Benchmark:
-    shown = f"{SAMPLE_DETAIL} of {config.name}"
     with as_file(files("subspec.benchmarks") / "samples" / f"{config.name}.jsonl") as path:
-        rows = list(read_rows(path, shown))
-    return _from_rows(config, task, seed, rows, shown, Source.sample, SAMPLE_DETAIL, note, "sample-")
-
-
-def _from_rows(
-    config: BenchmarkConfig,
-    task: Task,
-    seed: int,
-    rows: list[tuple[int, dict[str, Any]]],
-    shown: str,
-    source: Source,
-    detail: str,
-    note: str | None = None,
-    index_prefix: str = "",
-) -> Benchmark:
-    """Convert every row, selected or not, so that a mistake in the user's file is reported at once.
-
-    ``index_prefix`` keeps row numbers of packaged prompts from being mistaken for rows of the real data set.
-    """
-    if not rows:
-        raise ConfigError(f"{shown} holds no rows; give a .jsonl file with one row per line")
-    own = [[row.get(key) for key in task.id_columns] for _, row in rows]
-    ids = _distinct([_sample_id(config.name, task, one, i, index_prefix) for i, one in enumerate(own)])
-    samples = [
-        _sample(task, Row(row, f"{shown} line {line}"), id_, seed)
-        for id_, (line, row) in zip(ids, rows, strict=True)
-    ]
-    chosen = [samples[i] for i in _order(ids, seed)[: config.max_samples]]
-    return Benchmark(config.name, source, detail, note, chosen, len(samples))
+        data = Table.read(path, f"{SAMPLE_DETAIL} of {config.name}")
+    return _build(config, task, seed, data, Source.sample, SAMPLE_DETAIL, note)
 
 
 def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
-    detail = describe(config.hub)
-    loaded = load_rows(config.hub, task.columns)
-    columns = [loaded.column(column) for column in task.id_columns if column in loaded.columns]
-    own = list(zip(*columns, strict=True)) if columns else [()] * len(loaded.rows)
-    ids = _distinct([_sample_id(config.name, task, one, i) for i, one in enumerate(own)])
-    if not ids:
-        raise ConfigError(f"benchmark.hub.path={detail} has no rows; correct benchmark.hub.split or .files")
-    # Only selected rows are decoded: some data sets have tens of thousands.
-    samples = [
-        _sample(task, Row(loaded.rows[i], f"benchmark.hub.path={detail} row {i}"), ids[i], seed)
-        for i in _order(ids, seed)[: config.max_samples]
-    ]
-    note = None
+    unset = next((key for key in ("path", "split") if getattr(config.hub, key) in (None, "", "???")), None)
+    if unset and task.published:
+        raise DataUnavailableError(
+            f"{config.name} is not on the hub (benchmark.hub.{unset} is not set)",
+            f"download {task.published} and use benchmark.source=file benchmark.path=FILE",
+        )
+    if unset:
+        raise ConfigError(
+            f"benchmark.hub.{unset} is not set; benchmark.source={config.source.value} needs it"
+        )
+    detail, note = describe(config.hub), None
+    data, cached_because = load_rows(config.hub, (*task.columns, task.category))
     if Source(config.source) is Source.auto:
-        why = f"local cache, because {loaded.cached_because}" if loaded.cached_because else "the hub answers"
+        why = f"local cache, because {cached_because}" if cached_because else "the hub answers"
         note = f"benchmark.source=auto: the data set {detail} ({why})"
-    if loaded.cached_because:
+    if cached_because:
         detail += ", from the local cache"
-    return Benchmark(config.name, Source.hub, detail, note, samples, len(ids))
+    return _build(config, task, seed, data, Source.hub, detail, note)
 
 
-def _sample(task: Task, row: Row, id_: str, seed: int) -> Sample:
+def _build(
+    config: BenchmarkConfig, task: Task, seed: int, data: Table, source: Source, detail: str, note: str | None
+) -> Benchmark:
+    if not len(data.rows):
+        raise ConfigError(
+            f"{data.shown} holds no rows; correct the file, benchmark.hub.split or benchmark.hub.files"
+        )
+    # Row numbers of packaged prompts must not be mistaken for rows of the real data set.
+    prefix = "sample-" if source is Source.sample else ""
+    own = zip(*(data.column(name) for name in task.id_columns), strict=True)
+    ids = _distinct([_sample_id(config.name, task, one, i, prefix) for i, one in enumerate(own)])
+    categories = [_valid(one) if isinstance(one, str) else None for one in data.column(task.category)]
+    wanted = _wanted_categories(config, task, categories)
+    order = [i for i in _order(ids, seed) if wanted is None or categories[i] in wanted]
+    samples, errors = _select(
+        order,
+        [one if config.per_category else None for one in categories],
+        lambda i: _sample(task, data.row(i), ids[i], categories[i], seed),
+        config.per_category or config.max_samples,
+        # All mistakes in a user's file are reported at once. A hub's rows are decoded only if they are selected.
+        check_all=data.places is not None,
+    )
+    if not samples:
+        raise errors[min(errors)]
+    skipped = [errors[i].short for i in sorted(errors)]
+    if skipped:
+        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        left_out = f"unusable rows left out: {len(skipped)} ({'; '.join(skipped[:NAMED])}{more})"
+        note = f"{note}; {left_out}" if note else left_out
+    available = len(order) - len(errors)
+    return Benchmark(config.name, source, detail, note, samples[: config.max_samples], available, skipped)
+
+
+def _select(
+    order: list[int],
+    groups: list[str | None],
+    convert: Callable[[int], Sample],
+    limit: int | None,
+    check_all: bool,
+) -> tuple[list[Sample], dict[int, RowError]]:
+    """The first ``limit`` usable rows of each group, one of each group first, so that fewer are a prefix of more.
+
+    Args:
+        order: positions of the rows, the first choice first.
+        groups: of the rows, by position.
+        convert: a position to its sample.
+        limit: None: all.
+        check_all: convert rows that are not selected, too.
+
+    Returns:
+        The samples, and the errors of unusable rows by position.
+    """
+    ranked: list[tuple[int, Sample]] = []
+    errors: dict[int, RowError] = {}
+    taken: Counter[str | None] = Counter()
+    for i in order:
+        chosen = limit is None or taken[groups[i]] < limit
+        if not chosen and not check_all:
+            continue
+        try:
+            sample = convert(i)
+        except RowError as error:
+            errors[i] = error
+            continue
+        if chosen:
+            ranked.append((taken[groups[i]], sample))
+            taken[groups[i]] += 1
+    if len(taken) > 1:
+        ranked.sort(key=lambda pair: pair[0])
+    return [sample for _, sample in ranked], errors
+
+
+def _wanted_categories(config: BenchmarkConfig, task: Task, categories: list[str | None]) -> set[str] | None:
+    """Categories of the data set that ``categories`` selects, by their own names or by their groups'; None: all."""
+    present = {category for category in categories if category}
+    key = "categories" if config.categories is not None else "per_category"
+    if not present and getattr(config, key) is not None:
+        raise ConfigError(
+            f"benchmark.{key}: the rows of benchmark={config.name} have no categories (column '{task.category}'); "
+            "leave it out"
+        )
+    if config.categories is None:
+        return None
+    names = present | {task.groups[category] for category in present & task.groups.keys()}
+    unknown = [name for name in config.categories if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"benchmark.categories: the data has no category {unknown[0]!r}; it has: {', '.join(sorted(names))}"
+        )
+    asked = set(config.categories)
+    return {category for category in present if {category, task.groups.get(category)} & asked}
+
+
+def _sample(task: Task, row: Row, id_: str, category: str | None, seed: int) -> Sample:
     prompt = task.convert(row, id_, seed)
-    return Sample(id_, prompt.turns, prompt.answer, row.optional("category"))
+    text = "".join((*prompt.turns, prompt.answer or ""))
+    if _valid(text) != text:
+        raise row.error("the text holds half of a surrogate pair, which is no character")
+    return Sample(id_, prompt.turns, prompt.answer, category)
+
+
+def _valid(text: str) -> str:
+    """``text`` with ``?`` for halves of surrogate pairs, which JSON files may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _sample_id(name: str, task: Task, own: Sequence[Any], index: int, index_prefix: str = "") -> str:
@@ -157,7 +236,7 @@ def _sample_id(name: str, task: Task, own: Sequence[Any], index: int, index_pref
     found = next((value for value in own if value is not None), None)
     if found is None or isinstance(found, float | bool) or not str(found).strip():
         return f"{name}/{index_prefix}{index}"
-    text = re.sub(r"\s+", " ", str(found).strip())
+    text = _valid(re.sub(r"\s+", " ", str(found).strip()))
     return text if task.own_ids or text.startswith(f"{name}/") else f"{name}/{text}"
 
 

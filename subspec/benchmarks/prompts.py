@@ -9,13 +9,21 @@ line ``Answer: ...``, which :mod:`subspec.benchmarks.answers` reads back.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from subspec.benchmarks.answers import CHOICE, INTEGER, INTEGER_TO_999, MATH, Checker
-from subspec.benchmarks.rows import Row
+from subspec.benchmarks.rows import DataUnavailableError, Row
 from subspec.errors import ConfigError
 
 LETTERS = "ABCD"
+
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
+"""Begins the text of those rows of SPEED-Bench that the hub holds without their text."""
+
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+"""Categories of MT-Bench."""
+
+CONVERSATION = ("question_id", "prompt_id", "turns", "prompt", "messages")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Task:
         id_columns: columns that may hold the data set's own id, first match wins; else the row number is the id.
         own_ids: whether the data set's ids already name the benchmark and are used unchanged.
         checker: None where a check would need to run code or judge prose.
+        category: the column of the rows' categories, which data sets may lack.
+        groups: category -> name under which reports merge several categories; others are reported as they are.
+        published: address of the data, if they are not on the hub.
     """
 
     convert: Callable[[Row, str, int], Prompt]
@@ -43,10 +54,24 @@ class Task:
     id_columns: tuple[str, ...] = ("id",)
     own_ids: bool = False
     checker: Checker | None = None
+    category: str = "category"
+    groups: dict[str, str] = field(default_factory=dict)
+    published: str | None = None
 
 
-def _mt_bench(row: Row, sample_id: str, seed: int) -> Prompt:
-    return Prompt(row.texts("turns", "prompt"))
+def _conversation(row: Row, sample_id: str, seed: int) -> Prompt:
+    return Prompt(row.user_messages("messages") or row.texts("turns", "prompt"))
+
+
+def _speed_bench(row: Row, sample_id: str, seed: int) -> Prompt:
+    prompt = _conversation(row, sample_id, seed)
+    if any(PLACEHOLDER in turn for turn in prompt.turns):
+        raise DataUnavailableError(
+            f"{row.where} holds a placeholder instead of its text, which its publisher may not distribute",
+            "fetch the texts with SPEED-Bench's own preparation script (examples/specdec_bench of "
+            "github.com/NVIDIA/Model-Optimizer), then use benchmark.source=file benchmark.path=FILE",
+        )
+    return prompt
 
 
 def _human_eval(row: Row, sample_id: str, seed: int) -> Prompt:
@@ -148,11 +173,15 @@ def _livecodebench(row: Row, sample_id: str, seed: int) -> Prompt:
 
 
 TASKS: dict[str, Task] = {
-    "mt_bench": Task(
-        _mt_bench,
-        ("question_id", "prompt_id", "category", "turns", "prompt"),
-        id_columns=("question_id", "prompt_id", "id"),
+    "mt_bench": Task(_conversation, CONVERSATION, id_columns=("question_id", "prompt_id", "id")),
+    "spec_bench": Task(
+        _conversation,
+        CONVERSATION,
+        id_columns=("question_id", "id"),
+        groups=dict.fromkeys(MT_BENCH, "multi-turn"),
+        published="https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl",
     ),
+    "speed_bench": Task(_speed_bench, CONVERSATION, id_columns=("question_id", "id")),
     "human_eval": Task(_human_eval, ("task_id", "prompt"), id_columns=("task_id",), own_ids=True),
     "gsm8k": Task(_gsm8k, ("id", "question", "answer"), checker=INTEGER),
     "alpaca": Task(_alpaca, ("id", "instruction", "input")),
@@ -163,12 +192,20 @@ TASKS: dict[str, Task] = {
         ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))),
         id_columns=("Record ID", "id"),
         checker=CHOICE,
+        category="High-level domain",
     ),
     "math_500": Task(
-        _math_500, ("unique_id", "problem", "answer"), id_columns=("unique_id", "id"), checker=MATH
+        _math_500,
+        ("unique_id", "problem", "answer"),
+        id_columns=("unique_id", "id"),
+        checker=MATH,
+        category="subject",
     ),
     "livecodebench": Task(
-        _livecodebench, ("question_id", "question_content", "starter_code"), id_columns=("question_id", "id")
+        _livecodebench,
+        ("question_id", "question_content", "starter_code"),
+        id_columns=("question_id", "id"),
+        category="difficulty",
     ),
 }
 """By name in ``conf/benchmark/``."""

@@ -69,6 +69,8 @@ RANGES: list[Check] = [
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
     ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
     ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
+    ("benchmark.per_category", _AT_LEAST_1, "must be at least 1 (null: no such limit)"),
+    ("benchmark.categories", lambda value: value != [], "selects nothing: name categories (null: all)"),
     ("benchmark.max_prompt_tokens", _AT_LEAST_1, "must be at least 1 (null: what fits)"),
     ("logger.init_timeout_s", _POSITIVE, "must be positive"),
 ]
@@ -115,7 +117,7 @@ def check_values(config: Config) -> None:
     _check_execution(config)
     _check_lengths(config)
     if config.benchmark.source is Source.file and not config.benchmark.path:
-        raise ConfigError("benchmark.source=file needs benchmark.path=FILE.jsonl")
+        raise ConfigError("benchmark.source=file needs benchmark.path=FILE")
     if config.benchmark.path and config.benchmark.source is not Source.file:
         raise ConfigError(
             f"benchmark.path is set but benchmark.source={config.benchmark.source.name}: "

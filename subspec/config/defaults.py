@@ -1,7 +1,8 @@
-"""Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed.
+"""Defaults that depend on other keys: interpolations in the configuration, which composing resolves.
 
-A pass over a streamed target takes as long as dozens of draft levels, so that deep trees pay only there. The YAML files
-of trees hold an interpolation, ``depth: ${streamed_tree:depth,16}``, which composing resolves.
+Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed. A pass over a streamed
+target takes as long as dozens of draft levels, so that deep trees pay only there. The YAML files of trees hold
+``depth: ${streamed_tree:depth,16}``.
 """
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,12 @@ def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
     return PAPER_TREES.get(str(draft), {}).get(key, otherwise)
 
 
-def register_streamed_tree() -> None:
-    """Register ``${streamed_tree:...}`` with OmegaConf. Idempotent."""
+def default_samples(otherwise: int, per_category: int | None) -> int | None:
+    """Default of ``benchmark.max_samples``: no limit beside ``benchmark.per_category``."""
+    return otherwise if per_category is None else None
+
+
+def register_resolvers() -> None:
+    """Register the interpolations with OmegaConf. Idempotent."""
     OmegaConf.register_new_resolver("streamed_tree", streamed_tree, replace=True)
+    OmegaConf.register_new_resolver("default_samples", default_samples, replace=True)

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.config.defaults import register_streamed_tree
+from subspec.config.defaults import register_resolvers
 from subspec.config.enums import (
     Cache,
     Codec,
@@ -339,14 +339,18 @@ class HubData:
 class BenchmarkConfig:
     """Prompts of a run: the first ``max_samples`` (null: all) in an order given by the run's seed.
 
-    ``max_prompt_tokens``: longer prompts are skipped and counted; null: all that fit beside ``max_new_tokens``.
-    ``path``: the jsonl file of ``source=file``.
+    ``categories``: only rows of these categories (null: all). ``per_category``: as many rows of each category, one of
+    each first; ``max_samples`` is then null unless it is given, and limits the total. Smaller numbers select a prefix
+    of larger ones. ``max_prompt_tokens``: longer prompts are skipped and counted; null: all that fit beside
+    ``max_new_tokens``. ``path``: the file of ``source=file``.
     """
 
     name: str = MISSING
     source: Source = Source.auto
     path: str | None = None
     max_samples: int | None = 5
+    categories: list[str] | None = None
+    per_category: int | None = None
     max_prompt_tokens: int | None = None
     hub: HubData = field(default_factory=HubData)
 
@@ -440,11 +444,14 @@ SCHEMAS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Register the schema with Hydra. Idempotent."""
-    register_streamed_tree()
+    register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
     for key, node in SCHEMAS.items():
         group, name = key.split("/")
+        if node is BenchmarkConfig:
+            node = OmegaConf.structured(BenchmarkConfig)
+            node.max_samples = f"${{default_samples:{node.max_samples},${{.per_category}}}}"
         store.store(group=f"schema/{group}", name=name, node=node)
 
 

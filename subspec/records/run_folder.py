@@ -349,6 +349,8 @@ def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
         return []
     if now is _ABSENT and before == GONE.get(key, _ABSENT):
         return []
+    if before is _ABSENT and now is None:  # a key that is newer than the folder and not used
+        return []
     return [f"{key}: {_shown(before)} -> {_shown(now)}"]
 
 

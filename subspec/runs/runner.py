@@ -249,6 +249,7 @@ class _Run:
             "benchmark_detail": self.benchmark.source_detail,
             "benchmark_rows": self.benchmark.available,
             "benchmark_note": self.benchmark.note,
+            "benchmark_skipped": self.benchmark.skipped,
             "warmup_generations_excluded": self.config.warmup,
             **self.loading_peaks,
             "notes": list(self.target.notes),

@@ -12,6 +12,32 @@ ROWS = {
             "reference": ["42", "21"],
         },
     ],
+    "spec_bench": [
+        {
+            "question_id": 1,
+            "category": "translation",
+            "turns": ["Translate: Guten Tag"],
+            "reference": ["Good day"],
+        },
+        {"question_id": 2, "category": "writing", "turns": ["Write a line.", "Shorter."]},
+        {"question_id": 3, "category": "stem", "turns": ["Why is ice slippery?", "Are you sure?"]},
+    ],
+    "speed_bench": [
+        {
+            "question_id": "a1",
+            "category": "coding",
+            "sub_category": "x",
+            "turns": ["Sort a list."],
+            "multiturn": False,
+        },
+        {
+            "question_id": "b2",
+            "category": "math",
+            "sub_category": "y",
+            "turns": ["1 + 1?", "+ 1?"],
+            "multiturn": True,
+        },
+    ],
     "human_eval": [
         {
             "task_id": "HumanEval/900",
@@ -57,7 +83,7 @@ ROWS = {
             "Incorrect Answer 1": "the gluon",
             "Incorrect Answer 2": "the W boson",
             "Incorrect Answer 3": "the graviton",
-            "Subdomain": "Physics",
+            "High-level domain": "Physics",
         }
     ],
     "math_500": [
@@ -84,6 +110,7 @@ ROWS = {
             "question_title": "Sum",
             "question_content": "Return the sum.",
             "platform": "leetcode",
+            "difficulty": "hard",
             "starter_code": "class Solution:\n    def total(self, a: List[int]) -> int:\n        ",
         },
     ],

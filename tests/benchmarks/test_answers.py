@@ -147,6 +147,7 @@ def test_every_style_of_a_number_is_read_back(number: int, style: str, noise: st
         ("gpqa", "no letter", "C", False),
         ("gsm8k", "Answer: 1", None, None),
         ("mt_bench", "Answer: 1", "1", None),
+        ("spec_bench", "Answer: 1", "1", None),
         ("livecodebench", "Answer: 1", "1", None),
     ],
 )

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from subspec.benchmarks import TASKS, load_benchmark
-from subspec.benchmarks.hub import HubUnavailableError
+from subspec.benchmarks import TASKS, Sample, load_benchmark
+from subspec.benchmarks.prompts import PLACEHOLDER
+from subspec.benchmarks.rows import DataUnavailableError
 from subspec.config.schema import BenchmarkConfig, HubData, Source
 from subspec.errors import ConfigError, SubspecError
 from subspec.utils import network
@@ -34,31 +36,63 @@ def config(path: str, name: str = "gsm8k", source: Source = Source.hub, **hub: o
     return BenchmarkConfig(name=name, source=source, max_samples=None, hub=coordinates)
 
 
+def from_file(path: Path, name: str, **keys: object) -> list[Sample]:
+    """Samples of the same rows from a file."""
+    path.write_text(jsonl(ROWS[name]))
+    config = BenchmarkConfig(name=name, source=Source.file, path=str(path), **{"max_samples": None} | keys)
+    return load_benchmark(config, seed=0).samples
+
+
 def publish(hub: StubHub, path: str, rows: list, **files: str) -> None:
     hub.add(path, {"README.md": CARD, "rows.jsonl": jsonl(rows)} | files)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_benchmark_loads_from_the_hub(hub: StubHub, name: str):
+def test_every_benchmark_loads_from_the_hub_as_from_a_file(hub: StubHub, name: str, tmp_path: Path):
     path = f"org/all-{name.replace('_', '-')}"
     publish(hub, path, [{k: str(v) if name == "aime" else v for k, v in row.items()} for row in ROWS[name]])
     benchmark = load_benchmark(config(path, name), seed=0)
     assert benchmark.source is Source.hub
     assert benchmark.source_detail == f"{path}@main/test"
     assert benchmark.note is None
-    assert benchmark.available == len(benchmark.samples) == len(ROWS[name])
+    assert benchmark.samples == from_file(tmp_path / "rows.jsonl", name)
+    assert benchmark.available == len(ROWS[name])
 
 
-def test_only_the_selected_rows_are_converted_and_ids_are_those_of_a_file(hub: StubHub, tmp_path: Path):
-    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(20)]
+def test_selection(hub: StubHub, tmp_path: Path):
+    """As from a file; rows that are not selected are not converted."""
+    rows = [
+        {"question_id": i, "category": one, "turns": [f"{i}?"]}
+        for i, one in enumerate(["qa", "math", "rag"] * 9)
+    ]
     publish(hub, "org/selection", rows)
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))
-    from_hub = config("org/selection")
-    from_file = BenchmarkConfig(name="gsm8k", source=Source.file, path=str(tmp_path / "rows.jsonl"))
-    from_hub.max_samples = from_file.max_samples = 4
-    loaded = load_benchmark(from_hub, seed=3)
-    assert loaded.samples == load_benchmark(from_file, seed=3).samples
-    assert (len(loaded.samples), loaded.available) == (4, 20)
+    for keys in ({"max_samples": 4}, {"per_category": 2}, {"categories": ["qa", "rag"], "per_category": 3}):
+        chosen = replace(config("org/selection", "mt_bench"), **keys)
+        of_file = replace(chosen, source=Source.file, path=str(tmp_path / "rows.jsonl"))
+        loaded, expected = load_benchmark(chosen, seed=3), load_benchmark(of_file, seed=3)
+        assert (loaded.samples, loaded.available) == (expected.samples, expected.available)
+        assert len(loaded.samples) == {"max_samples": 4, "per_category": 6, "categories": 6}[next(iter(keys))]
+
+
+def test_unusable_rows_are_replaced(hub: StubHub):
+    rows = [{"id": str(i), "article": "" if i < 15 else "It rained."} for i in range(20)]
+    publish(hub, "org/odd", rows)
+    benchmark = load_benchmark(replace(config("org/odd", "cnn_dm"), max_samples=5), seed=0)
+    assert {sample.id for sample in benchmark.samples} == {f"cnn_dm/{i}" for i in range(15, 20)}
+    assert "unusable rows left out: " in benchmark.note
+    assert benchmark.skipped[0].startswith("row 0: field 'article'")
+
+
+def test_placeholders_are_refused_and_auto_takes_samples(hub: StubHub):
+    publish(hub, "org/masked", [{"question_id": "a", "category": "qa", "turns": [PLACEHOLDER]}])
+    with pytest.raises(
+        DataUnavailableError, match=r"org/masked@main/test row 0 .*placeholder.*preparation script"
+    ):
+        load_benchmark(config("org/masked", "speed_bench"), seed=0)
+    benchmark = load_benchmark(config("org/masked", "speed_bench", Source.auto), seed=0)
+    assert benchmark.source is Source.sample
+    assert "placeholder" in benchmark.note
 
 
 def test_a_broken_schema_is_an_error_even_for_auto(hub: StubHub):
@@ -108,15 +142,15 @@ def test_files_of_a_script_data_set(hub: StubHub):
     assert {sample.id for sample in benchmark.samples} == {"livecodebench/900_a", "livecodebench/901"}
     assert benchmark.source_detail == "org/code/test (test4.jsonl, test5.jsonl)"
     hub.add("org/code2", {"test5.jsonl": "<html>\n"})
-    with pytest.raises(ConfigError, match=r"test5\.jsonl of benchmark\.hub\.path=org/code2 line 1 is not"):
+    with pytest.raises(ConfigError, match=r"test5\.jsonl of benchmark\.hub\.path=org/code2 is an HTML"):
         load_benchmark(config("org/code2", **keys | {"files": ["test5.jsonl"]}), seed=0)
 
 
 def test_gated(hub: StubHub):
     hub.gated.add("org/gated")
-    with pytest.raises(HubUnavailableError, match=r"gated.*accept its terms.*HF_TOKEN.*source=file"):
+    with pytest.raises(DataUnavailableError, match=r"gated.*accept its terms.*HF_TOKEN.*source=file"):
         load_benchmark(config("org/gated"), seed=0)
-    with pytest.raises(HubUnavailableError, match=r"gated.*HF_TOKEN"):
+    with pytest.raises(DataUnavailableError, match=r"gated.*HF_TOKEN"):
         load_benchmark(config("org/gated", files=["rows.jsonl"]), seed=0)
     benchmark = load_benchmark(config("org/gated", source=Source.auto), seed=0)
     assert benchmark.source is Source.sample
@@ -133,7 +167,7 @@ def test_broken_service_is_noticed_at_once_and_the_cache_is_used(hub: StubHub):
     after = load_benchmark(config("org/cached"), seed=0)
     assert after.samples == before.samples
     assert after.source_detail == "org/cached@main/test, from the local cache"
-    with pytest.raises(HubUnavailableError, match=r"HTTP 500.*org/uncached is not in the local cache"):
+    with pytest.raises(DataUnavailableError, match=r"HTTP 500.*org/uncached is not in the local cache"):
         load_benchmark(config("org/uncached"), seed=0)
     benchmark = load_benchmark(config("org/uncached", source=Source.auto), seed=0)
     assert benchmark.source is Source.sample
@@ -155,10 +189,24 @@ def test_offline_variable_set_after_import(hub: StubHub, monkeypatch: pytest.Mon
     assert automatic.note.endswith("(local cache, because HF_HUB_OFFLINE is set)")
     with pytest.raises(ConfigError, match="split=dev"):
         load_benchmark(config("org/offline", split="dev", source=Source.auto), seed=0)
-    with pytest.raises(HubUnavailableError, match="not in the local cache"):
+    with pytest.raises(DataUnavailableError, match="not in the local cache"):
         load_benchmark(config("org/offline", config="other"), seed=0)
     assert load_benchmark(config("org/never", source=Source.auto), seed=0).source is Source.sample
     assert hub.requests == []
+
+
+def test_data_fetched_with_hf_download(hub: StubHub, monkeypatch: pytest.MonkeyPatch):
+    """``hf download`` fills the hub library's cache, which ``datasets`` does not read offline."""
+    from huggingface_hub import snapshot_download
+
+    publish(hub, "org/downloaded", ROWS["gsm8k"])
+    snapshot_download("org/downloaded", repo_type="dataset")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    benchmark = load_benchmark(config("org/downloaded"), seed=0)
+    assert benchmark.available == len(ROWS["gsm8k"])
+    assert benchmark.source_detail == "org/downloaded@main/test, from the local cache"
+    with pytest.raises(DataUnavailableError, match=r"org/downloaded@other/test is not in the local cache"):
+        load_benchmark(config("org/downloaded", config="other"), seed=0)
 
 
 def test_libraries_get_their_settings_back(hub: StubHub, monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,11 @@
 """Sources other than the hub, the selection, and every way a file can be wrong."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from subspec.benchmarks import TASKS, Sample, check_answer, load_benchmark
+from subspec.benchmarks import TASKS, Benchmark, Sample, check_answer, load_benchmark
 from subspec.benchmarks.loader import _distinct, _order
-from subspec.config.schema import BenchmarkConfig, Source
+from subspec.benchmarks.prompts import PLACEHOLDER
+from subspec.benchmarks.rows import DataUnavailableError
+from subspec.config.schema import BenchmarkConfig, HubData, Source
 from subspec.errors import ConfigError
 from tests.benchmarks.rows import ROWS, jsonl
 
@@ -26,10 +30,15 @@ def file_config(name: str, path: Path | str, **keys: object) -> BenchmarkConfig:
     return BenchmarkConfig(name=name, source=Source.file, path=str(path), **{"max_samples": None} | keys)
 
 
-def load_text(tmp_path: Path, name: str, text: str | bytes, **keys: object):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_benchmark(file_config(name, path, **keys), seed=0)
+def load_text(
+    folder: Path, name: str, text: str | bytes, file: str = "rows.jsonl", **keys: object
+) -> Benchmark:
+    (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_benchmark(file_config(name, folder / file, **keys), seed=0)
+
+
+def ids(benchmark: Benchmark) -> list[str]:
+    return [sample.id for sample in benchmark.samples]
 
 
 # --------------------------------------------------------------------------------------------- converters
@@ -38,9 +47,8 @@ def load_text(tmp_path: Path, name: str, text: str | bytes, **keys: object):
 @pytest.mark.parametrize("name", TASKS)
 def test_hub_rows_load_from_a_file(tmp_path: Path, name: str):
     benchmark = load_text(tmp_path, name, jsonl(ROWS[name]))
-    assert benchmark.source is Source.file
-    assert benchmark.source_detail == str(tmp_path / "rows.jsonl")
-    assert benchmark.note is None
+    assert (benchmark.source, benchmark.source_detail) == (Source.file, str(tmp_path / "rows.jsonl"))
+    assert (benchmark.note, benchmark.skipped) == (None, [])
     assert benchmark.available == len(benchmark.samples) == len(ROWS[name])
     for sample in benchmark.samples:
         assert all(turn.strip() for turn in sample.turns)
@@ -51,43 +59,60 @@ def by_id(tmp_path: Path, name: str) -> dict[str, Sample]:
     return {sample.id: sample for sample in load_text(tmp_path, name, jsonl(ROWS[name])).samples}
 
 
-def test_mt_bench(tmp_path: Path):
-    samples = by_id(tmp_path, "mt_bench")
-    assert samples["mt_bench/901"].turns == ("Describe a quiet harbour.", "Make it rain.")
-    renamed = [{"prompt_id": 901, "category": "writing", "prompt": ROWS["mt_bench"][0]["turns"]}]
-    assert load_text(tmp_path, "mt_bench", jsonl(renamed)).samples == [samples["mt_bench/901"]]
+@pytest.mark.parametrize(
+    ("id_", "part"),
+    [
+        ("mt_bench/901", "Describe a quiet harbour."),
+        ("spec_bench/1", "Translate: Guten Tag"),
+        ("speed_bench/b2", "1 + 1?"),
+        ("HumanEval/900", "```python\ndef double(x: int) -> int:"),
+        ("gsm8k/0", '"Answer: N"'),
+        ("alpaca/1", "Translate into French.\n\nInput:\ngood evening"),
+        ("livecodebench/900_a", "standard input"),
+        ("livecodebench/901", "class Solution:"),
+    ],
+)
+def test_prompts(tmp_path: Path, id_: str, part: str):
+    name = "human_eval" if id_.startswith("HumanEval") else id_.split("/")[0]
+    first, *more = by_id(tmp_path, name)[id_].turns
+    assert part in first
+    assert bool(more) == (id_ in ("mt_bench/901", "speed_bench/b2"))
+    assert ("standard input" in first) == (id_ == "livecodebench/900_a")
 
 
-def test_human_eval(tmp_path: Path):
-    (turn,) = by_id(tmp_path, "human_eval")["HumanEval/900"].turns
-    assert "```python\ndef double(x: int) -> int:" in turn
+def test_answers_and_categories(tmp_path: Path):
+    def values(name: str) -> dict:
+        return {id_.split("/")[-1]: (one.answer, one.category) for id_, one in by_id(tmp_path, name).items()}
+
+    assert values("gsm8k") == {"0": ("7", None), "1": ("-10", None), "2": ("2000", None)}
+    assert values("aime") == {"900": ("25", None), "901": ("104", None)}
+    assert values("math_500") == {"900.json": ("\\frac{1}{2}", "Prealgebra")}
+    assert values("mt_bench") == {"901": (None, "writing"), "902": (None, "math")}
+    assert values("spec_bench") == {"1": (None, "translation"), "2": (None, "writing"), "3": (None, "stem")}
+    assert values("livecodebench") == {"900_a": (None, None), "901": (None, "hard")}
+    assert {category for _, category in values("gpqa").values()} == {"Physics"}
 
 
-def test_gsm8k(tmp_path: Path):
-    samples = by_id(tmp_path, "gsm8k")
-    assert {id_: sample.answer for id_, sample in samples.items()} == {
-        "gsm8k/0": "7",
-        "gsm8k/1": "-10",
-        "gsm8k/2": "2000",
+def test_own_ids(tmp_path: Path):
+    rows = [{"id": id_, "question": "?", "answer": "#### 1"} for id_ in ("gsm8k/17", 18, None, "\ud83d")]
+    assert set(ids(load_text(tmp_path, "gsm8k", jsonl(rows)))) == {
+        "gsm8k/17",
+        "gsm8k/18",
+        "gsm8k/2",
+        "gsm8k/?",
     }
-    assert '"Answer: N"' in samples["gsm8k/0"].turns[0]
 
 
-def test_gsm8k_own_ids(tmp_path: Path):
-    rows = [{"id": id_, "question": "How many?", "answer": "#### 1"} for id_ in ("gsm8k/17", 18, None)]
-    samples = load_text(tmp_path, "gsm8k", jsonl(rows)).samples
-    assert {sample.id for sample in samples} == {"gsm8k/17", "gsm8k/18", "gsm8k/2"}
-
-
-def test_alpaca(tmp_path: Path):
-    samples = by_id(tmp_path, "alpaca")
-    assert samples["alpaca/0"].turns == ("Name a colour.",)
-    assert samples["alpaca/1"].turns == ("Translate into French.\n\nInput:\ngood evening",)
-
-
-def test_aime(tmp_path: Path):
-    samples = by_id(tmp_path, "aime")
-    assert (samples["aime/900"].answer, samples["aime/901"].answer) == ("25", "104")
+def test_columns_of_other_names(tmp_path: Path):
+    first = by_id(tmp_path, "mt_bench")["mt_bench/901"]
+    renamed = [{"prompt_id": 901, "category": "writing", "prompt": list(first.turns)}]
+    assert load_text(tmp_path, "mt_bench", jsonl(renamed)).samples == [first]
+    said = [("user", first.turns[0]), ("assistant", "It is quiet."), ("user", first.turns[1])]
+    messages = [{"role": role, "content": content} for role, content in said]
+    resolved = {"question_id": 901, "category": "writing", "messages": messages, "turns": None}
+    for name in ("mt_bench", "spec_bench", "speed_bench"):
+        (sample,) = load_text(tmp_path, name, jsonl([resolved])).samples
+        assert (sample.turns, sample.category) == (first.turns, "writing")
 
 
 def test_gpqa_order_depends_on_seed_and_id_only(tmp_path: Path):
@@ -106,13 +131,6 @@ def test_gpqa_order_depends_on_seed_and_id_only(tmp_path: Path):
         assert check_answer("gpqa", f"Answer: {sample.answer}", sample.answer) is True
 
 
-def test_livecodebench(tmp_path: Path):
-    samples = by_id(tmp_path, "livecodebench")
-    assert "standard input" in samples["livecodebench/900_a"].turns[0]
-    assert "class Solution:" in samples["livecodebench/901"].turns[0]
-    assert "standard input" not in samples["livecodebench/901"].turns[0]
-
-
 @pytest.mark.parametrize(
     ("name", "file", "count"),
     [
@@ -126,7 +144,7 @@ def test_real_rows(name: str, file: str, count: int):
     if not (SHARED / file).exists():
         pytest.skip("the real rows are not on this machine")
     benchmark = load_benchmark(file_config(name, SHARED / file), seed=0)
-    assert benchmark.available == count == len({sample.id for sample in benchmark.samples})
+    assert benchmark.available == count == len(set(ids(benchmark)))
     assert {len(sample.turns) for sample in benchmark.samples} == ({2} if name == "mt_bench" else {1})
     if name in ("gsm8k", "aime"):
         rows = [json.loads(line) for line in (SHARED / file).read_text().splitlines()]
@@ -137,10 +155,39 @@ def test_real_rows(name: str, file: str, count: int):
             assert check_answer(name, solutions[sample.id], sample.answer) is True, sample.id
 
 
-# --------------------------------------------------------------------------------------------- wrong input
-
+# -------------------------------------------------------------------------------------------------- formats
 
 GOOD = '{"question": "?", "answer": "#### 1"}\n'
+CSV = 'question,answer,id\n"How many, and\nwhy?","1 + 1 = 2\n#### 2",17\n'
+
+
+def parquet(folder: Path) -> bytes:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist([json.loads(GOOD)]), folder / "made")
+    return (folder / "made").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("rows.jsonl", b"\xef\xbb\xbf" + GOOD.encode().replace(b"\n", b"\r\n") * 2, {"gsm8k/0", "gsm8k/1"}),
+        ("rows.jsonl.gz", gzip.compress(GOOD.encode()), {"gsm8k/0"}),
+        ("rows", gzip.compress(GOOD.encode()), {"gsm8k/0"}),
+        ("rows.json", json.dumps([json.loads(GOOD)] * 2, indent=1).encode(), {"gsm8k/0", "gsm8k/1"}),
+        ("rows.jsonl", b"\n [" + GOOD.encode() + b"]", {"gsm8k/0"}),
+        ("rows.csv", CSV.encode(), {"gsm8k/17"}),
+        ("rows.CSV", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(), {"gsm8k/17"}),
+        ("rows.csv.gz", gzip.compress(CSV.encode()), {"gsm8k/17"}),
+        ("rows.tsv", b"question\tanswer\tid\nWhy, how?\t#### 2\t17\n", {"gsm8k/17"}),
+        ("rows.csv", b"question,answer\n" + b"w" * 200_000 + b",#### 1\n", {"gsm8k/0"}),
+        ("rows.parquet", parquet, {"gsm8k/0"}),
+    ],
+)  # fmt: skip
+def test_formats(tmp_path: Path, file: str, content: object, expected: set[str]):
+    content = content(tmp_path) if callable(content) else content
+    assert set(ids(load_text(tmp_path, "gsm8k", content, file))) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,20 +195,29 @@ GOOD = '{"question": "?", "answer": "#### 1"}\n'
     [
         ("", "holds no rows"),
         ("\n \n", "holds no rows"),
+        ("[]", "holds no rows"),
         (GOOD + "{'question': 1}\n", "line 2 is not JSON"),
         (GOOD + "\n[1]\n", "line 3 is not a JSON object"),
-        (
-            GOOD + '{"answer": "#### 1", "prompt": "x"}',
-            r"line 2: .*no field 'question'.*found: answer, prompt",
-        ),
+        ("[1]", "row 1 is not a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+        (b"\xe9", "not UTF-8"),
+        (b"\xff\xfe{}", "UTF-16 text: save it as UTF-8"),
+        (b"PK\x03\x04", "zip archive"),
+        (b"\x28\xb5\x2f\xfd", "zstd: unpack it"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer: fetch"),
+        ("<!DOCTYPE html>", "HTML .* download the raw file"),
+        (b"PAR1 and no more", "damaged .*readable: JSON Lines"),
+        (gzip.compress(GOOD.encode() * 99)[:-20], "damaged .*readable: JSON Lines"),
+        (gzip.compress(GOOD.encode()) + b"x", "cannot be read"),
+        # No row can be used: the first one's message.
+        ('{"answer": "#### 1", "prompt": "x"}', r"line 1: .*no field 'question'.*found: answer, prompt"),
         ('{"question": null, "answer": "#### 1"}', "line 1: .*no field 'question'"),
         ('{"question": ["a"], "answer": "#### 1"}', r"'question' must be a non-empty string, not \['a'\]"),
         ('{"question": " ", "answer": "#### 1"}', "'question' must be a non-empty string"),
+        ('{"question": "a \\ud83d b", "answer": "#### 1"}', "surrogate"),
         ('{"question": "?", "answer": "one"}', "'answer' must end with a line '#### <integer>'"),
-        ('{"question": "?", "answer": {}}', "'answer' must be a string or a whole number"),
+        ('{"question": "?", "answer": {}}', "'answer' must be a string or a number"),
         ("{}", "found: none"),
-        (b"\xff\xfe{}", "not UTF-8"),
-        ("[" * 100_000, "line 1 is not JSON"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str | bytes, message: str):
@@ -180,17 +236,64 @@ def test_broken_files(tmp_path: Path, text: str | bytes, message: str):
         ("mt_bench", {"question_id": 1, "turns": []}, "list of non-empty strings"),
         ("mt_bench", {"question_id": 1, "turns": ["a", ""]}, "list of non-empty strings"),
         ("mt_bench", {"question_id": 1}, "'turns' or 'prompt'"),
+        ("speed_bench", {"messages": [{"role": "system", "content": "x"}]}, "'messages' must be a list of messages"),
+        ("speed_bench", {"messages": ["x"]}, "'messages' must be a list of messages"),
         ("gpqa", {"Question": "?", "Correct Answer": "a"}, "'Incorrect Answer 1'"),
         ("math_500", {"problem": "?"}, "'answer'"),
+        ("math_500", {"problem": "?", "answer": float("nan")}, "'answer'"),
         ("livecodebench", {"question_id": "x"}, "'question_content'"),
         ("human_eval", {"task_id": "x"}, "'prompt'"),
-        ("cnn_dm", {"id": "x"}, "'article'"),
+        ("cnn_dm", {"id": "x", "article": ""}, "'article'"),
         ("alpaca", {"input": "x"}, "'instruction'"),
     ],
-)
-def test_broken_rows(tmp_path: Path, name: str, row: dict, message: str):
+)  # fmt: skip
+def test_unusable_rows_are_left_out_and_named(tmp_path: Path, name: str, row: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_text(tmp_path, name, jsonl([row]))
+    good = [json.loads(json.dumps(one)) for one in ROWS[name]]
+    benchmark = load_text(tmp_path, name, jsonl([*good, row]))
+    assert benchmark.available == len(benchmark.samples) == len(good)
+    (skipped,) = benchmark.skipped
+    assert skipped.startswith(f"line {len(good) + 1}: ")
+    assert benchmark.note == f"unusable rows left out: 1 ({skipped})"
+
+
+def test_numbers_as_answers(tmp_path: Path):
+    rows = [{"problem": "?", "answer": answer} for answer in (2.5, 3.0, 4)]
+    assert {s.answer for s in load_text(tmp_path, "math_500", jsonl(rows)).samples} == {"2.5", "3", "4"}
+    degrees = [{"problem": "?", "answer": answer} for answer in ("336^\\circ", "033")]
+    assert {s.answer for s in load_text(tmp_path, "aime", jsonl(degrees)).samples} == {"336", "33"}
+
+
+def test_many_unusable_rows(tmp_path: Path):
+    rows = [*json.loads(f"[{GOOD}]"), *[{"question": "?", "answer": "so\n#### 2.5"}] * 5]
+    benchmark = load_text(tmp_path, "gsm8k", jsonl(rows), max_samples=1)
+    assert ids(benchmark) == ["gsm8k/0"]
+    assert [text[:7] for text in benchmark.skipped] == [f"line {i}:" for i in range(2, 7)]
+    assert benchmark.note.startswith("unusable rows left out: 5 (line 2: ")
+    assert benchmark.note.endswith(" and 2 more)")
+
+
+def test_placeholders_are_refused(tmp_path: Path):
+    masked = {"category": "qa", "turns": [f"{PLACEHOLDER} FROM THE SOURCE"]}
+    with pytest.raises(
+        DataUnavailableError, match=r"line 3 .*placeholder.*; .*preparation script.*benchmark\.path"
+    ) as e:
+        load_text(tmp_path, "speed_bench", jsonl([*ROWS["speed_bench"], masked]))
+    assert "\n" not in str(e.value)
+    # Categories that are whole can be run.
+    chosen = load_text(tmp_path, "speed_bench", jsonl([*ROWS["speed_bench"], masked]), categories=["coding"])
+    assert ids(chosen) == ["speed_bench/a1"]
+
+
+@pytest.mark.parametrize("key", ["path", "split"])
+def test_spec_bench_is_not_on_the_hub(key: str):
+    hub = HubData(**{"path": "org/name", "split": "test"} | {key: ""})
+    with pytest.raises(DataUnavailableError, match=r"download https://\S+question\.jsonl .*benchmark\.path"):
+        load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.hub, hub=hub), seed=0)
+    benchmark = load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.auto, hub=hub), seed=0)
+    assert benchmark.source is Source.sample
+    assert "NOT the spec_bench data set" in benchmark.note
 
 
 def test_broken_configurations(tmp_path: Path):
@@ -204,11 +307,6 @@ def test_broken_configurations(tmp_path: Path):
     )
     fails(r"is a folder", source=Source.file, path=str(tmp_path))
     fails(r"benchmark\.hub\.path is not set", source=Source.hub)
-
-
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path):
-    text = b"\xef\xbb\xbf" + GOOD.encode().replace(b"\n", b"\r\n") * 2
-    assert load_text(tmp_path, "gsm8k", text).available == 2
 
 
 def test_unreadable_file(tmp_path: Path):
@@ -230,6 +328,46 @@ def test_packaged_samples_say_what_they_are():
     assert benchmark.note is None
     assert len(benchmark.samples) == 2 < benchmark.available
     assert all("sample" in sample.id for sample in benchmark.samples)
+
+
+CATEGORIES = ["writing"] * 9 + ["math"] * 5 + ["stem"] * 2 + ["qa"] * 3
+
+
+def choose(folder: Path, name: str = "spec_bench", seed: int = 0, **keys: object) -> list[Sample]:
+    rows = [{"question_id": i, "category": one, "turns": [f"{i}?"]} for i, one in enumerate(CATEGORIES)]
+    (folder / "rows.jsonl").write_text(jsonl([*rows, {"question_id": 99, "category": "qa", "turns": None}]))
+    return load_benchmark(file_config(name, folder / "rows.jsonl", **keys), seed).samples
+
+
+def counts(samples: list[Sample]) -> Counter:
+    return Counter(sample.category for sample in samples)
+
+
+def test_categories(tmp_path: Path):
+    assert counts(choose(tmp_path, categories=["math", "qa"])) == {"math": 5, "qa": 3}
+    assert counts(choose(tmp_path, categories=["multi-turn"])) == {"writing": 9, "math": 5, "stem": 2}
+    everything = choose(tmp_path)
+    assert choose(tmp_path, categories=["math"]) == [one for one in everything if one.category == "math"]
+    with pytest.raises(
+        ConfigError, match=r"categories: .*'maths'; it has: math, multi-turn, qa, stem, writing"
+    ):
+        choose(tmp_path, categories=["math", "maths"])
+    with pytest.raises(ConfigError, match="has: math, qa, stem, writing"):
+        choose(tmp_path, "mt_bench", categories=["multi-turn"])
+    for key, value in (("categories", ["x"]), ("per_category", 1)):
+        with pytest.raises(ConfigError, match=rf"benchmark\.{key}: .*benchmark=gsm8k have no categories"):
+            load_text(tmp_path, "gsm8k", GOOD, **{key: value})
+
+
+def test_per_category(tmp_path: Path):
+    assert counts(choose(tmp_path, per_category=4)) == {"writing": 4, "math": 4, "stem": 2, "qa": 3}
+    assert counts(choose(tmp_path, per_category=4, categories=["math", "stem"])) == {"math": 4, "stem": 2}
+    assert counts(choose(tmp_path, per_category=4, max_samples=8)) == dict.fromkeys(set(CATEGORIES), 2)
+    larger = choose(tmp_path, per_category=9)
+    for number in range(1, 9):  # fewer are a prefix of more
+        fewer = choose(tmp_path, per_category=number)
+        assert fewer == larger[: len(fewer)]
+    assert choose(tmp_path, per_category=2, seed=1) != choose(tmp_path, per_category=2)
 
 
 IDS = st.lists(st.text(min_size=1, max_size=6), max_size=40)
@@ -258,11 +396,11 @@ def test_order_does_not_depend_on_the_order_of_rows_or_on_other_rows(
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 12))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fewer_samples_are_a_prefix_of_more(seed: int, count: int):
-    def ids(max_samples: int | None) -> list[str]:
+    def chosen(max_samples: int | None) -> list[str]:
         config = BenchmarkConfig(name="math_500", source=Source.sample, max_samples=max_samples)
-        return [sample.id for sample in load_benchmark(config, seed).samples]
+        return ids(load_benchmark(config, seed))
 
-    assert ids(count) == ids(None)[:count]
+    assert chosen(count) == chosen(None)[:count]
 
 
 def test_seeds_differ():
@@ -302,5 +440,5 @@ def test_config_group_and_tasks_agree():
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), option))
         assert config.name == name
         assert load_benchmark(replace(config, source=Source.sample), seed=0).samples
-        assert config.hub.path.count("/") == 1
-        assert config.hub.split
+        on_hub = TASKS[name].published is None
+        assert (config.hub.path.count("/"), bool(config.hub.split)) == (int(on_hub), on_hub)

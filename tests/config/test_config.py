@@ -98,6 +98,27 @@ def test_a_tree_that_nobody_sized_is_the_papers_where_the_target_streams(overrid
     assert to_plain(cfg)["tree"]["depth"] == depth  # records have the number, not the rule
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 5),
+        (["benchmark.per_category=9"], None),
+        (["benchmark.per_category=9", "benchmark.max_samples=30"], 30),
+        (["benchmark.per_category=9", "experiment=smoke"], 2),
+    ],
+)
+def test_the_default_number_of_samples_does_not_limit_categories(overrides, expected):
+    cfg = composed("benchmark=mt_bench", "benchmark.categories=[math,stem]", *overrides)
+    assert to_config(cfg).benchmark.max_samples == to_plain(cfg)["benchmark"]["max_samples"] == expected
+    assert to_config(cfg).benchmark.categories == ["math", "stem"]
+
+
+@pytest.mark.parametrize("override", ["benchmark.per_category=0", "benchmark.categories=[]"])
+def test_a_selection_of_nothing_is_refused(override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        check_config(to_config(composed(override)))
+
+
 def test_every_file_begins_with_a_description():
     short = [file.name for file in CONF.rglob("*.yaml") if len(description(file).split()) < 2]
     assert not short, "these need a comment that says what they are"

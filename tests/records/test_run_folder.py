@@ -209,6 +209,12 @@ def test_true_is_not_one() -> None:
     assert config_differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]
 
 
+def test_a_key_newer_than_the_folder_differs_only_if_it_is_used() -> None:
+    assert config_differences({"a": {}}, {"a": {"new": None}}) == []
+    (difference,) = config_differences({"a": {}}, {"a": {"new": 2}})
+    assert difference.startswith("a.new: ")
+
+
 def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> None:
     auto = {**CONFIG, "device": "auto", "benchmark": {**CONFIG["benchmark"], "source": "auto"}}
     here = {"source": "file", "device": "cpu"}
