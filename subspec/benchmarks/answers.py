@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from subspec.benchmarks.latex import DEGREES, equivalent, evaluate_integer, plain
+from subspec.benchmarks.latex import DEGREES, MAX_DIGITS, equivalent, evaluate_integer, plain
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,12 @@ def _boxes(text: str) -> list[tuple[int, str]]:
 
 # ------------------------------------------------------------------------------------------------ numbers
 
-MAX_DIGITS = 100
-"""Longer numbers are runaway output; Python converts at most 4,300 digits."""
-
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?(?!\d)")
-# A number inside a fraction, root, power or product is not the answer.
+# A number inside a fraction, root, power, product or sum is not the answer.
 _PART_BEFORE = re.compile(r"\\[dtc]?frac|\\sqrt|(?:\d\s*/|\^|±|\\pm)\s*$")
-_PART_AFTER = re.compile(r"\s*(?:/|\^|×|·|\\times|\\cdot)\s*[\d({\\-]")
+_PART_AFTER = re.compile(
+    r"\s*(?:/|\^|×|·|\\times|\\cdot)\s*[\d({\\-]|\s*[-+]\s*[\d(\\]|\s*[½¼¾⅓⅔]|\s+\d+\s*/\s*\d"
+)
 _ANOTHER_NUMBER = re.compile(r"\s*(?:,|;|&|and\b|or\b)\s*-?\d[\d,./]*\W*$")
 _REMARK = re.compile(r"(?<=\d)[^\d()]*\s\([^()]*\)[\s.*]*$")
 

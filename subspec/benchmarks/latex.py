@@ -15,6 +15,9 @@ TIMEOUT_S = 5
 MAX_LENGTH = 200
 """Characters. Longer texts are compared as texts."""
 
+MAX_DIGITS = 100
+"""Longer whole numbers are runaway output; Python converts at most 4,300 digits."""
+
 _COSTLY = re.compile(
     r"\d{30}|\^\s*\{?\s*[-+]?\d{3}|\^[^\^]*\^[^\^]*\^|\^\s*\{[^}]*\^|\d{3}\s*\}?\s*!|\\(?:int|sum|prod|lim|binom)"
 )
@@ -24,7 +27,7 @@ DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|[°º]")
 
 _SPACES = re.compile(r"[\u00a0\u2000-\u200b\u202f\u205f\u2060\u3000]")
 _GROUPED = re.compile(r"(?<![\w.,])\d{1,3}(?:[ '’_]\d{3})+(?!\w)")
-_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d\s+\d")
 
 _FRAME = re.compile(r"^(?:\$+|\\\(|\\\[)|(?:\$+|\\\)|\\\])$")
 _BASE = re.compile(r"^\d+_\{?(\d+)\}?$")
@@ -46,13 +49,13 @@ def equivalent(found: str, answer: str) -> bool:
 
 
 def evaluate_integer(text: str) -> int | None:
-    """Value of an expression such as ``84/2`` or ``3 \\times 10^3``; None for prose and if it is no whole number."""
+    """Value of an expression such as ``84/2`` or ``3 \\times 10^3``; None for prose, mixed numbers and fractions."""
     text = _clean(re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}", "", text))
     if len(text) > MAX_LENGTH or _COSTLY.search(text) or _PROSE.search(text):
         return None
     parsed = _parse(text)
     value = parsed[0].doit() if parsed and hasattr(parsed[0], "doit") else None
-    return int(value) if getattr(value, "is_Integer", False) else None
+    return int(value) if getattr(value, "is_Integer", False) and abs(value) < 10**MAX_DIGITS else None
 
 
 def plain(text: str) -> str:

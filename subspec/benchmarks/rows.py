@@ -185,7 +185,9 @@ def read_rows(
         ConfigError: the file is in none of the formats or damaged.
     """
     if path.is_dir():
-        raise ConfigError(f"{shown} is a folder; give a file: {FORMATS}")
+        raise ConfigError(
+            f"{shown} is a folder; give a file, or benchmark.source=hub benchmark.hub.path=FOLDER for a folder of them"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(8)

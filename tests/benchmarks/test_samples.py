@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+from collections import Counter
 from fractions import Fraction
 from importlib.resources import files
 from itertools import product
@@ -11,6 +12,7 @@ from math import comb
 import pytest
 
 from subspec.benchmarks import TASKS, check_answer, extract_answer, load_benchmark
+from subspec.benchmarks.prompts import MT_BENCH
 from subspec.config.schema import BenchmarkConfig, Source
 from tests.benchmarks.reference_programs import PROGRAMS
 
@@ -38,9 +40,34 @@ def test_folder_holds_nothing_else():
     assert "Apache-2.0" in (FOLDER / "README.md").read_text()
 
 
-def test_mt_bench():
-    assert len({row["category"] for row in rows("mt_bench")}) >= 8
-    assert all(len(row["turns"]) == 2 for row in rows("mt_bench"))
+def test_categories():
+    """Every category of the real data set (of Spec-Bench, every reported group, with two rows each)."""
+    found = {name: Counter(row["category"] for row in rows(name)) for name in ("mt_bench", "speed_bench")}
+    assert found["mt_bench"] == Counter(MT_BENCH)
+    assert found["speed_bench"].keys() == {*MT_BENCH, "multilingual", "qa", "rag", "summarization"} - {
+        "extraction"
+    }
+    groups = Counter(
+        TASKS["spec_bench"].groups.get(row["category"], row["category"]) for row in rows("spec_bench")
+    )
+    names = ("translation", "summarization", "qa", "math_reasoning", "rag", "multi-turn")
+    assert groups == dict.fromkeys(names, 2)
+
+
+def test_turns():
+    assert {len(row["turns"]) for row in rows("mt_bench")} == {2}
+    for row in rows("spec_bench"):
+        assert len(row["turns"]) == 1 + (row["category"] in MT_BENCH)
+    speed = rows("speed_bench")
+    assert {row["multiturn"] for row in speed} == {True, False}
+    assert all(row["multiturn"] == (len(row["turns"]) > 1) for row in speed)
+
+
+def test_spec_bench_references():
+    references = [
+        int(row["reference"][0]) for row in rows("spec_bench") if row["category"] == "math_reasoning"
+    ]
+    assert references == [(9 * 14 - 86) // 2, 704 // (35 - 3)]
 
 
 @pytest.mark.parametrize("row", rows("human_eval"), ids=lambda row: row["entry_point"])
