@@ -108,8 +108,8 @@ def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
     unset = next((key for key in ("path", "split") if getattr(config.hub, key) in (None, "", "???")), None)
     if unset and task.published:
         raise DataUnavailableError(
-            f"{config.name} is not on the hub (benchmark.hub.{unset} is not set)",
-            f"download {task.published} and use benchmark.source=file benchmark.path=FILE",
+            f"benchmark={config.name} is not on the hub, but at {task.published}",
+            "download the file and use benchmark.source=file benchmark.path=FILE",
         )
     if unset:
         raise ConfigError(

@@ -289,11 +289,12 @@ def test_placeholders_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("key", ["path", "split"])
 def test_spec_bench_is_not_on_the_hub(key: str):
     hub = HubData(**{"path": "org/name", "split": "test"} | {key: ""})
-    with pytest.raises(DataUnavailableError, match=r"download https://\S+question\.jsonl .*benchmark\.path"):
+    with pytest.raises(DataUnavailableError, match=r"https://\S+question\.jsonl; download .*benchmark\.path"):
         load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.hub, hub=hub), seed=0)
     benchmark = load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.auto, hub=hub), seed=0)
     assert benchmark.source is Source.sample
     assert "NOT the spec_bench data set" in benchmark.note
+    assert "question.jsonl" in benchmark.note
 
 
 def test_broken_configurations(tmp_path: Path):
