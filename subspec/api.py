@@ -34,6 +34,7 @@ from subspec.config.schema import (
     LayerSkipDraftConfig,
     NoDraftConfig,
     OffloadConfig,
+    PromptLookupDraftConfig,
     SmallModelDraftConfig,
     SubstituteDraftConfig,
 )
@@ -51,7 +52,7 @@ from subspec.targets import Target
 from subspec.targets.check_model import check_loaded_model, check_model_config
 from subspec.targets.generation_settings import not_applied
 
-DraftName = Literal["none", "subspec", "small_model", "eagle2", "layer_skip"]
+DraftName = Literal["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"]
 """The kinds of draft, by their names in ``conf/draft``."""
 
 Bitwise = bool | Literal["auto"]
@@ -89,8 +90,8 @@ def build_engine(
         tokenizer: for text and stop strings; compared with a small model's own tokenizer. If its way of decoding is
             not known (see :mod:`subspec.decoding.growing_text`), no text is streamed before the end.
         draft: ``subspec``: a quantized substitute of the same model; ``small_model``: another, smaller model;
-            ``eagle2``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``none``: plain decoding, one
-            pass per token.
+            ``eagle2``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``prompt_lookup``: continuations
+            found in the text; ``none``: plain decoding, one pass per token.
         draft_path: folder or hub id of the small model or the EAGLE head; None: the one that ships with the project
             for SmolLM2-135M-Instruct.
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
@@ -162,7 +163,12 @@ def _draft_config(draft: DraftName, path: str | Path | None) -> DraftConfig:
         return SmallModelDraftConfig(name=draft, path=given)
     if draft == "eagle2":
         return Eagle2DraftConfig(name=draft, path=given)
-    kinds = {"none": NoDraftConfig, "subspec": SubstituteDraftConfig, "layer_skip": LayerSkipDraftConfig}
+    kinds = {
+        "none": NoDraftConfig,
+        "subspec": SubstituteDraftConfig,
+        "layer_skip": LayerSkipDraftConfig,
+        "prompt_lookup": PromptLookupDraftConfig,
+    }
     return kinds[draft](name=draft)
 
 

@@ -13,6 +13,7 @@ from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.prompt_lookup import PromptLookupDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError, SubspecError
@@ -45,6 +46,7 @@ DRAFTS = {
     "small_model": SeparateCacheDraft,
     "eagle2": EagleDraft,
     "layer_skip": SubstituteDraft,
+    "prompt_lookup": PromptLookupDraft,
 }
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-# From Python 3.14 on, argparse reads every help text when it is added. One of Hydra 1.3's is an object that is no string,
-# so Hydra stopped before it parsed anything.
+# From Python 3.14 on, argparse reads every help text when it is added. One of Hydra 1.3's is no string: Hydra stopped
+# before it parsed anything.
 if hasattr(argparse.ArgumentParser, "_check_help"):
     argparse.ArgumentParser._check_help = lambda self, action: None

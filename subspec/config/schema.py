@@ -139,6 +139,20 @@ class LayerSkipDraftConfig(DraftConfig):
     overlap_launches: bool = True
 
 
+@dataclass
+class PromptLookupDraftConfig(DraftConfig):
+    """Continuations found in the prompt and in the text so far.
+
+    ``longest``, ``shortest``: most and fewest tokens of a context that is looked up. ``earlier_texts``: look into the
+    prompts and outputs of the run's earlier samples, too.
+    """
+
+    temperature: float = 1.0
+    longest: int = 4
+    shortest: int = 2
+    earlier_texts: bool = False
+
+
 # ----------------------------------------------------------------------------------------------- quant
 
 
@@ -423,6 +437,7 @@ SCHEMAS: dict[str, type] = {
     "draft/eagle2": Eagle2DraftConfig,
     "draft/small_model": SmallModelDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
+    "draft/prompt_lookup": PromptLookupDraftConfig,
     "quant/none": NoQuantConfig,
     "quant/hqq": HqqConfig,
     "quant/higgs": HiggsConfig,

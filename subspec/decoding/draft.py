@@ -60,7 +60,7 @@ class Draft(ABC):
     def extend(
         self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
     ) -> Tensor:
-        """Draft one level below ``frontier`` (int64 [f]); returns the next frontier.
+        """Draft one level below ``frontier`` (int64 [f]); returns the next frontier, empty if nothing follows.
 
         Args:
             perturb: adds the noise of sampling to the logits; None: greedy.

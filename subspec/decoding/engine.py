@@ -114,7 +114,7 @@ class Engine:
     def draft_whole_tree(self, root: Tensor) -> None:
         """Draft to the full depth, regardless of :meth:`TreePolicy.wants_level`."""
         frontier = self.tree.plant(root)
-        while self.policy is not None and self.tree.levels < self.policy.max_depth:
+        while self.policy is not None and self.tree.levels < self.policy.max_depth and frontier.numel():
             frontier = self._level(frontier)
         if self.policy is not None:
             self.policy.finish(self.tree)
@@ -259,7 +259,7 @@ class Engine:
         if self.draft is None or self.policy is None:
             return 0
         self.policy.begin_tree()
-        while self.tree.levels < most_levels and self.policy.wants_level(self.tree):
+        while self.tree.levels < most_levels and frontier.numel() and self.policy.wants_level(self.tree):
             frontier = self._level(frontier)
         self.policy.finish(self.tree)
         return self.tree.levels

@@ -5,11 +5,13 @@ from subspec.config.schema import (
     Eagle2DraftConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
+    PromptLookupDraftConfig,
     SmallModelDraftConfig,
     SubstituteDraftConfig,
 )
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
+from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import DraftSpec
 from subspec.drafts.substitute import SubstituteSpec
@@ -20,6 +22,7 @@ SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
     Eagle2DraftConfig: EagleSpec,
     SmallModelDraftConfig: SmallModelSpec,
     LayerSkipDraftConfig: LayerSkipSpec,
+    PromptLookupDraftConfig: PromptLookupSpec,
 }
 """By the class of the configuration. ``draft=none`` has no spec."""
 

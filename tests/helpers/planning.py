@@ -15,6 +15,7 @@ from subspec.config.schema import (
     NoDraftConfig,
     NoLoggerConfig,
     PlantedTargetConfig,
+    PromptLookupDraftConfig,
     SamplingConfig,
     SmallModelDraftConfig,
     StreamOffloadConfig,
@@ -28,6 +29,7 @@ DRAFTS = {
     "subspec": SubstituteDraftConfig(name="subspec"),
     "small_model": SmallModelDraftConfig(name="small_model", path="planted:qwen2_5_1_5b"),
     "layer_skip": LayerSkipDraftConfig(name="layer_skip"),
+    "prompt_lookup": PromptLookupDraftConfig(name="prompt_lookup"),
 }
 
 

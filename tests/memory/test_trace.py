@@ -21,7 +21,9 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts import eagle
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_head import EagleHead
+from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.planted_head import planted_shape
+from subspec.drafts.prompt_lookup import TracedLookup
 from subspec.levels.build import role_shapes
 from subspec.memory import trace
 from subspec.memory.allocator import GRAPH_BYTES, MIB
@@ -39,7 +41,7 @@ TREES = {
     "eagle2": Eagle2TreeConfig(name="eagle2", depth=6, width=10, total_tokens=60),
 }
 SAMPLINGS = {"greedy": None, "top_p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9}}
-DRAFTS = ("none", "subspec", "small_model", "layer_skip", "eagle2")
+DRAFTS = ("none", "subspec", "small_model", "layer_skip", "eagle2", "prompt_lookup")
 
 
 def test_a_trace_counts_new_storages_once_and_forgets_freed_ones():
@@ -88,6 +90,8 @@ def meta_draft(layout, model, draft):
         return EagleDraft(
             EagleHead.from_tensors(weights, shape.config()), target, build_tree_policy(layout.config.tree)
         )
+    if draft == "prompt_lookup":
+        return TracedLookup(NgramIndex(1), target.vocab_size)
     return captured_draft(
         LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=draft != "subspec"))
     )
