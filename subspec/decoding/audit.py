@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspec.decoding.arguments import finite_number
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.result import FinishReason, audit_errors
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
@@ -107,7 +108,7 @@ class Auditor:
     ) -> None:
         self.target = target
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
-        self.margin = NEAR_TIE_MARGIN[target.dtype] if margin is None else margin
+        self.margin = NEAR_TIE_MARGIN[target.dtype] if margin is None else finite_number("margin", margin)
         self.chunk = chunk
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from subspec.quant.codebook_linear import (
 from subspec.quant.grids import BITS, DIMS
 from subspec.quant.hadamard import LEAST_BLOCK, rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.weight_format import check_finite
 from subspec.utils.rounding import is_power_of_two
 
 LARGEST_BLOCK = 1024
@@ -134,6 +135,7 @@ class HiggsQuantizer:
         return self.format.device_bytes(linear.out_features, linear.in_features)
 
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
+        check_finite(linear.weight, name)
         weight = self.format.quantize(linear.weight.detach().to(self.device))
         if not self.unpack:
             look_up = make_codebook_linear(weight, Variant(self.kernel), rotate=self.rotate)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subspec.errors import ConfigError
 from subspec.kernels.int4 import BITS
 from subspec.quant.integers import IntegerFormat, QuantizedIntegers
-from subspec.quant.weight_format import FormatQuantizer
+from subspec.quant.weight_format import FormatQuantizer, check_finite
 
 SLICE_WEIGHTS = 1 << 26
 """Weights that are quantized at a time: the optimiser holds several float32 copies, and an LM head is large."""
@@ -102,18 +102,40 @@ def check_hqq(bits: int, group_size: int, axis: int) -> None:
         raise ConfigError(f"quant.axis={axis}: use 1 (input dimension) or 0 (output dimension)")
 
 
-def check_group_size(out_features: int, in_features: int, *, group_size: int, axis: int, name: str) -> None:
+def check_group_size(
+    out_features: int, in_features: int, *, group_size: int, axis: int, name: str, bits: int | None = None
+) -> None:
     """Check that groups of ``group_size`` divide a Linear of shape ``out_features x in_features``.
+
+    Args:
+        bits: of an ``HQQLinear``, which packs two groups of 4 bits or four of 2 bits into the same bytes; None: packed
+            otherwise.
 
     Raises:
         ConfigError: naming the Linear and a size that divides it.
     """
-    along = in_features if axis == 1 else out_features
+    along, what = (in_features, "inputs") if axis == 1 else (out_features, "outputs")
+    weights = out_features * in_features
+    packed = {4: 2, 2: 4}.get(bits or 0, 1) if axis == 1 else 1
+    if along % group_size == 0 and weights // group_size % packed == 0:
+        return
+    fitting = [
+        size
+        for size in range(8, min(along, group_size) + 1, 8)
+        if along % size == 0 and weights // size % packed == 0
+    ]
     if along % group_size:
+        remedy = f"choose a divisor, for instance {fitting[-1] if fitting else along}"
         raise ConfigError(
-            f"quant.group_size={group_size} does not divide the {along} {'inputs' if axis == 1 else 'outputs'} of "
-            f"{name}: choose a divisor, for instance {_largest_divisor(along, group_size)}"
+            f"quant.group_size={group_size} does not divide the {along} {what} of {name}: {remedy}"
         )
+    remedy = (
+        f"quant.group_size={fitting[-1]}" if fitting else f"quant.bits_by.{name.rpartition('.')[2]}=8 or 3"
+    )
+    raise ConfigError(
+        f"quant.group_size={group_size} makes {weights // group_size} groups of {name}, and {bits} bits take a "
+        f"multiple of {packed}: set {remedy}"
+    )
 
 
 def hqq_sizes(
@@ -209,8 +231,14 @@ class HqqQuantizer:
     def pack(self, linear: nn.Linear, name: str) -> nn.Module:
         """HQQ's optimisation: an ``HQQLinear``."""
         check_group_size(
-            linear.out_features, linear.in_features, group_size=self.group_size, axis=self.axis, name=name
+            linear.out_features,
+            linear.in_features,
+            group_size=self.group_size,
+            axis=self.axis,
+            name=name,
+            bits=self.bits_of(name),
         )
+        check_finite(linear.weight, name)
         return self._module(linear, name, initialize=True)
 
     def tensors(self, packed: Any) -> dict[str, Tensor]:
@@ -291,8 +319,3 @@ class HqqQuantizer:
             device=str(self.device),
             initialize=initialize,
         )
-
-
-def _largest_divisor(number: int, at_most: int) -> int:
-    fitting = [size for size in range(8, min(number, at_most) + 1, 8) if number % size == 0]
-    return fitting[-1] if fitting else number

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from subspec.errors import SubspecError
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.quantized_weight import QuantizedWeight
 
@@ -138,6 +139,20 @@ def split_variants(kernel: str, role: str, steps: int, warps: int) -> list[Varia
     return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
 
 
+def check_finite(weight: Tensor, name: str | None) -> None:
+    """Check a weight before it is quantized; ``name``: of its Linear.
+
+    Raises:
+        SubspecError: it holds NaN or infinity.
+    """
+    # Extremes rather than a mask of all weights, which would need memory.
+    if not all(bool(end.isfinite()) for end in weight.aminmax()):
+        raise SubspecError(
+            f"the weight of {name or 'a Linear'} is not finite (NaN or infinity) and cannot be quantized: the "
+            "checkpoint's weights are damaged (check the files)"
+        )
+
+
 class WeightQuantizer(Protocol):
     """Quantizes weights by the name of their Linear (:class:`FormatQuantizer`, or a cache around one)."""
 
@@ -194,6 +209,7 @@ class FormatQuantizer:
         return self.default if name is None else self.by_linear.get(name.rpartition(".")[2], self.default)
 
     def quantize(self, weight: Tensor, name: str | None = None) -> Any:
+        check_finite(weight, name)
         return self.format_of(name).quantize(weight)
 
     def restore(
