@@ -22,7 +22,7 @@ from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.quant.higgs import check_higgs
 from subspec.quant.hqq import check_group_size, check_hqq
-from subspec.quant.modules import HEAD, bits_by_linear, linear_names
+from subspec.quant.quantize_model import HEAD, bits_by_linear, linear_names
 from subspec.targets.check_model import check_model_config
 from subspec.targets.meta_model import parameter_shapes
 

@@ -34,7 +34,7 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.levels.build import level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer, layer_views
-from subspec.quant.modules import QuantReport
+from subspec.quant.quantize_model import QuantReport
 from subspec.targets.check_model import check_model_config
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.checkpoint_source import CheckpointSource

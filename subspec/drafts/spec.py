@@ -18,7 +18,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.levels.build import SubstituteBuilder
 from subspec.offload.loader import LoadingPlan
-from subspec.quant.modules import Quantizer, QuantReport
+from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.utils.console import Note, print_note
 
 

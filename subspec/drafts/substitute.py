@@ -28,7 +28,7 @@ from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.quantization import level_quantization
 from subspec.quant.choose_kernels import choose_kernels
-from subspec.quant.modules import QuantReport
+from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 

@@ -15,7 +15,7 @@ from subspec.levels.build import ROLES, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.higgs import check_higgs
 from subspec.quant.hqq import HqqFormat, check_group_size, check_hqq, hqq_quantizer
-from subspec.quant.modules import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
+from subspec.quant.quantize_model import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
 from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 
 AUTO = "auto"

@@ -24,8 +24,8 @@ from subspec.errors import ConfigError
 from subspec.kernels.launch import OVERLAPPING
 from subspec.kernels.timing import TimesFile
 from subspec.quant import gemlite
-from subspec.quant.bench import Bench, CudaBench
 from subspec.quant.gemlite import GemLite
+from subspec.quant.kernel_times import Bench, CudaBench
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note, print_note

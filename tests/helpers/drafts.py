@@ -15,7 +15,7 @@ from subspec.decoding.tree_policy import TreePolicy
 from subspec.decoding.verify import Acceptance
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 
 CPU = torch.device("cpu")
 
