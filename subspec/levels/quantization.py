@@ -56,7 +56,8 @@ class LevelQuantization:
     def stored_bytes(self, layers: int) -> int:
         """Bytes on disk of ``layers`` layers and the head."""
         return sum(
-            (1 if role == "head" else layers) * self.quantizer.stored_bytes(shape, _linears(role)[0])
+            (1 if role == "head" else layers)
+            * self.quantizer.format_of(_linears(role)[0]).stored_bytes(*shape)
             for role, shape in self.shapes.items()
         )
 

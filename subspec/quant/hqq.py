@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subspec.errors import ConfigError
 from subspec.kernels.int4 import BITS
 from subspec.quant.integers import IntegerFormat, QuantizedIntegers
-from subspec.quant.weight_format import FormatQuantizer, check_finite
+from subspec.quant.weight_format import FormatQuantizer, check_finite, plain_linear
 
 SLICE_WEIGHTS = 1 << 26
 """Weights that are quantized at a time: the optimiser holds several float32 copies, and an LM head is large."""
@@ -138,25 +138,6 @@ def check_group_size(
     )
 
 
-def hqq_sizes(
-    out_features: int, in_features: int, *, bits: int, group_size: int, axis: int, scale_bytes: int
-) -> tuple[int, int]:
-    """Bytes of a quantized Linear from its shape alone: (packed weights, scales and zeros); no bias.
-
-    packed = weights * bits / 8; scales and zeros = 2 * weights / group_size * ``scale_bytes`` (bytes of the compute
-    dtype). 4 bits, groups of 64 and bfloat16 make 4 + 2 * 16 / 64 = 4.5 bits per weight.
-    """
-    weights = out_features * in_features
-    groups = weights // group_size
-    packed = weights * bits // 8
-    if bits == 3:
-        # hqq packs ten rows of 3-bit values into one row of int32; the grouped weight has a row per group
-        # (axis 1) or per weight of a group (axis 0).
-        rows = groups if axis == 1 else group_size
-        packed = -(-rows // 10) * (weights // rows) * 4
-    return packed, groups * 2 * scale_bytes
-
-
 class HqqQuantizer:
     """Quantizes Linears to ``bits`` with one scale and zero per group of ``group_size`` weights.
 
@@ -203,14 +184,22 @@ class HqqQuantizer:
 
     def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
         """:meth:`stored_bytes` from a weight's shape alone."""
-        sizes = hqq_sizes(
-            *shape,
-            bits=self.bits_of(name),
-            group_size=self.group_size,
-            axis=self.axis,
-            scale_bytes=self.compute_dtype.itemsize,
-        )
-        return sum(sizes)
+        return sum(self._sizes(shape, name))
+
+    def _sizes(self, shape: torch.Size, name: str) -> tuple[int, int]:
+        """Bytes of a quantized Linear: (packed weights, scales and zeros); no bias.
+
+        4 bits, groups of 64 and bfloat16 make 4 + 2 * 16 / 64 = 4.5 bits per weight.
+        """
+        weights, bits = shape.numel(), self.bits_of(name)
+        groups = weights // self.group_size
+        packed = weights * bits // 8
+        if bits == 3:
+            # hqq packs ten rows of 3-bit values into one row of int32; the grouped weight has a row per group
+            # (axis 1) or per weight of a group (axis 0).
+            rows = groups if self.axis == 1 else self.group_size
+            packed = -(-rows // 10) * (weights // rows) * 4
+        return packed, groups * 2 * self.compute_dtype.itemsize
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -251,13 +240,7 @@ class HqqQuantizer:
         from hqq.core.quantize import Quantizer
 
         bits, shape = self.bits_of(name), linear.weight.shape
-        packed, scales = hqq_sizes(
-            *shape,
-            bits=bits,
-            group_size=self.group_size,
-            axis=self.axis,
-            scale_bytes=self.compute_dtype.itemsize,
-        )
+        packed, scales = self._sizes(shape, name)
         packing = Quantizer.bit_to_packing[bits]
         types = {
             "W_q": Quantizer.unpack_view_dtype[packing],
@@ -299,12 +282,7 @@ class HqqQuantizer:
                 None  # the target keeps its Linear; two owners would double the bytes counted
             )
             return packed
-        plain = nn.Linear(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
-        )
-        plain.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
-        plain.bias = linear.bias
-        return plain
+        return plain_linear(packed.dequantize(), linear.bias)
 
     def _module(self, linear: nn.Linear, name: str, *, initialize: bool) -> nn.Module:
         # Imported here: hqq takes a second to import and only substitutes need it.

@@ -133,7 +133,7 @@ class CachedQuantizer:
         return self.store.remember(
             weight,
             name,
-            restore=lambda stored: self.inner.restore(stored, (n, k), name, weight.device),
+            restore=lambda stored: self.inner.format_of(name).restore(stored, (n, k), weight.device),
             make=lambda: self.inner.quantize(weight, name),
             tensors=lambda codes: codes.tensors(),
         )
@@ -152,7 +152,7 @@ class CachedQuantizer:
         for module, (n, k) in shapes.items():
             name = f"{index}.{module}"
             stored = self.store.stored(name)
-            codes = None if stored is None else self.inner.restore(stored, (n, k), name, device)
+            codes = None if stored is None else self.inner.format_of(name).restore(stored, (n, k), device)
             if codes is None:
                 return None
             found[module] = codes
