@@ -10,8 +10,8 @@ common and legitimate in bfloat16; larger gaps are bugs. The gap is measured in 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ class AuditResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Judged:
+class _Judged(NamedTuple):
     """The judgement of n tokens, on the device: [n] each, ``top_*`` [n, 2]."""
 
     gaps: Tensor
@@ -82,10 +81,6 @@ class _Judged:
     digests: Tensor
     top_ids: Tensor
     top_logits: Tensor
-
-    @classmethod
-    def join(cls, parts: Sequence["_Judged"]) -> "_Judged":
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 class Auditor:
@@ -151,7 +146,7 @@ class Auditor:
                     judged.append(self._judge(rows, emitted[start : start + len(rows)], position))
                     position += len(rows)
         self.sampler.noise.reseed(seed)  # drops its rows: they are large, and the next text needs others
-        found = _Judged.join(judged)
+        found = _Judged(*map(torch.cat, zip(*judged, strict=True)))
         exact = found.own == emitted
         if bitwise:
             exact &= found.digests == torch.tensor(digests, dtype=torch.int64, device=exact.device)
