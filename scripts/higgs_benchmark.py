@@ -14,10 +14,10 @@ import json
 import torch
 
 from subspec.kernels.timing import graph_time
-from subspec.quant.bench import rotated_time, rotation
 from subspec.quant.codebook_linear import CodebookLinear, HiggsFormat, ReferenceCodebook, unavailable
 from subspec.quant.hadamard import Rotation, library_problem, rotate_library, rotate_triton
 from subspec.quant.hqq import HqqFormat
+from subspec.quant.kernel_times import rotated_time, rotation
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.pairs import QuantizedPairs
 

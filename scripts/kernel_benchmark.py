@@ -24,9 +24,9 @@ from subspec.kernels import int4
 from subspec.kernels.timing import graph_time
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention, LevelLayer, LevelModel
-from subspec.quant.bench import rotated_time, rotation
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.hqq import HqqFormat
+from subspec.quant.kernel_times import rotated_time, rotation
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.weight_format import WeightFormat
 

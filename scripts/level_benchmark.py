@@ -16,10 +16,10 @@ import torch
 from kernel_benchmark import DEVICE, SHAPES, levels, memory_bandwidth, random_model, role_shapes
 
 from subspec.levels.model import Attention
-from subspec.quant.bench import variant_time
 from subspec.quant.codebook_linear import HiggsFormat
 from subspec.quant.gemlite import GemLite
 from subspec.quant.hqq import HqqFormat
+from subspec.quant.kernel_times import variant_time
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import WeightFormat
 

@@ -14,9 +14,9 @@ from subspec.kernels import int4, launch
 from subspec.kernels.timing import graph_time
 from subspec.levels.captured_draft import CapturedDraft, _Level
 from subspec.levels.model import Attention, LevelModel
-from subspec.quant.bench import rotation
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import Int4Linear
+from subspec.quant.kernel_times import rotation
 from subspec.quant.level_linear import Variant
 
 ATTENTIONS = (

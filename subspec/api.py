@@ -46,7 +46,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.errors import ConfigError, SubspecError
-from subspec.quant.modules import Quantizer
+from subspec.quant.quantize_model import Quantizer
 from subspec.session import assemble
 from subspec.targets import Target
 from subspec.targets.check_model import check_loaded_model, check_model_config

@@ -29,7 +29,7 @@ from subspec.offload.accelerate import AccelerateTarget, host_bytes
 from subspec.offload.bandwidth import measure_link
 from subspec.offload.loader import LoadedStream, load_streamed
 from subspec.planning.plan import Plan, plan_run
-from subspec.quant.modules import Quantizer, QuantReport
+from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.targets import Target, open_source, resolve_dtype
 from subspec.targets.device import check_memory
 from subspec.targets.source import LayerSource

@@ -15,7 +15,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 from tests.helpers.cli import cli, records_of, summary_of
 
 pytestmark = pytest.mark.slow

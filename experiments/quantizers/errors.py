@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from subspec.config.schema import EmbeddedTargetConfig, HubTargetConfig
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import Quantizer
 from subspec.quant.pairs import group_of
+from subspec.quant.quantize_model import Quantizer
 from subspec.targets import load_target
 
 CPU = torch.device("cpu")

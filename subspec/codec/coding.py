@@ -19,7 +19,7 @@ from subspec.config.schema import (
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, is_kept
 from subspec.levels.quantization import LevelQuantization
-from subspec.quant.modules import HEAD, MODULE_CLASSES, linear_names
+from subspec.quant.quantize_model import HEAD, MODULE_CLASSES, linear_names
 from subspec.targets.layer_bytes import PlainCodec
 
 HEAD_BITS = 0.3

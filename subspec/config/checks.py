@@ -29,13 +29,14 @@ Check = tuple[str, Callable[[Any], bool], str]
 
 _AT_LEAST_1: Callable[[Any], bool] = lambda value: value is None or value >= 1  # noqa: E731 (used as data)
 _NOT_NEGATIVE: Callable[[Any], bool] = lambda value: value is None or value >= 0  # noqa: E731
+_NOT_NEGATIVE_FINITE: Callable[[Any], bool] = lambda value: value is None or 0 <= value < math.inf  # noqa: E731
 _POSITIVE: Callable[[Any], bool] = lambda value: value is None or 0 < value < math.inf  # noqa: E731
 
 RANGES: list[Check] = [
     ("run_dir", lambda value: bool(value.strip()), "names no folder: give one, or leave run_dir out"),
     ("seed", _NOT_NEGATIVE, "must not be negative"),
     ("warmup", _NOT_NEGATIVE, "must not be negative (0: no warm-up)"),
-    ("audit_margin", _NOT_NEGATIVE, "must not be negative (null: by dtype)"),
+    ("audit_margin", _NOT_NEGATIVE_FINITE, "must be finite and not negative (null: by dtype)"),
     ("tree.depth", _AT_LEAST_1, "must be at least 1 (draft=none decodes without a tree)"),
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),

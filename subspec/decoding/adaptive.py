@@ -83,9 +83,9 @@ class Adaptive(Beam):
         if level >= self.max_depth:
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:
-            return level > 0 or self.max_depth > 0
+            return True
         # One scalar, read on the check levels only.
-        cost = max(0.0, -math.log(max(float(level_mass(tree)), 1e-30)))
+        cost = max(0.0, -math.log(max(1e-30, float(level_mass(tree)))))  # NaN counts as no probability
         self._costs[level] = cost
         if self._seconds == 0:
             return True  # nothing measured yet

@@ -10,12 +10,13 @@ common and legitimate in bfloat16; larger gaps are bugs. The gap is measured in 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from subspec.decoding.arguments import finite_number
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.result import FinishReason, audit_errors
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
@@ -72,8 +73,7 @@ class AuditResult:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Judged:
+class _Judged(NamedTuple):
     """The judgement of n tokens, on the device: [n] each, ``top_*`` [n, 2]."""
 
     gaps: Tensor
@@ -81,10 +81,6 @@ class _Judged:
     digests: Tensor
     top_ids: Tensor
     top_logits: Tensor
-
-    @classmethod
-    def join(cls, parts: Sequence["_Judged"]) -> "_Judged":
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 class Auditor:
@@ -107,7 +103,7 @@ class Auditor:
     ) -> None:
         self.target = target
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
-        self.margin = NEAR_TIE_MARGIN[target.dtype] if margin is None else margin
+        self.margin = NEAR_TIE_MARGIN[target.dtype] if margin is None else finite_number("margin", margin)
         self.chunk = chunk
 
     @torch.inference_mode()
@@ -150,7 +146,7 @@ class Auditor:
                     judged.append(self._judge(rows, emitted[start : start + len(rows)], position))
                     position += len(rows)
         self.sampler.noise.reseed(seed)  # drops its rows: they are large, and the next text needs others
-        found = _Judged.join(judged)
+        found = _Judged(*map(torch.cat, zip(*judged, strict=True)))
         exact = found.own == emitted
         if bitwise:
             exact &= found.digests == torch.tensor(digests, dtype=torch.int64, device=exact.device)

@@ -308,13 +308,10 @@ class Engine:
 
     def _account(self, stats: GenerationStats, levels: int, size: int, accepted: int) -> None:
         """Count the drafted and accepted nodes of an iteration."""
-        grow = levels - len(stats.drafted_by_depth)
-        if grow > 0:
-            stats.drafted_by_depth += [0] * grow
-            stats.accepted_by_depth += [0] * grow
-        for depth in range(levels):
-            stats.drafted_by_depth[depth] += 1
-            stats.accepted_by_depth[depth] += depth < accepted
+        for counts, deepest in ((stats.drafted_by_depth, levels), (stats.accepted_by_depth, accepted)):
+            counts += [0] * (levels - len(counts))
+            for depth in range(deepest):
+                counts[depth] += 1
         stats.drafted_nodes += size - 1
 
     def _learn(self, stats: GenerationStats, clock: PhaseClock, outcome: IterationOutcome) -> None:

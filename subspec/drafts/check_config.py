@@ -4,6 +4,7 @@ Checks that need the configuration's values alone are in :mod:`subspec.config.ch
 its :class:`~subspec.drafts.spec.DraftSpec`. Each message names the keys and the remedy.
 """
 
+import torch
 from transformers import PretrainedConfig
 
 from subspec.config.checks import check_values, quantizes
@@ -20,9 +21,10 @@ from subspec.decoding.eagle2 import drafted_nodes
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.quant.higgs import check_higgs
-from subspec.quant.hqq import check_hqq
-from subspec.quant.modules import bits_by_linear, linear_names
+from subspec.quant.hqq import check_group_size, check_hqq
+from subspec.quant.quantize_model import HEAD, bits_by_linear, linear_names
 from subspec.targets.check_model import check_model_config
+from subspec.targets.meta_model import parameter_shapes
 
 
 def check_config(config: Config) -> None:
@@ -100,3 +102,15 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
                 f"quant.skip_layers: no layer {wrong[0]} in a {'target' if quantized is model else 'small model'} "
                 f"with layers 0..{layers - 1}"
             )
+        if isinstance(quant, HqqConfig) and not isinstance(config.offload, StreamOffloadConfig):
+            _check_groups(quant, quantized)
+
+
+def _check_groups(quant: HqqConfig, model: PretrainedConfig) -> None:
+    """Check the groups of every Linear that is quantized; a captured level checks its own."""
+    shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(model)[0].items()}
+    shapes[HEAD] = torch.Size([model.vocab_size, model.hidden_size])
+    bits = bits_by_linear(quant.bits, quant.bits_by, quant.modules)
+    for name, shape in shapes.items():
+        if number := bits.get(name.rpartition(".")[2]):
+            check_group_size(*shape, group_size=quant.group_size, axis=quant.axis, name=name, bits=number)

@@ -29,7 +29,7 @@ from subspec.levels.build import level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer, layer_views
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
-from subspec.quant.modules import QuantReport
+from subspec.quant.quantize_model import QuantReport
 from subspec.targets.check_model import check_model_config
 from subspec.targets.device import check_memory
 from subspec.targets.layer_bytes import flat_layer

@@ -20,7 +20,7 @@ from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.offload.loader import LoadingPlan
-from subspec.quant.modules import Quantizer, QuantReport
+from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.utils.console import Note, print_note
 
 

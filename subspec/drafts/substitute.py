@@ -31,7 +31,7 @@ from subspec.memory.allocator import Allocation
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import choose_kernels
-from subspec.quant.modules import QuantReport
+from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 

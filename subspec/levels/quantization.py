@@ -15,7 +15,7 @@ from subspec.levels.build import ROLES, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.higgs import check_higgs
 from subspec.quant.hqq import HqqFormat, check_group_size, check_hqq, hqq_quantizer
-from subspec.quant.modules import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
+from subspec.quant.quantize_model import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
 from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 
 AUTO = "auto"
@@ -56,7 +56,8 @@ class LevelQuantization:
     def stored_bytes(self, layers: int) -> int:
         """Bytes on disk of ``layers`` layers and the head."""
         return sum(
-            (1 if role == "head" else layers) * self.quantizer.stored_bytes(shape, _linears(role)[0])
+            (1 if role == "head" else layers)
+            * self.quantizer.format_of(_linears(role)[0]).stored_bytes(*shape)
             for role, shape in self.shapes.items()
         )
 

@@ -52,16 +52,16 @@ def loading_bytes(
     quantizer = quantization.quantizer
     fused = [role for role in quantization.shapes if role != "head"]
     linears = {name: tuple(layer[f"{name}.weight"]) for role in fused for name in ROLES[role]}
-    quantized = sum(quantizer.quantized_bytes(shape, name) for name, shape in linears.items())
-    steps = [quantizer.peak_bytes(shape, name) for name, shape in linears.items()]
+    quantized = sum(quantizer.format_of(name).quantized_bytes(*shape) for name, shape in linears.items())
+    steps = [quantizer.format_of(name).peak_bytes(*shape) for name, shape in linears.items()]
     steps += [_packing(quantization, role) for role in fused]
     if coded_bytes:
         restored = max(n * k * 2 for n, k in linears.values())
         steps.append(_coding(coded_bytes, ENCODING * BLOCK + restored))
     peak = PlainCodec(itemsize).layer_bytes(layer) + quantized + max(steps, default=0)
     if "head" in quantization.shapes and not head_is_coded:
-        own = max(quantizer.peak_bytes(head, HEAD), _packing(quantization, "head"))
-        peak = max(peak, quantizer.quantized_bytes(head, HEAD) + own)
+        own = max(quantizer.format_of(HEAD).peak_bytes(*head), _packing(quantization, "head"))
+        peak = max(peak, quantizer.format_of(HEAD).quantized_bytes(*head) + own)
     return peak
 
 
@@ -81,11 +81,11 @@ def head_loading_bytes(
     # A slice's code, and the encoder's temporaries or the restored slice with its comparison.
     slice_bytes = math.ceil(coded_bytes * rows / n) + max(ENCODING * min(BLOCK, rows * k), 3 * rows * k)
     steps = [
-        quantizer.peak_bytes(head, HEAD),
+        quantizer.format_of(HEAD).peak_bytes(*head),
         _packing(quantization, "head"),
         _coding(coded_bytes, slice_bytes),
     ]
-    return 2 * n * k + quantizer.quantized_bytes(head, HEAD) + max(steps)
+    return 2 * n * k + quantizer.format_of(HEAD).quantized_bytes(*head) + max(steps)
 
 
 def _coding(coded_bytes: int, temporaries: int) -> int:
@@ -96,4 +96,4 @@ def _coding(coded_bytes: int, temporaries: int) -> int:
 def _packing(quantization: LevelQuantization, role: str) -> int:
     n, k = quantization.shapes[role]
     name = HEAD if role == "head" else ROLES[role][0]
-    return quantization.quantizer.quantized_bytes((n, k), name) + PACKING * min(n * k, PACKED_AT_ONCE)
+    return quantization.quantizer.format_of(name).quantized_bytes(n, k) + PACKING * min(n * k, PACKED_AT_ONCE)

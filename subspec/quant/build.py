@@ -11,7 +11,7 @@ from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import Quantizer, bits_by_linear
+from subspec.quant.quantize_model import Quantizer, bits_by_linear
 
 
 def build_quantizer(

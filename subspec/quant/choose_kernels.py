@@ -13,7 +13,7 @@ Example::
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from subspec.errors import ConfigError
 from subspec.kernels.launch import OVERLAPPING
 from subspec.kernels.timing import TimesFile
 from subspec.quant import gemlite
-from subspec.quant.bench import Bench, CudaBench
 from subspec.quant.gemlite import GemLite
+from subspec.quant.kernel_times import CudaBench
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note, print_note
@@ -109,10 +109,7 @@ class KernelChoice:
         """Builtin types, for the record."""
         roles = {
             role: {
-                "kernel": picked.variant.kernel,
-                "tiles": picked.variant.tiles,
-                "splits": picked.variant.splits,
-                "warps": picked.variant.warps,
+                **asdict(picked.variant),
                 "shape": list(picked.shape),
                 "format": picked.format,
                 "microseconds": picked.microseconds,
@@ -142,7 +139,7 @@ def choose_kernels(
     allowed: Collection[str] | None = None,
     overlap: bool | None = None,
     note: Note = print_note,
-    bench: Bench | None = None,
+    bench: CudaBench | None = None,
     folder: Path | None = None,
 ) -> KernelChoice:
     """Choose by measurement, before anything else is on the device: it takes a few hundred MB, and frees them.

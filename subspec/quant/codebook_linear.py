@@ -39,6 +39,7 @@ from subspec.quant.pairs import (
     quantize_pairs,
     unpack_pairs,
 )
+from subspec.quant.quantized_weight import fitting
 from subspec.quant.weight_format import FormatQuantizer, WeightFormat, split_variants
 
 
@@ -167,22 +168,24 @@ class HiggsFormat(WeightFormat):
         """``auto`` takes ours; the others have to be asked for (``quant.kernel`` without streaming)."""
         return (CodebookLinear.kind,)
 
-    @property
-    def _settings(self) -> dict[str, int]:
-        return {
-            "bits": self.bits,
-            "dim": self.dim,
-            "group_size": self.group,
-            "hadamard_size": self.hadamard_size,
-        }
-
     def quantize(self, weight: Tensor) -> QuantizedPairs:
-        return quantize_pairs(weight, **self._settings)
+        return quantize_pairs(
+            weight, bits=self.bits, dim=self.dim, group_size=self.group, hadamard_size=self.hadamard_size
+        )
 
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
     ) -> QuantizedPairs | None:
-        return QuantizedPairs.restore(stored, shape, device=device, **self._settings)
+        n, k = shape
+        rotation = Rotation.of(k, self.hadamard_size)
+        group = group_of(rotation.padded, self.group)
+        sizes = {"pairs": (n, rotation.padded * self.bits // 8), "scale": (n, rotation.padded // group)}
+        if not fitting(stored, sizes):
+            return None
+        pairs = unpack_pairs(stored["pairs"].to(device), self.bits)
+        return QuantizedPairs(
+            pairs, stored["scale"].to(device), load_grid(self.bits, self.dim), group, rotation
+        )
 
     def stored_bytes(self, n: int, k: int) -> int:
         return self.device_bytes(n, k)

@@ -5,7 +5,6 @@ once per shape, and its sums of slices are not deterministic (acceptance may var
 """
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from subspec.kernels.activation import apply_swiglu
 from subspec.quant.hadamard import Rotate, rotate
 from subspec.quant.level_linear import LevelLinear
+from subspec.quant.optional_package import import_problem
 from subspec.quant.pairs import QuantizedPairs
 
 GROUPS = (32, 64, 128, 256)
@@ -92,13 +92,5 @@ def unfit(out_features: int, group_size: int) -> str | None:
 
 def unavailable() -> str | None:
     """Why it cannot run here, in a few words; None if it can."""
-    if importlib.util.find_spec("flute") is None:
-        return "flute is not installed (pip install flute-kernel, whose releases need torch 2.5)"
-    try:
-        importlib.import_module("flute.integrations.higgs")
-        importlib.import_module("flute.tune")
-    except Exception as error:
-        return (
-            f"flute cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
-    return None
+    install = "pip install flute-kernel, whose releases need torch 2.5"
+    return import_problem("flute", install, "flute.integrations.higgs", "flute.tune")

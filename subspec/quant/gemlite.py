@@ -4,7 +4,6 @@ They tune themselves, for 7 to 9 seconds per shape; :func:`load_tuning` and :fun
 """
 
 import importlib.metadata
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from subspec.kernels.activation import apply_swiglu
 from subspec.quant.level_linear import LevelLinear
+from subspec.quant.optional_package import import_problem
 from subspec.utils.console import Note
 from subspec.utils.files import write_atomic
 
@@ -77,14 +77,8 @@ def unfit(k: int, group: int) -> str | None:
 
 def unavailable() -> str | None:
     """Why it cannot run here, in a few words; None if it can."""
-    if importlib.util.find_spec("gemlite") is None:
-        return "gemlite is not installed (pip install gemlite)"
     logging.getLogger("gemlite").setLevel(logging.ERROR)  # it warns about each of its own settings files
-    try:
-        import gemlite.core  # noqa: F401 (reads the device's properties)
-    except Exception as error:
-        return f"gemlite cannot be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
-    return None
+    return import_problem("gemlite", "pip install gemlite", "gemlite.core")
 
 
 def version() -> str:

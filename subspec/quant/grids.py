@@ -77,8 +77,9 @@ class Grid:
             return found.to(torch.uint8)
         table = _cells(self.bits).to(values.device)
         step = 2 * RADIUS / CELLS
-        # In float32 the cell number is exact enough: a neighbouring cell has nearly the same point.
-        cell = ((values + RADIUS) * (1 / step)).clamp_(0, CELLS - 1).to(torch.int32)
+        # In float32 the cell number is exact enough: a neighbouring cell has nearly the same point. A NaN, of weights
+        # that overflow, must not become an index.
+        cell = ((values + RADIUS) * (1 / step)).clamp_(0, CELLS - 1).nan_to_num_().to(torch.int32)
         return table[cell[..., 0] * CELLS + cell[..., 1]]
 
     def pairs(self) -> Tensor:

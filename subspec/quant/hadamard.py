@@ -17,7 +17,6 @@ Example::
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from torch.nn import functional
 
 from subspec.errors import ConfigError
 from subspec.kernels.modules import triton_kernels
+from subspec.quant.optional_package import import_problem
 from subspec.utils.rounding import is_power_of_two, round_up
 
 LEAST_BLOCK = 64
@@ -213,10 +213,4 @@ def rotate_library(x: Tensor, rotation: Rotation) -> Tensor:
 
 def library_problem() -> str | None:
     """Why ``fast_hadamard_transform`` cannot be used; None if it can."""
-    if importlib.util.find_spec(LIBRARY) is None:
-        return "fast_hadamard_transform is not installed (pip install fast-hadamard-transform, needs nvcc)"
-    try:
-        importlib.import_module(LIBRARY)
-    except Exception as error:
-        return f"fast_hadamard_transform cannot be imported: {str(error).splitlines()[0] if str(error) else error}"
-    return None
+    return import_problem(LIBRARY, "pip install fast-hadamard-transform, needs nvcc", LIBRARY)

@@ -20,6 +20,7 @@ from subspec.quant.codebook_linear import (
 from subspec.quant.grids import BITS, DIMS
 from subspec.quant.hadamard import LEAST_BLOCK, rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
+from subspec.quant.weight_format import check_finite, plain_linear
 from subspec.utils.rounding import is_power_of_two
 
 LARGEST_BLOCK = 1024
@@ -134,13 +135,9 @@ class HiggsQuantizer:
         return self.format.device_bytes(linear.out_features, linear.in_features)
 
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
+        check_finite(linear.weight, name)
         weight = self.format.quantize(linear.weight.detach().to(self.device))
         if not self.unpack:
             look_up = make_codebook_linear(weight, Variant(self.kernel), rotate=self.rotate)
             return HiggsModule(look_up, linear.out_features, linear.bias)
-        plain = nn.Linear(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
-        )
-        plain.weight = nn.Parameter(weight.dequantize().to(self.compute_dtype), requires_grad=False)
-        plain.bias = linear.bias
-        return plain
+        return plain_linear(weight.dequantize().to(self.compute_dtype), linear.bias)

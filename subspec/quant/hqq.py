@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subspec.errors import ConfigError
 from subspec.kernels.int4 import BITS
 from subspec.quant.integers import IntegerFormat, QuantizedIntegers
-from subspec.quant.weight_format import FormatQuantizer
+from subspec.quant.weight_format import FormatQuantizer, check_finite, plain_linear
 
 SLICE_WEIGHTS = 1 << 26
 """Weights that are quantized at a time: the optimiser holds several float32 copies, and an LM head is large."""
@@ -102,37 +102,40 @@ def check_hqq(bits: int, group_size: int, axis: int) -> None:
         raise ConfigError(f"quant.axis={axis}: use 1 (input dimension) or 0 (output dimension)")
 
 
-def check_group_size(out_features: int, in_features: int, *, group_size: int, axis: int, name: str) -> None:
+def check_group_size(
+    out_features: int, in_features: int, *, group_size: int, axis: int, name: str, bits: int | None = None
+) -> None:
     """Check that groups of ``group_size`` divide a Linear of shape ``out_features x in_features``.
+
+    Args:
+        bits: of an ``HQQLinear``, which packs two groups of 4 bits or four of 2 bits into the same bytes; None: packed
+            otherwise.
 
     Raises:
         ConfigError: naming the Linear and a size that divides it.
     """
-    along = in_features if axis == 1 else out_features
-    if along % group_size:
-        raise ConfigError(
-            f"quant.group_size={group_size} does not divide the {along} {'inputs' if axis == 1 else 'outputs'} of "
-            f"{name}: choose a divisor, for instance {_largest_divisor(along, group_size)}"
-        )
-
-
-def hqq_sizes(
-    out_features: int, in_features: int, *, bits: int, group_size: int, axis: int, scale_bytes: int
-) -> tuple[int, int]:
-    """Bytes of a quantized Linear from its shape alone: (packed weights, scales and zeros); no bias.
-
-    packed = weights * bits / 8; scales and zeros = 2 * weights / group_size * ``scale_bytes`` (bytes of the compute
-    dtype). 4 bits, groups of 64 and bfloat16 make 4 + 2 * 16 / 64 = 4.5 bits per weight.
-    """
+    along, what = (in_features, "inputs") if axis == 1 else (out_features, "outputs")
     weights = out_features * in_features
-    groups = weights // group_size
-    packed = weights * bits // 8
-    if bits == 3:
-        # hqq packs ten rows of 3-bit values into one row of int32; the grouped weight has a row per group
-        # (axis 1) or per weight of a group (axis 0).
-        rows = groups if axis == 1 else group_size
-        packed = -(-rows // 10) * (weights // rows) * 4
-    return packed, groups * 2 * scale_bytes
+    packed = {4: 2, 2: 4}.get(bits or 0, 1) if axis == 1 else 1
+    if along % group_size == 0 and weights // group_size % packed == 0:
+        return
+    fitting = [
+        size
+        for size in range(8, min(along, group_size) + 1, 8)
+        if along % size == 0 and weights // size % packed == 0
+    ]
+    if along % group_size:
+        remedy = f"choose a divisor, for instance {fitting[-1] if fitting else along}"
+        raise ConfigError(
+            f"quant.group_size={group_size} does not divide the {along} {what} of {name}: {remedy}"
+        )
+    remedy = (
+        f"quant.group_size={fitting[-1]}" if fitting else f"quant.bits_by.{name.rpartition('.')[2]}=8 or 3"
+    )
+    raise ConfigError(
+        f"quant.group_size={group_size} makes {weights // group_size} groups of {name}, and {bits} bits take a "
+        f"multiple of {packed}: set {remedy}"
+    )
 
 
 class HqqQuantizer:
@@ -181,14 +184,22 @@ class HqqQuantizer:
 
     def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
         """:meth:`stored_bytes` from a weight's shape alone."""
-        sizes = hqq_sizes(
-            *shape,
-            bits=self.bits_of(name),
-            group_size=self.group_size,
-            axis=self.axis,
-            scale_bytes=self.compute_dtype.itemsize,
-        )
-        return sum(sizes)
+        return sum(self._sizes(shape, name))
+
+    def _sizes(self, shape: torch.Size, name: str) -> tuple[int, int]:
+        """Bytes of a quantized Linear: (packed weights, scales and zeros); no bias.
+
+        4 bits, groups of 64 and bfloat16 make 4 + 2 * 16 / 64 = 4.5 bits per weight.
+        """
+        weights, bits = shape.numel(), self.bits_of(name)
+        groups = weights // self.group_size
+        packed = weights * bits // 8
+        if bits == 3:
+            # hqq packs ten rows of 3-bit values into one row of int32; the grouped weight has a row per group
+            # (axis 1) or per weight of a group (axis 0).
+            rows = groups if self.axis == 1 else self.group_size
+            packed = -(-rows // 10) * (weights // rows) * 4
+        return packed, groups * 2 * self.compute_dtype.itemsize
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -209,8 +220,14 @@ class HqqQuantizer:
     def pack(self, linear: nn.Linear, name: str) -> nn.Module:
         """HQQ's optimisation: an ``HQQLinear``."""
         check_group_size(
-            linear.out_features, linear.in_features, group_size=self.group_size, axis=self.axis, name=name
+            linear.out_features,
+            linear.in_features,
+            group_size=self.group_size,
+            axis=self.axis,
+            name=name,
+            bits=self.bits_of(name),
         )
+        check_finite(linear.weight, name)
         return self._module(linear, name, initialize=True)
 
     def tensors(self, packed: Any) -> dict[str, Tensor]:
@@ -223,13 +240,7 @@ class HqqQuantizer:
         from hqq.core.quantize import Quantizer
 
         bits, shape = self.bits_of(name), linear.weight.shape
-        packed, scales = hqq_sizes(
-            *shape,
-            bits=bits,
-            group_size=self.group_size,
-            axis=self.axis,
-            scale_bytes=self.compute_dtype.itemsize,
-        )
+        packed, scales = self._sizes(shape, name)
         packing = Quantizer.bit_to_packing[bits]
         types = {
             "W_q": Quantizer.unpack_view_dtype[packing],
@@ -271,12 +282,7 @@ class HqqQuantizer:
                 None  # the target keeps its Linear; two owners would double the bytes counted
             )
             return packed
-        plain = nn.Linear(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=self.compute_dtype
-        )
-        plain.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
-        plain.bias = linear.bias
-        return plain
+        return plain_linear(packed.dequantize(), linear.bias)
 
     def _module(self, linear: nn.Linear, name: str, *, initialize: bool) -> nn.Module:
         # Imported here: hqq takes a second to import and only substitutes need it.
@@ -291,8 +297,3 @@ class HqqQuantizer:
             device=str(self.device),
             initialize=initialize,
         )
-
-
-def _largest_divisor(number: int, at_most: int) -> int:
-    fitting = [size for size in range(8, min(number, at_most) + 1, 8) if number % size == 0]
-    return fitting[-1] if fitting else number

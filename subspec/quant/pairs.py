@@ -5,7 +5,7 @@ Rotate, scale groups, round to a Gaussian grid. Neighbouring weights are kept in
 kernel serves both dimensions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
 from typing import ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subspec.quant.grids import Grid, load_grid
 from subspec.quant.hadamard import LEAST_BLOCK, Rotation
-from subspec.quant.quantized_weight import QuantizedWeight, fitting
+from subspec.quant.quantized_weight import QuantizedWeight
 
 CHUNK = 64
 """Weights that are packed together: eight bytes for every bit."""
@@ -91,28 +91,6 @@ class QuantizedPairs(QuantizedWeight):
     def tensors(self) -> dict[str, Tensor]:
         """``pairs`` (uint8, :func:`pack_pairs`) and ``scale`` (float16)."""
         return {"pairs": pack_pairs(self.pairs, self.grid.bits).cpu(), "scale": self.scale.cpu().contiguous()}
-
-    @classmethod
-    def restore(
-        cls,
-        stored: Mapping[str, Tensor],
-        shape: tuple[int, int],
-        *,
-        bits: int,
-        dim: int,
-        group_size: int,
-        hadamard_size: int,
-        device: torch.device,
-    ) -> "QuantizedPairs | None":
-        """A weight of this shape from :meth:`tensors`; None if they do not fit it."""
-        n, k = shape
-        rotation = Rotation.of(k, hadamard_size)
-        group = group_of(rotation.padded, group_size)
-        sizes = {"pairs": (n, rotation.padded * bits // 8), "scale": (n, rotation.padded // group)}
-        if not fitting(stored, sizes):
-            return None
-        pairs = unpack_pairs(stored["pairs"].to(device), bits)
-        return cls(pairs, stored["scale"].to(device), load_grid(bits, dim), group, rotation)
 
     @property
     def margin(self) -> float:

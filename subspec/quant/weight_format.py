@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from subspec.errors import SubspecError
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.quantized_weight import QuantizedWeight
 
@@ -138,12 +139,38 @@ def split_variants(kernel: str, role: str, steps: int, warps: int) -> list[Varia
     return [Variant(kernel, tiles, splits) for tiles in (2, 4) for splits in SPLITS if splits <= most]
 
 
+def check_finite(weight: Tensor, name: str | None) -> None:
+    """Check a weight before it is quantized; ``name``: of its Linear.
+
+    Raises:
+        SubspecError: it holds NaN or infinity.
+    """
+    # Extremes rather than a mask of all weights, which would need memory.
+    if not all(bool(end.isfinite()) for end in weight.aminmax()):
+        raise SubspecError(
+            f"the weight of {name or 'a Linear'} is not finite (NaN or infinity) and cannot be quantized: the "
+            "checkpoint's weights are damaged (check the files)"
+        )
+
+
+def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A Linear of dequantized values [n, k] and the exact one's bias."""
+    n, k = weight.shape
+    plain = nn.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = bias
+    return plain
+
+
 class WeightQuantizer(Protocol):
     """Quantizes weights by the name of their Linear (:class:`FormatQuantizer`, or a cache around one)."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """See :attr:`WeightFormat.facts`."""
+
+    def format_of(self, name: str | None) -> WeightFormat:
+        """Format of a Linear, given its path."""
 
     def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
         """Quantize a weight [n, k].
@@ -152,20 +179,6 @@ class WeightQuantizer(Protocol):
             name: ``LAYER.path.of.module`` (or ``head.lm_head``); its last part may have a format of its own, and the
                 result may be remembered by it.
         """
-
-    def restore(
-        self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
-    ) -> QuantizedWeight | None:
-        """See :meth:`WeightFormat.restore`."""
-
-    def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
-        """See :meth:`WeightFormat.stored_bytes`."""
-
-    def quantized_bytes(self, shape: tuple[int, int], name: str) -> int:
-        """See :meth:`WeightFormat.quantized_bytes`."""
-
-    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
-        """See :meth:`WeightFormat.peak_bytes`."""
 
     def end_layer(self) -> None:
         """All weights of a layer have been quantized."""
@@ -190,25 +203,11 @@ class FormatQuantizer:
         return self.default.facts | ({"bits_by": bits} if bits else {})
 
     def format_of(self, name: str | None) -> WeightFormat:
-        """Format of a Linear, given its path."""
         return self.default if name is None else self.by_linear.get(name.rpartition(".")[2], self.default)
 
     def quantize(self, weight: Tensor, name: str | None = None) -> Any:
+        check_finite(weight, name)
         return self.format_of(name).quantize(weight)
-
-    def restore(
-        self, stored: Mapping[str, Tensor], shape: tuple[int, int], name: str, device: torch.device
-    ) -> QuantizedWeight | None:
-        return self.format_of(name).restore(stored, shape, device)
-
-    def stored_bytes(self, shape: tuple[int, int], name: str) -> int:
-        return self.format_of(name).stored_bytes(*shape)
-
-    def quantized_bytes(self, shape: tuple[int, int], name: str) -> int:
-        return self.format_of(name).quantized_bytes(*shape)
-
-    def peak_bytes(self, shape: tuple[int, int], name: str) -> int:
-        return self.format_of(name).peak_bytes(*shape)
 
     def end_layer(self) -> None:
         """Nothing is remembered."""

@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from subspec.quant.modules import Quantizer
+from subspec.quant.quantize_model import Quantizer
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.quant.weight_format import WeightQuantizer
 from subspec.store.store import Index, Store
@@ -133,7 +133,7 @@ class CachedQuantizer:
         return self.store.remember(
             weight,
             name,
-            restore=lambda stored: self.inner.restore(stored, (n, k), name, weight.device),
+            restore=lambda stored: self.inner.format_of(name).restore(stored, (n, k), weight.device),
             make=lambda: self.inner.quantize(weight, name),
             tensors=lambda codes: codes.tensors(),
         )
@@ -152,7 +152,7 @@ class CachedQuantizer:
         for module, (n, k) in shapes.items():
             name = f"{index}.{module}"
             stored = self.store.stored(name)
-            codes = None if stored is None else self.inner.restore(stored, (n, k), name, device)
+            codes = None if stored is None else self.inner.format_of(name).restore(stored, (n, k), device)
             if codes is None:
                 return None
             found[module] = codes
@@ -192,7 +192,7 @@ class StorableQuantizer(Quantizer, Protocol):
 
 
 class CachedModules:
-    """A :class:`~subspec.quant.modules.Quantizer` with results kept on disk; a context manager that closes the store.
+    """A :class:`~subspec.quant.quantize_model.Quantizer` with results kept on disk; a context manager for the store.
 
     Args:
         inner: quantizes what the store does not have.

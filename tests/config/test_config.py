@@ -195,6 +195,15 @@ def test_the_checks_of_the_target_look_at_its_configuration():
         check_against_target(config, large_model(num_hidden_layers=3))
     with pytest.raises(ConfigError, match=r"decoding\.max_length=2048 exceeds the 2047 positions"):
         check_against_target(config, large_model(max_position_embeddings=2047))
+    config = to_config(composed("quant.modules=[lm_head]"))
+    with pytest.raises(ConfigError, match=r"quant\.group_size=64 .*331 groups of lm_head"):
+        check_against_target(config, large_model(vocab_size=331, hidden_size=64, num_attention_heads=1))
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_margin_that_accepts_everything_is_refused(value):
+    with pytest.raises(ConfigError, match=r"audit_margin=.*finite"):
+        check_config(to_config(composed(f"audit_margin={value}")))
 
 
 @pytest.mark.parametrize("key", ["draft.kernel=int4_mma", "draft.overlap_launches=false"])

@@ -52,6 +52,10 @@ def test_measured_times_count_when_no_cost_is_given():
     assert grow_until_it_stops(slow, 0.8).levels < grow_until_it_stops(fast, 0.8).levels
 
 
+def test_a_draft_that_yields_no_numbers_is_not_trusted():
+    assert grow_until_it_stops(taught(adaptive(), accepted=4), torch.nan).levels <= 2
+
+
 def test_the_first_tree_is_drafted_whole_to_learn_from():
     assert grow_until_it_stops(adaptive(), 0.5).levels == 20
 

@@ -10,7 +10,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
-from tests.decoding.test_tree import path_to
+from tests.decoding.test_tree import path_to, walked
 from tests.helpers.drafts import RandomDraft, engine_for
 from tests.helpers.tiny import tiny_model
 
@@ -144,14 +144,7 @@ def test_verification_of_what_was_kept_is_a_walk_through_it(made, choice_seed):
     policy.finish(tree)
     parents, tokens = tree.parents[: tree.size].tolist(), tree.tokens[: tree.size].tolist()
     chosen = torch.randint(0, VOCAB, (tree.size,), generator=torch.Generator().manual_seed(choice_seed))
-    node, path, emitted = 0, [0], []
-    while True:
-        emitted.append(int(chosen[node]))
-        children = [c for c in range(1, tree.size) if parents[c] == node and tokens[c] == emitted[-1]]
-        if not children:
-            break
-        node = children[0]
-        path.append(node)
+    path, emitted = walked(parents, tokens, chosen)
     acceptance = verify(tree, chosen, levels)
     deepest = max(len(path_to(parents, n)) - 1 for n in range(tree.size))
     assert acceptance.read() == (path, emitted, deepest)
@@ -180,13 +173,6 @@ def test_rows_behind_the_kept_nodes_are_not_seen_by_them():
     tree = expanded(policy, 3)
     policy.finish(tree)
     assert not tree.ancestors[:10, 10:].any()
-
-
-def test_a_tree_cut_short_by_the_length_limit_is_re_ranked_too():
-    model = tiny_model("llama")
-    plain = engine_for(model).generate([1, 2, 3], max_new_tokens=12).token_ids
-    engine = Engine(engine_for(model).target, RandomDraft(320), Eagle2(6, 3, 8), max_length=64)
-    assert engine.generate([1, 2, 3], max_new_tokens=12).token_ids == plain
 
 
 def test_levels_that_were_re_ranked_away_are_not_counted_as_drafted():

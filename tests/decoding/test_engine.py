@@ -7,11 +7,15 @@ from hypothesis import strategies as st
 
 from subspec import build_engine, generate
 from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.result import FinishReason
+from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import SubspecError
+from tests.decoding.test_stopping import plainly
 from tests.helpers.drafts import OracleDraft, RandomDraft, engine_for, hf_greedy
 from tests.helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -20,7 +24,9 @@ POLICIES = {
     "chain": lambda: Beam(6, 1),
     "beam": lambda: Beam(5, 4),
     "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
+    "eagle2": lambda: Eagle2(5, 3, 12),
 }
+SAMPLINGS = [None, Sampling(1.0), Sampling(0.7, 3, 0.9), Sampling(2.0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,10 @@ def reference(model):
 
 @pytest.mark.parametrize(
     ("family", "policy"),
-    [*((family, "beam") for family in FAMILIES), ("qwen2", "chain"), ("qwen2", "adaptive")],
+    [
+        *((family, "beam") for family in FAMILIES),
+        *(("qwen2", shape) for shape in ("chain", "adaptive", "eagle2")),
+    ],
 )
 def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, policy):
     model = tiny_model(family, layers=3)
@@ -58,21 +67,40 @@ def test_plain_decoding_takes_one_pass_per_token(model, reference):
     assert result.stats.drafted_nodes == 0
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    prompt=st.lists(st.integers(0, 319), min_size=1, max_size=20),
-    chunk=st.integers(1, 24),
-    depth=st.integers(1, 6),
-    width=st.integers(1, 4),
-    count=st.integers(1, 40),
-    seed=st.integers(0, 1000),
-)
-def test_any_draft_yields_the_plain_text(model, prompt, chunk, depth, width, count, seed):
-    plain = engine_for(model).generate(prompt, max_new_tokens=count).token_ids
-    for draft in (RandomDraft(320, seed), None):
-        engine = engine_for(model, Beam(depth, width), prefill_chunk=chunk)
-        engine.draft = draft or engine.draft
-        assert engine.generate(prompt, max_new_tokens=count).token_ids == plain
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_draft_and_tree_yield_what_plain_decoding_is_defined_to_be(model, data):
+    """Draw a setting, take the target's own tokens, look after each of them whether the text ends, compare."""
+    draw, tokenizer = data.draw, tiny_tokenizer()
+    prompt = draw(st.lists(st.integers(0, 319), min_size=1, max_size=12))
+    options = {
+        "sampling": draw(st.sampled_from(SAMPLINGS)),
+        "max_length": len(prompt) + draw(st.integers(1, 30)),
+    }
+    seed, most = draw(st.integers(0, 9)), draw(st.one_of(st.none(), st.integers(1, 34)))
+    free = engine_for(model, **options).generate(prompt, seed=seed).token_ids
+    text = tokenizer.decode(free, skip_special_tokens=True) or "x"
+    cuts = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 4)).map(
+        lambda cut: text[cut[0] : sum(cut)]
+    )
+    stop = draw(st.lists(st.one_of(cuts, st.sampled_from(["never \0", "<|im_end|>"])), max_size=2))
+    eos, ignored = draw(st.sampled_from([(), (free[-1], 319), tuple(free[:9:4])])), draw(st.booleans())
+    expected = plainly(tokenizer, free, stop, () if ignored else eos, min(most or 99, len(free)))
+    options |= {"eos_token_ids": eos, "tokenizer": tokenizer, "prefill_chunk": draw(st.integers(1, 14))}
+    policy = POLICIES[draw(st.sampled_from([*POLICIES]))]()
+    for draft in (None, RandomDraft(320, seed, broken=0.02), SubstituteDraft(share_parameters(model))):
+        shape = {} if draft is None else {"draft": draft, "policy": policy}
+        engine, ids, pieces = Engine(TargetModel(model), **shape, **options), [], []
+        result = engine.generate(
+            prompt,
+            max_new_tokens=most,
+            stop=stop,
+            seed=seed,
+            ignore_eos=ignored,
+            on_tokens=lambda block, fresh, ids=ids, pieces=pieces: (ids.extend(block), pieces.append(fresh)),
+        )
+        assert (result.token_ids, result.finish_reason, result.text) == expected
+        assert (ids, "".join(pieces)) == (result.token_ids, result.text)
 
 
 def test_a_perfect_draft_is_accepted_whole_and_sees_every_feature(model, reference):
@@ -104,75 +132,13 @@ def test_the_last_tree_is_no_deeper_than_the_tokens_still_wanted(model, referenc
     assert result.stats.drafted_nodes == 0  # one token missing: the root's own pass yields it
 
 
-# ------------------------------------------------------------------------------------------ what ends a text
-
-
-@pytest.mark.parametrize("policy", [None, Beam(6, 3)], ids=["plain", "beam"])
-def test_any_eos_ends_the_text_and_is_its_last_token(model, reference, policy):
-    for end in (reference[0], reference[7], reference[20]):
-        first = reference.index(end)
-        result = engine_for(model, policy, eos_token_ids=(319, end)).generate(PROMPT, max_new_tokens=60)
-        assert result.token_ids == reference[: first + 1]
-        assert result.finish_reason is FinishReason.eos
-    engine = engine_for(model, policy, eos_token_ids=(reference[3],))
-    assert engine.generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids == reference[:30]
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 33])
-def test_length_is_exact(model, reference, count):
-    result = engine_for(model, Beam(6, 3)).generate(PROMPT, max_new_tokens=count)
-    assert result.token_ids == reference[:count]
-    assert result.finish_reason is FinishReason.length
-
-
-def test_max_length_bounds_prompt_and_answer_together(model, reference):
-    engine = engine_for(model, Beam(6, 3), max_length=len(PROMPT) + 21)
-    result = engine.generate(PROMPT, max_new_tokens=None)
-    assert result.token_ids == reference[:21]
-    assert engine.generate(PROMPT, max_new_tokens=500).token_ids == reference[:21]
-
-
-@pytest.mark.parametrize("policy", [None, Beam(6, 3)], ids=["plain", "beam"])
-def test_stop_strings_cut_ids_and_text_where_plain_decoding_would(model, reference, policy):
-    tokenizer = tiny_tokenizer(320)
-    engine = engine_for(model, policy, tokenizer=tokenizer)
-    whole = engine.generate(PROMPT, max_new_tokens=50)
-    for start, size in ((3, 1), (8, 2), (15, 4), (0, 1)):
-        stop = whole.text[start : start + size]
-        result = engine.generate(PROMPT, max_new_tokens=50, stop=["never in it \x00", stop])
-        assert result.finish_reason is FinishReason.stop
-        assert result.text == whole.text[: whole.text.index(stop)]
-        ids = result.token_ids
-        assert ids == reference[: len(ids)]
-        assert stop in tokenizer.decode(ids, skip_special_tokens=True)
-        assert stop not in tokenizer.decode(ids[:-1], skip_special_tokens=True)
-
-
-@settings(max_examples=12, deadline=None)
-@given(st.lists(st.text(alphabet="abé漢 \n", min_size=1, max_size=3), max_size=2), st.integers(0, 100))
-def test_streamed_text_adds_up_to_the_final_text(model, stops, seed):
-    tokenizer = tiny_tokenizer(320)
-    engine = engine_for(model, Beam(4, 2), tokenizer=tokenizer)
-    ids, pieces = [], []
-    prompt = [(seed * 7 + i * 31) % 320 for i in range(6)]
-    result = engine.generate(
-        prompt,
-        max_new_tokens=30,
-        stop=stops,
-        on_tokens=lambda block, text: (ids.extend(block), pieces.append(text)),
-    )
-    assert ids == result.token_ids
-    assert "".join(pieces) == result.text
-
-
 def test_tokens_are_streamed_as_they_are_emitted(model, reference):
     seen = []
     engine_for(model, Beam(6, 3)).generate(
-        PROMPT, max_new_tokens=40, on_tokens=lambda ids, text: seen.append(ids)
+        PROMPT, max_new_tokens=40, on_tokens=lambda ids, _: seen.append(ids)
     )
     assert seen[0] == reference[:1]
     assert len(seen) > 2
-    assert [token for block in seen for token in block] == reference[:40]
 
 
 def test_the_logits_of_a_tree_are_gone_before_the_next_one_is_drafted(model, monkeypatch):
@@ -199,36 +165,19 @@ def test_the_logits_of_a_tree_are_gone_before_the_next_one_is_drafted(model, mon
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("prompt", "options", "message"),
     [
-        ([], "the prompt is empty"),
-        (list(range(64)), "decoding.max_length=64 leaves no room"),
-        ([1, 320], "outside the target's vocabulary of 320"),
-        ([-1], "outside the target's vocabulary"),
+        ([], {}, "the prompt is empty"),
+        (list(range(64)), {}, "decoding.max_length=64 leaves no room"),
+        ([1, 320], {}, "outside the target's vocabulary of 320"),
+        ([-1], {}, "outside the target's vocabulary"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([1], {"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
-def test_prompts_that_cannot_run_are_refused(model, prompt, message):
+def test_what_cannot_run_is_refused(model, prompt, options, message):
     with pytest.raises(SubspecError, match=message):
-        engine_for(model, max_length=64).generate(prompt)
-
-
-@pytest.mark.parametrize("count", [0, -3])
-def test_a_text_of_no_tokens_is_refused(model, count):
-    with pytest.raises(SubspecError, match="must be at least 1"):
-        engine_for(model).generate(PROMPT, max_new_tokens=count)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_depend_on_the_pass_are_refused(kind):
-    import copy
-
-    from subspec.errors import ConfigError
-
-    moving = tiny_model("llama")
-    moving.config = copy.deepcopy(moving.config)
-    moving.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ConfigError, match=f"{kind} rotary embeddings"):
-        build_engine(moving)
+        engine_for(model, max_length=64).generate(prompt, **options)
 
 
 def test_a_tree_wider_than_the_vocabulary_is_refused(model):

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -172,17 +172,6 @@ def test_the_distribution_test_fails_when_the_verifier_is_broken(small, monkeypa
     engine = engine_for(small, Beam(2, 2), sampling=SAMPLINGS[0])
     engine.draft = RandomDraft(VOCAB)
     assert p_value(engine, exact_distribution(small, SAMPLINGS[0])) < 1e-6
-
-
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_sampled_text_is_plain_samplings_text(small, seed):
-    for sampling in SAMPLINGS:
-        plain = engine_for(small, sampling=sampling).generate(PROMPT, max_new_tokens=12, seed=seed)
-        drafted = engine_for(small, Beam(3, 2), sampling=sampling).generate(
-            PROMPT, max_new_tokens=12, seed=seed
-        )
-        assert drafted.token_ids == plain.token_ids
 
 
 def test_the_draft_predicts_samples_when_it_ranks_with_the_targets_noise(monkeypatch):

@@ -253,19 +253,6 @@ def test_a_stop_string_around_a_special_token_is_refused():
 # --------------------------------------------------------------------------------------------- arguments
 
 
-def test_one_string_is_one_stop_string():
-    tokenizer = tiny_tokenizer()
-    ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "ehtthe"]
-    output, _ = emitted(tokenizer, ids, [99], stop="the")
-    assert output.finish_reason is FinishReason.stop
-    assert output.text() == "eht"
-
-
-def test_stop_strings_need_a_tokenizer():
-    with pytest.raises(ConfigError, match=r"stop=.*tokenizer"):
-        OutputBuffer(eos_token_ids=(), max_new_tokens=9, stop=["x"])
-
-
 def test_without_a_tokenizer_there_is_no_text():
     output = OutputBuffer(eos_token_ids=(5,), max_new_tokens=3)
     assert output.add([1, 2]) == [1, 2]

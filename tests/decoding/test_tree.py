@@ -44,6 +44,18 @@ def path_to(parents, node):
     return path
 
 
+def walked(parents, tokens, chosen):
+    """Accepted nodes and emitted tokens when a walk from the root follows what the target has ``chosen``."""
+    path, emitted = [0], []
+    while True:
+        emitted.append(int(chosen[path[-1]]))
+        edges = zip(parents[1:], tokens[1:], strict=True)
+        child = next((n for n, edge in enumerate(edges, 1) if edge == (path[-1], emitted[-1])), None)
+        if child is None:
+            return path, emitted
+        path.append(child)
+
+
 @given(trees())
 def test_ancestors_and_depths_match_walking_the_parents(made):
     tree, parents, _ = made
@@ -57,14 +69,7 @@ def test_ancestors_and_depths_match_walking_the_parents(made):
 def test_verify_follows_the_targets_choices_like_a_walk(made, seed):
     tree, parents, tokens = made
     chosen = torch.randint(0, 6, (tree.size,), generator=torch.Generator().manual_seed(seed))
-    node, path, emitted = 0, [0], []
-    while True:
-        emitted.append(int(chosen[node]))
-        children = [c for c in range(1, tree.size) if parents[c] == node and tokens[c] == emitted[-1]]
-        if not children:
-            break
-        node = children[0]
-        path.append(node)
+    path, emitted = walked(parents, tokens, chosen)
     acceptance = verify(tree, chosen)
     assert acceptance.read()[:2] == (path, emitted)
     assert acceptance.bonus.tolist() == emitted[-1:]

@@ -7,7 +7,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 from tests.helpers.drafts import hf_greedy, substitute_of
 from tests.helpers.tiny import FAMILIES, tiny_model
 

@@ -15,24 +15,28 @@ from subspec.decoding.tree_policy import TreePolicy
 from subspec.decoding.verify import Acceptance
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 
 CPU = torch.device("cpu")
 
 
 class RandomDraft(Draft):
-    """Proposes noise."""
+    """Proposes noise, and with ``broken`` > 0 that share of each of NaN, +infinity and -infinity."""
 
-    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, vocab_size: int, seed: int = 0, broken: float = 0.0) -> None:
         super().__init__(1.0)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.broken = vocab_size, broken
         self.generator = torch.Generator().manual_seed(seed)
 
     def begin(self, cache: KVCache) -> None:
         pass
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        return torch.randn(frontier.numel(), self.vocab_size, generator=self.generator) * 3
+        logits = torch.randn(frontier.numel(), self.vocab_size, generator=self.generator) * 3
+        chance = torch.rand(logits.shape, generator=self.generator)
+        for index, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+            logits[(index * self.broken <= chance) & (chance < (index + 1) * self.broken)] = value
+        return logits
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         pass

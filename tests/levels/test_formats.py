@@ -17,7 +17,7 @@ from subspec.levels.model import Attention
 from subspec.levels.quantization import level_quantization
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.level_linear import Variant
-from subspec.quant.modules import linear_names
+from subspec.quant.quantize_model import linear_names
 from subspec.targets.model_spec import ModelSpec
 from tests.helpers.tiny import tiny_model
 

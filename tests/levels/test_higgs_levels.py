@@ -86,14 +86,14 @@ def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, d
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(128, 512), (64, 576), (96, 100)])
 def test_codes_come_back_from_their_tensors(bits, shape):
-    quantizer = higgs_quantizer(bits)
-    codes = quantizer.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    format_, cpu = HiggsFormat(bits), torch.device("cpu")
+    codes = format_.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     stored = codes.tensors()
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == quantizer.stored_bytes(shape, "")
-    again = quantizer.restore(stored, shape, "q_proj", torch.device("cpu"))
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == format_.stored_bytes(*shape)
+    again = format_.restore(stored, shape, cpu)
     assert torch.equal(again.dequantize(), codes.dequantize())
-    assert quantizer.restore(stored, (shape[0] + 1, shape[1]), "q_proj", torch.device("cpu")) is None
-    assert quantizer.restore({"pairs": stored["pairs"]}, shape, "q_proj", torch.device("cpu")) is None
+    assert format_.restore(stored, (shape[0] + 1, shape[1]), cpu) is None
+    assert format_.restore({"pairs": stored["pairs"]}, shape, cpu) is None
 
 
 def test_facts_tell_settings_apart():

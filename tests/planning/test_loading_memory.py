@@ -25,7 +25,6 @@ from subspec.quant import grids, hqq
 from subspec.quant.codebook_linear import higgs_quantizer
 from subspec.quant.hqq import hqq_quantizer
 from subspec.quant.pairs import ROUNDING_BYTES
-from subspec.quant.weight_format import FormatQuantizer
 from subspec.targets.planted import SHAPES
 from tests.codec.test_coded_layer import ROOM, builder_of, tiny
 from tests.helpers.planning import settings, with_higgs
@@ -54,7 +53,7 @@ def test_hqqs_optimiser_holds_what_is_counted():
     """Here everything is float32; on a GPU all but the weight and its rounding is half as wide."""
     weight, quantizer = gaussian(), hqq_quantizer()
     peak, kept, _ = counted(lambda: quantizer.quantize(weight), weight)
-    assert kept <= quantizer.quantized_bytes((128, 1024), "x") <= 1.13 * weight.numel()
+    assert kept <= quantizer.default.quantized_bytes(128, 1024) <= 1.13 * weight.numel()
     on_gpu = 4 + (peak / weight.numel() - 4) / 2
     assert 0.9 * hqq.OPTIMISER_BYTES < on_gpu < hqq.OPTIMISER_BYTES
 
@@ -64,16 +63,16 @@ def test_a_large_weight_is_quantized_in_parts(monkeypatch):
     weight, quantizer = gaussian(64), hqq_quantizer()
     peak, _, _ = counted(lambda: quantizer.quantize(weight), weight)
     rows = (1 << 14) // 1024
-    assert quantizer.peak_bytes((64, 1024), "x") == hqq.OPTIMISER_BYTES * rows * 1024
-    assert quantizer.peak_bytes((2 * rows, 1024), "x") == hqq.OPTIMISER_BYTES * 2 * rows * 1024
-    assert peak < 2 * quantizer.peak_bytes((64, 1024), "x") + 2 * quantizer.quantized_bytes((64, 1024), "x")
+    assert quantizer.default.peak_bytes(64, 1024) == hqq.OPTIMISER_BYTES * rows * 1024
+    assert quantizer.default.peak_bytes(2 * rows, 1024) == hqq.OPTIMISER_BYTES * 2 * rows * 1024
+    assert peak < 2 * quantizer.default.peak_bytes(64, 1024) + 2 * quantizer.default.quantized_bytes(64, 1024)
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(4, 2), (4, 1), (2, 2)])
 def test_higgs_holds_what_is_counted(bits, dim):
     weight, quantizer = gaussian(), higgs_quantizer(bits, dim, 256, 512)
     _, _, codes = counted(lambda: quantizer.quantize(weight), weight)
-    assert sum(part.nbytes for part in parts(codes)) == quantizer.quantized_bytes((128, 1024), "x")
+    assert sum(part.nbytes for part in parts(codes)) == quantizer.default.quantized_bytes(128, 1024)
     table = grids._cells(bits) if dim == 2 else weight  # which stays, whatever is quantized
     peak, _, _ = counted(lambda: quantizer.quantize(weight), weight, table)
     assert 0.6 * ROUNDING_BYTES < peak / weight.numel() < ROUNDING_BYTES
@@ -112,7 +111,7 @@ def test_coding_a_layer_holds_what_the_formula_says(monkeypatch):
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     head = (model.config.vocab_size, model.config.hidden_size)
     quantization = level_quantization(HqqConfig(name="hqq"), shapes, head)
-    monkeypatch.setattr(FormatQuantizer, "peak_bytes", lambda *_: 0)
+    monkeypatch.setattr(hqq.HqqFormat, "peak_bytes", lambda *_: 0)
     monkeypatch.setattr(loading_memory, "PACKING", 0)
     stays = sum(tensor.nbytes for tensor in known[: len(tensors)])
     stays += sum(part.nbytes for own in quantized.values() for part in parts(own))
@@ -179,7 +178,7 @@ def test_making_and_coding_a_head_holds_what_the_formula_says(quant, monkeypatch
     peak, stays, code = counted(lambda: encode_head(weight, kept[0], head, room), *known)
     assert [part.shape[0] for part in code.parts] == [672, 672, 659]
     assert code.nbytes <= stays <= code.nbytes + 4096  # of a grid a table stays
-    monkeypatch.setattr(type(quantization.quantizer), "peak_bytes", lambda *_: 0)
+    monkeypatch.setattr(type(quantization.quantizer.format_of("lm_head")), "peak_bytes", lambda *_: 0)
     monkeypatch.setattr(loading_memory, "PACKING", 0)
     there = weight.nbytes + sum(part.nbytes for part in parts(kept[0]))
     formula = head_loading_bytes(quantization, (2003, 128), room, code.nbytes)

@@ -8,10 +8,10 @@ import torch
 from subspec.errors import ConfigError
 from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.timing import slug
-from subspec.quant.bench import CudaBench
 from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels
 from subspec.quant.gemlite import load_tuning
 from subspec.quant.hqq import HqqFormat
+from subspec.quant.kernel_times import CudaBench
 from subspec.quant.level_linear import Variant
 from subspec.utils.capture import capturing
 

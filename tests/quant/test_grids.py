@@ -78,6 +78,7 @@ def test_far_values_go_to_a_point_at_the_rim(dim):
     assert (chosen[0] > 1).all()
     assert (chosen[1] < -1).all()
     assert torch.equal(chosen[2], chosen[0])
+    grid.nearest(torch.full((1, dim), math.nan))  # weights that overflow: any point, no index out of range
 
 
 @pytest.mark.parametrize("bits", BITS)

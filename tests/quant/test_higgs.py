@@ -13,8 +13,8 @@ from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
 from subspec.quant.pairs import group_of, pack_pairs, quantize_pairs, unpack_pairs
+from subspec.quant.quantize_model import quantize_model
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")

@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from subspec.errors import ConfigError
+from subspec.errors import ConfigError, SubspecError
 from subspec.quant.bit_planes import pack_bits, packed_columns, unpack_bits
-from subspec.quant.hqq import HqqFormat, HqqQuantizer
+from subspec.quant.codebook_linear import higgs_quantizer
+from subspec.quant.higgs import HiggsQuantizer
+from subspec.quant.hqq import HqqFormat, HqqQuantizer, hqq_quantizer
 
 CPU = torch.device("cpu")
 
@@ -64,11 +66,50 @@ def test_settings_hqq_does_not_have_are_refused(options, message):
         quantizer(**options)
 
 
-def test_a_group_size_that_does_not_divide_names_the_module_and_one_that_does(linear):
-    with pytest.raises(
-        ConfigError, match=r"quant\.group_size=96 does not divide the 256 inputs of a\.b.*instance 64"
-    ):
-        quantizer(group_size=96).quantize(linear, "a.b")
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((128, 256), {"group_size": 96}, r"quant\.group_size=96 .*256 inputs of a\.b.*instance 64"),
+        ((131, 64), {"bits": 4}, r"quant\.group_size=64 .*131 groups of a\.b.*4 bits.*quant\.group_size=32"),
+        ((131, 64), {"bits": 2}, r"quant\.group_size=64 .*2 bits.*multiple of 4.*quant\.group_size=16"),
+        ((131, 8), {"bits": 4, "group_size": 8}, r"quant\.group_size=8 .*quant\.bits_by\.b=8"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused_with_a_size_that_does(shape, options, message):
+    layer = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
+    with pytest.raises(ConfigError, match=message):
+        quantizer(**options).quantize(layer, "a.b")
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize(("n", "group_size", "axis"), [(131, 64, 1), (132, 64, 1), (131, 16, 1), (136, 8, 0)])
+def test_accepted_groups_are_those_that_hqq_packs(bits, n, group_size, axis):
+    layer = nn.Linear(64, n, bias=False).requires_grad_(False)
+    chosen = quantizer(bits=bits, group_size=group_size, axis=axis)
+    try:
+        chosen.quantize(layer, "a.b").dequantize()
+    except ConfigError:
+        assert axis == 1
+        assert n * 64 // group_size % (8 // bits)
+
+
+BY_WEIGHT = {
+    "hqq": lambda weight: hqq_quantizer().quantize(weight, "0.q_proj"),
+    "higgs": lambda weight: higgs_quantizer().quantize(weight, "0.q_proj"),
+}
+BY_LINEAR = {
+    "hqq": quantizer,
+    "higgs": lambda: HiggsQuantizer(compute_dtype=torch.float32, device=CPU, unpack=True),
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", BY_WEIGHT)
+def test_weights_that_are_not_finite_are_refused_by_name(linear, method, value):
+    linear.weight[2, 5] = value
+    for quantize in (BY_WEIGHT[method], lambda _: BY_LINEAR[method]().quantize(linear, "0.q_proj")):
+        with pytest.raises(SubspecError, match=r"0\.q_proj .*not finite"):
+            quantize(linear.weight)
 
 
 @settings(max_examples=15, deadline=None)

@@ -100,7 +100,7 @@ def nothing_new(monkeypatch):
     def arm():
         monkeypatch.setattr(HqqFormat, "quantize", lambda *_: pytest.fail("quantized again"))
         monkeypatch.setattr(
-            "subspec.quant.bench.variant_time", lambda *_, **__: pytest.fail("measured again")
+            "subspec.quant.kernel_times.variant_time", lambda *_, **__: pytest.fail("measured again")
         )
         monkeypatch.setattr("subspec.codec.coded_load.encode_layer", lambda *_: pytest.fail("coded again"))
 

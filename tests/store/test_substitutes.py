@@ -11,7 +11,7 @@ from subspec.levels.build import SubstituteBuilder, role_shapes
 from subspec.quant.hqq import HqqFormat, HqqQuantizer, hqq_quantizer
 from subspec.quant.integers import QuantizedIntegers
 from subspec.quant.level_linear import Dense
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 from subspec.quant.weight_format import FormatQuantizer
 from subspec.store.substitutes import CachedModules, CachedQuantizer, SubstituteStore
 from subspec.utils.disk import MANIFEST

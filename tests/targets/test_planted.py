@@ -11,7 +11,7 @@ from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import quantize_model
+from subspec.quant.quantize_model import quantize_model
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
 from subspec.targets.meta_model import build_model, count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms

@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,37 +24,16 @@ Won = dict[str, tuple[WeightFormat, tuple[int, int]]]
 """Format and shape by role."""
 
 
-class Bench(Protocol):
-    """A device to choose kernels for.
+class CudaBench:
+    """A CUDA device to choose kernels for.
+
+    Args:
+        device: where the kernels will run.
+        overlap: whether launches are to overlap; None: where the device can.
 
     Attributes:
         name: of the card, as in records and file names.
-        device: where the kernels will run.
         launches: how they are launched there (:func:`subspec.kernels.launch.how`), and measured.
-    """
-
-    name: str
-    device: torch.device
-    launches: str
-
-    def unavailable(self, kernel: str, format_: WeightFormat) -> str | None:
-        """Why a kernel cannot run here; None if it can."""
-
-    def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
-        """Seconds of one call; any exception means that this kernel cannot do it."""
-
-    def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
-        """Prepare to measure these kernels; called once."""
-
-    def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
-        """Clean up; called once. ``won``: the roles that gemlite won; ``measured``: whether anything was."""
-
-
-class CudaBench:
-    """The :class:`Bench` of a CUDA device.
-
-    Args:
-        overlap: whether launches are to overlap; None: where the device can.
     """
 
     def __init__(self, device: torch.device, overlap: bool | None = None) -> None:
@@ -65,20 +43,24 @@ class CudaBench:
         self._gemlite = False
 
     def unavailable(self, kernel: str, format_: WeightFormat) -> str | None:
+        """Why a kernel cannot run here; None if it can."""
         with torch.cuda.device(self.device):
             return format_.unavailable(kernel, self.device)
 
     def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
+        """Seconds of one call; any exception means that this kernel cannot do it."""
         with torch.cuda.device(self.device):
             overlap, swiglu = self.launches == launch.OVERLAPPING, role == "gate_up"
             return variant_time(variant, format_, n, k, rows, self.device, swiglu=swiglu, overlap=overlap)
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
+        """Prepare to measure these kernels; called once."""
         self._gemlite = GemLite.kind in kernels
         if self._gemlite:
             load_tuning(self._tuning(folder), note)
 
     def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
+        """Clean up; called once. ``won``: the roles that gemlite won; ``measured``: whether anything was."""
         with torch.cuda.device(self.device), torch.inference_mode():
             for role, (format_, (n, k)) in won.items():
                 swiglu = role == "gate_up"
