@@ -21,7 +21,7 @@ from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.eagle_checkpoint import check_default, head_shape, load_head, locate_for
+from subspec.drafts.eagle_checkpoint import check_default, head_identity, head_shape, load_head, locate_for
 from subspec.drafts.eagle_head import EagleHead
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.drafts.spec import BuiltDraft, DraftSpec
@@ -150,6 +150,11 @@ class EagleSpec(DraftSpec):
         assert isinstance(config.draft, Eagle2DraftConfig)
         files = locate_for(config.draft, config.target, note)
         head_shape(files, model.hidden_size, config.target.name)
+
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str:
+        assert isinstance(config.draft, Eagle2DraftConfig)
+        return head_identity(locate_for(config.draft, config.target, note))
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""

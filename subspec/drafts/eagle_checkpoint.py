@@ -6,7 +6,9 @@ tensors are named, so that a head of another kind (EAGLE-3, Medusa) is refused w
 """
 
 import functools
+import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.hub import HTTP_S, HUB_ID, explain_hub_error, remember_branch, require_space
+from subspec.targets.identity import identity
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.network import hub_problem
 
@@ -243,7 +246,7 @@ def read_tensors(files: HeadFiles, *, shapes_only: bool = False) -> dict[str, Te
         if file.suffix == ".safetensors":
             return _safetensors(file, shapes_only)
         device = "meta" if shapes_only else "cpu"
-        loaded = torch.load(file, map_location=device, weights_only=True)
+        loaded = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except (OSError, SafetensorError) as error:
         raise SubspecError(f"{file} cannot be read ({_line(error)}); fetch or copy it again") from error
     except Exception as error:  # a damaged pickle may fail in any way
@@ -262,6 +265,17 @@ def _safetensors(file: Path, shapes_only: bool) -> dict[str, Tensor]:
         if shapes_only:
             return {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in names}
         return {name: handle.get_tensor(name) for name in names}
+
+
+def head_identity(files: HeadFiles | PlantedHead) -> str:
+    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`).
+
+    Raises:
+        SubspecError: as :func:`read_tensors`.
+    """
+    if isinstance(files, PlantedHead):
+        return hashlib.sha256(files.source.encode()).hexdigest()
+    return identity(read_tensors(files).items(), [files.folder / CONFIG])
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -41,6 +41,7 @@ from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.device import check_memory
 from subspec.targets.hub import locate
 from subspec.targets.layer_bytes import flat_layer
+from subspec.targets.load import weights_identity
 from subspec.targets.meta_model import count_parameters, empty_model, fill
 from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
@@ -300,6 +301,11 @@ class SmallModelSpec(DraftSpec):
     @classmethod
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
         return load_small_config(config)
+
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str:
+        with _about_draft():
+            return weights_identity(small_model_config(config), note=note)
 
     def prepare(self) -> None:
         """Load the small model; captured levels and prompt passes read the same bytes.

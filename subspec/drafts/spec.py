@@ -109,6 +109,15 @@ class DraftSpec(ABC):
         """The configuration of the model that ``quant`` quantizes: by default the target's, ``model``."""
         return model
 
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str | None:
+        """Hex digest of the draft's own weights, fetched first if need be; None: it has none.
+
+        Raises:
+            SubspecError: naming the key and the remedy.
+        """
+        return None
+
     def prepare(self) -> None:  # noqa: B027 (optional)
         """Load and choose everything that does not depend on the target's weights.
 

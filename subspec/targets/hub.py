@@ -17,6 +17,7 @@ from huggingface_hub import constants, errors
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.checkpoint import CONVERT, check_folder_config, missing_weights
+from subspec.targets.identity import TEXTS
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.disk import free_space, is_full_disk
 from subspec.utils.network import hub_problem
@@ -24,18 +25,7 @@ from subspec.utils.network import hub_problem
 HTTP_S = 20.0
 """Timeout for the description of a repository, in seconds."""
 
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
+WANTED = ("model*.safetensors", "model.safetensors.index.json", *TEXTS)
 """Files of a repository that a target needs; other formats of the same weights are not fetched."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

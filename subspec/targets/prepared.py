@@ -76,10 +76,7 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
     Raises:
         SubspecError: one line with the remedy.
     """
-    if isinstance(config, EmbeddedTargetConfig):
-        located = Located(prepare(SMOLLM2_135M, config.path, note), SMOLLM2_135M.source)
-    else:
-        located = locate(hub_config(config), note)
+    located = locate_target(config, note)
     folder, name = located.folder, config.name
     model = check_folder_config(folder, name)
     weights = read_headers(folder, name)
@@ -95,6 +92,17 @@ def prepare_checkpoint(config: TargetConfig, note: Note) -> PreparedCheckpoint:
         eos_token_ids=settings.eos_token_ids(model, tokenizer),
         not_applied=not_applied(settings.values),
     )
+
+
+def locate_target(config: TargetConfig, note: Note) -> Located:
+    """The checkpoint of an embedded or hub target, fetched first if need be.
+
+    Raises:
+        SubspecError: one line with the remedy.
+    """
+    if isinstance(config, EmbeddedTargetConfig):
+        return Located(prepare(SMOLLM2_135M, config.path, note), SMOLLM2_135M.source)
+    return locate(hub_config(config), note)
 
 
 def prepare_draft(config: HubTargetConfig, note: Note) -> PreparedCheckpoint:
