@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from subspec.drafts.eagle_checkpoint import (
-    CONFIG,
-    WEIGHTS,
     locate_head,
     read_config,
     read_tensors,
@@ -28,8 +26,9 @@ from subspec.drafts.eagle_checkpoint import (
 )
 from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.errors import SubspecError
+from subspec.targets.weight_files import CONFIG, SINGLE
 
-CONVERTED = WEIGHTS[0]
+CONVERTED = SINGLE
 
 
 def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
@@ -43,7 +42,7 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
     files = locate_head(source, print, key="SRC")
     config = read_config(files)
     stored = read_tensors(files)
-    tensors, dropped = sort_tensors(stored, source)
+    tensors, dropped = sort_tensors(stored, source, config)
     shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
     written = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     rounded = [

@@ -47,6 +47,7 @@ from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
 from subspec.targets.prepared import prepare_draft
 from subspec.targets.source import LayerSource
+from subspec.targets.weight_files import SMALL_MODEL
 from subspec.utils.console import Note
 
 SHIPPED = shipped.SMALL_MODEL
@@ -122,7 +123,9 @@ def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[Pretra
     else:
         with _about_draft():
             named = HubTargetConfig(name=path, path=path, revision=revision)
-            model = check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
+            model = check_folder_config(
+                locate(named, lambda text: None, SMALL_MODEL, weights=False).folder, path, SMALL_MODEL
+            )
     return model, ModelSpec.of(model)
 
 
@@ -264,11 +267,11 @@ def _cut(head: Tensor, vocab_size: int) -> Tensor:
 
 @contextmanager
 def _about_draft() -> Iterator[None]:
-    """Rename ``target.path`` to ``draft.path`` in the messages of the code that reads checkpoints."""
+    """Name ``draft.path`` in the messages of the code that reads checkpoints."""
     try:
         yield
     except SubspecError as error:
-        text = str(error).replace("target.path", "draft.path").replace("target.revision", "draft.revision")
+        text = str(error)
         raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
 
 
@@ -304,8 +307,9 @@ class SmallModelSpec(DraftSpec):
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:
+        named = small_model_config(config)
         with _about_draft():
-            return weights_identity(small_model_config(config), note=note)
+            return weights_identity(named, SMALL_MODEL, note=note)
 
     def prepare(self) -> None:
         """Load the small model; captured levels and prompt passes read the same bytes.

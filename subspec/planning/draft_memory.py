@@ -308,7 +308,7 @@ def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int
 
 
 def _eagle_shape(inputs: SizingInputs) -> "tuple[EagleShape, str]":
-    from subspec.drafts.eagle_checkpoint import cached_head, head_shape, is_local, locate_for
+    from subspec.drafts.eagle_checkpoint import head_shape, is_at_hand, locate_for
     from subspec.drafts.eagle_head import OPTIONAL, EagleShape
     from subspec.drafts.planted_head import PLANTED
 
@@ -316,7 +316,7 @@ def _eagle_shape(inputs: SizingInputs) -> "tuple[EagleShape, str]":
     draft = config.draft
     assert isinstance(draft, Eagle2DraftConfig)
     path = draft.path
-    if config.plan_only and path not in (None, PLANTED) and not is_local(path) and cached_head(path) is None:
+    if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
         largest = EagleShape(
             spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate, frozenset(OPTIONAL)
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.targets.checkpoint import open_weights, weight_files
+from subspec.targets.weight_files import TEXTS, open_weights, weight_files
 
 WHOLE_BYTES = 128 * 2**20
 """Weights of up to this size are read whole (a quarter of a second); of larger ones a part of every tensor is."""
@@ -18,21 +18,9 @@ WHOLE_BYTES = 128 * 2**20
 PIECES, PIECE_BYTES = 4, 4096
 """Number and size of the parts that are read of a tensor, evenly spaced from its first byte to its last."""
 
-TEXTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
-"""Files beside a model's weights that its output depends on."""
-
 
 def folder_identity(folder: Path) -> str:
-    """Hex SHA-256 of a model's folder: its weights (:func:`hash_tensors`) and every file of :data:`TEXTS`.
+    """Hex SHA-256 of a model's folder: its weights (:func:`hash_tensors`) and the files of ``TEXTS`` beside them.
 
     Raises:
         SubspecError: weight files are missing or cannot be read.

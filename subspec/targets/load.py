@@ -17,6 +17,7 @@ from subspec.targets.meta_model import build_model, count_parameters
 from subspec.targets.planted import PlantedSource, planted_config
 from subspec.targets.prepared import hub_config, locate_target, prepare_checkpoint
 from subspec.targets.target import Target
+from subspec.targets.weight_files import TARGET, Wanted
 from subspec.utils.console import Note, print_note
 
 
@@ -34,7 +35,7 @@ def load_target_config(config: TargetConfig, *, note: Note = print_note) -> Pret
     return check_folder_config(located.folder, config.name)
 
 
-def weights_identity(config: TargetConfig, *, note: Note = print_note) -> str:
+def weights_identity(config: TargetConfig, wanted: Wanted = TARGET, *, note: Note = print_note) -> str:
     """Hex digest of what ``config`` refers to: a checkpoint's contents, or the seed and shape of planted weights.
 
     The checkpoint is fetched first if need be. Weights are sampled, see :mod:`subspec.targets.identity`.
@@ -45,7 +46,7 @@ def weights_identity(config: TargetConfig, *, note: Note = print_note) -> str:
     if isinstance(config, PlantedTargetConfig):
         facts = f"planted {config.shape}, seed {config.seed}, hard {config.hard_share}"
         return hashlib.sha256(facts.encode()).hexdigest()
-    return folder_identity(locate_target(config, note).folder)
+    return folder_identity(locate_target(config, note, wanted).folder)
 
 
 def open_source(
