@@ -38,7 +38,7 @@ from subspec.quant.modules import QuantReport
 from subspec.targets.check_model import check_model_config
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.checkpoint_source import CheckpointSource
-from subspec.targets.device import check_memory
+from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.hub import locate
 from subspec.targets.layer_bytes import flat_layer
 from subspec.targets.load import weights_identity
@@ -298,8 +298,15 @@ class SmallModelSpec(DraftSpec):
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        assert isinstance(config.draft, SmallModelDraftConfig)
         check_shipped(config, model)
-        check_small_model(config, load_small_config(config))
+        small = load_small_config(config)
+        check_small_model(config, small)
+        if isinstance(config.offload, StreamOffloadConfig):
+            target = resolve_dtype(config.target.dtype, torch.device("cuda"))
+            check_level_support(
+                small, small_dtype(config.draft, target), f"draft.path={small_model_config(config).name}"
+            )
 
     @classmethod
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
@@ -315,7 +322,7 @@ class SmallModelSpec(DraftSpec):
         """Load the small model; captured levels and prompt passes read the same bytes.
 
         Raises:
-            ConfigError: another vocabulary, or a shape that captured levels do not support.
+            ConfigError: another vocabulary.
         """
         context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SmallModelDraftConfig)
@@ -323,8 +330,6 @@ class SmallModelSpec(DraftSpec):
         dtype = small_dtype(draft, context.dtype)
         self._source = source = open_small_model(context.config, dtype, device, context.note)
         check_small_model(context.config, source.config)
-        if streamed:
-            check_level_support(source.config, dtype, f"draft.path={source.name}")
         vocab_size = context.model.vocab_size
         check_vocabularies(
             Vocabulary(source.name, source.config.vocab_size, source.tokenizer),

@@ -12,13 +12,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coded_cache import CodedCache
-from subspec.config.schema import Config
+from subspec.config.schema import Config, StreamOffloadConfig
 from subspec.decoding.draft import Draft
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.levels.build import SubstituteBuilder
+from subspec.levels.dense import check_level_support
 from subspec.offload.loader import LoadingPlan
 from subspec.quant.modules import Quantizer, QuantReport
+from subspec.targets.device import resolve_dtype
 from subspec.utils.console import Note, print_note
 
 
@@ -137,3 +139,14 @@ class DraftSpec(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_target_levels(config: Config, model: PretrainedConfig) -> None:
+    """Check that a draft of a streamed target can run the target's layers as captured levels.
+
+    Raises:
+        ConfigError: see :func:`~subspec.levels.dense.check_level_support`.
+    """
+    if isinstance(config.offload, StreamOffloadConfig):
+        dtype = resolve_dtype(config.target.dtype, torch.device("cuda"))
+        check_level_support(model, dtype, f"target {config.target.name}")
