@@ -12,7 +12,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.errors import ConfigError
-from subspec.targets.check_model import check_family, check_unquantized
+from subspec.targets.check_model import (
+    check_architecture,
+    check_family,
+    check_unquantized,
+    shortest_window,
+)
+from subspec.targets.meta_model import parameter_shapes
 from subspec.targets.weight_files import (
     CONFIG,
     TARGET,
@@ -78,13 +84,19 @@ def check_folder_config(folder: Path, name: str, wanted: Wanted = TARGET) -> Pre
     check_unquantized(plain.get("quantization_config"), name)
     if (other := plain.get("transformers_weights")) is not None:
         raise ConfigError(f"{name} keeps its weights in {other} (transformers_weights), which is not read")
+    invalid = f"{folder / CONFIG} is not a valid {family} configuration"
     try:
         with quiet_libraries():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(
-            f"{folder / CONFIG} is not a valid {family} configuration ({one_line(error)})"
-        ) from error
+        raise ConfigError(f"{invalid} ({one_line(error)})") from error
+    check_architecture(model, name)
+    try:  # the library checks some values only when it builds the modules
+        shortest_window(model)
+        parameter_shapes(model)
+    except Exception as error:
+        raise ConfigError(f"{invalid} ({one_line(error)})") from error
+    return model
 
 
 def _not_whole(folder: Path, adapter: bool, wanted: Wanted) -> str:
@@ -119,7 +131,7 @@ def checkpoint_identity(folder: Path, source: str) -> str:
     return "\n".join(parts)
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, wanted: Wanted = TARGET) -> dict[str, StoredTensor]:
     """Every tensor of ``folder`` by name, from headers alone; files are checked to be complete.
 
     Raises:
@@ -127,7 +139,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         SubspecError: a file is missing, cut off, or not safetensors.
     """
     tensors = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, wanted):
         with open_weights(folder / file) as handle:
             for key in handle.keys():  # noqa: SIM118 (no mapping)
                 part = handle.get_slice(key)
@@ -148,7 +160,7 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
         )
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         for pattern in TEXTS:
             for file in folder.glob(pattern):

@@ -139,7 +139,7 @@ def prepare_draft(config: HubTargetConfig, note: Note) -> PreparedCheckpoint:
     located = locate(config, note, SMALL_MODEL)
     folder, name = located.folder, config.name
     model = check_folder_config(folder, name, SMALL_MODEL)
-    weights = read_headers(folder)
+    weights = read_headers(folder, SMALL_MODEL)
     tokenizer = load_tokenizer(folder, name, model.vocab_size) if has_tokenizer(folder) else None
     return PreparedCheckpoint(name, folder, located.source, model, tokenizer, weights, drafts=True)
 

@@ -98,7 +98,7 @@ def template_ids(
         name: of the model, for messages.
 
     Raises:
-        ConfigError: the template raises anything.
+        ConfigError: the template raises anything, or gives nothing.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -115,6 +115,8 @@ def template_ids(
             f"the chat template of {name} fails for the roles [{roles}] ({one_line(error)}): give a copy of the "
             "checkpoint another chat_template.jinja"
         ) from error
+    if not encoded["input_ids"]:
+        raise ConfigError(f"the chat template of {name} gives an empty prompt: give a copy another one")
     return list(encoded["input_ids"])
 
 

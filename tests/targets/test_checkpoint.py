@@ -130,12 +130,26 @@ def test_a_folder_that_is_none_and_a_configuration_that_is_none(tmp_path):
     refused(tmp_path, ConfigError, "type None")
 
 
+OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"hidden_size": "wide"}, "not a valid llama configuration"),
         ({"model_type": "gpt2"}, "'gpt2'.*: llama, mistral, qwen2, qwen3"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized weights \(awq\)"),
+        ({"quantization_config": "awq"}, r"quantized weights \(awq\)"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"hidden_act": "nope"}, "not a valid llama configuration .*nope"),
+        ({"sliding_window": "x"}, "not a valid llama configuration"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+        (OLD_ROPE | {"rope_theta": "x"}, "not a valid llama configuration"),
+        (OLD_ROPE | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type su is not supported"),
+        (OLD_ROPE | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rope type mrope"),
+        (OLD_ROPE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic rotary embeddings"),
+        (OLD_ROPE | {"rope_scaling": {"type": None, "factor": 2.0}}, "not a valid llama configuration"),
     ],
 )
 def test_models_that_are_not_supported(tmp_path, change, words):
@@ -279,10 +293,22 @@ def test_added_tokens_beyond_the_vocabulary(tmp_path, notes):
         engine.generate(target.chat_ids([{"role": "user", "content": "a [PAD]"}]))
 
 
-def test_a_chat_template_that_fails_is_refused_before_weights_are_read(tmp_path, monkeypatch):
-    (tiny_checkpoint(tmp_path) / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+@pytest.mark.parametrize(
+    ("template", "words"), [("{{ messages[0].content + 1 }}", "fails"), ("{# nothing #}", "an empty prompt")]
+)
+def test_a_chat_template_that_fails_is_refused_before_weights_are_read(
+    tmp_path, monkeypatch, template, words
+):
+    (tiny_checkpoint(tmp_path) / "chat_template.jinja").write_text(template)
     monkeypatch.setattr("subspec.targets.load.build_model", None)
-    refused(tmp_path, ConfigError, "chat template of mine fails")
+    refused(tmp_path, ConfigError, f"chat template of mine.*{words}")
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_not_asked_about(tmp_path, capsys):
+    settings = {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}, "tokenizer_class": "Own"}
+    (tiny_checkpoint(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(tmp_path, ConfigError, "tokenizer of mine cannot be read")
+    assert "run the custom code" not in capsys.readouterr().out
 
 
 def test_damaged_weights(tmp_path):
