@@ -149,36 +149,33 @@ def read_config(files: Located) -> dict[str, Any]:
     return inner if isinstance(inner, dict) and "num_attention_heads" not in config else config
 
 
-def read_tensors(files: Located, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """Every tensor of the head, on the CPU; with ``shapes_only`` on the meta device, reading no weights.
+def read_tensors(files: Located) -> dict[str, Tensor]:
+    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used.
 
     Raises:
         SubspecError: a file is damaged, or is a pickle that holds more than tensors.
     """
     names, tensors = weight_files(files.folder, HEAD), {}
     if names == [PICKLE]:
-        return _unpickled(files.folder / PICKLE, "meta" if shapes_only else "cpu")
+        return _unpickled(files.folder / PICKLE)
     for file in names:
         with open_weights(files.folder / file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (no mapping)
-                tensors[name] = (
-                    torch.empty(handle.get_slice(name).get_shape(), device="meta")
-                    if shapes_only
-                    else handle.get_tensor(name)
-                )
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
     return tensors
 
 
-def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+def _unpickled(file: Path) -> dict[str, Tensor]:
     check_pointer(file)
     try:
-        loaded = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle may fail in any way
         raise SubspecError(
             f"{file} is not read: it is damaged or holds more than tensors ({one_line(error)}); fetch it again from a "
             "source you trust, or convert it to safetensors"
         ) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise SubspecError(f"{file} holds no state dict: pass the weights of an EAGLE head")
     return dict(loaded)
 
@@ -231,11 +228,11 @@ def sort_tensors(
             f"{name} is no EAGLE-1 or EAGLE-2 head: {'; '.join(parts)}: set draft.path to a head with one layer and fc"
         )
     kept = {key: plain[key] for key in (*REQUIRED, *OPTIONAL) if key in plain}
-    wrong = next((key for key, tensor in kept.items() if not tensor.is_floating_point()), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"{name} holds {wrong} as {kept[wrong].dtype}: quantized heads are not read; take the original"
-        )
+    for key, tensor in kept.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ConfigError(
+                f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original"
+            )
     return kept, sorted(prefix + key for key in dropped)
 
 
@@ -253,7 +250,7 @@ def _other_kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     if "medusa" in said or any("medusa_head" in name or name.endswith(".0.linear.weight") for name in names):
         return "a set of Medusa heads"
     if any(key.startswith("speculators_") for key in config):
-        return f"a {written[0]} head in the layout of the speculators library"
+        return f"a head ({written[0]}) in the layout of the speculators library"
     if "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
         return "a whole language model (draft=small_model drafts with it)"
     return None
@@ -275,12 +272,9 @@ def load_head(
     if isinstance(files, PlantedHead):
         drawn = files.tensors(dtype, device)
         return LoadedHead(EagleHead.from_tensors(drawn, files.shape().config()), files.source, planted=True)
-    config = read_config(files)
-    tensors, dropped = sort_tensors(read_tensors(files), files.path, config)
-    check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
-    EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)  # refuse before moving it
+    tensors, dropped, shape = _read(files, hidden, target)
     moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    return LoadedHead(EagleHead.from_tensors(moved, config), files.source, dropped)
+    return LoadedHead(EagleHead.from_tensors(moved, shape.config()), files.source, dropped)
 
 
 def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
@@ -310,7 +304,28 @@ def head_shape(files: Located | PlantedHead, hidden: int, target: str) -> EagleS
     """
     if isinstance(files, PlantedHead):
         return files.shape()
+    return _read(files, hidden, target)[2]
+
+
+def _read(files: Located, hidden: int, target: str) -> tuple[dict[str, Tensor], list[str], EagleShape]:
+    """A head's own tensors, the names of dropped ones, and its sizes; checked against the target's hidden size."""
     config = read_config(files)
-    tensors, _ = sort_tensors(read_tensors(files, shapes_only=True), files.path, config)
+    tensors, dropped = sort_tensors(read_tensors(files), files.path, config)
     check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
-    return EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+    return tensors, dropped, shape_of(tensors, config)
+
+
+def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EagleShape:
+    """Sizes of a head, read off its tensors and its ``config.json``.
+
+    Raises:
+        ConfigError: they contradict each other, or a value of the configuration is invalid.
+    """
+    try:
+        shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+        shape.layer_config()  # the library checks rotary settings
+    except SubspecError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the EAGLE head's config.json is not valid ({one_line(error)})") from error
+    return shape

@@ -120,6 +120,19 @@ def test_heads_of_another_kind_are_named(tmp_path, extra, config, words):
     refused(words, published(tmp_path / "head", SHAPES["llama3"], extra=extra, **config))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rms_norm_eps": "x"},
+        {"max_position_embeddings": None},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    ],
+)
+def test_invalid_configurations_are_one_line(tmp_path, config):
+    refused(r"config\.json is not valid", published(tmp_path / "head", SHAPES["llama3"], **config))
+
+
 def test_a_whole_model_is_no_head(tmp_path):
     refused("is a whole language model.*draft=small_model", tiny_checkpoint(tmp_path))
 
@@ -165,9 +178,10 @@ def test_a_head_for_another_hidden_size_is_refused_with_both(tmp_path):
         head_shape(locate_head(str(folder), print), 96, "another")
 
 
-def test_quantized_heads_are_refused(tmp_path):
-    extra = {"fc.weight": torch.zeros(64, 128, dtype=torch.int8)}
-    refused(r"fc\.weight as torch\.int8", published(tmp_path / "head", SHAPES["qwen2"], extra=extra))
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_heads_are_refused(tmp_path, dtype):
+    extra = {"fc.weight": torch.zeros(64, 128, dtype=dtype)}
+    refused(rf"fc\.weight as {dtype}", published(tmp_path / "head", SHAPES["qwen2"], extra=extra))
 
 
 class Surprise:
@@ -192,9 +206,10 @@ def test_damaged_files_are_refused(tmp_path, binary):
         refused(re.escape(str(file)), folder, error=SubspecError)
 
 
-def test_a_list_instead_of_tensors_is_refused(tmp_path):
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {3: torch.zeros(2)}, {"model": {"a": torch.zeros(2)}}])
+def test_something_other_than_named_tensors_is_refused(tmp_path, content):
     folder = published(tmp_path / "head", SHAPES["qwen2"], binary=True)
-    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    torch.save(content, folder / "pytorch_model.bin")
     refused("no state dict", folder, error=SubspecError)
 
 
