@@ -20,7 +20,7 @@ PIECES, PIECE_BYTES = 4, 4096
 
 
 def folder_identity(folder: Path) -> str:
-    """Hex SHA-256 of a model's folder: its weights (:func:`hash_tensors`) and the files of ``TEXTS`` beside them.
+    """Hex SHA-256 of a model's folder: its weights and the files of ``TEXTS`` beside them.
 
     Raises:
         SubspecError: weight files are missing or cannot be read.

@@ -22,7 +22,7 @@ from subspec.targets.embedded import SMOLLM2_135M, prepare
 from subspec.targets.generation_settings import not_applied, read_generation_settings
 from subspec.targets.hub import Located, locate
 from subspec.targets.target import template_ids
-from subspec.targets.weight_files import INDEX, SINGLE, SMALL_MODEL, TARGET, Wanted
+from subspec.targets.weight_files import SINGLE, SMALL_MODEL, TARGET, Wanted
 from subspec.utils.console import Note
 
 NAMED = 3
@@ -70,9 +70,9 @@ class PreparedCheckpoint:
                 f"{self.name}: weights stored as {_READABLE[stored]} are rounded to "
                 f"{str(dtype).removeprefix('torch.')}; the target of this run is the rounded model"
             )
-        if (self.folder / SINGLE).is_file() and (self.folder / INDEX).is_file():
+        if (self.folder / SINGLE).is_file() and next(self.folder.glob("*-of-*.safetensors"), None):
             lines.append(
-                f"{self.name}: {SINGLE} is read, as transformers does, and the shards of {INDEX} are not"
+                f"{self.name}: {SINGLE} is read, as transformers does, and the shards beside it are not"
             )
         if self.tokenizer is not None:
             if not self.tokenizer.chat_template:

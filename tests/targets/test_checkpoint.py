@@ -227,7 +227,7 @@ def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes)
     assert torch.equal(target.model.model.norm.weight, whole)
     assert torch.equal(streamed, whole)
     assert folder_identity(tmp_path) == before
-    assert "the shards of model.safetensors.index.json are not" in notes[0]
+    assert "the shards beside it are not" in notes[0]
 
 
 @pytest.mark.parametrize(
