@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from subspec.drafts.eagle_checkpoint import (
-    CONFIG,
-    WEIGHTS,
     locate_head,
     read_config,
     read_tensors,
+    shape_of,
     sort_tensors,
 )
-from subspec.drafts.eagle_head import EagleHead, EagleShape
+from subspec.drafts.eagle_head import EagleHead
 from subspec.errors import SubspecError
+from subspec.targets.weight_files import CONFIG, SINGLE
 
-CONVERTED = WEIGHTS[0]
+CONVERTED = SINGLE
 
 
 def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
@@ -43,8 +43,8 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
     files = locate_head(source, print, key="SRC")
     config = read_config(files)
     stored = read_tensors(files)
-    tensors, dropped = sort_tensors(stored, source)
-    shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+    tensors, dropped = sort_tensors(stored, source, config)
+    shape = shape_of(tensors, config)
     written = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     rounded = [
         name for name, tensor in tensors.items() if not torch.equal(written[name].to(tensor.dtype), tensor)

@@ -32,6 +32,7 @@ from subspec.planning.plan import Plan, plan_run
 from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.targets import Target, open_source, resolve_dtype
 from subspec.targets.device import check_memory
+from subspec.targets.load import weights_identity as target_identity
 from subspec.targets.source import LayerSource
 from subspec.utils.console import Note, print_note
 
@@ -274,6 +275,20 @@ def check_draft(config: Config, model: PretrainedConfig, note: Note) -> None:
     """
     if (spec := spec_of(config.draft)) is not None:
         spec.check_files(config, model, note)
+
+
+def weights_identity(config: Config, note: Note = print_note) -> dict[str, str]:
+    """Digests of the weights that a configuration refers to: ``target``, and ``draft`` if it has weights of its own.
+
+    They are equal if and only if the contents are (large weights are sampled), wherever the files lie. Files are
+    fetched first if need be; nothing is loaded.
+
+    Raises:
+        SubspecError: in one line with the remedy.
+    """
+    spec = spec_of(config.draft)
+    draft = spec.weights_identity(config, note) if spec is not None else None
+    return {"target": target_identity(config.target, note=note), **({"draft": draft} if draft else {})}
 
 
 def cap_device(vram_gib: float, device: torch.device) -> None:

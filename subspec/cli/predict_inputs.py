@@ -8,7 +8,7 @@ from subspec.cli.predict import PredictCommand
 from subspec.cli.predict_measured import Measured, read_measured
 from subspec.config.checks import check_keys
 from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
-from subspec.drafts.check_config import check_config
+from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
@@ -32,6 +32,7 @@ def predict_command(command: PredictCommand, note: Note) -> tuple[Prediction, st
     config = compose(command, gpu)
     measured = _measured(command)
     model = load_target_config(config.target, note=note)
+    check_against_target(config, model)
     machine, level_source = _machine(command, config, gpu, measured)
     prediction = predict(config, model, machine, _acceptance(command, config, measured), _depths(command))
     planted = hasattr(config.target, "shape") or (measured is not None and measured.planted)

@@ -236,7 +236,7 @@ class Engine:
         if max(prompt_ids) >= self.target.vocab_size or min(prompt_ids) < 0:
             raise SubspecError(
                 f"the prompt holds a token id outside the target's vocabulary of {self.target.vocab_size}: "
-                "it was made with another model's tokenizer"
+                "such tokens were added to its tokenizer, or the prompt was made with another one"
             )
         return self.max_length - len(prompt_ids)
 

@@ -22,10 +22,10 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle_checkpoint import (
-    cached_head,
     check_default,
+    head_identity,
     head_shape,
-    is_local,
+    is_at_hand,
     load_head,
     locate_for,
 )
@@ -200,7 +200,7 @@ def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
     draft = config.draft
     assert isinstance(draft, Eagle2DraftConfig)
     path = draft.path
-    if config.plan_only and path not in (None, PLANTED) and not is_local(path) and cached_head(path) is None:
+    if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
         largest = EagleShape(
             spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate, frozenset(OPTIONAL)
         )
@@ -233,6 +233,11 @@ class EagleSpec(DraftSpec):
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
         return EagleMemory(inputs)
+
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str:
+        assert isinstance(config.draft, Eagle2DraftConfig)
+        return head_identity(locate_for(config.draft, config.target, note))
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""

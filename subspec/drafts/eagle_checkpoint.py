@@ -6,33 +6,47 @@ tensors are named, so that a head of another kind (EAGLE-3, Medusa) is refused w
 """
 
 import functools
-import json
-from collections.abc import Mapping
+import hashlib
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, TargetConfig
+from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig, TargetConfig
 from subspec.drafts import shipped
 from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.hub import HTTP_S, HUB_ID, explain_hub_error, remember_branch, require_space
-from subspec.utils.console import Note, quiet_libraries
-from subspec.utils.network import hub_problem
+from subspec.targets.hub import Located, cached, locate
+from subspec.targets.identity import identity
+from subspec.targets.weight_files import (
+    CONFIG,
+    PICKLE,
+    Wanted,
+    check_pointer,
+    one_line,
+    open_weights,
+    read_json,
+    weight_files,
+)
+from subspec.utils.console import Note
 
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""File names of a head's weights, the preferred one first."""
+HEAD = Wanted(
+    key="draft.path",
+    what=f"the folder or hub id of an EAGLE head ({CONFIG} and weights)",
+    remedy="{key} must be the folder or hub id of an EAGLE head",
+    pickle=True,
+    tokenizer=False,
+    family=False,
+    texts=(CONFIG,),
+)
 
-EMBEDDING = "embed_tokens.weight"
-"""The target's own embedding table is used in its place."""
+TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight")
+"""Copies of the target's tables, which are used in their place."""
 
 SHIPPED = shipped.EAGLE
 """The head that ships with the project, for the embedded default target."""
@@ -41,40 +55,12 @@ NAMED = 6
 """Most tensors of a kind that a message names."""
 
 
-@dataclass(frozen=True)
-class HeadFiles:
-    """A head found on disk.
-
-    Attributes:
-        path: as the user gave it.
-        source: for records: the folder, or hub id @ commit.
-    """
-
-    path: str
-    source: str
-    folder: Path
-
-    @property
-    def weights(self) -> Path:
-        """The file of weights.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        found = next((self.folder / name for name in WEIGHTS if (self.folder / name).is_file()), None)
-        if found is None:
-            raise ConfigError(
-                f"{self.path} holds no {' or '.join(WEIGHTS)}: pass the folder or hub id of an EAGLE head"
-            )
-        return found
-
-
 @dataclass
 class LoadedHead:
     """A head in memory.
 
     Attributes:
-        source: see :class:`HeadFiles`.
+        source: of ``Located``.
         dropped: names of the file's tensors that are not used.
         planted: whether the weights are made up.
     """
@@ -88,7 +74,7 @@ class LoadedHead:
 # ---------------------------------------------------------------------------------------------- finding
 
 
-def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> HeadFiles | PlantedHead:
+def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Located | PlantedHead:
     """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one.
 
     Raises:
@@ -105,8 +91,8 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> He
             "draft=eagle2: the head for the default target is not in this installation (subspec/drafts/weights/eagle): "
             "train one with scripts/train_eagle.py and set draft.path to its folder"
         )
-    files = _checked(HeadFiles("the shipped EAGLE head", "", SHIPPED))
-    return replace(files, source=shipped.shipped_source(files.weights))
+    source = shipped.shipped_source(SHIPPED / weight_files(SHIPPED, HEAD)[0])
+    return Located("the shipped EAGLE head", source, SHIPPED)
 
 
 def check_default(target: TargetConfig) -> None:
@@ -122,12 +108,12 @@ def check_default(target: TargetConfig) -> None:
         )
 
 
-def is_local(path: str) -> bool:
-    """Whether ``draft.path`` is a folder on this machine."""
-    return Path(path).expanduser().is_dir()
+def is_at_hand(path: str) -> bool:
+    """Whether ``draft.path`` is a folder, or a hub id whose head is in the hub's cache."""
+    return Path(path).expanduser().is_dir() or cached(_as_target(path), HEAD) is not None
 
 
-def locate_head(path: str, note: Note, key: str = "draft.path") -> HeadFiles:
+def locate_head(path: str, note: Note, key: str = HEAD.key) -> Located:
     """The head at ``path``, a folder or a hub id, fetched first if need be.
 
     Args:
@@ -137,152 +123,101 @@ def locate_head(path: str, note: Note, key: str = "draft.path") -> HeadFiles:
         ConfigError: no such folder, or nothing that can be an EAGLE head.
         SubspecError: the hub cannot be reached, refuses, or has no such repository.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        files = HeadFiles(path, path, folder)
-        return _checked(files)
-    if folder.is_file():
-        raise ConfigError(f"{key}={path} is a file; pass the folder of the EAGLE head ({CONFIG} and weights)")
-    if not HUB_ID.fullmatch(path):
-        raise ConfigError(f"{key}={path}: no such folder, and not a hub id (ORG/NAME)")
-    with quiet_libraries(bars=True):
-        return _from_hub(path, note, key)
+    wanted = replace(HEAD, key=key)
+    located = locate(_as_target(path), note, wanted)
+    if not (located.folder / CONFIG).is_file():
+        raise ConfigError(f"{path} has no {CONFIG}: pass {wanted.what}")
+    weight_files(located.folder, wanted)
+    return located
 
 
-def _checked(files: HeadFiles) -> HeadFiles:
-    if not (files.folder / CONFIG).is_file():
-        raise ConfigError(
-            f"{files.path} has no {CONFIG}: pass the folder or hub id of an EAGLE head, with its configuration"
-        )
-    assert files.weights
-    return files
-
-
-def _from_hub(path: str, note: Note, key: str) -> HeadFiles:
-    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_problem(constants.ENDPOINT)
-    cached = cached_head(path)
-    trouble = SubspecError(f"the model hub is not used: {problem}")
-    if problem is None:
-        try:
-            return _fetch(path, note)
-        except SubspecError:
-            raise
-        except Exception as error:
-            trouble = explain_hub_error(error, path, key=key)
-            if cached is None or isinstance(trouble, ConfigError):
-                raise trouble from error
-    if cached is None:
-        raise SubspecError(
-            f"{key}={path}: no such folder, no complete copy in the hub cache, and {trouble}; check the network, or "
-            "pass a local folder"
-        )
-    if not constants.HF_HUB_OFFLINE:
-        note(f"{trouble}: using the cached {cached.source}")
-    return cached
-
-
-def cached_head(path: str) -> HeadFiles | None:
-    """The head of a hub id if the hub's cache holds all of it."""
-    for name in WEIGHTS:
-        file = huggingface_hub.try_to_load_from_cache(path, name)
-        if isinstance(file, str) and (Path(file).parent / CONFIG).is_file():
-            folder = Path(file).parent
-            return HeadFiles(path, f"{path}@{folder.name}", folder)
-    return None
-
-
-def _fetch(path: str, note: Note) -> HeadFiles:
-    api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
-    info = api.model_info(path, files_metadata=True, timeout=HTTP_S)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    weights = next((name for name in WEIGHTS if name in sizes), None)
-    if weights is None or CONFIG not in sizes:
-        raise ConfigError(
-            f"{path} holds no {CONFIG} with {' or '.join(WEIGHTS)}: it is not the repository of an EAGLE head"
-        )
-    known = cached_head(path)
-    if known is None or known.folder.name != info.sha:
-        require_space(path, sizes[weights])
-        note(f"fetching {path}@{info.sha[:12]} ({sizes[weights] / 1e9:.2f} GB) into the hub cache")
-    folder = Path(
-        huggingface_hub.snapshot_download(
-            path, revision=info.sha, endpoint=constants.ENDPOINT, allow_patterns=[CONFIG, weights]
-        )
-    )
-    remember_branch(folder, None)
-    return HeadFiles(path, f"{path}@{info.sha}", folder)
+def _as_target(path: str) -> HubTargetConfig:
+    return HubTargetConfig(name=path, path=path)
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read_config(files: HeadFiles) -> dict[str, Any]:
-    """The head's ``config.json``.
+def read_config(files: Located) -> dict[str, Any]:
+    """The head's ``config.json``; of vLLM's layout, which nests it, the inner part.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    file = files.folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({_line(error)}); fetch or copy it again") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file} is no configuration; fetch or copy it again")
-    return config
+    config = read_json(files.folder / CONFIG)
+    inner = config.get("model")
+    return inner if isinstance(inner, dict) and "num_attention_heads" not in config else config
 
 
-def read_tensors(files: HeadFiles, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """Every tensor of the file, on the CPU; with ``shapes_only`` on the meta device, reading no weights.
+def read_tensors(files: Located) -> dict[str, Tensor]:
+    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used.
 
     Raises:
-        SubspecError: the file is damaged, or is a pickle that holds more than tensors.
+        SubspecError: a file is damaged, or is a pickle that holds more than tensors.
     """
-    file = files.weights
+    names, tensors = weight_files(files.folder, HEAD), {}
+    if names == [PICKLE]:
+        return _unpickled(files.folder / PICKLE)
+    for file in names:
+        with open_weights(files.folder / file) as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    return tensors
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    check_pointer(file)
     try:
-        if file.suffix == ".safetensors":
-            return _safetensors(file, shapes_only)
-        device = "meta" if shapes_only else "cpu"
-        loaded = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise SubspecError(f"{file} cannot be read ({_line(error)}); fetch or copy it again") from error
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle may fail in any way
         raise SubspecError(
-            f"{file} is not read: it is damaged or holds more than tensors ({_line(error)}); fetch it again from a "
+            f"{file} is not read: it is damaged or holds more than tensors ({one_line(error)}); fetch it again from a "
             "source you trust, or convert it to safetensors"
         ) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise SubspecError(f"{file} holds no state dict: pass the weights of an EAGLE head")
     return dict(loaded)
 
 
-def _safetensors(file: Path, shapes_only: bool) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt", device="cpu") as handle:
-        names = list(handle.keys())
-        if shapes_only:
-            return {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name in names}
-        return {name: handle.get_tensor(name) for name in names}
+def head_identity(files: Located | PlantedHead) -> str:
+    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`).
+
+    Raises:
+        SubspecError: as :func:`read_tensors`.
+    """
+    if isinstance(files, PlantedHead):
+        return hashlib.sha256(files.source.encode()).hexdigest()
+    return identity(read_tensors(files).items(), [files.folder / CONFIG])
 
 
-def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+def sort_tensors(
+    tensors: Mapping[str, Tensor], name: str, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
     """A head's own tensors under their published names, and the names of those that are dropped.
 
-    A prefix that all names share (``model.``, ``module.``) is taken off. The embedding table and the rotary
+    A prefix that all names share (``model.``, ``module.``) is taken off. Copies of the target's tables and the rotary
     frequencies that old checkpoints store are dropped.
 
     Args:
         name: of the checkpoint as the user gave it.
+        config: its ``config.json``.
 
     Raises:
-        ConfigError: tensors are missing or left over; each is named.
+        ConfigError: tensors are missing or left over; each is named, or the kind of head if it is known.
     """
     anchor = next((key for key in tensors if key.endswith("fc.weight")), "fc.weight")
     prefix = anchor.removesuffix("fc.weight")
     plain = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    dropped = [key for key in plain if key == EMBEDDING or key.endswith("rotary_emb.inv_freq")]
+    dropped = [key for key in plain if key in TARGETS_OWN or key.endswith("rotary_emb.inv_freq")]
     missing = [key for key in REQUIRED if key not in plain]
     surplus = sorted(plain.keys() - {*REQUIRED, *OPTIONAL, *dropped})
     if missing or surplus:
+        if kind := _other_kind(plain, config):
+            raise ConfigError(
+                f"{name} is {kind}, and draft=eagle2 reads EAGLE-1 and EAGLE-2 heads as their authors publish them: "
+                "set draft.path to one"
+            )
         parts = [
             f"{what} {', '.join(names[:NAMED])}"
             + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
@@ -293,16 +228,36 @@ def sort_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Te
             f"{name} is no EAGLE-1 or EAGLE-2 head: {'; '.join(parts)}: set draft.path to a head with one layer and fc"
         )
     kept = {key: plain[key] for key in (*REQUIRED, *OPTIONAL) if key in plain}
-    wrong = next((key for key, tensor in kept.items() if not tensor.is_floating_point()), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"{name} holds {wrong} as {kept[wrong].dtype}: quantized heads are not read; take the original"
-        )
+    for key, tensor in kept.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ConfigError(
+                f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original"
+            )
     return kept, sorted(prefix + key for key in dropped)
 
 
+def _other_kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """The kind of a head that is no EAGLE-1 or EAGLE-2 head, if its tensors or its configuration tell."""
+    names = list(names)
+    written = [
+        config.get("speculators_model_type"),
+        config.get("model_type"),
+        *(config.get("architectures") or ()),
+    ]
+    said = " ".join(map(str, written)).lower()
+    if "eagle3" in said or any(name in ("d2t", "t2d") or "midlayer." in name for name in names):
+        return "an EAGLE-3 head"
+    if "medusa" in said or any("medusa_head" in name or name.endswith(".0.linear.weight") for name in names):
+        return "a set of Medusa heads"
+    if any(key.startswith("speculators_") for key in config):
+        return f"a head ({written[0]}) in the layout of the speculators library"
+    if "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
+        return "a whole language model (draft=small_model drafts with it)"
+    return None
+
+
 def load_head(
-    files: HeadFiles | PlantedHead, *, hidden: int, target: str, dtype: torch.dtype, device: torch.device
+    files: Located | PlantedHead, *, hidden: int, target: str, dtype: torch.dtype, device: torch.device
 ) -> LoadedHead:
     """Load a head for a target, or make it up.
 
@@ -317,12 +272,9 @@ def load_head(
     if isinstance(files, PlantedHead):
         drawn = files.tensors(dtype, device)
         return LoadedHead(EagleHead.from_tensors(drawn, files.shape().config()), files.source, planted=True)
-    tensors, dropped = sort_tensors(read_tensors(files), files.path)
-    check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
-    config = read_config(files)
-    EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)  # refuse before moving it
+    tensors, dropped, shape = _read(files, hidden, target)
     moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    return LoadedHead(EagleHead.from_tensors(moved, config), files.source, dropped)
+    return LoadedHead(EagleHead.from_tensors(moved, shape.config()), files.source, dropped)
 
 
 def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
@@ -332,8 +284,9 @@ def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
         ConfigError: names both sizes.
     """
     if len(fc) != 2 or fc[1] != 2 * fc[0]:
+        three = ", but EAGLE-3's" if len(fc) == 2 and fc[1] == 3 * fc[0] else ""
         raise ConfigError(
-            f"{path} holds fc.weight as {list(fc)}, not as [H, 2 H]: it is no EAGLE-1 or EAGLE-2 head"
+            f"{path} holds fc.weight as {list(fc)}, not as [H, 2 H]: it is no EAGLE-1 or EAGLE-2 head{three}"
         )
     if fc[0] != hidden:
         raise ConfigError(
@@ -343,7 +296,7 @@ def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def head_shape(files: HeadFiles | PlantedHead, hidden: int, target: str) -> EagleShape:
+def head_shape(files: Located | PlantedHead, hidden: int, target: str) -> EagleShape:
     """Sizes of a head without its weights, for planning; ``hidden`` and ``target`` as in :func:`load_head`.
 
     Raises:
@@ -351,10 +304,28 @@ def head_shape(files: HeadFiles | PlantedHead, hidden: int, target: str) -> Eagl
     """
     if isinstance(files, PlantedHead):
         return files.shape()
-    tensors, _ = sort_tensors(read_tensors(files, shapes_only=True), files.path)
+    return _read(files, hidden, target)[2]
+
+
+def _read(files: Located, hidden: int, target: str) -> tuple[dict[str, Tensor], list[str], EagleShape]:
+    """A head's own tensors, the names of dropped ones, and its sizes; checked against the target's hidden size."""
+    config = read_config(files)
+    tensors, dropped = sort_tensors(read_tensors(files), files.path, config)
     check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
-    return EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, read_config(files))
+    return tensors, dropped, shape_of(tensors, config)
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EagleShape:
+    """Sizes of a head, read off its tensors and its ``config.json``.
+
+    Raises:
+        ConfigError: they contradict each other, or a value of the configuration is invalid.
+    """
+    try:
+        shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+        shape.layer_config()  # the library checks rotary settings
+    except SubspecError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the EAGLE head's config.json is not valid ({one_line(error)})") from error
+    return shape

@@ -14,12 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from subspec.config.schema import Config, LayerSkipDraftConfig
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
 from subspec.levels.build import level_model, role_shapes
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.dense import check_level_support, dense_layer, layer_views
+from subspec.levels.dense import dense_layer, layer_views
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.targets.layer_bytes import flat_bytes
@@ -124,17 +124,14 @@ class LayerSkipSpec(DraftSpec):
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         assert isinstance(config.draft, LayerSkipDraftConfig)
         chosen_layers(config.draft, model.num_hidden_layers)
+        check_target_levels(config, model)
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
         return LayerSkipMemory(inputs)
 
     def prepare(self) -> None:
-        """Choose the layers.
-
-        Raises:
-            ConfigError: captured levels do not support the target's shape.
-        """
+        """Choose the layers."""
         draft, count, plan = (
             self.context.config.draft,
             self.context.model.num_hidden_layers,
@@ -144,7 +141,6 @@ class LayerSkipSpec(DraftSpec):
         if plan is None:
             self._layers = chosen_layers(draft, count) or usual_layers(count)
         else:
-            check_level_support(self.context.model, self.context.dtype, f"target {self.context.name}")
             self._layers = streamed_layers(draft, plan.resident_layers, count)
 
     def build(self, target: TargetModel) -> BuiltDraft:

@@ -24,10 +24,12 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.hub import locate
+from subspec.targets.load import weights_identity
 from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
 from subspec.targets.prepared import prepare_draft
 from subspec.targets.source import LayerSource
+from subspec.targets.weight_files import SMALL_MODEL
 from subspec.utils.console import Note
 
 SHIPPED = shipped.SMALL_MODEL
@@ -100,7 +102,9 @@ def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[Pretra
     else:
         with _about_draft():
             named = HubTargetConfig(name=path, path=path, revision=revision)
-            model = check_folder_config(locate(named, lambda text: None, weights=False).folder, path)
+            model = check_folder_config(
+                locate(named, lambda text: None, SMALL_MODEL, weights=False).folder, path, SMALL_MODEL
+            )
     return model, ModelSpec.of(model)
 
 
@@ -132,11 +136,21 @@ def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> C
     return source
 
 
+def small_identity(config: Config, note: Note) -> str:
+    """Hex digest of the small model's weights, fetched first if need be.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
+    with _about_draft():
+        return weights_identity(small_model_config(config), SMALL_MODEL, note=note)
+
+
 @contextmanager
 def _about_draft() -> Iterator[None]:
-    """Rename ``target.path`` to ``draft.path`` in the messages of the code that reads checkpoints."""
+    """Name ``draft.path`` in the messages of the code that reads checkpoints."""
     try:
         yield
     except SubspecError as error:
-        text = str(error).replace("target.path", "draft.path").replace("target.revision", "draft.revision")
+        text = str(error)
         raise type(error)(text if "draft." in text else f"draft.path: {text}") from error

@@ -20,7 +20,12 @@ from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.separate_cache import SeparateCacheDraft
-from subspec.drafts.small_checkpoint import load_small_config, open_small_model, small_model_config
+from subspec.drafts.small_checkpoint import (
+    load_small_config,
+    open_small_model,
+    small_identity,
+    small_model_config,
+)
 from subspec.drafts.small_model_memory import SmallModelMemory
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.drafts.substitute import SubstituteDraft
@@ -31,10 +36,11 @@ from subspec.levels.dense import check_level_support, dense_layer, layer_views
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.quantize_model import QuantReport
 from subspec.targets.check_model import check_model_config
-from subspec.targets.device import check_memory
+from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.layer_bytes import flat_layer
 from subspec.targets.meta_model import count_parameters, empty_model, fill
 from subspec.targets.source import LayerSource
+from subspec.utils.console import Note
 
 EXTRA_SHARE = 0.01
 """Share of tokens that only one of two otherwise equal vocabularies may have: special tokens added later."""
@@ -171,8 +177,15 @@ class SmallModelSpec(DraftSpec):
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        assert isinstance(config.draft, SmallModelDraftConfig)
         check_shipped(config, model)
-        check_small_model(config, load_small_config(config))
+        small = load_small_config(config)
+        check_small_model(config, small)
+        if isinstance(config.offload, StreamOffloadConfig):
+            target = resolve_dtype(config.target.dtype, torch.device("cuda"))
+            check_level_support(
+                small, small_dtype(config.draft, target), f"draft.path={small_model_config(config).name}"
+            )
 
     @classmethod
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
@@ -182,11 +195,15 @@ class SmallModelSpec(DraftSpec):
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
         return SmallModelMemory(inputs)
 
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str:
+        return small_identity(config, note)
+
     def prepare(self) -> None:
         """Load the small model; captured levels and prompt passes read the same bytes.
 
         Raises:
-            ConfigError: another vocabulary, or a shape that captured levels do not support.
+            ConfigError: another vocabulary.
         """
         context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SmallModelDraftConfig)
@@ -194,8 +211,6 @@ class SmallModelSpec(DraftSpec):
         dtype = small_dtype(draft, context.dtype)
         self._source = source = open_small_model(context.config, dtype, device, context.note)
         check_small_model(context.config, source.config)
-        if streamed:
-            check_level_support(source.config, dtype, f"draft.path={source.name}")
         vocab_size = context.model.vocab_size
         check_vocabularies(
             Vocabulary(source.name, source.config.vocab_size, source.tokenizer),

@@ -12,15 +12,17 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coded_cache import CodedCache
-from subspec.config.schema import Config
+from subspec.config.schema import Config, StreamOffloadConfig
 from subspec.decoding.draft import Draft
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
+from subspec.levels.dense import check_level_support
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.offload.loader import LoadingPlan
 from subspec.quant.quantize_model import Quantizer, QuantReport
+from subspec.targets.device import resolve_dtype
 from subspec.utils.console import Note, print_note
 
 
@@ -122,6 +124,15 @@ class DraftSpec(ABC):
             f"offload=stream has no plan for draft={inputs.config.draft.name}: set offload=none"
         )
 
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str | None:
+        """Hex digest of the draft's own weights, fetched first if need be; None: it has none.
+
+        Raises:
+            SubspecError: naming the key and the remedy.
+        """
+        return None
+
     def prepare(self) -> None:  # noqa: B027 (optional)
         """Load and choose everything that does not depend on the target's weights.
 
@@ -141,3 +152,14 @@ class DraftSpec(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_target_levels(config: Config, model: PretrainedConfig) -> None:
+    """Check that a draft of a streamed target can run the target's layers as captured levels.
+
+    Raises:
+        ConfigError: see :func:`~subspec.levels.dense.check_level_support`.
+    """
+    if isinstance(config.offload, StreamOffloadConfig):
+        dtype = resolve_dtype(config.target.dtype, torch.device("cuda"))
+        check_level_support(model, dtype, f"target {config.target.name}")

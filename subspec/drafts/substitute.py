@@ -10,7 +10,7 @@ import copy
 import time
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
@@ -22,7 +22,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.drafts.quantized import quantize_draft
-from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
@@ -156,6 +156,10 @@ class SubstituteSpec(DraftSpec):
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
         return SubstituteMemory(inputs)
+
+    @classmethod
+    def check_target(cls, config: Config, model: PretrainedConfig) -> None:
+        check_target_levels(config, model)
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.

@@ -1,7 +1,7 @@
 """Build draft levels from a target's exact layers: quantize, pack, and assign the chosen kernels."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,25 @@ ROLES = {
     "down": ("mlp.down_proj",),
 }
 """A layer's fused Linears and their parts."""
+
+
+def check_biases(names: Iterable[str], what: str) -> None:
+    """Refuse a layer that adds a bias anywhere but in its query, key and value projections.
+
+    Args:
+        names: of the layer's parameters.
+        what: the model, for the message.
+
+    Raises:
+        ConfigError: names the biased Linear.
+    """
+    for name in names:
+        linear, _, leaf = name.rpartition(".")
+        if leaf == "bias" and linear not in ROLES["qkv"]:
+            raise ConfigError(
+                f"{what} has a bias in {linear}, which captured levels of offload=stream do not support: set "
+                "offload=none, or take another model or draft"
+            )
 
 
 class SubstituteBuilder:
@@ -133,12 +152,6 @@ class SubstituteBuilder:
         known: Mapping[str, QuantizedWeight] | None,
     ) -> LevelLinear:
         names = ROLES[role]
-        if (role == "out" and "self_attn.o_proj.bias" in tensors) or (
-            role == "down" and "mlp.down_proj.bias" in tensors
-        ):
-            raise ConfigError(
-                f"this target has a bias in {names[0]}, which the substitute of offload=stream does not support"
-            )
         swiglu = role == "gate_up"
         if known is not None and not (exact or is_kept(role, self.keep_exact)):
             return self._quantized(role, [known[f"{name}.weight"] for name in names])

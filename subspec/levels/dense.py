@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from subspec.errors import ConfigError
+from subspec.levels.build import check_biases
 from subspec.levels.model import LevelLayer
 from subspec.quant.level_linear import Dense
 from subspec.targets.layer_bytes import NEIGHBOURS
+from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.rounding import is_power_of_two
 
 
@@ -22,16 +24,7 @@ def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) 
 
     Args:
         cache_layer: layer of the KV cache that it uses; None: its place among the draft's layers.
-
-    Raises:
-        ConfigError: the layer has a bias that draft levels do not support.
     """
-    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        if f"{name}.bias" in views:
-            raise ConfigError(
-                f"the draft's layers have a bias in {name}, which offload=stream does not support: "
-                "set offload=none, or take another draft"
-            )
     weights, biases, gate_up = ([views[name] for name in group if name in views] for group in NEIGHBOURS)
     return LevelLayer(
         qkv=Dense(_joined(weights)),
@@ -59,13 +52,25 @@ def check_level_support(config: PretrainedConfig, dtype: torch.dtype, what: str)
         what: the model, the beginning of a message.
 
     Raises:
-        ConfigError: the kernels do not support its head size or its dtype.
+        ConfigError: the kernels do not support its head size, its biases, its activation, its rotary embeddings or its
+            dtype.
     """
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if dim < 16 or not is_power_of_two(dim):
         raise ConfigError(
             f"{what} has heads of {dim} numbers, and captured levels of offload=stream need a power of two of at "
             "least 16: set offload=none, or take another draft"
+        )
+    check_biases(parameter_shapes(config)[0], what)
+    if config.hidden_act not in ("silu", "swish"):
+        raise ConfigError(
+            f"{what} has the activation {config.hidden_act}, and captured levels of offload=stream compute silu: set "
+            "offload=none, or take another draft"
+        )
+    if (config.rope_parameters or {}).get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(
+            f"{what} turns a part of each head only (partial_rotary_factor), and captured levels of offload=stream "
+            "turn all of it: set offload=none, or take another draft"
         )
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch
 
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
-from subspec.levels.build import ROLES, is_kept, role_shapes
+from subspec.levels.build import ROLES, check_biases, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.higgs import check_higgs
 from subspec.quant.hqq import HqqFormat, check_group_size, check_hqq, hqq_quantizer
@@ -98,6 +98,7 @@ def level_quantization(
         raise ConfigError(
             f"quant={quant.name} is not supported by offload=stream: set quant=hqq or quant=higgs"
         )
+    check_biases(layer, "the quantized model")
     outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
     if outputs % TILE_ROWS:
         raise ConfigError(

@@ -87,6 +87,37 @@ def shortest_window(model: PretrainedConfig) -> int | None:
     return min((int(window) for window in windows if window is not None), default=None)
 
 
+def check_architecture(model: PretrainedConfig, name: str) -> None:
+    """Refuse a model whose layers are not built here, whatever the length of a text.
+
+    Raises:
+        ConfigError: the first reason found; ``name`` is the model's.
+    """
+    check_family(getattr(model, "model_type", None), name)
+    check_unquantized(getattr(model, "quantization_config", None), name)
+    if model.num_hidden_layers < 1:
+        raise ConfigError(f"{name} has num_hidden_layers={model.num_hidden_layers}; take another model")
+    kinds = set(getattr(model, "layer_types", None) or ())
+    if others := sorted(kinds - LAYER_TYPES):
+        raise ConfigError(
+            f"{name} has layers of type {', '.join(others)}, which are not built; take another model"
+        )
+    if "sliding_attention" in kinds and getattr(model, "sliding_window", None) is None:
+        raise ConfigError(
+            f"{name} has layers of type sliding_attention, but no sliding_window; mend config.json"
+        )
+    kind = rope_kind(model)
+    if kind in MOVING_ROPE:
+        raise ConfigError(
+            f"{name} has {kind} rotary embeddings, whose frequencies depend on the length of a pass: a tree changes "
+            "them, so decoding would not be lossless; take another model"
+        )
+    if kind not in FIXED_ROPE:
+        raise ConfigError(
+            f"{name}: rope type {kind} is not supported (supported: {', '.join(FIXED_ROPE)}); take another model"
+        )
+
+
 def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, key: str) -> None:
     """Refuse a model that tree passes over at most ``max_length`` tokens would not decode exactly.
 
@@ -99,8 +130,7 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
     Raises:
         ConfigError: the first reason found.
     """
-    check_family(getattr(model, "model_type", None), name)
-    check_unquantized(getattr(model, "quantization_config", None), name)
+    check_architecture(model, name)
     positions = getattr(model, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise ConfigError(
@@ -111,21 +141,6 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
         raise ConfigError(
             f"{key}={max_length} exceeds the attention window of {window} tokens of {name}, whose sliding attention "
             f"is not built: lower {key} to {window}"
-        )
-    others = sorted(set(getattr(model, "layer_types", None) or ()) - LAYER_TYPES)
-    if others:
-        raise ConfigError(
-            f"{name} has layers of type {', '.join(others)}, which are not built; take another model"
-        )
-    kind = rope_kind(model)
-    if kind in MOVING_ROPE:
-        raise ConfigError(
-            f"{name} has {kind} rotary embeddings, whose frequencies depend on the length of a pass: a tree changes "
-            "them, so decoding would not be lossless; take another model"
-        )
-    if kind not in FIXED_ROPE:
-        raise ConfigError(
-            f"{name}: rope type {kind} is not supported (supported: {', '.join(FIXED_ROPE)}); take another model"
         )
 
 

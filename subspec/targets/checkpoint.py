@@ -4,31 +4,43 @@ Everything that is known from a few kilobytes (``config.json``, safetensors head
 before the first weight is read. Every failure is one line with its remedy.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from subspec.errors import ConfigError, SubspecError
-from subspec.targets.check_model import check_family, check_unquantized
+from subspec.errors import ConfigError
+from subspec.targets.check_model import (
+    check_architecture,
+    check_family,
+    check_unquantized,
+    shortest_window,
+)
+from subspec.targets.meta_model import parameter_shapes
+from subspec.targets.weight_files import (
+    CONFIG,
+    TARGET,
+    TEXTS,
+    Wanted,
+    check_pointer,
+    one_line,
+    open_weights,
+    read_json,
+    weight_files,
+)
 from subspec.utils.console import quiet_libraries
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder has a tokenizer if it has one of these."""
 
-_SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
+SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 """Of the types in which exact weights are stored, by their safetensors names."""
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-CONVERT = "load it once with transformers and `save_pretrained(FOLDER)` it with its tokenizer, then target.path=FOLDER"
 
 
 @dataclass(frozen=True)
@@ -43,37 +55,63 @@ class StoredTensor:
 def rounded_type(stored: Iterable[str], dtype: torch.dtype) -> str | None:
     """The type of ``stored`` (safetensors names) whose values ``dtype`` cannot hold exactly, if any."""
     kept = _DTYPE_NAMES[dtype]
-    for name in sorted(stored, key=lambda name: -_SIGNIFICANT_BITS[name]):
+    for name in sorted(stored, key=lambda name: -SIGNIFICANT_BITS[name]):
         # float16 has more digits than bfloat16 but a smaller range, so neither holds the other.
-        if name != kept and (_SIGNIFICANT_BITS[name] > _SIGNIFICANT_BITS[kept] or kept == "F16"):
+        if name != kept and (SIGNIFICANT_BITS[name] > SIGNIFICANT_BITS[kept] or kept == "F16"):
             return name
     return None
 
 
-def check_folder_config(folder: Path, name: str) -> PretrainedConfig:
+def check_folder_config(folder: Path, name: str, wanted: Wanted = TARGET) -> PretrainedConfig:
     """The model configuration in ``folder``.
 
     Args:
         name: of the model, for messages.
 
     Raises:
-        ConfigError: no or unreadable ``config.json``, an unsupported family, or quantized weights.
+        ConfigError: no or unreadable ``config.json``, an unsupported family, quantized weights, an adapter, or weights
+            in files of other names.
     """
-    file = folder / "config.json"
+    adapter = (folder / ADAPTER).exists()
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_json(folder / CONFIG)
     except FileNotFoundError:
-        raise ConfigError(f"{name} has no config.json: not a transformers checkpoint folder") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error})") from error
-    family = plain.get("model_type") if isinstance(plain, dict) else None
+        plain = None
+    if adapter or plain is None:
+        raise ConfigError(f"{name} {_not_whole(folder, adapter, wanted)}")
+    family = plain.get("model_type")
     check_family(family, name)
     check_unquantized(plain.get("quantization_config"), name)
+    if (other := plain.get("transformers_weights")) is not None:
+        raise ConfigError(f"{name} keeps its weights in {other} (transformers_weights), which is not read")
+    invalid = f"{folder / CONFIG} is not a valid {family} configuration"
     try:
         with quiet_libraries():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(f"{file} is not a valid {family} configuration ({one_line(error)})") from error
+        raise ConfigError(f"{invalid} ({one_line(error)})") from error
+    check_architecture(model, name)
+    try:  # the library checks some values only when it builds the modules
+        shortest_window(model)
+        parameter_shapes(model)
+    except Exception as error:
+        raise ConfigError(f"{invalid} ({one_line(error)})") from error
+    return model
+
+
+def _not_whole(folder: Path, adapter: bool, wanted: Wanted) -> str:
+    """Why ``folder`` is no checkpoint of a whole model, as the end of a sentence."""
+    if adapter:
+        return (
+            f"holds an adapter ({ADAPTER}), not a whole model: merge it into its model (merge_and_unload(), "
+            f"save_pretrained(FOLDER)), then {wanted.key}=FOLDER"
+        )
+    inner = sorted([*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")])
+    if inner:
+        return f"has no {CONFIG}, and {inner[-1].parent} has one: {wanted.key}={inner[-1].parent}"
+    if next(folder.glob("*.gguf"), None) is not None:
+        return f"has no {CONFIG}: a GGUF file is not read; take the original in safetensors"
+    return f"has no {CONFIG}: not a transformers checkpoint"
 
 
 def checkpoint_identity(folder: Path, source: str) -> str:
@@ -93,57 +131,28 @@ def checkpoint_identity(folder: Path, source: str) -> str:
     return "\n".join(parts)
 
 
-def missing_weights(folder: Path) -> str | None:
-    """The first weight file of ``folder`` that is missing, or None. Contents are not read."""
-    try:
-        names = weight_files(folder)
-    except ConfigError:
-        return SINGLE
-    return next((name for name in names if not (folder / name).is_file()), None)
-
-
-def read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, wanted: Wanted = TARGET) -> dict[str, StoredTensor]:
     """Every tensor of ``folder`` by name, from headers alone; files are checked to be complete.
 
     Raises:
-        ConfigError: no safetensors, or weights of a quantized type.
+        ConfigError: no safetensors.
         SubspecError: a file is missing, cut off, or not safetensors.
     """
     tensors = {}
-    for file in weight_files(folder):
-        if not (folder / file).is_file():
-            raise SubspecError(f"{name} lacks {file}; fetch or copy it again")
+    for file in weight_files(folder, wanted):
         with open_weights(folder / file) as handle:
             for key in handle.keys():  # noqa: SIM118 (no mapping)
                 part = handle.get_slice(key)
                 tensors[key] = StoredTensor(file, part.get_dtype(), torch.Size(part.get_shape()))
-    quantized = {tensor.dtype for tensor in tensors.values()} - _SIGNIFICANT_BITS.keys()
-    if quantized:
-        raise ConfigError(
-            f"{name} holds {', '.join(sorted(quantized))} weights; the target must be the exact, unquantized model"
-        )
     return tensors
-
-
-def open_weights(path: Path) -> safe_open:
-    """The safetensors file ``path``, mapped.
-
-    Raises:
-        SubspecError: it cannot be read, is cut off, or is something else.
-    """
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise SubspecError(
-            f"{path} is damaged or cannot be read ({one_line(error)}); fetch or copy it again"
-        ) from error
 
 
 def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or it has ids beyond the model's vocabulary.
+        ConfigError: there is none, it cannot be read, or it has ids beyond the model's vocabulary, other than tokens
+            that were added to it.
     """
     if not has_tokenizer(folder):
         raise ConfigError(
@@ -151,10 +160,14 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
         )
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        for pattern in TEXTS:
+            for file in folder.glob(pattern):
+                check_pointer(file)
         raise ConfigError(f"the tokenizer of {name} cannot be read ({one_line(error)})") from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    tokens = tokenizer.get_vocab()
+    largest = max((tokens[token] for token in tokens.keys() - tokenizer.get_added_vocab()), default=-1)
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer of {name} has id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
@@ -163,33 +176,11 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
     return tokenizer
 
 
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """Added tokens without a place in the model's vocabulary, which no prompt may hold."""
+    return sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= vocab_size)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether ``folder`` has a tokenizer's main file."""
     return any((folder / file).is_file() for file in TOKENIZER_FILES)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up the model.
-
-    Raises:
-        ConfigError: there are none, or their index cannot be read.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{index} cannot be read ({one_line(error)}); fetch or copy it again"
-            ) from error
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    kinds = sorted({file.suffix for file in folder.iterdir()} & {".bin", ".pt", ".pth", ".gguf"})
-    if kinds:
-        raise ConfigError(f"{folder} holds {', '.join(kinds)} weights but no {SINGLE}: {CONVERT}")
-    raise ConfigError(f"{folder} holds no weights ({SINGLE} or {INDEX})")
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of ``error`` on one line of at most 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

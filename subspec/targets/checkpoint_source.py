@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from subspec.errors import SubspecError
-from subspec.targets.checkpoint import checkpoint_identity, open_weights
+from subspec.errors import ConfigError, SubspecError
+from subspec.targets.checkpoint import SIGNIFICANT_BITS, checkpoint_identity
 from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.prepared import PreparedCheckpoint
+from subspec.targets.weight_files import open_weights
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -39,12 +40,11 @@ class CheckpointSource:
         self.name, self.source, self.dtype = checkpoint.name, checkpoint.source, dtype
         self.config = copy.deepcopy(checkpoint.config)
         self.tokenizer, self.eos_token_ids = checkpoint.tokenizer, checkpoint.eos_token_ids
-        self.notes = tuple(checkpoint.remarks(dtype))
         self._folder, self._stored = checkpoint.folder, checkpoint.weights
         if self.config.tie_word_embeddings and self._has_own_head():
             self.config.tie_word_embeddings = False
         self._layer_shapes, self._shared_shapes = parameter_shapes(self.config)
-        self._check()
+        self.notes = tuple(checkpoint.remarks(dtype, self._check()))
 
     @property
     def identity(self) -> str:
@@ -108,11 +108,20 @@ class CheckpointSource:
         tables = self._read({name: name for name in (_EMBEDDING, _HEAD)}, torch.device("cpu"))
         return not torch.equal(tables[_EMBEDDING], tables[_HEAD])
 
-    def _check(self) -> None:
+    def _check(self) -> set[str]:
+        """Compare the files with the architecture; returns the types of its weights. Surplus tensors are ignored."""
         expected = dict(self._shared_shapes)
         for index in range(self.config.num_hidden_layers):
             expected |= {layer_name(index, name): shape for name, shape in self._layer_shapes.items()}
         missing = [name for name in expected if self._key(name) not in self._stored]
+        if missing:  # perhaps because matrices are packed under other names
+            types = {tensor.dtype for tensor in self._stored.values() if len(tensor.shape) > 1}
+        else:
+            types = {self._stored[self._key(name)].dtype for name in expected}
+        if packed := sorted(types - SIGNIFICANT_BITS.keys()):
+            raise ConfigError(
+                f"{self.name} holds {', '.join(packed)} weights; the target must be the exact, unquantized model"
+            )
         if missing:
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise SubspecError(
@@ -126,3 +135,4 @@ class CheckpointSource:
                     f"{self.name} holds {name} as {list(found)}, its config.json says {list(shape)}: "
                     "they do not belong together"
                 )
+        return types

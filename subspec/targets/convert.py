@@ -19,7 +19,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from subspec.errors import SubspecError
-from subspec.targets.checkpoint import one_line
+from subspec.targets.weight_files import one_line
 from subspec.utils.console import quiet_libraries
 
 PROBE_MESSAGES = [{"role": "user", "content": "Naïve  12+30 =   42 :\n\n  def f(x):\n    return x²"}]

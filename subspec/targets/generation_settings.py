@@ -15,7 +15,7 @@ from typing import Any
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import eos_ids, eos_tuple
 from subspec.errors import ConfigError
-from subspec.targets.checkpoint import one_line
+from subspec.targets.weight_files import CONFIG, read_json
 
 FILE = "generation_config.json"
 
@@ -108,21 +108,14 @@ def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
     Raises:
         ConfigError: the file cannot be read.
     """
-    for file in (folder / FILE, folder / "config.json"):
-        if not (file.exists() or file.is_symlink()):
-            continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{file} cannot be read ({one_line(error)}), and it holds the end-of-text tokens of {name}: fetch "
-                "or copy it again"
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{file} cannot be read (a {type(values).__name__}, no settings): fetch or copy it again"
-            )
-        return GenerationSettings(file, values)
+    for file in (folder / FILE, folder / CONFIG):
+        if file.exists() or file.is_symlink():
+            try:
+                return GenerationSettings(file, read_json(file))
+            except FileNotFoundError as error:  # a link to nothing
+                raise ConfigError(f"{file} cannot be read ({error}); fetch or copy it again") from error
+            except ConfigError as error:
+                raise ConfigError(f"{error} (it holds the end-of-text tokens of {name})") from error
     return GenerationSettings()
 
 

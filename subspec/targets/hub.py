@@ -16,7 +16,16 @@ from huggingface_hub import constants, errors
 
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.checkpoint import CONVERT, check_folder_config, missing_weights
+from subspec.targets.checkpoint import TOKENIZER_FILES, check_folder_config, has_tokenizer
+from subspec.targets.weight_files import (
+    CONFIG,
+    INDEX,
+    TARGET,
+    Wanted,
+    main_file,
+    missing_weights,
+    weight_files,
+)
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.disk import free_space, is_full_disk
 from subspec.utils.network import hub_problem
@@ -24,33 +33,31 @@ from subspec.utils.network import hub_problem
 HTTP_S = 20.0
 """Timeout for the description of a repository, in seconds."""
 
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
-"""Files of a repository that a target needs; other formats of the same weights are not fetched."""
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """ORG/NAME."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint folder on disk, and its recorded origin."""
+    """A checkpoint folder on disk.
 
-    folder: Path
+    Attributes:
+        path: as the user gave it.
+        source: recorded origin: the folder, or hub id @ commit.
+    """
+
+    path: str
     source: str
+    folder: Path
 
 
-def locate(config: HubTargetConfig, note: Note, *, weights: bool = True) -> Located:
+def locate(
+    config: HubTargetConfig,
+    note: Note,
+    wanted: Wanted = TARGET,
+    *,
+    weights: bool = True,
+) -> Located:
     """The folder of ``config.path`` at ``config.revision``, fetched first when it is a hub id.
 
     Args:
@@ -60,69 +67,77 @@ def locate(config: HubTargetConfig, note: Note, *, weights: bool = True) -> Loca
         ConfigError: no such folder, or not a supported model.
         SubspecError: the hub cannot be reached, refuses, or has no such repository or revision.
     """
-    path = Path(config.path).expanduser()
+    path, key = Path(config.path).expanduser(), wanted.key
     if path.is_dir():
         if config.revision is not None:
-            raise ConfigError(f"target.revision is for hub ids; target.path={config.path} is a local folder")
-        return Located(path, config.path)
+            raise ConfigError(f"{_revision(key)} is for hub ids; {key}={config.path} is a local folder")
+        return Located(config.path, config.path, path)
     if path.is_file():
-        raise ConfigError(
-            f"target.path={config.path} is a file; pass the checkpoint folder (config.json, safetensors, tokenizer)"
-        )
+        raise ConfigError(f"{key}={config.path} is a file; pass {wanted.what}")
     if not HUB_ID.fullmatch(config.path):
-        raise ConfigError(f"target.path={config.path}: no such folder, and not a hub id (ORG/NAME)")
+        raise ConfigError(f"{key}={config.path}: no such folder, and not a hub id (ORG/NAME)")
     with quiet_libraries(bars=True):
-        return _from_hub(config, note, weights=weights)
+        return _from_hub(config, note, wanted, weights)
 
 
-def _from_hub(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
+def _from_hub(config: HubTargetConfig, note: Note, wanted: Wanted, weights: bool) -> Located:
     """The snapshot in the hub's cache, brought up to date where the hub can be reached."""
-    cached = _cached(config, weights=weights)
-    if cached is not None and cached.name == config.revision:
-        return Located(cached, f"{config.path}@{cached.name}")  # a commit never changes
+    held = cached(config, wanted, weights=weights)
+    if held is not None and held.folder.name == config.revision:
+        return held  # a commit never changes
     problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else hub_problem(constants.ENDPOINT)
     trouble = SubspecError(f"the model hub is not used: {problem}")
     if problem is None:
         try:
-            return _fetch(config, note, weights=weights)
+            return _fetch(config, note, wanted, weights)
         except SubspecError:
             raise
         except Exception as error:
-            trouble = explain_hub_error(error, config.path, config.revision)
-            if cached is None or isinstance(trouble, ConfigError):
+            trouble = explain_hub_error(error, config.path, config.revision, wanted.key)
+            if held is None or isinstance(trouble, ConfigError):
                 raise trouble from error
-    if cached is None:
+    if held is None:
         raise SubspecError(
-            f"target.path={config.path}: no such folder, no complete copy in the hub cache, and {trouble}; "
+            f"{wanted.key}={config.path}: no such folder, no complete copy in the hub cache, and {trouble}; "
             "check the network, or pass a local folder"
         )
     if not constants.HF_HUB_OFFLINE:  # set by the user
-        note(f"{trouble}: using the cached {config.path}@{cached.name[:12]}")
-    return Located(cached, f"{config.path}@{cached.name}")
+        note(f"{trouble}: using the cached {config.path}@{held.folder.name[:12]}")
+    return held
 
 
-def _fetch(config: HubTargetConfig, note: Note, *, weights: bool) -> Located:
+def _fetch(config: HubTargetConfig, note: Note, wanted: Wanted, weights: bool) -> Located:
     """Bring the snapshot into the hub's cache: the configuration, then, if it is supported, the rest."""
-    where = {"repo_id": config.path, "endpoint": constants.ENDPOINT}
+    path, where = config.path, {"repo_id": config.path, "endpoint": constants.ENDPOINT}
     api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
-    info = api.model_info(config.path, revision=config.revision, files_metadata=True, timeout=HTTP_S)
+    info = api.model_info(path, revision=config.revision, files_metadata=True, timeout=HTTP_S)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    if "config.json" not in sizes:
-        raise ConfigError(f"{config.path} has no config.json: not a transformers checkpoint")
-    folder = Path(huggingface_hub.hf_hub_download(**where, revision=info.sha, filename="config.json")).parent
-    check_folder_config(folder, config.path)
+    if CONFIG not in sizes:
+        raise ConfigError(f"{path} has no {CONFIG}: pass {wanted.what}")
+
+    def fetch(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(**where, revision=info.sha, filename=name)).parent
+
+    folder = fetch(CONFIG)
+    if wanted.family:
+        check_folder_config(folder, path, wanted)
     if weights:
+        main = main_file(sizes, path, wanted)
         names = [
-            name for name in sizes if "/" not in name and any(fnmatch(name, wanted) for wanted in WANTED)
+            name for name in sizes if "/" not in name and any(fnmatch(name, text) for text in wanted.texts)
         ]
-        _check_files(config.path, list(sizes), names)
+        if wanted.tokenizer and not any(file in sizes for file in TOKENIZER_FILES):
+            raise ConfigError(f"{path} holds no tokenizer; a target needs its own")
+        names += [main] if main != INDEX else [main, *weight_files(fetch(INDEX))]
+        if lacking := [name for name in names if name not in sizes]:
+            raise ConfigError(f"{path} lacks {lacking[0]}, which its {INDEX} names; take another revision")
         needed = sum(sizes[name] for name in names if not (folder / name).exists())
         if needed:
-            require_space(config.path, needed)
-            note(f"fetching {config.path}@{info.sha[:12]} ({needed / 1e9:.2f} GB) into the hub cache")
+            require_space(path, needed)
+            note(f"fetching {path}@{info.sha[:12]} ({needed / 1e9:.2f} GB) into the hub cache")
         huggingface_hub.snapshot_download(**where, revision=info.sha, allow_patterns=names)
         remember_branch(folder, config.revision)
-    return Located(folder, f"{config.path}@{info.sha}")
+    return Located(path, f"{path}@{info.sha}", folder)
 
 
 def require_space(path: str, needed: int) -> None:
@@ -136,15 +151,15 @@ def require_space(path: str, needed: int) -> None:
         )
 
 
-def _cached(config: HubTargetConfig, *, weights: bool) -> Path | None:
-    """The snapshot folder in the hub's cache if everything a target needs is there."""
-    file = huggingface_hub.try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+def cached(config: HubTargetConfig, wanted: Wanted, *, weights: bool = True) -> Located | None:
+    """The snapshot in the hub's cache if everything that is wanted is there."""
+    file = huggingface_hub.try_to_load_from_cache(config.path, CONFIG, revision=config.revision)
     if not isinstance(file, str):
         return None
     folder = Path(file).parent
-    if weights and (missing_weights(folder) or not any(folder.glob("tokenizer*"))):
+    if weights and (missing_weights(folder, wanted) or (wanted.tokenizer and not has_tokenizer(folder))):
         return None
-    return folder
+    return Located(config.path, f"{config.path}@{folder.name}", folder)
 
 
 def remember_branch(folder: Path, revision: str | None) -> None:
@@ -162,18 +177,7 @@ def remember_branch(folder: Path, revision: str | None) -> None:
     partial.replace(ref)
 
 
-def _check_files(path: str, present: list[str], wanted: list[str]) -> None:
-    if not any(name.endswith(".safetensors") for name in wanted):
-        other = sorted({Path(name).suffix for name in present} & {".bin", ".pt", ".pth", ".gguf", ".msgpack"})
-        kinds = f" (it has {', '.join(other)})" if other else ""
-        raise ConfigError(f"{path} holds no model*.safetensors{kinds}; {CONVERT}")
-    if not any(name.startswith("tokenizer") or name == "vocab.json" for name in wanted):
-        raise ConfigError(f"{path} holds no tokenizer; a target needs its own")
-
-
-def explain_hub_error(
-    error: Exception, path: str, revision: str | None = None, key: str = "target.path"
-) -> SubspecError:
+def explain_hub_error(error: Exception, path: str, revision: str | None, key: str) -> SubspecError:
     """One line for an exception of the hub client; ``key``: the configuration key that holds ``path``."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
@@ -182,9 +186,7 @@ def explain_hub_error(
             "then set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return ConfigError(
-            f"{key.replace('path', 'revision')}={revision}: {path} has no such branch, tag or commit"
-        )
+        return ConfigError(f"{_revision(key)}={revision}: {path} has no such branch, tag or commit")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return ConfigError(
             f"{key}={path}: no such folder, and no such model on the hub for this account; "
@@ -199,3 +201,8 @@ def explain_hub_error(
         f"cannot fetch {path} from the hub ({type(error).__name__}: {text}); "
         "try again (complete files are kept), or pass a local folder"
     )
+
+
+def _revision(key: str) -> str:
+    """The configuration key of the revision beside that of a path."""
+    return key.replace("path", "revision")

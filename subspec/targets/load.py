@@ -1,5 +1,7 @@
 """From a target's configuration to its weights: layer by layer, or whole on one device."""
 
+import hashlib
+
 import torch
 from transformers import PretrainedConfig
 
@@ -10,10 +12,12 @@ from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.device import check_memory, resolve_dtype
 from subspec.targets.embedded import smollm2_config
 from subspec.targets.hub import locate
+from subspec.targets.identity import folder_identity
 from subspec.targets.meta_model import build_model, count_parameters
 from subspec.targets.planted import PlantedSource, planted_config
-from subspec.targets.prepared import hub_config, prepare_checkpoint
+from subspec.targets.prepared import hub_config, locate_target, prepare_checkpoint
 from subspec.targets.target import Target
+from subspec.targets.weight_files import TARGET, Wanted
 from subspec.utils.console import Note, print_note
 
 
@@ -29,6 +33,20 @@ def load_target_config(config: TargetConfig, *, note: Note = print_note) -> Pret
         return planted_config(config)
     located = locate(hub_config(config), note, weights=False)
     return check_folder_config(located.folder, config.name)
+
+
+def weights_identity(config: TargetConfig, wanted: Wanted = TARGET, *, note: Note = print_note) -> str:
+    """Hex digest of what ``config`` refers to: a checkpoint's contents, or the seed and shape of planted weights.
+
+    The checkpoint is fetched first if need be. Weights are sampled, see :mod:`subspec.targets.identity`.
+
+    Raises:
+        SubspecError: as :func:`load_target`, as far as finding the files goes.
+    """
+    if isinstance(config, PlantedTargetConfig):
+        facts = f"planted {config.shape}, seed {config.seed}, hard {config.hard_share}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+    return folder_identity(locate_target(config, note, wanted).folder)
 
 
 def open_source(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
 from subspec.targets.source import LayerSource
+from subspec.targets.weight_files import one_line
 
-PINNED_DATE = "26 Jul 2024"
-"""Passed to chat templates that would otherwise write today's date into every prompt: a run must be repeatable."""
+PINNED_DATE = datetime(2024, 7, 26)
+"""The clock of chat templates, which would otherwise write today's date into every prompt: a run must be repeatable."""
+
+CLOCK = "strftime_now"
+"""The function of a template that formats the time."""
 
 
 @dataclass
@@ -78,21 +83,47 @@ class Target:
         """
         if not messages:
             raise SubspecError("a prompt needs at least one message")
-        messages = [dict(message) for message in messages]
         if not self.has_chat_template:
             text = "\n\n".join(message["content"] for message in messages)
             return list(self.tokenizer(text)["input_ids"])
-        extra = {}
-        template = self.tokenizer.chat_template
-        if "strftime_now" in str(template):
-            extra["date_string"] = PINNED_DATE
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **extra
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise SubspecError(
-                f"the chat template of {self.name} refuses the roles [{roles}]: {error}"
-            ) from error
-        return list(encoded["input_ids"])
+        return template_ids(self.tokenizer, messages, self.name)
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str
+) -> list[int]:
+    """Ids of ``messages`` in the tokenizer's chat template, ready for the assistant's answer.
+
+    Args:
+        name: of the model, for messages.
+
+    Raises:
+        ConfigError: the template raises anything, or gives nothing.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=_pinned_clock() + template if CLOCK in template else template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+    except Exception as error:  # templates are programs
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(
+            f"the chat template of {name} fails for the roles [{roles}] ({one_line(error)}): give a copy of the "
+            "checkpoint another chat_template.jinja"
+        ) from error
+    if not encoded["input_ids"]:
+        raise ConfigError(f"the chat template of {name} gives an empty prompt: give a copy another one")
+    return list(encoded["input_ids"])
+
+
+@cache
+def _pinned_clock() -> str:
+    """A macro in place of a template's clock (transformers passes no functions to templates)."""
+    codes = {f"%{code}": PINNED_DATE.strftime(f"%{code}") for code in "aAbBcdeDFHIjmMpRSTuUVwWxXyYzZ"}
+    codes |= {f"%-{code[1]}": text.lstrip("0 ") or "0" for code, text in codes.items() if text.isdigit()}
+    replaced = "".join(f" | replace({code!r}, {text!r})" for code, text in codes.items())
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"

@@ -24,7 +24,7 @@ from subspec.errors import ConfigError, SubspecError
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published, random_head
 from tests.helpers.fake_hub import COMMIT, FakeHub
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 PROMPT = [5, 17, 33, 99, 4]
@@ -83,11 +83,11 @@ def test_missing_and_surplus_tensors_are_named(tmp_path):
         tmp_path / "head",
         SHAPES["qwen2"],
         drop=("layers.0.mlp.up_proj.weight", "layers.0.post_attention_layernorm.weight"),
-        extra={"norm.weight": torch.ones(64), "lm_head.weight": torch.ones(4, 64)},
+        extra={"norm.weight": torch.ones(64), "other.weight": torch.ones(4, 64)},
     )
     refused(
         r"no EAGLE-1 or EAGLE-2 head: missing layers\.0\.mlp\.up_proj\.weight, "
-        r"layers\.0\.post_attention_layernorm\.weight; surplus lm_head\.weight, norm\.weight: set draft\.path",
+        r"layers\.0\.post_attention_layernorm\.weight; surplus norm\.weight, other\.weight: set draft\.path",
         folder,
     )
 
@@ -96,6 +96,62 @@ def test_a_head_of_several_layers_is_refused(tmp_path):
     extra = {f"layers.{i}.self_attn.q_proj.weight": torch.zeros(64, 64) for i in range(1, 9)}
     refused(r"surplus layers\.1\..*layers\.6\.self_attn\.q_proj\.weight and 2 more", published(
         tmp_path / "head", SHAPES["qwen2"], extra=extra))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "words"),
+    [
+        ({"d2t": torch.zeros(9), "midlayer.mlp.up_proj.weight": torch.zeros(2, 2)}, {}, "is an EAGLE-3 head"),
+        (
+            {"norm.weight": torch.ones(64)},
+            {"architectures": ["LlamaForCausalLMEagle3"]},
+            "is an EAGLE-3 head",
+        ),
+        (
+            {"norm.weight": torch.ones(64)},
+            {"speculators_model_type": "eagle"},
+            "layout of the speculators library",
+        ),
+        ({"0.0.linear.weight": torch.ones(4, 4)}, {}, "Medusa"),
+        ({"fc.weight": torch.zeros(64, 192)}, {}, "EAGLE-3"),
+    ],
+)
+def test_heads_of_another_kind_are_named(tmp_path, extra, config, words):
+    refused(words, published(tmp_path / "head", SHAPES["llama3"], extra=extra, **config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rms_norm_eps": "x"},
+        {"max_position_embeddings": None},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    ],
+)
+def test_invalid_configurations_are_one_line(tmp_path, config):
+    refused(r"config\.json is not valid", published(tmp_path / "head", SHAPES["llama3"], **config))
+
+
+def test_a_whole_model_is_no_head(tmp_path):
+    refused("is a whole language model.*draft=small_model", tiny_checkpoint(tmp_path))
+
+
+def test_a_copy_of_the_lm_head_and_vllms_nested_configuration_are_read(tmp_path):
+    folder = published(tmp_path / "head", SHAPES["llama3"], extra={"lm_head.weight": torch.ones(4, 64)})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "eagle", "model": config}))
+    head = loaded(folder)
+    assert head.dropped == ["embed_tokens.weight", "lm_head.weight"]
+    assert head.head.shape == SHAPES["llama3"]
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_git_lfs_pointers_are_named(tmp_path, binary):
+    folder = published(tmp_path / "head", SHAPES["llama3"], binary=binary)
+    for file in ("pytorch_model.bin" if binary else "model.safetensors", "config.json"):
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+        refused(f"{file} is a Git LFS pointer", folder)
 
 
 def test_something_without_fc_is_refused(tmp_path):
@@ -122,9 +178,10 @@ def test_a_head_for_another_hidden_size_is_refused_with_both(tmp_path):
         head_shape(locate_head(str(folder), print), 96, "another")
 
 
-def test_quantized_heads_are_refused(tmp_path):
-    extra = {"fc.weight": torch.zeros(64, 128, dtype=torch.int8)}
-    refused(r"fc\.weight as torch\.int8", published(tmp_path / "head", SHAPES["qwen2"], extra=extra))
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_heads_are_refused(tmp_path, dtype):
+    extra = {"fc.weight": torch.zeros(64, 128, dtype=dtype)}
+    refused(rf"fc\.weight as {dtype}", published(tmp_path / "head", SHAPES["qwen2"], extra=extra))
 
 
 class Surprise:
@@ -149,9 +206,10 @@ def test_damaged_files_are_refused(tmp_path, binary):
         refused(re.escape(str(file)), folder, error=SubspecError)
 
 
-def test_a_list_instead_of_tensors_is_refused(tmp_path):
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {3: torch.zeros(2)}, {"model": {"a": torch.zeros(2)}}])
+def test_something_other_than_named_tensors_is_refused(tmp_path, content):
     folder = published(tmp_path / "head", SHAPES["qwen2"], binary=True)
-    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    torch.save(content, folder / "pytorch_model.bin")
     refused("no state dict", folder, error=SubspecError)
 
 
@@ -160,7 +218,7 @@ def test_paths_that_are_no_heads_are_refused(tmp_path):
     refused("is a file; pass the folder", folder / "config.json")
     refused("no such folder, and not a hub id", tmp_path / "nowhere")
     (folder / "config.json").write_text("[]")
-    refused("is no configuration", folder)
+    refused(r"config\.json cannot be read", folder)
     (folder / "config.json").write_text("{")
     refused(r"config\.json cannot be read", folder)
     (folder / "config.json").unlink()
@@ -168,7 +226,7 @@ def test_paths_that_are_no_heads_are_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
-    refused("holds no model.safetensors or pytorch_model.bin", empty)
+    refused("holds no weights: no model.safetensors.*pytorch_model.bin; draft.path", empty)
 
 
 # --------------------------------------------------------------------------------------------- shipped
@@ -225,7 +283,7 @@ def test_a_hub_id_is_fetched_once_and_found_again_offline(hub, monkeypatch):
 
 
 def test_what_the_hub_does_not_have_is_refused(hub, monkeypatch):
-    refused("it is not the repository of an EAGLE head", "someone/else")
+    refused("has no config.json: pass the folder or hub id of an EAGLE head", "someone/else")
     refused("draft.path=someone/nobody: no such folder, and no such model", "someone/nobody")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(

@@ -332,6 +332,7 @@ def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
         (["card=rtx_4090", "tau=3", "--from", "x"], "tau= and --from both"),
         (["card=rtx_4090", "--from", "missing"], "--from missing: no such folder"),
         (["card=rtx_4090", "tau=3", "draft=none"], "draft=none: plain streaming is predicted in any case"),
+        (["card=rtx_4090", "tau=3", "target.dtype=float32"], "in float32, and captured levels .* bfloat16"),
         (["card=rtx_4090", "tau=3", "offload=none"], "offload=none: predictions are for offload=stream"),
         (["card=rtx_4090", "tau=3", "offload.vram_gib=3"], "offload.vram_gib=3 cannot hold this run"),
         (["card=rtx_4070", "tau=3", "offload.vram_gib=30"], "is more than the 12 GiB of RTX 4070"),

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from subspec import build_engine
 from subspec.config.schema import Dtype, HubTargetConfig, TargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets import load_target, load_target_config
+from subspec.targets import load_target, load_target_config, open_source
 from subspec.targets.checkpoint import checkpoint_identity, rounded_type
+from subspec.targets.identity import folder_identity
+from subspec.targets.weight_files import INDEX
 from tests.helpers.tiny import END_ID, FAMILIES, edit_config, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -121,7 +125,12 @@ def test_a_folder_that_is_none_and_a_configuration_that_is_none(tmp_path):
     file.write_text("{ not json")
     refused(tmp_path, ConfigError, "config.json cannot be read")
     file.write_text("[]")
+    refused(tmp_path, ConfigError, "config.json cannot be read")
+    file.write_text("{}")
     refused(tmp_path, ConfigError, "type None")
+
+
+OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +139,17 @@ def test_a_folder_that_is_none_and_a_configuration_that_is_none(tmp_path):
         ({"hidden_size": "wide"}, "not a valid llama configuration"),
         ({"model_type": "gpt2"}, "'gpt2'.*: llama, mistral, qwen2, qwen3"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized weights \(awq\)"),
+        ({"quantization_config": "awq"}, r"quantized weights \(awq\)"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"hidden_act": "nope"}, "not a valid llama configuration .*nope"),
+        ({"sliding_window": "x"}, "not a valid llama configuration"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+        (OLD_ROPE | {"rope_theta": "x"}, "not a valid llama configuration"),
+        (OLD_ROPE | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type su is not supported"),
+        (OLD_ROPE | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rope type mrope"),
+        (OLD_ROPE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic rotary embeddings"),
+        (OLD_ROPE | {"rope_scaling": {"type": None, "factor": 2.0}}, "not a valid llama configuration"),
     ],
 )
 def test_models_that_are_not_supported(tmp_path, change, words):
@@ -144,14 +164,151 @@ def test_packed_weights_without_saying_so(tmp_path):
     refused(tmp_path, ConfigError, "holds U8 weights")
 
 
-def test_no_weights_and_an_index_that_is_none(tmp_path):
+def test_no_weights(tmp_path):
     tiny_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(tmp_path, ConfigError, r"holds .bin weights but no model.safetensors.*save_pretrained")
+    refused(
+        tmp_path, ConfigError, r"no model.safetensors or \S+ \(it has .bin\).*save_pretrained.*target\.path"
+    )
     (tmp_path / "pytorch_model.bin").unlink()
     refused(tmp_path, ConfigError, "holds no weights")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", INDEX]
+)
+def test_git_lfs_pointers(tmp_path, file):
+    tiny_checkpoint(tmp_path)
+    if file == INDEX:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text(LFS)
+    refused(tmp_path, ConfigError, rf"{file} is a Git LFS pointer.*`git lfs pull`")
+
+
+def shards(folder, **tensors):
+    """Weights in two shards, without an index; returns the index."""
+    state = load_file(folder / "model.safetensors") | tensors
+    names = {}
+    for part in range(2):
+        own, file = dict(list(state.items())[part::2]), f"model-{part + 1:05}-of-00002.safetensors"
+        save_file(own, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(own, file)
+    return {"weight_map": names}
+
+
+def test_shards_without_their_index(tmp_path):
+    shards(tiny_checkpoint(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    refused(tmp_path, ConfigError, rf"2 shards \(model-00001-of-00002.safetensors, ...\) without .*{INDEX}")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_is_none(tmp_path, content):
+    tiny_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / INDEX).write_text(content)
     refused(tmp_path, ConfigError, "index.json cannot be read")
+
+
+def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes):
+    """By every reader: whole, layer by layer, and digests."""
+    norm = "model.norm.weight"
+    expected = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
+    before = folder_identity(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(shards(tmp_path, **{norm: expected[norm] + 1})))
+    config = HubTargetConfig(name="mine", path=str(tmp_path))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
+    target = load(tmp_path, notes.append)
+    streamed = open_source(config, torch.float32, CPU, note=notes.append).shared(CPU)[norm]
+    assert torch.equal(whole, expected[norm])
+    assert torch.equal(target.model.model.norm.weight, whole)
+    assert torch.equal(streamed, whole)
+    assert folder_identity(tmp_path) == before
+    assert "the shards beside it are not" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("adapter_config.json", "{}", r"holds an adapter .*merge_and_unload.*target\.path=FOLDER"),
+        ("model.q4.gguf", "x", "GGUF file is not read"),
+        ("snapshots/1234/config.json", "{}", r"target\.path=\S+/snapshots/1234"),
+        ("checkpoint-500/config.json", "{}", r"target\.path=\S+/checkpoint-500"),
+    ],
+)
+def test_folders_of_another_kind(tmp_path, file, content, words):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(content)
+    refused(tmp_path, ConfigError, words)
+
+
+def test_an_adapter_beside_a_model_is_not_ignored(tmp_path):
+    (tiny_checkpoint(tmp_path) / "adapter_config.json").write_text("{}")
+    refused(tmp_path, ConfigError, "holds an adapter")
+
+
+def test_weights_under_other_names(tmp_path):
+    tiny_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
+    refused(tmp_path, ConfigError, r"\(it has model.fp16.safetensors\)")
+    edit_config(tmp_path, transformers_weights="model.fp16.safetensors")
+    refused(tmp_path, ConfigError, "keeps its weights in model.fp16.safetensors")
+
+
+def test_surplus_buffers_are_ignored(tmp_path, notes):
+    """Neither refused as quantized nor named as rounded."""
+    state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
+    expected = load(tmp_path).model(torch.tensor([[1, 50]])).logits
+    state = {name: tensor.bfloat16() for name, tensor in state.items()}
+    extra = {
+        "model.position_ids": torch.arange(9)[None],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    save_file(state | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    target = load(tmp_path, notes.append, dtype=Dtype.bfloat16)
+    assert notes == []
+    assert torch.allclose(target.model(torch.tensor([[1, 50]])).logits.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_quantized_weights_under_other_names(tmp_path):
+    state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj."
+    state[name + "qweight"] = state.pop(name + "weight").to(torch.int32)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, ConfigError, "holds I32 weights")
+
+
+def test_added_tokens_beyond_the_vocabulary(tmp_path, notes):
+    tokenizer = load(tiny_checkpoint(tmp_path)).tokenizer
+    tokenizer.add_tokens(["[PAD]"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    target = load(tmp_path, notes.append)
+    assert "no prompt may hold [PAD]" in notes[0]
+    assert max(target.chat_ids([{"role": "user", "content": "hi"}])) < 320
+    engine = build_engine(target.model, tokenizer=target.tokenizer, draft="none")
+    with pytest.raises(SubspecError, match="outside the target's vocabulary of 320"):
+        engine.generate(target.chat_ids([{"role": "user", "content": "a [PAD]"}]))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"), [("{{ messages[0].content + 1 }}", "fails"), ("{# nothing #}", "an empty prompt")]
+)
+def test_a_chat_template_that_fails_is_refused_before_weights_are_read(
+    tmp_path, monkeypatch, template, words
+):
+    (tiny_checkpoint(tmp_path) / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("subspec.targets.load.build_model", None)
+    refused(tmp_path, ConfigError, f"chat template of mine.*{words}")
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_not_asked_about(tmp_path, capsys):
+    settings = {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}, "tokenizer_class": "Own"}
+    (tiny_checkpoint(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(tmp_path, ConfigError, "tokenizer of mine cannot be read")
+    assert "run the custom code" not in capsys.readouterr().out
 
 
 def test_damaged_weights(tmp_path):

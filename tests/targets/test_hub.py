@@ -1,11 +1,13 @@
 """Hub ids, through the hub client, against a hub on this machine: fetched, cached, offline, refused."""
 
+import json
 import socket
 import time
 
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
@@ -78,6 +80,21 @@ def test_only_what_a_target_needs_is_fetched(hub):
     fetched = {path.rsplit("/", 1)[-1] for path in hub.requests if "/resolve/" in path}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= fetched
     assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "README.md"}
+
+
+def test_the_shards_that_an_index_names_are_fetched_and_no_others(hub):
+    folder, weights = hub.repositories[NAME], "model.safetensors"
+    tensors = load_file(folder / weights)
+    (folder / weights).rename(folder / "model.fp16.safetensors")
+    files = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / f"{weights}.index.json").write_text(json.dumps({"weight_map": files}))
+    load()
+    fetched = {path.rsplit("/", 1)[-1] for path in hub.requests if "/resolve/" in path}
+    assert {name for name in fetched if name.endswith(".safetensors")} == set(files.values())
+    (folder / "part-1.safetensors").unlink()
+    refused(ConfigError, r"lacks part-1\.safetensors, which its .*index\.json names")
 
 
 def test_the_configuration_alone_fetches_no_weights(hub):
@@ -187,9 +204,9 @@ def test_another_family_is_refused_before_its_weights_are_fetched(hub):
         (
             "model.safetensors",
             "pytorch_model.bin",
-            r"holds no model\*.safetensors \(it has .bin\).*save_pretrained",
+            r"holds no weights.*\(it has .bin\).*save_pretrained",
         ),
-        ("model.safetensors", None, "holds no model"),
+        ("model.safetensors", None, "holds no weights"),
     ],
 )
 def test_a_repository_that_lacks_something(hub, file, rename, words):

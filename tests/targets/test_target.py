@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
 from subspec.targets import Target
+from subspec.targets.target import PINNED_DATE
 from tests.helpers.tiny import END_ID, START_ID, tiny_model, tiny_tokenizer
 
 
@@ -51,17 +52,33 @@ def test_chat_ids_want_a_message():
         make().chat_ids([])
 
 
-def test_a_template_that_refuses_is_one_line():
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+        {"rag": "{{ messages }}", "chat": "{{ messages }}"},
+    ],
+)
+def test_a_template_that_fails_is_one_line(template):
     target = make()
-    target.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(SubspecError, match=r"refuses the roles \[user, user\]: roles must alternate"):
+    target.tokenizer.chat_template = template
+    with pytest.raises(
+        ConfigError, match=r"chat template of tiny fails for the roles \[user, user\]"
+    ) as error:
         target.chat_ids([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    assert "\n" not in str(error.value)
 
 
-def test_a_template_with_the_date_gives_the_same_prompt_every_day():
-    target = make()
+@pytest.mark.parametrize("code", ["%d %b %Y", "%Y-%m-%d %H:%M:%S", "%A, %B %-d", "%I:%M %p", "%j", "%c"])
+def test_a_template_with_the_date_gives_the_same_prompt_every_day(code):
+    """Wherever the template asks for it: in the middle, in a macro, by keyword."""
+    target, expected = make(), PINNED_DATE.strftime(code)
     target.tokenizer.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ date_string }}: {{ messages[0]['content'] }}"
+        f"{{%- set now = strftime_now('{code}') %}}{{% macro again() %}}{{{{ strftime_now(format='{code}') }}}}"
+        "{% endmacro %}{{ now }}|{{ again() }}: {{ messages[0]['content'] }}"
     )
-    assert target.tokenizer.decode(target.chat_ids([{"role": "user", "content": "hi"}])) == "26 Jul 2024: hi"
+    text = target.tokenizer.decode(target.chat_ids([{"role": "user", "content": "hi"}]))
+    assert text == f"{expected}|{expected}: hi"

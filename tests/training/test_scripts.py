@@ -73,7 +73,9 @@ def test_the_trained_head_is_an_eagle_checkpoint(made, tmp_path):
     assert "apache-2.0" in card
     # A resumed run that is already at its end writes the same weights again.
     script("train_eagle", *common, "--out", tmp_path / "again", "--steps", 4, "--resume")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == files.weights.read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        files.folder / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_distilled_model_is_a_transformers_folder(made, tmp_path):
