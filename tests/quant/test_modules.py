@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from subspec.config.quant_checks import bits_by_linear, linear_names
 from subspec.config.schema import BitsByModule
 from subspec.drafts.substitute import share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.modules import bits_by_linear, linear_names, quantize_model
+from subspec.quant.modules import quantize_model
 from tests.helpers.tiny import tiny_model
 
 LAYER = ["attention", "mlp"]
