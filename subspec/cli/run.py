@@ -92,7 +92,10 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
         _begin(cfg)
         from subspec.runs.runner import run
 
-        return run(cfg, folder, overrides)
+        figure = run(cfg, folder, overrides)
+        if not sweep and not cfg.plan_only:
+            _say(f"tables and plots: python -m subspec.report {shlex.quote(str(cfg.run_dir))}")
+        return figure
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(folder, settings.sweep.dir if sweep else None)) from stop
     except Exception as error:
@@ -107,12 +110,17 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
         raise
 
 
+def _say(text: str) -> None:
+    from subspec.utils.terminal import Terminal
+
+    Terminal().note(text)
+
+
 def _begin(cfg: "DictConfig") -> None:
     """Refuse wrong values and print the first line, before torch and transformers take seconds to import."""
     from subspec.config.checks import check_keys, check_values
     from subspec.config.help_text import GROUPS
     from subspec.config.schema import to_config
-    from subspec.utils.terminal import Terminal
 
     check_keys(cfg)
     config = to_config(cfg)
@@ -121,7 +129,7 @@ def _begin(cfg: "DictConfig") -> None:
         group: getattr(cfg[group], "name", None) or cfg[group] for group in GROUPS if cfg[group] is not None
     }
     words = [f"{group}={name}" for group, name in chosen.items()]
-    Terminal().note(f"subspec {__version__}: {' '.join(words)} run_dir={cfg.run_dir}")
+    _say(f"subspec {__version__}: {' '.join(words)} run_dir={cfg.run_dir}")
 
 
 def _how_to_continue(folder: Path, sweep: str | None) -> str:

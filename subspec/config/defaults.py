@@ -4,6 +4,8 @@ A pass over a streamed target takes as long as dozens of draft levels, so that d
 of trees hold an interpolation, ``depth: ${streamed_tree:depth,16}``, which composing resolves.
 """
 
+from datetime import datetime
+
 from omegaconf import DictConfig, OmegaConf
 
 PAPER_TREES = {"subspec": {"depth": 48, "width": 6}, "small_model": {"depth": 32, "width": 6}}
@@ -19,6 +21,12 @@ def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
     return PAPER_TREES.get(str(draft), {}).get(key, otherwise)
 
 
-def register_streamed_tree() -> None:
-    """Register ``${streamed_tree:...}`` with OmegaConf. Idempotent."""
+def register_resolvers() -> None:
+    """Register ``${streamed_tree:...}`` and ``${started:FORMAT}`` with OmegaConf. Idempotent.
+
+    ``started`` is Hydra's ``now`` with microseconds (``%f``): runs of the same second get different folders.
+    """
     OmegaConf.register_new_resolver("streamed_tree", streamed_tree, replace=True)
+    OmegaConf.register_new_resolver(
+        "started", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True
+    )

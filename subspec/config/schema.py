@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from subspec.config.defaults import register_streamed_tree
+from subspec.config.defaults import register_resolvers
 from subspec.config.enums import (
     Cache,
     Codec,
@@ -440,7 +440,7 @@ SCHEMAS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Register the schema with Hydra. Idempotent."""
-    register_streamed_tree()
+    register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
     for key, node in SCHEMAS.items():

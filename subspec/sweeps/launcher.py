@@ -129,7 +129,7 @@ class _Queue:
                 for index, job in list(self.running.items()):
                     if (outcome := job.poll()) is not None:
                         self._finish(index, outcome)
-                self.progress.update(list(self.running.values()))
+                self.progress.update(list(self.running.values()), [label for _, _, label in self.waiting])
                 if self.running:
                     time.sleep(POLL_S)
         except BaseException as stop:
