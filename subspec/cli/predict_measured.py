@@ -36,6 +36,30 @@ class Measured:
     draft: Mapping[str, Any]
     quant: Mapping[str, Any] | None
 
+    def differences(self, config: Config) -> list[str]:
+        """Settings on which acceptance depends and in which ``config`` differs from the runs, as lines for people.
+
+        Raises:
+            ConfigError: another kind of draft.
+        """
+        wanted = asdict(config)
+        draft, quant = _draft(wanted), _quant(wanted) if self.quant is not None else None
+        if self.draft["name"] != draft["name"]:
+            raise ConfigError(
+                f"--from: that run drafts with draft={self.draft['name']}, and this prediction is for "
+                f"draft={draft['name']}: set draft={self.draft['name']}, or give a run with draft={draft['name']}"
+            )
+        pairs = [(f"draft.{key}", self.draft[key], draft[key]) for key in draft]
+        pairs += [
+            (f"quant.{key}", self.quant[key], quant[key]) for key in quant or () if self.quant and quant
+        ]
+        pairs.append(("tree.width", self.width, _width(wanted["tree"])))
+        return [
+            f"acceptance was measured with {key}={_text(before)}, and this prediction has {_text(now)}"
+            for key, before, now in pairs
+            if before != now
+        ]
+
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
         """Whether ``level_s`` holds for ``config`` on ``card``; planted and real targets take the same time."""
         if card is None or _card_name(self.device) != _card_name(card.name):
@@ -104,6 +128,10 @@ def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
     modules = sorted(quant.get("modules") or ())
     return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _card_name(name: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from subspec.config.help_text import GROUPS, kinds, suggestion
+from subspec.config.help_text import GROUPS, kinds, options, suggestion, unknown_option
 from subspec.utils.paths import conf_dir
 
 CONFIG_EXCEPTIONS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -37,6 +37,8 @@ def explain(error: BaseException) -> str:
                 return _unknown_key_of(cause, override)
             if kind == "ValidationError":
                 return _wrong_value(cause, override)
+            if kind == "MissingMandatoryValue":
+                return f"{cause.full_key} is not set: give it as {cause.full_key}=VALUE"
             if cause.full_key:  # mostly interpolations
                 return f"{cause.full_key}: {_first_line(cause)}"
     text = _first_line(error)
@@ -75,8 +77,8 @@ def _unknown_option(error: MissingConfigException) -> str:
     if group == "hydra/launcher" and option in ("submitit_slurm", "submitit_local", "ray"):
         extra = "pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
         return f"{group}: needs packages that are not here: {extra}"
-    known = sorted(error.options or [])
-    return f"{group}={option}: no such option{suggestion(option, known)}; {group} has {', '.join(known) or 'none'}"
+    known = [name for name, _ in options(conf_dir(), group)] or sorted(error.options or [])
+    return unknown_option(group, option, known)
 
 
 def _unreadable_override(text: str) -> str:

@@ -63,19 +63,20 @@ def expected(error: Exception) -> tuple[str, int] | None:
     return None
 
 
+_ALLOCATION = re.compile(
+    "can't allocate memory|not enough memory|out of memory|calculation overflowed|overflow when unpacking",
+    re.I,
+)
+"""PyTorch's host allocator, and sizes beyond 64 bits, raise plain RuntimeErrors and TypeErrors."""
+
+
 def _exhausted(error: Exception) -> str | None:
-    """The memory that an allocation did not find room in; None for another error."""
-    if type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error)
-    ):
+    """The memory in which an allocation found no room; None for another error."""
+    if type(error).__name__ == "OutOfMemoryError":
         return "device memory"
-    if isinstance(error, MemoryError):
-        return "host memory"
-    return "host memory" if isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) else None
-
-
-_ALLOCATION = re.compile("can't allocate memory|not enough memory|out of memory|calculation overflowed", re.I)
-"""PyTorch's host allocator, and sizes beyond 64 bits, are reported as plain RuntimeErrors."""
+    if isinstance(error, RuntimeError | TypeError) and _ALLOCATION.search(str(error)):
+        return "device memory" if "CUDA" in str(error) else "host memory"
+    return "host memory" if isinstance(error, MemoryError) else None
 
 
 def fail(error: BaseException, message: str) -> None:

@@ -122,9 +122,7 @@ def _help_on(conf: Path, word: str) -> Iterator[str]:
     wanted = chosen.split(",") if chosen and not key else list(known)
     for option in wanted:
         if option not in known:
-            raise ConfigError(
-                f"{group}={option}: no such option{suggestion(option, list(known))}; {group} has {', '.join(known)}"
-            )
+            raise ConfigError(unknown_option(group, option, list(known)))
     if not chosen and not key:
         yield from (f"{group}: {GROUPS[group]}", "")
     shown = False
@@ -254,6 +252,14 @@ def _entry(key: str, text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, 110, initial_indent=first, subsequent_indent=" " * (indent + 28)) or [
         first.rstrip()
     ]
+
+
+def unknown_option(group: str, option: str, known: Sequence[str]) -> str:
+    """Message about an option that a group does not have."""
+    listed = (
+        f"`--help {group}` lists them" if len(known) > 20 else f"{group} has {', '.join(known) or 'none'}"
+    )
+    return f"{group}={option}: no such option{suggestion(option, known)}; {listed}"
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
