@@ -1,6 +1,6 @@
 """Inputs of a prediction, from the command line: GPU, configuration, bandwidths and acceptance.
 
-Modules that import torch are imported after the command line has been checked.
+Modules that import torch or matplotlib are imported after the command line has been checked.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ from hydra import initialize_config_dir
 
 from subspec.cli.overrides import prepare
 from subspec.cli.predict import PredictCommand
-from subspec.cli.predict_measured import Measured, read_measured
 from subspec.config.checks import check_keys, check_values
 from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
 from subspec.errors import ConfigError
@@ -20,6 +19,7 @@ from subspec.planning.machine import AUTO, measure_gpu, usable_vram_gib
 from subspec.utils.paths import conf_dir
 
 if TYPE_CHECKING:
+    from subspec.cli.predict_measured import Measured
     from subspec.planning.predict import Prediction
     from subspec.planning.predict_timing import Machine
     from subspec.utils.console import Note
@@ -119,7 +119,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
     return config
 
 
-def _measured(command: PredictCommand) -> Measured | None:
+def _measured(command: PredictCommand) -> "Measured | None":
     if command.source is not None and "tau" in command.own:
         raise ConfigError("tau= and --from both say how much is accepted: give one of them")
     if command.source is None and "tau" not in command.own:
@@ -127,11 +127,15 @@ def _measured(command: PredictCommand) -> Measured | None:
             "tau is not set: give tau=NUMBER as measured by a run (published for SubSpec, Qwen2.5-7B on MT-Bench: "
             "28.35), or --from RUN"
         )
-    return read_measured(command.source) if command.source is not None else None
+    if command.source is None:
+        return None
+    from subspec.cli.predict_measured import read_measured
+
+    return read_measured(command.source)
 
 
 def _machine(
-    command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: Measured | None
+    command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: "Measured | None"
 ) -> tuple["Machine", str]:
     """The machine, and the source of the time of a draft level."""
     from subspec.planning.predict_timing import EFFICIENCY, Machine
@@ -148,7 +152,7 @@ def _machine(
     return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
 
 
-def _acceptance(command: PredictCommand, config: Config, measured: Measured | None) -> Acceptance:
+def _acceptance(command: PredictCommand, config: Config, measured: "Measured | None") -> Acceptance:
     """The acceptance of a measured run, or of a single tau."""
     if measured is not None:
         return measured.acceptance
