@@ -37,7 +37,7 @@ def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction"
     measured = _measured(command)
     depths = _depths(command)
     config = compose(command, gpu)
-    for difference in measured.differences(config) if measured is not None else ():
+    for difference in measured.check(config) if measured is not None else ():
         note(difference)
     from subspec.drafts.check_config import check_config
     from subspec.planning.predict import DEPTHS, predict

@@ -36,38 +36,38 @@ class Measured:
     draft: Mapping[str, Any]
     quant: Mapping[str, Any] | None
 
-    def differences(self, config: Config) -> list[str]:
-        """Settings on which acceptance depends and in which ``config`` differs from the runs, as lines for people.
+    def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
+        wanted = asdict(config)
+        pairs = {f"draft.{key}": (self.draft[key], now) for key, now in _draft(wanted).items()}
+        if self.quant is not None:
+            pairs |= {f"quant.{key}": (self.quant[key], now) for key, now in _quant(wanted).items()}
+        pairs["tree.width"] = (self.width, _width(wanted["tree"]))
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+    def check(self, config: Config) -> list[str]:
+        """Lines for people about the differences.
 
         Raises:
-            ConfigError: another kind of draft.
+            ConfigError: the runs are of another kind of draft.
         """
-        wanted = asdict(config)
-        draft, quant = _draft(wanted), _quant(wanted) if self.quant is not None else None
-        if self.draft["name"] != draft["name"]:
+        found = self.differences(config)
+        if "draft.name" in found:
+            theirs, ours = found["draft.name"]
             raise ConfigError(
-                f"--from: that run drafts with draft={self.draft['name']}, and this prediction is for "
-                f"draft={draft['name']}: set draft={self.draft['name']}, or give a run with draft={draft['name']}"
+                f"--from: that run has draft={theirs}, and this prediction is for draft={ours}: set draft={theirs}, "
+                f"or give a run with draft={ours}"
             )
-        pairs = [(f"draft.{key}", self.draft[key], draft[key]) for key in draft]
-        pairs += [
-            (f"quant.{key}", self.quant[key], quant[key]) for key in quant or () if self.quant and quant
-        ]
-        pairs.append(("tree.width", self.width, _width(wanted["tree"])))
         return [
-            f"acceptance was measured with {key}={_text(before)}, and this prediction has {_text(now)}"
-            for key, before, now in pairs
-            if before != now
+            f"acceptance was measured with {key}={a}, and this prediction has {b}"
+            for key, (a, b) in found.items()
         ]
 
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
         """Whether ``level_s`` holds for ``config`` on ``card``; planted and real targets take the same time."""
         if card is None or _card_name(self.device) != _card_name(card.name):
             return False
-        wanted = asdict(config)
-        if self.width != _width(wanted["tree"]) or _shape(self.target) != _shape(config.target.name):
-            return False
-        return self.draft == _draft(wanted) and self.quant in (None, _quant(wanted))
+        return _shape(self.target) == _shape(config.target.name) and not self.differences(config)
 
 
 def read_measured(place: Path) -> Measured:
@@ -128,10 +128,6 @@ def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
     modules = sorted(quant.get("modules") or ())
     return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def _card_name(name: str) -> str:

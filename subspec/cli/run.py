@@ -94,7 +94,7 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
 
         figure = run(cfg, folder, overrides)
         if not sweep and not cfg.plan_only:
-            _say(f"tables and plots: python -m subspec.report {shlex.quote(_relative(folder))}")
+            _say(f"tables and plots: python -m subspec.report {shlex.quote(os.path.relpath(folder))}")
         return figure
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(folder, settings.sweep.dir if sweep else None)) from stop
@@ -108,10 +108,6 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
             fail(error, f"job {settings.job.num} ({' '.join(overrides)}): {failure[0]}")
         error.reported = True
         raise
-
-
-def _relative(folder: Path) -> str:
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def _say(text: str) -> None:

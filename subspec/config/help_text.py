@@ -88,13 +88,11 @@ def help_text(conf: Path) -> str:
         lines.append(f"{group}: {meaning}")
         for name, text in options(conf, group):
             mark = "*" if chosen.get(group) == name else " "
-            lines += textwrap.wrap(
-                text, 110, initial_indent=f"  {mark} {name:<18} ", subsequent_indent=" " * 23
-            ) or [f"  {mark} {name}"]
+            lines += _entry(f"{mark} {name}", text, 2, 21)
         lines.append("")
     lines.append("Keys of the run itself:")
     for key, text in top_level_keys(conf):
-        lines += textwrap.wrap(text, 110, initial_indent=f"    {key:<24} ", subsequent_indent=" " * 29)
+        lines += _entry(key, text, 4)
     lines += ["", FOOTER.rstrip()]
     return "\n".join(lines)
 
@@ -246,12 +244,10 @@ def _shown(value: Any) -> str:
     return value.name if isinstance(value, Enum) else str(value)
 
 
-def _entry(key: str, text: str, indent: int) -> list[str]:
-    width = max(28, len(key) + 2)
-    first = " " * indent + f"{key:<{width}}"
-    return textwrap.wrap(text, 110, initial_indent=first, subsequent_indent=" " * (indent + 28)) or [
-        first.rstrip()
-    ]
+def _entry(key: str, text: str, indent: int, column: int = 28) -> list[str]:
+    first = f"{' ' * indent}{key:<{column - 1}} "
+    wrapped = textwrap.wrap(text, 110, initial_indent=first, subsequent_indent=" " * (indent + column))
+    return wrapped or [first.rstrip()]
 
 
 def unknown_option(group: str, option: str, known: Sequence[str]) -> str:
