@@ -347,6 +347,8 @@ def test_the_shipped_check_of_an_installation(tmp_path):
     ran = cli("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
     assert ran.code == 0, ran.err
     assert "losslessness audit  passed: tokens exact 64" in ran.out
+    assert ran.out.startswith("subspec ")
+    assert re.search(r"^tables and plots: python -m subspec\.report \S+$", ran.out, re.MULTILINE)
     assert "planted" in ran.out
     summary = summary_of(tmp_path)
     assert summary["audit"]["mismatch"] == 0
