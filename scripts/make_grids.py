@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from subspec.quant.grids import BITS, FILE, RADIUS
+from subspec.config.quant_checks import HIGGS_BITS as BITS
+from subspec.quant.grids import FILE, RADIUS
 
 HERE = Path(__file__).resolve().parents[1] / "subspec" / "quant" / FILE
 

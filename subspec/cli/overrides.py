@@ -34,10 +34,18 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     said = parser.parse_intermixed_args(list(arguments))
     flags = [argument for argument in arguments if argument not in said.overrides]
     shows = said.cfg is not None or said.info is not None
-    if said.multirun and shows:
-        _refuse("-m runs, --cfg and --info show: give one of them")
+    if sum(map(bool, (said.run, said.multirun, said.cfg, said.info, said.shell_completion))) > 1:
+        _refuse("--run and -m run, --cfg and --info show: give one of them")
+    if said.resolve and not said.cfg:
+        _refuse("--resolve is for --cfg: add --cfg job, or leave it out")
+    # Hydra would take the override behind a bare --info for its value.
+    flags = [f"--info={said.info}" if flag in ("--info", "-i") else flag for flag in flags]
     sweep = said.multirun or (not shows and is_sweep(said.overrides, said.config_dir))
-    overrides = dict(_checked(text, sweep) for text in said.overrides)
+    overrides: dict[str, Override] = {}
+    for given_text in said.overrides:
+        text, parsed = _checked(given_text, sweep)
+        overrides.pop(text, None)  # a repeated override takes the later place: a=2 a=1 a=2
+        overrides[text] = parsed
     given = {parsed.key_or_group: _text(parsed) for parsed in overrides.values()}
     if sweep:
         if "run_dir" in given:

@@ -108,17 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     command = parse(arguments)
-    # Imported here: the help needs none of it.
+    # Imported here, what takes seconds last: the help and a wrong command line need none of it.
     from subspec.cli.predict_inputs import predict_command
+    from subspec.utils.files import write_error, write_json
+    from subspec.utils.terminal import Terminal
+
+    console = Terminal()
+    prediction, title, planted, level_source = predict_command(command, console.note)
     from subspec.planning.plan_table import plan_table
     from subspec.planning.predict_table import depth_table, plot, remarks
-    from subspec.runs.console import RunConsole
-    from subspec.utils.files import write_error, write_json
 
-    console = RunConsole()
-    prediction, title, planted, level_source = predict_command(command, console.note)
     console.rich.print(plan_table(prediction.plan))
-    console.rich.print("[bold]predicted speed of decoding over tree depths[/]", highlight=False)
+    console.rich.print("predicted speed of decoding over tree depths", style="bold")
     console.rich.print(depth_table(prediction))
     for line in remarks(prediction, planted, level_source):
         console.note(line)

@@ -1,40 +1,53 @@
-"""Inputs of a prediction, from the command line: GPU, configuration, bandwidths and acceptance."""
+"""Inputs of a prediction, from the command line: GPU, configuration, bandwidths and acceptance.
+
+Modules that import torch or matplotlib are imported after the command line has been checked.
+"""
+
+from typing import TYPE_CHECKING
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from subspec.cli.overrides import prepare
 from subspec.cli.predict import PredictCommand
-from subspec.cli.predict_measured import Measured, read_measured
-from subspec.config.checks import check_keys
+from subspec.config.checks import check_keys, check_values
 from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
-from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.planning.machine import AUTO, measure_gpu, usable_vram_gib
-from subspec.planning.predict import DEPTHS, Prediction, predict
-from subspec.planning.predict_timing import EFFICIENCY, Machine
-from subspec.targets import load_target_config
-from subspec.utils.console import Note
 from subspec.utils.paths import conf_dir
+
+if TYPE_CHECKING:
+    from subspec.cli.predict_measured import Measured
+    from subspec.planning.predict import Prediction
+    from subspec.planning.predict_timing import Machine
+    from subspec.utils.console import Note
 
 DEFAULTS = {"draft": "subspec", "quant": "hqq", "offload": "stream", "logger": "none"}
 
 
-def predict_command(command: PredictCommand, note: Note) -> tuple[Prediction, str, bool, str]:
+def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction", str, bool, str]:
     """The prediction, a title, whether weights are planted, and the source of a draft level's time.
 
     Raises:
         ConfigError: naming the key and the remedy.
     """
     gpu = named_gpu(command)
-    config = compose(command, gpu)
     measured = _measured(command)
+    depths = _depths(command)
+    config = compose(command, gpu)
+    for difference in measured.check(config) if measured is not None else ():
+        note(difference)
+    from subspec.drafts.check_config import check_against_target, check_config
+    from subspec.planning.predict import DEPTHS, predict
+    from subspec.targets import load_target_config
+
+    check_config(config)
     model = load_target_config(config.target, note=note)
     check_against_target(config, model)
     machine, level_source = _machine(command, config, gpu, measured)
-    prediction = predict(config, model, machine, _acceptance(command, config, measured), _depths(command))
+    prediction = predict(config, model, machine, _acceptance(command, config, measured), depths or DEPTHS)
     planted = hasattr(config.target, "shape") or (measured is not None and measured.planted)
     assert isinstance(config.offload, StreamOffloadConfig)
     title = f"{config.target.name} in {config.offload.vram_gib:g} GiB" + (f" on {gpu.name}" if gpu else "")
@@ -92,7 +105,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         cfg = hydra_compose("config", [*added, *overrides, "run_dir=unused"])
     check_keys(cfg)
     config = to_config(cfg)
-    check_config(config)
+    check_values(config)
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(
             f"offload={config.offload.name}: predictions are for offload=stream; leave offload out"
@@ -107,7 +120,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
     return config
 
 
-def _measured(command: PredictCommand) -> Measured | None:
+def _measured(command: PredictCommand) -> "Measured | None":
     if command.source is not None and "tau" in command.own:
         raise ConfigError("tau= and --from both say how much is accepted: give one of them")
     if command.source is None and "tau" not in command.own:
@@ -115,13 +128,19 @@ def _measured(command: PredictCommand) -> Measured | None:
             "tau is not set: give tau=NUMBER as measured by a run (published for SubSpec, Qwen2.5-7B on MT-Bench: "
             "28.35), or --from RUN"
         )
-    return read_measured(command.source) if command.source is not None else None
+    if command.source is None:
+        return None
+    from subspec.cli.predict_measured import read_measured
+
+    return read_measured(command.source)
 
 
 def _machine(
-    command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: Measured | None
-) -> tuple[Machine, str]:
+    command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: "Measured | None"
+) -> tuple["Machine", str]:
     """The machine, and the source of the time of a draft level."""
+    from subspec.planning.predict_timing import EFFICIENCY, Machine
+
     memory = command.number("memory_gb_per_s") or (gpu.memory_gb_per_s if gpu else None)
     link = config.offload.link_gb_per_s or (gpu.link_gb_per_s if gpu else None)
     assert memory is not None
@@ -134,7 +153,7 @@ def _machine(
     return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
 
 
-def _acceptance(command: PredictCommand, config: Config, measured: Measured | None) -> Acceptance:
+def _acceptance(command: PredictCommand, config: Config, measured: "Measured | None") -> Acceptance:
     """The acceptance of a measured run, or of a single tau."""
     if measured is not None:
         return measured.acceptance
@@ -145,10 +164,10 @@ def _acceptance(command: PredictCommand, config: Config, measured: Measured | No
     return Acceptance.from_tau(tau, int(depth) if depth is not None else config.tree.depth)
 
 
-def _depths(command: PredictCommand) -> tuple[int, ...]:
+def _depths(command: PredictCommand) -> tuple[int, ...] | None:
     text = command.own.get("depths")
     if text is None:
-        return DEPTHS
+        return None
     try:
         depths = tuple(int(part) for part in text.strip("[]").split(","))
     except ValueError:

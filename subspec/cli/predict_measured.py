@@ -36,14 +36,38 @@ class Measured:
     draft: Mapping[str, Any]
     quant: Mapping[str, Any] | None
 
+    def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
+        wanted = asdict(config)
+        pairs = {f"draft.{key}": (self.draft[key], now) for key, now in _draft(wanted).items()}
+        if self.quant is not None:
+            pairs |= {f"quant.{key}": (self.quant[key], now) for key, now in _quant(wanted).items()}
+        pairs["tree.width"] = (self.width, _width(wanted["tree"]))
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+    def check(self, config: Config) -> list[str]:
+        """Lines for people about the differences.
+
+        Raises:
+            ConfigError: the runs are of another kind of draft.
+        """
+        found = self.differences(config)
+        if "draft.name" in found:
+            theirs, ours = found["draft.name"]
+            raise ConfigError(
+                f"--from: that run has draft={theirs}, and this prediction is for draft={ours}: set draft={theirs}, "
+                f"or give a run with draft={ours}"
+            )
+        return [
+            f"acceptance was measured with {key}={a}, and this prediction has {b}"
+            for key, (a, b) in found.items()
+        ]
+
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
         """Whether ``level_s`` holds for ``config`` on ``card``; planted and real targets take the same time."""
         if card is None or _card_name(self.device) != _card_name(card.name):
             return False
-        wanted = asdict(config)
-        if self.width != _width(wanted["tree"]) or _shape(self.target) != _shape(config.target.name):
-            return False
-        return self.draft == _draft(wanted) and self.quant in (None, _quant(wanted))
+        return _shape(self.target) == _shape(config.target.name) and not self.differences(config)
 
 
 def read_measured(place: Path) -> Measured:

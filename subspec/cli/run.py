@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspec import __version__
 from subspec.config.guard import expected, fail, guarded
 
 if TYPE_CHECKING:
@@ -27,13 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: list[str]) -> None:
     from subspec.utils.paths import conf_dir
 
+    if "--version" in arguments:
+        print(f"subspec {__version__}")
+        return
     if "--help" in arguments or "-h" in arguments:
-        from subspec.config.help_text import help_text
+        from subspec.config.help_text import help_on, help_text
 
-        print(help_text(conf_dir()), end="")
+        words = [word for word in arguments if not word.startswith("-")]
+        print(help_on(conf_dir(), words) if words else help_text(conf_dir()))
         return
 
     import hydra
+    from hydra._internal.hydra import Hydra
 
     from subspec.cli.overrides import prepare
     from subspec.config.schema import register_schemas
@@ -41,6 +47,8 @@ def _main(arguments: list[str]) -> None:
     # Read when CUDA starts. Expandable segments prevent fragmentation under a tight memory budget.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # `prepare` has told runs from sweeps: Hydra would compose everything once more to read hydra.mode.
+    Hydra.get_mode = lambda *_, **__: None
     register_schemas()
     sys.argv = [sys.argv[0], *prepare(arguments)]
     failures: list[Exception] = []
@@ -81,9 +89,13 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
             if settings.launcher["_target_"] != IN_PROCESS:
                 # A worker of another project's launcher: the job runs in a process of its own there too.
                 return run_in_process(job_spec(settings, cfg))
+        _begin(cfg)
         from subspec.runs.runner import run
 
-        return run(cfg, folder, overrides)
+        figure = run(cfg, folder, overrides)
+        if not sweep and not cfg.plan_only:
+            _say(f"tables and plots: python -m subspec.report {shlex.quote(os.path.relpath(folder))}")
+        return figure
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(_how_to_continue(folder, settings.sweep.dir if sweep else None)) from stop
     except Exception as error:
@@ -96,6 +108,28 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
             fail(error, f"job {settings.job.num} ({' '.join(overrides)}): {failure[0]}")
         error.reported = True
         raise
+
+
+def _say(text: str) -> None:
+    from subspec.utils.terminal import Terminal
+
+    Terminal().note(text)
+
+
+def _begin(cfg: "DictConfig") -> None:
+    """Refuse wrong values and print the first line, before torch and transformers take seconds to import."""
+    from subspec.config.checks import check_keys, check_values
+    from subspec.config.help_text import GROUPS
+    from subspec.config.schema import to_config
+
+    check_keys(cfg)
+    config = to_config(cfg)
+    check_values(config)
+    chosen = {
+        group: getattr(cfg[group], "name", None) or cfg[group] for group in GROUPS if cfg[group] is not None
+    }
+    words = [f"{group}={name}" for group, name in chosen.items()]
+    _say(f"subspec {__version__}: {' '.join(words)} run_dir={cfg.run_dir}")
 
 
 def _how_to_continue(folder: Path, sweep: str | None) -> str:

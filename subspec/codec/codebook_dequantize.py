@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspec.config.quant_checks import LEAST_BLOCK
 from subspec.kernels.compile import compile_cuda
 from subspec.kernels.grouped_launch import GroupedLaunch, float_bits
 from subspec.quant.codebook_linear import CodebookLinear
-from subspec.quant.hadamard import LEAST_BLOCK
 
 ROWS = 8
 """Rows that a block of threads dequantizes, with one block of the rotation's inputs."""

@@ -8,6 +8,7 @@ import torch
 from subspec.codec.coded_head import slice_rows
 from subspec.codec.restore import KERNELS
 from subspec.config.enums import Codec, Dtype, Kernel
+from subspec.config.quant_checks import MODULE_CLASSES, linear_names
 from subspec.config.schema import (
     Config,
     HiggsConfig,
@@ -19,7 +20,7 @@ from subspec.config.schema import (
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, is_kept
 from subspec.levels.quantization import LevelQuantization
-from subspec.quant.quantize_model import HEAD, MODULE_CLASSES, linear_names
+from subspec.quant.quantize_model import HEAD
 from subspec.targets.layer_bytes import PlainCodec
 
 HEAD_BITS = 0.3

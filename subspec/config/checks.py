@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from subspec.config.errors import unknown_key
+from subspec.config.quant_checks import check_quant
 from subspec.config.schema import (
     Config,
     HiggsConfig,
@@ -115,6 +116,13 @@ def check_values(config: Config) -> None:
         node = getattr(config, group) if group else config
         if hasattr(node, name) and not fine(value := getattr(node, name)):
             raise ConfigError(f"{key}={value} {complaint}")
+    if quantizes(config):
+        check_quant(config.quant)
+    tree = config.tree
+    if hasattr(tree, "min_depth") and config.draft.name != "none" and tree.min_depth > tree.depth:
+        raise ConfigError(
+            f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
+        )
     _check_execution(config)
     _check_lengths(config)
     if config.benchmark.source is Source.file and not config.benchmark.path:

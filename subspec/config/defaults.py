@@ -5,6 +5,8 @@ target takes as long as dozens of draft levels, so that deep trees pay only ther
 ``depth: ${streamed_tree:depth,16}``.
 """
 
+from datetime import datetime
+
 from omegaconf import DictConfig, OmegaConf
 
 PAPER_TREES = {"subspec": {"depth": 48, "width": 6}, "small_model": {"depth": 32, "width": 6}}
@@ -26,6 +28,12 @@ def default_samples(otherwise: int, per_category: int | None) -> int | None:
 
 
 def register_resolvers() -> None:
-    """Register the interpolations with OmegaConf. Idempotent."""
+    """Register the interpolations with OmegaConf. Idempotent.
+
+    ``started`` is Hydra's ``now`` with microseconds (``%f``): runs of the same second get different folders.
+    """
     OmegaConf.register_new_resolver("streamed_tree", streamed_tree, replace=True)
     OmegaConf.register_new_resolver("default_samples", default_samples, replace=True)
+    OmegaConf.register_new_resolver(
+        "started", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True
+    )

@@ -1,7 +1,6 @@
 """One-line messages for exceptions of Hydra and OmegaConf, with the key and its valid values."""
 
 import dataclasses
-import difflib
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from subspec.config.help_text import GROUPS
+from subspec.config.help_text import GROUPS, kinds, options, suggestion, unknown_option
+from subspec.utils.paths import conf_dir
 
 CONFIG_EXCEPTIONS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 """Exceptions of composing or reading a wrong configuration."""
@@ -37,6 +37,8 @@ def explain(error: BaseException) -> str:
                 return _unknown_key_of(cause, override)
             if kind == "ValidationError":
                 return _wrong_value(cause, override)
+            if kind == "MissingMandatoryValue":
+                return f"{cause.full_key} is not set: give it as {cause.full_key}=VALUE"
             if cause.full_key:  # mostly interpolations
                 return f"{cause.full_key}: {_first_line(cause)}"
     text = _first_line(error)
@@ -70,18 +72,13 @@ def _override_in(chain: list[BaseException]) -> str | None:
 _PACKAGE_HINT = " (in a file of your own: does it begin with `# @package _global_`?)"
 
 
-def _suggestion(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     if group == "hydra/launcher" and option in ("submitit_slurm", "submitit_local", "ray"):
         extra = "pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
         return f"{group}: needs packages that are not here: {extra}"
-    known = sorted(error.options or [])
-    return f"{group}={option}: no such option{_suggestion(option, known)}; {group} has {', '.join(known) or 'none'}"
+    known = [name for name, _ in options(conf_dir(), group)] or sorted(error.options or [])
+    return unknown_option(group, option, known)
 
 
 def _unreadable_override(text: str) -> str:
@@ -106,9 +103,29 @@ def unknown_key(key: str, node: type) -> str:
     """Message about a dotted key that the schema ``node`` of its parent does not have."""
     known = sorted(f.name for f in dataclasses.fields(node))
     parent, _, last = key.rpartition(".")
-    if parent:
-        return f"{key}: no such key{_suggestion(last, known)}; {parent} has {', '.join(known)}"
-    return f"{key}: no such key or group{_suggestion(last, known)}; a run has {', '.join(known)}"
+    if not parent:
+        hint = _elsewhere(key) or suggestion(key, known)
+        return f"{key}: no such key or group{hint}" + ("" if hint else f"; a run has {', '.join(known)}")
+    hint = suggestion(last, known)
+    if not hint and parent in GROUPS:
+        if owners := _options_with(parent, last):
+            return f"{key}: the chosen {parent} has no such key; it is a key of {' and '.join(owners)}"
+        hint = _elsewhere(last)
+    return f"{key}: no such key{hint}; {parent} has {', '.join(known)}"
+
+
+def _elsewhere(key: str) -> str:
+    found = [f"{group}.{key}" for group in GROUPS if _options_with(group, key)]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """``GROUP=OPTION`` of every kind of option whose schema has ``key``."""
+    return [
+        f"{group}={option}"
+        for option, schema in kinds(conf_dir(), group).items()
+        if key in {field.name for field in dataclasses.fields(schema)}
+    ]
 
 
 def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
@@ -126,7 +143,7 @@ def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
 def _unknown_group(text: str) -> str:
     key = re.search(r"Could not override '([^']+)'", text)
     name = key[1] if key else text
-    return f"{name}: no such group{_suggestion(name, list(GROUPS))}; the groups are {', '.join(GROUPS)}"
+    return f"{name}: no such group{suggestion(name, list(GROUPS))}; the groups are {', '.join(GROUPS)}"
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -57,10 +58,25 @@ def expected(error: Exception) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, CONFIG_EXCEPTIONS):
         return explain(error), 2
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        where = "host memory" if isinstance(error, MemoryError) else "device memory"
+    if (where := _exhausted(error)) is not None:
         return f"out of {where}: lower decoding.max_length or the tree, or take a smaller target or dtype", 1
     return None
+
+
+_ALLOCATION = re.compile(
+    "can't allocate memory|not enough memory|out of memory|calculation overflowed|overflow when unpacking",
+    re.I,
+)
+"""PyTorch's host allocator, and sizes beyond 64 bits, raise plain RuntimeErrors and TypeErrors."""
+
+
+def _exhausted(error: Exception) -> str | None:
+    """The memory in which an allocation found no room; None for another error."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "device memory"
+    if isinstance(error, RuntimeError | TypeError) and _ALLOCATION.search(str(error)):
+        return "device memory" if "CUDA" in str(error) else "host memory"
+    return "host memory" if isinstance(error, MemoryError) else None
 
 
 def fail(error: BaseException, message: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.config.checks import check_values, quantizes
+from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import (
-    AdaptiveTreeConfig,
     Config,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
@@ -20,9 +20,8 @@ from subspec.config.schema import (
 from subspec.decoding.eagle2 import drafted_nodes
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
-from subspec.quant.higgs import check_higgs
-from subspec.quant.hqq import check_group_size, check_hqq
-from subspec.quant.quantize_model import HEAD, bits_by_linear, linear_names
+from subspec.quant.hqq import check_group_size
+from subspec.quant.quantize_model import HEAD
 from subspec.targets.check_model import check_model_config
 from subspec.targets.meta_model import parameter_shapes
 
@@ -38,22 +37,11 @@ def check_config(config: Config) -> None:
     if spec is None:
         return
     spec.check(config)
-    quant = config.quant
-    if isinstance(quant, HqqConfig) and quantizes(config):
-        check_hqq(quant.bits, quant.group_size, quant.axis)
-        bits_by_linear(quant.bits, quant.bits_by, quant.modules)
-    if isinstance(quant, HiggsConfig):
-        check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
-        linear_names(quant.modules)
     _check_tree(config)
 
 
 def _check_tree(config: Config) -> None:
     tree = config.tree
-    if isinstance(tree, AdaptiveTreeConfig) and tree.min_depth > tree.depth:
-        raise ConfigError(
-            f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
-        )
     if not isinstance(tree, Eagle2TreeConfig):
         return
     most = drafted_nodes(tree.depth, tree.width)

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel
 
+from subspec.config.quant_checks import linear_names
 from subspec.config.schema import Cache, QuantConfig
 from subspec.quant.build import build_quantizer
-from subspec.quant.quantize_model import HEAD, Quantizer, QuantReport, linear_names, quantize_model
+from subspec.quant.quantize_model import HEAD, Quantizer, QuantReport, quantize_model
 from subspec.store.substitutes import CachedModules, StorableQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.console import Note

@@ -23,8 +23,6 @@ from subspec.kernels.compile import compile_cuda, problem
 GROUP = 64
 """Inputs that share a scale and a zero in the kernel's order; larger groups repeat theirs."""
 
-BITS = (8, 4, 3, 2)
-
 PACKED_AT_ONCE = 1 << 24
 """Words' worth of weights whose widened copies exist at a time while a weight is packed."""
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from subspec.config.quant_checks import MODULE_CLASSES, bits_by_linear, check_higgs, check_hqq, linear_names
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, check_biases, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
-from subspec.quant.higgs import check_higgs
-from subspec.quant.hqq import HqqFormat, check_group_size, check_hqq, hqq_quantizer
-from subspec.quant.quantize_model import HEAD, MODULE_CLASSES, bits_by_linear, linear_names
+from subspec.quant.hqq import HqqFormat, check_group_size, hqq_quantizer
+from subspec.quant.quantize_model import HEAD
 from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 
 AUTO = "auto"

@@ -90,7 +90,7 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     axes.set_ylabel("predicted decoding speed (tokens/s)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # inside, it would cover a line
     words = f"{title}\npredicted" + (", PLANTED weights" if planted else "")
     axes.set_title(words, fontsize=10)
     figure.savefig(file, dpi=150)

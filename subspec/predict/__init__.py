@@ -10,8 +10,21 @@ comes from the planner. As a library::
     depth, way = found.best
 """
 
-from subspec.planning.acceptance import Acceptance
-from subspec.planning.predict import Depth, Prediction, predict
-from subspec.planning.predict_timing import Iteration, Machine
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subspec.planning.acceptance import Acceptance
+    from subspec.planning.predict import Depth, Prediction, predict
+    from subspec.planning.predict_timing import Iteration, Machine
 
 __all__ = ["Acceptance", "Depth", "Iteration", "Machine", "Prediction", "predict"]
+
+_MODULES = {"Acceptance": "acceptance", "Iteration": "predict_timing", "Machine": "predict_timing"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: the command's help needs neither torch nor transformers.
+    if name in __all__:
+        return getattr(import_module(f"subspec.planning.{_MODULES.get(name, 'predict')}"), name)
+    raise AttributeError(f"module 'subspec.predict' has no attribute {name!r}")

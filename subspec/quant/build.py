@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.quantize_model import Quantizer, bits_by_linear
+from subspec.quant.quantize_model import Quantizer
 
 
 def build_quantizer(

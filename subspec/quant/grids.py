@@ -22,13 +22,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from subspec.config.quant_checks import HIGGS_BITS, HIGGS_DIMS
+
 FILE = "grids.safetensors"
-BITS = (2, 3, 4)
-"""Bits per weight that have a grid."""
-
-DIMS = (1, 2)
-"""Dimensions that have one."""
-
 RADIUS = 6.0
 """Half the side of the square of cells by which a pair's nearest point is found. Values outside (one Gaussian number in
 5e8) are moved to its edge."""
@@ -101,8 +97,10 @@ def load_grid(bits: int, dim: int) -> Grid:
     Raises:
         ValueError: there is none with these ``bits`` and ``dim``.
     """
-    if bits not in BITS or dim not in DIMS:
-        raise ValueError(f"no grid of dimension {dim} with {bits} bits: dimensions {DIMS}, bits {BITS}")
+    if bits not in HIGGS_BITS or dim not in HIGGS_DIMS:
+        raise ValueError(
+            f"no grid of dimension {dim} with {bits} bits: dimensions {HIGGS_DIMS}, bits {HIGGS_BITS}"
+        )
     stored = load_tensors(resources.files("subspec.quant").joinpath(FILE).read_bytes())
     points = stored[f"{dim}x{bits}"]
     return Grid(points.to(torch.bfloat16).float(), bits, float(stored[f"{dim}x{bits}:mse"]))

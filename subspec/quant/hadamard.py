@@ -25,15 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.config.quant_checks import LEAST_BLOCK
 from subspec.errors import ConfigError
 from subspec.kernels.modules import triton_kernels
 from subspec.quant.optional_package import import_problem
 from subspec.utils.rounding import is_power_of_two, round_up
-
-LEAST_BLOCK = 64
-"""Smallest block that is rotated by itself: a mean of fewer weights is not Gaussian enough, and kernels take 64
-inputs in one step."""
-
 
 LIBRARY = "fast_hadamard_transform"
 

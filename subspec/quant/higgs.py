@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subspec.config.enums import Hadamard, HiggsKernel
+from subspec.config.quant_checks import check_higgs
 from subspec.errors import ConfigError
 from subspec.quant.codebook_linear import (
     CODEBOOK_KERNELS,
@@ -17,33 +18,9 @@ from subspec.quant.codebook_linear import (
     make_codebook_linear,
     unavailable,
 )
-from subspec.quant.grids import BITS, DIMS
-from subspec.quant.hadamard import LEAST_BLOCK, rotate, rotate_by
+from subspec.quant.hadamard import rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.weight_format import check_finite, plain_linear
-from subspec.utils.rounding import is_power_of_two
-
-LARGEST_BLOCK = 1024
-"""Inputs that the Triton kernel can rotate together."""
-
-
-def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int) -> None:
-    """Check HIGGS's settings, for any model.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if bits not in BITS:
-        raise ConfigError(f"quant.bits={bits}: HIGGS here has {', '.join(map(str, BITS))} bits")
-    if vector_dim not in DIMS:
-        raise ConfigError(f"quant.vector_dim={vector_dim}: HIGGS here has grids of 1 or 2 dimensions")
-    if group_size < LEAST_BLOCK or group_size % LEAST_BLOCK:
-        raise ConfigError(f"quant.group_size={group_size}: use a multiple of {LEAST_BLOCK}, for instance 256")
-    if not is_power_of_two(hadamard_size) or not LEAST_BLOCK <= hadamard_size <= LARGEST_BLOCK:
-        raise ConfigError(
-            f"quant.hadamard_size={hadamard_size}: use a power of two from {LEAST_BLOCK} to {LARGEST_BLOCK}, "
-            "for instance 512"
-        )
 
 
 def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspec.config.quant_checks import check_hqq
 from subspec.errors import ConfigError
-from subspec.kernels.int4 import BITS
 from subspec.quant.integers import IntegerFormat, QuantizedIntegers
 from subspec.quant.weight_format import FormatQuantizer, check_finite, plain_linear
 
@@ -86,20 +86,6 @@ def hqq_quantizer(
     """
     by_linear = {name: HqqFormat(own, group_size) for name, own in (bits_by or {}).items()}
     return FormatQuantizer(HqqFormat(bits, group_size), by_linear)
-
-
-def check_hqq(bits: int, group_size: int, axis: int) -> None:
-    """Check HQQ's settings, for any model.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if bits not in BITS:
-        raise ConfigError(f"quant.bits={bits}: HQQ here has {', '.join(map(str, BITS))} bits")
-    if group_size < 8 or group_size % 8:
-        raise ConfigError(f"quant.group_size={group_size}: use a multiple of 8, for instance 64")
-    if axis not in (0, 1):
-        raise ConfigError(f"quant.axis={axis}: use 1 (input dimension) or 0 (output dimension)")
 
 
 def check_group_size(

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from subspec.config.quant_checks import LEAST_BLOCK
 from subspec.quant.grids import Grid, load_grid
-from subspec.quant.hadamard import LEAST_BLOCK, Rotation
+from subspec.quant.hadamard import Rotation
 from subspec.quant.quantized_weight import QuantizedWeight
 
 CHUNK = 64

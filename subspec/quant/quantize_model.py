@@ -1,7 +1,6 @@
 """Which Linears of a model are quantized, to how many bits, and their replacement by quantized modules."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,16 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subspec.config.checks import check_skip_layers
-from subspec.config.schema import BitsByModule
-from subspec.errors import ConfigError
-from subspec.kernels.int4 import BITS
-
-MODULE_CLASSES: dict[str, tuple[str, ...]] = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "lm_head": ("lm_head",),
-}
-"""Names that ``quant.modules`` accepts besides single Linears."""
+from subspec.config.quant_checks import linear_names
 
 HEAD = "lm_head"
 """The draft's own LM head; the target's stays exact."""
@@ -70,49 +60,6 @@ class QuantReport:
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, scales and zeros included."""
         return 8 * self.stored_bytes / self.weights if self.weights else 0.0
-
-
-def linear_names(modules: list[str]) -> set[str]:
-    """Expand the classes in ``quant.modules`` to the names of Linears.
-
-    Raises:
-        ConfigError: an entry is neither a class nor a Linear's name, or there is none at all.
-    """
-    known = {name for names in MODULE_CLASSES.values() for name in names}
-    chosen: set[str] = set()
-    for entry in modules:
-        if entry not in MODULE_CLASSES and entry not in known:
-            names = [*MODULE_CLASSES, *sorted(known - MODULE_CLASSES.keys())]
-            raise ConfigError(f"quant.modules: unknown module {entry!r}; use {', '.join(names)}")
-        chosen.update(MODULE_CLASSES.get(entry, (entry,)))
-    if not chosen:
-        raise ConfigError(
-            "quant.modules is empty: a substitute needs at least one quantized module, e.g. [mlp]"
-        )
-    return chosen
-
-
-def bits_by_linear(bits: int, bits_by: BitsByModule, modules: Sequence[str]) -> dict[str, int]:
-    """Bits of every quantized Linear: its own, else its class's, else ``bits``.
-
-    Args:
-        modules: ``quant.modules``.
-
-    Raises:
-        ConfigError: bits that no quantizer has, or bits of a Linear that stays exact.
-    """
-    own = {key: value for key, value in dataclasses.asdict(bits_by).items() if value is not None}
-    for key, value in [("bits", bits), *((f"bits_by.{key}", value) for key, value in own.items())]:
-        if value not in BITS:
-            raise ConfigError(f"quant.{key}={value}: use {', '.join(map(str, BITS))} bits")
-    chosen = linear_names(list(modules))
-    for key, value in own.items():
-        if not chosen & set(MODULE_CLASSES.get(key, (key,))):
-            raise ConfigError(
-                f"quant.bits_by.{key}={value}, but {key} stays exact: add it to quant.modules, or leave it out"
-            )
-    classes = {name: key for key, names in MODULE_CLASSES.items() for name in names}
-    return {name: own.get(name, own.get(classes[name], bits)) for name in classes if name in chosen}
 
 
 def quantize_model(

@@ -29,6 +29,7 @@ from typing import Any, Self
 import filelock
 import yaml
 
+from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import CONFIG, DAMAGED, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
 from subspec.utils.files import (
@@ -251,7 +252,7 @@ class RunFolder:
                 f"resume=true, but {file} is missing or unreadable, so nothing tells which run the records belong "
                 "to; choose another folder with run_dir="
             )
-        differences = config_differences(before, self._config)
+        differences = config_differences(effective(before), effective(self._config))
         if differences:
             raise ConfigError(
                 f"resume=true, but the configuration differs from the one in {file}: {'; '.join(differences)}. "

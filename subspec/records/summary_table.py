@@ -46,6 +46,8 @@ FIGURES = (
 """Rows of the upper table: label, figure, decimals."""
 
 DEPTHS_SHOWN = 8
+NARROW = 68
+"""Columns below which the upper table has no figures per turn."""
 
 
 def banners(summary: Summary) -> list[str]:
@@ -78,7 +80,7 @@ class SummaryTable:
         sign = "+/-" if options.ascii_only else "±"
         yield Group(
             Text(title(self.summary), style="bold"),
-            _figures(self.summary, sign),
+            _figures(self.summary, sign, narrow=options.max_width < NARROW),
             _facts(fact_lines(self.summary, self.speedup)),
         )
 
@@ -130,10 +132,10 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _figures(summary: Summary, sign: str) -> Table:
+def _figures(summary: Summary, sign: str, narrow: bool) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
     table.add_column("figure", no_wrap=True)
-    for heading in ("total", f"per turn: mean {sign} sd", "median"):
+    for heading in ("total",) if narrow else ("total", f"per turn: mean {sign} sd", "median"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, name, digits in FIGURES:
         spread, total = summary["per_turn"][name], summary["totals"].get(name)
@@ -142,7 +144,9 @@ def _figures(summary: Summary, sign: str) -> Table:
         mean = _figure(spread["mean"], max(digits, 1))
         if spread["sd"] is not None:
             mean += f" {sign} {_figure(spread['sd'], max(digits, 1))}"
-        table.add_row(label, _figure(total, digits), mean, _figure(spread["median"], digits))
+        table.add_row(
+            label, _figure(total, digits), *(() if narrow else (mean, _figure(spread["median"], digits)))
+        )
     return table
 
 

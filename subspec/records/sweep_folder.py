@@ -1,6 +1,7 @@
 """A sweep's folder: its lock, and ``sweep.json``, which maps jobs to folders.
 
-A job is identified by the digest of its resolved configuration without the keys that change no record. Another spelling
+A job is identified by the digest of its resolved configuration without keys that change no record and groups that have
+no effect. Another spelling
 or order of overrides finds the same job, another configuration makes a new one, and more samples extend the old one.
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 import filelock
 
+from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import LOCK, RECORDS, read_json, take_lock
 from subspec.records.run_folder import FREE_KEYS
@@ -107,6 +109,8 @@ class SweepFolder:
         jobs, known = [], len(self.jobs)
         for overrides, config in wanted:
             digest = config_digest(config)
+            if digest not in self.jobs:  # as earlier versions identified it
+                digest = config_digest(effective(config))
             if digest not in self.jobs:
                 self.jobs[digest] = Job(self._free_number(), tuple(overrides), digest)
             jobs.append(self.jobs[digest])

@@ -19,11 +19,15 @@ from datetime import timedelta
 from typing import Any
 
 from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from subspec.records.metrics import is_unfinished, ratio
 from subspec.records.summary_table import SummaryTable, banners, decimals
 from subspec.utils.terminal import Terminal
+
+WIDE = 90
+"""Columns of a terminal with room for a bar beside all figures."""
 
 
 class RunConsole(Terminal):
@@ -63,6 +67,7 @@ class RunProgress:
         self._seconds = 0.0
         self._verified = 0
         self._iterations = 0
+        self._checked = self._correct = 0
 
     @property
     def elapsed_s(self) -> float:
@@ -85,6 +90,11 @@ class RunProgress:
         """Tokens per verification pass of this session so far."""
         return ratio(self._verified, self._iterations)
 
+    def rates(self) -> str:
+        """Speed, acceptance and answers of this session so far."""
+        text = f"{decimals(self.tokens_per_s)} tokens/s, tau {decimals(self.tau)}"
+        return text + (f", correct {self._correct}/{self._checked}" if self._checked else "")
+
     def open(self) -> None:
         """Start the display."""
 
@@ -96,6 +106,9 @@ class RunProgress:
         self._verified += record.get("verified_tokens") or 0
         self._iterations += record.get("iterations") or 0
         self._seconds += record.get("decode_s") or 0.0
+        right = record.get("correct")
+        self._checked += right is not None
+        self._correct += bool(right)
 
     def sample_finished(self, *records: Mapping[str, Any]) -> None:
         """Count and print a finished sample, given the records of its turns."""
@@ -125,6 +138,8 @@ class RunProgress:
             mismatches = sum((record.get("audit") or {}).get("mismatch") or 0 for record in turns)
             if mismatches:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")
+            if self.done - self._first > 1:
+                parts.append(f"so far {self.rates()}")
         if skip is not None:
             parts.append(f"skipped: {skip.get('reason', 'unknown')}")
         parts.append(f"elapsed {clock(self.elapsed_s)}, left {clock(self.remaining_s)}")
@@ -144,9 +159,10 @@ class _Bar(RunProgress):
             def render(self, task: Task) -> Text:
                 return Text(bar.figures(), style="default")
 
+        bars = [BarColumn(bar_width=None)] if console.rich.width >= WIDE else []
         self._progress = Progress(
-            BarColumn(bar_width=None),
-            Figures(""),
+            *bars,
+            Figures("", table_column=Column(no_wrap=True, overflow="crop")),
             console=console.rich,
             refresh_per_second=4,
             expand=True,
@@ -155,10 +171,10 @@ class _Bar(RunProgress):
 
     def figures(self) -> str:
         """The text beside the bar."""
-        return (
-            f"{self.done}/{self.total} samples  {decimals(self.tokens_per_s)} tok/s  tau {decimals(self.tau)}  "
-            f"{clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
-        )
+        left = f"left {clock(self.remaining_s)}"
+        if self.console.rich.width < WIDE:
+            return f"{self.done}/{self.total}  {decimals(self.tokens_per_s)} tok/s  tau {decimals(self.tau)}  {left}"
+        return f"{self.done}/{self.total} samples  {self.rates()}  {clock(self.elapsed_s)}, {left}"
 
     def open(self) -> None:
         self._progress.start()

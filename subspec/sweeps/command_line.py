@@ -21,19 +21,13 @@ def is_sweep(overrides: Sequence[str], config_dir: str | None = None) -> bool:
     Args:
         config_dir: value of ``--config-dir``, searched first.
 
-    Raises:
-        ConfigError: a table in a list of experiments.
     """
     if "hydra.mode=RUN" in overrides:  # a job of a sweep
         return False
     values = dict(text.partition("=")[::2] for text in overrides)
     if values.get("hparams_search") not in (None, "", "null"):
         return True
-    names = values.get("experiment", "").split(",")
-    tables = [name for name in names if is_table(name, config_dir)]
-    if tables and len(names) > 1:
-        raise ConfigError(f"experiment={tables[0]} is a table, a sweep of its own: give one table at a time")
-    return bool(tables)
+    return any(is_table(name, config_dir) for name in values.get("experiment", "").split(","))
 
 
 def is_table(experiment: str, config_dir: str | None = None) -> bool:

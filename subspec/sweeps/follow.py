@@ -43,6 +43,7 @@ class FollowedJob:
     tokens_per_s: float | None = None
     tau: float | None = None
     _sums: dict[str, float] = field(default_factory=dict)
+    _at_done: float = 0.0
     _samples: set[str] = field(default_factory=set)
     _read: int = 0
     _log_read: int = 0
@@ -53,6 +54,14 @@ class FollowedJob:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
+    @property
+    def expected_s(self) -> float | None:
+        """Estimated duration, from the samples so far; None before the first."""
+        if not self.done or not self.total:
+            return None
+        a_sample = sum(self._sums.get(name, 0.0) for name in ("prefill_s", "decode_s")) / self.done
+        return self._at_done + a_sample * (self.total - self.done)
+
     def follow(self) -> None:
         """Read new lines of the records and the log."""
         for line in self._new_lines(self.folder / RECORDS, "_read"):
@@ -62,7 +71,7 @@ class FollowedJob:
                 continue
         for line in self._new_lines(self.folder / LOG, "_log_read"):
             if found := _PROGRESS.match(line):
-                self.done, self.total = int(found[1]), int(found[2])
+                self.done, self.total, self._at_done = int(found[1]), int(found[2]), self.seconds
 
     def _new_lines(self, file: Path, position: str) -> list[bytes]:
         """Complete lines written since the last call."""
@@ -78,7 +87,7 @@ class FollowedJob:
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self._samples.add(str(record.get("sample_id")))
-        for name in ("verified_tokens", "iterations", "decode_s"):
+        for name in ("verified_tokens", "iterations", "prefill_s", "decode_s"):
             self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
         self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
         self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])
@@ -120,7 +129,8 @@ def watched(progress: "SweepProgress", jobs: Sequence[ForeignJob]) -> Iterator[N
             if outcome is not None:
                 waiting.remove(job)
                 progress.finished(job, outcome)
-        progress.update([job for job in waiting if job.is_running])
+        running = [job for job in waiting if job.is_running]
+        progress.update(running, [job.label for job in waiting if not job.is_running])
 
     def keep_looking() -> None:
         while not over.wait(WATCH_S):

@@ -47,7 +47,7 @@ class ProcessLauncher(Launcher):
         Raises:
             ConfigError: ``jobs`` is below 1. (Hydra would wrap an exception of the constructor.)
         """
-        if self.jobs is not None and self.jobs < 1:
+        if self.jobs is not None and not (isinstance(self.jobs, int) and self.jobs >= 1):
             raise ConfigError(f"hydra.launcher.jobs={self.jobs} must be at least 1 (null: one per GPU)")
         self.hydra_context = hydra_context
         self.config = config
@@ -129,7 +129,7 @@ class _Queue:
                 for index, job in list(self.running.items()):
                     if (outcome := job.poll()) is not None:
                         self._finish(index, outcome)
-                self.progress.update(list(self.running.values()))
+                self.progress.update(list(self.running.values()), [label for _, _, label in self.waiting])
                 if self.running:
                     time.sleep(POLL_S)
         except BaseException as stop:

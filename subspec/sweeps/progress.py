@@ -7,6 +7,7 @@ plain lines: when a job starts or ends, and in between for new figures, at most 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import mean
 from typing import Self
 
 from rich.console import Group
@@ -40,6 +41,8 @@ class SweepProgress:
         self._began = time.monotonic()
         self._live: Live | None = None
         self._running: Sequence[FollowedJob] = ()
+        self._waiting: Sequence[str] = ()
+        self._took: list[tuple[str, float]] = []
         self._said: dict[str, str] = {}
         self._last_line = 0.0
 
@@ -65,10 +68,18 @@ class SweepProgress:
 
     @property
     def remaining_s(self) -> float | None:
-        """Estimated seconds left, from the mean of this session's jobs; None before there is any."""
-        worked = self.ended + sum(_share(job) for job in self._running)
-        left = self.total - self.finished_before - worked
-        return self.elapsed_s / worked * max(left, 0.0) if worked > 0 else None
+        """Estimated seconds left, from this session's jobs that are most alike; None before there is any."""
+        known = [*self._took, *((job.label, job.expected_s) for job in self._running if job.expected_s)]
+        if not known:
+            return None
+        others = max(
+            self.total - self.finished_before - self.ended - len(self._running) - len(self._waiting), 0
+        )
+        left = sum(_alike(label, known) for label in self._waiting) + others * _alike("", known)
+        left += sum(
+            max((job.expected_s or _alike(job.label, known)) - job.seconds, 0.0) for job in self._running
+        )
+        return left / max(len(self._running), 1)
 
     def note(self, text: str) -> None:
         """One line of information."""
@@ -83,6 +94,8 @@ class SweepProgress:
         self._running = [other for other in self._running if other is not job]
         self.ended += 1
         self.failed += outcome.status not in (OK, INTERRUPTED)
+        if outcome.status == OK:
+            self._took.append((job.label, outcome.seconds))
         parts = [f"{self._count()} {outcome.status:<8} {describe(job)}"]
         if outcome.status == OK:
             parts += [figures(job), clock(outcome.seconds)]
@@ -90,9 +103,9 @@ class SweepProgress:
             parts.append(outcome.reason)
         self._line("  ".join(parts) + f"  ({self._clocks()})")
 
-    def update(self, running: Sequence[FollowedJob]) -> None:
-        """Update the figures of the running jobs."""
-        self._running = list(running)
+    def update(self, running: Sequence[FollowedJob], waiting: Sequence[str] = ()) -> None:
+        """Update the figures of the running jobs, and the labels of the waiting ones."""
+        self._running, self._waiting = list(running), list(waiting)
         if self._live is not None or time.monotonic() - self._last_line < QUIET_S:
             return
         for job in running:
@@ -138,6 +151,18 @@ def figures(job: FollowedJob) -> str:
     if not job.done:
         return "starting"
     return f"{job.done}/{job.total} samples  {decimals(job.tokens_per_s)} tokens/s  tau {decimals(job.tau)}"
+
+
+def _alike(label: str, known: Sequence[tuple[str, float]]) -> float:
+    """Mean seconds of the jobs whose labels share most groups, then most keys, with ``label``."""
+    wanted = set(label.split())
+
+    def likeness(other: str) -> tuple[int, int]:
+        shared = wanted & set(other.split())
+        return sum("." not in word.partition("=")[0] for word in shared), len(shared)
+
+    best = max(likeness(other) for other, _ in known)
+    return mean(seconds for other, seconds in known if likeness(other) == best)
 
 
 def _share(job: FollowedJob) -> float:

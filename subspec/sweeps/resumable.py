@@ -6,6 +6,8 @@ It makes every sweep resumable, with any launcher and any sweeper.
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from subspec.config.effective import effective
 from subspec.config.errors import CONFIG_EXCEPTIONS, explain
 from subspec.config.schema import to_plain
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
 from subspec.records.outcome import (
     FAILED,
     OK,
@@ -29,11 +32,40 @@ from subspec.records.outcome import (
     read_summary,
     write_outcome,
 )
-from subspec.records.sweep_folder import Job, SweepFolder
+from subspec.records.run_folder import FREE_KEYS
+from subspec.records.sweep_folder import Job, SweepFolder, config_digest
+from subspec.runs.console import RunConsole
 from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.job_table import labels
 from subspec.sweeps.process import IN_PROCESS, JobFailed, QuietReturn, failure
 from subspec.sweeps.progress import SweepProgress
+
+ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}
+"""Keys that name or place a job, and do not vary it."""
+
+
+def _check_one_job(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Check that two configurations of one job agree in the keys that a sweep cannot vary.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key in sorted(FREE_KEYS - ALIASES):
+        values = [reduce(dict.get, key.split("."), config) for config in (first, second)]
+        if values[0] != values[1]:
+            what = "" if isinstance(values[0], Mapping) else f"={values[0]},{values[1]}"
+            raise ConfigError(f"{key}{what}: jobs that differ in this key alone are one job; give one value")
+
+
+def _work(configs: Sequence[Mapping[str, Any]]) -> str:
+    """The amount of work of some jobs, in one line."""
+    samples = [config["benchmark"]["max_samples"] for config in configs]
+    tokens = [config["decoding"]["max_new_tokens"] for config in configs]
+    total = (
+        "" if None in samples + tokens else f", up to {sum(map(mul, samples, tokens)):,} tokens a turn each"
+    )
+    known = "" if None in samples else f", {sum(samples)} samples"
+    return f"{len(configs)} jobs{known}{total}; each loads its models anew, and the first sample tells the time left"
 
 
 class ResumableLauncher:
@@ -69,16 +101,24 @@ class ResumableLauncher:
         self.jobs: list[Job] = []
         self.finished_before = 0
         self._progress: SweepProgress | None = None
+        self.console = RunConsole()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the missing jobs; returns one result per list of overrides, in order."""
         setup_globals()
         overrides = [[t for t in texts if not t.startswith("resume=")] for texts in job_overrides]
         configs = [self._compose(texts) for texts in overrides]
+        first: dict[str, dict[str, Any]] = {}
+        for config in configs:
+            _check_one_job(first.setdefault(config_digest(effective(config)), config), config)
         jobs = self.folder.assign(list(zip(overrides, configs, strict=True)))
-        wanted = dict(
-            zip((job.number for job in jobs), zip(jobs, overrides, configs, strict=True), strict=True)
-        )
+        wanted: dict[int, tuple[Job, list[str], dict[str, Any]]] = {}
+        for entry in zip(jobs, overrides, configs, strict=True):
+            wanted.setdefault(entry[0].number, entry)
+        if len(wanted) < len(jobs) and self.total is None:
+            self.console.note(
+                f"{len(jobs)} combinations make {len(wanted)} runs: the others differ in keys without effect"
+            )
         self.jobs += [job for job, _, _ in wanted.values() if job not in self.jobs]
         missing = [
             (job, texts, config)
@@ -90,6 +130,8 @@ class ResumableLauncher:
         self.finished_before += len(wanted) - len(missing)
         if hasattr(self.inner, "expect"):
             self.inner.expect(self.total or len(self.jobs), self._labels(), self.finished_before)
+        if self.total is None and len(missing) > 1:
+            self.console.note(_work([config for _, _, config in missing]))
         done = self._run([entry[:2] for entry in missing], [entry[2] for entry in missing], initial_job_idx)
         good = {
             job.number: result

@@ -64,7 +64,7 @@ class SearchSweeper(Sweeper):
             ConfigError: a key of the sweeper has an invalid value.
             SubspecError: the packages of the search are not installed.
         """
-        if self.n_trials < 1:
+        if not (isinstance(self.n_trials, int) and self.n_trials >= 1):
             raise ConfigError(f"hydra.sweeper.n_trials={self.n_trials} must be at least 1")
         if self.sampler not in ("tpe", "random"):
             raise ConfigError(f"hydra.sweeper.sampler={self.sampler}: choose one of tpe, random")

@@ -19,11 +19,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
 from subspec.records.outcome import INTERRUPTED, OK, read_outcome
 from subspec.records.run_files import RECORDS
 from subspec.records.sweep_folder import SweepFolder
 from subspec.runs.console import RunConsole
+from subspec.sweeps.command_line import is_table
 from subspec.sweeps.job_table import Row, job_rows, show_rows
 from subspec.sweeps.resumable import ResumableLauncher
 
@@ -71,6 +72,7 @@ class GridSweeper(Sweeper):
             [*(f"{k}={v}" for k, v in self.params.items()), *task_arguments(arguments, self.params)],
             self.hydra_context,
         )
+        self._check_tables(jobs)
         console = RunConsole()
         with SweepFolder.open(str(self.config.hydra.sweep.dir), command_of(arguments)) as folder:
             launcher = ResumableLauncher(self.launcher, self.hydra_context, self.config, folder)
@@ -85,10 +87,35 @@ class GridSweeper(Sweeper):
             folder.write(finished=all(row.status == OK for row in rows))
             raise_failures(folder, rows)
 
+    def _check_tables(self, jobs: Sequence[Sequence[str]]) -> None:
+        sources = self.config.hydra.runtime.config_sources
+        own = next((source.path for source in sources if source.provider == "command-line"), None)
+        for name in {
+            text.partition("=")[2] for texts in jobs for text in texts if text.startswith("experiment=")
+        }:
+            if is_table(name, own):
+                raise ConfigError(
+                    f"experiment={name} is a table, a sweep of its own: give one table at a time"
+                )
+
 
 def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[str]]:
-    """Overrides of every job; a later override of a key replaces an earlier one."""
+    """Overrides of every job; a later override of a key replaces an earlier one.
+
+    Raises:
+        ConfigError: an override that has no value, such as a glob that matches nothing.
+    """
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(overrides))
+    for override in parsed:
+        problem = (
+            "an interval is for a search (hparams_search=NAME)" if override.is_interval_sweep() else None
+        )
+        if override.is_discrete_sweep() and not list(override.sweep_iterator()):
+            problem = "matches nothing (a glob sees no subfolders)"
+        if problem:
+            raise ConfigError(
+                f"{override.input_line}: {problem}; list the values, {override.key_or_group}=A,B"
+            )
     batches = BasicSweeper.split_arguments(parsed, None)
     return list(itertools.chain.from_iterable(batches))
 

@@ -369,13 +369,25 @@ def test_a_disk_that_refuses_the_folder(places, tmp_path, monkeypatch):
 
 
 def test_memory_that_does_not_suffice(places, tmp_path, monkeypatch):
-    for error, kind in ((MemoryError(), "host"), (torch.OutOfMemoryError(), "device")):
+    for index, (error, kind) in enumerate(
+        (
+            (MemoryError(), "host"),
+            (torch.OutOfMemoryError(), "device"),
+            (
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                "host",
+            ),
+            (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "host"),
+            (TypeError("zeros(): ... Overflow when unpacking long long"), "host"),
+            (RuntimeError("CUDA error: out of memory"), "device"),
+        )
+    ):
 
         def assemble(*arguments, error=error, **options):
             raise error
 
         monkeypatch.setattr(subspec.runs.loading, "assemble", assemble)
-        run_dir = tmp_path / kind / "run"
+        run_dir = tmp_path / str(index) / "run"
         refused(places, run_dir, "", 1, rf"out of {kind} memory: lower decoding\.max_length or the tree")
 
 

@@ -1,8 +1,14 @@
 """The command line itself: a typo, a wrong type or a malformed argument is answered before anything is imported."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
-from tests.helpers.cli import cli, command
+from subspec import __version__
+from tests.helpers.cli import ROOT, cli, command
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,7 @@ COMMAND_LINE = {
     "unknown experiment": ("experiment=unknown", r"experiment=unknown: no such option"),
     "unknown group": (
         "tre=chain",
-        r"tre: no such key or group \(did you mean tree\?\); a run has .*\btree\b",
+        r"tre: no such key or group \(did you mean tree\?\)$",
     ),
     "unknown group, added": ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
     "misspelt key": (
@@ -39,7 +45,19 @@ COMMAND_LINE = {
     "misspelt key, added": ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
     "misspelt group of a key": ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
     "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has depth"),
-    "key of another option": ("tree=chain tree.width=3", r"tree\.width: no such key; tree has depth, name"),
+    "no key or group": ("xyz=1", r"xyz: no such key or group; a run has audit, .*\btree\b"),
+    "key of another option": (
+        "decoding.temperature=0.5",
+        r"decoding\.temperature: the chosen decoding has no such key; it is a key of decoding=sampling",
+    ),
+    "key of other options": (
+        "offload.vram_gib=8",
+        r"offload\.vram_gib: .* it is a key of offload=accelerate and offload=stream",
+    ),
+    "key of another group": ("tree.modules=[mlp]", r"tree\.modules: .*did you mean quant\.modules\?"),
+    "key without its group": ("temperature=1", r"did you mean draft\.temperature or decoding\.temperature\?"),
+    "show in two ways": ("--cfg job --info all", r"give one of them"),
+    "flag without its other": ("--resolve", r"--resolve is for --cfg"),
     "misspelt length": (
         "decoding.max_newtokens=3",
         r"decoding\.max_newtokens: .*did you mean max_new_tokens\?",
@@ -71,7 +89,7 @@ COMMAND_LINE = {
     "sweep without -m": ("draft=none,subspec", r"draft=none,subspec: several values make a sweep: add -m"),
     "dead interpolation": ("seed=${nope}", r"seed: Interpolation key 'nope' not found"),
     "unknown flag": ("--fast", r"unrecognized arguments: --fast; .*--help"),
-    "run and show": ("-m --cfg job", r"-m runs, --cfg and --info show: give one of them"),
+    "run and show": ("-m --cfg job", r"-m run, --cfg and --info show: give one of them"),
     "run_dir of a sweep": (
         "-m tree.depth=1,2",
         r"run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER",
@@ -109,9 +127,47 @@ def test_refused_in_one_line(own, tmp_path, case):
     assert not (run_dir / "records.jsonl").exists()
 
 
-def test_a_word_that_is_like_no_other_gets_no_suggestion():
-    ran = cli("tree=chain", "tree.width=3")
-    assert ran.error == "error: tree.width: no such key; tree has depth, name"
+def test_what_needs_no_model_is_answered_before_torch_is_imported(tmp_path):
+    """In one process: help, versions, wrong values, the first line of a run, a prediction without its inputs."""
+    code = """
+import sys
+from subspec.cli import predict, run
+import subspec.__main__ as commands
+def call(main, *arguments):
+    try: main(list(arguments))
+    except SystemExit as stop: print(stop.code)
+    assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules), arguments
+def argv(*arguments):
+    sys.argv[1:] = arguments
+    call(lambda _: commands.main())
+argv(); argv('--version'); argv('run', '--help'); argv('predict', '--help')
+call(run.main, '--help', 'quant'); call(run.main, 'tree.depth=0'); call(run.main, 'quant.bits=5')
+call(predict.main, '--help'); call(predict.main, 'tau=5'); call(predict.main, 'card=rtx_4090')
+call(predict.main, 'card=rtx_4090', 'tau=5', 'tree.depth=0')
+import subspec.predict
+sys.modules['subspec.runs.runner'] = None  # importing it fails, after the first line
+try: run.main(['run_dir=run'])
+except ImportError: pass
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"subspec {__version__}\n" in process.stdout
+    assert "python -m subspec predict" in process.stdout
+    assert re.search(
+        rf"^subspec {__version__}: target=smollm2_135m .*run_dir=run$", process.stdout, re.MULTILINE
+    )
+    refused = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    keys = ("tree.depth=0", "quant.bits=5", "card is not set", "tau is not set", "tree.depth=0")
+    assert [
+        line.removeprefix("error: ").startswith(key) for line, key in zip(refused, keys, strict=True)
+    ] == [True] * 5
 
 
 def test_a_target_without_a_path():

@@ -14,8 +14,8 @@ from subspec.config.schema import BenchmarkConfig, Source
 from subspec.runs.logger import NoLogger
 from subspec.runs.turn import prompt_digest
 from tests.helpers.cli import (  # noqa: F401
+    Forked,
     cli,
-    command,
     no_report,
     records_of,
     summary_of,
@@ -275,23 +275,23 @@ def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):
     ]
     ran = cli(*options)
     assert ran.code == 2
-    assert [records_of(sweep / name)[0]["draft"] for name in "012"] == ["none", "subspec", "none"]
+    assert [records_of(sweep / name)[0]["draft"] for name in "01"] == ["none", "subspec"]
     assert texts(sweep / "1") == texts(sweep / "0")
     assert yaml.safe_load((sweep / "1" / "config.yaml").read_text())["run_dir"] == f"{sweep}/1"
     errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert re.match(
-        r"error: job 3 \(.*quant=none draft=subspec .*\): draft=subspec without a quantizer", errors[0]
+        r"error: job 2 \(.*quant=none draft=subspec .*\): draft=subspec without a quantizer", errors[0]
     )
     assert re.match(
-        r"error: 1 of 4 jobs did not end well.* sweep_dir=\S+ runs only what is missing", errors[1]
+        r"error: 1 of 3 jobs did not end well.* sweep_dir=\S+ runs only what is missing", errors[1]
     )
     assert "Traceback" not in ran.err
 
     before = records_of(sweep / "1")
     (sweep / "0" / "records.jsonl").unlink()
     again = cli(*options)
-    assert "2 of 4 job(s) had been finished before" in again.out
+    assert "1 of 3 job(s) had been finished before" in again.out
     assert records_of(sweep / "1") == before
     assert len(records_of(sweep / "0")) == 2
 
@@ -316,9 +316,10 @@ def test_offline_from_another_folder_into_one_with_an_unusual_name(checkpoint, t
     place.mkdir()
     arguments = [a for a in tiny_run(checkpoint, "my run") if a != "logger=none"]
     bare = {"WANDB_API_KEY": None, "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": None}
-    process = command(*arguments, f"run_dir={place}/my run", cwd=tmp_path, env=bare)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    log = tmp_path.parent / f"{tmp_path.name}.log"
+    with log.open("wb") as file:
+        process = Forked(*arguments, f"run_dir={place}/my run", log=file.fileno(), cwd=tmp_path, env=bare)
+    out = log.read_text() if process.wait() == 0 else pytest.fail(log.read_text())
     folder = place / "my run"
     assert len(records_of(folder)) == 2
     assert "offline" in out
@@ -347,6 +348,8 @@ def test_the_shipped_check_of_an_installation(tmp_path):
     ran = cli("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
     assert ran.code == 0, ran.err
     assert "losslessness audit  passed: tokens exact 64" in ran.out
+    assert ran.out.startswith("subspec ")
+    assert re.search(r"^tables and plots: python -m subspec\.report \S+$", ran.out, re.MULTILINE)
     assert "planted" in ran.out
     summary = summary_of(tmp_path)
     assert summary["audit"]["mismatch"] == 0

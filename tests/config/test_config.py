@@ -12,7 +12,17 @@ from transformers import LlamaConfig
 
 from subspec.benchmarks import TASKS
 from subspec.config.checks import RANGES, check_keys
-from subspec.config.help_text import GROUPS, description, help_text, options, top_level_keys
+from subspec.config.effective import effective
+from subspec.config.help_text import (
+    GROUPS,
+    description,
+    help_on,
+    help_text,
+    option_keys,
+    options,
+    schema_of,
+    top_level_keys,
+)
 from subspec.config.schema import (
     SCHEMAS,
     Config,
@@ -130,6 +140,92 @@ def test_every_option_is_explained_by_help(help_lines):
         section = help_lines[start + 1 : help_lines.index("", start)]
         assert any(re.match(rf"  [* ] {re.escape(name)} +\S", line) for line in section), (group, name)
     assert max(map(len, help_lines)) <= 120
+
+
+def test_every_key_of_every_option_is_explained():
+    for group, name in OPTIONS:
+        rows = option_keys(CONF, group, name)
+        assert [entry for entry, text in rows if not text] == [], (group, name)
+        if group not in FILES:
+            keys = {entry.partition("=")[0].partition(".")[0] for entry, _ in rows}
+            schema = schema_of(CONF, group, name)
+            assert keys | {"name"} == {field.name for field in dataclasses.fields(schema)}
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["draft"], ["draft: the draft", r"draft=none: Plain", r"    draft\.temperature=0\.2 +sharpens"]),
+        (
+            ["tree=adaptive"],
+            [r"tree=adaptive: ", r"    tree\.depth=48", r"    tree\.width=4 +4; with offload"],
+        ),
+        (["tree.width=3"], [r"tree=beam \(default\)", r"    tree\.width=10 +children"]),
+        (["quant.bits_by.mlp"], [r"    quant\.bits_by\.mlp=null +Bits of"]),
+        (["experiment=smoke"], ["experiment=smoke: ", "# @package _global_"]),
+        (["seed", "logger=none"], [r"seed: 0 +prompt", "logger=none: Only"]),
+    ],
+)
+def test_help_on_a_group_an_option_or_a_key(words, lines):
+    text = help_on(CONF, words)
+    for line in lines:
+        assert re.search(rf"^{line}", text, re.MULTILINE), (line, text)
+    assert "tree=chain" not in text or words == ["tree"], "options without the key are left out"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("drat", r"--help drat: .*did you mean draft"),
+        ("tree=beem", r"tree=beem: .*did you mean beam\?\); tree has adaptive, beam"),
+        ("tree.bits", r"tree\.bits: no option of tree has this key"),
+    ],
+)
+def test_help_on_what_is_not_there(word, message):
+    with pytest.raises(ConfigError, match=message):
+        help_on(CONF, [word])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("draft=none quant.bits=4 tree.depth=3", "draft=none quant=higgs tree=chain", True),
+        ("draft=eagle2 quant.bits=4", "draft=eagle2 quant.bits=3", True),
+        ("draft=small_model quant.bits=4", "draft=small_model quant.bits=3", True),
+        (
+            "draft=small_model draft.quantize=true quant.bits=4",
+            "draft=small_model draft.quantize=true quant.bits=3",
+            False,
+        ),
+        (
+            "draft=none offload=stream offload.codec=substitute",
+            "draft=none offload=stream offload.codec=substitute quant.bits=3",
+            False,
+        ),
+        ("draft=none seed=0", "draft=none seed=1", False),
+        ("draft=subspec quant.bits=4", "draft=subspec quant.bits=3", False),
+        ("draft=eagle2 tree.depth=3", "draft=eagle2 tree.depth=4", False),
+    ],
+)
+def test_groups_without_effect(first, second, same):
+    found = [effective(to_plain(composed(*text.split()))) for text in (first, second)]
+    assert (found[0] == found[1]) == same
+
+
+def test_the_environment_names_the_project_of_wandb(monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert to_config(composed("logger=wandb")).logger.project == "subspec"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert to_config(composed("logger=wandb")).logger.project == "mine"
+
+
+def test_folders_of_the_same_second_differ():
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        first, second = (compose("config") for _ in range(2))
+    assert first.run_dir == first.run_dir  # resolved once
+    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-\d{6}", first.run_dir)
+    assert first.run_dir != second.run_dir
 
 
 def test_help_marks_the_defaults(help_lines):

@@ -12,15 +12,17 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
 
 from subspec.cli.run import main
 
@@ -55,21 +57,14 @@ class Ran:
 
 
 def cli(*arguments: object) -> Ran:
-    """``python -m subspec.run ARGUMENTS`` without the process. Unexpected exceptions come through.
-
-    Hydra composes every configuration twice, the first time only to read ``hydra.mode``. The flag ``-m`` decides here.
-    """
+    """``python -m subspec.run ARGUMENTS`` without the process. Unexpected exceptions come through."""
     out, err = io.StringIO(), io.StringIO()
     argv, environment, threads = sys.argv, dict(os.environ), torch.get_num_threads()
     sys.argv = ["subspec"]
     os.environ["COLUMNS"] = "200"  # no line is broken, however long the folders' names are
     torch.set_num_threads(1)  # a tiny model gains nothing, and threads of busy machines wait for each other
     try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            mock.patch.object(Hydra, "get_mode", return_value=None),
-        ):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return Ran(stop.code, out.getvalue(), err.getvalue())
@@ -95,6 +90,73 @@ def command(
         env={name: value for name, value in changed.items() if value is not None},
         **options,
     )
+
+
+class Forked:
+    """``python -m subspec.run ARGUMENTS`` in a fork of the test's process, which has paid for the imports.
+
+    Has the part of ``subprocess.Popen`` that jobs and tests of kills need.
+
+    Args:
+        log: file for the output; None: it is dropped.
+        env: changes of the environment; None removes a variable.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        log: int | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str | None] | None = None,
+    ) -> None:
+        self.returncode: int | None = None
+        end, self._open = os.pipe()
+        self.stdin = os.fdopen(self._open, "wb")
+        self.pid = os.fork()
+        if self.pid:
+            os.close(end)
+            return
+        code = 1
+        try:
+            os.setsid()
+            os.close(self._open)
+            os.dup2(end, 0)
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY) if log is None else log, stream)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
+            os.chdir(cwd or ".")
+            for name, value in (env or {}).items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)
+            GlobalHydra.instance().clear()
+            try:
+                main([str(argument) for argument in arguments])
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """Wait for the end; returns the exit status."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, "the process did not end"
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
 
 
 def tiny_run(checkpoint: Path, run_dir: Path, *, tokens: int = 12, samples: int = 2) -> list[str]:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from subspec.config.quant_checks import HQQ_BITS
 from subspec.kernels import int4
 from tests.helpers.host_cuda import compile_host
 
-BITS = st.sampled_from(int4.BITS)
+BITS = st.sampled_from(HQQ_BITS)
 
 
 def integers(n, k, bits=4, group=64, seed=0, device="cpu"):

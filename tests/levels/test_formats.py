@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.config.quant_checks import linear_names
 from subspec.config.schema import BitsByModule, HqqConfig
 from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
@@ -17,7 +18,6 @@ from subspec.levels.model import Attention
 from subspec.levels.quantization import level_quantization
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.level_linear import Variant
-from subspec.quant.quantize_model import linear_names
 from subspec.targets.model_spec import ModelSpec
 from tests.helpers.tiny import tiny_model
 

@@ -216,7 +216,13 @@ def test_a_level_of_another_draft_or_of_other_bits_does_not_count(tmp_path, othe
     records = turns([30.0, 20.0], device="cuda", target="x")
     found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
     assert found.fits(predicted(), find_gpu("H200"))
+    assert found.check(predicted()) == []
     assert not found.fits(predicted(**other), find_gpu("H200"))
+    if "draft" in other:
+        with pytest.raises(ConfigError, match=r"--from: .*draft=subspec.*draft=small_model"):
+            found.check(predicted(**other))
+    else:  # acceptance of other bits is a guess, and the prediction says so
+        assert found.check(predicted(**other))[0].startswith("acceptance was measured with quant.")
 
 
 def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from make_grids import lloyd_max, lloyd_plane
 
-from subspec.quant.grids import BITS, load_grid
+from subspec.config.quant_checks import HIGGS_BITS as BITS
+from subspec.quant.grids import load_grid
 
 SCALAR = {2: 0.1175, 3: 0.03454, 4: 0.009497}
 """Mean squared errors of the optimal quantizers of N(0, 1) with 4, 8 and 16 levels (Max 1960, table I)."""

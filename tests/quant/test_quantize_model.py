@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import BitsByModule
 from subspec.drafts.substitute import share_parameters
 from subspec.errors import ConfigError
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.quantize_model import bits_by_linear, quantize_model
+from subspec.quant.quantize_model import quantize_model
 from tests.helpers.tiny import tiny_model
 
 LAYER = ["attention", "mlp"]

@@ -16,8 +16,8 @@ from subspec.benchmarks.hub import HubRows, HubUnavailableError
 from subspec.decoding.engine import Engine
 from subspec.records.run_folder import RunFolder
 from tests.helpers.cli import (  # noqa: F401
+    Forked,
     cli,
-    command,
     no_report,
     records_of,
     summary_of,
@@ -122,7 +122,7 @@ def wait_for(folder, count, process):
     file = folder / "records.jsonl"
     deadline = time.monotonic() + 120
     while not file.exists() or file.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -139,10 +139,10 @@ def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
         "decoding.ignore_eos=true",
     ]
     long += ["warmup=0", "draft=none"]
-    process = command(*long)
+    process = Forked(*long)
     wait_for(folder, 1, process)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     before = records_of(folder)
     assert len(before) < 3
     assert not (folder / "summary.json").exists()

@@ -30,7 +30,7 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [50, 80, 120])
 def test_the_final_table_is_legible(width: int) -> None:
     link = LinkInfo(gb_per_s=25.0, bytes_per_pass=13_050_000_000)
     fields = {"peak_vram_gib": 7.89}
@@ -45,9 +45,8 @@ def test_the_final_table_is_legible(width: int) -> None:
     flat = squeezed(text)
     totals = summary["totals"]
     rate = summary["per_turn"]["tokens_per_s"]
-    assert (
-        f"decode speed (tokens/s) {totals['tokens_per_s']:.2f} {rate['mean']:.2f} ± {rate['sd']:.2f}" in flat
-    )
+    spread = f" {rate['mean']:.2f} ± {rate['sd']:.2f}" if width > 50 else " "
+    assert f"decode speed (tokens/s) {totals['tokens_per_s']:.2f}{spread}" in flat
     assert f"acceptance length tau {totals['tau']:.2f}" in flat
     assert f"roofline {totals['roofline_tokens_per_s']:.2f} tokens/s" in flat
     assert "target tiny, draft subspec, benchmark gsm8k, cpu, seed 3" in flat
@@ -131,6 +130,7 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
     assert lines[2].startswith("[3/4] s2  skipped: prompt_too_long  elapsed 0:00:0")
     assert "AUDIT: 1 mismatch(es)" in lines[3]
     assert "left 0:00:00" in lines[3]
+    assert f"so far {record(1)['tokens_per_s']:.2f} tokens/s, tau 2.75, correct 0/2" in lines[3]
 
 
 def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +176,42 @@ def test_an_encoding_without_the_signs() -> None:
     assert "sample ?" in text
 
 
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "colour"), [(50, "xterm", False), (100, "xterm", True), (50, "dumb", None)]
+)
+def test_progress_on_other_terminals(width, kind, colour, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow: the figures stay on one line. NO_COLOR: no colours. Dumb: no control codes at all."""
+    monkeypatch.setenv("TERM", kind)
+    (monkeypatch.delenv if colour else monkeypatch.setenv)("NO_COLOR", *([False] if colour else ["1"]))
+    stream = FakeTerminal()
+    console = RunConsole(stream, width=width)
+    with console.progress(total=3) as progress:
+        progress.turn(record(0))
+        progress.sample_finished(record(0))
+        console.warn("look here")
+    codes = re.findall(r"\x1b\[([\d;]*)m", stream.getvalue())
+    assert any(re.search(r"\b3\d\b", code) for code in codes) == bool(colour)
+    assert ("\x1b" in stream.getvalue()) == (kind != "dumb")
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").splitlines()
+    assert any(re.search(r"1/3\b.* [\d.]+ tok\w*/s,? +tau 3\.33.* left 0:00:00", line) for line in lines)
+    assert kind == "dumb" or max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(("reason", "shown"), [("length", False), ("eos", True)])
+def test_an_answer_that_was_cut_is_not_called_wrong(reason: str, shown: bool) -> None:
+    progress = RunProgress(RunConsole(io.StringIO()), total=2)
+    cut = record(0) | {"finish_reason": reason, "correct": False}
+    progress.turn(cut)
+    progress.sample_finished(cut)
+    assert ("wrong" in progress.console.rich.file.getvalue()) == shown
+    assert ("correct 0/1" in progress.rates()) == shown
+
+
 def test_a_terminal_gets_a_bar() -> None:
     code = (
         "from subspec.runs.console import RunConsole\n"
@@ -206,6 +242,6 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "warning: look here" in text
     last = text.rsplit("samples", 1)[0][-4:] + text.rsplit("samples", 1)[1]
     assert last.startswith("3/3 ")
-    assert "tok/s" in last
+    assert "tokens/s" in last
     assert "tau 3.00" in last
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from subspec.errors import ConfigError
-from subspec.records.outcome import read_outcome
+from subspec.records.outcome import Outcome, read_outcome
 from subspec.runs.console import RunConsole
 from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.launcher import ProcessLauncher, _Queue, _terminated_as_interrupted, visible_gpus
@@ -49,9 +49,9 @@ def test_several_gpus_share_the_queue_one_job_each(tmp_path):
     poll = time.sleep
 
     class Watched(SweepProgress):
-        def update(self, jobs):
+        def update(self, jobs, waiting=()):
             running.append([job.gpu for job in jobs])
-            super().update(jobs)
+            super().update(jobs, waiting)
 
     progress = Watched(4, console=RunConsole(file=io.StringIO()))
     done = _Queue([(spec, "") for spec in jobs], ["2", "GPU-abc"], progress).run()
@@ -105,12 +105,20 @@ def test_an_interrupt_ends_the_running_job_gently(tmp_path, number):
     assert not (tmp_path / "1").exists()
 
 
-def test_what_is_left_is_told_from_this_session(tmp_path, monkeypatch):
+def test_what_is_left_is_told_by_the_jobs_most_alike(tmp_path):
     progress = SweepProgress(10, finished=4, console=RunConsole(file=io.StringIO()))
     assert progress.remaining_s is None
-    monkeypatch.setattr(SweepProgress, "elapsed_s", 30.0)
-    progress.ended = 2
-    assert progress.remaining_s == pytest.approx(30 / 2 * 4)
+    for label, seconds in (("draft=none quant.bits=4", 10.0), ("draft=eagle2 quant.bits=4", 40.0)):
+        progress.finished(FollowedJob(tmp_path, label), Outcome("ok", 0, seconds=seconds))
+    waiting = ["draft=none quant.bits=3", "draft=eagle2 quant.bits=3", "draft=subspec quant.bits=4"]
+    progress.update([], waiting)
+    assert progress.remaining_s == pytest.approx(10 + 40 + 25 + 25)  # one more is unknown
+    job = FollowedJob(tmp_path, "draft=subspec quant.bits=3", done=1, total=4)
+    job._sums, job._at_done = {"prefill_s": 1.0, "decode_s": 9.0}, 15.0  # 5 s of start, 10 s a sample
+    job._started = time.monotonic() - 20
+    progress.update([job], waiting)
+    assert job.expected_s == 45.0
+    assert progress.remaining_s == pytest.approx(10 + 40 + 45 + 25, abs=0.1)
 
 
 def test_running_jobs_are_spoken_of_now_and_then(tmp_path, monkeypatch):

@@ -248,7 +248,9 @@ def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
     out = io.StringIO()
     progress = SweepProgress(3, finished=1, console=RunConsole(file=out))
     seen = []
-    monkeypatch.setattr(progress, "update", lambda jobs: seen.extend((job.label, job.done) for job in jobs))
+    monkeypatch.setattr(
+        progress, "update", lambda jobs, waiting: seen.extend((job.label, job.done) for job in jobs)
+    )
     jobs = [follow.ForeignJob(spec.folder, f"number {spec.folder.name}") for spec in specs]
     with follow.watched(progress, jobs):
         assert not out.getvalue()

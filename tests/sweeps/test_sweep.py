@@ -12,7 +12,8 @@ import subspec.benchmarks.loader
 from subspec.benchmarks.hub import HubRows, HubUnavailableError
 from subspec.records.run_folder import RunFolder
 from subspec.sweeps.command_line import is_sweep
-from tests.helpers.cli import cli, command, no_report, records_of, timeless  # noqa: F401
+from subspec.sweeps.process import JobProcess, job_environment
+from tests.helpers.cli import Forked, cli, command, no_report, records_of, timeless  # noqa: F401
 
 TINY = [
     "target=planted_tiny",
@@ -66,6 +67,17 @@ def sweep_records(sweep):
         (["-m", "tree.dept=1,2"], r"tree\.dept: no such key \(did you mean depth\?\)"),
         (["experiment=planted/table_tiny,smoke"], r"planted/table_tiny is a table, a sweep of its own"),
         (["-m", "draft=none", "hydra.launcher.jobs=0"], r"hydra\.launcher\.jobs=0 must be at least 1"),
+        (["-m", "draft=none", "hydra.launcher.jobs=x"], r"hydra\.launcher\.jobs=x must be at least 1"),
+        (["-m", "experiment=glob(planted/tiny_*)"], r"experiment=glob\(planted/tiny_\*\): matches nothing"),
+        (["-m", "tree.depth=range(5,1)"], r"tree\.depth=range\(5,1\): matches nothing"),
+        (["-m", "seed=interval(0,1)"], r"seed=interval\(0,1\): an interval is for a search"),
+        (["-m", "experiment=smoke,planted/table_tiny"], r"planted/table_tiny is a table, a sweep of its own"),
+        (["-m", "experiment=choice(planted/table_tiny)"], r"planted/table_tiny is a table"),
+        (
+            ["-m", "benchmark.max_samples=1,2"],
+            r"benchmark\.max_samples=1,2: jobs that differ in this key alone",
+        ),
+        (["-m", "seed=0,1", "logger=none,wandb"], r"logger: jobs that differ in this key alone are one job"),
         (["hparams_search=nope"], r"hparams_search=nope: no such option"),
     ],
 )
@@ -74,6 +86,7 @@ def test_refused_in_one_line(tmp_path, monkeypatch, arguments, line):
     ran = cli(*arguments)
     assert ran.code == 2, ran.err
     assert re.search(line, ran.error), ran.error
+    assert not list(tmp_path.rglob("sweep.json"))
 
 
 def test_what_is_refused_before_there_is_a_job_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -144,20 +157,33 @@ def test_a_key_that_only_the_rows_have(tmp_path):
     assert budgets == [9 * 2**30] * 2
 
 
+def test_combinations_that_differ_in_keys_without_effect_are_one_run(tmp_path):
+    """A baseline is measured once, also by later sessions with other values of these keys."""
+    options = ["-m", *TINY, "benchmark.max_samples=1", HERE, f"sweep_dir={tmp_path}"]
+    ran = cli(*options, "draft=none,layer_skip", "quant.bits=4,3")
+    assert ran.code == 0, ran.err
+    assert "4 combinations make 2 runs" in ran.out
+    assert statuses(tmp_path) == ["ok", "ok"]
+    again = cli(*options, "draft=none", "quant=higgs", "tree=chain", "benchmark.max_samples=2")
+    assert again.code == 0, again.err
+    assert statuses(tmp_path) == ["ok", "ok"]
+    assert len(records_of(tmp_path / "0")) == 2, again.out
+
+
 # ------------------------------------------------------------------------------------- what is missing
 
 
 def test_the_same_command_does_only_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
-    assert first.code == 2  # one of four cannot be
+    assert first.code == 2  # one of three cannot be: plain decoding has no use for a quantizer
     (sweep,) = tmp_path.glob("multirun/*/*")
-    assert statuses(sweep) == ["ok", "ok", "ok", "failed"]
+    assert statuses(sweep) == ["ok", "ok", "failed"]
     before = sweep_records(sweep)
 
     again = cli("-m", *TINY, "draft=none,subspec", "quant=hqq,none", HERE)
     assert f"continuing the sweep in {sweep.relative_to(tmp_path)}" in again.out
-    assert "3 of 4 job(s) had been finished before" in again.out
+    assert "2 of 3 job(s) had been finished before" in again.out
     assert list(tmp_path.glob("multirun/*/*")) == [sweep]
 
     (sweep / "1" / "records.jsonl").write_bytes((sweep / "1" / "records.jsonl").read_bytes()[:-40])
@@ -174,8 +200,6 @@ def test_a_finished_sweep_is_measured_anew_by_the_same_command(tmp_path, monkeyp
     (sweep,) = tmp_path.glob("multirun/*/*")
     assert cli(*options, f"sweep_dir={sweep}").code == 0
     assert len(list(tmp_path.glob("multirun/*/*"))) == 1
-    while not time.strftime("%H-%M-%S") > sweep.name:
-        time.sleep(0.05)  # folders are named by the second
     assert cli(*options).code == 0
     assert len(list(tmp_path.glob("multirun/*/*"))) == 2
 
@@ -249,9 +273,16 @@ def test_two_sweeps_in_one_folder(tmp_path):
 
 
 def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
-    """One that ends well, and one whose hub is gone: recorded, with its reason, its log and the exit status."""
+    """One that ends well, and one whose hub is gone: recorded, with its reason, its log and the exit status.
+
+    The processes are forks of this one; tests/test_packaging.py has a job that starts from nothing.
+    """
     sweep = tmp_path / "größe"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of busy machines wait for each other
+    monkeypatch.setattr(
+        JobProcess,
+        "_spawn",
+        lambda job, log: Forked(*job.spec.command[3:], log=log.fileno(), env=job_environment(job.gpu)),
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     options = ["-m", *TINY, "benchmark.source=sample,hub", f"sweep_dir={sweep}"]

@@ -1,0 +1,21 @@
+"""Groups of a configuration that have no effect in it, so that runs which differ only there are one run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NEVER_QUANTIZED = ("none", "eagle2", "layer_skip")
+"""Drafts that ``quant`` does not apply to."""
+
+
+def effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration (builtin types) without the groups that have no effect.
+
+    Plain decoding has no tree. ``quant`` applies to the draft, and to the weights that ``offload.codec=substitute``
+    streams.
+    """
+    draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
+    idle = {"tree"} if draft.get("name") == "none" else set()
+    unquantized = draft.get("name") in NEVER_QUANTIZED or draft.get("quantize") is False
+    if unquantized and offload.get("codec") != "substitute":
+        idle.add("quant")
+    return {key: value for key, value in config.items() if key not in idle}
