@@ -15,7 +15,8 @@ from rich.table import Table
 from subspec.errors import ConfigError
 from subspec.records.method import config_group, method_label
 from subspec.records.run_files import RECORDS
-from subspec.records.run_folder import Key, config_differences
+from subspec.records.run_folder import Key
+from subspec.records.same_run import config_differences
 from subspec.report.collect import RunData, State, read_run, run_folders
 from subspec.report.rows import device_name
 from subspec.utils.terminal import Terminal, one_line

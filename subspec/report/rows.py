@@ -15,7 +15,7 @@ from typing import Any
 from subspec.errors import SubspecError
 from subspec.records.method import config_group, group_name, is_quantized, method_label
 from subspec.records.metrics import distinct_values, summarise
-from subspec.records.run_folder import FREE_KEYS
+from subspec.records.same_run import FREE_KEYS
 from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
 from subspec.report.collect import RunData
 
