@@ -175,8 +175,8 @@ class Engine:
         first_token_at = time.perf_counter()
         stats.prefill_s = first_token_at - started
 
+        emitted_at = first_token_at
         while output.finish_reason is None:
-            iteration_started = time.perf_counter()
             with clock.phase("draft"):
                 drafted = self._draft(root, output.remaining - 1)
             size, levels = self.tree.size, self.tree.levels
@@ -196,7 +196,9 @@ class Engine:
             root = acceptance.bonus
             stats.iterations += 1
             stats.verified_tokens += emit(emitted)
-            seconds = time.perf_counter() - iteration_started
+            now = time.perf_counter()
+            seconds, emitted_at = now - emitted_at, now
+            stats.block_s.append(seconds)
             self._account(stats, depth, size, len(accepted) - 1)
             self._learn(stats, clock, IterationOutcome(drafted, size, len(accepted) - 1, 0.0, seconds))
         stats.decode_s = time.perf_counter() - first_token_at
@@ -308,7 +310,11 @@ class Engine:
 
     def _account(self, stats: GenerationStats, levels: int, size: int, accepted: int) -> None:
         """Count the drafted and accepted nodes of an iteration."""
-        for counts, deepest in ((stats.drafted_by_depth, levels), (stats.accepted_by_depth, accepted)):
+        for counts, deepest in (
+            (stats.drafted_by_depth, levels),
+            (stats.reached_by_depth, min(levels, accepted + 1)),
+            (stats.accepted_by_depth, accepted),
+        ):
             counts += [0] * (levels - len(counts))
             for depth in range(deepest):
                 counts[depth] += 1

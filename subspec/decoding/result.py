@@ -22,9 +22,12 @@ class GenerationStats:
         verified_tokens: emitted tokens that came from verification passes (all but the first one).
         drafted_by_depth: entry d-1 counts the iterations whose tree had a level of depth d.
         accepted_by_depth: entry d-1 counts the iterations that accepted a node of depth d.
+        reached_by_depth: entry d-1 counts the iterations that had a level of depth d and accepted a node of depth d-1
+            (depth 0 is the root, always accepted).
         drafted_nodes: tree nodes verified, summed over iterations (roots excluded).
         prefill_s: seconds until the first token, target prefill included.
         decode_s: seconds from the first token to the last.
+        block_s: seconds from each emitted block to the next, one per iteration; they add up to about ``decode_s``.
         draft_s: share of ``decode_s`` spent drafting (device time on a GPU).
         verify_s: share of ``decode_s`` spent in target passes and verification.
         accept_s: share of ``verify_s`` behind the target's logits: choosing tokens, accepting a path, moving its keys
@@ -39,9 +42,11 @@ class GenerationStats:
     verified_tokens: int = 0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
+    reached_by_depth: list[int] = field(default_factory=list)
     drafted_nodes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    block_s: list[float] = field(default_factory=list)
     draft_s: float = 0.0
     verify_s: float = 0.0
     accept_s: float = 0.0

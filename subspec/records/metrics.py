@@ -18,10 +18,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import fsum
 from typing import Any
 
 from subspec.decoding.result import GenerationResult, audit_errors
+from subspec.records.categories import by_category
 
 Record = Mapping[str, Any]
 
@@ -30,11 +32,16 @@ PER_TURN_FIGURES = (
     "tokens_per_s_total",
     "tau",
     "tau_published",
+    "draft_acceptance_rate",
     "prompt_tokens",
     "new_tokens",
     "iterations",
     "prefill_s",
     "decode_s",
+    "ttft_s",
+    "block_p50_s",
+    "block_p95_s",
+    "block_p99_s",
     "roofline_share",
     "link_busy_share",
 )
@@ -75,38 +82,15 @@ def turn_metrics(
     peak_vram_gib: float | None = None,
     peak_ram_gib: float | None = None,
 ) -> dict[str, Any]:
-    """The metrics of one turn.
+    """The metrics of one turn: the fields of a record from ``prompt_tokens`` to ``finish_reason``.
+
+    docs/outputs.md defines every field. The prefill is no verification pass, and its token is not verified.
 
     Args:
         result: the finished generation.
         link: the link the weights cross, or None without offloading: the link figures are then None.
         peak_vram_gib: peak of PyTorch's device allocations so far (GiB), None without a GPU.
         peak_ram_gib: peak resident memory of the process so far (GiB).
-
-    Returns:
-        - ``prompt_tokens``: tokens of the prompt.
-        - ``new_tokens``: ids emitted (counted, not re-tokenised), the one from the prefill included.
-        - ``verified_tokens``: ids emitted by verification passes (all but the prefill's).
-        - ``iterations``: verification passes; the prefill is not one.
-        - ``tau`` = verified_tokens / iterations (tokens per pass, the bonus token included).
-        - ``tau_published`` = (1 + verified_tokens) / (1 + iterations), the formula behind the paper's numbers;
-          None without iterations, like ``tau``.
-        - ``drafted_by_depth``, ``accepted_by_depth``: iterations that drafted, accepted depth 1, 2, ...
-        - ``accept_rate_by_depth`` = accepted / drafted at each depth (None where nothing was drafted).
-        - ``drafted_nodes``: tree nodes verified, roots excluded.
-        - ``prefill_s``: seconds until the first token. ``decode_s``: seconds from the first token to the last.
-        - ``tokens_per_s`` = verified_tokens / decode_s.
-        - ``tokens_per_s_total`` = new_tokens / (prefill_s + decode_s).
-        - ``draft_s``, ``verify_s``: seconds of ``decode_s`` spent drafting, and in target passes and verification.
-        - ``transfer_s``: seconds in which the link carried weights, prefill included.
-        - ``bytes_streamed``: weight bytes that crossed the link, prefill included.
-        - ``link_gb_per_s``, ``bytes_per_pass``: the link, as measured at start and as planned.
-        - ``roofline_tokens_per_s`` = tau * link_gb_per_s * 1e9 / bytes_per_pass: the speed at this tau of a run
-          that did nothing but stream.
-        - ``roofline_share`` = tokens_per_s / roofline_tokens_per_s.
-        - ``link_busy_share`` = transfer_s / (prefill_s + decode_s).
-        - ``peak_vram_gib``, ``peak_ram_gib``: as given.
-        - ``finish_reason``: why the generation ended.
     """
     stats = result.stats
     tau = ratio(stats.verified_tokens, stats.iterations)
@@ -121,12 +105,18 @@ def turn_metrics(
         "iterations": stats.iterations,
         "tau": tau,
         "tau_published": _tau_published(1, stats.verified_tokens, stats.iterations),
-        "drafted_by_depth": list(stats.drafted_by_depth),
-        "accepted_by_depth": list(stats.accepted_by_depth),
-        "accept_rate_by_depth": _rates(stats.drafted_by_depth, stats.accepted_by_depth),
-        "drafted_nodes": stats.drafted_nodes,
+        **_acceptance(
+            stats.iterations,
+            stats.drafted_nodes,
+            list(stats.drafted_by_depth),
+            list(stats.accepted_by_depth),
+            list(stats.reached_by_depth),
+        ),
         "prefill_s": stats.prefill_s,
         "decode_s": stats.decode_s,
+        "ttft_s": stats.prefill_s,
+        "block_s": [round(seconds, 6) for seconds in stats.block_s],
+        **_percentiles(stats.block_s),
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_total": ratio(len(result.token_ids), stats.prefill_s + stats.decode_s),
         "draft_s": stats.draft_s,
@@ -154,6 +144,10 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         - ``totals``: sums of the raw values, and the figures of :func:`turn_metrics` computed from the sums (all
           tokens / all seconds). ``tau_published`` counts one prefill per turn. The roofline is all verified tokens
           over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
+          Percentiles are over the blocks of all turns. Figures of a field that earlier versions did not record are
+          None unless all turns have it.
+        - ``categories``: by category (:func:`~subspec.records.categories.category_group`) ``samples``, ``turns``,
+          ``tau``, ``tokens_per_s`` and ``accuracy``; empty if the data set has none.
         - ``per_turn``: ``n``, ``mean``, ``sd`` (of a sample, n - 1) and ``median`` of :data:`PER_TURN_FIGURES`.
         - ``accuracy``: ``correct``, ``checked``, ``accuracy`` = correct / checked, and ``unfinished`` (texts that were
           cut before an answer); None when nothing was to be checked.
@@ -175,6 +169,7 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         },
         "totals": _totals(turns),
         "per_turn": {name: _spread(turns, name) for name in PER_TURN_FIGURES},
+        "categories": {name: _category(own) for name, own in by_category(turns).items()},
         "accuracy": _accuracy(turns),
         "audit": _audit(turns),
         "peak_vram_gib": _largest(turns, "peak_vram_gib"),
@@ -221,6 +216,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     sums |= {name: fsum(record.get(name) or 0.0 for record in turns) for name in seconds}
     drafted = _sum_by_depth(turns, "drafted_by_depth")
     accepted = _sum_by_depth(turns, "accepted_by_depth")
+    reached = _sum_by_depth(turns, "reached_by_depth") if _all_have(turns, "reached_by_depth") else None
+    blocks = [seconds for record in turns for seconds in record.get("block_s") or []]
     wall = sums["prefill_s"] + sums["decode_s"]
 
     linked = [record for record in turns if record.get("link_gb_per_s") and record.get("bytes_per_pass")]
@@ -233,9 +230,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
         "tokens_per_s_total": ratio(sums["new_tokens"], wall),
         "tau": ratio(sums["verified_tokens"], sums["iterations"]),
         "tau_published": _tau_published(len(turns), sums["verified_tokens"], sums["iterations"]),
-        "drafted_by_depth": drafted,
-        "accepted_by_depth": accepted,
-        "accept_rate_by_depth": _rates(drafted, accepted),
+        **_acceptance(sums["iterations"], sums["drafted_nodes"], drafted, accepted, reached),
+        **_percentiles(blocks if _all_have(turns, "block_s") else []),
         "link_gb_per_s": _common(linked, "link_gb_per_s") if linked else None,
         "bytes_per_pass": _common(linked, "bytes_per_pass") if linked else None,
         "roofline_tokens_per_s": roofline,
@@ -246,6 +242,46 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
 
 def _tau_published(prefills: int, verified: int, iterations: int) -> float | None:
     return (prefills + verified) / (prefills + iterations) if iterations else None
+
+
+def _acceptance(
+    iterations: int, nodes: int, drafted: list[int], accepted: list[int], reached: list[int] | None
+) -> dict[str, Any]:
+    # Passes that accepted at least 0, 1, 2, ... draft tokens.
+    least = [iterations, *accepted, 0]
+    return {
+        "drafted_by_depth": drafted,
+        "accepted_by_depth": accepted,
+        "reached_by_depth": reached,
+        "accept_rate_by_depth": _rates(drafted, accepted),
+        "conditional_accept_rate_by_depth": None if reached is None else _rates(reached, accepted),
+        "accepted_histogram": [more - fewer for more, fewer in pairwise(least)],
+        "drafted_nodes": nodes,
+        "accepted_nodes": sum(accepted),
+        "draft_acceptance_rate": ratio(sum(accepted), nodes),
+    }
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    cuts: Sequence[float | None] = [None] * 99
+    if seconds:  # quantiles() needs two values
+        cuts = statistics.quantiles([*seconds] * (1 + (len(seconds) == 1)), n=100, method="inclusive")
+    return {f"block_p{share}_s": cuts[share - 1] for share in (50, 95, 99)}
+
+
+def _all_have(turns: Sequence[Record], name: str) -> bool:
+    return all(record.get(name) is not None for record in turns)
+
+
+def _category(turns: Sequence[Record]) -> dict[str, Any]:
+    totals, accuracy = _totals(turns), _accuracy(turns)
+    return {
+        "samples": len({record.get("sample_id") for record in turns}),
+        "turns": len(turns),
+        "tau": totals["tau"],
+        "tokens_per_s": totals["tokens_per_s"],
+        "accuracy": accuracy and accuracy["accuracy"],
+    }
 
 
 def _rates(drafted: Sequence[int], accepted: Sequence[int]) -> list[float | None]:

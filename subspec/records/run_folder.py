@@ -7,10 +7,7 @@ configuration of the first.
 
 Example::
 
-    chosen = {"source": benchmark.source.value, "device": device.type}
-    with RunFolder.open(
-        run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment(), chosen=chosen
-    ) as folder:
+    with RunFolder.open(run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment()) as folder:
         for note in folder.notes:
             console.note(note)
         if folder.finished(sample.id, turn=0) is None:
@@ -21,7 +18,7 @@ Example::
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +29,7 @@ import yaml
 from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import CONFIG, DAMAGED, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
+from subspec.records.same_run import config_differences
 from subspec.utils.files import (
     RESUME_HINT,
     json_line,
@@ -41,40 +39,6 @@ from subspec.utils.files import (
     write_error,
     write_json,
 )
-
-FREE_KEYS = frozenset(
-    {
-        "resume",
-        "run_dir",
-        "logger",
-        "experiment",
-        "hparams_search",
-        "optimise",
-        "study",
-        "baseline",
-        "benchmark.max_samples",
-    }
-)
-"""Keys that may differ when a run is resumed, because they change no record.
-
-``experiment`` names values that are compared themselves. Fewer samples are a prefix of more, so a run may be extended.
-All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
-"""
-
-AUTO = "auto"
-
-CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
-"""Keys that may be ``auto``, by the record field that holds the resolved value.
-
-A hub that answers again or a missing GPU changes the resolved value under the same configuration. The value resolved
-now is compared with the records, so a resumed run may also name the earlier value explicitly.
-"""
-
-GONE = {"tree.ahead": 0}
-"""Keys of earlier versions, with the value at which they had no effect."""
-
-BEFORE = {"bitwise": False}
-"""Resolved value in records older than the field."""
 
 Key = tuple[str, int]
 
@@ -93,14 +57,12 @@ class RunFolder:
         path: Path,
         lock: filelock.BaseFileLock,
         config: Mapping[str, Any],
-        chosen: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.notes: list[str] = []
         self.resumed = False
         self._lock = lock
         self._config = dict(config)
-        self._chosen = dict(chosen or {})
         self._records: dict[Key, dict[str, Any]] = {}
         self._file: int | None = None
 
@@ -112,7 +74,7 @@ class RunFolder:
         resume: bool,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
-        chosen: Mapping[str, str] | None = None,
+        check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
     ) -> Self:
         """Lock the folder, check that it belongs to this run, repair it, and write the run's description.
 
@@ -121,11 +83,11 @@ class RunFolder:
             resume: whether to continue the records in it.
             config: the resolved configuration as builtin types.
             environment: versions and hardware; those of a resumed session are appended to the first.
-            chosen: resolved values of the keys of :data:`CHOSEN`, by record field.
+            check: raises ConfigError if a run of today's data, weights and device cannot continue these records.
 
         Raises:
-            ConfigError: it holds records and ``resume`` is false, or the records are of another configuration, data
-                source or device.
+            ConfigError: it holds records and ``resume`` is false, or the records are of another configuration, or
+                ``check`` refuses them.
             SubspecError: it cannot be written, or another process is writing it.
         """
         path = Path(run_dir)
@@ -137,9 +99,9 @@ class RunFolder:
             raise write_error(error, path, remedy) from error
         if lock is None:
             raise SubspecError(f"run_dir={path} is in use by another process: wait for it, or {remedy}")
-        folder = cls(path, lock, plain(config), chosen)
+        folder = cls(path, lock, plain(config))
         try:
-            folder._load(resume)
+            folder._load(resume, check)
             folder._describe(plain(environment) if environment is not None else None)
             folder._file = os.open(path / RECORDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             sync_folder(path)
@@ -222,7 +184,7 @@ class RunFolder:
 
     # ---------------------------------------------------------------------------------------- opening
 
-    def _load(self, resume: bool) -> None:
+    def _load(self, resume: bool, check: Callable[[Sequence[Mapping[str, Any]]], None] | None) -> None:
         file = self.path / RECORDS
         data = file.read_bytes() if file.exists() else b""
         if data and not resume:
@@ -233,7 +195,8 @@ class RunFolder:
         if data:
             scan = _scan(data)
             self._check_same_run()
-            self._check_chosen(scan.records.values())
+            if check is not None:
+                check(list(scan.records.values()))
             self._repair(data, scan)
             self.resumed = bool(self._records)
         if self.resumed:
@@ -257,21 +220,6 @@ class RunFolder:
             raise ConfigError(
                 f"resume=true, but the configuration differs from the one in {file}: {'; '.join(differences)}. "
                 "Use the same values, or choose another folder with run_dir="
-            )
-
-    def _check_chosen(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Refuse to mix records of another data source or device with the existing ones."""
-        records = list(records)
-        for field, now in self._chosen.items():
-            values = [record.get(field, BEFORE.get(field)) for record in records]
-            before = {str(value).lower() for value in values if value is not None}
-            if before <= {now}:
-                continue
-            key, found = CHOSEN[field], " and ".join(sorted(before))
-            remedy = f"set {key}={found}, or " if len(before) == 1 else ""
-            raise ConfigError(
-                f"resume=true, but {key} comes to {now} now, and the records in {self.path / RECORDS} are of {found}: "
-                f"{remedy}choose another folder with run_dir="
             )
 
     def _repair(self, data: bytes, scan: "_Scan") -> None:
@@ -331,33 +279,7 @@ def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
     return list(scan.records.values()), scan.notes(path, repaired=False)
 
 
-def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Dotted keys whose values differ, as ``key: old -> new``.
-
-    :data:`FREE_KEYS` are not compared, nor ``auto`` of :data:`CHOSEN` keys.
-    """
-    if isinstance(before, dict) and isinstance(now, dict):
-        paths = {name: f"{key}.{name}" if key else str(name) for name in {**before, **now}}
-        return [
-            line
-            for name, path in paths.items()
-            if path not in FREE_KEYS
-            for line in config_differences(before.get(name, _ABSENT), now.get(name, _ABSENT), path)
-        ]
-    if before == now and isinstance(before, bool) == isinstance(now, bool):
-        return []
-    if key in CHOSEN.values() and AUTO in (before, now):
-        return []
-    if now is _ABSENT and before == GONE.get(key, _ABSENT):
-        return []
-    if before is _ABSENT and now is None:  # a key that is newer than the folder and not used
-        return []
-    return [f"{key}: {_shown(before)} -> {_shown(now)}"]
-
-
 # ------------------------------------------------------------------------------------------------ parts
-
-_ABSENT = object()
 
 
 class _Scan:
@@ -418,7 +340,3 @@ def _key(record: Mapping[str, Any]) -> Key | None:
     if not isinstance(sample_id, str) or not isinstance(turn, int) or isinstance(turn, bool):
         return None
     return sample_id, turn
-
-
-def _shown(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value, default=str)

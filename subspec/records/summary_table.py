@@ -116,6 +116,10 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     rates = _rates(totals["accept_rate_by_depth"])
     if rates:
         facts.append(("accepted by depth", rates))
+    blocks = [(share, totals[f"block_p{share}_s"]) for share in (50, 95, 99)]
+    if blocks[0][1] is not None:
+        shown = ", ".join(f"p{share} {1e3 * seconds:.1f} ms" for share, seconds in blocks)
+        facts.append(("between blocks", shown))
     split = _split(totals)
     if split:
         facts.append(("decode time", split))
@@ -177,11 +181,13 @@ def _audit(audit: Summary | None) -> str:
     return f"{verdict}: tokens exact {audit['exact']}, {ties}, mismatches {audit['mismatch']}"
 
 
+def shown_depths(last: int) -> list[int]:
+    """The first and last depth and the powers of two between them, so that 48 depths fit one line."""
+    return [d for d in range(1, last + 1) if last <= DEPTHS_SHOWN or is_power_of_two(d) or d == last]
+
+
 def _rates(rates: Sequence[float | None]) -> str:
-    """Rates of the first and last depth and of powers of two between them, so that 48 depths fit one line."""
-    last = len(rates)
-    depths = [d for d in range(1, last + 1) if last <= DEPTHS_SHOWN or is_power_of_two(d) or d == last]
-    return "  ".join(f"{d}:{_figure(rates[d - 1])}" for d in depths)
+    return "  ".join(f"{d}:{_figure(rates[d - 1])}" for d in shown_depths(len(rates)))
 
 
 def _split(totals: Summary) -> str:

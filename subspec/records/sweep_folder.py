@@ -20,7 +20,7 @@ import filelock
 from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import LOCK, RECORDS, read_json, take_lock
-from subspec.records.run_folder import FREE_KEYS
+from subspec.records.same_run import FREE_KEYS
 from subspec.utils.files import write_error, write_json
 
 MANIFEST = "sweep.json"

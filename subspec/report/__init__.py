@@ -10,8 +10,9 @@ library::
     report.page, report.rows[0].speed
 """
 
+from subspec.report.baseline import make_rows
 from subspec.report.collect import RunData, State, collect
-from subspec.report.rows import Row, make_rows
+from subspec.report.rows import Row
 from subspec.report.write import Report, write_report
 
 __all__ = ["Report", "Row", "RunData", "State", "collect", "make_rows", "write_report"]

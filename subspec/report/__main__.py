@@ -55,11 +55,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: it is wrong.
     """
-    if arguments and arguments[0] == COMPARE:
-        return _parse_compare(arguments[1:])
-    parser = _Parser(
-        "python -m subspec.report", description=HELP, formatter_class=argparse.RawTextHelpFormatter
-    )
+    tool = COMPARE if arguments and arguments[0] == COMPARE else "report"
+    program, text = "python -m subspec.report", HELP
+    if tool == COMPARE:
+        program, text, arguments = f"{program} {COMPARE}", COMPARE_HELP, arguments[1:]
+    parser = _Parser(program, description=text, formatter_class=argparse.RawTextHelpFormatter)
+    parser.set_defaults(tool=tool)
+    if tool == COMPARE:
+        for name in ("FOLDER_A", "FOLDER_B"):
+            parser.add_argument("folders", metavar=name, type=Path, action="append", help="a run folder")
+        parser.add_argument("--json", metavar="FILE", type=Path, help="everything, for a program")
+        return parser.parse_args(list(arguments))
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", type=Path, help="run folders, or anything above them"
     )
@@ -72,20 +78,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="what speed-ups are against: a draft (none), a method as the tables call it,\n"
         "an experiment, or a run's name or folder (default: plain decoding, draft=none)",
     )
-    parser.set_defaults(tool="report")
-    return parser.parse_args(list(arguments))
-
-
-def _parse_compare(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        f"python -m subspec.report {COMPARE}",
-        description=COMPARE_HELP,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    for name in ("FOLDER_A", "FOLDER_B"):
-        parser.add_argument("folders", metavar=name, type=Path, action="append", help="a run folder")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="everything, for a program")
-    parser.set_defaults(tool=COMPARE)
     return parser.parse_args(list(arguments))
 
 

@@ -4,8 +4,9 @@ A speed is all tokens over all seconds; draws differ in the samples they contain
 resampled together ("paired"): the speeds of one prompt are correlated, so that the ratio varies less than either speed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,31 +40,19 @@ class Interval:
 
 
 def speed_interval(
-    samples: Mapping[str, Speed], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = SEED
+    samples: Mapping[str, Speed], *, level: float = LEVEL, seed: int = SEED
 ) -> Interval | None:
     """Tokens per second, all tokens over all seconds; None without samples.
 
     Args:
         samples: tokens and seconds by sample.
-        resamples, level, seed: number of draws, coverage, seed of the draws.
+        level, seed: coverage, seed of the draws.
     """
-    table = _table(samples)
-    if not len(table):
-        return None
-    value = table[:, 0].sum() / table[:, 1].sum()
-    if len(table) < 2:
-        return Interval(float(value), None, None, len(table))
-    sums = table[_draws(len(table), resamples, seed)].sum(axis=1)
-    return Interval(float(value), *_ends(sums[:, 0] / sums[:, 1], level), len(table))
+    return _interval([_timed(samples)], False, level, seed)
 
 
 def speedup_interval(
-    ours: Mapping[str, Speed],
-    baseline: Mapping[str, Speed],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = SEED,
+    ours: Mapping[str, Speed], baseline: Mapping[str, Speed], *, level: float = LEVEL, seed: int = SEED
 ) -> Interval | None:
     """Ratio to the speed of the baseline; None without samples in both.
 
@@ -72,23 +61,14 @@ def speedup_interval(
 
     Args:
         ours, baseline: tokens and seconds by sample; equal keys mean the same prompt.
-        resamples, level, seed: as in :func:`speed_interval`.
+        level, seed: as in :func:`speed_interval`.
     """
-    ours, baseline = _timed(ours), _timed(baseline)
-    common = [key for key in ours if key in baseline]
+    sides = [_timed(ours), _timed(baseline)]
+    common = sides[0].keys() & sides[1].keys()
     paired = len(common) >= 2
     if paired:
-        ours, baseline = ({key: side[key] for key in common} for side in (ours, baseline))
-    a, b = _table(ours), _table(baseline)
-    if not len(a) or not len(b):
-        return None
-    value = float(_ratio(a.sum(axis=0), b.sum(axis=0)))
-    if min(len(a), len(b)) < 2:
-        return Interval(value, None, None, min(len(a), len(b)))
-    draws_a = _draws(len(a), resamples, seed)
-    draws_b = draws_a if paired else _draws(len(b), resamples, seed + 1)
-    ratios = _ratio(a[draws_a].sum(axis=1).T, b[draws_b].sum(axis=1).T)
-    return Interval(value, *_ends(ratios, level), min(len(a), len(b)), paired)
+        sides = [{key: side[key] for key in common} for side in sides]
+    return _interval(sides, paired, level, seed)
 
 
 def _timed(samples: Mapping[str, Speed]) -> dict[str, Speed]:
@@ -96,20 +76,25 @@ def _timed(samples: Mapping[str, Speed]) -> dict[str, Speed]:
     return {key: speed for key, speed in samples.items() if speed[0] > 0 and speed[1] > 0}
 
 
-def _table(samples: Mapping[str, Speed]) -> np.ndarray:
-    """float64 [samples, 2]: tokens, seconds."""
-    return np.array([speed for _, speed in sorted(_timed(samples).items())], dtype=np.float64).reshape(-1, 2)
+def _interval(sides: Sequence[Mapping[str, Speed]], paired: bool, level: float, seed: int) -> Interval | None:
+    """Of the speed of one side, or of the ratio of two."""
+    count = min(map(len, sides))
+    if not count:
+        return None
+    # float64 [samples, 2]: tokens, seconds.
+    tables = [np.array([speed for _, speed in sorted(side.items())], dtype=np.float64) for side in sides]
+    value = float(_figure([table.sum(axis=0) for table in tables]))
+    if count < 2:
+        return Interval(value, None, None, count)
+    sums = []
+    for number, table in enumerate(tables):
+        generator = np.random.default_rng(seed if paired else seed + number)
+        draws = generator.integers(0, len(table), size=(RESAMPLES, len(table)))
+        sums.append(table[draws].sum(axis=1).T)
+    low, high = np.quantile(_figure(sums), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), count, paired)
 
 
-def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
-    """int64 [resamples, count]: samples of each draw."""
-    return np.random.default_rng(seed).integers(0, count, size=(resamples, count))
-
-
-def _ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    return (ours[0] / ours[1]) / (theirs[0] / theirs[1])
-
-
-def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _figure(sums: Sequence[np.ndarray]) -> Any:
+    speeds = [tokens / seconds for tokens, seconds in sums]
+    return speeds[0] if len(speeds) == 1 else speeds[0] / speeds[1]

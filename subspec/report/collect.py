@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from subspec.errors import SubspecError
+from subspec.records.method import config_group
 from subspec.records.metrics import summarise
 from subspec.records.outcome import FAILED, OUTCOME, read_outcome
 from subspec.records.run_files import CONFIG, ENVIRONMENT, FACTS, OVERRIDES, PLAN, RECORDS, SUMMARY
-from subspec.records.run_folder import read_records
+from subspec.records.run_folder import Key, read_records
 from subspec.records.sweep_folder import MANIFEST, read_manifest
 
 PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}
@@ -150,7 +151,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         name=name or folder.name,
         config=config,
         overrides=_overrides(folder / OVERRIDES),
-        facts=facts or _nested(written, "run"),
+        facts=facts or config_group(written, "run"),
         plan=plan,
         environment=environment,
         records=tuple(records),
@@ -159,6 +160,23 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         damaged=damaged,
         notes=tuple(notes),
     )
+
+
+def texts_of(run: RunData) -> dict[Key, Mapping[str, Any]]:
+    """Records by key: skipped ones, and those with token ids."""
+    usable = [one for one in run.records if one.get("skipped") or isinstance(one.get("token_ids"), list)]
+    return {(record["sample_id"], record["turn"]): record for record in usable}
+
+
+def turn_outcome(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> str:
+    """``identical`` or ``different`` texts of one prompt, or why the records of a turn are not compared."""
+    if a is None or b is None:
+        return "only_b" if a is None else "only_a"
+    if a.get("skipped") or b.get("skipped"):
+        return "skipped" if a.get("skipped") and b.get("skipped") else "skipped_once"
+    if a.get("prompt_sha256") != b.get("prompt_sha256"):
+        return "other_prompt"
+    return "identical" if a["token_ids"] == b["token_ids"] else "different"
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -230,7 +248,7 @@ def _config_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _is_whole(written: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
     """Whether ``summary.json`` covers the records: a run that was resumed and killed still has its first summary."""
-    counts = _nested(written, "counts")
+    counts = config_group(written, "counts")
     ours = summary["counts"]
     return counts.get("turns") == ours["turns"] and counts.get("skipped") == ours["skipped"]
 
@@ -241,8 +259,3 @@ def _overrides(file: Path) -> tuple[str, ...] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return tuple(map(str, value)) if isinstance(value, list) else None
-
-
-def _nested(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = mapping.get(name)
-    return value if isinstance(value, dict) else {}

@@ -15,8 +15,9 @@ from rich.table import Table
 from subspec.errors import ConfigError
 from subspec.records.method import config_group, method_label
 from subspec.records.run_files import RECORDS
-from subspec.records.run_folder import Key, config_differences
-from subspec.report.collect import RunData, State, read_run, run_folders
+from subspec.records.run_folder import Key
+from subspec.records.same_run import config_differences
+from subspec.report.collect import RunData, State, read_run, run_folders, texts_of, turn_outcome
 from subspec.report.rows import device_name
 from subspec.utils.terminal import Terminal, one_line
 
@@ -104,10 +105,10 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
     a, b = _read(folder_a), _read(folder_b)
     if a.folder.resolve() == b.folder.resolve():
         raise ConfigError(f"{folder_a} and {folder_b} are the same run: give two")
-    ours, theirs = _texts(a), _texts(b)
+    ours, theirs = texts_of(a), texts_of(b)
     turns: dict[str, list[Key]] = {name: [] for name in ("identical", "different", *NOT_COMPARED)}
     for key in {**ours, **theirs}:
-        turns[_outcome(ours.get(key), theirs.get(key))].append(key)
+        turns[turn_outcome(ours.get(key), theirs.get(key))].append(key)
     not_twins = _not_twins(a, b)
     if not turns["identical"] and not turns["different"]:
         names, why = f"{folder_a} and {folder_b}", "; ".join([_left_out(turns), *not_twins])
@@ -157,12 +158,6 @@ def _read(folder: Path) -> RunData:
     return run
 
 
-def _texts(run: RunData) -> dict[Key, Mapping[str, Any]]:
-    """Records by key: skipped ones, and those with token ids."""
-    usable = [one for one in run.records if one.get("skipped") or isinstance(one.get("token_ids"), list)]
-    return {(record["sample_id"], record["turn"]): record for record in usable}
-
-
 def _side(run: RunData, texts: Mapping[Key, Mapping[str, Any]], turns: Mapping[str, Sequence[Key]]) -> Side:
     notes, bitwise = list(run.notes), config_group(run.facts, "bitwise")
     if run.state is not State.finished:
@@ -173,16 +168,6 @@ def _side(run: RunData, texts: Mapping[Key, Mapping[str, Any]], turns: Mapping[s
         notes.append(f"bitwise is off ({bitwise.get('reason') or 'no reason recorded'})")
     tokens = sum(len(texts[key]["token_ids"]) for key in (*turns["identical"], *turns["different"]))
     return Side(str(run.folder), method_label(run.config, run.facts), tokens, notes)
-
-
-def _outcome(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> str:
-    if a is None or b is None:
-        return "only_b" if a is None else "only_a"
-    if a.get("skipped") or b.get("skipped"):
-        return "skipped" if a.get("skipped") and b.get("skipped") else "skipped_once"
-    if a.get("prompt_sha256") != b.get("prompt_sha256"):
-        return "other_prompt"
-    return "identical" if a["token_ids"] == b["token_ids"] else "different"
 
 
 def _left_out(turns: Mapping[str, Sequence[Key]]) -> str:
@@ -221,6 +206,7 @@ def _settings(run: RunData) -> dict[str, Any]:
         "dtype": run.facts.get("dtype"),
         "device": run.facts.get("device") or context["device"],
         "hardware": hardware if hardware != "unknown" else None,
+        "weights of the target": config_group(run.facts, "weights").get("target"),
         "bitwise.on": bitwise.get("on"),  # the kernels' tile shapes change no bit
     }
     return {

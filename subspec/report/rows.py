@@ -1,4 +1,4 @@
-"""Rows of a report: pooled runs of one configuration, with their speed-up over a baseline.
+"""Rows of a report: pooled runs of one configuration.
 
 A row holds runs of equal configuration (apart from folders and loggers) and hardware. Several runs of a row are
 repeats: totals are pooled and the spread is shown. Rows are compared if they ran the same prompts of one target.
@@ -7,20 +7,23 @@ repeats: totals are pooled and the spread is shown. Rows are compared if they ra
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import fsum
-from pathlib import Path
 from typing import Any
 
-from subspec.errors import SubspecError
+from subspec.records.categories import by_category
 from subspec.records.method import config_group, group_name, is_quantized, method_label
 from subspec.records.metrics import distinct_values, summarise
-from subspec.records.run_folder import FREE_KEYS
-from subspec.report.bootstrap import Interval, Speed, speed_interval, speedup_interval
+from subspec.records.run_folder import Key
+from subspec.records.same_run import FREE_KEYS
+from subspec.report.bootstrap import Interval, Speed, speed_interval
 from subspec.report.collect import RunData
 
 PLAIN = "none"
 """Draft of the default baseline."""
+
+OVERALL = "Overall"
+"""Name of all categories together."""
 
 NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}
 """Configuration keys that do not separate rows."""
@@ -31,11 +34,28 @@ SHOWN_DIFFERENCES = 3
 
 @dataclass(frozen=True)
 class Baseline:
-    """Baseline of a row: its ``label``, the decoding speed-up, and differences besides the method."""
+    """What a row is compared with (:mod:`subspec.report.baseline`).
 
-    label: str
+    Attributes:
+        row: the baseline; it has none itself. is_self: whether the compared row is the baseline.
+        speedup: of decoding; None of the baseline itself. by_category: the same by category.
+        differences: besides the method.
+        same_texts: number of turns with equal prompts and equal texts.
+        other_texts: turns with equal prompts and different texts, as (sample, turn).
+    """
+
+    row: "Row"
+    is_self: bool
     speedup: Interval | None
+    by_category: Mapping[str, Interval | None] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
+    same_texts: int = 0
+    other_texts: tuple[Key, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its method."""
+        return self.row.method
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Row:
         runs: the repeats, in the order they were found.
         summary: over the records of all repeats.
         speed: tokens/s with a bootstrap interval over samples; None if nothing was decoded.
-        by_sample: tokens and seconds by prompt, for comparing rows.
+        by_sample: tokens and seconds by prompt, for comparing rows. category_of: category of those that have one.
         plain_bytes_per_pass: uncoded bytes of a pass; equal to the streamed bytes for plain weights.
         baseline: None without one.
     """
@@ -73,6 +93,7 @@ class Row:
     summary: Mapping[str, Any]
     speed: Interval | None
     by_sample: Mapping[str, Speed]
+    category_of: Mapping[str, str]
     plain_bytes_per_pass: float | None
     baseline: Baseline | None = None
 
@@ -119,28 +140,32 @@ class Row:
         return [("coded weights", streamed / (link * 1e9)), ("plain weights", plain / (link * 1e9))]
 
     @property
+    def categories(self) -> Mapping[str, Mapping[str, Any]]:
+        """Figures by category, and ``Overall``; empty without categories. ``speedup``: an interval or None."""
+        if not self.summary["categories"]:
+            return {}
+        accuracy, counts = self.summary["accuracy"], self.summary["counts"]
+        overall = {**self.totals, **counts, "accuracy": accuracy and accuracy["accuracy"]}
+        base = self.baseline
+        gains = {} if base is None else {**base.by_category, OVERALL: base.speedup}
+        every = {**self.summary["categories"], OVERALL: overall}
+        return {name: {**one, "speedup": gains.get(name)} for name, one in every.items()}
+
+    @property
     def place(self) -> tuple[str, str, str]:
         """Target, benchmark and source: rows are compared within one place."""
         return self.target, self.benchmark, self.source
 
 
-def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
-    """Rows of all runs that generated tokens, and notes about their comparison.
-
-    Args:
-        runs: of :func:`~subspec.report.collect.collect`.
-        baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
-
-    Raises:
-        SubspecError: no row matches the given baseline, or several rows of one place do.
-    """
+def rows_of(runs: Sequence[RunData]) -> list[Row]:
+    """Rows of all runs that generated tokens, not compared yet."""
     groups: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
         if run.turns:
             groups[_identity(run)].append(run)
     rows = _unique_labels([_row(members) for members in groups.values()])
     rows.sort(key=lambda row: (row.place, row.draft != PLAIN, row.experiment or "", row.method))
-    return _compared(rows, baseline)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------- grouping
@@ -165,18 +190,19 @@ def _identity(run: RunData) -> str:
 
 
 def _settings(run: RunData) -> dict[str, Any]:
-    """Settings that separate rows, as ``dotted.key: value``.
+    """Settings that separate rows, as ``dotted.key: value``, and the digests of the weights.
 
     Plain decoding has no tree, and a quantizer only if the streamed weights are coded.
     """
-    kept = _kept(run.config)
+    weights = config_group(run.facts, "weights")
+    kept = _kept(run.config) | {f"weights.{name}": str(digest)[:8] for name, digest in weights.items()}
     if config_group(run.config, "draft").get("name") != PLAIN:
         return kept
-    unused = ("tree.",) if _is_coded(run) else ("quant.", "tree.")
+    unused = ("tree.",) if is_coded(run) else ("quant.", "tree.")
     return {key: value for key, value in kept.items() if not key.startswith(unused)}
 
 
-def _is_coded(run: RunData) -> bool:
+def is_coded(run: RunData) -> bool:
     """Whether exact weights were streamed coded; the quantizer then decides the streamed bytes."""
     return run.facts.get("codec") == "substitute"
 
@@ -200,17 +226,17 @@ def _row(runs: Sequence[RunData]) -> Row:
     records = [record for run in runs for record in run.records]
     summary = summarise(records)
     context = summary["context"]
-    by_sample = _by_sample(records)
+    by_sample, category_of = _by_sample(records)
     substitute = first.facts.get("substitute")
     nominal = config_group(first.config, "quant").get("bits")
     nominal = nominal if is_quantized(first.config, first.facts) else None
     return Row(
         experiment=group_name(first.config),
-        target=_text(context["target"]),
-        benchmark=_text(context["benchmark"]),
-        source=_text(context["source"]),
+        target=text_of(context["target"]),
+        benchmark=text_of(context["benchmark"]),
+        source=text_of(context["source"]),
         method=method_label(first.config, first.facts),
-        draft=_text(context["draft"]),
+        draft=text_of(context["draft"]),
         bits=substitute.get("bits_per_weight") if isinstance(substitute, Mapping) else None,
         nominal_bits=nominal if isinstance(nominal, int | float) else None,
         planted=True in distinct_values(context["planted"]),
@@ -220,12 +246,13 @@ def _row(runs: Sequence[RunData]) -> Row:
         summary=summary,
         speed=speed_interval(by_sample),
         by_sample=by_sample,
+        category_of=category_of,
         plain_bytes_per_pass=_plain_bytes(first),
     )
 
 
-def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
-    """Tokens and seconds of every prompt over its turns and repeats, by sample id and prompt digest."""
+def _by_sample(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Speed], dict[str, str]]:
+    """Tokens and seconds of every prompt over its turns and repeats, and its category, by sample id and digest."""
     digests: dict[str, Any] = {}
     for record in records:
         if not record.get("turn"):
@@ -235,10 +262,11 @@ def _by_sample(records: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
         if not record.get("skipped"):
             sample = str(record.get("sample_id"))
             turns[f"{sample} {digests.get(sample)}"].append(record)
-    return {
+    speeds = {
         sample: (fsum(r["verified_tokens"] for r in own), fsum(r["decode_s"] for r in own))
         for sample, own in turns.items()
     }
+    return speeds, {sample: name for sample, own in turns.items() for name in by_category(own)}
 
 
 def _plain_bytes(run: RunData) -> float | None:
@@ -271,113 +299,6 @@ def _unique_labels(rows: list[Row]) -> list[Row]:
     return unique
 
 
-# --------------------------------------------------------------------------------------------- comparing
-
-
-def _compared(rows: list[Row], baseline: str | None) -> tuple[list[Row], list[str]]:
-    notes: list[str] = []
-    chosen = [row for row in rows if _is_baseline(row, baseline)]
-    if baseline is not None and not chosen:
-        methods = sorted({row.draft for row in rows} | {row.method for row in rows})
-        raise SubspecError(
-            f"--baseline {baseline}: no such run; give a folder, or one of {'; '.join(methods) or '(no rows)'}"
-        )
-    compared: list[Row] = []
-    missing: set[tuple[str, str, str]] = set()
-    ambiguous: set[tuple[str, str, str]] = set()
-    for row in rows:
-        there = [other for other in chosen if other.place == row.place]
-        closest = _closest(row, there)
-        if len(closest) > 1 and baseline is not None:
-            labels = "; ".join(other.method for other in closest)
-            raise SubspecError(
-                f"--baseline {baseline}: {row.target} on {row.benchmark} has several such rows ({labels}): name one"
-            )
-        if len(closest) != 1:
-            (ambiguous if closest else missing).add(row.place)
-            compared.append(row)
-            continue
-        other = closest[0]
-        found = Baseline(other.method, None)
-        if other is not row:
-            speedup = speedup_interval(row.by_sample, other.by_sample)
-            found = Baseline(other.method, speedup, _differences(row, other))
-        compared.append(replace(row, baseline=found))
-    wanted = "run of plain decoding (draft=none)" if baseline is None else f"run of the baseline {baseline}"
-    notes += [
-        f"{target} on {benchmark}: no {wanted}, so no speed-up" for target, benchmark, _ in sorted(missing)
-    ]
-    notes += [
-        f"{target} on {benchmark}: several runs of plain decoding, none closest: name one with --baseline"
-        for target, benchmark, _ in sorted(ambiguous)
-    ]
-    return compared, notes
-
-
-def _is_baseline(row: Row, baseline: str | None) -> bool:
-    if baseline is None:
-        return row.draft == PLAIN
-    if baseline in (row.draft, row.method, row.experiment):
-        return True
-    folder = Path(baseline)
-    if not folder.is_dir():
-        return baseline in (run.name for run in row.runs)
-    place = folder.resolve()
-    return any(place in (own := run.folder.resolve()).parents or place == own for run in row.runs)
-
-
-def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """The baselines most similar to the row.
-
-    Criteria in this order: the row itself, device, decoding, streamed or not, offloading, quantizer of coded weights,
-    experiment.
-    """
-    if row in candidates:
-        return [row]
-    found = list(candidates)
-    for same in (
-        lambda other: other.device == row.device,
-        lambda other: _decoding(other) == _decoding(row),
-        lambda other: bool(other.ceilings) == bool(row.ceilings),
-        lambda other: _offload(other) == _offload(row),
-        lambda other: not _is_coded(other.runs[0]) or _quant(other) == _quant(row),
-        lambda other: other.experiment == row.experiment,
-    ):
-        narrowed = [other for other in found if same(other)]
-        found = narrowed or found
-    return found
-
-
-def _decoding(row: Row) -> Any:
-    return repr(row.runs[0].config.get("decoding"))
-
-
-def _offload(row: Row) -> Any:
-    offload = config_group(row.runs[0].config, "offload")
-    return offload.get("name"), offload.get("vram_gib")
-
-
-def _quant(row: Row) -> Any:
-    return repr(config_group(row.runs[0].config, "quant"))
-
-
-def _differences(row: Row, other: Row) -> tuple[str, ...]:
-    """Differences besides the method."""
-    pairs = {
-        "device": (row.device, other.device),
-        "seed": tuple(_text(one.summary["context"]["seed"]) for one in (row, other)),
-        "decoding": (_decoding(row), _decoding(other)),
-        "samples": tuple(one.summary["counts"]["samples"] for one in (row, other)),
-        "offloading": (_offload(row), _offload(other)),
-    }
-    named = {"decoding": "decoding settings", "offloading": "offloading or budget"}
-    return tuple(
-        named.get(key, f"{key}: {mine} against {theirs}")
-        for key, (mine, theirs) in pairs.items()
-        if mine != theirs
-    )
-
-
 def audit_text(row: Row) -> str:
     """``passed: 640 exact, 2 near-ties (gap 0.06)``, ``FAILED: ...`` or ``not run``."""
     audit = row.summary["audit"]
@@ -396,5 +317,5 @@ def audit_text(row: Row) -> str:
     return text
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     return "unknown" if value is None else ", ".join(map(str, distinct_values(value)))

@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 
 from subspec.records.metrics import summarise
 from subspec.records.run_files import FACTS, PLAN, read_json
+from subspec.report.baseline import make_rows
 from subspec.report.collect import RunData, State
-from subspec.report.plots import acceptance, roofline, time_split
-from subspec.report.rows import make_rows
+from subspec.report.plots import acceptance, roofline, tau_by_category, time_split
+
+FIGURES = (acceptance, tau_by_category, time_split, roofline)
 
 
 def run_figures(
@@ -19,7 +21,7 @@ def run_figures(
     environment: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Figure]:
-    """``acceptance``, ``time_split`` and ``roofline`` of one run; figures without data are left out.
+    """Figures of one run by name; those without data are left out.
 
     Args:
         run_dir: its folder, for facts and plan.
@@ -39,5 +41,5 @@ def run_figures(
         state=State.finished,
     )
     rows, _ = make_rows([run])
-    drawn = {draw.__name__: draw(rows) for draw in (acceptance, time_split, roofline)}
+    drawn = {draw.__name__: draw(rows) for draw in FIGURES}
     return {name: figure for name, figure in drawn.items() if figure is not None}

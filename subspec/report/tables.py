@@ -1,138 +1,14 @@
-"""Cells of the report's tables: CSV with full precision, Markdown with rounded figures."""
+"""Markdown tables and notes of a report, with rounded figures."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from subspec.records.method import config_group, group_name, method_label
-from subspec.records.sweep_folder import config_digest
+from subspec.records.method import config_group
+from subspec.records.summary_table import shown_depths
 from subspec.report.bootstrap import Interval
+from subspec.report.cells import place
 from subspec.report.collect import RunData, State
-from subspec.report.rows import Row, audit_text, device_name
-
-Cells = dict[str, Any]
-
-
-def method_cells(row: Row) -> Cells:
-    """A row of ``methods.csv``. Speeds are tokens per second, memory GiB, times seconds."""
-    totals, summary = row.totals, row.summary
-    speed, base = row.speed, row.baseline
-    gain = base.speedup if base else None
-    iteration = row.iteration or {}
-    per_turn = summary["per_turn"]["tokens_per_s"]
-    return {
-        "experiment": row.experiment,
-        "target": row.target,
-        "benchmark": row.benchmark,
-        "source": row.source,
-        "method": row.method,
-        "draft": row.draft,
-        "bits_per_weight": row.bits,
-        "planted_weights": row.planted,
-        "sample_prompts": row.sample,
-        "device": row.device,
-        "repeats": len(row.runs),
-        "unfinished_runs": sum(run.state is not State.finished for run in row.runs),
-        "samples": summary["counts"]["samples"],
-        "turns": summary["counts"]["turns"],
-        "skipped": sum(summary["counts"]["skipped"].values()),
-        "tokens_per_s": totals["tokens_per_s"],
-        "tokens_per_s_low": speed.low if speed else None,
-        "tokens_per_s_high": speed.high if speed else None,
-        "tokens_per_s_mean": per_turn["mean"],
-        "tokens_per_s_sd": per_turn["sd"],
-        "tokens_per_s_slowest_repeat": row.repeats[0] if row.repeats else None,
-        "tokens_per_s_fastest_repeat": row.repeats[1] if row.repeats else None,
-        "tokens_per_s_with_prefill": totals["tokens_per_s_total"],
-        "tau": totals["tau"],
-        "tau_mean": summary["per_turn"]["tau"]["mean"],
-        "tau_sd": summary["per_turn"]["tau"]["sd"],
-        "tau_published": totals["tau_published"],
-        "speedup": gain.value if gain else None,
-        "speedup_low": gain.low if gain else None,
-        "speedup_high": gain.high if gain else None,
-        "speedup_paired": gain.paired if gain else None,
-        "speedup_samples": gain.samples if gain else None,
-        "baseline": base.label if base else None,
-        "baseline_differences": "; ".join(base.differences) if base else None,
-        "roofline_tokens_per_s": totals["roofline_tokens_per_s"],
-        "roofline_share": totals["roofline_share"],
-        "link_gb_per_s": totals["link_gb_per_s"],
-        "bytes_per_pass": totals["bytes_per_pass"],
-        "draft_s_per_iteration": iteration.get("draft"),
-        "target_s_per_iteration": iteration.get("target"),
-        "other_s_per_iteration": iteration.get("other"),
-        "peak_vram_gib": summary["peak_vram_gib"],
-        "peak_ram_gib": summary["peak_ram_gib"],
-        "accuracy": summary["accuracy"]["accuracy"] if summary["accuracy"] else None,
-        "audit": audit_text(row),
-    }
-
-
-def acceptance_cells(row: Row) -> list[Cells]:
-    """Rows of ``acceptance.csv``: a row per depth."""
-    totals = row.totals
-    accepted = [*totals["accepted_by_depth"], *[0] * len(totals["drafted_by_depth"])]
-    rates = totals["accept_rate_by_depth"]
-    return [
-        {
-            "experiment": row.experiment,
-            "target": row.target,
-            "benchmark": row.benchmark,
-            "method": row.method,
-            "planted_weights": row.planted,
-            "sample_prompts": row.sample,
-            "depth": depth,
-            "drafted": drafted,
-            "accepted": accepted[depth - 1],
-            "accept_rate": rates[depth - 1],
-        }
-        for depth, drafted in enumerate(totals["drafted_by_depth"], start=1)
-    ]
-
-
-def run_cells(run: RunData) -> Cells:
-    """A row of ``runs.csv``: configuration, machine and progress of a run."""
-    context, totals = run.summary["context"], run.summary["totals"]
-    versions = run.environment.get("versions")
-    git = run.environment.get("git")
-    return {
-        "run": run.name,
-        "folder": _place(run.folder),
-        "state": run.state.value,
-        "experiment": group_name(run.config),
-        "method": method_label(run.config, run.facts),
-        "target": _name(run, "target") or context["target"],
-        "benchmark": _name(run, "benchmark") or context["benchmark"],
-        "source": context["source"],
-        "planted_weights": context["planted"],
-        "sample_prompts": context["source"] == "sample" if context["source"] else None,
-        "seed": run.config.get("seed"),
-        "turns": run.summary["counts"]["turns"],
-        "skipped": sum(run.summary["counts"]["skipped"].values()),
-        "damaged_lines": run.damaged,
-        "tokens_per_s": totals["tokens_per_s"],
-        "tau": totals["tau"],
-        "overrides": " ".join(run.overrides) if run.overrides is not None else None,
-        "config_digest": config_digest(run.config) if run.config else None,
-        "device": device_name(run),
-        "versions": _pairs(versions),
-        "commit": _commit(git),
-        "notes": "; ".join(run.notes),
-    }
-
-
-def csv_text(cells: Sequence[Cells]) -> str:
-    """CSV with a heading; unmeasured figures are empty fields."""
-    if not cells:
-        return ""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(cells[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in one.items()} for one in cells)
-    return buffer.getvalue()
+from subspec.report.rows import OVERALL, Row, audit_text
 
 
 def markdown_table(
@@ -145,12 +21,23 @@ def markdown_table(
     return "\n".join([head, rule, *lines])
 
 
+def measured_table(
+    headings: Mapping[str, str], cells: Sequence[Mapping[str, str]], left: Sequence[str]
+) -> str:
+    """A Markdown table without columns that no row has; ``left``: left-aligned columns."""
+    shown = {key: name for key, name in headings.items() if any(one.get(key, "-") != "-" for one in cells)}
+    return markdown_table(shown, cells, [key for key in shown if key not in left])
+
+
 METHODS = {
     "method": "method",
     "speed": "tokens/s (95 %)",
     "mean": "per turn: mean ± sd",
     "tau": "tau",
     "speedup": "speed-up (95 %)",
+    "accuracy": "correct",
+    "ttft": "first token (s)",
+    "blocks": "between blocks p50, p95, p99 (ms)",
     "roofline": "share of roofline",
     "vram": "GPU GiB",
     "ram": "RAM GiB",
@@ -159,35 +46,154 @@ METHODS = {
 }
 """Columns of the main table in Markdown."""
 
-METHODS_RIGHT = ("speed", "mean", "tau", "speedup", "roofline", "vram", "ram")
+
+def methods_table(rows: Sequence[Row]) -> str:
+    """The main table in Markdown."""
+    return measured_table(METHODS, [_method_text(row) for row in rows], left=("method", "audit", "data"))
 
 
-def method_text(row: Row) -> dict[str, str]:
-    """A row of the main table in Markdown."""
+def _method_text(row: Row) -> dict[str, str]:
     totals, summary = row.totals, row.summary
-    counts = summary["counts"]
-    per_turn = summary["per_turn"]["tokens_per_s"]
-    mean = number(per_turn["mean"])
-    if per_turn["sd"] is not None:
-        mean += f" ± {number(per_turn['sd'])}"
+    counts, per_turn = summary["counts"], summary["per_turn"]
+    mean, sd = (per_turn["tokens_per_s"][name] for name in ("mean", "sd"))
     data = f"{counts['samples']}" + (f" x {len(row.runs)} runs" if len(row.runs) > 1 else "")
     unfinished = sum(run.state is not State.finished for run in row.runs)
     data += f" ({unfinished} unfinished)" if unfinished else ""
     data += f", {sum(counts['skipped'].values())} skipped" if counts["skipped"] else ""
+    blocks = [totals[f"block_p{share}_s"] for share in (50, 95, 99)]
+    marks = (" **PLANTED**" if row.planted else "") + (" *sample prompts*" if row.sample else "")
     return {
-        "method": row.method
-        + (" **PLANTED**" if row.planted else "")
-        + (" *sample prompts*" if row.sample else ""),
+        "method": row.method + marks,
         "speed": interval_text(row.speed),
-        "mean": mean,
+        "mean": number(mean) + (f" ± {number(sd)}" if sd is not None else ""),
         "tau": number(totals["tau"]),
         "speedup": _speedup(row),
+        "accuracy": accuracy_text(summary["accuracy"]),
+        "ttft": number(per_turn["ttft_s"]["mean"]),
+        "blocks": "-" if None in blocks else ", ".join(number(1e3 * seconds) for seconds in blocks),
         "roofline": number(totals["roofline_share"]),
         "vram": number(summary["peak_vram_gib"]),
         "ram": number(summary["peak_ram_gib"]),
         "audit": audit_text(row),
         "data": data,
     }
+
+
+def category_tables(rows: Sequence[Row]) -> list[str]:
+    """Methods by categories: tau, speed, speed-up and accuracy, each a Markdown table; empty without categories."""
+    figures = {f"`{row.method}`": row.categories for row in rows}
+    names = sorted({name for one in figures.values() for name in one} - {OVERALL})
+    tables = []
+    for label, field in CATEGORY_FIGURES.items():
+        cells = [
+            {"method": method, **{name: _category_text(field, one[name]) for name in one}}
+            for method, one in figures.items()
+        ]
+        cells = [one for one in cells if set(one.values()) - {"-", one["method"]}]
+        if cells:
+            headings = {"method": label} | {name: name for name in (*names, OVERALL)}
+            tables.append(markdown_table(headings, cells, (*names, OVERALL)))
+    return tables
+
+
+CATEGORY_FIGURES = {"tau": "tau", "tokens/s": "tokens_per_s", "speed-up": "speedup", "correct": "accuracy"}
+"""Fields of :attr:`Row.categories <subspec.report.rows.Row.categories>` by heading."""
+
+
+def _category_text(field: str, one: Mapping[str, Any]) -> str:
+    value = one[field]
+    if field == "speedup":
+        return "-" if value is None else f"{number(value.value)}x"
+    return f"{100 * value:.0f} %" if field == "accuracy" and value is not None else number(value)
+
+
+def acceptance_tables(rows: Sequence[Row]) -> list[str]:
+    """Acceptance by depth, and lengths of the accepted paths, as Markdown tables; empty if nothing was drafted."""
+    drafted = [row for row in rows if row.totals["drafted_by_depth"]]
+    if not drafted:
+        return []
+    depths = shown_depths(max(len(row.totals["drafted_by_depth"]) for row in drafted))
+    ends = [(0, 0), *zip([1, *(depth + 1 for depth in depths)], depths, strict=False)]
+    rates, lengths = [], []
+    for row in drafted:
+        every, given = (row.totals[f"{kind}accept_rate_by_depth"] or [] for kind in ("", "conditional_"))
+        rates.append(
+            {"depth": f"`{row.method}`"} | {str(d): f"{_at(every, d)} / {_at(given, d)}" for d in depths}
+        )
+        passes, histogram = row.totals["iterations"], row.totals["accepted_histogram"]
+        shares = {_range(low, high): sum(histogram[low : high + 1]) / passes for low, high in ends}
+        lengths.append(
+            {"accepted": f"`{row.method}`"} | {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+        )
+    captions = (
+        "Acceptance at a depth: of the passes that drafted it / of those that also accepted the depth before.",
+        "Passes by number of accepted draft tokens, passes without a tree included.",
+    )
+    return [
+        f"{caption}\n\n{markdown_table({name: name for name in cells[0]}, cells, list(cells[0])[1:])}"
+        for caption, cells in zip(captions, (rates, lengths), strict=True)
+    ]
+
+
+def _at(rates: Sequence[float | None], depth: int) -> str:
+    return number(rates[depth - 1]) if depth <= len(rates) else "-"
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
+    """``12 of 20 (60 %), 3 cut``; ``-`` if no answer was to be checked."""
+    if not accuracy:
+        return "-"
+    share = f" ({100 * accuracy['accuracy']:.0f} %)" if accuracy["checked"] else ""
+    cut = f", {accuracy['unfinished']} cut" if accuracy["unfinished"] else ""
+    return f"{accuracy['correct']} of {accuracy['checked']}{share}{cut}"
+
+
+def texts_note(row: Row) -> str | None:
+    """Whether the texts of a row, and so its accuracy, are its baseline's; None without turns to compare."""
+    base = row.baseline
+    if base is None or not (count := base.same_texts + len(base.other_texts)):
+        return None
+    others = base.other_texts
+    if not others:
+        accuracy = ", and so the same accuracy" if row.summary["accuracy"] else ""
+        return f"{row.method}: the same text as {base.label} in all {count} turns{accuracy}."
+    named = ", ".join(f"{sample} turn {turn}" for sample, turn in others[:TURNS_NAMED])
+    more = f" and {len(others) - TURNS_NAMED} more" if len(others) > TURNS_NAMED else ""
+    folders = " ".join(place(one.runs[0].folder) for one in (base.row, row))
+    return (
+        f"{row.method}: **another text than {base.label} in {len(others)} of {count} turns**: {named}{more} "
+        f"(`python -m subspec.report compare {folders}` shows where)."
+    )
+
+
+TURNS_NAMED = 10
+"""Turns that a note names."""
+
+
+def setup_text(run: RunData) -> str:
+    """How a run computed and where its weights lay, as far as its facts say."""
+    facts, bitwise, parts = run.facts, config_group(run.facts, "bitwise"), []
+    if facts.get("dtype"):
+        parts.append(str(facts["dtype"]))
+    if bitwise:
+        why = f" ({bitwise['reason']})" if bitwise.get("reason") else ""
+        parts.append("batch-invariant kernels" if bitwise.get("on") else f"no batch-invariant kernels{why}")
+    if str(facts.get("device")).startswith("cuda"):
+        parts.append(f"{facts.get('graphs_captured') or 'no'} CUDA graphs")
+    if "modules_offloaded" in facts:
+        modules = facts.get("modules_on_device"), facts["modules_offloaded"]
+        parts.append("accelerate with {} modules on the device and {} on the host".format(*modules))
+    elif "resident_layers" in facts:
+        kind = "coded" if facts.get("codec") == "substitute" else "plain"
+        streamed = f"{(facts.get('streamed_bytes_per_pass') or 0) / 2**30:.2f} GiB of {kind} weights"
+        parts.append(f"{facts['resident_layers']} layers on the device and {streamed} streamed per pass")
+    elif facts.get("device"):
+        parts.append(f"all weights on {facts['device']}")
+    return ", ".join(parts)
 
 
 def interval_text(interval: Interval | None, unit: str = "") -> str:
@@ -216,35 +222,11 @@ def _speedup(row: Row) -> str:
     if row.baseline is None:
         return "-"
     if row.baseline.speedup is None:
-        return "baseline" if row.baseline.label == row.method else "-"
+        return "baseline" if row.baseline.is_self else "-"
     text = interval_text(row.baseline.speedup, "x")
     return (
         text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"
     )
-
-
-def _place(folder: Path) -> str:
-    """A path relative to the current folder, or to the home folder as ``~``, if it lies there."""
-    resolved = folder.resolve()
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if resolved.is_relative_to(base) and base != Path(base.anchor):
-            return f"{prefix}{resolved.relative_to(base).as_posix()}"
-    return folder.as_posix()
-
-
-def _name(run: RunData, group: str) -> str | None:
-    name = config_group(run.config, group).get("name")
-    return str(name) if name else None
-
-
-def _pairs(value: Any) -> str | None:
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else None
-
-
-def _commit(git: Any) -> str | None:
-    if not isinstance(git, Mapping) or not git.get("commit"):
-        return None
-    return str(git["commit"])[:12] + (" (changed)" if git.get("dirty") else "")
 
 
 def _escaped(value: Any) -> str:

@@ -5,34 +5,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec.records.summary_table import FROM_NOISE, ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.records.summary_table import banners
+from subspec.report.baseline import make_rows
+from subspec.report.cells import acceptance_cells, category_cells, csv_text, method_cells, run_cells
 from subspec.report.collect import RunData, State, collect, sweep_notes
-from subspec.report.plots import DRAWINGS, MISSING, save
-from subspec.report.rows import Row, make_rows
+from subspec.report.layout import save
+from subspec.report.plots import DRAWINGS, MISSING
+from subspec.report.rows import Row
 from subspec.report.tables import (
-    METHODS,
-    METHODS_RIGHT,
-    acceptance_cells,
-    csv_text,
+    acceptance_tables,
+    category_tables,
     markdown_table,
-    method_cells,
-    method_text,
+    methods_table,
     number,
-    run_cells,
+    setup_text,
+    texts_note,
 )
 from subspec.utils.files import write_atomic, write_error
 
 REPORT = "REPORT.md"
 PLOTS = "plots"
-
-CAPTIONS = {
-    "speed": "Decoding speed: all tokens over all seconds; whiskers are 95 % bootstrap intervals over samples.",
-    "tau_by_method": "Tokens per target pass, the bonus token included.",
-    "acceptance": "Of the passes that drafted a depth, the share that accepted it.",
-    "tau_by_bits": "Tokens per target pass against the bits of the substitute.",
-    "time_split": "What an iteration's time goes into, prefill excluded.",
-    "roofline": "Speed against tau, under tau / (streamed bytes / measured link bandwidth).",
-}
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,10 @@ def _write_tables(rows: Sequence[Row], runs: Sequence[RunData], out: Path) -> li
         "acceptance.csv": csv_text([cells for row in rows for cells in acceptance_cells(row)]),
         "runs.csv": csv_text([run_cells(run) for run in runs]),
     }
+    if categories := [cells for row in rows for cells in category_cells(row)]:
+        contents["categories.csv"] = csv_text(categories)
+    else:  # a file of an earlier report
+        (out / "categories.csv").unlink(missing_ok=True)
     for name, text in contents.items():
         write_atomic(out / name, text.encode("utf-8", "replace"))
     return [out / name for name in contents]
@@ -132,10 +128,9 @@ def _page(
     parts += _tables(rows) or ["No run has generated anything yet."]
     parts.append(LEGEND)
     parts.append("## Pictures")
-    parts += [
-        f"![{CAPTIONS[name]}]({PLOTS}/{name}.png)\n\n{CAPTIONS[name]} ([SVG]({PLOTS}/{name}.svg))"
-        for name in plots
-    ]
+    for name in plots:
+        caption = " ".join(str(DRAWINGS[name].__doc__).split())
+        parts.append(f"![{caption}]({PLOTS}/{name}.png)\n\n{caption} ([SVG]({PLOTS}/{name}.svg))")
     absent = [f"- {name}: {MISSING[name]}" for name in DRAWINGS if name not in plots]
     if absent:
         parts.append("Not drawn:\n\n" + "\n".join(absent))
@@ -146,9 +141,11 @@ def _page(
 LEGEND = """\
 *tokens/s*: decoding speed, all tokens over all seconds, prefill and warm-up excluded; in brackets a 95 % percentile
 bootstrap over samples (2000 draws, seed 0). *tau*: tokens per target pass, the bonus token included. *speed-up*: over
-the row marked "baseline"; samples that both have are resampled together, and then it is of those alone. *share of
-roofline*: of the speed at this tau of a run that did nothing but stream. Full precision, and more columns:
-[methods.csv](methods.csv), [acceptance.csv](acceptance.csv), [runs.csv](runs.csv)."""
+the row marked "baseline"; samples that both have are resampled together, and then it is of those alone. *correct*: of
+the answers that were checked; "cut" texts reached the length limit before an answer. *first token*: mean time to it.
+*between blocks*: time from one emitted block of tokens to the next, all turns together. *share of roofline*: of the
+speed at this tau of a run that did nothing but stream. Full precision, and more columns: [methods.csv](methods.csv),
+[acceptance.csv](acceptance.csv), [runs.csv](runs.csv)."""
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -164,28 +161,12 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
-    def bold(text: str) -> str:
-        text = text.removeprefix("note: ")
-        return f"> **{text[0].upper()}{text[1:]}.**"
-
-    planted = [row for row in rows if row.planted]
-    sample = [row for row in rows if row.sample]
-    lines = []
-    if planted:
-        names = ", ".join(sorted({row.target for row in planted}))
-        lines.append(f"{bold(PLANTED_WEIGHTS)} These rows: target {names}.")
-        others = ", ".join(sorted({row.draft for row in planted} - FROM_NOISE))
-        if others:
-            lines.append(f"{bold(PLANTED_DRAFT)} These of them: draft {others}.")
-    if sample:
-        names = ", ".join(sorted({row.benchmark for row in sample}))
-        lines.append(f"{bold(SAMPLE_PROMPTS)} These rows: benchmark {names}.")
-    if any(row.on_cpu and row.draft != "none" for row in rows):
-        lines.append(bold(ON_CPU))
-    failed = [row for row in rows if (row.summary["audit"] or {}).get("mismatch")]
-    if failed:
-        lines.append(f"> **AUDIT FAILED** in {len(failed)} row(s): their output is not the target's own.")
-    return lines
+    """Warnings about the figures, and the rows to which each applies."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for text in banners(row.summary):
+            found.setdefault(text.removeprefix("note: "), {})[f"{row.target} with draft {row.draft}"] = None
+    return [f"> **{text[0].upper()}{text[1:]}.** Rows: {', '.join(where)}." for text, where in found.items()]
 
 
 def _overview(rows: Sequence[Row], runs: Sequence[RunData]) -> str:
@@ -203,17 +184,38 @@ def _tables(rows: Sequence[Row]) -> list[str]:
         experiment = f", experiment {row.experiment}" if row.experiment else ""
         heading = f"### {row.target}{planted}, {row.benchmark} ({sample}){experiment}\n\nOn {row.device}."
         parts.setdefault(heading, []).append(row)
-    blocks = []
-    for heading, members in parts.items():
-        repeats = [
-            f"Repeats of {row.method}: {len(row.runs)} runs, {number(row.repeats[0])} to "
-            f"{number(row.repeats[1])} tokens/s."
-            for row in members
-            if row.repeats
-        ]
-        table = markdown_table(METHODS, [method_text(row) for row in members], METHODS_RIGHT)
-        blocks.append("\n\n".join([heading, table, *repeats]))
-    return blocks
+    return [
+        "\n\n".join(
+            [
+                heading,
+                methods_table(members),
+                *_remarks(members),
+                *_under("#### By category", category_tables(members)),
+                *_under("#### Acceptance", acceptance_tables(members)),
+            ]
+        )
+        for heading, members in parts.items()
+    ]
+
+
+def _under(heading: str, blocks: list[str]) -> list[str]:
+    return [heading, *blocks] if blocks else []
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What a table needs beside it: the baselines, whether texts are equal, and repeats."""
+    bases = {row.baseline.label: row.baseline.row for row in rows if row.baseline}
+    lines = [
+        f"Baseline {label}: {setup_text(base.runs[0]) or 'no facts recorded'}."
+        for label, base in bases.items()
+    ]
+    lines += [note for row in rows if (note := texts_note(row))]
+    lines += [
+        f"Repeats of {row.method}: {len(row.runs)} runs, {number(row.repeats[0])} to {number(row.repeats[1])} tokens/s."
+        for row in rows
+        if row.repeats
+    ]
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _index(runs: Sequence[RunData]) -> list[str]:

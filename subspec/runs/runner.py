@@ -34,12 +34,14 @@ from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
 from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
+from subspec.records.same_run import check_chosen
 from subspec.runs.console import RunConsole, RunProgress
 from subspec.runs.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
+from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights
 from subspec.runs.loading import Loaded, load, print_plan
 from subspec.runs.logger import SafeLogger, make_logger
-from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, skipped_record, turn_record
-from subspec.session import check_draft, check_offload, plan_for
+from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
+from subspec.session import check_draft, check_offload, plan_for, weights_identity
 from subspec.targets import load_target_config, resolve_device, resolve_dtype
 from subspec.utils.files import write_error, write_json
 
@@ -89,8 +91,13 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     console.note(_describe_prompts(benchmark))
     facts = environment()
     chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
+
+    def check(records: Sequence[Mapping[str, Any]]) -> None:
+        check_chosen(run_dir, records, chosen)
+        check_prompts(run_dir, records, benchmark)
+
     with RunFolder.open(
-        run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, chosen=chosen
+        run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, check=check
     ) as folder:
         store_overrides(folder.path, overrides)
         for note in folder.notes:
@@ -190,6 +197,9 @@ class _Run:
     def _prepare(self, first: Sample) -> None:
         config, console = self.config, self.console
         with _about("target"):
+            self.weights = weights_identity(config, console.note)
+            if self.folder.resumed:
+                check_weights(self.folder.path, asdict(config), self.weights)
             self.loaded: Loaded = load(config, self.device, console)
         self.target, self.assembly = self.loaded.target, self.loaded.assembly
         console.note(
@@ -233,6 +243,7 @@ class _Run:
         quant = self.assembly.quant
         return {
             "target_source": self.target.source,
+            WEIGHTS: self.weights,
             "dtype": _short(self.target.dtype),
             "device": str(self.device),
             "torch_threads": torch.get_num_threads(),
@@ -312,7 +323,7 @@ class _Run:
 
     def _turn(self, index: int, sample: Sample, turn: int, said: Sequence[str]) -> dict[str, Any]:
         config, decoding = self.config, self.config.decoding
-        messages = _messages(said)
+        messages = chat_messages(said)
         prompt = self._prompt_ids(said)
         place = {
             "sample_id": sample.id,
@@ -324,6 +335,7 @@ class _Run:
             return skipped_record(
                 self.context,
                 **place,
+                messages=messages,
                 reason=PROMPT_TOO_LONG,
                 prompt_tokens=len(prompt),
                 limit=prompt_limit(config),
@@ -362,7 +374,7 @@ class _Run:
         )
 
     def _prompt_ids(self, said: Sequence[str]) -> list[int]:
-        return self.target.chat_ids(_messages(said))
+        return self.target.chat_ids(chat_messages(said))
 
 
 def turn_seed(seed: int, sample_id: str, turn: int) -> int:
@@ -377,11 +389,6 @@ def _never_accepted(totals: Mapping[str, Any]) -> str:
     if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
         return ""
     return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
-
-
-def _messages(said: Sequence[str]) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
 
 
 def _short(dtype: torch.dtype) -> str:

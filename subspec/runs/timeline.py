@@ -18,6 +18,14 @@ from subspec.decoding.timing import Span
 
 LANES = ("link", "draft", "decode", "target", "host")
 COLOURS = {"link": "#3b6fb6", "draft": "#d98b2b", "target": "#4a9b5d", "decode": "#7b5aa6", "host": "#8a8a8a"}
+WAITING = "#c44e52"
+MEANINGS = {
+    "link": "copies of layers",
+    "draft": "drafting",
+    "decode": "restoring coded layers",
+    "target": "target's layers or passes",
+    "host": "host at work",
+}
 ITERATIONS = 4
 """Iterations shown; a few more are traced, so that the first one shown is typical."""
 
@@ -164,6 +172,7 @@ def draw(intervals: Sequence[Interval], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     figure, axes = pyplot.subplots(figsize=(14, 3.6), constrained_layout=True)
     lanes = [lane for lane in LANES if any(i.lane == lane for i in intervals)]
@@ -172,16 +181,21 @@ def draw(intervals: Sequence[Interval], file: Path) -> None:
         bars = [(i.begin * 1e3, (i.end - i.begin) * 1e3) for i in own]
         alternating = [COLOURS[lane], _lighter(COLOURS[lane])]
         if lane == "host":
-            colours = ["#c44e52" if i.name.startswith("wait") else COLOURS[lane] for i in own]
+            colours = [WAITING if i.name.startswith("wait") else COLOURS[lane] for i in own]
         else:
             colours = [alternating[n % 2] for n in range(len(own))]
         axes.broken_barh(bars, (row - 0.38, 0.76), facecolors=colours, linewidth=0)
     shares = {lane: busy_share(intervals, lane) for lane in lanes}
     axes.set_yticks(range(len(lanes)), [f"{lane}\n{100 * shares[lane]:.0f} % busy" for lane in lanes])
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds (host: red = waiting for the device)")
+    axes.set_xlabel("milliseconds")
     axes.set_xlim(left=0)
-    axes.set_title("what link, draft, target and host did during the last iterations of a text", fontsize=10)
+    axes.set_title(
+        "Activity during the last iterations of a text (shades tell neighbours apart)", fontsize=10
+    )
+    entries = {MEANINGS[lane]: COLOURS[lane] for lane in lanes} | {"host waiting for the device": WAITING}
+    patches = [Patch(color=colour, label=meaning) for meaning, colour in entries.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

@@ -63,19 +63,14 @@ def turn_record(
     """The record of a finished turn.
 
     Args:
-        context: the run.
-        result: the generation.
         sample_id: the benchmark's own, stable name of the sample; with ``turn`` it is the record's key.
         sample_index: position of the sample in the run's selection, from 0.
         turn: 0, or the number of the turn in a conversation.
         category: the sample's category; None if its data set has none.
         messages: the prompt, of which only a digest is kept.
-        link: see :func:`~subspec.records.metrics.turn_metrics`.
-        peak_vram_gib: likewise.
-        peak_ram_gib: likewise.
+        link, peak_vram_gib, peak_ram_gib: see :func:`~subspec.records.metrics.turn_metrics`.
         correct: whether the answer was right; None when it was not checked.
-        extracted: the answer found in the text.
-        reference: the benchmark's answer.
+        extracted, reference: the answer found in the text, and the benchmark's.
         audit: fields of :class:`subspec.decoding.audit.AuditResult`; None: not audited.
     """
     metrics = turn_metrics(result, link=link, peak_vram_gib=peak_vram_gib, peak_ram_gib=peak_ram_gib)
@@ -100,23 +95,25 @@ def skipped_record(
     reason: str,
     turn: int = 0,
     category: str | None = None,
+    messages: Sequence[Mapping[str, str]] | str | None = None,
     **details: Any,
 ) -> dict[str, Any]:
     """The record of a skipped prompt, which is counted and not tried again after a resume.
 
     Args:
-        context: the run.
-        sample_id: as in :func:`turn_record`.
-        sample_index: as in :func:`turn_record`.
         reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
-        turn: as in :func:`turn_record`.
-        category: as in :func:`turn_record`.
-        details: details of the reason, such as ``prompt_tokens=2100``.
+        details: details of the reason, such as ``prompt_tokens=2100``; the others are as in :func:`turn_record`.
     """
     return {
         **_head(context, sample_id, sample_index, turn, category),
+        "prompt_sha256": prompt_digest(messages),
         "skipped": {"reason": reason, **details},
     }
+
+
+def chat_messages(said: Sequence[str]) -> list[dict[str, str]]:
+    """Texts of the user and the assistant, alternating, as messages."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 
 def prompt_digest(messages: Sequence[Mapping[str, str]] | str | None) -> str | None:

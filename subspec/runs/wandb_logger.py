@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from subspec.config.schema import WandbConfig, WandbMode
 from subspec.errors import ConfigError
-from subspec.records.method import method_label
+from subspec.records.method import method_label, quant_label
 from subspec.records.metrics import PER_TURN_FIGURES, ratio
 from subspec.records.run_files import read_json
 from subspec.runs.logger import Logger, describe
@@ -49,6 +49,7 @@ SERIES = (
 COLUMNS = (
     "sample_id",
     "turn",
+    "category",
     "prompt_tokens",
     "new_tokens",
     "tokens_per_s",
@@ -277,7 +278,7 @@ class WandbLogger(Logger):
         self._run.log({STEP: record["sample_index"], **values}, step=self._take_step(position))
 
     def _pictures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """``plots/acceptance``, ``plots/time_split``, ``plots/roofline``, if the run has data for them."""
+        """Figures of :func:`~subspec.report.run_figures.run_figures` as ``plots/NAME``."""
         # Lazy imports: matplotlib takes a second.
         from PIL import Image
 
@@ -305,11 +306,8 @@ class WandbLogger(Logger):
 
 def run_name(config: Mapping[str, Any]) -> str:
     """Name of a run: target, draft with its quantizer, benchmark and seed."""
-    draft = _name(config, "draft")
-    quant = config.get("quant") or {}
-    if draft == "subspec" and quant.get("name") not in (None, "none"):
-        bits = quant.get("bits")
-        draft += f"-{quant['name']}{bits if bits is not None else ''}"
+    quant = quant_label(config)
+    draft = _name(config, "draft") + (f"-{quant}" if quant else "")
     parts = (_name(config, "target"), draft, _name(config, "benchmark"), f"seed{config.get('seed', 0)}")
     return " ".join(part for part in parts if part)
 

@@ -50,7 +50,17 @@ def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, polic
     model = tiny_model(family, layers=3)
     result = engine_for(model, POLICIES[policy](), prefill_chunk=4).generate(PROMPT, max_new_tokens=50)
     assert result.token_ids == hf_greedy(model, PROMPT, 50)
-    assert result.stats.iterations < 49  # something was accepted
+    stats = result.stats
+    assert stats.iterations < 49  # something was accepted
+    assert len(stats.block_s) == stats.iterations
+    assert sum(stats.block_s) == pytest.approx(stats.decode_s, abs=0.01)
+    assert stats.reached_by_depth[0] == stats.drafted_by_depth[0]
+    counts = zip(stats.accepted_by_depth, stats.reached_by_depth, stats.drafted_by_depth, strict=True)
+    assert all(accepted <= reached <= drafted for accepted, reached, drafted in counts)
+    assert all(
+        reached <= before
+        for reached, before in zip(stats.reached_by_depth[1:], stats.accepted_by_depth, strict=False)
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

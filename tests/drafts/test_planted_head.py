@@ -23,8 +23,8 @@ from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
 from subspec.planning.plan import plan_run
 from subspec.records.summary_table import PLANTED_DRAFT
+from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
-from subspec.report.rows import make_rows
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
 from tests.config.test_config import composed

@@ -29,7 +29,7 @@ from subspec.cli.run import main
 ROOT = Path(__file__).parents[2]
 
 TIMES = {"timestamp", "prefill_s", "decode_s", "draft_s", "verify_s", "tokens_per_s", "tokens_per_s_total"}
-TIMES |= {"peak_ram_gib"}
+TIMES |= {"peak_ram_gib", "ttft_s", "block_s", "block_p50_s", "block_p95_s", "block_p99_s"}
 """Fields of a record that differ between two runs of the same configuration."""
 
 

@@ -43,6 +43,47 @@ def test_every_field_of_the_design_by_hand() -> None:
     assert metrics["finish_reason"] == "eos"
 
 
+def test_acceptance_and_block_times_by_hand() -> None:
+    """Four passes accept 3, 2, 2 and 1 draft tokens; the adaptive tree of two of them ends at depth 2."""
+    metrics = turn_metrics(result(drafted=(4, 4, 2), accepted=(4, 3, 1), reached=(4, 4, 1)))
+    assert metrics["accepted_histogram"] == [0, 1, 2, 1]
+    assert metrics["conditional_accept_rate_by_depth"] == [1.0, 0.75, 1.0]
+    assert (metrics["accepted_nodes"], metrics["draft_acceptance_rate"]) == (8, 8 / 20)
+    assert metrics["ttft_s"] == metrics["prefill_s"] == 0.5
+    assert metrics["block_s"] == [0.4, 0.5, 0.5, 0.6]
+    shares = [metrics[f"block_p{share}_s"] for share in (50, 95, 99)]
+    assert shares == pytest.approx([0.5, 0.585, 0.597]), "linear interpolation"
+    assert turn_metrics(result(block_s=(0.3,)))["block_p99_s"] == pytest.approx(0.3)
+    plain = turn_metrics(result(drafted=(), accepted=(), reached=(), iterations=3, block_s=()))
+    assert (plain["accepted_histogram"], plain["block_p50_s"]) == ([3], None)
+
+
+def test_percentiles_and_histograms_are_pooled_and_old_records_have_no_new_figures() -> None:
+    quick = record(0) | turn_metrics(result(block_s=(0.1,) * 98))
+    slow = record(1) | turn_metrics(result(block_s=(1.0,) * 2, accepted=(2,), reached=(4, 2)))
+    totals = summarise([quick, slow])["totals"]
+    assert totals["accepted_histogram"] == [2, 3, 2, 1]
+    assert totals["conditional_accept_rate_by_depth"] == [6 / 8, 3 / 6, 1 / 2]
+    assert (totals["block_p50_s"], totals["block_p99_s"]) == pytest.approx((0.1, 1.0))
+    assert totals["draft_acceptance_rate"] == 10 / 40
+    old = {key: value for key, value in slow.items() if key not in ("block_s", "reached_by_depth")}
+    mixed = summarise([quick, old])["totals"]
+    assert (mixed["block_p50_s"], mixed["conditional_accept_rate_by_depth"]) == (None, None)
+    assert mixed["accepted_histogram"] == totals["accepted_histogram"], "follows from older fields"
+
+
+def test_categories_are_grouped_and_pooled() -> None:
+    def turn(index: int, category: str | None, benchmark: str = "spec_bench") -> dict:
+        return {**record(index), "benchmark": benchmark, "category": category}
+
+    records = [turn(0, "writing"), turn(1, "stem"), turn(2, "rag"), turn(3, None)]
+    found = summarise(records)["categories"]
+    assert {name: one["samples"] for name, one in found.items()} == {"multi-turn": 2, "rag": 1}
+    assert (found["multi-turn"]["accuracy"], found["rag"]["accuracy"]) == (0.5, None)
+    assert found["rag"]["tau"] == records[2]["tau"]
+    assert set(summarise([turn(0, "writing", "mt_bench")])["categories"]) == {"writing"}
+
+
 def test_without_offloading_the_link_figures_are_null() -> None:
     metrics = turn_metrics(result())
     names = ("link_gb_per_s", "bytes_per_pass", "roofline_tokens_per_s", "roofline_share", "link_busy_share")

@@ -1,5 +1,6 @@
 """A run that is stopped at any point continues with its folder alone: nothing lost, nothing doubled."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import yaml
 
 import subspec.benchmarks.loader
 import subspec.runs.runner
-from subspec.benchmarks.hub import HubRows, HubUnavailableError
+from subspec.benchmarks.rows import DataUnavailableError, Table
 from subspec.decoding.engine import Engine
 from subspec.records.run_folder import RunFolder
 from tests.helpers.cli import (  # noqa: F401
@@ -75,8 +76,8 @@ def serve(monkeypatch, source):
 
     def load_rows(*arguments):
         if source == "sample":
-            raise HubUnavailableError("the hub did not answer", "take other prompts")
-        return HubRows(rows, ["question", "answer"], None)
+            raise DataUnavailableError("the hub did not answer", "take other prompts")
+        return Table(rows, "the hub"), None
 
     monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
 
@@ -345,6 +346,37 @@ def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_p
     resume(folder, "device=cpu")
     assert {record["device"] for record in records_of(folder)} == {"cpu"}
     assert len(records_of(folder)) == TURNS
+
+
+def test_other_data_and_other_weights_under_the_same_configuration_are_refused(
+    arguments, checkpoint, tmp_path, monkeypatch
+):
+    folder, file, model = tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+
+    def write_rows(*turns):
+        rows = [{"question_id": n, "turns": [text]} for n, text in enumerate(turns)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    options = [*arguments, f"target.path={model}", "benchmark.source=file", f"benchmark.path={file}"]
+    options += ["warmup=0", "draft=none"]
+    write_rows("one", "two")
+    assert cli(*options, "benchmark.max_samples=1").code == 0
+    before = contents(folder)
+    write_rows("another", "other")
+    more = f"run_dir={folder}", "resume=true", "benchmark.max_samples=2"
+    cli(*more).refused(
+        2, r"benchmark\.path=\S+rows\.jsonl now holds other data: it changed the prompt of sample"
+    )
+    assert contents(folder) == before
+    write_rows("one", "two", "three")
+    shutil.rmtree(model)
+    tiny_checkpoint(model, max_positions=8192, seed=1)
+    cli(*more).refused(2, r"target\.path=\S+model now holds other weights: .*run_dir=")
+    shutil.rmtree(model)
+    shutil.copytree(checkpoint, model)
+    resume(folder, *more[2:])
+    assert len(records_of(folder)) == 2
 
 
 def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monkeypatch):

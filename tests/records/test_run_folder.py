@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.metrics import summarise
-from subspec.records.run_folder import DAMAGED, RECORDS, RunFolder, config_differences, read_records
+from subspec.records.run_folder import DAMAGED, RECORDS, RunFolder, read_records
+from subspec.records.same_run import check_chosen, config_differences
 from subspec.utils.files import json_line, plain
 from tests.helpers.records import CONFIG, record
 
@@ -220,9 +221,14 @@ def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> N
     here = {"source": "file", "device": "cpu"}
 
     def again(chosen: dict[str, str], **changes: object) -> RunFolder:
-        return RunFolder.open(tmp_path, resume=True, config={**auto, **changes}, chosen=chosen)
+        return RunFolder.open(
+            tmp_path,
+            resume=True,
+            config={**auto, **changes},
+            check=lambda records: check_chosen(tmp_path, records, chosen),
+        )
 
-    with RunFolder.open(tmp_path, resume=False, config=auto, chosen=here) as folder:
+    with RunFolder.open(tmp_path, resume=False, config=auto) as folder:
         folder.append(record(0))
     torn = (tmp_path / RECORDS).read_bytes() + b'{"sample_id'
     (tmp_path / RECORDS).write_bytes(torn)

@@ -56,6 +56,8 @@ def turns(
             verified_tokens=tokens,
             drafted_by_depth=drafted,
             accepted_by_depth=[passes, passes - 2, passes // 2] if drafted else [],
+            reached_by_depth=[passes, passes, passes - 2] if drafted else [],
+            block_s=[seconds / passes] * passes,
             drafted_nodes=2 * sum(drafted),
             prefill_s=0.5,
             decode_s=seconds,
@@ -109,6 +111,6 @@ def write_run(
 
 def plain_run(folder: Path, speeds: Sequence[float] = (10.0, 8.0, 12.0), **options: Any) -> Path:
     """Plain decoding: no tree, a token a pass."""
-    changes = {key: options.pop(key) for key in ("config",) if key in options}
+    config, facts = options.pop("config", None), options.pop("facts", None)
     records = turns(speeds, draft="none", tau=1, **options)
-    return write_run(folder, records, changes.get("config") or config_of("none"))
+    return write_run(folder, records, config or config_of("none"), facts=facts)

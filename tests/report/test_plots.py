@@ -4,23 +4,23 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from subspec.records.metrics import LinkInfo
+from subspec.records.summary_table import ON_CPU, PLANTED_DRAFT, PLANTED_WEIGHTS, SAMPLE_PROMPTS
+from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
+from subspec.report.layout import PALETTE, save, styles_of
 from subspec.report.plots import (
-    CPU,
     DRAWINGS,
-    PALETTE,
-    PLANTED,
-    SAMPLE,
-    _styles,
     acceptance,
+    accepted_lengths,
+    conditional_acceptance,
     roofline,
-    save,
     speed,
+    speedup_by_category,
     tau_by_bits,
+    tau_by_category,
     tau_by_method,
     time_split,
 )
-from subspec.report.rows import make_rows
 
 from .runs import config_of, plain_run, turns, write_run
 
@@ -28,6 +28,10 @@ LABELS = {
     "speed": ("decoding speed (tokens/s)", None),
     "tau_by_method": ("tau (tokens per target pass)", None),
     "acceptance": ("depth (draft tokens)", "accepted / drafted"),
+    "conditional_acceptance": ("depth (draft tokens)", "accepted, given the depth before"),
+    "accepted_lengths": ("accepted draft tokens", "share of passes"),
+    "tau_by_category": ("", "tau (tokens per target pass)"),
+    "speedup_by_category": ("", "speed-up over the baseline"),
     "tau_by_bits": ("bits per weight", "tau (tokens per target pass)"),
     "time_split": ("milliseconds per iteration", None),
     "roofline": ("tau (tokens per target pass)", "decoding speed (tokens/s)"),
@@ -42,6 +46,7 @@ def rows(request, tmp_path):
         "planted": planted,
         "source": "sample" if planted else "hub",
         "link": LinkInfo(50.0, 5_000_000_000),
+        "category": "algebra",
     }
     plain_run(tmp_path / "plain", **options)
     for bits, tau in ((4, 3), (3, 2)):
@@ -72,13 +77,13 @@ def test_a_draft_of_one_method_has_one_colour_in_all_pictures(tmp_path):
 def test_a_picture_of_planted_drafts_does_not_call_them_noise(tmp_path):
     plain_run(tmp_path / "plain", planted=True)
     write_run(tmp_path / "a", turns([30.0], draft="small_model", planted=True), config_of("small_model"))
-    said = texts(tau_by_method(make_rows(collect([tmp_path]))[0]))
-    assert any("acceptance means nothing but a substitute's" in text for text in said)
-    assert not any(PLANTED in text for text in said)
+    said = texts(speed(make_rows(collect([tmp_path]))[0]))
+    assert f"{PLANTED_DRAFT} (small_model)" in said
+    assert PLANTED_WEIGHTS not in said
 
 
 def texts(figure):
-    return [text.get_text() for text in figure.texts]
+    return " ".join(text.get_text() for text in figure.texts).replace("\n", " ").lower()
 
 
 @pytest.mark.parametrize("name", list(DRAWINGS))
@@ -90,9 +95,9 @@ def test_every_picture_has_titles_labels_units_and_what_must_be_said(rows, name)
     assert last.get_xlabel().startswith(horizontal)
     if vertical:
         assert last.get_ylabel().startswith(vertical)
-    said = " ".join(texts(figure))
-    assert (PLANTED in said) == rows[0].planted
-    assert (SAMPLE in said) == rows[0].sample
+    said = texts(figure)
+    assert (PLANTED_WEIGHTS in said) == rows[0].planted
+    assert (SAMPLE_PROMPTS.removeprefix("note: ") in said) == rows[0].sample
     if rows[0].planted:
         assert all("(PLANTED)" in axis.get_title("left") + axis.get_title() for axis in figure.axes)
 
@@ -121,6 +126,36 @@ def test_acceptance_curves_are_the_rates(rows):
         assert list(line.get_ydata()) == row.totals["accept_rate_by_depth"]
         assert line.get_label() == row.method
         assert line.get_color() in PALETTE
+
+
+def test_shares_of_accepted_lengths_add_up(rows):
+    (axis,) = accepted_lengths(rows).axes
+    for line in axis.lines:
+        assert list(line.get_xdata()) == [0, 1, 2, 3]
+        assert sum(line.get_ydata()) == pytest.approx(1)
+    (axis,) = conditional_acceptance(rows).axes
+    drafted = [row for row in rows if row.draft != "none"]
+    rates = [row.totals["conditional_accept_rate_by_depth"] for row in drafted]
+    assert [list(line.get_ydata()) for line in axis.lines] == rates
+
+
+def test_bars_of_categories_are_as_long_as_their_figures(rows):
+    (axis,) = tau_by_category(rows).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["algebra", "Overall"]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([2.0, 2.0, 3.0, 3.0])
+    (axis,) = speedup_by_category(rows).axes
+    drafted = [row.baseline for row in rows if row.draft != "none"]
+    gains = [gain.value for base in drafted for gain in (base.by_category["algebra"], base.speedup)]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx(gains)
+
+
+def test_points_on_one_spot_are_all_seen(tmp_path):
+    for draft in ("subspec", "eagle2", "small_model"):
+        write_run(tmp_path / draft, turns([10.0], draft=draft, link=LinkInfo(50.0, 10**9)), config_of(draft))
+    (axis,) = roofline(make_rows(collect([tmp_path]))[0]).axes
+    markers = [container.lines[0] for container in axis.containers]
+    looks = [(line.get_fillstyle(), line.get_markersize()) for line in markers]
+    assert looks == [("none", 17), ("none", 12), ("full", 7)]
 
 
 def test_tau_over_bits_is_one_line_per_tree(rows):
@@ -165,7 +200,7 @@ def test_passes_that_differ_by_the_links_measurement_share_a_ceiling(tmp_path):
 
 def test_eight_methods_look_different():
     names = [f"method {index}" for index in range(20)]
-    assert len({(colour, marker) for colour, _, marker in _styles(names).values()}) == len(names)
+    assert len({(colour, marker) for colour, _, marker in styles_of(names).values()}) == len(names)
 
 
 def test_bars_name_their_experiment_where_there_are_several(tmp_path):
@@ -214,5 +249,7 @@ def test_a_cpu_says_what_its_speeds_are_not(tmp_path):
     write_run(tmp_path / "gpu", turns([30.0, 20.0], device="cuda"), config_of())
     plain_run(tmp_path / "plain")
     rows = make_rows(collect([tmp_path]))[0]
-    said = {(row.draft, row.on_cpu): CPU in " ".join(texts(speed([row]))) for row in rows}
+    said = {
+        (row.draft, row.on_cpu): ON_CPU.removeprefix("note: ").lower() in texts(speed([row])) for row in rows
+    }
     assert said == {("subspec", True): True, ("subspec", False): False, ("none", True): False}

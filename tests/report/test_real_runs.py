@@ -52,7 +52,10 @@ def test_what_the_runner_writes_is_what_the_report_reads(outputs, tmp_path):
     page = report.page.read_text()
     assert "*sample prompts*" in page
     assert "1 damaged line(s)" in page
-    assert set(report.plots) == {"speed", "tau_by_method", "acceptance", "time_split"}
+    assert ours.baseline.same_texts == len(records_of(outputs / "ours"))
+    assert "the same text as plain decoding in all" in page
+    curves = {"acceptance", "conditional_acceptance", "accepted_lengths"}
+    assert set(report.plots) == {"speed", "tau_by_method", "time_split"} | curves
 
 
 def test_acceptance_of_a_real_run_is_its_tau(outputs):

@@ -2,8 +2,9 @@ import pytest
 
 from subspec.errors import SubspecError
 from subspec.records.metrics import LinkInfo
+from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
-from subspec.report.rows import audit_text, make_rows
+from subspec.report.rows import audit_text
 
 from .runs import config_of, plain_run, turns, write_run
 
@@ -206,3 +207,65 @@ def test_an_edited_configuration_does_not_end_the_report(tmp_path):
     write_run(tmp_path / "run", turns([10.0]), broken)
     ((row,), _) = make_rows(collect([tmp_path]))
     assert row.method == "unknown draft"
+
+
+def test_categories_have_their_own_speed_ups(tmp_path):
+    """Two samples of one category and one of another, which gains less."""
+    plain, ours = (
+        turns(PLAIN, draft="none", tau=1, benchmark="spec_bench"),
+        turns(OURS, benchmark="spec_bench"),
+    )
+    for records in (plain, ours):
+        for one, category in zip(records, ("writing", "rag", "stem"), strict=True):
+            one["category"] = category
+    write_run(tmp_path / "plain", plain, config_of("none"))
+    write_run(tmp_path / "ours", ours)
+    (base, row), _ = make_rows(collect([tmp_path]))
+    found = row.categories
+    assert list(found) == ["multi-turn", "rag", "Overall"]
+    assert [one["samples"] for one in found.values()] == [2, 1, 3]
+    assert found["rag"]["speedup"].value == pytest.approx(20 / 8)
+    assert found["multi-turn"]["speedup"].value == pytest.approx(
+        (66 / (30 / 30 + 36 / 24)) / (22 / (10 / 10 + 12 / 12))
+    )
+    assert found["Overall"]["speedup"] == row.baseline.speedup
+    assert {one["speedup"] for one in base.categories.values()} == {None}
+    assert make_rows(collect([tmp_path / "ours"]))[0][0].categories["rag"]["speedup"] is None
+
+
+def test_texts_are_compared_with_the_baseline(tmp_path):
+    def alike(records, *changes):
+        for index, one in enumerate(records):
+            one["token_ids"] = [1, 2, 3 + (index in changes)]
+        return records
+
+    plain_run(tmp_path / "plain", PLAIN)
+    write_run(tmp_path / "plain", alike(turns(PLAIN, draft="none", tau=1)), config_of("none"))
+    write_run(tmp_path / "same", alike(turns(OURS)))
+    write_run(tmp_path / "other", alike(turns(OURS, draft="eagle2"), 1), config_of("eagle2"))
+    bases = {row.draft: row.baseline for row in make_rows(collect([tmp_path]))[0]}
+    assert {draft: (base.same_texts, base.other_texts) for draft, base in bases.items()} == {
+        "none": (0, ()),
+        "subspec": (3, ()),
+        "eagle2": (2, (("s1", 0),)),
+    }
+
+
+def test_other_weights_under_the_same_name_are_no_repeats(tmp_path):
+    plain_run(tmp_path / "plain", facts={"weights": {"target": "a" * 64}})
+    for weights in ("a", "b"):
+        write_run(tmp_path / weights, turns(OURS), facts={"weights": {"target": weights * 64}})
+    rows = {row.method: row.baseline.differences for row in make_rows(collect([tmp_path]))[0]}
+    assert rows == {
+        "plain decoding": (),
+        "subspec hqq4, beam 3x2 (weights.target=aaaaaaaa)": (),
+        "subspec hqq4, beam 3x2 (weights.target=bbbbbbbb)": ("weights of the target",),
+    }
+
+
+def test_other_prompts_of_one_benchmark_are_a_difference(tmp_path):
+    plain_run(tmp_path / "plain")
+    write_run(tmp_path / "ours", turns(OURS, prompt_sha256="other"))
+    (_, ours), _ = make_rows(collect([tmp_path]))
+    assert ours.baseline.differences == ("prompts",)
+    assert not ours.baseline.speedup.paired

@@ -83,7 +83,9 @@ def test_a_planted_draft_that_is_no_substitute_is_not_called_noise(sweep, tmp_pa
         finished=True,
     )
     page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
-    assert re.search(r"> \*\*Planted weights: .*means nothing\.\*\* These of them: draft small_model\.", page)
+    assert re.search(
+        r"> \*\*Planted weights: .*means nothing\.\*\* Rows: some_target with draft small_model\.", page
+    )
 
 
 def test_jobs_that_left_no_run_are_named(sweep, tmp_path):
@@ -130,6 +132,61 @@ def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
     assert runs[2]["damaged_lines"] == "1"
     assert [len(row["config_digest"]) for row in runs] == [20] * 3
     assert runs[1]["config_digest"] != runs[2]["config_digest"]
+
+
+def test_accuracy_texts_and_the_baseline_are_told(tmp_path):
+    facts = {"dtype": "bfloat16", "device": "cuda:0", "bitwise": {"on": True}, "resident_layers": 11}
+    facts |= {"streamed_bytes_per_pass": 2**30, "graphs_captured": 0}
+    for draft, tau in (("none", 1), ("subspec", 3), ("eagle2", 3)):
+        records = turns([30.0, 20.0, 24.0], draft=draft, tau=tau, correct=True, reference="7")
+        records[0]["correct"], records[1]["correct"] = False, None  # wrong, and cut before an answer
+        for one in records:
+            one["token_ids"] = [1, 2 + (draft == "eagle2" and one["sample_id"] == "s2")]
+        write_run(tmp_path / draft, records, config_of(draft), facts=facts)
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert page.count("| 1 of 2 (50 %), 1 cut |") == 3
+    assert (
+        "- Baseline plain decoding: bfloat16, batch-invariant kernels, no CUDA graphs, 11 layers on" in page
+    )
+    assert "1.00 GiB of plain weights streamed per pass." in page
+    assert (
+        "subspec hqq4, beam 3x2: the same text as plain decoding in all 3 turns, and so the same accuracy."
+        in page
+    )
+    assert re.search(
+        r"eagle2, .*another text than plain decoding in 1 of 3 turns\*\*: s2 turn 0 \(`.*compare ", page
+    )
+    assert "#### By category" not in page
+    assert "share of roofline |" not in page, "a column without figures"
+    (row,) = (one for one in cells(tmp_path / "out" / "methods.csv") if one["draft"] == "eagle2")
+    assert (row["turns_with_baseline_text"], row["turns_with_other_text"]) == ("2", "1")
+    assert (row["accuracy"], row["checked"], row["unfinished"]) == ("0.5", "2", "1")
+    assert float(row["ttft_s_mean"]) == 0.5
+    assert 0 < float(row["block_p50_s"]) <= float(row["block_p99_s"])
+
+
+def test_categories_and_accepted_lengths_have_tables(tmp_path):
+    for draft, tau in (("none", 1), ("subspec", 3)):
+        records = turns([30.0, 20.0, 24.0], draft=draft, tau=tau, benchmark="spec_bench", category="rag")
+        records[0]["category"] = "stem"
+        write_run(tmp_path / draft, records, config_of(draft))
+    report = write_report([tmp_path], tmp_path / "out")
+    page = report.page.read_text()
+    assert "| tau | multi-turn | rag | Overall |" in page
+    assert (
+        "| speed-up | multi-turn | rag | Overall |\n|---|---:|---:|---:|\n| `subspec hqq4, beam 3x2` | 1.00x |"
+        in page
+    )
+    assert "| correct |" not in page
+    assert "| `subspec hqq4, beam 3x2` | 1.00 / 1.00 | 0.818 / 0.818 | 0.485 / 0.593 |" in page
+    assert "| `subspec hqq4, beam 3x2` | 0.0 % | 18.2 % | 33.3 % | 48.5 % |" in page
+    rows = cells(tmp_path / "out" / "categories.csv")
+    assert [row["category"] for row in rows] == ["multi-turn", "rag", "Overall"] * 2
+    assert {"tau_by_category", "speedup_by_category", "accepted_lengths"} <= set(report.plots)
+    for folder in ("none", "subspec"):
+        write_run(tmp_path / folder, turns([30.0], draft=folder), config_of(folder))
+    write_report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out" / "categories.csv").exists()
 
 
 def test_folders_are_named_from_where_one_stands(sweep, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import subspec.benchmarks.loader
-from subspec.benchmarks.hub import HubRows, HubUnavailableError
+from subspec.benchmarks.rows import DataUnavailableError, Table
 from subspec.records.run_folder import RunFolder
 from subspec.sweeps.command_line import is_sweep
 from subspec.sweeps.process import JobProcess, job_environment
@@ -418,8 +418,8 @@ def test_a_job_is_not_mixed_with_other_prompts(tmp_path, monkeypatch):
 
     def load_rows(*arguments):
         if not up:
-            raise HubUnavailableError("the hub did not answer", "take other prompts")
-        return HubRows(rows, ["question", "answer"], None)
+            raise DataUnavailableError("the hub did not answer", "take other prompts")
+        return Table(rows, "the hub"), None
 
     monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
     sweep, up = tmp_path / "s", False

@@ -1,0 +1,132 @@
+"""Compare the rows of a report with their baselines: speed-ups, differences besides the method, and texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from subspec.errors import SubspecError
+from subspec.records.method import config_group
+from subspec.records.run_folder import Key
+from subspec.report.bootstrap import Speed, speedup_interval
+from subspec.report.collect import RunData, texts_of, turn_outcome
+from subspec.report.rows import PLAIN, Baseline, Row, is_coded, rows_of, text_of
+
+
+def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
+    """Rows of all runs that generated tokens, each with its baseline, and notes about their comparison.
+
+    Args:
+        runs: of :func:`~subspec.report.collect.collect`.
+        baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
+
+    Raises:
+        SubspecError: no row matches the given baseline, or several rows of one place do.
+    """
+    rows = rows_of(runs)
+    chosen = [row for row in rows if _is_baseline(row, baseline)]
+    if baseline is not None and not chosen:
+        methods = sorted({row.draft for row in rows} | {row.method for row in rows})
+        raise SubspecError(
+            f"--baseline {baseline}: no such run; give a folder, or one of {'; '.join(methods) or '(no rows)'}"
+        )
+    compared: list[Row] = []
+    notes: dict[str, None] = {}
+    wanted = "run of plain decoding (draft=none)" if baseline is None else f"run of the baseline {baseline}"
+    for row in rows:
+        closest = _closest(row, [other for other in chosen if other.place == row.place])
+        place = f"{row.target} on {row.benchmark}"
+        if len(closest) == 1:
+            compared.append(replace(row, baseline=_compared(row, closest[0])))
+            continue
+        compared.append(row)
+        if closest and baseline is not None:
+            labels = "; ".join(other.method for other in closest)
+            raise SubspecError(f"--baseline {baseline}: {place} has several such rows ({labels}): name one")
+        several = "several runs of plain decoding, none closest: name one with --baseline"
+        notes[f"{place}: {several if closest else f'no {wanted}, so no speed-up'}"] = None
+    return compared, sorted(notes)
+
+
+def _is_baseline(row: Row, baseline: str | None) -> bool:
+    if baseline is None:
+        return row.draft == PLAIN
+    if baseline in (row.draft, row.method, row.experiment):
+        return True
+    folder = Path(baseline)
+    if not folder.is_dir():
+        return baseline in (run.name for run in row.runs)
+    return any(run.folder.resolve().is_relative_to(folder.resolve()) for run in row.runs)
+
+
+def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
+    """The baselines most similar to the row: the row itself, or those that share most of the ordered criteria."""
+    if row in candidates:
+        return [row]
+    found, ours = list(candidates), _settings(row)
+    for name in ("device", "decoding", "streamed", "offloading", "quantizer of coded weights", "experiment"):
+        found = [other for other in found if _settings(other, row)[name] == ours[name]] or found
+    return found
+
+
+def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
+    """Settings besides the method. Of a candidate for ``compared``, the quantizer counts if its weights are coded."""
+    config = row.runs[0].config
+    offload = config_group(config, "offload")
+    quantized = compared if compared is not None and not is_coded(row.runs[0]) else row
+    return {
+        "device": row.device,
+        "seed": text_of(row.summary["context"]["seed"]),
+        "decoding": repr(config.get("decoding")),
+        "samples": row.summary["counts"]["samples"],
+        "prompts": frozenset(row.by_sample),
+        "weights": config_group(row.runs[0].facts, "weights").get("target"),
+        "streamed": bool(row.ceilings),
+        "offloading": (offload.get("name"), offload.get("vram_gib")),
+        "quantizer of coded weights": repr(config_group(quantized.runs[0].config, "quant")),
+        "experiment": row.experiment,
+    }
+
+
+def _compared(row: Row, other: Row) -> Baseline:
+    if other is row:
+        return Baseline(row, True, None)
+
+    def own(one: Row, category: str) -> dict[str, Speed]:
+        return {key: speed for key, speed in one.by_sample.items() if one.category_of.get(key) == category}
+
+    categories = row.summary["categories"]
+    ours, theirs = _texts(row), _texts(other)
+    outcomes = {key: turn_outcome(ours[key], theirs[key]) for key in ours if key in theirs}
+    return Baseline(
+        other,
+        False,
+        speedup_interval(row.by_sample, other.by_sample),
+        {name: speedup_interval(own(row, name), own(other, name)) for name in categories},
+        _differences(row, other),
+        sum(outcome == "identical" for outcome in outcomes.values()),
+        tuple(key for key, outcome in outcomes.items() if outcome == "different"),
+    )
+
+
+def _texts(row: Row) -> dict[Key, Mapping[str, Any]]:
+    """Records of the turns of a row, of the first run that has each."""
+    texts: dict[Key, Mapping[str, Any]] = {}
+    for run in row.runs:
+        texts = {**texts_of(run), **texts}
+    return texts
+
+
+def _differences(row: Row, other: Row) -> tuple[str, ...]:
+    """Differences besides the method."""
+    ours, theirs = _settings(row), _settings(other)
+    found = {name for name in ours if ours[name] != theirs[name]}
+    named = {"decoding": "decoding settings", "offloading": "offloading or budget"}
+    if None not in (ours["weights"], theirs["weights"]):
+        named["weights"] = "weights of the target"
+    if "samples" not in found:
+        named["prompts"] = "prompts"
+    shown = {
+        name: f"{name}: {ours[name]} against {theirs[name]}" for name in ("device", "seed", "samples")
+    } | named
+    return tuple(shown[name] for name in ours if name in found and name in shown)

@@ -1,0 +1,177 @@
+"""CSV tables of a report, with full precision; Markdown tables take cells of them too."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subspec.records.method import config_group, group_name, method_label
+from subspec.records.sweep_folder import config_digest
+from subspec.report.collect import RunData, State
+from subspec.report.rows import Row, audit_text, device_name
+
+Cells = dict[str, Any]
+
+
+def _place_cells(row: Row) -> Cells:
+    """Columns with which every table of rows begins."""
+    names = ("experiment", "target", "benchmark", "source", "method")
+    marks = {"planted_weights": row.planted, "sample_prompts": row.sample}
+    return {**{name: getattr(row, name) for name in names}, **marks}
+
+
+def method_cells(row: Row) -> Cells:
+    """A row of ``methods.csv``. Speeds are tokens per second, memory GiB, times seconds."""
+    totals, summary = row.totals, row.summary
+    per_turn, accuracy, counts = summary["per_turn"], summary["accuracy"] or {}, summary["counts"]
+    speed, base = row.speed, row.baseline
+    gain = base.speedup if base else None
+    iteration = row.iteration or {}
+    compared = base is not None and not base.is_self
+    return {
+        **_place_cells(row),
+        "draft": row.draft,
+        "bits_per_weight": row.bits,
+        "device": row.device,
+        "repeats": len(row.runs),
+        "unfinished_runs": sum(run.state is not State.finished for run in row.runs),
+        "samples": counts["samples"],
+        "turns": counts["turns"],
+        "skipped": sum(counts["skipped"].values()),
+        "tokens_per_s": totals["tokens_per_s"],
+        "tokens_per_s_low": speed.low if speed else None,
+        "tokens_per_s_high": speed.high if speed else None,
+        "tokens_per_s_mean": per_turn["tokens_per_s"]["mean"],
+        "tokens_per_s_sd": per_turn["tokens_per_s"]["sd"],
+        "tokens_per_s_slowest_repeat": row.repeats[0] if row.repeats else None,
+        "tokens_per_s_fastest_repeat": row.repeats[1] if row.repeats else None,
+        "tokens_per_s_with_prefill": totals["tokens_per_s_total"],
+        "tau": totals["tau"],
+        "tau_mean": per_turn["tau"]["mean"],
+        "tau_sd": per_turn["tau"]["sd"],
+        "tau_published": totals["tau_published"],
+        "draft_acceptance_rate": totals["draft_acceptance_rate"],
+        "speedup": gain.value if gain else None,
+        "speedup_low": gain.low if gain else None,
+        "speedup_high": gain.high if gain else None,
+        "speedup_paired": gain.paired if gain else None,
+        "speedup_samples": gain.samples if gain else None,
+        "baseline": base.label if base else None,
+        "baseline_differences": "; ".join(base.differences) if base else None,
+        "turns_with_baseline_text": base.same_texts if compared else None,
+        "turns_with_other_text": len(base.other_texts) if compared else None,
+        "ttft_s_mean": per_turn["ttft_s"]["mean"],
+        "ttft_s_median": per_turn["ttft_s"]["median"],
+        **{name: totals[name] for name in ("block_p50_s", "block_p95_s", "block_p99_s")},
+        "roofline_tokens_per_s": totals["roofline_tokens_per_s"],
+        "roofline_share": totals["roofline_share"],
+        "link_gb_per_s": totals["link_gb_per_s"],
+        "bytes_per_pass": totals["bytes_per_pass"],
+        **{f"{phase}_s_per_iteration": iteration.get(phase) for phase in ("draft", "target", "other")},
+        "peak_vram_gib": summary["peak_vram_gib"],
+        "peak_ram_gib": summary["peak_ram_gib"],
+        **{name: accuracy.get(name) for name in ("accuracy", "correct", "checked", "unfinished")},
+        "audit": audit_text(row),
+    }
+
+
+def acceptance_cells(row: Row) -> list[Cells]:
+    """Rows of ``acceptance.csv``: a row per depth. ``accepted_exactly``: passes whose accepted path ended there."""
+    totals = row.totals
+    accepted = [*totals["accepted_by_depth"], *[0] * len(totals["drafted_by_depth"]), 0]
+    given = totals["conditional_accept_rate_by_depth"]
+    return [
+        {
+            **_place_cells(row),
+            "depth": depth,
+            "drafted": drafted,
+            "accepted": accepted[depth - 1],
+            "accept_rate": totals["accept_rate_by_depth"][depth - 1],
+            "conditional_accept_rate": given[depth - 1] if given else None,
+            "accepted_exactly": accepted[depth - 1] - accepted[depth],
+        }
+        for depth, drafted in enumerate(totals["drafted_by_depth"], start=1)
+    ]
+
+
+def category_cells(row: Row) -> list[Cells]:
+    """Rows of ``categories.csv``: a row per category, and one of all."""
+    names = ("samples", "turns", "tau", "tokens_per_s", "accuracy")
+    return [
+        {
+            **_place_cells(row),
+            "category": category,
+            **{name: one[name] for name in names},
+            "speedup": one["speedup"] and one["speedup"].value,
+            "speedup_low": one["speedup"] and one["speedup"].low,
+            "speedup_high": one["speedup"] and one["speedup"].high,
+        }
+        for category, one in row.categories.items()
+    ]
+
+
+def run_cells(run: RunData) -> Cells:
+    """A row of ``runs.csv``: configuration, machine and progress of a run."""
+    context, totals = run.summary["context"], run.summary["totals"]
+    versions = run.environment.get("versions")
+    git = run.environment.get("git")
+    return {
+        "run": run.name,
+        "folder": place(run.folder),
+        "state": run.state.value,
+        "experiment": group_name(run.config),
+        "method": method_label(run.config, run.facts),
+        "target": _name(run, "target") or context["target"],
+        "benchmark": _name(run, "benchmark") or context["benchmark"],
+        "source": context["source"],
+        "planted_weights": context["planted"],
+        "sample_prompts": context["source"] == "sample" if context["source"] else None,
+        "seed": run.config.get("seed"),
+        "turns": run.summary["counts"]["turns"],
+        "skipped": sum(run.summary["counts"]["skipped"].values()),
+        "damaged_lines": run.damaged,
+        "tokens_per_s": totals["tokens_per_s"],
+        "tau": totals["tau"],
+        "overrides": " ".join(run.overrides) if run.overrides is not None else None,
+        "config_digest": config_digest(run.config) if run.config else None,
+        "device": device_name(run),
+        "versions": _pairs(versions),
+        "commit": _commit(git),
+        "notes": "; ".join(run.notes),
+    }
+
+
+def csv_text(cells: Sequence[Cells]) -> str:
+    """CSV with a heading; unmeasured figures are empty fields."""
+    if not cells:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(cells[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in one.items()} for one in cells)
+    return buffer.getvalue()
+
+
+def place(folder: Path) -> str:
+    """A path relative to the current folder, or to the home folder as ``~``, if it lies there."""
+    resolved = folder.resolve()
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if resolved.is_relative_to(base) and base != Path(base.anchor):
+            return f"{prefix}{resolved.relative_to(base).as_posix()}"
+    return folder.as_posix()
+
+
+def _name(run: RunData, group: str) -> str | None:
+    name = config_group(run.config, group).get("name")
+    return str(name) if name else None
+
+
+def _pairs(value: Any) -> str | None:
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else None
+
+
+def _commit(git: Any) -> str | None:
+    if not isinstance(git, Mapping) or not git.get("commit"):
+        return None
+    return str(git["commit"])[:12] + (" (changed)" if git.get("dirty") else "")
