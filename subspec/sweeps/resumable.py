@@ -32,7 +32,7 @@ from subspec.records.outcome import (
     read_summary,
     write_outcome,
 )
-from subspec.records.run_folder import FREE_KEYS
+from subspec.records.same_run import FREE_KEYS
 from subspec.records.sweep_folder import Job, SweepFolder, config_digest
 from subspec.runs.console import RunConsole
 from subspec.sweeps.follow import ForeignJob, watched

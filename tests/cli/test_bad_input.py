@@ -242,7 +242,7 @@ TARGETS = {
     ),
     "a file": ("target.path={root}/file", 2, r"target\.path=.*file is a file; pass the checkpoint folder"),
     "no checkpoint": ("target.path={root}/nothing", 2, r"target: .*nothing has no config\.json"),
-    "no weights": ("target.path={root}/no_weights", 2, r"target: .*holds no weights \(model\.safetensors"),
+    "no weights": ("target.path={root}/no_weights", 2, r"target: .*holds no weights: .*target\.path=FOLDER"),
     "cut weights": (
         "target.path={root}/cut",
         1,

@@ -202,16 +202,6 @@ def test_progress_on_other_terminals(width, kind, colour, monkeypatch: pytest.Mo
     assert kind == "dumb" or max(map(len, lines)) <= width
 
 
-@pytest.mark.parametrize(("reason", "shown"), [("length", False), ("eos", True)])
-def test_an_answer_that_was_cut_is_not_called_wrong(reason: str, shown: bool) -> None:
-    progress = RunProgress(RunConsole(io.StringIO()), total=2)
-    cut = record(0) | {"finish_reason": reason, "correct": False}
-    progress.turn(cut)
-    progress.sample_finished(cut)
-    assert ("wrong" in progress.console.rich.file.getvalue()) == shown
-    assert ("correct 0/1" in progress.rates()) == shown
-
-
 def test_a_terminal_gets_a_bar() -> None:
     code = (
         "from subspec.runs.console import RunConsole\n"
