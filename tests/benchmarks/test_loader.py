@@ -158,6 +158,14 @@ def test_real_rows(name: str, file: str, count: int):
 # -------------------------------------------------------------------------------------------------- formats
 
 GOOD = '{"question": "?", "answer": "#### 1"}\n'
+
+
+def gzipped(content: bytes) -> bytes:
+    return gzip.compress(
+        content, mtime=0
+    )  # the same bytes, and so the same name of the test, in every process
+
+
 CSV = 'question,answer,id\n"How many, and\nwhy?","1 + 1 = 2\n#### 2",17\n'
 
 
@@ -173,13 +181,13 @@ def parquet(folder: Path) -> bytes:
     ("file", "content", "expected"),
     [
         ("rows.jsonl", b"\xef\xbb\xbf" + GOOD.encode().replace(b"\n", b"\r\n") * 2, {"gsm8k/0", "gsm8k/1"}),
-        ("rows.jsonl.gz", gzip.compress(GOOD.encode()), {"gsm8k/0"}),
-        ("rows", gzip.compress(GOOD.encode()), {"gsm8k/0"}),
+        ("rows.jsonl.gz", gzipped(GOOD.encode()), {"gsm8k/0"}),
+        ("rows", gzipped(GOOD.encode()), {"gsm8k/0"}),
         ("rows.json", json.dumps([json.loads(GOOD)] * 2, indent=1).encode(), {"gsm8k/0", "gsm8k/1"}),
         ("rows.jsonl", b"\n [" + GOOD.encode() + b"]", {"gsm8k/0"}),
         ("rows.csv", CSV.encode(), {"gsm8k/17"}),
         ("rows.CSV", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(), {"gsm8k/17"}),
-        ("rows.csv.gz", gzip.compress(CSV.encode()), {"gsm8k/17"}),
+        ("rows.csv.gz", gzipped(CSV.encode()), {"gsm8k/17"}),
         ("rows.tsv", b"question\tanswer\tid\nWhy, how?\t#### 2\t17\n", {"gsm8k/17"}),
         ("rows.csv", b"question,answer\n" + b"w" * 200_000 + b",#### 1\n", {"gsm8k/0"}),
         ("rows.parquet", parquet, {"gsm8k/0"}),
@@ -207,8 +215,8 @@ def test_formats(tmp_path: Path, file: str, content: object, expected: set[str])
         ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer: fetch"),
         ("<!DOCTYPE html>", "HTML .* download the raw file"),
         (b"PAR1 and no more", "damaged .*readable: JSON Lines"),
-        (gzip.compress(GOOD.encode() * 99)[:-20], "damaged .*readable: JSON Lines"),
-        (gzip.compress(GOOD.encode()) + b"x", "cannot be read"),
+        (gzipped(GOOD.encode() * 99)[:-20], "damaged .*readable: JSON Lines"),
+        (gzipped(GOOD.encode()) + b"x", "cannot be read"),
         # No row can be used: the first one's message.
         ('{"answer": "#### 1", "prompt": "x"}', r"line 1: .*no field 'question'.*found: answer, prompt"),
         ('{"question": null, "answer": "#### 1"}', "line 1: .*no field 'question'"),
