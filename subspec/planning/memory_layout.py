@@ -294,11 +294,17 @@ class MemoryLayout:
     def _workspace(self, chunk: int) -> tuple[str, int]:
         """The largest peak of a pass or of sampling, and its name."""
         target, rows, length = self.target, self.pass_rows, self.config.decoding.max_length
+        draft = self.draft or DraftMemory()
+        row = (
+            draft.states * self.spec.hidden * self.itemsize
+        )  # hidden states of a row that are kept for the draft
+        held = chunk + min(chunk, length - chunk)  # the engine holds the last chunk's
         peaks = {
-            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length),
-            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length),
-            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling),
-            **({} if self.draft is None else self.draft.workspaces),
+            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length) + held * row,
+            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length) + rows * row,
+            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling) + rows * row,
+            f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
+            **draft.workspaces,
         }
         return max(peaks.items(), key=lambda named: named[1])
 
