@@ -76,8 +76,8 @@ class Eagle3Shape(EagleShape):
         mapped = D2T in tensors
         if mapped > (rows > 0) or (not mapped and 0 < rows < (config.get("vocab_size") or 0)):
             raise ConfigError(
-                f"the EAGLE-3 head has a vocabulary of its own and lacks {LM_HEAD if mapped else D2T}: fetch or copy it "
-                "again"
+                f"the EAGLE-3 head's vocabulary is a part of the target's and it lacks {LM_HEAD if mapped else D2T}: "
+                "fetch or copy it again"
             )
         return {
             "fc_inputs": tensors["fc.weight"].shape[1],
@@ -113,8 +113,8 @@ class Eagle3Shape(EagleShape):
         shared = [name for name in (EMBEDDING, LM_HEAD) if name not in tensors]
         if shared and own != hidden:
             raise ConfigError(
-                f"{path} lacks {' and '.join(shared)}, and its hidden size {own} is not that of {target}, {hidden}: set "
-                "draft.path to a head that was trained for this target"
+                f"{path} lacks {' and '.join(shared)}, and its hidden size {own} is not that of {target}, {hidden}: "
+                "set draft.path to a head that was trained for this target"
             )
 
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
