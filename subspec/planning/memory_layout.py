@@ -295,14 +295,12 @@ class MemoryLayout:
         """The largest peak of a pass or of sampling, and its name."""
         target, rows, length = self.target, self.pass_rows, self.config.decoding.max_length
         draft = self.draft or DraftMemory()
-        row = (
-            draft.states * self.spec.hidden * self.itemsize
-        )  # hidden states of a row that are kept for the draft
-        held = chunk + min(chunk, length - chunk)  # the engine holds the last chunk's
+        states = draft.states
+        kept = states * rows * self.spec.hidden * self.itemsize
         peaks = {
-            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length) + held * row,
-            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length) + rows * row,
-            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling) + rows * row,
+            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
+            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length, states),
+            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling) + kept,
             f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
             **draft.workspaces,
         }
