@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import Config, Eagle2DraftConfig
-from subspec.decoding.draft import Perturb
+from subspec.decoding.draft import Perturb, fit_vocabulary
 from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
@@ -103,17 +103,21 @@ class EagleDraft(FeatureDraft):
         head.store(head.embed(tokens, self.target), head.fuse(states), positions, view)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        return self.head.widened(self._own_logits(tree, frontier), self.target.vocab_size)
+        logits, d2t, vocab_size = self._own_logits(tree, frontier), self.head.d2t, self.target.vocab_size
+        if d2t is None:
+            return fit_vocabulary(logits[:, :vocab_size], vocab_size)
+        ids = d2t + torch.arange(len(d2t), device=d2t.device)
+        return logits.new_full((len(logits), vocab_size), -torch.inf).index_copy_(1, ids, logits)
 
     def extend(
         self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
     ) -> Tensor:
         """One level. A greedy one is chosen among the head's own ids, which become the target's afterwards."""
-        if perturb is not None or policy.width > self.head.shape.reduced_vocab:
+        d2t, first = self.head.d2t, tree.size
+        if perturb is not None or d2t is None or policy.width > len(d2t):
             return super().extend(tree, frontier, policy, perturb)
-        first = tree.size
         frontier = policy.grow(tree, frontier, self._own_logits(tree, frontier), self.temperature)
-        tree.tokens[first : tree.size] = self.head.target_ids(tree.tokens[first : tree.size])
+        tree.tokens[first : tree.size] += d2t.index_select(0, tree.tokens[first : tree.size])
         return frontier
 
     def _own_logits(self, tree: Tree, frontier: Tensor) -> Tensor:
@@ -147,9 +151,7 @@ class EagleMemory(DraftMemory):
     def __init__(self, inputs: SizingInputs) -> None:
         shape, note = _eagle_shape(inputs)
         policy, length, target = inputs.policy, inputs.config.decoding.max_length, inputs.target.model
-        draft_config = inputs.config.draft
-        assert isinstance(draft_config, Eagle2DraftConfig)
-        kind, wants = kind_of(draft_config), shape.wants(inputs.model)
+        kind, wants = kind_of(_settings(inputs.config)), shape.wants(inputs.model)
         self.states = len(wants.layers)
         weights = {
             name: torch.empty(size, dtype=torch.int64 if name == D2T else target.dtype, device=META)
@@ -169,7 +171,8 @@ class EagleMemory(DraftMemory):
         key = (shape.kv_heads, *shape.shapes().items())
 
         def states(rows: int) -> Tensor:
-            return torch.zeros(rows, shape.target_width, dtype=target.dtype, device=META)
+            width = max(1, self.states) * inputs.spec.hidden
+            return torch.zeros(rows, width, dtype=target.dtype, device=META)
 
         def begun(past: int) -> EagleDraft:
             head = kind.from_tensors(weights, shape.config())
@@ -203,10 +206,13 @@ class EagleMemory(DraftMemory):
         return self._prompt(chunk)
 
 
+def _settings(config: Config) -> Eagle2DraftConfig:
+    assert isinstance(config.draft, Eagle2DraftConfig)
+    return config.draft
+
+
 def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
-    config, spec = inputs.config, inputs.spec
-    draft = config.draft
-    assert isinstance(draft, Eagle2DraftConfig)
+    config, spec, draft = inputs.config, inputs.spec, _settings(inputs.config)
     path, kind = draft.path, kind_of(draft)
     if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
         own: dict[str, Any] = {}
@@ -226,8 +232,7 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        draft = config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        draft = _settings(config)
         if draft.path is None:
             check_default(draft, config.target)
         elif not draft.path.strip():
@@ -237,8 +242,7 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        draft = config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        draft = _settings(config)
         files = locate_for(draft, config.target, note)
         head_shape(files, model.hidden_size, config.target.name, kind_of(draft)).wants(model)
 
@@ -248,13 +252,11 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:
-        assert isinstance(config.draft, Eagle2DraftConfig)
-        return head_identity(locate_for(config.draft, config.target, note))
+        return head_identity(locate_for(_settings(config), config.target, note))
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""
-        context, draft = self.context, self.context.config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        context, draft = self.context, _settings(self.context.config)
         self._loaded = load_head(
             locate_for(draft, context.config.target, context.note),
             hidden=context.model.hidden_size,
@@ -266,9 +268,8 @@ class EagleSpec(DraftSpec):
         self._loaded.head.shape.wants(context.model)
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        loaded, config = self._loaded, self.context.config.draft
-        assert isinstance(config, Eagle2DraftConfig)
-        draft = EagleDraft(loaded.head, target, self.context.policy, config.temperature)
+        loaded, context = self._loaded, self.context
+        draft = EagleDraft(loaded.head, target, context.policy, _settings(context.config).temperature)
         parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
         facts = {
@@ -283,7 +284,7 @@ class EagleSpec(DraftSpec):
         }
         if draft.wants.layers:
             facts["feature_layers"] = list(draft.wants.layers)
-            facts["draft_vocab"] = loaded.head.shape.reduced_vocab or target.vocab_size
+            facts["draft_vocab"] = target.vocab_size if loaded.head.d2t is None else len(loaded.head.d2t)
         return BuiltDraft(
             draft,
             facts=facts,

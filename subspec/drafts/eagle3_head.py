@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from subspec.decoding.draft import fit_vocabulary
-from subspec.decoding.hidden import HiddenRequest
+from subspec.decoding.hidden import FINAL_HIDDEN, HiddenRequest
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle_head import ATTENTION, OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.errors import ConfigError
@@ -94,14 +93,6 @@ class Eagle3Shape(EagleShape):
     def inputs(self) -> tuple[int, int]:
         return self.fc_inputs, 2 * self.hidden
 
-    @property
-    def target_width(self) -> int:
-        return self.fc_inputs
-
-    @property
-    def reduced_vocab(self) -> int:
-        return self.draft_vocab if self.mapped else 0
-
     @classmethod
     def check_inputs(cls, tensors: Mapping[str, Tensor], path: str, hidden: int, target: str) -> None:
         own, *width = tensors["fc.weight"].shape
@@ -121,6 +112,8 @@ class Eagle3Shape(EagleShape):
         number, vocab = target.num_hidden_layers, target.vocab_size
         count = self.fc_inputs // target.hidden_size
         layers = self.layers or _usual_layers(count, number)
+        if not layers:
+            return FINAL_HIDDEN
         if len(layers) != count or not all(0 <= layer < number for layer in layers):
             raise ConfigError(
                 f"the EAGLE-3 head reads {count} hidden states behind the layers {list(layers)} of a target with the "
@@ -182,10 +175,12 @@ def _feature_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
 def _usual_layers(count: int, layers: int) -> tuple[int, ...]:
     """The layers behind which a head takes its features if its configuration does not say.
 
-    Three features are those that enter layers 2, n // 2 and n - 3 of n. Any other number is spread evenly over layers
-    1 to n - 3, as DFlash and DeepSpec do.
+    Three features are those that enter layers 2, n // 2 and n - 3 of n. A single one is the final hidden state (no
+    layer). Any other number is spread evenly over layers 1 to n - 3, as DFlash and DeepSpec do.
     """
-    usual = [1 + round(i * (layers - 4) / max(1, count - 1)) for i in range(count)]
+    if count == 1:
+        return ()
+    usual = [1 + round(i * (layers - 4) / (count - 1)) for i in range(count)]
     if count == 3:
         usual = [1, layers // 2 - 1, layers - 4]
     return tuple(min(max(layer, 0), layers - 1) for layer in usual)
@@ -205,7 +200,8 @@ class Eagle3Head(EagleHead):
             self.embed_tokens = nn.Embedding(shape.embeddings, shape.hidden)
         if shape.draft_vocab:
             self.lm_head = nn.Linear(shape.hidden, shape.draft_vocab, bias=False)
-        self.register_buffer(D2T, torch.zeros(shape.draft_vocab, dtype=torch.int64) if shape.mapped else None)
+        if shape.mapped:
+            self.d2t = torch.zeros(shape.draft_vocab, dtype=torch.int64)
 
     def embed(self, tokens: Tensor, target: TargetModel) -> Tensor:
         return self.embed_tokens(tokens) if self.shape.embeddings else target.embed(tokens)
@@ -222,12 +218,3 @@ class Eagle3Head(EagleHead):
     def logits(self, features: Tensor, target: TargetModel) -> Tensor:
         features = self.norm(features)
         return self.lm_head(features) if self.shape.draft_vocab else target.logits(features)
-
-    def widened(self, logits: Tensor, vocab_size: int) -> Tensor:
-        if self.d2t is None:
-            return fit_vocabulary(logits[:, :vocab_size], vocab_size)
-        ids = self.d2t + torch.arange(len(self.d2t), device=logits.device)
-        return logits.new_full((len(logits), vocab_size), -torch.inf).index_copy_(1, ids, logits)
-
-    def target_ids(self, tokens: Tensor) -> Tensor:
-        return tokens if self.d2t is None else tokens + self.d2t.index_select(0, tokens)

@@ -141,16 +141,6 @@ class EagleShape:
         """Inputs of ``fc`` and of the attention."""
         return 2 * self.hidden, self.hidden
 
-    @property
-    def target_width(self) -> int:
-        """Width of the target's hidden states that :meth:`wants` asks for, side by side."""
-        return self.hidden
-
-    @property
-    def reduced_vocab(self) -> int:
-        """Tokens of its own vocabulary if that is a part of the target's; else 0."""
-        return 0
-
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
         """The hidden states that it reads of a target.
 
@@ -183,27 +173,22 @@ class EagleShape:
         """Shape of every tensor, by name."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         fc_inputs, inputs = self.inputs
-        every = {
-            "fc.weight": (self.hidden, fc_inputs),
-            "fc.bias": (self.hidden,),
-            f"{ATTENTION}q_proj.weight": (width, inputs),
-            f"{ATTENTION}k_proj.weight": (kv_width, inputs),
-            f"{ATTENTION}v_proj.weight": (kv_width, inputs),
-            f"{ATTENTION}o_proj.weight": (self.hidden, width),
-            f"{ATTENTION}q_proj.bias": (width,),
-            f"{ATTENTION}k_proj.bias": (kv_width,),
-            f"{ATTENTION}v_proj.bias": (kv_width,),
-            f"{ATTENTION}o_proj.bias": (self.hidden,),
-            f"{MLP}gate_proj.weight": (self.intermediate, self.hidden),
-            f"{MLP}up_proj.weight": (self.intermediate, self.hidden),
-            f"{MLP}down_proj.weight": (self.hidden, self.intermediate),
-            NORM: (self.hidden,),
+        linears = {
+            "fc": (self.hidden, fc_inputs),
+            f"{ATTENTION}q_proj": (width, inputs),
+            f"{ATTENTION}k_proj": (kv_width, inputs),
+            f"{ATTENTION}v_proj": (kv_width, inputs),
+            f"{ATTENTION}o_proj": (self.hidden, width),
+            f"{MLP}gate_proj": (self.intermediate, self.hidden),
+            f"{MLP}up_proj": (self.intermediate, self.hidden),
+            f"{MLP}down_proj": (self.hidden, self.intermediate),
         }
-        return {
-            name: torch.Size(shape)
-            for name, shape in every.items()
-            if name not in OPTIONAL or name in self.biases
-        }
+        found = {NORM: torch.Size([self.hidden])}
+        for name, size in linears.items():
+            found[f"{name}.weight"] = torch.Size(size)
+            if f"{name}.bias" in self.biases:
+                found[f"{name}.bias"] = torch.Size(size[:1])
+        return found
 
     def layer_config(self) -> LlamaConfig:
         """The configuration of transformers' decoder layer."""
@@ -319,6 +304,9 @@ class EagleAttention(LlamaAttention):
 class EagleHead(nn.Module):
     """An EAGLE head; ``state_dict`` has the names of the published checkpoints, without the embedding.
 
+    Attributes:
+        d2t: int64 [vocabulary of the head], what its ids lack to the target's; None: they are the target's.
+
     Args:
         shape: its sizes.
         seed: of the initial weights, N(0, 0.02) with zero biases; the global random state is left as it was.
@@ -335,6 +323,7 @@ class EagleHead(nn.Module):
             layer = LlamaDecoderLayer(config, layer_idx=0)
             layer.self_attn = EagleAttention(config, shape)
             self.layers = nn.ModuleList([layer])
+            self.register_buffer("d2t", None)
             self.add_modules(shape, layer)
         with torch.device("cpu"):
             self.rotary = EagleRotary(config)
@@ -386,14 +375,6 @@ class EagleHead(nn.Module):
     def logits(self, features: Tensor, target: TargetModel) -> Tensor:
         """Logits [n, vocabulary of the head] of predicted features [n, hidden]."""
         return target.logits(features)
-
-    def widened(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """Logits over the target's ``vocab_size`` ids; -inf for those that the head does not know."""
-        return logits
-
-    def target_ids(self, tokens: Tensor) -> Tensor:
-        """The target's ids of ids of the head."""
-        return tokens
 
     def forward(
         self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView

@@ -49,7 +49,7 @@ class FeatureDraft(Draft):
 
     @property
     def cache(self) -> KVCache:
-        """The head's own rows."""
+        """The head's own cache."""
         return self.rows.cache
 
     def begin(self, cache: KVCache) -> None:

@@ -38,9 +38,9 @@ SHAPES = {
 QWEN3 = {"kv_heads": 2, "head_dim": 24, "rope": {"rope_type": "default", "rope_theta": 1e6}}
 
 SHAPES3 = {
-    # As published for Llama-3.1-8B: its positions end at 24 here, in the middle of the texts.
+    # As published for Llama-3.1-8B: its positions end at 8 here, before the texts do.
     "official": Eagle3Shape(
-        64, 8, 2, 8, 96, max_positions=24, fc_inputs=192, draft_vocab=160, mapped=True, last_id=319
+        64, 8, 2, 8, 96, max_positions=8, fc_inputs=192, draft_vocab=160, mapped=True, last_id=319
     ),
     "speculators": Eagle3Shape(
         64, 4, intermediate=96, **QWEN3, fc_inputs=192, draft_vocab=100, mapped=True, last_id=319, embeddings=320,
