@@ -70,10 +70,9 @@ class EagleDraft(FeatureDraft):
         temperature: float = 1.0,
         wants: HiddenRequest | None = None,
     ) -> None:
-        shape = head.shape
-        wants = wants or shape.wants(target.model.config)
+        shape, wants = head.shape, wants or head.shape.wants(target.model.config)
         sizes = {"layers": 1, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        super().__init__(target, policy, temperature, wants=wants, **sizes)
+        super().__init__(target, policy, temperature, wants, **sizes)
         self.head = head
         # By node number, so that a level finds its parents' features wherever they are in the tree.
         self._predicted = torch.zeros(policy.capacity, shape.hidden, dtype=target.dtype, device=target.device)

@@ -8,6 +8,7 @@ surplus tensors are named, so that a head of another kind (Medusa) is refused wi
 
 import functools
 import hashlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -238,7 +239,7 @@ def sort_tensors(
     shape = kind.shape_class
     names = {key: key.removeprefix(prefix) for key in tensors}
     if kind is Eagle3Head:
-        names = {key: own.replace("midlayer.", "layers.0.", 1) for key, own in names.items()}
+        names = {key: re.sub("^midlayer", "layers.0", own) for key, own in names.items()}
     plain = {own: tensors[key] for key, own in names.items()}
     used = {*shape.required, *shape.optional}
     dropped = [key for key, own in names.items() if own not in used and _is_unused(own)]
@@ -248,10 +249,10 @@ def sort_tensors(
         if other := _other_kind(plain, config, kind):
             raise ConfigError(f"{name} is {other}")
         parts = [
-            f"{what} {', '.join(names[:NAMED])}"
-            + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            for what, names in (("missing", missing), ("surplus", surplus))
-            if names
+            f"{what} {', '.join(keys[:NAMED])}"
+            + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+            for what, keys in (("missing", missing), ("surplus", surplus))
+            if keys
         ]
         raise ConfigError(
             f"{name} is no {shape.kind}: {'; '.join(parts)}: set draft.path to a head with one layer and fc"

@@ -21,23 +21,14 @@ class FeatureDraft(Draft):
         policy: of the trees that will be drafted, for sizes.
         temperature: of the draft distribution.
         wants: the hidden states that the head reads.
-        layers, kv_heads, head_dim: of the cache.
+        sizes: of the cache: ``layers``, ``kv_heads``, ``head_dim``.
     """
 
     def __init__(
-        self,
-        target: TargetModel,
-        policy: TreePolicy,
-        temperature: float,
-        *,
-        wants: HiddenRequest,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
+        self, target: TargetModel, policy: TreePolicy, temperature: float, wants: HiddenRequest, **sizes: int
     ) -> None:
         super().__init__(temperature)
-        self.target, self.policy, self.wants = target, policy, wants
-        self._sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        self.target, self.policy, self.wants, self._sizes = target, policy, wants, sizes
         self._rows: DraftRows | None = None
 
     @property
