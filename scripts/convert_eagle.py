@@ -1,10 +1,12 @@
 """Convert a published EAGLE head once: safetensors with the used tensors only, checked bit for bit.
 
-    python scripts/convert_eagle.py SRC DST [--dtype keep|bfloat16]
+    python scripts/convert_eagle.py SRC DST [--dtype keep|bfloat16] [--share-tables]
 
-SRC is a folder or hub id of an EAGLE-1 or EAGLE-2 checkpoint (config.json with model.safetensors or pytorch_model.bin,
-read with weights_only); DST a new folder, for `draft=eagle2 draft.path=DST`. The target's embedding table, which every
-checkpoint carries a copy of, is dropped: most of the file's bytes. The result is read back and compared bit for bit.
+SRC is a folder or hub id of an EAGLE-1, EAGLE-2 or EAGLE-3 checkpoint (config.json with model.safetensors or
+pytorch_model.bin, read with weights_only); DST a new folder, for `draft=eagle2 draft.path=DST` or `draft=eagle3 ...`.
+The target's embedding table, which every EAGLE-2 checkpoint carries a copy of, is dropped: most of the file's bytes.
+An EAGLE-3 head may have tables of its own: --share-tables drops its embedding and its LM head over all of the target's
+ids, for heads whose tables are copies of the target's. The result is read back and compared bit for bit.
 """
 
 import argparse
@@ -18,7 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from subspec.drafts.eagle3_head import D2T, EMBEDDING, LM_HEAD
 from subspec.drafts.eagle_checkpoint import (
+    kind_of_files,
     locate_head,
     read_config,
     read_tensors,
@@ -32,8 +36,12 @@ from subspec.targets.weight_files import CONFIG, SINGLE
 CONVERTED = SINGLE
 
 
-def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
+def convert(source: str, destination: Path, dtype: torch.dtype | None, *, share_tables: bool = False) -> None:
     """Write the converted head; print what was kept and dropped.
+
+    Args:
+        dtype: of the weights written; None: as they are.
+        share_tables: leave out the tables for which the target's own can be used.
 
     Raises:
         SubspecError: the source is no EAGLE head, or the destination is taken or cannot be written.
@@ -43,9 +51,15 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
     files = locate_head(source, print, key="SRC")
     config = read_config(files)
     stored = read_tensors(files)
-    tensors, dropped = sort_tensors(stored, source, config)
-    shape = shape_of(tensors, config)
-    written = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    kind = kind_of_files(stored, config)
+    tensors, dropped = sort_tensors(stored, source, config, kind)
+    shared = [EMBEDDING, *[LM_HEAD] * (D2T not in tensors)] if share_tables else []
+    dropped += [name for name in shared if tensors.pop(name, None) is not None]
+    shape = shape_of(tensors, config, kind)
+    written = {
+        name: tensor.to(tensor.dtype if name == D2T else dtype or tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
     rounded = [
         name for name, tensor in tensors.items() if not torch.equal(written[name].to(tensor.dtype), tensor)
     ]
@@ -64,7 +78,7 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
         raise SubspecError(
             f"{destination} cannot be written ({error.strerror}): choose another folder"
         ) from error
-    verify(destination, written, kept)
+    verify(destination, written, kept, kind)
 
     size = (destination / CONVERTED).stat().st_size
     kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in written.values()}))
@@ -81,7 +95,9 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None) -> None:
     print(f"written: {destination / CONVERTED}, {kinds}, {size / 1e6:.1f} MB, read back bit for bit")
 
 
-def verify(folder: Path, expected: dict[str, Tensor], config: dict[str, object]) -> None:
+def verify(
+    folder: Path, expected: dict[str, Tensor], config: dict[str, object], kind: type[EagleHead]
+) -> None:
     """Read the folder back as a run would.
 
     Raises:
@@ -98,7 +114,7 @@ def verify(folder: Path, expected: dict[str, Tensor], config: dict[str, object])
             )
     if found.keys() != expected.keys() or json.loads((folder / CONFIG).read_text()) != config:
         raise SubspecError(f"{folder} was not read back as written; check the disk, try again")
-    EagleHead.from_tensors(found, config)
+    kind.from_tensors(found, config)
 
 
 def main() -> int:
@@ -112,9 +128,13 @@ def main() -> int:
         default="keep",
         help="of the weights written (default: as they are)",
     )
+    parser.add_argument(
+        "--share-tables", action="store_true", help="drop an EAGLE-3 head's tables that the target has, too"
+    )
     options = parser.parse_args()
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
     try:
-        convert(options.source, options.destination, torch.bfloat16 if options.dtype == "bfloat16" else None)
+        convert(options.source, options.destination, dtype, share_tables=options.share_tables)
     except SubspecError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

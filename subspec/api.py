@@ -29,6 +29,7 @@ from subspec.config.schema import (
     DecodingConfig,
     DraftConfig,
     Eagle2DraftConfig,
+    Eagle3DraftConfig,
     EmbeddedTargetConfig,
     HqqConfig,
     LayerSkipDraftConfig,
@@ -52,8 +53,11 @@ from subspec.targets import Target
 from subspec.targets.check_model import check_loaded_model, check_model_config
 from subspec.targets.generation_settings import not_applied
 
-DraftName = Literal["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"]
+DraftName = Literal["none", "subspec", "small_model", "eagle2", "eagle3", "layer_skip", "prompt_lookup"]
 """The kinds of draft, by their names in ``conf/draft``."""
+
+PATHS = {"small_model": SmallModelDraftConfig, "eagle2": Eagle2DraftConfig, "eagle3": Eagle3DraftConfig}
+"""The drafts that have files of their own."""
 
 Bitwise = bool | Literal["auto"]
 
@@ -90,10 +94,10 @@ def build_engine(
         tokenizer: for text and stop strings; compared with a small model's own tokenizer. If its way of decoding is
             not known (see :mod:`subspec.decoding.growing_text`), no text is streamed before the end.
         draft: ``subspec``: a quantized substitute of the same model; ``small_model``: another, smaller model;
-            ``eagle2``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``prompt_lookup``: continuations
-            found in the text; ``none``: plain decoding, one pass per token.
+            ``eagle2``, ``eagle3``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``prompt_lookup``:
+            continuations found in the text; ``none``: plain decoding, one pass per token.
         draft_path: folder or hub id of the small model or the EAGLE head; None: the one that ships with the project
-            for SmolLM2-135M-Instruct.
+            for SmolLM2-135M-Instruct (none for ``eagle3``).
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
         tree_policy: the draft tree's shape; None: ``Beam(depth=16, width=4)``.
         draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.
@@ -112,7 +116,7 @@ def build_engine(
     """
     if draft not in get_args(DraftName):
         raise ConfigError(f"draft={draft}: no such draft; use {', '.join(get_args(DraftName))}")
-    if draft_path is not None and draft not in ("small_model", "eagle2"):
+    if draft_path is not None and draft not in PATHS:
         raise ConfigError(f"draft_path={draft_path}: draft={draft} has no weights of its own: leave it out")
     if quantizer is not None and draft != "subspec":
         raise ConfigError(f"draft={draft}: a quantizer is for draft=subspec: leave it out")
@@ -159,10 +163,8 @@ def build_engine(
 
 def _draft_config(draft: DraftName, path: str | Path | None) -> DraftConfig:
     given = None if path is None else str(path)
-    if draft == "small_model":
-        return SmallModelDraftConfig(name=draft, path=given)
-    if draft == "eagle2":
-        return Eagle2DraftConfig(name=draft, path=given)
+    if draft in PATHS:
+        return PATHS[draft](name=draft, path=given)
     kinds = {
         "none": NoDraftConfig,
         "subspec": SubstituteDraftConfig,

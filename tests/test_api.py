@@ -19,7 +19,7 @@ from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
 from tests.helpers.drafts import hf_greedy
-from tests.helpers.eagle import SHAPES, published
+from tests.helpers.eagle import SHAPES, published, published3
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 PROMPT = [5, 17, 33, 99, 4, 250]
@@ -36,6 +36,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
     tiny_checkpoint(root / "small_model", "qwen2", layers=1)
     published(root / "eagle2", SHAPES["qwen2"])
+    published3(root / "eagle3", "shared", target_layer_ids=[0, 1])
     published(root / "wide", replace(SHAPES["wide heads"], hidden=48))
     tiny_checkpoint(root / "other", "llama", vocab_size=300)
     return root
@@ -45,13 +46,14 @@ DRAFTS = {
     "subspec": SubstituteDraft,
     "small_model": SeparateCacheDraft,
     "eagle2": EagleDraft,
+    "eagle3": EagleDraft,
     "layer_skip": SubstituteDraft,
     "prompt_lookup": PromptLookupDraft,
 }
 
 
 def path_of(places, draft):
-    return places / draft if draft in ("small_model", "eagle2") else None
+    return places / draft if draft in ("small_model", "eagle2", "eagle3") else None
 
 
 @pytest.mark.parametrize("tree_policy", [None, Eagle2(3, 4, 12)], ids=["usual", "eagle2"])
@@ -94,7 +96,7 @@ def test_half_of_the_layers_draft(model):
     [
         (
             {"draft": "medusa"},
-            r"draft=medusa: no such draft; use none, subspec, small_model, eagle2, layer_skip",
+            r"draft=medusa: no such draft; use none, subspec, small_model, eagle2, eagle3, layer_skip",
         ),
         ({"draft": "subspec", "draft_path": "{root}/eagle2"}, r"draft=subspec has no weights of its own"),
         ({"draft": "none", "draft_path": "{root}/eagle2"}, r"draft=none has no weights of its own"),

@@ -110,6 +110,15 @@ class Eagle2DraftConfig(DraftConfig):
 
 
 @dataclass
+class Eagle3DraftConfig(Eagle2DraftConfig):
+    """An EAGLE-3 head (arXiv 2503.01840) for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, or ``planted`` (random weights in its shape, for
+    planted targets). No head ships with the project.
+    """
+
+
+@dataclass
 class SmallModelDraftConfig(DraftConfig):
     """Any causal language model with the target's vocabulary and its own KV cache.
 
@@ -435,6 +444,7 @@ SCHEMAS: dict[str, type] = {
     "draft/none": NoDraftConfig,
     "draft/subspec": SubstituteDraftConfig,
     "draft/eagle2": Eagle2DraftConfig,
+    "draft/eagle3": Eagle3DraftConfig,
     "draft/small_model": SmallModelDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
     "draft/prompt_lookup": PromptLookupDraftConfig,

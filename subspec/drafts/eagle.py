@@ -1,4 +1,6 @@
-"""``draft=eagle2``: drafting with an EAGLE head (arXiv 2401.15077, 2406.16858), which continues the target's features.
+"""``draft=eagle2`` and ``draft=eagle3``: drafting with an EAGLE head, which continues the target's features.
+
+Papers: arXiv 2401.15077, 2406.16858 (EAGLE-1 and EAGLE-2), 2503.01840 (EAGLE-3).
 
 Row i of the head pairs the embedding of token i+1 with the target's feature of token i, and stands at position i.
 So behind L committed tokens the head has L-1 rows with true features, the feature of the last committed token waits
@@ -9,27 +11,31 @@ levels of a tree, unlike the paper, which costs acceptance: figures here may exc
 Rows of accepted nodes are written anew with the target's true features before the next tree, as EAGLE does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import Config, Eagle2DraftConfig
-from subspec.decoding.batch import DraftRows
-from subspec.decoding.draft import Draft
-from subspec.decoding.hidden import FINAL_HIDDEN
+from subspec.decoding.draft import Perturb, fit_vocabulary
+from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
+from subspec.drafts.eagle3_head import D2T, EMBEDDING, LM_HEAD, Eagle3Shape
 from subspec.drafts.eagle_checkpoint import (
     check_default,
     head_identity,
     head_shape,
     is_at_hand,
+    kind_of,
     load_head,
     locate_for,
 )
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
+from subspec.drafts.feature_draft import FeatureDraft
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.errors import ConfigError
@@ -41,111 +47,99 @@ from subspec.utils.console import Note, print_note
 SETTLE_ROWS = 256
 """Rows of a prompt written at once: bounds the workspace beside a long prefill chunk."""
 
+MOST_FEATURES = 5
+"""Feature layers of the largest published EAGLE-3 heads."""
 
-class EagleDraft(Draft):
+
+class EagleDraft(FeatureDraft):
     """Drafts with a head that has a KV cache of its own, of one layer.
 
     Args:
         head: in the target's dtype, on its device.
-        target: its embedding and LM head are the draft's.
+        target: its embedding and LM head are the draft's, unless the head has its own.
         policy: of the trees that will be drafted, for sizes.
         temperature: of the draft distribution (EAGLE-2: 1).
+        wants: hidden states of the target; None: those that the head asks for.
     """
 
-    wants = FINAL_HIDDEN
-
     def __init__(
-        self, head: EagleHead, target: TargetModel, policy: TreePolicy, temperature: float = 1.0
+        self,
+        head: EagleHead,
+        target: TargetModel,
+        policy: TreePolicy,
+        temperature: float = 1.0,
+        wants: HiddenRequest | None = None,
     ) -> None:
-        super().__init__(temperature)
+        shape, wants = head.shape, wants or head.shape.wants(target.model.config)
+        sizes = {"layers": 1, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+        super().__init__(target, policy, temperature, wants, **sizes)
         self.head = head
-        self.target = target
-        self.policy = policy
         # By node number, so that a level finds its parents' features wherever they are in the tree.
-        self._predicted = torch.zeros(
-            policy.capacity, head.shape.hidden, dtype=target.dtype, device=target.device
-        )
-        self._rows: DraftRows | None = None
-        self._pending: Tensor | None = None  # feature of the last committed token, [1, hidden]
-
-    @property
-    def rows(self) -> DraftRows:
-        """The draft region of the head's own cache."""
-        if self._rows is None:
-            raise RuntimeError("begin() comes first")
-        return self._rows
-
-    @property
-    def cache(self) -> KVCache:
-        """The head's own rows: one per committed token but the first."""
-        return self.rows.cache
+        self._predicted = torch.zeros(policy.capacity, shape.hidden, dtype=target.dtype, device=target.device)
+        self._pending: Tensor | None = None  # hidden states of the last committed token, [1, width]
 
     def begin(self, cache: KVCache) -> None:
-        if self._rows is None or self.cache.max_length != cache.max_length:
-            shape, target = self.head.shape, self.target
-            own = KVCache(
-                layers=1,
-                kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                max_length=cache.max_length,
-                draft_rows=self.policy.draft_rows,
-                target_rows=0,
-                dtype=target.dtype,
-                device=target.device,
-            )
-            self._rows = DraftRows(own, target.device)
-        self.cache.reset()
-        self.rows.used = 0
+        super().begin(cache)
         self._pending = None
 
-    def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
-        """Write the rows of a prefill chunk; its last feature is kept for the token behind it."""
-        assert hidden is not None
-        self._append(tokens, hidden)
-
-    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
-        """Write the rows of the accepted nodes, with true features in place of predicted ones."""
-        assert hidden is not None
-        self._append(tree.tokens.index_select(0, path), hidden)
-        self.rows.used = 0
-
-    def _append(self, tokens: Tensor, features: Tensor) -> None:
-        if self._pending is None:  # the text's first token follows no feature
-            tokens, earlier = tokens[1:], features[:-1]
-        else:
-            earlier = torch.cat([self._pending, features[:-1]])
-        self._pending = features[-1:].clone()  # a view would keep the whole chunk
-        for piece, before in zip(tokens.split(SETTLE_ROWS), earlier.split(SETTLE_ROWS), strict=True):
+    def settle(self, tokens: Tensor, states: Tensor) -> None:
+        """Write rows with true features; the last token's feature waits for the token behind it."""
+        waiting, self._pending = self._pending, states[-1:].clone()  # a view would keep the whole chunk
+        if waiting is None:  # the text's first token follows no feature
+            tokens, waiting, states = tokens[1:], states[:1], states[1:]
+        for piece, own in zip(tokens.split(SETTLE_ROWS), states.split(SETTLE_ROWS), strict=True):
             if piece.numel():  # a first chunk of one token has no row
-                self._write(piece, before)
+                self._write(piece, torch.cat([waiting, own[:-1]]))
+            waiting = own[-1:]
 
-    def _write(self, tokens: Tensor, earlier: Tensor) -> None:
-        cache, count = self.cache, tokens.numel()
+    def _write(self, tokens: Tensor, states: Tensor) -> None:
+        cache, count, head = self.cache, tokens.numel(), self.head
         positions = torch.arange(cache.length, cache.length + count, device=tokens.device)
         start = cache.draft_rows + cache.length
         cache.extend(count)
         rows = (start, start + count)
-        self.head.store(self.target.embed(tokens), earlier, positions, KVView(cache.rows, rows, rows))
+        view = KVView(cache.rows, rows, rows)
+        head.store(head.embed(tokens, self.target), head.fuse(states), positions, view)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
+        logits, d2t, vocab_size = self._own_logits(tree, frontier), self.head.d2t, self.target.vocab_size
+        if d2t is None:
+            return fit_vocabulary(logits[:, :vocab_size], vocab_size)
+        ids = d2t + torch.arange(len(d2t), device=d2t.device)
+        return logits.new_full((len(logits), vocab_size), -torch.inf).index_copy_(1, ids, logits)
+
+    def extend(
+        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
+    ) -> Tensor:
+        """One level. A greedy one is chosen among the head's own ids, which become the target's afterwards."""
+        d2t, first = self.head.d2t, tree.size
+        if perturb is not None or d2t is None or policy.width > len(d2t):
+            return super().extend(tree, frontier, policy, perturb)
+        frontier = policy.grow(tree, frontier, self._own_logits(tree, frontier), self.temperature)
+        tree.tokens[first : tree.size] += d2t.index_select(0, tree.tokens[first : tree.size])
+        return frontier
+
+    def _own_logits(self, tree: Tree, frontier: Tensor) -> Tensor:
+        head, target = self.head, self.target
         if tree.levels == 0:
             assert self._pending is not None
             self.rows.used = 0
-            features = self._pending
+            features = head.fuse(self._pending)
         else:
             features = self._predicted.index_select(0, tree.parents.index_select(0, frontier))
         batch = self.rows.take(tree, frontier)
-        mask = self.target.additive_mask(batch.visible())
-        hidden = self.head(self.target.embed(batch.tokens), features, batch.positions, mask, batch.view)
+        mask = target.additive_mask(batch.visible())
+        hidden = head(head.embed(batch.tokens, target), features, batch.positions, mask, batch.view)
         self._predicted.index_copy_(0, frontier, hidden)
-        return self.target.logits(hidden)
+        return head.logits(hidden, target)
 
 
 class EagleMemory(DraftMemory):
-    """An EAGLE head with its own KV cache and features; embedding and LM head are the target's.
+    """An EAGLE head with its own KV cache and features; embedding and LM head are often the target's.
 
     With ``plan_only`` a head that is not on disk is not fetched: the largest possible head is counted, one layer of the
-    target with a KV head per query head and every bias.
+    target with a KV head per query head and every bias; for EAGLE-3 also :data:`MOST_FEATURES` feature layers and an
+    embedding and an LM head of its own.
 
     Raises:
         SubspecError: the head cannot be found or read, or belongs to another target.
@@ -156,25 +150,34 @@ class EagleMemory(DraftMemory):
     def __init__(self, inputs: SizingInputs) -> None:
         shape, note = _eagle_shape(inputs)
         policy, length, target = inputs.policy, inputs.config.decoding.max_length, inputs.target.model
+        kind, wants = kind_of(_settings(inputs.config)), shape.wants(inputs.model)
+        self.states = len(wants.layers)
         weights = {
-            name: torch.empty(size, dtype=target.dtype, device=META) for name, size in shape.shapes().items()
+            name: torch.empty(size, dtype=torch.int64 if name == D2T else target.dtype, device=META)
+            for name, size in shape.shapes().items()
         }
-        sizes = [weight.nbytes for weight in weights.values()]
         cache = 2 * shape.kv_heads * shape.head_dim * (policy.draft_rows + length) * inputs.itemsize
         features = policy.capacity * shape.hidden * inputs.itemsize
         self.allocations = (
-            Allocation("EAGLE head", tuple((size, 1) for size in sizes), note),
+            Allocation("EAGLE head", tuple((weight.nbytes, 1) for weight in weights.values()), note),
             Allocation("EAGLE KV cache", ((cache, 1),), f"{policy.draft_rows} + {length} rows, one layer"),
             Allocation("EAGLE features", ((features, 1),), f"{policy.capacity} nodes"),
         )
-        self.read = sum(sizes) + inputs.spec.vocab * inputs.spec.hidden * inputs.itemsize
+        self.read = sum(weight.nbytes for name, weight in weights.items() if name not in (EMBEDDING, D2T))
+        if LM_HEAD not in weights:
+            self.read += inputs.spec.vocab * inputs.spec.hidden * inputs.itemsize
 
         key = (shape.kv_heads, *shape.shapes().items())
 
+        def states(rows: int) -> Tensor:
+            width = max(1, self.states) * inputs.spec.hidden
+            return torch.zeros(rows, width, dtype=target.dtype, device=META)
+
         def begun(past: int) -> EagleDraft:
-            draft = EagleDraft(EagleHead.from_tensors(weights, shape.config()), target, policy)
+            head = kind.from_tensors(weights, shape.config())
+            draft = EagleDraft(head, target, policy, wants=wants)
             draft.begin(target.new_cache(max_length=length + policy.draft_rows, draft_rows=0, target_rows=1))
-            draft.observe(token_ids(1), inputs.target.hidden(1))
+            draft.observe(token_ids(1), states(1))
             draft.cache.length = past
             return draft
 
@@ -183,42 +186,54 @@ class EagleMemory(DraftMemory):
             draft = begun(length + policy.draft_rows - used)  # as many visible rows as the deepest level has
             return draft_level_bytes(draft, policy, inputs.sampling, target.vocab_size)
 
-        def prompt() -> int:
+        def prompt(chunk: int) -> int:
             draft = begun(0)
-            return peak_bytes(lambda: draft.observe(token_ids(length), inputs.target.hidden(length)))
+
+            def run() -> None:
+                held = [inputs.target.hidden(chunk) for _ in range(self.states and self.states + 1)]
+                draft.observe(token_ids(chunk), states(chunk))
+                del held
+
+            return peak_bytes(run)
 
         self.level = inputs.target.cached(
             ("EAGLE level", key, policy.width, policy.draft_rows, length, inputs.sampling), level
         )
-        self.workspaces = {
-            "EAGLE rows of a prompt": inputs.target.cached(("EAGLE prompt", key, length), prompt)
-        }
+        self._prompt = lambda chunk: inputs.target.cached(("EAGLE prompt", key, chunk), lambda: prompt(chunk))
+
+    def prompt_bytes(self, chunk: int) -> int:
+        return self._prompt(chunk)
+
+
+def _settings(config: Config) -> Eagle2DraftConfig:
+    assert isinstance(config.draft, Eagle2DraftConfig)
+    return config.draft
 
 
 def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
-    config, spec = inputs.config, inputs.spec
-    draft = config.draft
-    assert isinstance(draft, Eagle2DraftConfig)
-    path = draft.path
+    config, spec, draft = inputs.config, inputs.spec, _settings(inputs.config)
+    path, kind = draft.path, kind_of(draft)
     if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
-        largest = EagleShape(
-            spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate, frozenset(OPTIONAL)
-        )
+        own: dict[str, Any] = {}
+        if kind.shape_class is Eagle3Shape:
+            own = dict.fromkeys(("draft_vocab", "embeddings"), spec.vocab) | {"qk_norm": True, "mapped": True}
+            own["fc_inputs"] = MOST_FEATURES * spec.hidden
+        attention = (spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate)
+        largest = kind.shape_class(*attention, frozenset(OPTIONAL), **own)
         return largest, "not fetched for a plan: counted as the largest"
-    shape = head_shape(locate_for(draft, config.target, print_note), spec.hidden, config.target.name)
+    shape = head_shape(locate_for(draft, config.target, print_note), spec.hidden, config.target.name, kind)
     random = ", random weights" if path == PLANTED else ""
     return shape, f"one layer, {shape.kv_heads} KV heads{random}"
 
 
 class EagleSpec(DraftSpec):
-    """``draft=eagle2``: a published, the shipped or a planted head, in the target's dtype."""
+    """``draft=eagle2``, ``draft=eagle3``: a published, the shipped or a planted head, in the target's dtype."""
 
     @classmethod
     def check(cls, config: Config) -> None:
-        draft = config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        draft = _settings(config)
         if draft.path is None:
-            check_default(config.target)
+            check_default(draft, config.target)
         elif not draft.path.strip():
             raise ConfigError("draft.path is empty: set it to a folder or hub id, or leave it out")
         elif draft.path == PLANTED:
@@ -226,9 +241,9 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        assert isinstance(config.draft, Eagle2DraftConfig)
-        files = locate_for(config.draft, config.target, note)
-        head_shape(files, model.hidden_size, config.target.name)
+        draft = _settings(config)
+        files = locate_for(draft, config.target, note)
+        head_shape(files, model.hidden_size, config.target.name, kind_of(draft)).wants(model)
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
@@ -236,24 +251,24 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:
-        assert isinstance(config.draft, Eagle2DraftConfig)
-        return head_identity(locate_for(config.draft, config.target, note))
+        return head_identity(locate_for(_settings(config), config.target, note))
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""
-        context, draft = self.context, self.context.config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        context, draft = self.context, _settings(self.context.config)
         self._loaded = load_head(
             locate_for(draft, context.config.target, context.note),
             hidden=context.model.hidden_size,
             target=context.name,
             dtype=context.dtype,
             device=context.device,
+            kind=kind_of(draft),
         )
+        self._loaded.head.shape.wants(context.model)
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        loaded, draft = self._loaded, self.context.config.draft
-        assert isinstance(draft, Eagle2DraftConfig)
+        loaded, context = self._loaded, self.context
+        draft = EagleDraft(loaded.head, target, context.policy, _settings(context.config).temperature)
         parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
         facts = {
@@ -266,8 +281,11 @@ class EagleSpec(DraftSpec):
             "kv_heads": loaded.head.shape.kv_heads,
             "graphs_captured": 0,
         }
+        if draft.wants.layers:
+            facts["feature_layers"] = list(draft.wants.layers)
+            facts["draft_vocab"] = target.vocab_size if loaded.head.d2t is None else len(loaded.head.d2t)
         return BuiltDraft(
-            EagleDraft(loaded.head, target, self.context.policy, draft.temperature),
+            draft,
             facts=facts,
             summary=f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}",
         )

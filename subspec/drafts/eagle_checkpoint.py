@@ -1,12 +1,14 @@
 """EAGLE heads on disk and on the hub: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``.
 
 Published checkpoints of EAGLE-1 and EAGLE-2 look alike: the tensors of :mod:`subspec.drafts.eagle_head`, and a copy
-of the target's embedding table, which is dropped here because the target's own is used. Other missing or surplus
-tensors are named, so that a head of another kind (EAGLE-3, Medusa) is refused with a reason.
+of the target's embedding table, which is dropped here because the target's own is used. Those of EAGLE-3 differ in
+names, in the layout of ``config.json`` and in optional tensors (:mod:`subspec.drafts.eagle3_head`). Other missing or
+surplus tensors are named, so that a head of another kind (Medusa) is refused with a reason.
 """
 
 import functools
 import hashlib
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig, TargetConfig
+from subspec.config.schema import (
+    Eagle2DraftConfig,
+    Eagle3DraftConfig,
+    EmbeddedTargetConfig,
+    HubTargetConfig,
+    TargetConfig,
+)
 from subspec.drafts import shipped
-from subspec.drafts.eagle_head import OPTIONAL, REQUIRED, EagleHead, EagleShape
+from subspec.drafts.eagle3_head import D2T, Eagle3Head
+from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.hub import Located, cached, locate
@@ -45,8 +54,11 @@ HEAD = Wanted(
     texts=(CONFIG,),
 )
 
-TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight")
-"""Copies of the target's tables, which are used in their place."""
+UNUSED = ("embed_tokens.weight", "lm_head.weight", "t2d")
+"""Dropped unless the head's kind uses them: copies of the target's tables, and the inverse of ``d2t``."""
+
+WRAPPERS = ("model", "transformer_layer_config", "speculators_config")
+"""Keys of a ``config.json`` under which vLLM and the speculators library nest the head's own configuration."""
 
 SHIPPED = shipped.EAGLE
 """The head that ships with the project, for the embedded default target."""
@@ -82,10 +94,10 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
             one is not there.
     """
     if draft.path == PLANTED:
-        return PlantedHead.of(target)
+        return PlantedHead.of(target, kind_of(draft))
     if draft.path is not None:
         return locate_head(draft.path, note)
-    check_default(target)
+    check_default(draft, target)
     if not SHIPPED.is_dir():
         raise ConfigError(
             "draft=eagle2: the head for the default target is not in this installation (subspec/drafts/weights/eagle): "
@@ -95,12 +107,22 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     return Located("the shipped EAGLE head", source, SHIPPED)
 
 
-def check_default(target: TargetConfig) -> None:
-    """Refuse to draft with the shipped head for any target but the embedded default.
+def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
+    """The kind of head that a draft reads."""
+    return Eagle3Head if isinstance(draft, Eagle3DraftConfig) else EagleHead
+
+
+def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
+    """Refuse to draft with the shipped head, which is for EAGLE-2, for any target but the embedded default.
 
     Raises:
         ConfigError: names ``draft.path``.
     """
+    if isinstance(draft, Eagle3DraftConfig):
+        raise ConfigError(
+            "draft=eagle3 ships no head: set draft.path to the folder or hub id of an EAGLE-3 head for "
+            f"target={target.name}"
+        )
     if not isinstance(target, EmbeddedTargetConfig):
         raise ConfigError(
             f"draft=eagle2 ships a head for the embedded default target only: for target={target.name} set "
@@ -139,14 +161,19 @@ def _as_target(path: str) -> HubTargetConfig:
 
 
 def read_config(files: Located) -> dict[str, Any]:
-    """The head's ``config.json``; of vLLM's layout, which nests it, the inner part.
+    """The head's ``config.json``; nested parts (:data:`WRAPPERS`) on top of what surrounds them.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    config = read_json(files.folder / CONFIG)
-    inner = config.get("model")
-    return inner if isinstance(inner, dict) and "num_attention_heads" not in config else config
+    return _unwrapped(read_json(files.folder / CONFIG))
+
+
+def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
+    inner = [config[key] for key in WRAPPERS if isinstance(config.get(key), dict)]
+    if "num_attention_heads" in config:
+        return config
+    return functools.reduce(lambda outer, part: {**outer, **_unwrapped(part)}, inner, config)
 
 
 def read_tensors(files: Located) -> dict[str, Tensor]:
@@ -192,12 +219,13 @@ def head_identity(files: Located | PlantedHead) -> str:
 
 
 def sort_tensors(
-    tensors: Mapping[str, Tensor], name: str, config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], name: str, config: Mapping[str, Any], kind: type[EagleHead] = EagleHead
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A head's own tensors under their published names, and the names of those that are dropped.
+    """A head's own tensors under the names of its kind, and the names of those that are dropped.
 
-    A prefix that all names share (``model.``, ``module.``) is taken off. Copies of the target's tables and the rotary
-    frequencies that old checkpoints store are dropped.
+    A prefix that all names share (``model.``, ``module.``) is taken off, and EAGLE-3's ``midlayer`` is ``layers.0``.
+    Dropped are :data:`UNUSED`, rotary frequencies that old checkpoints store, and the speculators library's parts of
+    the target.
 
     Args:
         name: of the checkpoint as the user gave it.
@@ -208,121 +236,133 @@ def sort_tensors(
     """
     anchor = next((key for key in tensors if key.endswith("fc.weight")), "fc.weight")
     prefix = anchor.removesuffix("fc.weight")
-    plain = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    dropped = [key for key in plain if key in TARGETS_OWN or key.endswith("rotary_emb.inv_freq")]
-    missing = [key for key in REQUIRED if key not in plain]
-    surplus = sorted(plain.keys() - {*REQUIRED, *OPTIONAL, *dropped})
+    shape = kind.shape_class
+    names = {key: key.removeprefix(prefix) for key in tensors}
+    if kind is Eagle3Head:
+        names = {key: re.sub("^midlayer", "layers.0", own) for key, own in names.items()}
+    plain = {own: tensors[key] for key, own in names.items()}
+    used = {*shape.required, *shape.optional}
+    dropped = [key for key, own in names.items() if own not in used and _is_unused(own)]
+    missing = [own for own in shape.required if own not in plain]
+    surplus = sorted(plain.keys() - used - {names[key] for key in dropped})
     if missing or surplus:
-        if kind := _other_kind(plain, config):
-            raise ConfigError(
-                f"{name} is {kind}, and draft=eagle2 reads EAGLE-1 and EAGLE-2 heads as their authors publish them: "
-                "set draft.path to one"
-            )
+        if other := _other_kind(plain, config, kind):
+            raise ConfigError(f"{name} is {other}")
         parts = [
-            f"{what} {', '.join(names[:NAMED])}"
-            + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            for what, names in (("missing", missing), ("surplus", surplus))
-            if names
+            f"{what} {', '.join(keys[:NAMED])}"
+            + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+            for what, keys in (("missing", missing), ("surplus", surplus))
+            if keys
         ]
         raise ConfigError(
-            f"{name} is no EAGLE-1 or EAGLE-2 head: {'; '.join(parts)}: set draft.path to a head with one layer and fc"
+            f"{name} is no {shape.kind}: {'; '.join(parts)}: set draft.path to a head with one layer and fc"
         )
-    kept = {key: plain[key] for key in (*REQUIRED, *OPTIONAL) if key in plain}
+    kept = {own: plain[own] for own in (*shape.required, *shape.optional) if own in plain}
     for key, tensor in kept.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
+        if key != D2T and (not tensor.is_floating_point() or tensor.itemsize < 2):
             raise ConfigError(
                 f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original"
             )
-    return kept, sorted(prefix + key for key in dropped)
+    return kept, sorted(dropped)
 
 
-def _other_kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """The kind of a head that is no EAGLE-1 or EAGLE-2 head, if its tensors or its configuration tell."""
-    names = list(names)
-    written = [
-        config.get("speculators_model_type"),
-        config.get("model_type"),
-        *(config.get("architectures") or ()),
-    ]
-    said = " ".join(map(str, written)).lower()
-    if "eagle3" in said or any(name in ("d2t", "t2d") or "midlayer." in name for name in names):
-        return "an EAGLE-3 head"
-    if "medusa" in said or any("medusa_head" in name or name.endswith(".0.linear.weight") for name in names):
-        return "a set of Medusa heads"
-    if any(key.startswith("speculators_") for key in config):
-        return f"a head ({written[0]}) in the layout of the speculators library"
-    if "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
-        return "a whole language model (draft=small_model drafts with it)"
-    return None
+def _is_unused(name: str) -> bool:
+    return name in UNUSED or name.endswith("rotary_emb.inv_freq") or name.startswith("verifier_")
+
+
+def kind_of_files(names: Iterable[str], config: Mapping[str, Any]) -> type[EagleHead]:
+    """The kind of a head, by the names of its tensors and its ``config.json``."""
+    marks = ("d2t", "t2d", "midlayer.", "hidden_norm.")
+    three = "eagle3" in _said(config) or any(mark in name for name in names for mark in marks)
+    return Eagle3Head if three else EagleHead
+
+
+def _said(config: Mapping[str, Any]) -> str:
+    written = (config.get("speculators_model_type"), config.get("model_type"), config.get("architectures"))
+    return " ".join(map(str, written)).lower()
+
+
+def _other_kind(names: Iterable[str], config: Mapping[str, Any], kind: type[EagleHead]) -> str | None:
+    """Another kind than ``kind``, if tensors or configuration tell, with the remedy."""
+    names, shape = list(names), kind_of_files(names, config).shape_class
+    other = ""
+    if "medusa" in _said(config) or any("medusa_head" in n or n.endswith(".0.linear.weight") for n in names):
+        other = "a set of Medusa heads"
+    elif shape is not kind.shape_class and "fc.weight" in names:
+        return f"an {shape.kind}: set draft={shape.draft} with the same draft.path"
+    elif shape is EagleShape and any(key.startswith("speculators_") for key in config):
+        said = config.get("speculators_model_type")
+        other = f"a head ({said}) in the layout of the speculators library"
+    elif "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
+        other = "a whole language model (draft=small_model drafts with it)"
+    own = kind.shape_class
+    return other and f"{other}, and draft={own.draft} reads an {own.kind} as published: set draft.path to one"
 
 
 def load_head(
-    files: Located | PlantedHead, *, hidden: int, target: str, dtype: torch.dtype, device: torch.device
+    files: Located | PlantedHead,
+    *,
+    hidden: int,
+    target: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: type[EagleHead] = EagleHead,
 ) -> LoadedHead:
     """Load a head for a target, or make it up.
 
     Args:
         hidden: the target's hidden size. target: its name, for messages.
         dtype, device: of the head: the target's.
+        kind: what the files must hold.
 
     Raises:
-        ConfigError: not an EAGLE head, or one for another target.
+        ConfigError: not such a head, or one for another target.
         SubspecError: the files cannot be read.
     """
     if isinstance(files, PlantedHead):
-        drawn = files.tensors(dtype, device)
-        return LoadedHead(EagleHead.from_tensors(drawn, files.shape().config()), files.source, planted=True)
-    tensors, dropped, shape = _read(files, hidden, target)
-    moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    return LoadedHead(EagleHead.from_tensors(moved, shape.config()), files.source, dropped)
-
-
-def check_hidden(fc: torch.Size, path: str, hidden: int, target: str) -> None:
-    """Refuse a head whose ``fc`` was made for another hidden size than the target's.
-
-    Raises:
-        ConfigError: names both sizes.
-    """
-    if len(fc) != 2 or fc[1] != 2 * fc[0]:
-        three = ", but EAGLE-3's" if len(fc) == 2 and fc[1] == 3 * fc[0] else ""
-        raise ConfigError(
-            f"{path} holds fc.weight as {list(fc)}, not as [H, 2 H]: it is no EAGLE-1 or EAGLE-2 head{three}"
-        )
-    if fc[0] != hidden:
-        raise ConfigError(
-            f"{path} is a head for targets of hidden size {fc[0]}, and {target} has {hidden}: set draft.path to a head "
-            "that was trained for this target"
-        )
+        drawn, config = files.tensors(dtype, device), files.shape().config()
+        return LoadedHead(files.kind.from_tensors(drawn, config), files.source, planted=True)
+    tensors, dropped, shape = _read(files, hidden, target, kind)
+    moved = {
+        name: tensor.to(device, torch.int64 if name == D2T else dtype) for name, tensor in tensors.items()
+    }
+    return LoadedHead(kind.from_tensors(moved, shape.config()), files.source, dropped)
 
 
 @functools.lru_cache(maxsize=8)
-def head_shape(files: Located | PlantedHead, hidden: int, target: str) -> EagleShape:
-    """Sizes of a head without its weights, for planning; ``hidden`` and ``target`` as in :func:`load_head`.
+def head_shape(
+    files: Located | PlantedHead, hidden: int, target: str, kind: type[EagleHead] = EagleHead
+) -> EagleShape:
+    """Sizes of a head without its weights, for planning; arguments as of :func:`load_head`.
 
     Raises:
         SubspecError: as :func:`load_head`.
     """
     if isinstance(files, PlantedHead):
         return files.shape()
-    return _read(files, hidden, target)[2]
+    return _read(files, hidden, target, kind)[2]
 
 
-def _read(files: Located, hidden: int, target: str) -> tuple[dict[str, Tensor], list[str], EagleShape]:
+def _read(
+    files: Located, hidden: int, target: str, kind: type[EagleHead]
+) -> tuple[dict[str, Tensor], list[str], EagleShape]:
     """A head's own tensors, the names of dropped ones, and its sizes; checked against the target's hidden size."""
     config = read_config(files)
-    tensors, dropped = sort_tensors(read_tensors(files), files.path, config)
-    check_hidden(tensors["fc.weight"].shape, files.path, hidden, target)
-    return tensors, dropped, shape_of(tensors, config)
+    tensors, dropped = sort_tensors(read_tensors(files), files.path, config, kind)
+    kind.shape_class.check_inputs(tensors, files.path, hidden, target)
+    return tensors, dropped, shape_of(tensors, config, kind)
 
 
-def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EagleShape:
+def shape_of(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead
+) -> EagleShape:
     """Sizes of a head, read off its tensors and its ``config.json``.
 
     Raises:
         ConfigError: they contradict each other, or a value of the configuration is invalid.
     """
     try:
-        shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+        shape = kind.shape_class.of(tensors, config)
         shape.layer_config()  # the library checks rotary settings
     except SubspecError:
         raise

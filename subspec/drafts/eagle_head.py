@@ -13,19 +13,22 @@ query heads where their ``config.json``, a copy of the target's, says 4).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
+from subspec.decoding.hidden import FINAL_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVView
+from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError
 
 ATTENTION, MLP = "layers.0.self_attn.", "layers.0.mlp."
@@ -50,7 +53,9 @@ class EagleShape:
     """Sizes of a head.
 
     Attributes:
-        hidden: width of the target's hidden states.
+        kind, draft: its name in messages, and the draft that reads it.
+        required, optional: names of its tensors.
+        hidden: width of its features; those of EAGLE-1 and EAGLE-2 are the target's hidden states.
         heads, kv_heads, head_dim: of the attention.
         intermediate: width of the MLP.
         biases: names of the biases it has, from :data:`OPTIONAL`.
@@ -58,6 +63,11 @@ class EagleShape:
         rope: rotary settings as in transformers' ``rope_parameters`` (``rope_theta``, ``rope_type``, ...).
         max_positions: that the rotary settings were made for.
     """
+
+    kind: ClassVar[str] = "EAGLE-1 or EAGLE-2 head"
+    draft: ClassVar[str] = "eagle2"
+    required: ClassVar[tuple[str, ...]] = REQUIRED
+    optional: ClassVar[tuple[str, ...]] = OPTIONAL
 
     hidden: int
     heads: int
@@ -70,16 +80,17 @@ class EagleShape:
     max_positions: int = 2048
 
     @classmethod
-    def of(cls, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> "EagleShape":
+    def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """Read off the weights; ``config`` only splits them into heads.
 
         Args:
-            shapes: of the tensors in :data:`REQUIRED` and of those in :data:`OPTIONAL` that are there.
+            tensors: those of ``required`` and those of ``optional`` that are there.
             config: the checkpoint's ``config.json``.
 
         Raises:
             ConfigError: the shapes contradict each other, the configuration's number of heads, or its activation.
         """
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         hidden = shapes["fc.weight"][0]
         q, k = (shapes[f"{ATTENTION}{name}_proj.weight"][0] for name in "qk")
         intermediate = shapes[f"{MLP}gate_proj.weight"][0]
@@ -110,39 +121,74 @@ class EagleShape:
             eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=rope_settings(config),
             max_positions=int(config.get("max_position_embeddings", 2048)),
+            **cls.own_fields(tensors, config),
         )
         for name, expected in shape.shapes().items():
-            if tuple(shapes[name]) != tuple(expected):
+            if shapes.get(name) != expected:
                 raise ConfigError(
-                    f"the EAGLE head holds {name} as {list(shapes[name])} where {list(expected)} follows from its "
-                    "other tensors: its files do not belong together; fetch or copy them again"
+                    f"the EAGLE head holds {name} as {list(shapes.get(name, ()))} where {list(expected)} follows from "
+                    "its other tensors: its files do not belong together; fetch or copy them again"
                 )
         return shape
 
+    @classmethod
+    def own_fields(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of the fields that a subclass adds; arguments and errors as of :meth:`of`."""
+        return {}
+
+    @property
+    def inputs(self) -> tuple[int, int]:
+        """Inputs of ``fc`` and of the attention."""
+        return 2 * self.hidden, self.hidden
+
+    def wants(self, target: PretrainedConfig) -> HiddenRequest:
+        """The hidden states that it reads of a target.
+
+        Raises:
+            ConfigError: the head was made for another target.
+        """
+        return FINAL_HIDDEN
+
+    @classmethod
+    def check_inputs(cls, tensors: Mapping[str, Tensor], path: str, hidden: int, target: str) -> None:
+        """Check a head's inputs against the target's hidden size.
+
+        Args:
+            path, target: names of the head and of the target, for messages.
+
+        Raises:
+            ConfigError: ``fc`` was made for another hidden size, or for another kind of head.
+        """
+        fc = list(tensors["fc.weight"].shape)
+        if len(fc) != 2 or fc[1] != 2 * fc[0]:
+            three = ", but EAGLE-3's: set draft=eagle3" if len(fc) == 2 and fc[1] == 3 * fc[0] else ""
+            raise ConfigError(f"{path} holds fc.weight as {fc}, not as [H, 2 H]: it is no {cls.kind}{three}")
+        if fc[0] != hidden:
+            raise ConfigError(
+                f"{path} is a head for targets of hidden size {fc[0]}, and {target} has {hidden}: set draft.path to a "
+                "head that was trained for this target"
+            )
+
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of every parameter, by name."""
+        """Shape of every tensor, by name."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        every = {
-            "fc.weight": (self.hidden, 2 * self.hidden),
-            "fc.bias": (self.hidden,),
-            f"{ATTENTION}q_proj.weight": (width, self.hidden),
-            f"{ATTENTION}k_proj.weight": (kv_width, self.hidden),
-            f"{ATTENTION}v_proj.weight": (kv_width, self.hidden),
-            f"{ATTENTION}o_proj.weight": (self.hidden, width),
-            f"{ATTENTION}q_proj.bias": (width,),
-            f"{ATTENTION}k_proj.bias": (kv_width,),
-            f"{ATTENTION}v_proj.bias": (kv_width,),
-            f"{ATTENTION}o_proj.bias": (self.hidden,),
-            f"{MLP}gate_proj.weight": (self.intermediate, self.hidden),
-            f"{MLP}up_proj.weight": (self.intermediate, self.hidden),
-            f"{MLP}down_proj.weight": (self.hidden, self.intermediate),
-            NORM: (self.hidden,),
+        fc_inputs, inputs = self.inputs
+        linears = {
+            "fc": (self.hidden, fc_inputs),
+            f"{ATTENTION}q_proj": (width, inputs),
+            f"{ATTENTION}k_proj": (kv_width, inputs),
+            f"{ATTENTION}v_proj": (kv_width, inputs),
+            f"{ATTENTION}o_proj": (self.hidden, width),
+            f"{MLP}gate_proj": (self.intermediate, self.hidden),
+            f"{MLP}up_proj": (self.intermediate, self.hidden),
+            f"{MLP}down_proj": (self.hidden, self.intermediate),
         }
-        return {
-            name: torch.Size(shape)
-            for name, shape in every.items()
-            if name not in OPTIONAL or name in self.biases
-        }
+        found = {NORM: torch.Size([self.hidden])}
+        for name, size in linears.items():
+            found[f"{name}.weight"] = torch.Size(size)
+            if f"{name}.bias" in self.biases:
+                found[f"{name}.bias"] = torch.Size(size[:1])
+        return found
 
     def layer_config(self) -> LlamaConfig:
         """The configuration of transformers' decoder layer."""
@@ -203,29 +249,31 @@ class EagleRotary(LlamaRotaryEmbedding):
 
 
 class EagleAttention(LlamaAttention):
-    """transformers' attention, with a bias wherever the checkpoint has one."""
+    """transformers' attention, with a bias or a norm of the heads wherever the checkpoint has one."""
 
-    def __init__(self, config: LlamaConfig, biases: frozenset[str]) -> None:
+    def __init__(self, config: LlamaConfig, shape: EagleShape) -> None:
         super().__init__(config, layer_idx=0)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            if f"{ATTENTION}{name}.bias" not in biases:
-                self.get_submodule(name).register_parameter("bias", None)
+        stored = shape.shapes()
+        for name in "qkvo":
+            size = stored[f"{ATTENTION}{name}_proj.weight"]
+            linear = nn.Linear(size[1], size[0], bias=f"{ATTENTION}{name}_proj.bias" in stored)
+            setattr(self, f"{name}_proj", linear)
+        for name in ("q_norm", "k_norm"):
+            normed = f"{ATTENTION}{name}.weight" in stored
+            self.add_module(name, LlamaRMSNorm(self.head_dim, shape.eps) if normed else nn.Identity())
+
+    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[batch, n, hidden] -> queries [batch, heads, n, dim], keys and values [batch, kv_heads, n, dim]."""
-        query, key, value = (
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return *apply_rotary_pos_emb(query, key, cos, sin), value
+        """[batch, n, inputs] -> queries [batch, heads, n, dim], keys and values [batch, kv_heads, n, dim]."""
+        query, key = self.q_norm(self._heads(self.q_proj, x)), self.k_norm(self._heads(self.k_proj, x))
+        return *apply_rotary_pos_emb(query, key, cos, sin), self._heads(self.v_proj, x)
 
     def store(self, x: Tensor, cos: Tensor, sin: Tensor, view: KVView) -> None:
-        """Write the keys and values of [1, n, hidden] to ``view``."""
-        key, value = (
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.k_proj, self.v_proj)
-        )
-        view.update(apply_rotary_pos_emb(key, key, cos, sin)[1], value, 0)
+        """Write the keys and values of [1, n, inputs] to ``view``."""
+        key = self.k_norm(self._heads(self.k_proj, x))
+        view.update(apply_rotary_pos_emb(key, key, cos, sin)[1], self._heads(self.v_proj, x), 0)
 
     def forward(
         self,
@@ -256,50 +304,77 @@ class EagleAttention(LlamaAttention):
 class EagleHead(nn.Module):
     """An EAGLE head; ``state_dict`` has the names of the published checkpoints, without the embedding.
 
+    Attributes:
+        d2t: int64 [vocabulary of the head], what its ids lack to the target's; None: they are the target's.
+
     Args:
         shape: its sizes.
         seed: of the initial weights, N(0, 0.02) with zero biases; the global random state is left as it was.
     """
 
+    shape_class: ClassVar[type[EagleShape]] = EagleShape
+
     def __init__(self, shape: EagleShape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
         with torch.random.fork_rng(devices=[]):  # Linears draw initial weights of their own
-            self.fc = nn.Linear(2 * shape.hidden, shape.hidden, bias="fc.bias" in shape.biases)
+            self.fc = nn.Linear(shape.inputs[0], shape.hidden, bias="fc.bias" in shape.biases)
             config = shape.layer_config()
             layer = LlamaDecoderLayer(config, layer_idx=0)
-            layer.input_layernorm = nn.Identity()
-            layer.self_attn = EagleAttention(config, shape.biases)
+            layer.self_attn = EagleAttention(config, shape)
             self.layers = nn.ModuleList([layer])
+            self.register_buffer("d2t", None)
+            self.add_modules(shape, layer)
         with torch.device("cpu"):
             self.rotary = EagleRotary(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.is_meta or name == NORM:
+                if parameter.is_meta or "norm" in name:
                     continue
                 if name.endswith(".bias"):
                     parameter.zero_()
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
 
+    def add_modules(self, shape: EagleShape, layer: nn.Module) -> None:
+        """Add what a subclass has besides, or in place of, the modules of EAGLE-2."""
+        layer.input_layernorm = nn.Identity()
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> "EagleHead":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """A head in eval mode, without gradients, whose parameters are ``tensors`` themselves.
 
         Args:
-            tensors: all of :data:`REQUIRED`, some of :data:`OPTIONAL`, nothing else; of one dtype and device.
+            tensors: as of :meth:`EagleShape.of`; of one device, and of one dtype but for indices.
             config: the checkpoint's ``config.json``.
 
         Raises:
             ConfigError: as :meth:`EagleShape.of`.
         """
-        shape = EagleShape.of({name: tensor.shape for name, tensor in tensors.items()}, config)
+        shape = cls.shape_class.of(tensors, config)
         with torch.device("meta"):
             head = cls(shape)
         head.load_state_dict(dict(tensors), strict=True, assign=True)
         head.rotary.to(tensors["fc.weight"].device)
         return head.eval().requires_grad_(False)
+
+    def embed(self, tokens: Tensor, target: TargetModel) -> Tensor:
+        """Embeddings [n, hidden] of ``tokens`` [n]."""
+        return target.embed(tokens)
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The features [n, hidden] of a target's hidden states [n, ``target_width``]."""
+        return states
+
+    def combine(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's residual stream [n, hidden], and the inputs of its attention [n, inputs]."""
+        x = self.fc(torch.cat([embeddings, features], dim=-1))
+        return x, x
+
+    def logits(self, features: Tensor, target: TargetModel) -> Tensor:
+        """Logits [n, vocabulary of the head] of predicted features [n, hidden]."""
+        return target.logits(features)
 
     def forward(
         self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView
@@ -315,15 +390,16 @@ class EagleHead(nn.Module):
         Returns:
             [n, hidden].
         """
-        x = self.fc(torch.cat([embeddings, features], dim=-1))[None]
-        tables = self.rotary(x, positions[None])
-        layer = self.layers[0]
-        return layer(x, attention_mask=mask, position_embeddings=tables, past_key_values=view)[0]
+        residual, x = self.combine(embeddings, features)
+        layer, x = self.layers[0], x[None]
+        attended, _ = layer.self_attn(x, self.rotary(x, positions[None]), mask, past_key_values=view)
+        hidden = residual + attended[0]
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def store(self, embeddings: Tensor, features: Tensor, positions: Tensor, view: KVView) -> None:
         """Write keys and values alone, for rows whose predictions are not needed; arguments as of :meth:`forward`.
 
         With a single layer they depend on the row's own input only: no attention, no MLP, no mask.
         """
-        x = self.fc(torch.cat([embeddings, features], dim=-1))[None]
+        x = self.combine(embeddings, features)[1][None]
         self.layers[0].self_attn.store(x, *self.rotary(x, positions[None]), view)

@@ -5,13 +5,15 @@ time per level are the real ones. Its predictions are noise: tau is about 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import PlantedTargetConfig, TargetConfig
-from subspec.drafts.eagle_head import ATTENTION, NORM, EagleShape, rope_settings
+from subspec.drafts.eagle3_head import D2T, Eagle3Head
+from subspec.drafts.eagle_head import ATTENTION, EagleHead, EagleShape, rope_settings
 from subspec.errors import ConfigError
 from subspec.targets.planted import planted_config
 
@@ -20,6 +22,9 @@ PLANTED = "planted"
 
 STD = 0.02
 """Of the weights: of an untrained head."""
+
+DRAFT_VOCAB = 32_000
+"""Vocabulary of the published EAGLE-3 heads; half of the target's if that is smaller."""
 
 QKV_BIASES = frozenset(f"{ATTENTION}{name}_proj.bias" for name in "qkv")
 
@@ -30,13 +35,15 @@ class PlantedHead:
 
     Attributes:
         target_shape, seed: of the planted target.
+        kind: of the head.
     """
 
     target_shape: str
     seed: int
+    kind: type[EagleHead] = EagleHead
 
     @classmethod
-    def of(cls, target: TargetConfig) -> "PlantedHead":
+    def of(cls, target: TargetConfig, kind: type[EagleHead] = EagleHead) -> "PlantedHead":
         """The head for a target.
 
         Raises:
@@ -47,36 +54,53 @@ class PlantedHead:
                 f"draft.path={PLANTED} is a head with random weights, for planted targets only: for "
                 f"target={target.name} set draft.path to the folder or hub id of a trained EAGLE head"
             )
-        return cls(target.shape, target.seed)
+        return cls(target.shape, target.seed, kind)
 
     @property
     def source(self) -> str:
         """Its description in records."""
-        return f"planted, random weights in the shape of a head for {self.target_shape}, seed {self.seed}"
+        head = "an EAGLE-3 head" if self.kind is Eagle3Head else "a head"
+        return f"planted, random weights in the shape of {head} for {self.target_shape}, seed {self.seed}"
 
     def shape(self) -> EagleShape:
         """Its sizes."""
-        return planted_shape(planted_config(PlantedTargetConfig(name=PLANTED, shape=self.target_shape)))
+        return planted_shape(self._target(), self.kind)
+
+    def _target(self) -> PretrainedConfig:
+        return planted_config(PlantedTargetConfig(name=PLANTED, shape=self.target_shape))
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Matrices and biases N(0, 0.02), the norm 1, by their names; CPUs and GPUs draw different numbers."""
+        """Matrices and biases N(0, 0.02), norms 1, by their names; CPUs and GPUs draw different numbers.
+
+        The ids of a reduced vocabulary are spread evenly over the target's.
+        """
         generator = torch.Generator(device).manual_seed(self.seed)
         drawn = {}
         for name, size in self.shape().shapes().items():
+            if name == D2T:
+                own = torch.arange(*size, device=device)
+                drawn[name] = own * self._target().vocab_size // len(own) - own
+                continue
             tensor = torch.empty(size, dtype=dtype, device=device)
-            drawn[name] = tensor.fill_(1.0) if name == NORM else tensor.normal_(0.0, STD, generator=generator)
+            drawn[name] = (
+                tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, STD, generator=generator)
+            )
         return drawn
 
 
-def planted_shape(target: PretrainedConfig) -> EagleShape:
+def planted_shape(target: PretrainedConfig, kind: type[EagleHead] = EagleHead) -> EagleShape:
     """Sizes of the head that is published for targets of this family.
 
-    Heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target; those for
-    Llama-3.1 have the target's KV heads and no bias.
+    EAGLE-2 heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target; other
+    heads have the target's KV heads and no bias. EAGLE-3 heads read three layers and use the target's embedding.
     """
     heads = target.num_attention_heads
-    qwen = target.model_type == "qwen2"
-    return EagleShape(
+    qwen = target.model_type == "qwen2" and kind is EagleHead
+    own: dict[str, Any] = {}
+    if kind is Eagle3Head:
+        own = {"fc_inputs": 3 * target.hidden_size, "draft_vocab": min(DRAFT_VOCAB, target.vocab_size // 2)}
+        own["mapped"] = True
+    return kind.shape_class(
         hidden=target.hidden_size,
         heads=heads,
         kv_heads=heads if qwen else target.num_key_value_heads,
@@ -86,4 +110,5 @@ def planted_shape(target: PretrainedConfig) -> EagleShape:
         eps=target.rms_norm_eps,
         rope=rope_settings({"rope_parameters": target.rope_parameters}),
         max_positions=target.max_position_embeddings,
+        **own,
     )

@@ -3,6 +3,7 @@
 from subspec.config.schema import (
     DraftConfig,
     Eagle2DraftConfig,
+    Eagle3DraftConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
     PromptLookupDraftConfig,
@@ -20,6 +21,7 @@ from subspec.errors import ConfigError
 SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
     SubstituteDraftConfig: SubstituteSpec,
     Eagle2DraftConfig: EagleSpec,
+    Eagle3DraftConfig: EagleSpec,
     SmallModelDraftConfig: SmallModelSpec,
     LayerSkipDraftConfig: LayerSkipSpec,
     PromptLookupDraftConfig: PromptLookupSpec,

@@ -54,6 +54,7 @@ class DraftMemory:
         level: peak of a draft level, logits included. captured: whether levels are captured as CUDA graphs.
         workspaces: peaks of the draft's other work, by name. They do not coincide with each other or with the target's
             passes: the largest counts.
+        states: hidden states of layers that the target's passes return besides the final ones.
     """
 
     allocations: tuple[Allocation, ...] = ()
@@ -63,7 +64,12 @@ class DraftMemory:
     level = 0
     captured = True
     workspaces: Mapping[str, int] = {}
+    states = 0
     read = 0
+
+    def prompt_bytes(self, chunk: int) -> int:
+        """Peak of ``Draft.observe`` of ``chunk`` tokens, with the target's hidden states."""
+        return 0
 
     def level_read(self, resident: int) -> int:
         """Bytes of weights, layers and LM head, that a draft level reads with ``resident`` resident layers."""

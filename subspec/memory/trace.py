@@ -156,22 +156,28 @@ class TargetTrace:
         cache.length = past
         return cache
 
-    def prefill_bytes(self, chunk: int, max_length: int) -> int:
-        """Of a prefill pass over the last ``chunk`` tokens of ``max_length``."""
+    def prefill_bytes(self, chunk: int, max_length: int, states: int = 0) -> int:
+        """Of a prefill pass over the last ``chunk`` tokens of ``max_length``.
+
+        Args:
+            states: layers whose hidden states the pass returns, too.
+        """
 
         def measure() -> int:
             cache, tokens = self._cache(max_length - chunk, chunk), token_ids(chunk)
 
             def run() -> None:
-                before = self.hidden(min(chunk, max_length - chunk))  # the engine holds the last chunk's
-                self.model.append(tokens, cache)
-                del before
+                held = min(chunk, max_length - chunk)  # the engine holds the last chunk's
+                before = [self.hidden(held) for _ in range(1 + states)]
+                kept = [self.hidden(chunk) for _ in range(states - 1)]
+                self.model.append(tokens, cache, hidden_of=range(min(states, 1)))
+                del before, kept
 
             return peak_bytes(run)
 
-        return self.cached(("prefill", chunk, max_length), measure)
+        return self.cached(("prefill", chunk, max_length, states), measure)
 
-    def tree_pass_bytes(self, rows: int, levels: int, max_length: int) -> int:
+    def tree_pass_bytes(self, rows: int, levels: int, max_length: int, states: int = 0) -> int:
         """Of a verification pass over a tree of ``rows`` rows whose deepest tokens are the last of ``max_length``."""
 
         def measure() -> int:
@@ -179,9 +185,15 @@ class TargetTrace:
             past, tree = max_length - 1 - depth, Tree(rows, META)
             view = self._cache(past, rows).target_view(rows)
             batch = TokenBatch(tree.tokens, tree.depths, past, view, depth, tree.ancestors)
-            return peak_bytes(lambda: self.model.forward(batch))
 
-        return self.cached(("tree", rows, levels, max_length), measure)
+            def run() -> None:
+                kept = [self.hidden(rows) for _ in range(states - 1)]
+                self.model.forward(batch, hidden_of=range(min(states, 1)))
+                del kept
+
+            return peak_bytes(run)
+
+        return self.cached(("tree", rows, levels, max_length, states), measure)
 
     def verify_bytes(self, rows: int, levels: int, sampling: Sampling) -> int:
         """Of the logits of a tree of ``rows`` rows, and the choice of tokens and of the accepted path."""

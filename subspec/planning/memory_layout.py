@@ -294,11 +294,15 @@ class MemoryLayout:
     def _workspace(self, chunk: int) -> tuple[str, int]:
         """The largest peak of a pass or of sampling, and its name."""
         target, rows, length = self.target, self.pass_rows, self.config.decoding.max_length
+        draft = self.draft or DraftMemory()
+        states = draft.states
+        kept = states * rows * self.spec.hidden * self.itemsize
         peaks = {
-            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length),
-            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length),
-            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling),
-            **({} if self.draft is None else self.draft.workspaces),
+            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
+            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length, states),
+            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling) + kept,
+            f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
+            **draft.workspaces,
         }
         return max(peaks.items(), key=lambda named: named[1])
 

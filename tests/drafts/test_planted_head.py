@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from subspec.config.schema import (
     Eagle2DraftConfig,
     Eagle2TreeConfig,
+    Eagle3DraftConfig,
     EmbeddedTargetConfig,
     HubTargetConfig,
     PlantedTargetConfig,
@@ -17,7 +18,8 @@ from subspec.config.schema import (
 )
 from subspec.decoding.audit import Auditor
 from subspec.drafts.check_config import check_config
-from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for
+from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
+from subspec.drafts.eagle_checkpoint import head_identity, head_shape, load_head, locate_for
 from subspec.drafts.eagle_head import EagleShape
 from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
@@ -76,6 +78,24 @@ def test_it_has_the_shape_of_the_published_head_of_the_family(target, expected):
     assert head_shape(located(target), expected.hidden, target) == expected
 
 
+def test_an_eagle3_head_has_the_shape_of_the_published_one_and_ids_over_the_whole_vocabulary():
+    target = PlantedTargetConfig(name="planted", shape="llama3_1_8b")
+    head = locate_for(Eagle3DraftConfig(name="eagle3", path="planted"), target, pytest.fail)
+    expected = Eagle3Shape(
+        4096, 32, 8, 128, 14336, frozenset(), 1e-5, LLAMA3_ROPE, 131072,
+        fc_inputs=3 * 4096, draft_vocab=32000, mapped=True,
+    )  # fmt: skip
+    assert head_shape(head, 4096, "planted", Eagle3Head) == expected
+    small = replace(head, target_shape="tiny")
+    tensors = small.tensors(torch.float32, CPU)
+    assert tensors["d2t"].dtype == torch.int64
+    ids = tensors["d2t"] + torch.arange(2048)
+    assert (ids.diff() == 2).all()
+    assert ids[-1] == 4094
+    assert torch.equal(tensors["layers.0.hidden_norm.weight"], torch.ones(256))
+    assert head_identity(small) != head_identity(located())
+
+
 def test_its_numbers_follow_from_the_targets_seed():
     first, again, other = (loaded(seed).head.state_dict() for seed in (0, 0, 1))
     for name, tensor in first.items():
@@ -122,13 +142,18 @@ RUN = [
 ]
 
 
-@pytest.mark.parametrize("tree", ["eagle2", "beam"])
-def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(tmp_path, tree):
-    plain = cli(*RUN, "draft=none", f"run_dir={tmp_path / 'plain'}")
+@pytest.mark.parametrize(
+    ("kind", "tree", "decoding"),
+    [(2, "eagle2", "greedy"), (2, "beam", "greedy"), (3, "adaptive", "sampling")],
+)
+def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
+    tmp_path, kind, tree, decoding
+):
+    plain = cli(*RUN, "draft=none", f"decoding={decoding}", f"run_dir={tmp_path / 'plain'}")
     assert plain.code == 0, plain.err
     small = ["tree.depth=3", "tree.width=4"] + (["tree.total_tokens=10"] if tree == "eagle2" else [])
-    options = ["draft=eagle2", "draft.path=planted", f"tree={tree}", *small, "audit=true"]
-    ran = cli(*RUN, *options, f"run_dir={tmp_path / 'run'}")
+    options = [f"draft=eagle{kind}", "draft.path=planted", f"tree={tree}", *small, "audit=true"]
+    ran = cli(*RUN, *options, f"decoding={decoding}", f"run_dir={tmp_path / 'run'}")
     assert ran.code == 0, ran.err
     ours, theirs = (records_of(tmp_path / name) for name in ("run", "plain"))
     assert [record["token_ids"] for record in ours] == [record["token_ids"] for record in theirs]
@@ -136,9 +161,11 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
     assert summary["audit"]["mismatch"] == 0
     assert summary["totals"]["tau"] < 1.5
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())["draft"]
-    head = "planted, random weights in the shape of a head for tiny, seed 0"
-    assert facts.items() >= {"head": head, "planted": True, "kv_heads": 8, "dropped": []}.items()
-    assert f"draft eagle2: head {head}, 0.8 M parameters, float32" in ran.out
+    head = f"planted, random weights in the shape of {['a', 'an EAGLE-3'][kind - 2]} head for tiny, seed 0"
+    assert facts.items() >= {"head": head, "planted": True, "dropped": []}.items()
+    assert facts["kv_heads"] == [8, 2][kind - 2]
+    assert facts.get("feature_layers") == [None, [1, 3, 4]][kind - 2]
+    assert f"draft eagle{kind}: head {head}, {[0.8, 1.4][kind - 2]} M parameters, float32" in ran.out
     assert PLANTED_DRAFT in ran.out
     assert summary["context"]["planted"] is True
     (row,), _ = make_rows(collect([tmp_path / "run"]))
@@ -148,39 +175,42 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
 # -------------------------------------------------------------------------------------------------- streamed
 
 
-def streamed_settings(path):
+def streamed_settings(path, draft=Eagle2DraftConfig):
     tree = Eagle2TreeConfig(name="eagle2", depth=3, width=3, total_tokens=10)
     made = settings(vram_gib=1.0, decoding={"max_length": 128}, resident_layers=2)
-    return replace(made, target=TINY, draft=Eagle2DraftConfig(name="eagle2", path=str(path)), tree=tree)
+    return replace(made, target=TINY, draft=draft(name="eagle", path=str(path)), tree=tree)
 
 
 def planned(config, source):
     return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
 
 
-def test_it_is_planned_like_the_same_head_from_a_file(tmp_path):
-    head = located()
+@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig])
+def test_it_is_planned_like_the_same_head_from_a_file(tmp_path, kind):
+    head = locate_for(kind(name="eagle", path="planted"), TINY, pytest.fail)
     save_file(head.tensors(torch.bfloat16, CPU), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(head.shape().config()))
     source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
-    ours, theirs = (planned(streamed_settings(path), source) for path in ("planted", tmp_path))
+    ours, theirs = (planned(streamed_settings(path, kind), source) for path in ("planted", tmp_path))
     assert [(item.name, item.bytes, item.place) for item in ours.items] == [
         (item.name, item.bytes, item.place) for item in theirs.items
     ]
     assert (ours.resident_layers, ours.level_read_bytes) == (theirs.resident_layers, theirs.level_read_bytes)
     notes = [next(i.note for i in plan.items if i.name == "EAGLE head") for plan in (ours, theirs)]
-    assert notes == ["one layer, 8 KV heads, random weights", "one layer, 8 KV heads"]
+    number = head.shape().kv_heads
+    assert notes == [f"one layer, {number} KV heads, random weights", f"one layer, {number} KV heads"]
 
 
-def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit():
-    config = streamed_settings("planted")
+@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig])
+def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(kind):
+    config = streamed_settings("planted", kind)
     source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
     plan = planned(config, source)
     assembly = assemble_streamed(config, source, plan, CPU, note=pytest.fail)
     try:
         draft = assembly.engine.draft
         found = {item.name: item.bytes for item in plan.items}
-        assert found["EAGLE head"] == sum(parameter.nbytes for parameter in draft.head.parameters())
+        assert found["EAGLE head"] == sum(tensor.nbytes for tensor in draft.head.state_dict().values())
         prompt = [5, 17, 33, 99]
         result = assembly.engine.generate(prompt, max_new_tokens=6)
         audit = Auditor(assembly.target, assembly.sampling).audit(prompt, result.token_ids)

@@ -13,7 +13,8 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle import EagleDraft
-from subspec.drafts.eagle_head import NORM, OPTIONAL, EagleHead, EagleShape
+from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
+from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
 
 QWEN2_BIASES = frozenset(f"layers.0.self_attn.{name}_proj.bias" for name in "qkv")
 
@@ -34,14 +35,40 @@ SHAPES = {
 }
 """Heads for targets of hidden size 64, by what they look like."""
 
+QWEN3 = {"kv_heads": 2, "head_dim": 24, "rope": {"rope_type": "default", "rope_theta": 1e6}}
+
+SHAPES3 = {
+    # As published for Llama-3.1-8B: its positions end at 8 here, before the texts do.
+    "official": Eagle3Shape(
+        64, 8, 2, 8, 96, max_positions=8, fc_inputs=192, draft_vocab=160, mapped=True, last_id=319
+    ),
+    "speculators": Eagle3Shape(
+        64, 4, intermediate=96, **QWEN3, fc_inputs=192, draft_vocab=100, mapped=True, last_id=319, embeddings=320,
+        norm_before_residual=True,
+    ),
+    "deepspec": Eagle3Shape(
+        64, 4, intermediate=96, **QWEN3, fc_inputs=320, draft_vocab=320, embeddings=320, qk_norm=True
+    ),
+    # A hidden size and ids of its own, every bias, and tables that are larger than the target's.
+    "narrow": Eagle3Shape(
+        40, 2, 1, 20, 64, frozenset(OPTIONAL), fc_inputs=64, draft_vocab=330, embeddings=333, layers=(4,)
+    ),
+    "shared": Eagle3Shape(64, 4, 4, 16, 64, fc_inputs=128, layers=(7, 0)),
+}  # fmt: skip
+"""EAGLE-3 heads for targets of hidden size 64, eight layers and 320 tokens."""
+
 
 def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHead:
     """Random weights; norms are not 1 and biases not 0, so that code that forgets them does not pass by luck."""
-    head = EagleHead(shape)
+    head = (Eagle3Head if isinstance(shape, Eagle3Shape) else EagleHead)(shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if isinstance(shape, Eagle3Shape) and shape.mapped:
+            ids = torch.randperm(shape.last_id, generator=generator)[: shape.draft_vocab].sort().values
+            ids[-1] = shape.last_id
+            head.d2t.copy_(ids - torch.arange(shape.draft_vocab))
         for name, parameter in head.named_parameters():
-            if name == NORM:
+            if "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, std, generator=generator)
@@ -59,7 +86,7 @@ def eagle_engine(
 ) -> Engine:
     """An engine that drafts with a random head."""
     target = TargetModel(model)
-    draft = EagleDraft(random_head(SHAPES[shape], seed), target, policy)
+    draft = EagleDraft(random_head((SHAPES | SHAPES3)[shape], seed), target, policy)
     options = {"max_length": 256, "prefill_chunk": 16, **options}
     return Engine(target, draft, policy, sampling=sampling, **options)
 
@@ -124,4 +151,65 @@ def published(
         "vocab_size": vocab_size,
     }
     (folder / "config.json").write_text(json.dumps(written | config))
+    return folder
+
+
+def published3(
+    folder: Path,
+    name: str,
+    *,
+    layout: str = "",
+    drop: tuple[str, ...] = (),
+    extra: dict[str, Tensor] | None = None,
+    **config: object,
+) -> Path:
+    """Write the EAGLE-3 head ``SHAPES3[name]`` in bfloat16 as it would be published.
+
+    Args:
+        layout: ``official``: ``midlayer`` in a pickle; ``speculators``: its nested configuration; else ``layers.0``.
+            Empty: as ``name``.
+        drop, extra: tensors left out and added, under their published names.
+        config: keys changed in the config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shape, layout = SHAPES3[name], layout or name
+    tensors = {
+        key: tensor if key == "d2t" else tensor.bfloat16()
+        for key, tensor in random_head(shape).state_dict().items()
+    }
+    if shape.mapped:
+        tensors["t2d"] = torch.zeros(320, dtype=torch.bool)
+        tensors["t2d"][tensors["d2t"] + torch.arange(shape.draft_vocab)] = True
+    if layout == "official":
+        tensors = {key.replace("layers.0.", "midlayer."): tensor for key, tensor in tensors.items()}
+    tensors |= extra or {}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in drop}
+    if layout == "official":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    rope = dict(shape.rope)
+    layer = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.eps,
+        "rope_theta": rope["rope_theta"],
+        "max_position_embeddings": shape.max_positions,
+        "vocab_size": 320,
+    }
+    own = {"draft_vocab_size": shape.draft_vocab, "norm_before_residual": shape.norm_before_residual}
+    if shape.layers:
+        own["target_layer_ids"] = list(shape.layers)
+    if layout == "speculators":
+        own |= {"speculators_model_type": "eagle3", "speculators_config": {"algorithm": "eagle3"}}
+        own |= {"architectures": ["Eagle3Speculator"], "transformer_layer_config": layer}
+    else:
+        own = layer | own
+    (folder / "config.json").write_text(json.dumps(own | config))
     return folder

@@ -1,6 +1,7 @@
 """Traces: that they count what is allocated, that a plan covers the engine's peaks, and that a GPU needs no more."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from subspec.config.schema import (
     ChainTreeConfig,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
+    Eagle3DraftConfig,
     PlantedTargetConfig,
     SmallModelDraftConfig,
 )
 from subspec.decoding.engine import Engine
 from subspec.decoding.from_config import build_tree_policy
+from subspec.decoding.hidden import FINAL_HIDDEN, HiddenRequest
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts import eagle
 from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.eagle3_head import Eagle3Head
 from subspec.drafts.eagle_head import EagleHead
 from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.planted_head import planted_shape
@@ -41,7 +45,7 @@ TREES = {
     "eagle2": Eagle2TreeConfig(name="eagle2", depth=6, width=10, total_tokens=60),
 }
 SAMPLINGS = {"greedy": None, "top_p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9}}
-DRAFTS = ("none", "subspec", "small_model", "layer_skip", "eagle2", "prompt_lookup")
+EAGLE = {"eagle2": (Eagle2DraftConfig, EagleHead), "eagle3": (Eagle3DraftConfig, Eagle3Head)}
 
 
 def test_a_trace_counts_new_storages_once_and_forgets_freed_ones():
@@ -69,27 +73,31 @@ def test_what_only_cuda_allocates_is_added():
 
 
 def planned_for(shape, draft, tree, sampling, **decoding):
-    config = settings(8.0, "none" if draft == "eagle2" else draft, sampling=sampling, decoding=decoding)
+    config = settings(8.0, "none" if draft in EAGLE else draft, sampling=sampling, decoding=decoding)
     config = replace(config, tree=TREES[tree], target=PlantedTargetConfig(name="planted", shape=shape))
-    if draft == "eagle2":
-        config = replace(config, draft=Eagle2DraftConfig(name="eagle2", path="planted"))
+    if draft in EAGLE:
+        config = replace(config, draft=EAGLE[draft][0](name=draft, path="planted"))
     if draft == "small_model":
         small = "tiny_draft" if shape.startswith("tiny") else "qwen2_5_1_5b"
         config = replace(config, draft=SmallModelDraftConfig(name="small_model", path=f"planted:{small}"))
     return config
 
 
-def meta_draft(layout, model, draft):
+def meta_draft(layout, model, draft, target):
     """The draft on the meta device; a small model's levels have a test of their own."""
-    spec, target = layout.spec, layout.target.model
+    spec = layout.spec
     if draft == "none":
         return None
-    if draft == "eagle2":
-        shape = planted_shape(model)
-        weights = {n: torch.empty(s, dtype=target.dtype, device=META) for n, s in shape.shapes().items()}
-        return EagleDraft(
-            EagleHead.from_tensors(weights, shape.config()), target, build_tree_policy(layout.config.tree)
-        )
+    if draft in EAGLE:
+        kind = EAGLE[draft][1]
+        shape = planted_shape(model, kind)
+        weights = {
+            n: torch.empty(s, dtype=torch.int64 if n == "d2t" else target.dtype, device=META)
+            for n, s in shape.shapes().items()
+        }
+        head, policy = kind.from_tensors(weights, shape.config()), build_tree_policy(layout.config.tree)
+        wants = HiddenRequest(layers=(0, 1, 2)) if draft == "eagle3" else FINAL_HIDDEN
+        return EagleDraft(head, target, policy, wants=wants)
     if draft == "prompt_lookup":
         return TracedLookup(NgramIndex(1), target.vocab_size)
     return captured_draft(
@@ -103,9 +111,13 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     layout = MemoryLayout(config, model)
     decision = Decision(0, layout.goal, layout.placements()[0])
     items = {item.name: item.bytes for item in layout.allocations(decision)}
-    proposer, policy = meta_draft(layout, model, draft), build_tree_policy(config.tree)
+    target = layout.target.model
+    if draft == "eagle3":  # whose states of three layers are held at once
+        with patch.object(trace, "LAYERS", 4):
+            target = TargetTrace(model, layout.itemsize, bitwise=layout.bitwise).model
+    proposer, policy = meta_draft(layout, model, draft, target), build_tree_policy(config.tree)
     engine = Engine(
-        layout.target.model,
+        target,
         proposer,
         None if proposer is None else policy,
         sampling=layout.sampling,
@@ -118,7 +130,7 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     prompt = [0] * (config.decoding.max_length - layout.levels - 1)
     assert peak_bytes(lambda: engine._prefill(prompt)) <= items["workspace"] + small
     root = torch.zeros(1, dtype=torch.int64, device=META)
-    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in ("none", "eagle2"))
+    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in ("none", *EAGLE))
     assert peak_bytes(lambda: engine.draft_whole_tree(root)) <= max(level, 0) + small + noise(layout)
 
     def verify():
@@ -135,7 +147,7 @@ def noise(layout):
 
 def goes_with(draft, tree):
     """Captured levels draft whole levels only, which ``tree=eagle2`` does not have."""
-    return tree != "eagle2" or draft in ("none", "eagle2")
+    return tree != "eagle2" or draft in ("none", *EAGLE)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +156,8 @@ def goes_with(draft, tree):
         ("none", "beam", "top_p", {}),
         ("subspec", "beam", "greedy", {"bitwise": False}),
         ("eagle2", "eagle2", "top_p", {"max_length": 300}),
+        ("eagle3", "eagle2", "greedy", {"max_length": 300}),
+        ("eagle3", "beam", "top_p", {"bitwise": False}),
     ],
 )
 def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
@@ -153,7 +167,7 @@ def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_draft_and_tree_is_covered(shape):
-    for draft in ("none", "subspec", "layer_skip", "eagle2"):
+    for draft in ("none", "subspec", "layer_skip", *EAGLE):
         for tree in TREES:
             for sampling in SAMPLINGS.values():
                 if goes_with(draft, tree) and (draft != "none" or tree == "beam"):

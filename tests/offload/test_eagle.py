@@ -6,7 +6,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from subspec.config.schema import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Placement
+from subspec.config.schema import (
+    BeamTreeConfig,
+    Eagle2DraftConfig,
+    Eagle2TreeConfig,
+    Eagle3DraftConfig,
+    Placement,
+)
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle import EagleDraft
@@ -94,3 +100,8 @@ def test_a_plan_alone_fetches_no_head(monkeypatch, tmp_path):
     biases = 2 * (3584 * 5)
     weights = 2 * sum(size.numel() for size in QWEN2_7B.shapes().values())
     assert 0 <= items["EAGLE head"].bytes - weights <= biases
+    config = replace(config, draft=Eagle3DraftConfig(name="eagle3", path="someone/EAGLE3"))
+    items = {item.name: item for item in planned(config).items}
+    assert items["EAGLE head"].note == "not fetched for a plan: counted as the largest"
+    tables = 2 * 152064 * 3584
+    assert items["EAGLE head"].bytes > weights + 2 * tables  # an embedding and an LM head of its own

@@ -1,0 +1,73 @@
+"""A draft with a head on the target's hidden states and a KV cache of its own, whatever the head computes."""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from subspec.decoding.batch import DraftRows
+from subspec.decoding.draft import Draft
+from subspec.decoding.hidden import HiddenRequest
+from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
+
+
+class FeatureDraft(Draft):
+    """Keeps the cache; a subclass writes the rows of committed tokens (:meth:`settle`) and drafts.
+
+    Args:
+        target: the head is in its dtype, on its device.
+        policy: of the trees that will be drafted, for sizes.
+        temperature: of the draft distribution.
+        wants: the hidden states that the head reads.
+        sizes: of the cache: ``layers``, ``kv_heads``, ``head_dim``.
+    """
+
+    def __init__(
+        self, target: TargetModel, policy: TreePolicy, temperature: float, wants: HiddenRequest, **sizes: int
+    ) -> None:
+        super().__init__(temperature)
+        self.target, self.policy, self.wants, self._sizes = target, policy, wants, sizes
+        self._rows: DraftRows | None = None
+
+    @property
+    def rows(self) -> DraftRows:
+        """The draft region of the head's own cache."""
+        if self._rows is None:
+            raise RuntimeError("begin() comes first")
+        return self._rows
+
+    @property
+    def cache(self) -> KVCache:
+        """The head's own cache."""
+        return self.rows.cache
+
+    def begin(self, cache: KVCache) -> None:
+        if self._rows is None or self.cache.max_length != cache.max_length:
+            own = KVCache(
+                **self._sizes,
+                max_length=cache.max_length,
+                draft_rows=self.policy.draft_rows,
+                target_rows=0,
+                dtype=self.target.dtype,
+                device=self.target.device,
+            )
+            self._rows = DraftRows(own, self.target.device)
+        self.cache.reset()
+        self.rows.used = 0
+
+    def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
+        """Write the rows of a prefill chunk."""
+        assert hidden is not None
+        self.settle(tokens, hidden)
+
+    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
+        """Write the rows of the accepted nodes, with the target's hidden states in place of predicted ones."""
+        assert hidden is not None
+        self.settle(tree.tokens.index_select(0, path), hidden)
+        self.rows.used = 0
+
+    @abstractmethod
+    def settle(self, tokens: Tensor, states: Tensor) -> None:
+        """Write the rows of committed tokens, int64 [n], with the target's hidden states in ``wants``, [n, width]."""
