@@ -93,6 +93,10 @@ def test_the_text_is_plain_decodings_and_the_record_says_what_drafted(tmp_path, 
     assert summary["run"]["substitute"] is None
     assert "substitute" not in out.split("planted weights:")[0]
     assert "means nothing" in out
+    assert "no language model" in out
+    assert records[0]["planted"] is True
+    assert (records[0]["new_tokens"], records[0]["finish_reason"]) == (12, "length")
+    assert "planted" in summary["run"]["target_source"]
     assert summary["totals"]["tau"] > 1
 
 
