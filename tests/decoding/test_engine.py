@@ -67,7 +67,7 @@ def test_plain_decoding_takes_one_pass_per_token(model, reference):
     assert result.stats.drafted_nodes == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_draft_and_tree_yield_what_plain_decoding_is_defined_to_be(model, data):
     """Draw a setting, take the target's own tokens, look after each of them whether the text ends, compare."""

@@ -38,6 +38,8 @@ def decode(tokenizer, ids):
 
 def plainly(tokenizer, ids, stop, eos, most):
     """What plain decoding emits, by the definition: after each token, look at the whole text."""
+    special = getattr(tokenizer, "all_special_tokens", ())  # which no text shows
+    ends = {tokenizer.convert_tokens_to_ids(string) for string in stop if string in special}
     for count in range(1, len(ids) + 1):
         text = decode(tokenizer, ids[:count])
         places = [text.index(string) for string in stop if string in text]
@@ -45,6 +47,8 @@ def plainly(tokenizer, ids, stop, eos, most):
             return ids[:count], FinishReason.stop, text[: min(places)]
         if ids[count - 1] in eos:
             return ids[:count], FinishReason.eos, text
+        if ids[count - 1] in ends:
+            return ids[:count], FinishReason.stop, text
         if count == most:
             return ids[:count], FinishReason.length, text
     return ids, None, decode(tokenizer, ids)
