@@ -29,9 +29,8 @@ from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, hqq_quantizer
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
-from subspec.targets.planted import SHAPES
 from tests.codec.test_coded_layer import ROOM, assert_exact
-from tests.helpers.planning import DRAFTS, settings
+from tests.helpers.planning import DRAFTS, fewer_layers, settings
 from tests.helpers.tiny import tiny_model
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
 
@@ -236,18 +235,7 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
     """From the configuration to the record; a tied table is needed as it is."""
     pytest.importorskip("triton")
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
-    whole = SHAPES[shape]
-
-    def smaller():
-        config = whole()
-        config.num_hidden_layers, config.layer_types, config.vocab_size = (
-            2,
-            config.layer_types[:2],
-            VOCABULARY,
-        )
-        return config
-
-    monkeypatch.setitem(SHAPES, shape, smaller)
+    fewer_layers(monkeypatch, shape, 2, vocab_size=VOCABULARY)
     planted = PlantedTargetConfig(name=f"planted_{shape}", shape=shape)
     options = {"quant": {"modules": ["attention", "mlp", "lm_head"]}, "decoding": {"max_length": 128}}
     config = settings(1.0, codec=Codec.substitute, tree=(3, 3), resident_layers=1, **options)
