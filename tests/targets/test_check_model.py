@@ -27,9 +27,15 @@ from subspec.utils.paths import conf_dir
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import tiny_model
 
-SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-SIZES |= dict(num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=None)
-SIZES |= dict(initializer_range=0.3)
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None}
+SIZES |= {"initializer_range": 0.3}
 PROMPT = list(range(3, 15))
 
 
