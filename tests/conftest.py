@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import signal
 
@@ -37,6 +38,12 @@ def _own_substitutes(monkeypatch, substitutes_root):
     root = store.cache_root
     own = lambda: root() if "SUBSPEC_CACHE" in os.environ else substitutes_root  # noqa: E731
     monkeypatch.setattr(store, "cache_root", own)
+
+
+def pytest_collection_finish():
+    """Imported modules are a million objects, which the garbage collector would look through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -13,26 +13,15 @@ from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
-from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.quantize_model import quantize_model
+from subspec.drafts.substitute import SubstituteDraft
 from tests.helpers.cli import cli, records_of, summary_of
+from tests.helpers.drafts import substitute_of
 
 pytestmark = pytest.mark.slow
 
 TOKENS = 128
-MIXED = [
-    "gsm8k",
-    "mt_bench",
-    "human_eval",
-    "alpaca",
-    "cnn_dm",
-    "aime",
-    "gpqa",
-    "math_500",
-    "livecodebench",
-    "alpaca",
-]
+MIXED = ["gsm8k", "mt_bench", "human_eval", "alpaca", "cnn_dm", "aime", "gpqa", "math_500", "livecodebench"]
+MIXED += ["alpaca"]
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +29,19 @@ def prompts(default_target):
     """Ten prompts of mixed benchmarks, from the packaged samples."""
     ids = []
     for place, name in enumerate(MIXED):
-        samples = load_benchmark(
-            BenchmarkConfig(name=name, source=Source.sample, max_samples=2), seed=0
-        ).samples
+        config = BenchmarkConfig(name=name, source=Source.sample, max_samples=2)
+        samples = load_benchmark(config, seed=0).samples
         question = samples[place // len(set(MIXED))].turns[0]
         ids.append(default_target.chat_ids([{"role": "user", "content": question}]))
     return ids
 
 
 def engine(target, policy=None, bits=4):
-    draft = None
-    if policy is not None:
-        substitute = share_parameters(target.model)
-        quantizer = HqqQuantizer(
-            bits=bits, compute_dtype=torch.float32, device=torch.device("cpu"), unpack=True
-        )
-        quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
-        draft = SubstituteDraft(substitute)
-    return Engine(
-        TargetModel(target.model),
-        draft,
-        policy,
-        eos_token_ids=target.eos_token_ids,
-        tokenizer=target.tokenizer,
+    draft = (
+        SubstituteDraft(substitute_of(target.model, bits=bits, group_size=64)) if policy is not None else None
     )
+    options = {"eos_token_ids": target.eos_token_ids, "tokenizer": target.tokenizer}
+    return Engine(TargetModel(target.model), draft, policy, **options)
 
 
 @pytest.fixture(scope="module")

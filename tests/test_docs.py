@@ -2,18 +2,16 @@
 
 import ast
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from subspec.runs.turn import PROMPT_TOO_LONG
 from tests.helpers.cli import ROOT, cli, records_of, summary_of
+from tests.helpers.forked import run_forked
 from tests.helpers.tiny import tiny_checkpoint
 from tests.test_import_order import ORDER
 
@@ -42,12 +40,10 @@ def extended(folder: Path) -> Path:
 
 
 RUNS = """
-import json, os, sys, torch
+import os, torch
 from hydra import compose, initialize_config_dir
 from subspec.cli.run import main
-torch.set_num_threads(1)
-runs, streamed = json.loads(sys.argv.pop())
-for arguments in runs:
+for arguments in RUNS:
     try:
         main(arguments)
     except SystemExit as stop:
@@ -61,7 +57,7 @@ from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed
 from subspec.targets import open_source
 cpu, prompt = torch.device("cpu"), [5, 6, 7, 5, 6, 7, 5, 6]
-for arguments in streamed:
+for arguments in STREAMED:
     with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
         config = to_config(compose("config", arguments))
     source = open_source(config.target, torch.bfloat16, cpu)
@@ -78,23 +74,6 @@ for arguments in streamed:
 """
 
 
-def run_each(project: Path, *commands: list[str], streamed: list[list[str]]) -> subprocess.CompletedProcess:
-    """Runs, one after the other, in one fresh process that imports the copy."""
-    environment = {
-        "PYTHONPATH": str(project),
-        "PYTHONUTF8": "1",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", RUNS, json.dumps([commands, streamed])],
-        cwd=project,
-        env={**os.environ, **environment, "SUBSPEC_CACHE": str(project / "cache")},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_extensions_work_as_written(tmp_path):
     project = extended(tmp_path / "project")
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "qwen2", max_positions=2048)
@@ -106,8 +85,7 @@ def test_extensions_work_as_written(tmp_path):
     stream = ["target=planted_tiny_tied", "offload=stream", "offload.vram_gib=1", "offload.resident_layers=1"]
     stream += ["offload.codec=none"]
     stream += ["decoding.max_length=64", "tree.depth=5", "run_dir=x"]
-    ran = run_each(
-        project,
+    runs = [
         ["--help"],
         [*named, *mine, "tree.depth=2", "tree.width=2", f"run_dir={tmp_path / 'target'}"],
         [*lookup, "target=qwen2_5_3b", *mine, f"run_dir={tmp_path / 'lookup'}"],
@@ -115,15 +93,14 @@ def test_extensions_work_as_written(tmp_path):
         [*rounding, *tiny, "tree.depth=4", f"run_dir={tmp_path / 'round'}"],
         [*boolq, *tiny, "draft=none", f"run_dir={tmp_path / 'boolq'}"],
         *([*plan, f"run_dir={tmp_path / name}"] for name, plan in plans.items()),
-        streamed=[
-            [*lookup[:2], "tree=confident", *stream],
-            ["quant=round", *stream],
-        ],
-    )
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    ]
+    streamed = [[*lookup[:2], "tree=confident", *stream], ["quant=round", *stream]]
+    given = f"RUNS, STREAMED = {runs!r}, {streamed!r}"
+    ran = run_forked(project, given + RUNS, project, SUBSPEC_CACHE=str(project / "cache"))
+    assert ran.code == 0, ran.out[-2000:] + ran.err[-2000:]
 
     for option in ("qwen2_5_3b", "lookup", "confident", "round", "boolq"):
-        assert re.search(rf"\b{option}\b", ran.stdout), option
+        assert re.search(rf"\b{option}\b", ran.out), option
     assert records_of(tmp_path / "target")[0]["target"] == "qwen2_5_3b"
     drafts = {
         "target": "subspec",

@@ -37,9 +37,8 @@ def same_text(records):
 
 
 def test_a_row_per_draft_says_whether_its_tokens_are_plain_decodings(drafts, tmp_path, capsys):
-    plain = write_run(
-        tmp_path / "plain", same_text(turns([9.0, 9.0], draft="none", tau=1)), config_of("none")
-    )
+    texts = same_text(turns([9.0, 9.0], draft="none", tau=1))
+    plain = write_run(tmp_path / "plain", texts, config_of("none"))
     run = write_run(tmp_path / "eagle2", same_text(turns([9.0, 9.0], draft="eagle2")), config_of("eagle2"))
     assert drafts.main([plain, run]) == 0
     *_, line = capsys.readouterr().out.splitlines()

@@ -10,7 +10,7 @@ import torch
 
 from subspec.kernels import launch
 from subspec.report.compare import compare
-from tests.helpers.cli import cli, command
+from tests.helpers.cli import cli, command, records_of, summary_of
 
 pytestmark = pytest.mark.gpu
 
@@ -26,14 +26,6 @@ TINY = [
     "logger=none",
     "device=cuda",
 ]
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def records_of(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 def streamed(folder, extra, layers):
@@ -67,12 +59,7 @@ def _uncapped():
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        ["draft=none"],
-        ["draft=subspec"],
-        ["tree=adaptive", "tree.depth=8"],
-        ["decoding=sampling"],
-    ],
+    [["draft=none"], ["draft=subspec"], ["tree=adaptive", "tree.depth=8"], ["decoding=sampling"]],
     ids=["plain", "beam", "adaptive", "sampling"],
 )
 def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
@@ -86,13 +73,8 @@ def test_streamed_runs_keep_their_budget_and_pass_the_audit(tmp_path, extra):
 def test_a_run_leaves_nothing_on_the_device(tmp_path):
     left = []
     for name in ("first", "second"):  # the first one leaves what libraries keep: cuBLAS's workspaces
-        ran = cli(
-            *TINY,
-            "draft.kernel=int4_mma",
-            "offload=stream",
-            "offload.vram_gib=0.5",
-            f"run_dir={tmp_path / name}",
-        )
+        stream = ["draft.kernel=int4_mma", "offload=stream", "offload.vram_gib=0.5"]
+        ran = cli(*TINY, *stream, f"run_dir={tmp_path / name}")
         assert ran.code == 0, ran.err
         gc.collect()
         left.append(torch.cuda.memory_allocated())
@@ -202,16 +184,15 @@ def test_without_bitwise_the_devices_library_computes(tmp_path):
 
 def test_what_is_not_covered_is_refused(tmp_path):
     for extra in (["target.dtype=float32"], ["draft=none", "offload=accelerate"]):
-        cli(*TINY, *extra, "decoding.bitwise=true", f"run_dir={tmp_path}").refused(
-            2, r"decoding\.bitwise=true"
-        )
+        ran = cli(*TINY, *extra, "decoding.bitwise=true", f"run_dir={tmp_path}")
+        ran.refused(2, r"decoding\.bitwise=true")
 
 
 def test_accelerates_offloading_runs_the_same_target(tmp_path):
     folder = tmp_path / "run"
-    ran = cli(
-        *TINY, "draft=none", "offload=accelerate", "offload.vram_gib=1.505", "audit=true", f"run_dir={folder}"
-    )  # the target has 13 MB, and 1.5 GiB are kept for everything else
+    # The target has 13 MB, and 1.5 GiB are kept for everything else.
+    own = ["draft=none", "offload=accelerate", "offload.vram_gib=1.505"]
+    ran = cli(*TINY, *own, "audit=true", f"run_dir={folder}")
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
     assert summary["audit"]["mismatch"] == 0
@@ -263,13 +244,8 @@ SKIP = ["draft=layer_skip"]
 @pytest.mark.parametrize(
     "extra",
     [
-        SMALL,
-        [*SMALL, "tree=chain", "draft.overlap_launches=false"],
-        [*SMALL, "tree=adaptive"],
-        [*SMALL, "decoding=sampling"],
-        SKIP,
-        [*SKIP, "tree=adaptive"],
-        [*SKIP, "draft.keep=3"],
+        *(SMALL, [*SMALL, "tree=adaptive"], [*SMALL, "decoding=sampling"], SKIP, [*SKIP, "tree=adaptive"]),
+        *([*SMALL, "tree=chain", "draft.overlap_launches=false"], [*SKIP, "draft.keep=3"]),
         [*SKIP, "decoding=sampling"],
     ],
     ids=lambda extra: " ".join(extra),

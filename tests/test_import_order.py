@@ -10,20 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "subspec"
 
 ORDER = (
     *("errors", "utils", "config", "kernels", "quant", "store", "decoding", "targets", "levels", "codec"),
-    *(
-        "offload",
-        "memory",
-        "drafts",
-        "planning",
-        "session",
-        "api",
-        "benchmarks",
-        "records",
-        "report",
-        "runs",
-        "sweeps",
-    ),
-    "cli",
+    *("offload", "memory", "drafts", "planning", "session", "api", "benchmarks", "records", "report", "runs"),
+    *("sweeps", "cli"),
 )
 """A package imports from itself and from those before it."""
 

@@ -7,6 +7,8 @@ import pytest
 import subspec.runs.runner
 from tests.helpers.cli import cli
 
+CARD = ["offload.card=RTX 4090", "offload.ram_gib=64"]
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
@@ -41,28 +43,16 @@ def test_without_a_card_and_without_a_gpu_the_link_is_not_known(tmp_path):
 
 
 def test_plain_decoding_has_a_plan_too(tmp_path):
-    _, written = plan(
-        tmp_path / "run",
-        "target=planted_qwen2_5_7b",
-        "draft=none",
-        "offload.link_gb_per_s=25",
-        "offload.card=H200",
-    )
+    link = ["offload.link_gb_per_s=25", "offload.card=H200"]
+    _, written = plan(tmp_path / "run", "target=planted_qwen2_5_7b", "draft=none", *link)
     assert written["draft"] == "none"
     assert written["link"] == {"gb_per_s": 25.0, "source": "offload.link_gb_per_s"}
 
 
 def test_plans_of_a_sweep_go_to_the_folders_of_its_jobs(tmp_path):
-    ran = cli(
-        "-m",
-        "plan_only=true",
-        "offload=stream",
-        "target=planted_qwen2_5_7b",
-        "offload.card=RTX 4090",
-        "offload.vram_gib=8,12",
-        f"sweep_dir={tmp_path}",
-        "hydra/launcher=basic",
-    )
+    target = ["target=planted_qwen2_5_7b", "offload.card=RTX 4090", "offload.vram_gib=8,12"]
+    basic = [f"sweep_dir={tmp_path}", "hydra/launcher=basic"]
+    ran = cli("-m", "plan_only=true", "offload=stream", *target, *basic)
     assert ran.code == 0, ran.err
     budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
     assert budgets == [8 * 2**30, 12 * 2**30]
@@ -77,9 +67,7 @@ def test_plans_of_a_sweep_go_to_the_folders_of_its_jobs(tmp_path):
 )
 def test_a_planted_head_is_planned_without_a_file(tmp_path, row, head, kv_heads):
     """fc, q, k, v and o, the MLP; three biases and the norm: by hand for the head with as many KV heads as heads."""
-    out, written = plan(
-        tmp_path / "run", f"experiment=planted/{row}", "offload.card=RTX 4090", "offload.ram_gib=64"
-    )
+    out, written = plan(tmp_path / "run", f"experiment=planted/{row}", *CARD)
     assert f"one layer, {kv_heads} KV heads, random weights" in out
     assert written["device_bytes"] <= written["budget"]
     if head is not None:
@@ -87,10 +75,5 @@ def test_a_planted_head_is_planned_without_a_file(tmp_path, row, head, kv_heads)
 
 
 def test_the_planted_small_sibling_of_llama_is_planned(tmp_path):
-    out, _ = plan(
-        tmp_path / "run",
-        "experiment=planted/llama3_1_8b_small_model",
-        "offload.card=RTX 4090",
-        "offload.ram_gib=64",
-    )
+    out, _ = plan(tmp_path / "run", "experiment=planted/llama3_1_8b_small_model", *CARD)
     assert "16 layers, 128256 tokens, bfloat16" in out

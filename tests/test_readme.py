@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from subspec.cli.run import main
 from subspec.config.help_text import GROUPS, options
 from subspec.utils.paths import conf_dir
+from tests.helpers.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,15 +21,13 @@ COMMANDS = re.findall(r"python -m subspec\.run([^\n#`&]*)", SHOWN)
 assert len(COMMANDS) >= 10
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_every_example_composes(command, capsys):
+@pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
+def test_every_example_composes(command):
     arguments = [a for a in shlex.split(command) if a not in ("-m", "...")]
     # A multirun composes each combination; the first one of each list will do here.
     first = [re.sub(r"^(\w+=)([^\[,]+),.*", r"\1\2", argument) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        main([*first, "--cfg", "job"] if "--help" not in first else first)
-    output = capsys.readouterr()
-    assert stop.value.code == 0, output.err
+    ran = cli(*first, *(["--cfg", "job"] if "--help" not in first else []))
+    assert ran.code == 0, ran.err
 
 
 def commands_of(module):

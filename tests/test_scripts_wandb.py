@@ -43,13 +43,8 @@ def test_without_the_package_the_script_says_what_to_do(dashboard, monkeypatch, 
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert "pip install wandb-workspaces" in out
-    for expected in (
-        *dashboard.GROUPS,
-        *dashboard.BARS.values(),
-        *dashboard.LINES.values(),
-        *dashboard.PICTURES,
-    ):
-        assert expected in out
+    charts = (*dashboard.BARS.values(), *dashboard.LINES.values(), *dashboard.PICTURES)
+    assert all(expected in out for expected in (*dashboard.GROUPS, *charts))
     assert "planted weights" in out
 
 

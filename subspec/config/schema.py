@@ -6,6 +6,7 @@ the configuration is composed. A YAML file names its dataclass through the hidde
 :data:`SCHEMAS`. Ranges and contradictions are checked by :mod:`subspec.config.checks`.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -467,8 +468,9 @@ SCHEMAS: dict[str, type] = {
 """Hidden schema group: ``conf/<group>/<option>.yaml`` begins with ``/schema/<key>@_here_``."""
 
 
+@functools.cache
 def register_schemas() -> None:
-    """Register the schema with Hydra. Idempotent."""
+    """Register the schema with Hydra, once per process."""
     register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)

@@ -44,12 +44,10 @@ def test_categories():
     """Every category of the real data set (of Spec-Bench, every reported group, with two rows each)."""
     found = {name: Counter(row["category"] for row in rows(name)) for name in ("mt_bench", "speed_bench")}
     assert found["mt_bench"] == Counter(MT_BENCH)
-    assert found["speed_bench"].keys() == {*MT_BENCH, "multilingual", "qa", "rag", "summarization"} - {
-        "extraction"
-    }
-    groups = Counter(
-        TASKS["spec_bench"].groups.get(row["category"], row["category"]) for row in rows("spec_bench")
-    )
+    speed = {*MT_BENCH, "multilingual", "qa", "rag", "summarization"} - {"extraction"}
+    assert found["speed_bench"].keys() == speed
+    group = TASKS["spec_bench"].groups.get
+    groups = Counter(group(row["category"], row["category"]) for row in rows("spec_bench"))
     names = ("translation", "summarization", "qa", "math_reasoning", "rag", "multi-turn")
     assert groups == dict.fromkeys(names, 2)
 
@@ -64,9 +62,8 @@ def test_turns():
 
 
 def test_spec_bench_references():
-    references = [
-        int(row["reference"][0]) for row in rows("spec_bench") if row["category"] == "math_reasoning"
-    ]
+    sums = [row for row in rows("spec_bench") if row["category"] == "math_reasoning"]
+    references = [int(row["reference"][0]) for row in sums]
     assert references == [(9 * 14 - 86) // 2, 704 // (35 - 3)]
 
 

@@ -30,7 +30,7 @@ from subspec.quant.hqq import HqqFormat, hqq_quantizer
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
 from tests.codec.test_coded_layer import ROOM, assert_exact
-from tests.helpers.planning import DRAFTS, settings
+from tests.helpers.planning import DRAFTS, fewer_layers, settings
 from tests.helpers.tiny import tiny_model
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
 
@@ -38,12 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 CPU = torch.device("cpu")
 NO_DRAFT = {Codec.none: DRAFTS["none"], Codec.substitute: DRAFTS["subspec"]}
 VOCABULARY, SMALLER = 1003, 331  # no multiples of anything; a layer's buffer holds less than the larger one
-QUANTS = {
-    "hqq 4": (4, "int4_mma"),
-    "hqq 8": (8, "int4_mma"),
-    "hqq 3": (3, "int4_mma"),
-    "higgs": (None, "lut_mma"),
-}
+QUANTS = {"hqq 4": 4, "hqq 8": 8, "hqq 3": 3, "higgs": None}
 
 
 def tiny(device="cpu", family="qwen2", **options):
@@ -52,27 +47,18 @@ def tiny(device="cpu", family="qwen2", **options):
 
 
 def builder_of(model, quant="hqq 4"):
-    bits, name = QUANTS[quant]
-    roles = [*ROLES, "head"]
-    if bits is None:
-        formats, quantizer = dict.fromkeys(roles, HiggsFormat()), higgs_quantizer()
-    else:
-        formats, quantizer = dict.fromkeys(roles, HqqFormat(bits, 64)), hqq_quantizer(bits)
+    bits, roles = QUANTS[quant], [*ROLES, "head"]
+    quantizer = hqq_quantizer(bits) if bits else higgs_quantizer()
+    formats = dict.fromkeys(roles, HqqFormat(bits, 64) if bits else HiggsFormat())
+    name = "int4_mma" if bits else "lut_mma"
     return SubstituteBuilder(model.config, quantizer, kernel=name, keep_exact=frozenset(), formats=formats)
 
 
 def load_coded(
-    model,
-    *,
-    resident=(1,),
-    slots=2,
-    quant="hqq 4",
-    planned=ROOM,
-    layer_bytes=ROOM,
-    embedding=Placement.device,
+    model, *, resident=(1,), slots=2, quant="hqq 4", planned=ROOM, layer_bytes=ROOM, place="device"
 ):
     """With the LM head coded."""
-    plan = plan_for(resident, slots, embedding, Codec.substitute, layer_bytes)
+    plan = plan_for(resident, slots, Placement(place), Codec.substitute, layer_bytes)
     object.__setattr__(plan, "coded_head_bytes", planned)
     return load_streamed(ModelSource(model), plan, model.device, builder=builder_of(model, quant))
 
@@ -124,12 +110,9 @@ def test_the_head_is_rebuilt_bit_for_bit(quant, rows, device):
 def test_logits_are_those_of_the_exact_head(device):
     model = tiny(device)
     weight, codes = model.lm_head.weight, []
-    head = builder_of(model).build_head(weight, codes)
-    coded = CodedHead(
-        encode_head(weight, codes[0], head, 2 * 128 * 96),
-        head,
-        torch.zeros(2 * 128 * 96, dtype=torch.uint8, device=weight.device),
-    )
+    head, room = builder_of(model).build_head(weight, codes), 2 * 128 * 96
+    buffer = torch.zeros(room, dtype=torch.uint8, device=weight.device)
+    coded = CodedHead(encode_head(weight, codes[0], head, room), head, buffer)
     for rows in (1, 5, 48):
         hidden = torch.randn(rows, 128, device=weight.device).bfloat16()
         logits, expected = coded.logits(hidden), model.lm_head(hidden)
@@ -138,19 +121,14 @@ def test_logits_are_those_of_the_exact_head(device):
         torch.testing.assert_close(logits, expected, rtol=2**-7, atol=2**-9)
 
 
-@pytest.mark.parametrize(
-    ("quant", "sampling"),
-    [("hqq 4", Sampling()), ("hqq 8", Sampling()), ("higgs", Sampling(0.8, top_p=0.95))],
-)
+@pytest.mark.parametrize(("quant", "sampling"), [("hqq 8", Sampling()), ("higgs", Sampling(0.8, top_p=0.95))])
 def test_text_by_a_coded_head_is_the_plain_text(quant, sampling):
     model = tiny()
     plain, coded = load_plain(model), load_coded(model, quant=quant)
     texts, seeds = [], 1 if sampling.greedy else 2
     for loaded in (plain, coded):
         engine = Engine(loaded.target, max_length=64, prefill_chunk=4, sampling=sampling)
-        texts.append(
-            [engine.generate(PROMPT, max_new_tokens=5, seed=seed).token_ids for seed in range(seeds)]
-        )
+        texts.append([engine.generate(PROMPT, max_new_tokens=5, seed=s).token_ids for s in range(seeds)])
     assert texts[0] == texts[1]
     assert sampling.greedy or texts[0][0] != texts[0][1]
     assert_exact(coded, model)  # layers that are decoded after the head
@@ -177,7 +155,7 @@ def test_speculation_with_a_coded_head_passes_the_audit(device):
 
 def test_nothing_else_holds_the_exact_head():
     model = tiny()
-    loaded = load_coded(model, embedding=Placement.host)
+    loaded = load_coded(model, place="host")
     target, substitute = loaded.target, loaded.substitute
     assert target.model.lm_head.weight.is_meta
     assert target.dtype == torch.bfloat16
@@ -257,13 +235,11 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
     """From the configuration to the record; a tied table is needed as it is."""
     pytest.importorskip("triton")
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    fewer_layers(monkeypatch, shape, 2, vocab_size=VOCABULARY)
     planted = PlantedTargetConfig(name=f"planted_{shape}", shape=shape)
-    quant = {"modules": ["attention", "mlp", "lm_head"]}
-    lengths = {"max_length": 128}
-    config = replace(
-        settings(1.0, codec=Codec.substitute, quant=quant, decoding=lengths, tree=(3, 3), resident_layers=1),
-        target=planted,
-    )
+    options = {"quant": {"modules": ["attention", "mlp", "lm_head"]}, "decoding": {"max_length": 128}}
+    config = settings(1.0, codec=Codec.substitute, tree=(3, 3), resident_layers=1, **options)
+    config = replace(config, target=planted)
     source = open_source(planted, torch.bfloat16, CPU, note=lambda text: None)
     texts, reports = [], []
     for kind in (Codec.none, Codec.substitute, Codec.substitute):
@@ -278,9 +254,8 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
         if assembly.quant is not None:
             reports.append((assembly.quant.modules, assembly.quant.details["cache"]["read"]))
         if code is not None:
-            begins = (
-                sum(part.shape.numel() for part in code.code.parts) // 32 * 4
-            )  # of chunks, which are short here
+            # The begins of chunks, which are short here.
+            begins = sum(part.shape.numel() for part in code.code.parts) // 32 * 4
             assert code.code.nbytes <= plan.coded_head_bytes + begins
             assert_head(code, source.shared(CPU)["lm_head.weight"])
         assembly.close()

@@ -31,14 +31,11 @@ def tiny(family="qwen2", layers=3, device="cpu"):
 
 
 def builder_of(model, keep_exact=(), quant="hqq", skip=()):
-    kept, skipped = frozenset(keep_exact), frozenset(skip)
-    if quant == "hqq":
-        return SubstituteBuilder(
-            model.config, hqq_quantizer(), kernel="int4_mma", keep_exact=kept, skip_layers=skipped
-        )
-    formats = dict.fromkeys(ROLES, HiggsFormat())
+    options = {"keep_exact": frozenset(keep_exact), "skip_layers": frozenset(skip), "kernel": "int4_mma"}
+    if quant == "higgs":
+        options |= {"kernel": "lut_mma", "formats": dict.fromkeys(ROLES, HiggsFormat())}
     return SubstituteBuilder(
-        model.config, higgs_quantizer(), kernel="lut_mma", keep_exact=kept, formats=formats
+        model.config, higgs_quantizer() if quant == "higgs" else hqq_quantizer(), **options
     )
 
 
@@ -97,7 +94,8 @@ def test_layers_are_restored_bit_for_bit_and_the_text_is_the_models(family, resi
     coded.close()
 
 
-@pytest.mark.parametrize("quant", ["hqq", pytest.param("higgs", marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default with a coded head, see test_coded_head.py
+@pytest.mark.parametrize("quant", ["hqq", "higgs"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_coded_speculation_passes_the_audit(device, quant):
     pytest.importorskip("triton")

@@ -22,14 +22,17 @@ def model():
     return tiny_model("llama", layers=2)
 
 
-@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.fixture(scope="module", params=SAMPLINGS)
+def text(request, model):
+    """How tokens are chosen, and a drafted text of 40."""
+    sampling = SAMPLINGS[request.param]
+    engine = engine_for(model, Beam(5, 3), sampling=sampling)
+    return sampling, engine.generate(PROMPT, max_new_tokens=40, seed=7).token_ids
+
+
 @pytest.mark.parametrize("chunk", [3, 256])
-def test_every_token_of_a_speculative_text_is_exact(model, kind, chunk):
-    sampling = SAMPLINGS[kind]
-    text = (
-        engine_for(model, Beam(5, 3), sampling=sampling).generate(PROMPT, max_new_tokens=40, seed=7).token_ids
-    )
-    result = Auditor(TargetModel(model), sampling, chunk=chunk).audit(PROMPT, text, seed=7)
+def test_every_token_of_a_speculative_text_is_exact(model, text, chunk):
+    result = Auditor(TargetModel(model), text[0], chunk=chunk).audit(PROMPT, text[1], seed=7)
     assert result.exact + result.near_tie == 40
     assert result.exact >= 39
     assert result.mismatch == 0
@@ -37,13 +40,11 @@ def test_every_token_of_a_speculative_text_is_exact(model, kind, chunk):
     assert result.first_mismatch is None
 
 
-@pytest.mark.parametrize("kind", SAMPLINGS)
 @pytest.mark.parametrize("place", [0, 17, 39])
-def test_a_wrong_token_is_found_where_it_stands(model, kind, place):
-    sampling = SAMPLINGS[kind]
-    text = engine_for(model, sampling=sampling).generate(PROMPT, max_new_tokens=40, seed=7).token_ids
-    text[place] = (text[place] + 1) % 320
-    result = Auditor(TargetModel(model), sampling, chunk=8).audit(PROMPT, text, seed=7)
+def test_a_wrong_token_is_found_where_it_stands(model, text, place):
+    wrong = list(text[1])
+    wrong[place] = (wrong[place] + 1) % 320
+    result = Auditor(TargetModel(model), text[0], chunk=8).audit(PROMPT, wrong, seed=7)
     assert result.mismatch >= 1
     assert result.first_mismatch == place
     assert result.max_gap > result.margin
@@ -79,10 +80,12 @@ def test_a_target_without_numbers_vouches_for_nothing():
         Auditor(TargetModel(broken)).audit(PROMPT, [7] * 8)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("draft", [False, True])
+FILTERS = (Sampling(), Sampling(0.7, top_p=0.9), Sampling(1.0, top_k=2), Sampling(0.9, 20, 0.9))
+
+
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.7, top_p=0.9), Sampling(1.0, top_k=2), Sampling(0.9, 20, 0.9)]
+    ("value", "draft", "sampling"),
+    zip([torch.nan, torch.inf, -torch.inf] * 3, [False, True] * 4, FILTERS * 2, strict=False),
 )
 def test_logits_that_are_not_finite_end_the_text(value, draft, sampling):
     """From the start, and where only a later token's row of the embedding is damaged."""
@@ -150,12 +153,11 @@ def test_an_end_of_sequence_token_that_was_run_over_is_a_mismatch(model):
     text = engine_for(model, eos_token_ids=()).generate(PROMPT, max_new_tokens=12).token_ids
     engine = engine_for(model, eos_token_ids=(text[5],))
     replay = engine.output_buffer(PROMPT, max_new_tokens=12)
-    assert (
-        Auditor(TargetModel(model)).audit(PROMPT, text, ending=(replay, FinishReason.length)).ending is False
-    )
+    auditor = Auditor(TargetModel(model))
+    assert auditor.audit(PROMPT, text, ending=(replay, FinishReason.length)).ending is False
     cut = text[: text.index(text[5]) + 1]
     replay = engine.output_buffer(PROMPT, max_new_tokens=12)
-    assert Auditor(TargetModel(model)).audit(PROMPT, cut, ending=(replay, FinishReason.eos)).ending is True
+    assert auditor.audit(PROMPT, cut, ending=(replay, FinishReason.eos)).ending is True
 
 
 def test_the_two_likeliest_tokens_are_recorded(model):

@@ -67,10 +67,14 @@ def test_a_gpu_run_that_is_not_covered_says_so(card):
     assert not notes  # asked for, and as ever
 
 
-def test_a_run_records_it(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "target", "llama", max_positions=4096)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("target"), "llama", layers=1, max_positions=4096)
+
+
+def test_a_run_records_it(tmp_path, checkpoint):
     folder = tmp_path / "run"
-    ran = cli(*tiny_run(checkpoint, folder), "draft=none")
+    ran = cli(*tiny_run(checkpoint, folder, samples=1), "draft=none")
     assert ran.code == 0, ran.err
     facts = json.loads((folder / "facts.json").read_text())["bitwise"]
     assert facts["on"] is False
@@ -79,8 +83,7 @@ def test_a_run_records_it(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["true", "yes", "1", "null", "on"])
-def test_values_of_the_command_line(tmp_path, value):
-    checkpoint = tiny_checkpoint(tmp_path / "target", "llama", max_positions=4096)
+def test_values_of_the_command_line(tmp_path, checkpoint, value):
     ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "draft=none", f"decoding.bitwise={value}")
     assert ran.code == 2
     assert "decoding.bitwise" in ran.error
@@ -148,17 +151,13 @@ def test_a_model_on_another_card_than_the_current_one_is_not_covered(card):
     assert "cuda:1" in reason
 
 
-def test_a_resumed_run_does_not_mix_what_auto_came_to(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "target", "llama", max_positions=4096)
+def test_a_resumed_run_does_not_mix_what_auto_came_to(tmp_path, checkpoint):
     folder = tmp_path / "run"
     assert cli(*tiny_run(checkpoint, folder, samples=1), "draft=none").code == 0
     records = folder / "records.jsonl"
     (line,) = records.read_text().splitlines()
     assert json.loads(line)["bitwise"] is False
-    records.write_text(
-        line.replace('"bitwise":false', '"bitwise":true').replace('"bitwise": false', '"bitwise": true')
-        + "\n"
-    )
+    records.write_text(json.dumps(json.loads(line) | {"bitwise": True}) + "\n")
     again = [*tiny_run(checkpoint, folder, samples=2), "draft=none", "resume=true"]
     cli(*again).refused(2, r"decoding\.bitwise comes to false now.*are of true")
     # A record older than the field is of a run that was not.

@@ -42,8 +42,8 @@ def reference(model):
 @pytest.mark.parametrize(
     ("family", "policy"),
     [
-        *((family, "beam") for family in FAMILIES),
-        *(("qwen2", shape) for shape in ("chain", "adaptive", "eagle2")),
+        *zip(FAMILIES, POLICIES, strict=True),
+        ("llama", "beam"),
     ],
 )
 def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, policy):
@@ -63,7 +63,7 @@ def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, polic
     )
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 3, 2])
 def test_greedy_text_does_not_depend_on_the_substitutes_bits(model, reference, bits):
     result = engine_for(model, Beam(5, 3), bits=bits).generate(PROMPT, max_new_tokens=60)
     assert result.token_ids == reference
@@ -77,7 +77,7 @@ def test_plain_decoding_takes_one_pass_per_token(model, reference):
     assert result.stats.drafted_nodes == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_draft_and_tree_yield_what_plain_decoding_is_defined_to_be(model, data):
     """Draw a setting, take the target's own tokens, look after each of them whether the text ends, compare."""
@@ -90,9 +90,8 @@ def test_any_draft_and_tree_yield_what_plain_decoding_is_defined_to_be(model, da
     seed, most = draw(st.integers(0, 9)), draw(st.one_of(st.none(), st.integers(1, 34)))
     free = engine_for(model, **options).generate(prompt, seed=seed).token_ids
     text = tokenizer.decode(free, skip_special_tokens=True) or "x"
-    cuts = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 4)).map(
-        lambda cut: text[cut[0] : sum(cut)]
-    )
+    places = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 4))
+    cuts = places.map(lambda cut: text[cut[0] : sum(cut)])
     stop = draw(st.lists(st.one_of(cuts, st.sampled_from(["never \0", "<|im_end|>"])), max_size=2))
     eos, ignored = draw(st.sampled_from([(), (free[-1], 319), tuple(free[:9:4])])), draw(st.booleans())
     expected = plainly(tokenizer, free, stop, () if ignored else eos, min(most or 99, len(free)))
@@ -200,9 +199,8 @@ def test_a_tree_wider_than_the_vocabulary_is_refused(model):
 
 def test_generate_needs_neither_hydra_nor_a_config(model, reference):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = generate(
-        model, torch.tensor([PROMPT]), max_new_tokens=40, tree_policy=Beam(6, 2), max_length=128
-    )
+    options = {"max_new_tokens": 40, "tree_policy": Beam(6, 2), "max_length": 128}
+    result = generate(model, torch.tensor([PROMPT]), **options)
     assert result.token_ids == reference[: len(result.token_ids)]
     assert result.finish_reason in FinishReason
     for name, tensor in model.state_dict().items():

@@ -28,7 +28,7 @@ SAMPLINGS = [Sampling(), Sampling(0.8, 5, 0.9)]
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("llama")  # real weights: only what the engine makes itself has to be fake
+    return tiny_model("llama", layers=1)  # real weights: only what the engine makes itself has to be fake
 
 
 def fake_engine(model, sampling, own_cache=False):

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from transformers import PretrainedConfig
+
 from subspec.config.enums import Codec
 from subspec.config.schema import (
     BeamTreeConfig,
@@ -69,3 +72,18 @@ def planned(config: Config, shape: str = "qwen2_5_7b", **machine: Any) -> Plan:
     """The plan for a published shape on a machine of which nothing is known but what is said."""
     known = {"link_gb_per_s": None, "host_free": None, "device_total": None, **machine}
     return plan_run(config, SHAPES[shape](), **known)
+
+
+def fewer_layers(monkeypatch: pytest.MonkeyPatch, shape: str, layers: int, **changes: Any) -> None:
+    """Makes a planted shape smaller, and changes other keys of its configuration."""
+    whole = SHAPES[shape]
+
+    def smaller() -> PretrainedConfig:
+        config = whole()
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        for key, value in {"num_hidden_layers": layers, **changes}.items():
+            setattr(config, key, value)
+        return config
+
+    monkeypatch.setitem(SHAPES, shape, smaller)

@@ -12,10 +12,13 @@ logits are well apart and greedy text does not fall into a one-token loop at onc
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -170,3 +173,11 @@ def edit_config(path: Path, **changes: object) -> None:
     """Overwrite keys of the ``config.json`` in the checkpoint folder ``path``."""
     file = Path(path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Rewrite the one weight file of the checkpoint folder ``path`` after ``change(tensors)``."""
+    file = Path(path) / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})

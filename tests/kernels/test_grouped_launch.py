@@ -6,11 +6,8 @@ from subspec.kernels.grouped_launch import GroupedLaunch, float_bits
 
 
 def test_blocks_follow_each_other_and_the_table_says_where_each_part_begins():
-    calls = []
-    flat = torch.zeros(3)
-    launch = GroupedLaunch(
-        lambda **call: calls.append(call), [([7, -1], 3), ([8, 1 << 40], 2)], 128, flat.device
-    )
+    calls, flat, parts = [], torch.zeros(3), [([7, -1], 3), ([8, 1 << 40], 2)]
+    launch = GroupedLaunch(lambda **call: calls.append(call), parts, 128, flat.device)
     launch(flat)
     launch()
     (first, second) = calls
@@ -26,7 +23,5 @@ def test_blocks_follow_each_other_and_the_table_says_where_each_part_begins():
 
 def test_a_floats_bits_come_back():
     for value in (0.0, -0.5, 0.50390625, 2.0**-60):
-        assert (
-            torch.tensor(float_bits(value), dtype=torch.int64).to(torch.int32).view(torch.float32).item()
-            == value
-        )
+        bits = torch.tensor(float_bits(value), dtype=torch.int64).to(torch.int32)
+        assert bits.view(torch.float32).item() == value

@@ -75,12 +75,9 @@ def test_a_word_holds_the_nibbles_its_thread_multiplies(bits):
             for step in range(4):
                 word = int(weight.words[block, group * planes + plane, tile, lane, step]) & 0xFFFFFFFF
                 for register, element in ((0, 0), (1, 0), (2, 1), (3, 1)):
-                    at = (
-                        row + 8 * (register % 2),
-                        group * 64 + t * 16 + step * 4 + 2 * (register // 2) + element,
-                    )
+                    column = group * 64 + t * 16 + step * 4 + 2 * (register // 2) + element
                     nibble = (word >> (4 * register + 16 * element)) & 15
-                    assert nibble == int(q[at]) >> 4 * plane & 15
+                    assert nibble == int(q[row + 8 * (register % 2), column]) >> 4 * plane & 15
 
 
 def test_interleaving_alternates_sixteen_rows():

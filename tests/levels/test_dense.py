@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
@@ -38,14 +39,8 @@ def fused_model(model, device, layers):
 
 
 def own_cache(levels, small, policy, vocab_size):
-    return SeparateCacheDraft(
-        levels,
-        TargetModel(small),
-        max_length=96,
-        draft_rows=policy.draft_rows,
-        vocab_size=vocab_size,
-        width=policy.width,
-    )
+    options = {"max_length": 96, "draft_rows": policy.draft_rows, "width": policy.width}
+    return SeparateCacheDraft(levels, TargetModel(small), vocab_size=vocab_size, **options)
 
 
 def same(one, two):
@@ -130,8 +125,6 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(device):
-    from subspec.decoding.audit import Auditor
-
     device = torch.device(device)
     model, policy = model_of("llama", device, layers=1), Beam(2, 1)
     levels = CapturedDraft(fused_model(model, device, (0,)), 1.0, attention=Attention(splits=2))
@@ -146,8 +139,6 @@ def test_a_fused_small_model_passes_the_audit_and_a_perfect_one_is_accepted(devi
 
 @pytest.mark.gpu
 def test_graphs_are_captured_once():
-    from subspec.decoding.audit import Auditor
-
     device = torch.device("cuda")
     model, policy = model_of("llama", device, layers=2), Beam(6, 3)
     small = model_of("llama", device, layers=2)

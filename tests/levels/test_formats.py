@@ -50,20 +50,12 @@ def fused_draft(model, quant, device, kernel="auto", variants=None):
         # The kernels that have a reference: the others are measured, and tested for themselves.
         own = {role: kept.reference(role) for role, kept in quantization.formats.items()}
         variants = own if kernel == "auto" else {role: Variant(kernel, 2, 1) for role in own}
-    builder = SubstituteBuilder(
-        model.config,
-        quantization.quantizer,
-        formats=quantization.formats,
-        kernel=variants,
-        keep_exact=quantization.keep_exact,
-    )
-    layers = [
-        builder.build_layer(dict(layer.named_parameters()), device, index=index)
-        for index, layer in enumerate(model.model.layers)
-    ]
+    options = {"formats": quantization.formats, "kernel": variants, "keep_exact": quantization.keep_exact}
+    builder = SubstituteBuilder(model.config, quantization.quantizer, **options)
+    exact = [dict(layer.named_parameters()) for layer in model.model.layers]
+    layers = [builder.build_layer(tensors, device, index=index) for index, tensors in enumerate(exact)]
     head = builder.build_head(model.lm_head.weight.data)
-    fused = level_model(model, layers, head)
-    return CapturedDraft(fused, attention=Attention(splits=4))
+    return CapturedDraft(level_model(model, layers, head), attention=Attention(splits=4))
 
 
 def module_draft(model, quant):
@@ -112,7 +104,7 @@ def test_a_quantized_head_grows_the_tree_inside_the_level(device, tie):
     model = model_of("llama", device, vocab_size=5000, tie=tie)
     exact = model.get_output_embeddings().weight.clone()
     quant = HqqConfig(name="hqq", bits=4, modules=WITH_HEAD)
-    policy, draft = Beam(3, 3), fused_draft(model, quant, device)
+    policy, draft = Beam(2, 3), fused_draft(model, quant, device)
     assert draft.model.draft_head is not None
     engine = Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
@@ -134,11 +126,11 @@ def test_text_drafted_with_a_quantized_head_passes_the_audit(device):
     device = torch.device(device)
     model = model_of("qwen3", device, vocab_size=640)
     quant = HqqConfig(name="hqq", **SETTINGS["mixed with a head"])
-    engine = Engine(
-        TargetModel(model), fused_draft(model, quant, device), Beam(3, 3), max_length=96, prefill_chunk=16
-    )
-    count = 60 if device.type == "cuda" else 8
-    for _ in range(2):  # on a GPU the second text replays the first one's graphs
+    draft = fused_draft(model, quant, device)
+    engine = Engine(TargetModel(model), draft, Beam(3, 3), max_length=96, prefill_chunk=16)
+    on_gpu = device.type == "cuda"
+    count = 60 if on_gpu else 8
+    for _ in range(2 if on_gpu else 1):  # the second text replays the first one's graphs
         result = engine.generate(PROMPT, max_new_tokens=count)
         assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
     assert result.stats.iterations < count - 1
@@ -169,11 +161,8 @@ def test_kernels_of_every_format_are_chosen_on_a_card(bits, tmp_path):
     device = torch.device("cuda")
     model = model_of("llama", device, hidden_size=256, intermediate_size=512, vocab_size=4096)
     quantization = quantization_of(model, HqqConfig(name="hqq", bits=bits, modules=WITH_HEAD))
-    choice = choose_kernels(
-        quantization.shapes, 6, device, formats=quantization.formats, folder=tmp_path, note=print
-    )
+    options = {"formats": quantization.formats, "folder": tmp_path, "note": print}
+    choice = choose_kernels(quantization.shapes, 6, device, **options)
     assert set(choice.variants) == {"qkv", "out", "gate_up", "down", "head"}
-    again = choose_kernels(
-        quantization.shapes, 6, device, formats=quantization.formats, folder=tmp_path, note=print
-    )
+    again = choose_kernels(quantization.shapes, 6, device, **options)
     assert (again.variants, again.measured) == (choice.variants, 0)

@@ -25,21 +25,19 @@ PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
 
 
 def model_of(family, device):
-    shape = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 192}
+    shape = {"hidden_size": 128, "layers": 1, "heads": 4, "kv_heads": 2, "intermediate_size": 192}
     return tiny_model(family, **shape).to(device, torch.bfloat16)
 
 
 def fused_draft(model, device, kernel, bits=4):
-    builder = SubstituteBuilder(
-        model.config,
-        higgs_quantizer(bits),
-        kernel=kernel,
-        keep_exact=frozenset(),
-        formats=dict.fromkeys(ROLES, HiggsFormat(bits)),
-    )
+    options = {
+        "kernel": kernel,
+        "keep_exact": frozenset(),
+        "formats": dict.fromkeys(ROLES, HiggsFormat(bits)),
+    }
+    builder = SubstituteBuilder(model.config, higgs_quantizer(bits), **options)
     layers = [builder.build_layer(dict(layer.named_parameters()), device) for layer in model.model.layers]
-    fused = level_model(model, layers)
-    return CapturedDraft(fused, attention=Attention(splits=4)), builder
+    return CapturedDraft(level_model(model, layers), attention=Attention(splits=4)), builder
 
 
 def module_draft(model, bits=4):
@@ -97,17 +95,8 @@ def test_codes_come_back_from_their_tensors(bits, shape):
 
 
 def test_facts_tell_settings_apart():
-    facts = [
-        higgs_quantizer(*settings).facts
-        for settings in [
-            (4, 2, 256, 512),
-            (3, 2, 256, 512),
-            (4, 1, 256, 512),
-            (4, 2, 64, 512),
-            (4, 2, 256, 64),
-        ]
-    ]
-    assert len({str(sorted(entry.items())) for entry in facts}) == len(facts)
+    settings = [(4, 2, 256, 512), (3, 2, 256, 512), (4, 1, 256, 512), (4, 2, 64, 512), (4, 2, 256, 64)]
+    assert len({str(sorted(higgs_quantizer(*own).facts.items())) for own in settings}) == len(settings)
 
 
 @pytest.mark.parametrize("role", [*ROLES, "head"])
@@ -142,9 +131,7 @@ def test_the_planner_is_told_what_is_quantized():
 
 
 def test_kernels_of_other_formats_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"draft\.kernel=gemlite cannot compute qkv: it has no look-up tables"
-    ):
+    with pytest.raises(ConfigError, match=r"draft\.kernel=gemlite cannot compute qkv: .* no look-up tables"):
         quantization(HiggsConfig(name="higgs"), "gemlite")
     with pytest.raises(ConfigError, match=r"draft\.kernel=lut_mma cannot compute qkv"):
         quantization(HqqConfig(name="hqq"), "lut_mma")

@@ -21,15 +21,8 @@ SAMPLED = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
 
 
 def tiny_settings(draft: str, codec: Codec, sampled: bool) -> Config:
-    config = settings(
-        1.0,
-        draft,
-        tree=(4, 3),
-        sampling=SAMPLED if sampled else None,
-        decoding={"max_length": 128},
-        codec=codec,
-        resident_layers=2,
-    )
+    options = {"sampling": SAMPLED if sampled else None, "decoding": {"max_length": 128}}
+    config = settings(1.0, draft, tree=(4, 3), codec=codec, resident_layers=2, **options)
     drafts = {
         "subspec": SubstituteDraftConfig(name="subspec", kernel=Kernel.int4_mma),
         "small_model": SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"),
@@ -42,10 +35,8 @@ def tiny_settings(draft: str, codec: Codec, sampled: bool) -> Config:
 @pytest.mark.parametrize(
     ("draft", "codec"),
     [
-        ("subspec", Codec.none),
+        *((draft, Codec.none) for draft in ("subspec", "small_model", "layer_skip")),
         ("subspec", Codec.substitute),
-        ("small_model", Codec.none),
-        ("layer_skip", Codec.none),
     ],
 )
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])

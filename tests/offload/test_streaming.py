@@ -50,14 +50,9 @@ class ModelSource:
 
 
 def plan_for(resident, slots=2, embedding=Placement.device, codec=Codec.none, layer_bytes=0):
-    plan = object.__new__(Plan)
-    for name, value in {
-        "resident_layers": tuple(resident),
-        "ring_slots": slots,
-        "embedding": embedding,
-        "codec": codec,
-        "layer_bytes": layer_bytes,
-    }.items():
+    plan, values = object.__new__(Plan), (tuple(resident), slots, embedding, codec, layer_bytes)
+    names = ("resident_layers", "ring_slots", "embedding", "codec", "layer_bytes")
+    for name, value in zip(names, values, strict=True):
         object.__setattr__(plan, name, value)
     return plan
 
@@ -112,16 +107,12 @@ def test_streamed_speculation_passes_the_audit(device):
     device = torch.device(device)
     model = tiny_model("qwen2", layers=2, hidden_size=128, intermediate_size=192).to(device, torch.bfloat16)
     source = ModelSource(model)
-    builder = SubstituteBuilder(
-        model.config, hqq_quantizer(), kernel="int4_mma", keep_exact=frozenset(), skip_layers=frozenset({1})
-    )
+    exact = {"keep_exact": frozenset(), "skip_layers": frozenset({1})}
+    builder = SubstituteBuilder(model.config, hqq_quantizer(), kernel="int4_mma", **exact)
     loaded = load_streamed(source, plan_for([1]), device, builder=builder)
-    engine = Engine(
-        loaded.target,
-        CapturedDraft(loaded.substitute, attention=Attention(splits=4)),
-        Beam(4, 3) if device.type == "cuda" else Beam(2, 2),
-        max_length=96,
-    )
+    draft = CapturedDraft(loaded.substitute, attention=Attention(splits=4))
+    policy = Beam(4, 3) if device.type == "cuda" else Beam(2, 2)
+    engine = Engine(loaded.target, draft, policy, max_length=96)
     count = 60 if device.type == "cuda" else 5
     result = engine.generate(PROMPT, max_new_tokens=count)
     assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
@@ -158,9 +149,7 @@ def test_layers_come_in_order_through_any_ring():
 
 def test_flat_bytes_hold_every_parameter_exactly():
     tensors = {
-        "a": torch.randn(3, 5).bfloat16(),
-        "b": torch.randn(7).bfloat16(),
-        "c": torch.randn(2, 200).bfloat16(),
+        name: torch.randn(size).bfloat16() for name, size in (("a", (3, 5)), ("b", 7), ("c", (2, 200)))
     }
     shapes = {n: t.shape for n, t in tensors.items()}
     flat = torch.zeros(PlainCodec(2).layer_bytes(shapes), dtype=torch.uint8)
@@ -241,7 +230,5 @@ def test_pinned_memory_is_given_back():
 
 
 def test_more_host_memory_than_there_is_ends_in_one_line():
-    with pytest.raises(
-        SubspecError, match=r"GiB of host memory cannot be allocated.*offload\.resident_layers"
-    ):
+    with pytest.raises(SubspecError, match=r"GiB of host memory .*offload\.resident_layers"):
         PinnedBuffer(1 << 62, pin=False)

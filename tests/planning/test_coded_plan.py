@@ -5,10 +5,17 @@ from dataclasses import replace
 import pytest
 
 from subspec.config.enums import Codec, Dtype, Kernel
-from subspec.config.schema import BitsByModule, HiggsConfig, NoQuantConfig, Placement, SubstituteDraftConfig
+from subspec.config.schema import (
+    BitsByModule,
+    HiggsConfig,
+    NoQuantConfig,
+    Placement,
+    PlantedTargetConfig,
+    SubstituteDraftConfig,
+)
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB
-from tests.helpers.planning import planned, settings
+from tests.helpers.planning import DRAFTS, planned, settings
 
 AUTO, CODED = Codec.auto, Codec.substitute
 
@@ -90,14 +97,11 @@ def test_skipped_layers_are_resident_and_plain():
 
 
 def test_auto_codes_where_the_substitute_is_there_anyway():
-    assert planned(settings(8.0, codec=AUTO)).codec is CODED
-    assert planned(settings(8.0, "none", codec=AUTO)).codec is Codec.none
-    assert planned(settings(8.0, "small_model", codec=AUTO)).codec is Codec.none
-    gemlite = replace(
-        settings(8.0, codec=AUTO), draft=SubstituteDraftConfig(name="subspec", kernel=Kernel.gemlite)
-    )
-    assert planned(gemlite).codec is Codec.none
-    assert planned(higgs(settings(8.0, codec=AUTO))).codec is CODED
+    config = settings(8.0, codec=AUTO)
+    assert planned(config).codec is planned(higgs(config)).codec is CODED
+    gemlite = SubstituteDraftConfig(name="subspec", kernel=Kernel.gemlite)
+    for draft in (DRAFTS["none"], DRAFTS["small_model"], gemlite):
+        assert planned(replace(config, draft=draft)).codec is Codec.none
 
 
 def test_auto_leaves_everything_plain_where_everything_fits():
@@ -122,11 +126,8 @@ def test_plain_decoding_holds_the_substitute_only_to_decode():
 def test_higgs_decodes_without_a_draft_too():
     plan = planned(higgs(settings(8.0, "none", codec=CODED)))
     drafting = planned(higgs(settings(8.0, codec=CODED)))
-    assert (
-        item(plan, "substitute")
-        == item(drafting, "substitute")
-        < item(planned(settings(8.0, "none", codec=CODED)), "substitute")
-    )
+    hqq = planned(settings(8.0, "none", codec=CODED))
+    assert item(plan, "substitute") == item(drafting, "substitute") < item(hqq, "substitute")
     head = {"modules": ["attention", "mlp", "lm_head"], "skip_layers": [0, 27]}
     assert planned(higgs(settings(8.0, "none", codec=CODED), **head)) == plan
 
@@ -177,22 +178,18 @@ def test_a_refusal_knows_that_a_coded_target_holds_the_substitute_without_a_draf
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"draft": "small_model"}, "set draft=subspec"),
-        ({"quant": NoQuantConfig(name="none"), "draft": "none"}, "set quant=hqq"),
-        ({"dtype": Dtype.float16}, "set target.dtype=bfloat16"),
-        ({"kernel": Kernel.gemlite}, "int4_mma, lut_mma, not of draft.kernel=gemlite: set draft.kernel=auto"),
+        ({"draft": DRAFTS["small_model"]}, "set draft=subspec"),
+        ({"quant": NoQuantConfig(name="none"), "draft": DRAFTS["none"]}, "set quant=hqq"),
+        ({"target": PlantedTargetConfig(name="p", dtype=Dtype.float16)}, "set target.dtype=bfloat16"),
+        (
+            {"draft": SubstituteDraftConfig(name="subspec", kernel=Kernel.gemlite)},
+            "int4_mma, lut_mma, not of draft.kernel=gemlite: set draft.kernel=auto",
+        ),
     ],
 )
 def test_what_cannot_be_coded_is_refused(change, words):
-    config = settings(8.0, change.get("draft", "subspec"), codec=CODED)
-    if "quant" in change:
-        config = replace(config, quant=change["quant"])
-    if "dtype" in change:
-        config = replace(config, target=replace(config.target, dtype=change["dtype"]))
-    if "kernel" in change:
-        config = replace(config, draft=SubstituteDraftConfig(name="subspec", kernel=change["kernel"]))
     with pytest.raises(ConfigError, match=r"offload\.codec=substitute") as refusal:
-        planned(config)
+        planned(replace(settings(8.0, codec=CODED), **change))
     assert words in str(refusal.value)
     assert "or offload.codec=none" in str(refusal.value)
 

@@ -93,9 +93,8 @@ def test_a_small_model_of_its_own_by_hand():
     assert found["small model"] == 28 * layer + 152064 * 1536 * 2 + 1536 * 2
     drafted = 1 + 31 * 6
     assert found["small model's KV"] == (drafted + 2048 + 256) * 28 * 2 * 2 * 128 * 2
-    assert (
-        found["KV cache"] == (2048 + max(256, plan.prefill_chunk)) * 28 * 2 * 4 * 128 * 2
-    )  # no draft region
+    # No draft region:
+    assert found["KV cache"] == (2048 + max(256, plan.prefill_chunk)) * 28 * 2 * 4 * 128 * 2
     assert plan.level_read_bytes == 28 * layer + 151936 * 1536 * 2
     assert "substitute" not in found
     assert len(plan.resident_layers) == 6
@@ -124,11 +123,8 @@ def test_rows_are_padded_wherever_the_engine_pads_them():
     for depth, width in ((3, 2), (8, 7), (8, 8)):
         plan = planned(settings(8.0, tree=(depth, width), **config))
         notes[depth * width + 1] = {item.name: item.note for item in plan.items}
-    assert [notes[nodes]["tree"] for nodes in (7, 57, 65)] == [
-        "7 nodes in 64 rows",
-        "57 nodes in 64 rows",
-        "65 nodes in 128 rows",
-    ]
+    for nodes, rows in ((7, 64), (57, 64), (65, 128)):
+        assert notes[nodes]["tree"] == f"{nodes} nodes in {rows} rows"
     assert notes[57]["KV cache"] == "50 + 48 + 64 rows"
     assert notes[65]["KV cache"] == "57 + 48 + 128 rows"
     assert notes[57]["workspace"].endswith("64 rows")
@@ -157,9 +153,8 @@ def test_the_embedding_is_on_the_device_where_it_costs_no_layer():
     tight, roomy = planned(settings(8.0)), planned(settings(20.0))
     assert tight.embedding is Placement.host
     assert roomy.embedding is Placement.device
-    assert len(planned(settings(8.0, embedding=Placement.device)).resident_layers) < len(
-        tight.resident_layers
-    )
+    there = planned(settings(8.0, embedding=Placement.device))
+    assert len(there.resident_layers) < len(tight.resident_layers)
 
 
 def test_a_tied_table_is_the_lm_head():

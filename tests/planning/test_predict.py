@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +12,14 @@ import torch
 
 from subspec.cli.predict import main
 from subspec.cli.predict_measured import read_measured
+from subspec.config.enums import Codec
 from subspec.config.schema import (
-    BeamTreeConfig,
-    BenchmarkConfig,
     BitsByModule,
-    Config,
-    DecodingConfig,
     HiggsConfig,
     HqqConfig,
-    NoLoggerConfig,
     NoQuantConfig,
     PlantedTargetConfig,
     SmallModelDraftConfig,
-    StreamOffloadConfig,
     SubstituteDraftConfig,
 )
 from subspec.errors import ConfigError
@@ -41,6 +37,8 @@ from subspec.planning.predict_timing import (
     plain,
     serial,
 )
+from tests.helpers.planning import settings
+from tests.helpers.tiny import tiny_checkpoint
 from tests.report.runs import config_of, plain_run, turns, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +55,6 @@ def check():
     file = ROOT / "experiments" / "predict" / "check.py"
     spec = importlib.util.spec_from_file_location("predict_check", file)
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
@@ -168,15 +164,11 @@ def test_acceptance_of_a_run(tmp_path):
 
 def predicted(target="x", width=2, draft=None, quant=None):
     """What a level's time is wanted for; as the runs of ``tests/report/runs.py``, which name no modules."""
-    return Config(
+    return replace(
+        settings(tree=(3, width), codec=Codec.auto),
         target=PlantedTargetConfig(name=target),
         draft=draft or SubstituteDraftConfig(name="subspec"),
         quant=quant or HqqConfig(name="hqq", modules=[]),
-        tree=BeamTreeConfig(name="beam", depth=3, width=width),
-        decoding=DecodingConfig(name="greedy"),
-        offload=StreamOffloadConfig(name="stream"),
-        benchmark=BenchmarkConfig(name="gsm8k"),
-        logger=NoLoggerConfig(name="none"),
     )
 
 
@@ -258,16 +250,9 @@ def run(capsys, *arguments):
 
 def test_the_question_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
-    code, out, err = run(
-        capsys,
-        "target=planted_qwen2_5_7b",
-        "offload.vram_gib=8",
-        "card=rtx_4090",
-        "tau=26",
-        "depths=[16]",
-        f"--json={tmp_path / 'found.json'}",
-        f"--plot={tmp_path / 'new' / 'found.png'}",
-    )
+    asked = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "card=rtx_4090", "tau=26", "depths=[16]"]
+    files = [f"--json={tmp_path / 'found.json'}", f"--plot={tmp_path / 'new' / 'found.png'}"]
+    code, out, err = run(capsys, *asked, *files)
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["planted"] is True
@@ -288,9 +273,8 @@ def test_the_question_in_one_line(tmp_path, capsys, monkeypatch):
 
 def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
     file = tmp_path / "found.json"
-    code, _, err = run(
-        capsys, "target=planted_qwen2_5_32b", "card=RTX 3090", "tau=10", "depths=8", f"--json={file}"
-    )
+    asked = ["target=planted_qwen2_5_32b", "card=RTX 3090", "tau=10", "depths=8"]
+    code, _, err = run(capsys, *asked, f"--json={file}")
     assert code == 0, err
     budget = json.loads(file.read_text())["plan"]["budget"] / 2**30
     assert budget == pytest.approx(usable_vram_gib(find_gpu("RTX 3090")), abs=0.01)
@@ -298,27 +282,13 @@ def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
 
 
 def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
-    from tests.helpers.tiny import tiny_checkpoint
-
     tiny_checkpoint(tmp_path / "model", "qwen2")
     for weights in (tmp_path / "model").glob("*.safetensors"):
         weights.unlink()
     measured = write_run(tmp_path / "run", turns([30.0, 20.0]))
-    code, out, err = run(
-        capsys,
-        "target=hub",
-        f"target.path={tmp_path / 'model'}",
-        "memory_gb_per_s=500",
-        "offload.link_gb_per_s=20",
-        "offload.vram_gib=1",
-        "quant.group_size=32",
-        "tree.depth=3",
-        "tree.width=2",
-        "decoding.max_length=256",
-        "depths=2",
-        "--from",
-        measured,
-    )
+    asked = ["target=hub", f"target.path={tmp_path / 'model'}", "memory_gb_per_s=500", "quant.group_size=32"]
+    asked += ["offload.link_gb_per_s=20", "offload.vram_gib=1", "tree.depth=3", "tree.width=2", "depths=2"]
+    code, out, err = run(capsys, *asked, "decoding.max_length=256", "--from", measured)
     assert code == 0, err
     assert "acceptance: by depth, of subspec hqq4" in out
     assert "planted" not in out
@@ -368,9 +338,8 @@ def test_a_card_that_is_not_there_cannot_be_measured(capsys):
 @pytest.mark.gpu
 def test_this_machines_card_is_measured(tmp_path, capsys):
     file = tmp_path / "found.json"
-    code, out, err = run(
-        capsys, "target=planted_qwen2_5_7b", "offload.vram_gib=8", "card=auto", "tau=20", f"--json={file}"
-    )
+    asked = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "card=auto", "tau=20"]
+    code, out, err = run(capsys, *asked, f"--json={file}")
     assert code == 0, err
     machine = json.loads(file.read_text())["machine"]
     assert 1 < machine["link_gb_per_s"] < 500

@@ -48,13 +48,12 @@ def test_the_plans_bytes_are_those_of_the_tensors(quant, kernel):
     model, quant = model_of(), HqqConfig(name="hqq", **quant)
     quantization = quantization_of(model, quant, kernel)
     choice = choose_kernels(quantization.shapes, 3, CPU, formats=quantization.formats, kernel=kernel)
-    builder = SubstituteBuilder(
-        model.config,
-        quantization.quantizer,
-        formats=quantization.formats,
-        kernel=choice.variants,
-        keep_exact=quantization.keep_exact,
-    )
+    options = {
+        "formats": quantization.formats,
+        "kernel": choice.variants,
+        "keep_exact": quantization.keep_exact,
+    }
+    builder = SubstituteBuilder(model.config, quantization.quantizer, **options)
     for index, layer in enumerate(model.model.layers):
         skipped = index in quant.skip_layers
         packed, dense = substitute_allocations(quantization, not skipped, skipped)
@@ -67,9 +66,7 @@ def test_the_plans_bytes_are_those_of_the_tensors(quant, kernel):
         assert held == sum(linear.nbytes for linear in linears if not isinstance(linear, Dense))
         assert held == packed.bytes - quantization.head_bytes
         if tensors:  # moved into one allocation, each at a multiple of 256 bytes
-            storages = {
-                tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
-            }
+            storages = {part._cdata: part.nbytes() for part in (t.untyped_storage() for t in tensors)}
             assert list(storages.values()) == [sum(math.ceil(t.nbytes / 256) * 256 for t in tensors)]
     head = builder.build_head(model.lm_head.weight)
     assert quantization.head_bytes == (0 if head is None else sum(tensor.nbytes for tensor in head.tensors))
@@ -125,13 +122,8 @@ def test_the_plan_says_what_is_kept_how():
     four = substitute_of(planned(settings(12.0)))
     assert four.bytes == weights * 4.5 / 8
     assert four.note == "attention 4 bit, mlp 4 bit; groups of 64"
-    mixed = substitute_of(
-        planned(
-            settings(
-                16.0, quant={"bits_by": BitsByModule(mlp=3, lm_head=8), "modules": ["attention", "mlp", "lm_head"]}
-            )
-        )
-    )  # fmt: skip
+    quant = {"bits_by": BitsByModule(mlp=3, lm_head=8), "modules": ["attention", "mlp", "lm_head"]}
+    mixed = substitute_of(planned(settings(16.0, quant=quant)))
     assert mixed.bytes == four.bytes + head * 9 / 8
     assert mixed.note == "attention 4 bit, mlp 3 bit in 4-bit words, lm_head 8 bit; groups of 64"
 

@@ -29,17 +29,14 @@ from subspec.planning.plan import plan_run
 from subspec.quant.hqq import HqqFormat
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
+from tests.helpers.planning import fewer_layers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = [5, 17, 33, 99]
 PLAIN = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.none)
 CODED = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.substitute, resident_layers=1)
-LAYERS = 3
-MIXED = {
-    "bits": 4,
-    "bits_by": BitsByModule(mlp=2, down_proj=3, lm_head=8),
-    "modules": ["attention", "mlp", "lm_head"],
-}
+LAYERS = 2
+MIXED = {"bits_by": BitsByModule(mlp=2, down_proj=3, lm_head=8), "modules": ["attention", "mlp", "lm_head"]}
 
 
 def config(*, seed=0, offload=PLAIN, draft=True, quant=None, **options):
@@ -61,6 +58,7 @@ def config(*, seed=0, offload=PLAIN, draft=True, quant=None, **options):
 def start(tmp_path, monkeypatch):
     """Assemble a run; returns its quantization's report, facts, and the bytes of everything that was loaded."""
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    fewer_layers(monkeypatch, "tiny_tied", LAYERS)
     if not torch.cuda.is_available():  # the torch reference takes a step per weight of a chunk
         monkeypatch.setattr(format, "CHUNK", 32)
 
@@ -74,12 +72,9 @@ def start(tmp_path, monkeypatch):
         loaded = list(decoder.streamer.layers) if decoder.streamer is not None else []
         if decoder.restorer is not None:
             loaded += decoder.restorer.resident.values()
-        loaded += [
-            tensor
-            for layer in (substitute.layers if substitute is not None else ())
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
-            for tensor in linear.tensors
-        ]
+        for layer in substitute.layers if substitute is not None else ():
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                loaded += linear.tensors
         loaded = [tensor.cpu().clone().view(torch.uint8) for tensor in loaded]
         if device.type == "cuda":  # the interpreter of a CPU takes seconds a level
             loaded.append(torch.tensor(assembly.engine.generate(PROMPT, max_new_tokens=40).token_ids))
@@ -99,9 +94,8 @@ def nothing_new(monkeypatch):
 
     def arm():
         monkeypatch.setattr(HqqFormat, "quantize", lambda *_: pytest.fail("quantized again"))
-        monkeypatch.setattr(
-            "subspec.quant.kernel_times.variant_time", lambda *_, **__: pytest.fail("measured again")
-        )
+        measure = "subspec.quant.kernel_times.variant_time"
+        monkeypatch.setattr(measure, lambda *_, **__: pytest.fail("measured again"))
         monkeypatch.setattr("subspec.codec.coded_load.encode_layer", lambda *_: pytest.fail("coded again"))
 
     return arm
@@ -114,13 +108,13 @@ def folders(root):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bits_of_every_kind_are_kept_and_recorded(start, device, nothing_new, tmp_path):
     first, _, loaded = start(device, **MIXED)
-    assert first.details["cache"]["quantized"] == first.modules == 22
+    assert first.details["cache"]["quantized"] == first.modules == 7 * LAYERS + 1
     roles = first.details["kernels"]["roles"]
     assert {role: kept["format"] for role, kept in roles.items()} == first.details["formats"]
     nothing_new()
     second, _, again = start(device, **MIXED)
     folder = second.details["cache"].pop("folder")
-    assert second.details["cache"] == {"read": 22, "quantized": 0, "trouble": None}
+    assert second.details["cache"] == {"read": 7 * LAYERS + 1, "quantized": 0, "trouble": None}
     assert folder.startswith(str(tmp_path / "cache" / "substitutes"))
     assert all(map(torch.equal, loaded, again))
     assert len(loaded) == len(again) > 0
@@ -137,9 +131,8 @@ def test_a_second_coded_start_reads_and_codes_nothing(
     _, facts, loaded = start(device, offload=CODED, draft=draft)
     assert (facts["coded_cache"]["read"], facts["coded_cache"]["coded"]) == (0, LAYERS)
     nothing_new()
-    monkeypatch.setattr(
-        "subspec.targets.planted.PlantedSource.layer", lambda *_: pytest.fail("an exact layer was read")
-    )
+    layer = "subspec.targets.planted.PlantedSource.layer"
+    monkeypatch.setattr(layer, lambda *_: pytest.fail("an exact layer was read"))
     _, facts, again = start(device, offload=CODED, draft=draft)
     assert (facts["coded_cache"]["read"], facts["coded_cache"]["coded"]) == (LAYERS, 0)
     assert start.notes == []
@@ -159,7 +152,7 @@ def test_a_folder_of_the_users_is_filled_and_read(start, nothing_new, tmp_path):
     with pytest.raises(ConfigError, match=r"quant\.folder=.* was made from other weights"):
         start(**mine, seed=1)
     report, facts, _ = start(**mine)
-    assert report.details["cache"]["read"] == 21
+    assert report.details["cache"]["read"] == 7 * LAYERS
     assert facts["coded_cache"]["coded"] == LAYERS
     nothing_new()
     assert start(**mine)[1]["coded_cache"]["read"] == LAYERS

@@ -17,7 +17,7 @@ from subspec.targets import load_target, load_target_config, open_source
 from subspec.targets.checkpoint import checkpoint_identity, rounded_type
 from subspec.targets.identity import folder_identity
 from subspec.targets.weight_files import INDEX
-from tests.helpers.tiny import END_ID, FAMILIES, edit_config, tiny_checkpoint, tiny_model
+from tests.helpers.tiny import END_ID, FAMILIES, edit_config, edit_weights, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -43,17 +43,14 @@ def test_a_folder_loads_as_saved(tmp_path, family, tie, notes):
 
 
 def test_sharded_weights(tmp_path):
-    model = tiny_model()
-    tiny_checkpoint(tmp_path)
+    index = shards(tiny_checkpoint(tmp_path))
     (tmp_path / "model.safetensors").unlink()
-    model.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
+    refused(tmp_path, ConfigError, rf"2 shards \(model-00001-of-00002.safetensors, ...\) without .*{INDEX}")
+    (tmp_path / INDEX).write_text(json.dumps(index))
     ids = torch.tensor([[1, 50, 99]])
-    assert torch.equal(load(tmp_path).model(ids).logits, model(ids).logits)
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(SubspecError, match=f"lacks {shard.name}"):
-        load(tmp_path)
+    assert torch.equal(load(tmp_path).model(ids).logits, tiny_model()(ids).logits)
+    (shard := sorted(tmp_path.glob("model-*.safetensors"))[1]).unlink()
+    refused(tmp_path, SubspecError, f"lacks {shard.name}")
 
 
 def test_the_configuration_alone(tmp_path):
@@ -157,35 +154,74 @@ def test_models_that_are_not_supported(tmp_path, change, words):
     refused(tmp_path, ConfigError, words)
 
 
-def test_packed_weights_without_saying_so(tmp_path):
-    state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    save_file(state | {name: state[name].to(torch.uint8)}, tmp_path / "model.safetensors")
-    refused(tmp_path, ConfigError, "holds U8 weights")
+def tensors(change):
+    return lambda folder: edit_weights(folder, change)
 
 
-def test_no_weights(tmp_path):
-    tiny_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(
-        tmp_path, ConfigError, r"no model.safetensors or \S+ \(it has .bin\).*save_pretrained.*target\.path"
-    )
-    (tmp_path / "pytorch_model.bin").unlink()
-    refused(tmp_path, ConfigError, "holds no weights")
+def written(file, text):
+    return lambda folder: (folder / file).write_text(text)
 
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+def indexed(text):
+    """Instead of the weights an index."""
+    return lambda folder: (folder / "model.safetensors").rename(folder / INDEX).write_text(text)
+
+
+def moved(name):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def named_elsewhere(folder):
+    moved("model.fp16.safetensors")(folder)
+    edit_config(folder, transformers_weights="model.fp16.safetensors")
+
+
+UP, LFS = (
+    "model.layers.0.mlp.up_proj.",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n",
+)
+SETTINGS = ("config.json", "tokenizer.json", "generation_config.json", "model.safetensors")
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", INDEX]
+    ("change", "words"),
+    [
+        *((written(file, LFS), rf"{file} is a Git LFS pointer.*`git lfs pull`") for file in SETTINGS),
+        (indexed(LFS), rf"{INDEX} is a Git LFS pointer.*`git lfs pull`"),
+        *((indexed(t), "index.json cannot be read") for t in ("{}", "[]", "{", '{"weight_map": {"a": 1}}')),
+        (indexed('{"weight_map": {}}'), "index.json cannot be read"),
+        (moved("pytorch_model.bin"), r"no model.safetensors or \S+ \(it has .bin\).*save_pretrained.*target\.path"),
+        (moved("weights"), "holds no weights"),
+        (moved("model.fp16.safetensors"), r"\(it has model.fp16.safetensors\)"),
+        (named_elsewhere, "keeps its weights in model.fp16.safetensors"),
+        (written("adapter_config.json", "{}"), "holds an adapter"),
+        (written("tokenizer.json", "{}"), "tokenizer of mine cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+        (tensors(lambda t: t.update({UP + "weight": t[UP + "weight"].to(torch.uint8)})), "holds U8 weights"),
+        (tensors(lambda t: t.update({UP + "qweight": t.pop(UP + "weight").int()})), "holds I32 weights"),
+        (tensors(lambda t: t.pop("lm_head.weight")), "lacks weights of a llama language model: lm_head"),
+        (lambda folder: edit_config(folder, intermediate_size=96), r"\[128, 64\], its config.json says \[96, 64\]"),
+        (lambda folder: tiny_model(vocab_size=300).save_pretrained(folder), "id 319, .* vocabulary ends at 299"),
+    ],
+)  # fmt: skip
+def test_damaged_and_incomplete_folders(tmp_path, change, words):
+    change(tiny_checkpoint(tmp_path))
+    refused(tmp_path, SubspecError, words)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("adapter_config.json", r"holds an adapter .*merge_and_unload.*target\.path=FOLDER"),
+        ("model.q4.gguf", "GGUF file is not read"),
+        ("snapshots/1234/config.json", r"target\.path=\S+/snapshots/1234"),
+        ("checkpoint-500/config.json", r"target\.path=\S+/checkpoint-500"),
+    ],
 )
-def test_git_lfs_pointers(tmp_path, file):
-    tiny_checkpoint(tmp_path)
-    if file == INDEX:
-        (tmp_path / "model.safetensors").unlink()
-    (tmp_path / file).write_text(LFS)
-    refused(tmp_path, ConfigError, rf"{file} is a Git LFS pointer.*`git lfs pull`")
+def test_folders_of_another_kind(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    refused(tmp_path, ConfigError, words)
 
 
 def shards(folder, **tensors):
@@ -197,20 +233,6 @@ def shards(folder, **tensors):
         save_file(own, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(own, file)
     return {"weight_map": names}
-
-
-def test_shards_without_their_index(tmp_path):
-    shards(tiny_checkpoint(tmp_path))
-    (tmp_path / "model.safetensors").unlink()
-    refused(tmp_path, ConfigError, rf"2 shards \(model-00001-of-00002.safetensors, ...\) without .*{INDEX}")
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
-def test_an_index_that_is_none(tmp_path, content):
-    tiny_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / INDEX).write_text(content)
-    refused(tmp_path, ConfigError, "index.json cannot be read")
 
 
 def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes):
@@ -230,55 +252,17 @@ def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes)
     assert "the shards beside it are not" in notes[0]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("adapter_config.json", "{}", r"holds an adapter .*merge_and_unload.*target\.path=FOLDER"),
-        ("model.q4.gguf", "x", "GGUF file is not read"),
-        ("snapshots/1234/config.json", "{}", r"target\.path=\S+/snapshots/1234"),
-        ("checkpoint-500/config.json", "{}", r"target\.path=\S+/checkpoint-500"),
-    ],
-)
-def test_folders_of_another_kind(tmp_path, file, content, words):
-    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / file).write_text(content)
-    refused(tmp_path, ConfigError, words)
-
-
-def test_an_adapter_beside_a_model_is_not_ignored(tmp_path):
-    (tiny_checkpoint(tmp_path) / "adapter_config.json").write_text("{}")
-    refused(tmp_path, ConfigError, "holds an adapter")
-
-
-def test_weights_under_other_names(tmp_path):
-    tiny_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
-    refused(tmp_path, ConfigError, r"\(it has model.fp16.safetensors\)")
-    edit_config(tmp_path, transformers_weights="model.fp16.safetensors")
-    refused(tmp_path, ConfigError, "keeps its weights in model.fp16.safetensors")
-
-
 def test_surplus_buffers_are_ignored(tmp_path, notes):
     """Neither refused as quantized nor named as rounded."""
     state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
     expected = load(tmp_path).model(torch.tensor([[1, 50]])).logits
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
-    extra = {
-        "model.position_ids": torch.arange(9)[None],
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-    }
-    save_file(state | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    state["model.position_ids"] = torch.arange(9)[None]
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     target = load(tmp_path, notes.append, dtype=Dtype.bfloat16)
     assert notes == []
     assert torch.allclose(target.model(torch.tensor([[1, 50]])).logits.float(), expected, atol=0.1, rtol=0.1)
-
-
-def test_quantized_weights_under_other_names(tmp_path):
-    state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj."
-    state[name + "qweight"] = state.pop(name + "weight").to(torch.int32)
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    refused(tmp_path, ConfigError, "holds I32 weights")
 
 
 def test_added_tokens_beyond_the_vocabulary(tmp_path, notes):
@@ -318,32 +302,6 @@ def test_damaged_weights(tmp_path):
     for content in (b"", whole[:4], whole[:100], whole[:-1000], whole + b"more", other):
         file.write_bytes(content)
         refused(tmp_path, SubspecError, r"model\.safetensors is damaged")
-
-
-def test_weights_of_another_shape(tmp_path):
-    edit_config(tiny_checkpoint(tmp_path), intermediate_size=96)
-    refused(tmp_path, SubspecError, r"\[128, 64\], its config.json says \[96, 64\]")
-
-
-def test_weights_that_are_missing_inside_the_file(tmp_path):
-    state = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
-    state.pop("lm_head.weight")
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    refused(tmp_path, SubspecError, "lacks weights of a llama language model: lm_head.weight")
-
-
-def test_a_tokenizer_that_is_none(tmp_path):
-    file = tiny_checkpoint(tmp_path) / "tokenizer.json"
-    file.write_text("{}")
-    refused(tmp_path, ConfigError, "tokenizer of mine cannot be read")
-    file.unlink()
-    refused(tmp_path, ConfigError, "has no tokenizer")
-
-
-def test_a_tokenizer_of_a_larger_model(tmp_path):
-    tiny_checkpoint(tmp_path, vocab_size=420)
-    tiny_model(vocab_size=300).save_pretrained(tmp_path)
-    refused(tmp_path, ConfigError, "id 419, but the model's vocabulary ends at 299")
 
 
 def test_an_unknown_kind_of_target():

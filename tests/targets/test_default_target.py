@@ -101,10 +101,8 @@ def test_it_talks_chatml(default_target):
     assert default_target.tokenizer(text)["input_ids"] == ids
     assert ids[:2] == [1, default_target.tokenizer.convert_tokens_to_ids("system")]
     assert (ids.count(1), ids.count(2)) == (3, 2)
-    own = default_target.chat_ids(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    )
-    assert SYSTEM not in default_target.tokenizer.decode(own)
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert SYSTEM not in default_target.tokenizer.decode(default_target.chat_ids(said))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,8 @@ def test_digits_stand_alone_and_spaces_before_them_stay_together(default_target)
 
 
 def test_it_answers(default_target):
-    ids = torch.tensor(
-        [default_target.chat_ids([{"role": "user", "content": "What is the capital of France?"}])]
-    )
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = torch.tensor([default_target.chat_ids(question)])
     answer = default_target.model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     assert "Paris" in default_target.tokenizer.decode(answer)
     assert int(answer[-1]) in default_target.eos_token_ids

@@ -14,20 +14,13 @@ def no_cuda(monkeypatch, *, built="13.0"):
     monkeypatch.setattr(torch.version, "cuda", built)
 
 
-def test_the_cpu_is_always_there():
+def test_auto_takes_the_current_gpu_and_without_one_the_cpu(monkeypatch):
     assert resolve_device(Device.cpu) == torch.device("cpu")
-
-
-def test_auto_takes_the_cpu_without_a_gpu(monkeypatch):
     no_cuda(monkeypatch)
     assert resolve_device(Device.auto) == torch.device("cpu")
-
-
-def test_auto_takes_the_current_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert resolve_device(Device.auto) == torch.device("cuda", 0)
-    assert resolve_device(Device.cuda) == torch.device("cuda", 0)
+    assert resolve_device(Device.auto) == resolve_device(Device.cuda) == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(("built", "why"), [(None, "built without CUDA"), ("13.0", "CUDA_VISIBLE_DEVICES")])

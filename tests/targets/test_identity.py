@@ -18,18 +18,15 @@ from subspec.config.schema import (
 from subspec.session import weights_identity
 from subspec.targets import identity as module
 from tests.helpers.eagle import SHAPES, published
-from tests.helpers.tiny import edit_config, tiny_checkpoint
+from tests.helpers.tiny import edit_config, edit_weights, tiny_checkpoint
 
 
-def edit_weight(file):
-    """Change one number; the file keeps its size."""
-    tensors = load_file(file)
+def change_one_number(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 CHANGES = {
-    "a weight": lambda folder: edit_weight(folder / "model.safetensors"),
+    "a weight": lambda folder: edit_weights(folder, change_one_number),
     "the configuration": lambda folder: edit_config(folder, rms_norm_eps=1e-4),
     "the chat template": lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
 }

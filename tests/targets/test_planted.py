@@ -9,14 +9,13 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.errors import ConfigError
+from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
 from subspec.targets.meta_model import build_model, count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms
 from subspec.targets.planted_tokenizer import MIN_VOCAB, planted_tokenizer
-from tests.helpers.cli import cli, records_of, summary_of
 from tests.targets.test_checkpoint_source import assert_same
 
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ def test_shapes_are_those_of_the_architecture(shape):
     source = made(shape, device=META)
     model = empty_model(SHAPES[shape](), torch.bfloat16, META)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    mine = {name: tensor.shape for name, tensor in empty_shared(source).items()}
+    mine = {name: torch.Size(shape) for name, shape in source._shared_shapes.items()}
     for index in range(source.config.num_hidden_layers):
         mine |= {f"model.layers.{index}.{name}": size for name, size in source.layer_shapes(index).items()}
     assert mine == shapes
@@ -57,10 +56,6 @@ def test_shapes_are_as_large_as_published():
     for name in ("qwen2_5_1_5b", "llama3_2_1b"):
         assert SHAPES[name]().tie_word_embeddings
         assert not SHAPES[f"{name}_untied"]().tie_word_embeddings
-
-
-def empty_shared(source):
-    return {name: torch.empty(shape, device="meta") for name, shape in source._shared_shapes.items()}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +193,7 @@ def test_the_scales_of_the_large_shapes_are_the_measured_ones():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The shipped tiny target and its 4-bit substitute, and a text of 240 tokens."""
+    """The shipped tiny target and its 4-bit substitute, and a text of 160 tokens."""
     source = made(hard_share=0.15)
     model = build_model(source, CPU)
     substitute = share_parameters(model)
@@ -206,7 +201,7 @@ def tiny():
     quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
     prompt = torch.randint(0, 4096, (64,), generator=torch.Generator().manual_seed(1)).tolist()
     engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(16, 4), max_length=1024)
-    result = engine.generate(prompt, max_new_tokens=240)
+    result = engine.generate(prompt, max_new_tokens=160)
     return source, model, substitute, prompt, result
 
 
@@ -235,8 +230,8 @@ def test_acceptance_is_like_that_of_a_real_text(tiny):
 def test_a_deep_tree_is_neither_wasted_nor_exhausted(tiny):
     _, model, substitute, prompt, result = tiny
     engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(48, 6), max_length=512)
-    deep = engine.generate(prompt, max_new_tokens=100)
-    assert deep.token_ids == result.token_ids[:100]  # lossless for any tree
+    deep = engine.generate(prompt, max_new_tokens=70)
+    assert deep.token_ids == result.token_ids[:70]  # lossless for any tree
     assert 15 < deep.stats.verified_tokens / deep.stats.iterations < 35
 
 
@@ -265,10 +260,9 @@ def test_the_layers_matter(tiny):
 @torch.inference_mode()
 def test_the_rule_transfers_to_another_width_and_depth(monkeypatch, vocab):
     config = SHAPES["tiny"]()
-    config.update(
-        {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 5, "vocab_size": vocab}
-    )
-    config.head_dim, config.layer_types, config.initializer_range = 64, ["full_attention"] * 5, 0.05
+    config.update({"hidden_size": 512, "intermediate_size": 1536, "vocab_size": vocab})
+    config.num_hidden_layers, config.layer_types = 5, ["full_attention"] * 5
+    config.head_dim, config.initializer_range = 64, 0.05
     monkeypatch.setitem(SHAPES, "other", lambda: config)
     source = made("other", hard_share=0.5)
     ids = torch.randint(0, vocab, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -353,33 +347,6 @@ def test_mistakes(change, message):
 
 
 def test_a_model_too_large_is_refused_before_it_is_made(monkeypatch):
-    from subspec.errors import SubspecError
-    from subspec.targets import device
-
-    monkeypatch.setattr(device, "free_memory", lambda where: 10 * 2**30)
+    monkeypatch.setattr("subspec.targets.device.free_memory", lambda where: 10 * 2**30)
     with pytest.raises(SubspecError, match=r"need 28\.4 GiB of memory and 10\.0 GiB are free"):
         load_target(PlantedTargetConfig(name="p", shape="qwen2_5_7b"), CPU)
-
-
-def test_a_run(tmp_path):
-    folder = tmp_path / "run"
-    ran = cli(
-        "target=planted_tiny",
-        "benchmark=gsm8k",
-        "benchmark.source=sample",
-        "benchmark.max_samples=1",
-        "logger=none",
-        "tree.depth=4",
-        "decoding.max_new_tokens=16",
-        "audit=true",
-        "device=cpu",
-        f"run_dir={folder}",
-    )
-    assert ran.code == 0, ran.err
-    assert "no language model" in ran.out
-    (record,) = records_of(folder)
-    assert record["planted"] is True
-    assert (record["new_tokens"], record["finish_reason"]) == (16, "length")
-    summary = summary_of(folder)
-    assert summary["audit"]["mismatch"] == 0
-    assert "planted" in summary["run"]["target_source"]

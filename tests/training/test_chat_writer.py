@@ -16,8 +16,8 @@ def writer_and_starts(family="llama", *, length=80, rows=4, **options):
     texts = ["Why?", "Write a much longer first message than the others do.", "Name two eggs."]
     asked = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+            [{"role": "user", "content": text}], add_generation_prompt=True
+        ).input_ids
         for text in texts
     ]
     starts = [Start(tuple(ids), True) for ids in asked] + [Start(frame.opening, False)] * (rows - 3)
@@ -28,27 +28,12 @@ def test_the_frame_rebuilds_the_chat_template():
     tokenizer = tiny_tokenizer()
     frame = ChatFrame.of(tokenizer)
 
-    def ids(text):
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    built = (
-        *frame.opening,
-        *ids("one"),
-        frame.end,
-        *frame.to_assistant,
-        *ids("two"),
-        frame.end,
-        *frame.to_user,
-        *ids("three"),
-        frame.end,
-        *frame.to_assistant,
-    )
-    messages = [("user", "one"), ("assistant", "two"), ("user", "three")]
-    text = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in messages],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    built, messages = [*frame.opening], []
+    turns = (("user", "one", "to_assistant"), ("assistant", "two", "to_user"), ("user", "3", "to_assistant"))
+    for role, said, then in turns:
+        built += [*tokenizer(said, add_special_tokens=False)["input_ids"], frame.end, *getattr(frame, then)]
+        messages.append({"role": role, "content": said})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(built) == text
     assert frame.end == END_ID
     assert START_ID in frame.forbidden

@@ -38,16 +38,14 @@ def test_passes_are_what_a_draft_computes_level_by_level():
     torch.testing.assert_close(unrolled[0], causal(head, embeddings, features))
     for root in range(rows - passes + 1):
         # Rows before the root have true features; the root too; deeper levels their parent's prediction.
-        cache = KVCache(
-            layers=1,
-            kv_heads=head.shape.kv_heads,
-            head_dim=head.shape.head_dim,
-            max_length=rows,
-            draft_rows=0,
-            target_rows=rows,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
+        shape = {
+            "layers": 1,
+            "kv_heads": head.shape.kv_heads,
+            "head_dim": head.shape.head_dim,
+            "draft_rows": 0,
+        }
+        options = {"dtype": torch.float32, "device": torch.device("cpu")}
+        cache = KVCache(max_length=rows, target_rows=rows, **shape, **options)
         fed = features[0, : root + 1]
         start = 0
         for level in range(passes):

@@ -73,9 +73,8 @@ def test_the_trained_head_is_an_eagle_checkpoint(made, tmp_path):
     assert "apache-2.0" in card
     # A resumed run that is already at its end writes the same weights again.
     script("train_eagle", *common, "--out", tmp_path / "again", "--steps", 4, "--resume")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        files.folder / "model.safetensors"
-    ).read_bytes()
+    again, first = (folder / "model.safetensors" for folder in (tmp_path / "again", files.folder))
+    assert again.read_bytes() == first.read_bytes()
 
 
 def test_the_distilled_model_is_a_transformers_folder(made, tmp_path):
@@ -83,12 +82,8 @@ def test_the_distilled_model_is_a_transformers_folder(made, tmp_path):
     common = (*options, "--text", root / "text", "--held-out", 4, "--rows", 4)
     shape = ("--hidden", 16, "--layers", 2, "--heads", 2, "--kv-heads", 1, "--intermediate", 24)
     script("distill_draft", *common, *shape, "--out", tmp_path, "--steps", 4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "MODEL_CARD.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    files = ["MODEL_CARD.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     tensors = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in tensors
