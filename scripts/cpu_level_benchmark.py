@@ -61,7 +61,7 @@ def draft_of(target: Target, kernel: str, width: int) -> SubstituteDraft:
 
 def drafts_of(target: Target, kernels: list[str]) -> dict[str, SubstituteDraft]:
     """Substitutes with one kernel for all Linears; that of the head has 8 bits, if 4 are not to be."""
-    model, quantizer = target.model, hqq_quantizer()
+    model, quantizer = target.model, hqq_quantizer(format_class=CpuFormat)
     facts = {"target": target.identity, "dtype": str(target.dtype), **quantizer.facts}
     store = SubstituteStore(facts, cache=Cache.auto, folder=None, expected_bytes=1 << 27, note=print)
     known: list[dict[str, QuantizedWeight]] = []

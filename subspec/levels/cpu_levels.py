@@ -5,7 +5,6 @@ With a few rows a level's time goes to reading weights and to starting operation
 each, rotary tables and the mask are made once per level, and no module is called.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch

@@ -148,7 +148,7 @@ def hqq_quantization(
         if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
             raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
         formats[role] = format_
-    quantizer = hqq_quantizer(quant.bits, quant.group_size, bits)
+    quantizer = hqq_quantizer(quant.bits, quant.group_size, bits, format_class)
     return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
 
 

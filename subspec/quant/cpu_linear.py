@@ -14,7 +14,7 @@ one after the other, because an activation over strided halves takes twice the t
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -132,7 +132,9 @@ PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class CpuFormat(HqqFormat):
-    """HQQ's integers for a CPU."""
+    """HQQ's integers for a CPU, the same as those of modules."""
+
+    round_zero: ClassVar[bool] = True
 
     @property
     def kernels(self) -> tuple[str, ...]:

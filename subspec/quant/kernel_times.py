@@ -28,6 +28,9 @@ CPU_WEIGHTS = 4
 CPU_CACHE = 1 << 23
 """float32 numbers that fill a CPU's caches."""
 
+CPU_SMALL = 1 << 16
+"""Numbers in a weight for which it matters whether it is in a cache."""
+
 CPU_ROUNDS = 7
 """Measurements of which the fastest counts; processes disturb each other on a CPU."""
 
@@ -109,7 +112,7 @@ class CpuBench:
         count = CPU_WEIGHTS if n * k < CPU_CACHE else 1
         swiglu, x = role == "gate_up", torch.randn(rows, k)
         linears = [format_.random_linear(variant, n, k, self.device, swiglu=swiglu) for _ in range(count)]
-        best, other = float("inf"), torch.ones(CPU_CACHE)
+        best, other = float("inf"), torch.ones(CPU_CACHE if n * k >= CPU_SMALL else 1)
         for _ in range(CPU_ROUNDS):
             other.add_(1)  # a level reads all layers before it comes back to one
             started = time.perf_counter()

@@ -21,7 +21,7 @@ PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
 def level_draft(model, kernel):
     builder = SubstituteBuilder(
         model.config,
-        hqq_quantizer(),
+        hqq_quantizer(format_class=CpuFormat),
         formats=dict.fromkeys(ROLES, CpuFormat()),
         kernel=dict.fromkeys(ROLES, Variant(kernel)),
         keep_exact=frozenset({"o_proj"}),
@@ -37,7 +37,7 @@ def module_draft(model):
     for layer in substitute.model.layers:
         for name, module in list(layer.named_modules()):
             if name.endswith("_proj") and not name.endswith("o_proj"):
-                weight = hqq_quantizer().quantize(module.weight.data).dequantize()
+                weight = hqq_quantizer(format_class=CpuFormat).quantize(module.weight.data).dequantize()
                 module.weight = torch.nn.Parameter(weight, requires_grad=False)
     return SubstituteDraft(substitute)
 

@@ -91,3 +91,16 @@ def test_the_fastest_kernel_is_measured_once_and_a_missing_one_is_named(tmp_path
     assert without.unavailable == {"int4_cpu": "no such operator"}
     assert "int4_cpu: no such operator" in without.summary()
     assert "int4_cpu" not in without.picked["out"].others
+
+
+def test_values_are_those_of_modules():
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    linear = torch.nn.Linear(128, 32, bias=False)
+    module = HQQLinear(
+        linear, BaseQuantizeConfig(4, 64, axis=1), del_orig=False, compute_dtype=torch.float32, device="cpu"
+    )
+    # Scales and zeros of a level are rounded to float16.
+    torch.testing.assert_close(
+        CpuFormat().quantize(linear.weight.data).dequantize(), module.dequantize(), rtol=0, atol=1e-3
+    )
