@@ -14,7 +14,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.decoding.batch import TokenBatch
 from subspec.decoding.hidden import Hidden
-from subspec.decoding.kv_cache import KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, check_biases
@@ -54,21 +53,28 @@ class CpuLevels(TargetModel):
     def forward(self, batch: TokenBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
         """Run the tokens of ``batch``; hidden states of single layers are not available."""
         levels, view = self.levels, batch.view
-        group = levels.q_heads // levels.kv_heads
+        rows, group = batch.tokens.numel(), levels.q_heads // levels.kv_heads
         mask = self.additive_mask(batch.visible())[0, 0].repeat(group, 1)
         rotary = self._rotary(batch.positions)
         residual = functional.embedding(batch.tokens, levels.embedding).float()
+        # Views of all layers at once: a slice costs as much as a small operation.
+        written = view.rows[:, :, :, view.write[0] : view.write[1]].unflatten(-1, (2, -1)).unbind()
+        read = view.rows[:, :, None, :, view.read[0] : view.read[1]]
+        keys, values = (part.unbind() for part in read.unbind(1))
         for place, layer in enumerate(levels.layers):
             index = place if layer.cache_layer is None else layer.cache_layer
-            x = self._norm(residual, layer.input_norm)
-            attended = self._attention(layer.qkv(x)[0], layer, view.rows[index], view, rotary, mask)
-            residual += layer.out(attended)[0]
+            query, new = self._turned(layer.qkv(self._norm(residual, layer.input_norm))[0], layer, rotary)
+            written[index].copy_(new)
+            query = query.to(keys[index].dtype)
+            out = functional.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+            attended = out.view(levels.kv_heads, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
+            residual += layer.out(attended.float())[0]
             residual += layer.down(layer.gate_up(self._norm(residual, layer.post_norm)))[0]
         return Hidden(self._norm(residual, levels.final_norm), {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         assert self.levels.draft_head is not None
-        return self.levels.draft_head(hidden)[0]
+        return self.levels.draft_head(hidden)[0].float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Half the operations of torch's own rms_norm.
@@ -84,17 +90,12 @@ class CpuLevels(TargetModel):
         kept = turned.new_ones(len(positions), levels.kv_heads, angles.shape[-1])
         return torch.cat([turned.expand(-1, heads, -1), kept], dim=1)
 
-    def _attention(
-        self,
-        qkv: Tensor,
-        layer: LevelLayer,
-        cached: Tensor,
-        view: KVView,
-        rotary: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
-        """[rows, heads * dim]; the heads that share keys are more rows of one matrix product."""
-        levels, rows = self.levels, qkv.shape[0]
+    def _turned(self, qkv: Tensor, layer: LevelLayer, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [1, kv heads, group * rows, dim], and keys and values [2, kv heads, rows, 2, dim / 2].
+
+        Heads that share keys are more rows of one matrix product.
+        """
+        levels, rows, qkv = self.levels, qkv.shape[0], qkv.float()
         heads, kv_heads, dim = levels.q_heads, levels.kv_heads, levels.head_dim
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias
@@ -103,11 +104,8 @@ class CpuLevels(TargetModel):
             q, k, v = x.split([heads, kv_heads, kv_heads], dim=1)
             x = torch.cat([self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v], dim=1)
         # A head's halves are real and imaginary parts.
-        turned = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]).mul_(rotary)
+        turned = torch.complex(*x.chunk(2, dim=-1)).mul_(rotary)
         x = torch.view_as_real(turned).transpose(-1, -2)  # [rows, heads, 2, dim / 2]
-        new = x[:, heads:].unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3, 4)
-        cached[:, :, view.write[0] : view.write[1]].unflatten(-1, (2, -1)).copy_(new)
-        query = x[:, :heads].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, dim)
-        keys, values = cached[:, None, :, view.read[0] : view.read[1]]
-        out = functional.scaled_dot_product_attention(query.to(keys.dtype), keys, values, attn_mask=mask)
-        return out.view(kv_heads, -1, rows, dim).permute(2, 0, 1, 3).reshape(rows, -1).float()
+        query, new = x[:, :heads], x[:, heads:]
+        query = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, dim)
+        return query, new.unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3, 4)

@@ -1,8 +1,8 @@
 """Linears of a draft level on a CPU: torch's own kernels behind :class:`~subspec.quant.level_linear.LevelLinear`.
 
 Which kernel is the fastest depends on the instructions of the CPU and on the rows of a level, so
-:func:`~subspec.quant.choose_kernels.choose_kernels` measures them. All take and return float32; rows of gate and up lie
-one after the other, because an activation over strided halves takes twice the time.
+:func:`~subspec.quant.choose_kernels.choose_kernels` measures them. Rows of gate and up lie one after the other, because
+an activation over strided halves takes twice the time.
 
 - ``int4_cpu``: torch's weight-only kernel, HQQ's 4-bit integers times bfloat16 inputs (with float32 inputs the same
   operator is hundreds of times slower);
@@ -38,7 +38,7 @@ TINY = 1e-30
 
 
 class CpuLinear(LevelLinear):
-    """A call maps float32 [rows, in] to float32 [1, rows, outputs], or to the activation [rows, outputs / 2].
+    """A call maps floating [rows, in] to floating [1, rows, outputs], or to the activation [rows, outputs / 2].
 
     Args:
         swiglu: the outputs are gate, then up.
@@ -49,10 +49,10 @@ class CpuLinear(LevelLinear):
 
     @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
-        """float32 [rows, in] -> floating [rows, outputs]."""
+        """[rows, in] -> [rows, outputs], in the kernel's dtype."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.multiply(x).float()
+        y = self.multiply(x)
         if not self.swiglu:
             return y.unsqueeze(0)
         gate, up = y.chunk(2, dim=-1)
@@ -113,7 +113,7 @@ class Int8CpuLinear(CpuLinear):
         super().__init__(n, weight.numel() + 4 * n, swiglu)
 
     def multiply(self, x: Tensor) -> Tensor:
-        n = x.shape[0]
+        n, x = x.shape[0], x.float()
         # The operator has one scale for all of its inputs: rows of one size.
         step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=TINY).div_(HALF)
         # 7 bits cost tokens, twice 7 do not: the whole steps, and below them the rest of each, enlarged. As both fill
