@@ -135,7 +135,7 @@ def test_a_folder_of_another_quantized_model_is_refused(tmp_path):
     )
     for name, other in (
         ("seed", [*SMALL, "draft.quantize=true", "target.seed=1"]),
-        ("own", ["draft=subspec"]),
+        ("own", ["draft=subspec", "draft.unpack=always"]),
     ):
         ran = cli(*PLANTED, *other, kept, f"run_dir={tmp_path / name}")
         ran.refused(2, line)

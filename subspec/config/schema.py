@@ -88,7 +88,8 @@ class NoDraftConfig(DraftConfig):
 class SubstituteDraftConfig(DraftConfig):
     """The quantized substitute of the target (SubSpec, arXiv 2509.18344).
 
-    ``unpack`` applies to single modules (``offload=none``). ``kernel`` and ``overlap_launches`` apply to the captured
+    ``unpack`` applies to single modules (``offload=none``); ``auto`` replaces them by fused levels on a CPU where
+    ``quant=hqq`` with ``axis=1`` allows it. ``kernel`` and ``overlap_launches`` apply to the captured
     levels of ``offload=stream``.
     """
 

@@ -9,13 +9,14 @@ it is made of the layers while they pass through the device, and its levels are 
 import copy
 import time
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
 from subspec.config.enums import Codec, Kernel
-from subspec.config.schema import Cache, Config, NoQuantConfig, SubstituteDraftConfig, Unpack
+from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.kv_cache import KVCache
@@ -26,11 +27,16 @@ from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.quantization import LevelQuantization, level_quantization
+from subspec.levels.cpu_levels import CpuLevels, why_modules
+from subspec.levels.dense import layer_views
+from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization, level_quantization
 from subspec.memory.allocator import Allocation
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
-from subspec.quant.choose_kernels import choose_kernels
+from subspec.quant.choose_kernels import KernelChoice, choose_kernels
+from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
+from subspec.quant.kernel_times import CpuBench
+from subspec.quant.level_linear import LevelLinear
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
@@ -86,20 +92,23 @@ def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class SubstituteDraft(LevelDraft):
-    """Drafts with a graph of modules on the target's cache.
+    """Drafts with a model of its own on the target's cache.
 
     Args:
-        substitute: a graph made by :func:`share_parameters` whose decoder Linears were quantized.
+        substitute: a graph made by :func:`share_parameters` whose decoder Linears were quantized, or
+            :class:`~subspec.levels.cpu_levels.CpuLevels`.
         temperature: of the draft distribution.
     """
 
     shares_cache = True
 
     def __init__(
-        self, substitute: PreTrainedModel, temperature: float = SubstituteDraftConfig.temperature
+        self,
+        substitute: PreTrainedModel | TargetModel,
+        temperature: float = SubstituteDraftConfig.temperature,
     ) -> None:
         super().__init__(temperature)
-        self.model = TargetModel(substitute)
+        self.model = substitute if isinstance(substitute, TargetModel) else TargetModel(substitute)
         self._rows: DraftRows | None = None
         self._whole_levels = True
 
@@ -195,24 +204,36 @@ class SubstituteSpec(DraftSpec):
             if not coded or draft.kernel is not Kernel.auto:
                 raise
             raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
-        skip_layers = frozenset(getattr(config.quant, "skip_layers", ()))
+        coded_bytes = context.plan.layer_bytes if coded else None
+        self._open_builder(kernels, coded_bytes, torch.bfloat16)
+
+    def _open_builder(self, kernels: KernelChoice, coded_bytes: int | None, dtype: torch.dtype) -> None:
+        """Open the caches and the builder of levels.
+
+        Args:
+            coded_bytes: exact bytes of a layer that is to be coded; None: no layer is.
+            dtype: of everything that is not quantized.
+        """
+        context, quantization = self.context, self._quantization
+        quant = context.config.quant
+        skip_layers = frozenset(getattr(quant, "skip_layers", ()))
         self._layers = context.model.num_hidden_layers - len(skip_layers)
         self._facts = {
             "target": context.identity,
             "dtype": str(context.dtype),
             **quantization.quantizer.facts,
         }
-        self._cache = getattr(config.quant, "cache", Cache.off)
+        self._cache = getattr(quant, "cache", Cache.off)
         store = SubstituteStore(
             self._facts,
             cache=self._cache,
-            folder=getattr(config.quant, "folder", None),
+            folder=getattr(quant, "folder", None),
             expected_bytes=quantization.stored_bytes(self._layers),
             note=context.note,
         )
         self._quantizer = CachedQuantizer(quantization.quantizer, store)
-        if coded:
-            self.coded = self._open_coded(context.plan.layer_bytes)
+        if coded_bytes is not None:
+            self.coded = self._open_coded(coded_bytes)
         self.builder = SubstituteBuilder(
             context.model,
             self._quantizer,
@@ -220,8 +241,9 @@ class SubstituteSpec(DraftSpec):
             kernel=kernels.variants,
             keep_exact=quantization.keep_exact,
             skip_layers=skip_layers,
+            dtype=dtype,
         )
-        self._report = QuantReport(config.quant.name, f"fused level, {kernels.summary()}")
+        self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
         self._report.details["formats"] = {role: str(kept) for role, kept in quantization.formats.items()}
 
@@ -251,9 +273,13 @@ class SubstituteSpec(DraftSpec):
     def build(self, target: TargetModel) -> BuiltDraft:
         draft = self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        if self.builder is None:
-            return self._build_modules(target, draft)
+        if self.context.plan is None:
+            why = self._why_modules(target, draft)
+            if why is not None:
+                return self._build_modules(target, draft, why)
+            head = self._take_layers(target)
         report, builder = self._report, self.builder
+        assert builder is not None
         report.modules, report.weights, report.stored_bytes = (
             builder.modules,
             builder.weights,
@@ -262,11 +288,60 @@ class SubstituteSpec(DraftSpec):
         report.bits = builder.bits
         report.details["cache"] = self._quantizer.store.report()
         report.seconds = time.perf_counter() - self._started
+        if self.context.plan is None:
+            levels = CpuLevels(target.model, level_model(target.model, builder.layers, head))
+            kernels = report.details["kernels"]["roles"]
+            facts = {"levels": "fused, CPU", "kernel": {role: own["kernel"] for role, own in kernels.items()}}
+            return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
         model = level_model(target.model, builder.layers, builder.head)
         overlap = None if draft.overlap_launches else False
         return BuiltDraft(CapturedDraft(model, draft.temperature, overlap=overlap), report)
 
-    def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig) -> BuiltDraft:
+    def _why_modules(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
+        """Why the substitute of a whole target runs as modules; None: as fused levels of a CPU."""
+        quant = self.context.config.quant
+        if target.device.type != "cpu":
+            return f"the target is whole on {target.device.type}"
+        if draft.unpack is not Unpack.auto:
+            return f"draft.unpack={draft.unpack.value}"
+        if self.context.quantizer is not None or not isinstance(quant, HqqConfig) or quant.axis != 1:
+            return "fused levels on a CPU take quant=hqq with quant.axis=1"
+        if (why := why_modules(self.context.model)) is not None:
+            return why
+        try:
+            self._quantization = hqq_quantization(
+                quant,
+                parameter_shapes(self.context.model)[0],
+                (target.vocab_size, self.context.model.hidden_size),
+                AUTO,
+                CpuFormat,
+            )
+        except ConfigError:  # modules take it, or refuse it with their own reason
+            return "its Linears that would be fused are quantized differently"
+        return None
+
+    def _take_layers(self, target: TargetModel) -> LevelLinear:
+        """Quantize the layers of a target on a CPU; returns the draft's LM head."""
+        self._started = time.perf_counter()
+        quantization, context, exact = self._quantization, self.context, target.head.weight.data
+        head = CpuHeadFormat()
+        kernels = choose_kernels(
+            {"head": (exact.shape[0], exact.shape[1]), **quantization.shapes},
+            context.policy.width,
+            target.device,
+            formats={"head": head, **quantization.formats},
+            bench=CpuBench(),
+            note=context.note,
+        )
+        self._open_builder(kernels, None, torch.float32)
+        builder = self.builder
+        assert builder is not None
+        for index, layer in enumerate(target.base.layers):
+            builder.take(index, layer_views(layer))
+        own = builder.build_head(exact)
+        return own or head.linear(kernels.variants["head"], exact.float(), swiglu=False)
+
+    def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:
         context, on_cpu = self.context, target.device.type == "cpu"
         substitute = share_parameters(target.model)
         report = quantize_draft(
@@ -280,4 +355,5 @@ class SubstituteSpec(DraftSpec):
             unpack=draft.unpack is Unpack.always or (draft.unpack is Unpack.auto and on_cpu),
             note=context.note,
         )
-        return BuiltDraft(SubstituteDraft(substitute, draft.temperature), report)
+        facts = {"levels": "modules", "kernel": report.backend, "reason": why}
+        return BuiltDraft(SubstituteDraft(substitute, draft.temperature), report, facts)

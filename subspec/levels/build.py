@@ -56,6 +56,7 @@ class SubstituteBuilder:
             one kernel for all, with its default settings.
         keep_exact: names of Linears (``q_proj``...) that are not quantized.
         skip_layers: layers whose Linears all stay exact (``quant.skip_layers``).
+        dtype: of everything that is not quantized.
 
     Attributes:
         layers: the layers taken so far.
@@ -72,8 +73,9 @@ class SubstituteBuilder:
         keep_exact: frozenset[str],
         formats: Mapping[str, WeightFormat] | None = None,
         skip_layers: frozenset[int] = frozenset(),
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.skip_layers = skip_layers
         self.layers: list[LevelLayer] = []
         self.head: LevelLinear | None = None
@@ -123,7 +125,7 @@ class SubstituteBuilder:
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
         def small(name: str) -> Tensor | None:
-            return tensors[name].to(device, torch.bfloat16) if name in tensors else None
+            return tensors[name].to(device, self.dtype) if name in tensors else None
 
         input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
         assert input_norm is not None
@@ -132,7 +134,7 @@ class SubstituteBuilder:
         self.quantizer.end_layer()
         layer = LevelLayer(
             **linears,
-            qkv_bias=torch.cat([b.to(device, torch.bfloat16) for b in bias if b is not None])
+            qkv_bias=torch.cat([b.to(device, self.dtype) for b in bias if b is not None])
             if bias[0] is not None
             else None,
             input_norm=input_norm,
@@ -157,7 +159,7 @@ class SubstituteBuilder:
             return self._quantized(role, [known[f"{name}.weight"] for name in names])
         weights = [tensors[f"{name}.weight"] for name in names]
         if exact or is_kept(role, self.keep_exact):
-            rows = stack_rows([weight.to(torch.bfloat16) for weight in weights], swiglu=swiglu)
+            rows = stack_rows([weight.to(self.dtype) for weight in weights], swiglu=swiglu)
             return Dense(rows, swiglu=swiglu)
         remembered = [None if index is None else f"{index}.{n}" for n in names]
         codes = self._codes(weights, remembered)

@@ -109,9 +109,13 @@ def level_quantization(
 
 
 def hqq_quantization(
-    quant: HqqConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], kernel: str
+    quant: HqqConfig,
+    layer: Mapping[str, torch.Size],
+    head: tuple[int, int],
+    kernel: str,
+    format_class: type[HqqFormat] = HqqFormat,
 ) -> LevelQuantization:
-    """HQQ: bits by role, groups along the inputs."""
+    """HQQ: bits by role, groups along the inputs; ``format_class`` has the kernels."""
     check_hqq(quant.bits, quant.group_size, quant.axis)
     if quant.axis != 1:
         raise ConfigError(
@@ -134,7 +138,7 @@ def hqq_quantization(
                 f"bits ({said}): give them the same"
             )
         number = next(iter(own.values()))
-        format_ = HqqFormat(number, quant.group_size)
+        format_ = format_class(number, quant.group_size)
         problems = {name: format_.unfit(name, n, k) for name in format_.kernels}
         if kernel == AUTO and all(problems.values()):
             raise ConfigError(
@@ -144,7 +148,7 @@ def hqq_quantization(
         if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
             raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
         formats[role] = format_
-    quantizer = hqq_quantizer(quant.bits, quant.group_size, bits)
+    quantizer = hqq_quantizer(quant.bits, quant.group_size, bits, format_class)
     return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
 
 

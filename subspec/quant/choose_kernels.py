@@ -25,7 +25,7 @@ from subspec.kernels.launch import OVERLAPPING
 from subspec.kernels.timing import TimesFile
 from subspec.quant import gemlite
 from subspec.quant.gemlite import GemLite
-from subspec.quant.kernel_times import CudaBench
+from subspec.quant.kernel_times import CpuBench, CudaBench
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note, print_note
@@ -139,7 +139,7 @@ def choose_kernels(
     allowed: Collection[str] | None = None,
     overlap: bool | None = None,
     note: Note = print_note,
-    bench: CudaBench | None = None,
+    bench: CudaBench | CpuBench | None = None,
     folder: Path | None = None,
 ) -> KernelChoice:
     """Choose by measurement, before anything else is on the device: it takes a few hundred MB, and frees them.
@@ -183,7 +183,7 @@ def choose_kernels(
     }
     if missing:
         slow = ", and gemlite tunes itself for about 10 s per shape" if GemLite.kind in taking_part else ""
-        note(f"measuring kernels on this card for {rows} rows, once: a few seconds{slow}")
+        note(f"measuring kernels here for {rows} rows, once: a few seconds{slow}")
     picked = {}
     for role, variants in wanted.items():
         calls = {

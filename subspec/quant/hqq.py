@@ -6,7 +6,7 @@
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,17 @@ class HqqFormat(IntegerFormat):
 
     Scales and zeros are rounded to float16, as they are stored on a device and on disk: a weight that is read back from
     a cache is bit for bit the one that was quantized.
+
+    Attributes:
+        round_zero: whether the optimiser of 4 bits starts at a whole zero, as that of ``HQQLinear`` does.
     """
+
+    round_zero: ClassVar[bool] = False
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {
+        own = {"round_zero": True} if self.round_zero else {}
+        return own | {
             "quantizer": "hqq",
             "version": importlib.metadata.version("hqq"),
             "bits": self.bits,
@@ -64,6 +70,7 @@ class HqqFormat(IntegerFormat):
             group_size=self.group,
             axis=1,
             bitpack=False,
+            round_zero=self.round_zero and self.bits == 4,
             device=str(weight.device),
         )
         scale, zero = (meta[name].half().float().view(n, -1) for name in ("scale", "zero"))
@@ -76,7 +83,10 @@ def _rows(k: int) -> int:
 
 
 def hqq_quantizer(
-    bits: int = 4, group_size: int = 64, bits_by: Mapping[str, int] | None = None
+    bits: int = 4,
+    group_size: int = 64,
+    bits_by: Mapping[str, int] | None = None,
+    format_class: type[HqqFormat] = HqqFormat,
 ) -> FormatQuantizer:
     """HQQ for a draft level.
 
@@ -84,8 +94,8 @@ def hqq_quantizer(
         bits: 8, 4, 3 or 2.
         bits_by: bits of Linears (``q_proj``...) that have others.
     """
-    by_linear = {name: HqqFormat(own, group_size) for name, own in (bits_by or {}).items()}
-    return FormatQuantizer(HqqFormat(bits, group_size), by_linear)
+    by_linear = {name: format_class(own, group_size) for name, own in (bits_by or {}).items()}
+    return FormatQuantizer(format_class(bits, group_size), by_linear)
 
 
 def check_group_size(

@@ -1,6 +1,7 @@
-"""Times of a format's kernels as a draft level runs them: in a CUDA graph, with weights that are in no cache."""
+"""Times of a kernel as a draft level runs it: weights in no cache, on a GPU in a CUDA graph."""
 
 import copy
+import time
 from pathlib import Path
 
 import torch
@@ -13,12 +14,25 @@ from subspec.quant.gemlite import GemLite, load_tuning, save_tuning
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note
+from subspec.utils.cpu import cpu_name
 
 CACHES = 3
 """Copies of a weight take this many times the L2 cache, so that none is still cached when its turn comes again."""
 
 MOST_COPIES = 64
 """Copies of one weight; only weights of some tens of kilobytes would need more."""
+
+CPU_WEIGHTS = 4
+"""Weights that are timed together on a CPU."""
+
+CPU_CACHE = 1 << 23
+"""float32 numbers that fill a CPU's caches."""
+
+CPU_SMALL = 1 << 16
+"""Numbers in a weight for which it matters whether it is in a cache."""
+
+CPU_ROUNDS = 7
+"""Measurements of which the fastest counts; processes disturb each other on a CPU."""
 
 Won = dict[str, tuple[WeightFormat, tuple[int, int]]]
 """Format and shape by role."""
@@ -77,6 +91,41 @@ class CudaBench:
 
     def _tuning(self, folder: Path) -> Path:
         return folder / f"gemlite-{slug(self.name)}-{gemlite.version()}.json"
+
+
+class CpuBench:
+    """The CPU of this process, as :class:`CudaBench`. Its threads are part of the name: they decide what is fastest."""
+
+    launches = ""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.name = f"{cpu_name()} {torch.get_num_threads()} threads"
+
+    def unavailable(self, kernel: str, format_: WeightFormat) -> str | None:
+        """As :meth:`CudaBench.unavailable`."""
+        return format_.unavailable(kernel, self.device)
+
+    @torch.inference_mode()
+    def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
+        """Seconds of one call, over weights that take turns; the least of :data:`CPU_ROUNDS`."""
+        count = CPU_WEIGHTS if n * k < CPU_CACHE else 1
+        swiglu, x = role == "gate_up", torch.randn(rows, k)
+        linears = [format_.random_linear(variant, n, k, self.device, swiglu=swiglu) for _ in range(count)]
+        best, other = float("inf"), torch.ones(CPU_CACHE if n * k >= CPU_SMALL else 1)
+        for _ in range(CPU_ROUNDS):
+            other.add_(1)  # a level reads all layers before it comes back to one
+            started = time.perf_counter()
+            for linear in linears:
+                linear(x)
+            best = min(best, (time.perf_counter() - started) / count)
+        return best
+
+    def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
+        """Nothing to prepare."""
+
+    def finish(self, won: Won, rows: int, measured: bool, folder: Path, note: Note) -> None:
+        """Nothing to clean up."""
 
 
 def rotation(linear: LevelLinear, device: torch.device) -> list[LevelLinear]:

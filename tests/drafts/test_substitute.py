@@ -2,12 +2,29 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from subspec.api import build_engine
+from subspec.config.enums import Cache, Unpack
+from subspec.config.schema import (
+    BitsByModule,
+    Config,
+    DecodingConfig,
+    HiggsConfig,
+    HqqConfig,
+    OffloadConfig,
+    SubstituteDraftConfig,
+)
+from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
+from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.levels.cpu_levels import CpuLevels
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
+from subspec.session import assemble
+from subspec.targets import Target
 from tests.helpers.drafts import hf_greedy, substitute_of
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -106,3 +123,61 @@ def test_bits_by_module_and_a_quantized_head_change_no_token(unpack, tie):
     with torch.inference_mode():
         x = torch.randn(2, model.config.hidden_size)
         assert not torch.equal(draft.model.logits(x), TargetModel(model).logits(x))
+
+
+POLICIES = {
+    "beam": lambda: Beam(4, 3),
+    "chain": lambda: Beam(5, 1),
+    "eagle2": lambda: Eagle2(3, 3, 8),
+    "adaptive": lambda: Adaptive(6, 3, level_cost=0.1, check_every=2, min_depth=1),
+}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_p=0.95)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fused_levels_on_a_cpu_change_no_token(policy, sampling):
+    model = tiny_model("qwen2", hidden_size=64, intermediate_size=128, tie=True)
+    engine = build_engine(model, tree_policy=POLICIES[policy](), sampling=sampling, max_length=96)
+    plain = build_engine(model, draft="none", sampling=sampling, max_length=96)
+    assert isinstance(engine.draft.model, CpuLevels)
+    result = engine.generate(PROMPT, max_new_tokens=32, seed=3)
+    assert result.token_ids == plain.generate(PROMPT, max_new_tokens=32, seed=3).token_ids
+    assert result.stats.iterations < 31
+
+
+@pytest.mark.parametrize(
+    ("draft", "quant", "reason"),
+    [
+        ({}, HqqConfig(name="hqq"), None),
+        ({}, HqqConfig(name="hqq", bits=3, group_size=32, modules=["mlp", "lm_head"], skip_layers=[1]), None),
+        ({"unpack": Unpack.always}, HqqConfig(name="hqq"), "draft.unpack=always"),
+        ({}, HqqConfig(name="hqq", axis=0, group_size=32), "quant.axis=1"),
+        ({}, HqqConfig(name="hqq", bits_by=BitsByModule(k_proj=8)), "differently"),
+        ({}, HiggsConfig(name="higgs", group_size=64, hadamard_size=64), "quant=hqq"),
+    ],
+)
+def test_the_record_names_the_kernels_or_why_modules_run(draft, quant, reason):
+    model = tiny_model("llama", hidden_size=128, intermediate_size=128)
+    quant.cache = Cache.off
+    config = Config(
+        draft=SubstituteDraftConfig(name="subspec", **draft),
+        quant=quant,
+        decoding=DecodingConfig(name="greedy", max_length=64),
+        offload=OffloadConfig(name="none"),
+    )
+    target = Target("tiny", model, None, (), torch.float32, torch.device("cpu"), "", "")
+    built = assemble(config, target, policy=Beam(2, 2), note=lambda text: None)
+    facts = built.facts()["draft"]
+    assert built.quant.modules > 0
+    if reason is None:
+        assert facts["levels"] == "fused, CPU"
+        quantized = (
+            {"gate_up", "down", "head"} if "lm_head" in quant.modules else {"qkv", "out", "gate_up", "down"}
+        )
+        assert facts["kernel"].keys() == quantized | {"head"}
+        assert "fused" in built.quant.backend
+    else:
+        assert facts["levels"] == "modules"
+        assert reason in facts["reason"]
+    tokens = built.engine.generate(PROMPT, max_new_tokens=12).token_ids
+    assert tokens == hf_greedy(model, PROMPT, 12)

@@ -1,0 +1,111 @@
+"""A substitute's forward pass on a CPU: the same :class:`~subspec.levels.model.LevelModel` as captured levels, run by
+plain torch operations in float32.
+
+With a few rows a level's time goes to reading weights and to starting operations, so q/k/v and gate/up are one Linear
+each, rotary tables and the mask are made once per level, and no module is called.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+
+from subspec.decoding.batch import TokenBatch
+from subspec.decoding.hidden import Hidden
+from subspec.decoding.target_model import TargetModel
+from subspec.errors import ConfigError
+from subspec.levels.build import ROLES, check_biases
+from subspec.levels.model import LevelLayer, LevelModel
+from subspec.levels.quantization import TILE_ROWS
+from subspec.targets.meta_model import parameter_shapes
+
+
+def why_modules(config: PretrainedConfig) -> str | None:
+    """Why a substitute of this model runs as modules, in a few words; None: it runs as :class:`CpuLevels`."""
+    layer = parameter_shapes(config)[0]
+    try:
+        check_biases(layer, "the target")
+    except ConfigError:
+        return "it has other biases than those of q/k/v"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
+    if (config.rope_parameters or {}).get("partial_rotary_factor", 1) != 1:
+        return "partial_rotary_factor"
+    outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
+    return f"{outputs} outputs of gate_proj are no multiple of {TILE_ROWS}" if outputs % TILE_ROWS else None
+
+
+class CpuLevels(TargetModel):
+    """Runs the layers of ``levels`` on the cache of the model that they were made of.
+
+    Args:
+        model: the exact model; its layers are not run.
+        levels: float32, with a draft head.
+    """
+
+    def __init__(self, model: PreTrainedModel, levels: LevelModel) -> None:
+        super().__init__(model)
+        self.levels = levels
+        self._least = torch.tensor(levels.eps).sqrt()
+
+    def forward(self, batch: TokenBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
+        """Run the tokens of ``batch``; hidden states of single layers are not available."""
+        levels, view = self.levels, batch.view
+        rows, group = batch.tokens.numel(), levels.q_heads // levels.kv_heads
+        mask = self.additive_mask(batch.visible())[0, 0].repeat(group, 1)
+        rotary = self._rotary(batch.positions)
+        residual = functional.embedding(batch.tokens, levels.embedding).float()
+        # Views of all layers at once: a slice costs as much as a small operation.
+        written = view.rows[:, :, :, view.write[0] : view.write[1]].unflatten(-1, (2, -1)).unbind()
+        read = view.rows[:, :, None, :, view.read[0] : view.read[1]]
+        keys, values = (part.unbind() for part in read.unbind(1))
+        for place, layer in enumerate(levels.layers):
+            index = place if layer.cache_layer is None else layer.cache_layer
+            query, new = self._turned(layer.qkv(self._norm(residual, layer.input_norm))[0], layer, rotary)
+            written[index].copy_(new)
+            query = query.to(keys[index].dtype)
+            out = functional.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+            attended = out.view(levels.kv_heads, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
+            residual += layer.out(attended.float())[0]
+            residual += layer.down(layer.gate_up(self._norm(residual, layer.post_norm)))[0]
+        return Hidden(self._norm(residual, levels.final_norm), {})
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        assert self.levels.draft_head is not None
+        return self.levels.draft_head(hidden)[0].float()
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Half the operations of torch's own rms_norm.
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(weight.numel() ** -0.5)
+        return (x * weight).div_(torch.hypot(size, self._least))
+
+    def _rotary(self, positions: Tensor) -> Tensor:
+        """Factors that turn queries and keys and leave values as they are: complex [rows, heads, dim / 2]."""
+        levels = self.levels
+        angles = positions[:, None, None].float() * levels.inverse_frequency
+        turned = torch.polar(torch.full_like(angles, levels.attention_scaling), angles)
+        heads = levels.q_heads + levels.kv_heads
+        kept = turned.new_ones(len(positions), levels.kv_heads, angles.shape[-1])
+        return torch.cat([turned.expand(-1, heads, -1), kept], dim=1)
+
+    def _turned(self, qkv: Tensor, layer: LevelLayer, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [1, kv heads, group * rows, dim], and keys and values [2, kv heads, rows, 2, dim / 2].
+
+        Heads that share keys are more rows of one matrix product.
+        """
+        levels, rows, qkv = self.levels, qkv.shape[0], qkv.float()
+        heads, kv_heads, dim = levels.q_heads, levels.kv_heads, levels.head_dim
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias
+        x = qkv.view(rows, heads + 2 * kv_heads, dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k, v = x.split([heads, kv_heads, kv_heads], dim=1)
+            x = torch.cat([self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v], dim=1)
+        # A head's halves are real and imaginary parts.
+        turned = torch.complex(*x.chunk(2, dim=-1)).mul_(rotary)
+        x = torch.view_as_real(turned).transpose(-1, -2)  # [rows, heads, 2, dim / 2]
+        query, new = x[:, :heads], x[:, heads:]
+        query = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, dim)
+        return query, new.unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3, 4)
