@@ -5,6 +5,8 @@ accelerate. The layers compute with transformers' own modules, or in batch-invar
 (:mod:`subspec.decoding.bitwise`). A draft that consists of modules runs through the same loop.
 """
 
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,12 @@ from subspec.decoding.batch import TokenBatch
 from subspec.decoding.bitwise import BitwiseArithmetic, BitwisePass
 from subspec.decoding.hidden import Hidden
 from subspec.decoding.kv_cache import KVCache
+
+
+@functools.cache
+def cache_argument(layer: type[nn.Module]) -> str:
+    """Name of the KV cache among a decoder layer's arguments, which transformers 5.24 changed."""
+    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
 class ModulePass:
@@ -34,13 +42,14 @@ class ModulePass:
             "attention_mask": mask,
             "position_ids": positions,
             "position_embeddings": rotary(self._hidden, positions),
-            "past_key_values": batch.view,
             "use_cache": True,
         }
+        self._view = batch.view
 
     def layer(self, layer: nn.Module) -> None:
         """Run a decoder layer; its keys and values go to the cache rows of its ``layer_idx``."""
-        self._hidden = layer(self._hidden, **self._arguments)
+        view = {cache_argument(type(layer)): self._view}
+        self._hidden = layer(self._hidden, **view, **self._arguments)
 
     def hidden(self) -> Tensor:
         """The residual stream [n, hidden] behind the last layer that was run."""

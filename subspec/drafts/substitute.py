@@ -289,6 +289,13 @@ class SubstituteSpec(DraftSpec):
         report.details["cache"] = self._quantizer.store.report()
         report.seconds = time.perf_counter() - self._started
         if self.context.plan is None:
+            # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
+            quantization = self._quantization
+            report.stored_bytes = quantization.stored_bytes(self._layers)
+            report.bits = {
+                role: round(8 * quantization.formats[role].stored_bytes(n, k) / (n * k), 4)
+                for role, (n, k) in quantization.shapes.items()
+            }
             levels = CpuLevels(target.model, level_model(target.model, builder.layers, head))
             kernels = report.details["kernels"]["roles"]
             facts = {"levels": "fused, CPU", "kernel": {role: own["kernel"] for role, own in kernels.items()}}

@@ -149,7 +149,7 @@ def test_the_summary_says_what_ran(run, checkpoint):
     facts = summary["run"]
     assert (facts["dtype"], facts["device"], facts["target_source"]) == ("float32", "cpu", str(checkpoint))
     assert facts["substitute"]["quantizer"] == "hqq"
-    assert facts["substitute"]["bits_per_weight"] == pytest.approx(5.0)
+    assert facts["substitute"]["bits_per_weight"] == pytest.approx(4.5)
     assert facts["warmup_generations_excluded"] == 2
     assert facts["benchmark_detail"] == "packaged sample prompts"
     assert summary["config"] == yaml.safe_load((folder / "config.yaml").read_text())

@@ -11,7 +11,7 @@ from subspec.quant.kernel_times import CpuBench
 from subspec.quant.level_linear import Variant
 from subspec.quant.quantized_weight import stack_rows
 
-ERRORS = {"int4_cpu": 0.02, "int8_cpu": 0.02, "bfloat16": 0.02, "float32": 1e-5}
+ERRORS = {"int4_cpu": 0.02, "int8_cpu": 0.03, "bfloat16": 0.02, "float32": 1e-5}
 CPU = torch.device("cpu")
 
 
