@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
 from subspec.benchmarks import TASKS
-from subspec.config.checks import RANGES, check_keys
+from subspec.config.checks import RANGES, check_keys, quantizes
 from subspec.config.effective import effective
 from subspec.config.help_text import (
     GROUPS,
@@ -211,6 +211,14 @@ def test_help_on_what_is_not_there(word, message):
 def test_groups_without_effect(first, second, same):
     found = [effective(to_plain(composed(*text.split()))) for text in (first, second)]
     assert (found[0] == found[1]) == same
+
+
+@pytest.mark.parametrize(
+    "draft", sorted(key.partition("/")[2] for key in SCHEMAS if key.startswith("draft/"))
+)
+def test_quant_has_an_effect_where_it_is_checked(draft):
+    config = composed(f"draft={draft}", *NEEDS.get(("draft", draft), []))
+    assert ("quant" in effective(to_plain(config))) == quantizes(to_config(config))
 
 
 def test_the_environment_names_the_project_of_wandb(monkeypatch):
