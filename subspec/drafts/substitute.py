@@ -36,7 +36,6 @@ from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingIn
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
 from subspec.quant.kernel_times import CpuBench
-from subspec.quant.level_linear import LevelLinear
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
@@ -274,38 +273,28 @@ class SubstituteSpec(DraftSpec):
         draft = self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if self.context.plan is None:
-            why = self._why_modules(target, draft)
-            if why is not None:
-                return self._build_modules(target, draft, why)
-            head = self._take_layers(target)
-        report, builder = self._report, self.builder
+            found = self._cpu_quantization(target, draft)
+            if isinstance(found, str):
+                return self._build_modules(target, draft, found)
+            return self._build_cpu_levels(target, draft, found)
+        builder = self.builder
         assert builder is not None
-        report.modules, report.weights, report.stored_bytes = (
-            builder.modules,
-            builder.weights,
-            builder.stored_bytes,
-        )
-        report.bits = builder.bits
-        report.details["cache"] = self._quantizer.store.report()
-        report.seconds = time.perf_counter() - self._started
-        if self.context.plan is None:
-            # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
-            quantization = self._quantization
-            report.stored_bytes = quantization.stored_bytes(self._layers)
-            report.bits = {
-                role: round(8 * quantization.formats[role].stored_bytes(n, k) / (n * k), 4)
-                for role, (n, k) in quantization.shapes.items()
-            }
-            levels = CpuLevels(target.model, level_model(target.model, builder.layers, head))
-            kernels = report.details["kernels"]["roles"]
-            facts = {"levels": "fused, CPU", "kernel": {role: own["kernel"] for role, own in kernels.items()}}
-            return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
         model = level_model(target.model, builder.layers, builder.head)
         overlap = None if draft.overlap_launches else False
-        return BuiltDraft(CapturedDraft(model, draft.temperature, overlap=overlap), report)
+        return BuiltDraft(
+            CapturedDraft(model, draft.temperature, overlap=overlap), self._finish_report(builder)
+        )
 
-    def _why_modules(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
-        """Why the substitute of a whole target runs as modules; None: as fused levels of a CPU."""
+    def _finish_report(self, builder: SubstituteBuilder) -> QuantReport:
+        report = self._report
+        report.modules, report.weights = builder.modules, builder.weights
+        report.stored_bytes, report.bits = builder.stored_bytes, builder.bits
+        report.details["cache"] = self._quantizer.store.report()
+        report.seconds = time.perf_counter() - self._started
+        return report
+
+    def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
+        """The quantization of fused levels on a CPU; or why the substitute runs as modules."""
         quant = self.context.config.quant
         if target.device.type != "cpu":
             return f"the target is whole on {target.device.type}"
@@ -316,7 +305,7 @@ class SubstituteSpec(DraftSpec):
         if (why := why_modules(self.context.model)) is not None:
             return why
         try:
-            self._quantization = hqq_quantization(
+            return hqq_quantization(
                 quant,
                 parameter_shapes(self.context.model)[0],
                 (target.vocab_size, self.context.model.hidden_size),
@@ -325,12 +314,13 @@ class SubstituteSpec(DraftSpec):
             )
         except ConfigError:  # modules take it, or refuse it with their own reason
             return "its Linears that would be fused are quantized differently"
-        return None
 
-    def _take_layers(self, target: TargetModel) -> LevelLinear:
-        """Quantize the layers of a target on a CPU; returns the draft's LM head."""
-        self._started = time.perf_counter()
-        quantization, context, exact = self._quantization, self.context, target.head.weight.data
+    def _build_cpu_levels(
+        self, target: TargetModel, draft: SubstituteDraftConfig, quantization: LevelQuantization
+    ) -> BuiltDraft:
+        """Quantize the layers of a target on a CPU, and run them as fused levels."""
+        self._started, self._quantization = time.perf_counter(), quantization
+        context, exact = self.context, target.head.weight.data
         head = CpuHeadFormat()
         kernels = choose_kernels(
             {"head": (exact.shape[0], exact.shape[1]), **quantization.shapes},
@@ -345,8 +335,20 @@ class SubstituteSpec(DraftSpec):
         assert builder is not None
         for index, layer in enumerate(target.base.layers):
             builder.take(index, layer_views(layer))
-        own = builder.build_head(exact)
-        return own or head.linear(kernels.variants["head"], exact.float(), swiglu=False)
+        own = builder.build_head(exact) or head.linear(kernels.variants["head"], exact.float(), swiglu=False)
+        report = self._finish_report(builder)
+        # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
+        report.stored_bytes = quantization.stored_bytes(self._layers)
+        report.bits = {
+            role: round(8 * quantization.formats[role].stored_bytes(n, k) / (n * k), 4)
+            for role, (n, k) in quantization.shapes.items()
+        }
+        levels = CpuLevels(target.model, level_model(target.model, builder.layers, own))
+        facts = {
+            "levels": "fused, CPU",
+            "kernel": {role: variant.kernel for role, variant in kernels.variants.items()},
+        }
+        return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
 
     def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:
         context, on_cpu = self.context, target.device.type == "cpu"
