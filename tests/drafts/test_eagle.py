@@ -12,8 +12,8 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
-from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy, verified
-from tests.helpers.eagle import SHAPES, causal, eagle_engine, random_head
+from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy
+from tests.helpers.eagle import SHAPES, causal, drafted_paths, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
@@ -175,25 +175,12 @@ def test_every_level_is_fed_its_own_parents_features(model, policy, shape):
     """Each node's logits against its branch from scratch, before and after tokens were accepted."""
     # A head that amplifies less: rounding errors grow with every feature that is made of the last one.
     engine, _ = taught(model, POLICIES[policy](), PROMPT, 30, shape, std=0.08)
-    draft, text = engine.draft, list(PROMPT)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        accepted_any = 0
-        for _ in range(3):
-            draft.seen.clear()
-            engine._draft(root, 10)
-            branches = sorted(draft.seen.items(), key=lambda item: len(item[0]))
-            assert len(branches[-1][0]) > 3
-            for path, logits in branches[:: max(1, len(branches) // 9)]:
-                expected = branch_logits(model, draft, text, list(path))
+        for text, paths in drafted_paths(engine, PROMPT):
+            for path, logits in paths[:: max(1, len(paths) // 9)]:
+                expected = branch_logits(model, engine.draft, text, list(path))
                 torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
-            hidden, acceptance = verified(engine)
-            accepted, _, _ = acceptance.read()
-            text += engine.tree.tokens[accepted].tolist()
-            engine._commit(acceptance, len(accepted), hidden)
-            root = acceptance.bonus
-            accepted_any += len(accepted) - 1
-    assert accepted_any > 1
+    assert len(text) > len(PROMPT) + 3 + 1  # more than the three roots and one accepted node
 
 
 def test_drafting_the_same_tree_twice_gives_the_same_tree(model):

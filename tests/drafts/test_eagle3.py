@@ -14,8 +14,8 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
 from tests.drafts.test_eagle import Teacher
-from tests.helpers.drafts import engine_for, hf_greedy, verified
-from tests.helpers.eagle import SHAPES3, eagle_engine, random_head
+from tests.helpers.drafts import engine_for, hf_greedy
+from tests.helpers.eagle import SHAPES3, drafted_paths, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
@@ -124,24 +124,12 @@ def behind_last_layer(model, text):
 @torch.no_grad()
 def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, shape, policy):
     engine, _ = taught(model, POLICIES[policy](), 30, shape, std=0.08)
-    draft, text, accepted_any = engine.draft, list(PROMPT), 0
-    weights = draft.head.state_dict()
-    root = engine._prefill(PROMPT)[0]
-    for _ in range(3):
-        draft.seen.clear()
-        engine._draft(root, 10)
-        branches = sorted(draft.seen.items(), key=lambda item: len(item[0]))
-        assert len(branches[-1][0]) > 3
-        for path, logits in branches[:: max(1, len(branches) // 3)]:
-            expected = plain_head(weights, draft.head.shape, model, text, list(path))
+    head = engine.draft.head
+    for text, paths in drafted_paths(engine, PROMPT):
+        for path, logits in paths[:: max(1, len(paths) // 3)]:
+            expected = plain_head(head.state_dict(), head.shape, model, text, list(path))
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=3e-4)
-        hidden, acceptance = verified(engine)
-        accepted, _, _ = acceptance.read()
-        text += engine.tree.tokens[accepted].tolist()
-        engine._commit(acceptance, len(accepted), hidden)
-        root = acceptance.bonus
-        accepted_any += len(accepted) - 1
-    assert accepted_any > 0
+    assert len(text) > len(PROMPT) + 3  # more than the three roots
 
 
 @pytest.mark.parametrize("policy", POLICIES)

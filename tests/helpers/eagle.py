@@ -1,6 +1,7 @@
 """EAGLE heads with random weights, as modules and as folders in the published format."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
+from tests.helpers.drafts import verified
 
 QWEN2_BIASES = frozenset(f"layers.0.self_attn.{name}_proj.bias" for name in "qkv")
 
@@ -213,3 +215,24 @@ def published3(
         own = layer | own
     (folder / "config.json").write_text(json.dumps(own | config))
     return folder
+
+
+def drafted_paths(
+    engine: Engine, prompt: Sequence[int], iterations: int = 3
+) -> Iterator[tuple[list[int], list[tuple[tuple[int, ...], Tensor]]]]:
+    """For every tree, the text before it and its paths with their logits, shortest first; the text grows between.
+
+    The draft's ``seen`` holds the logits of every path that it ran.
+    """
+    text, root, seen = list(prompt), engine._prefill(prompt)[0], engine.draft.seen
+    for _ in range(iterations):
+        seen.clear()
+        engine._draft(root, 10)
+        paths = sorted(seen.items(), key=lambda item: len(item[0]))
+        assert len(paths[-1][0]) > 3
+        yield text, paths
+        hidden, acceptance = verified(engine)
+        accepted, _, _ = acceptance.read()
+        text += engine.tree.tokens[accepted].tolist()
+        engine._commit(acceptance, len(accepted), hidden)
+        root = acceptance.bonus
