@@ -2,10 +2,10 @@
 
     python scripts/kernel_table.py --out experiments/cards/README.md
 
-CUDA sources go through nvcc in every setting that the package compiles them in. Triton kernels are compiled ahead of
-time in every form in which the planner's traces launch them, for the shapes of :data:`TARGETS`. Registers and spills
-are ptxas's. A kernel that takes more shared memory than a block of the card may have is marked; the script ends with 1
-if a kernel has no setting that fits.
+CUDA sources go through nvcc in every setting that runs with the default group sizes compile. Triton kernels are
+compiled ahead of time in every form in which the planner's traces launch them, for the shapes of :data:`TARGETS`.
+Registers and spills are ptxas's. A kernel that takes more shared memory than a block of the card may have is marked;
+the script ends with 1 if a kernel has no setting that fits.
 """
 
 import argparse
