@@ -78,6 +78,7 @@ class Assembly:
         facts: dict[str, Any] = {
             "kv_cache_bytes": engine.cache.nbytes,
             "bitwise": self.bitwise.facts(),
+            "captured_passes": self.target.captured,
             **self.target.facts(),
         }
         if self.plan is not None:

@@ -27,7 +27,7 @@ from subspec.drafts.small_checkpoint import (
     small_model_config,
 )
 from subspec.drafts.small_model_memory import SmallModelMemory
-from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.spec import BuiltDraft, DraftSpec, why_not_captured
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
 from subspec.levels.build import level_model
@@ -238,7 +238,9 @@ class SmallModelSpec(DraftSpec):
         context, source, config = self.context, self._source, self.context.config.draft
         assert isinstance(config, SmallModelDraftConfig)
         levels: LevelDraft
-        if context.plan is None:
+        if context.plan is None and (
+            config.quantize or why_not_captured(context, source.config, source.dtype)
+        ):
             kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
             model = levels.model
         else:

@@ -2,8 +2,8 @@
 
 It shares the target's embeddings, norms, rotary tables, LM head and KV cache. Its own rows live in the cache's
 draft region for one iteration only: the committed prefix it attends to always holds the target's exact keys and
-values, which keeps its acceptance high. Beside a whole target it is a second graph of modules; beside a streamed one
-it is made of the layers while they pass through the device, and its levels are captured.
+values, which keeps its acceptance high. Beside a streamed target it is made of the layers while they pass through the
+device. Its levels are captured on a GPU and fused on a CPU; where they cannot be, it is a second graph of modules.
 """
 
 import copy
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
-from subspec.config.enums import Codec, Kernel
+from subspec.config.enums import Codec, HiggsKernel, Kernel
 from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
@@ -23,7 +23,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.drafts.quantized import quantize_draft
-from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
+from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
@@ -175,36 +175,42 @@ class SubstituteSpec(DraftSpec):
         Raises:
             ConfigError: no kernel computes with the quantizer's settings.
         """
-        context = self.context
-        config, draft = context.config, context.config.draft
+        context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if context.plan is None:
             return
         self._started = time.perf_counter()
         coded = context.plan.codec is Codec.substitute
-        self._quantization = quantization = level_quantization(
-            config.quant,
-            parameter_shapes(context.model)[0],
-            (context.model.vocab_size, context.model.hidden_size),
-            kernel=draft.kernel.value,
-        )
+        self._quantization = self._captured_quantization()
         try:
-            kernels = choose_kernels(
-                quantization.shapes,
-                context.policy.width,
-                context.device,
-                formats=quantization.formats,
-                kernel=draft.kernel.value,
-                allowed=RESTORED_KERNELS if coded else None,
-                overlap=None if draft.overlap_launches else False,
-                note=context.note,
-            )
+            kernels = self._choose_kernels(draft, coded=coded)
         except ConfigError as error:
             if not coded or draft.kernel is not Kernel.auto:
                 raise
             raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
         coded_bytes = context.plan.layer_bytes if coded else None
         self._open_builder(kernels, coded_bytes, torch.bfloat16)
+
+    def _captured_quantization(self) -> LevelQuantization:
+        config, model = self.context.config, self.context.model
+        draft = config.draft
+        assert isinstance(draft, SubstituteDraftConfig)
+        head = (model.vocab_size, model.hidden_size)
+        layer = parameter_shapes(model)[0]
+        return level_quantization(config.quant, layer, head, kernel=draft.kernel.value)
+
+    def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
+        context, quantization = self.context, self._quantization
+        return choose_kernels(
+            quantization.shapes,
+            context.policy.width,
+            context.device,
+            formats=quantization.formats,
+            kernel=draft.kernel.value,
+            allowed=RESTORED_KERNELS if coded else None,
+            overlap=None if draft.overlap_launches else False,
+            note=context.note,
+        )
 
     def _open_builder(self, kernels: KernelChoice, coded_bytes: int | None, dtype: torch.dtype) -> None:
         """Open the caches and the builder of levels.
@@ -273,17 +279,42 @@ class SubstituteSpec(DraftSpec):
         draft = self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if self.context.plan is None:
-            found = self._cpu_quantization(target, draft)
+            on_cpu = target.device.type == "cpu"
+            found = self._cpu_quantization(target, draft) if on_cpu else self._take_whole(target, draft)
             if isinstance(found, str):
                 return self._build_modules(target, draft, found)
-            return self._build_cpu_levels(target, draft, found)
+            if found is not None:
+                return self._build_cpu_levels(target, draft, found)
         builder = self.builder
         assert builder is not None
         model = level_model(target.model, builder.layers, builder.head)
         overlap = None if draft.overlap_launches else False
-        return BuiltDraft(
-            CapturedDraft(model, draft.temperature, overlap=overlap), self._finish_report(builder)
-        )
+        captured = CapturedDraft(model, draft.temperature, overlap=overlap)
+        return BuiltDraft(captured, self._finish_report(builder), {"levels": "captured"})
+
+    def _take_whole(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
+        """Quantize the layers of a target on a GPU for captured levels; or why the substitute runs as modules."""
+        context, self._started = self.context, time.perf_counter()
+        if draft.unpack is not Unpack.auto:
+            return f"draft.unpack={draft.unpack.value}"
+        if context.quantizer is not None:
+            return "the quantizer is for modules"
+        kernel = getattr(context.config.quant, "kernel", HiggsKernel.auto)
+        if kernel is not HiggsKernel.auto:
+            return f"quant.kernel={kernel.value}"
+        if why := why_not_captured(context, context.model, target.dtype):
+            return why
+        try:
+            self._quantization = self._captured_quantization()
+            kernels = self._choose_kernels(draft)
+        except ConfigError as error:  # modules take it, or refuse it with their own reason
+            return str(error)
+        self._open_builder(kernels, None, torch.bfloat16)
+        assert self.builder is not None
+        for index, layer in enumerate(target.base.layers):
+            self.builder.take(index, layer_views(layer))
+        self.builder.head = self.builder.build_head(target.head.weight.data)
+        return None
 
     def _finish_report(self, builder: SubstituteBuilder) -> QuantReport:
         report = self._report
@@ -296,8 +327,6 @@ class SubstituteSpec(DraftSpec):
     def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
         """The quantization of fused levels on a CPU; or why the substitute runs as modules."""
         quant = self.context.config.quant
-        if target.device.type != "cpu":
-            return f"the target is whole on {target.device.type}"
         if draft.unpack is not Unpack.auto:
             return f"draft.unpack={draft.unpack.value}"
         if self.context.quantizer is not None or not isinstance(quant, HqqConfig) or quant.axis != 1:

@@ -21,7 +21,7 @@ from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.kernels import launch
 from subspec.kernels.modules import triton_kernels
 from subspec.levels.model import Attention, LevelLayer, LevelModel
-from subspec.utils.capture import capture_stream, capturing
+from subspec.utils.capture import captured
 from subspec.utils.rounding import next_power_of_two
 
 TOP_K_BLOCK = 4096
@@ -172,17 +172,8 @@ class CapturedDraft(LevelDraft):
         return logits
 
     def _capture(self, key: tuple[int, int, bool], tree: Tree, place: _Level, width: int | None) -> None:
-        stream = capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._level(tree, place, width)  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph, pool=self._pool):
-            logits = self._level(tree, place, width)
-        if self._pool is None:
-            self._pool = graph.pool()
-        self._graphs[key] = (graph, logits)
+        self._graphs[key] = captured(lambda: self._level(tree, place, width), self._pool)
+        self._pool = self._graphs[key][0].pool()
 
     def _level(self, tree: Tree, place: _Level, width: int | None) -> Tensor:
         """The level's kernels; with ``width`` the tree grows by as many nodes. Returns the logits."""

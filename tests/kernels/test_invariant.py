@@ -85,7 +85,8 @@ def attend_tree(query, keys, values, past, ancestors, depths, heads):
     out = torch.empty(rows, heads.query * heads.dim, dtype=query.dtype, device=device)
     is_tree = ancestors is not None
     paths = path_table(ancestors, depths, levels) if is_tree else depths.to(torch.int32)
-    attend(query, keys, values, past + depths, paths, is_tree=is_tree, past=past, length=length, heads=heads,
+    prefix = torch.tensor([past], device=device)
+    attend(query, keys, values, past + depths, prefix, paths, is_tree=is_tree, length=length, heads=heads,
            scale=heads.dim**-0.5, partial=partial, out=out)  # fmt: skip
     return out
 
