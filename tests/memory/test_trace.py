@@ -184,7 +184,11 @@ def test_levels_share_one_buffer_of_logits():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["qwen2_5_7b", "llama3_1_8b"])
 def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
-    """Within the allocator's rounding; a first run compiles and lets the libraries allocate their workspaces."""
+    """Within the allocator's rounding; a first run compiles and lets the libraries allocate their workspaces.
+
+    A large tensor may get a cached block that is up to 1 MiB longer (shorter rests are not split off), and up to six are
+    alive at once.
+    """
     config, device = SHAPES[shape](), torch.device("cuda")
 
     def on_gpu(run):
@@ -221,4 +225,4 @@ def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
     for name, step in steps.items():
         step(target)
         target._peaks.clear()
-        assert step(target) <= found[name] + 4 * MIB, name
+        assert step(target) <= found[name] + 6 * MIB, name
