@@ -90,10 +90,11 @@ class SubstituteDraftConfig(DraftConfig):
 
     ``unpack`` applies to single modules (``offload=none``); ``auto`` replaces them by fused levels on a CPU where
     ``quant=hqq`` with ``axis=1`` allows it. ``kernel`` and ``overlap_launches`` apply to the captured
-    levels of ``offload=stream``.
+    levels of ``offload=stream``. ``vocab``: the ids that its LM head knows, a number or a file (null: all).
     """
 
     temperature: float = 0.2
+    vocab: Any = None
     unpack: Unpack = Unpack.auto
     kernel: Kernel = Kernel.auto
     overlap_launches: bool = True

@@ -7,6 +7,8 @@ device. Its levels are captured on a GPU and fused on a CPU; where they cannot b
 """
 
 import copy
+import functools
+import hashlib
 import time
 
 import torch
@@ -19,69 +21,29 @@ from subspec.config.enums import Codec, HiggsKernel, Kernel
 from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
+from subspec.decoding.from_config import build_tree_policy
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
+from subspec.drafts.substitute_memory import SubstituteMemory
+from subspec.drafts.vocabulary import digest as draft_digest
+from subspec.drafts.vocabulary import draft_ids
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.cpu_levels import CpuLevels, why_modules
 from subspec.levels.dense import layer_views
 from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization, level_quantization
-from subspec.memory.allocator import Allocation
-from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
-from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
-
-
-class SubstituteMemory(DraftMemory):
-    """The quantized substitute: a copy of every layer, exact for those in ``quant.skip_layers``."""
-
-    required_by = "quant.skip_layers keeps"
-
-    def __init__(self, inputs: SizingInputs) -> None:
-        spec, quantization = inputs.spec, inputs.quantization
-        assert quantization is not None
-        self.required_resident = tuple(sorted(set(getattr(inputs.config.quant, "skip_layers", ()))))
-        skipped = len(self.required_resident)
-        self.allocations = substitute_allocations(quantization, spec.layers - skipped, skipped)
-        self.shared_rows = inputs.policy.draft_rows
-        own_head = "head" in quantization.shapes
-        linears = fused_linears(quantization.exact, exact=True) + fused_linears(
-            quantization.shapes, exact=False
-        )
-        self.level = captured_level_bytes(
-            LevelShape.of(spec, linears, own_head=own_head), inputs.policy.width, inputs.sampling
-        )
-        shared_head = 0 if own_head else spec.vocab * spec.hidden * inputs.itemsize
-        self.read = sum(allocation.bytes for allocation in self.allocations) + shared_head
-
-
-def substitute_allocations(
-    quantization: LevelQuantization, replaced: int, skipped: int, note: str = ""
-) -> tuple[Allocation, ...]:
-    """A substitute of ``replaced`` quantized layers and ``skipped`` exact ones.
-
-    The packed weights of a layer are one allocation, every exact fused Linear is one.
-    """
-    exact = [n * k * CAPTURED_ITEMSIZE for n, k in quantization.exact.values()]
-    layer = [n * k * CAPTURED_ITEMSIZE for role, (n, k) in quantization.shapes.items() if role != "head"]
-    kept = [(size, replaced) for size in exact] + [(size, skipped) for size in exact + layer]
-    return (
-        Allocation(
-            "substitute",
-            ((quantization.layer_bytes, replaced), (quantization.head_bytes, 1)),
-            note + quantization.summary(),
-        ),
-        Allocation("exact substitute", tuple(kept), "bfloat16: what stays exact"),
-    )
+from subspec.utils.console import Note
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -160,6 +122,7 @@ class SubstituteSpec(DraftSpec):
                 "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
                 "or draft=none for plain decoding"
             )
+        draft_digest(getattr(config.draft, "vocab", None))  # reads a file of ids
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
@@ -168,6 +131,13 @@ class SubstituteSpec(DraftSpec):
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         check_target_levels(config, model)
+        draft_ids(
+            getattr(config.draft, "vocab", None), model.vocab_size, build_tree_policy(config.tree).width
+        )
+
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str | None:
+        return draft_digest(getattr(config.draft, "vocab", None))
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.
@@ -195,9 +165,19 @@ class SubstituteSpec(DraftSpec):
         config, model = self.context.config, self.context.model
         draft = config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        head = (model.vocab_size, model.hidden_size)
+        head = (self._known(), model.hidden_size)
         layer = parameter_shapes(model)[0]
         return level_quantization(config.quant, layer, head, kernel=draft.kernel.value)
+
+    @functools.cached_property
+    def _ids(self) -> Tensor | None:
+        """The ids that the draft's LM head knows; None: all."""
+        context = self.context
+        ids = draft_ids(context.config.draft.vocab, context.model.vocab_size, context.policy.width)
+        return None if ids is None else torch.tensor(ids)
+
+    def _known(self) -> int:
+        return self.context.model.vocab_size if self._ids is None else len(self._ids)
 
     def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
         context, quantization = self.context, self._quantization
@@ -228,6 +208,8 @@ class SubstituteSpec(DraftSpec):
             "dtype": str(context.dtype),
             **quantization.quantizer.facts,
         }
+        if self._ids is not None and "head" in quantization.shapes:
+            self._facts["head_ids"] = hashlib.sha256(repr(self._ids.tolist()).encode()).hexdigest()
         self._cache = getattr(quant, "cache", Cache.off)
         store = SubstituteStore(
             self._facts,
@@ -247,6 +229,7 @@ class SubstituteSpec(DraftSpec):
             keep_exact=quantization.keep_exact,
             skip_layers=skip_layers,
             dtype=dtype,
+            ids=self._ids,
         )
         self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
@@ -287,7 +270,7 @@ class SubstituteSpec(DraftSpec):
                 return self._build_cpu_levels(target, draft, found)
         builder = self.builder
         assert builder is not None
-        model = level_model(target.model, builder.layers, builder.head)
+        model = level_model(target.model, builder.layers, builder.head, self._ids)
         overlap = None if draft.overlap_launches else False
         captured = CapturedDraft(model, draft.temperature, overlap=overlap)
         return BuiltDraft(captured, self._finish_report(builder), {"levels": "captured"})
@@ -337,7 +320,7 @@ class SubstituteSpec(DraftSpec):
             return hqq_quantization(
                 quant,
                 parameter_shapes(self.context.model)[0],
-                (target.vocab_size, self.context.model.hidden_size),
+                (self._known(), self.context.model.hidden_size),
                 AUTO,
                 CpuFormat,
             )
@@ -350,9 +333,10 @@ class SubstituteSpec(DraftSpec):
         """Quantize the layers of a target on a CPU, and run them as fused levels."""
         self._started, self._quantization = time.perf_counter(), quantization
         context, exact = self.context, target.head.weight.data
+        rows = exact if self._ids is None else exact.index_select(0, self._ids)
         head = CpuHeadFormat()
         kernels = choose_kernels(
-            {"head": (exact.shape[0], exact.shape[1]), **quantization.shapes},
+            {"head": (rows.shape[0], rows.shape[1]), **quantization.shapes},
             context.policy.width,
             target.device,
             formats={"head": head, **quantization.formats},
@@ -364,7 +348,7 @@ class SubstituteSpec(DraftSpec):
         assert builder is not None
         for index, layer in enumerate(target.base.layers):
             builder.take(index, layer_views(layer))
-        own = builder.build_head(exact) or head.linear(kernels.variants["head"], exact.float(), swiglu=False)
+        own = builder.build_head(exact) or head.linear(kernels.variants["head"], rows.float(), swiglu=False)
         report = self._finish_report(builder)
         # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
         report.stored_bytes = quantization.stored_bytes(self._layers)
@@ -372,7 +356,7 @@ class SubstituteSpec(DraftSpec):
             role: round(8 * quantization.formats[role].stored_bytes(n, k) / (n * k), 4)
             for role, (n, k) in quantization.shapes.items()
         }
-        levels = CpuLevels(target.model, level_model(target.model, builder.layers, own))
+        levels = CpuLevels(target.model, level_model(target.model, builder.layers, own, self._ids))
         facts = {
             "levels": "fused, CPU",
             "kernel": {role: variant.kernel for role, variant in kernels.variants.items()},
@@ -381,6 +365,8 @@ class SubstituteSpec(DraftSpec):
 
     def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:
         context, on_cpu = self.context, target.device.type == "cpu"
+        if self._ids is not None:
+            raise ConfigError(f"draft.vocab is for fused and captured levels ({why}): leave it at null")
         substitute = share_parameters(target.model)
         report = quantize_draft(
             substitute,

@@ -186,8 +186,8 @@ def test_levels_share_one_buffer_of_logits():
 def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
     """Within the allocator's rounding; a first run compiles and lets the libraries allocate their workspaces.
 
-    A large tensor may get a cached block that is up to 1 MiB longer (shorter rests are not split off), and up to six are
-    alive at once.
+    A large tensor may get a cached block that is up to 1 MiB longer (shorter rests are not split off), and up to six
+    are alive at once.
     """
     config, device = SHAPES[shape](), torch.device("cuda")
 
