@@ -61,7 +61,7 @@ for arguments in STREAMED:
     with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
         config = to_config(compose("config", arguments))
     source = open_source(config.target, torch.bfloat16, cpu)
-    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assembly = assemble_streamed(config, source, plan, cpu)
     if assembly.quant is None:
         drafted = assembly.engine.generate(prompt, max_new_tokens=12)
