@@ -336,10 +336,10 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     """Exact weights in pinned host memory, streamed layer by layer.
 
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
-    copies. ``embedding``: location of the embedding table.
-    ``link_gb_per_s``: bandwidth for planning (null: measured, or the card's). ``card``: plan for this card instead of
-    this machine's (with ``plan_only``). ``ram_gib``: limit of host memory (null: free memory). ``codec``: whether exact
-    weights are stored and streamed coded given their substitute.
+    copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
+    or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
+    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
+    substitute.
     """
 
     resident_layers: int | None = None

@@ -176,6 +176,14 @@ CHECKS = {
         "plan_only=true offload=stream offload.vram_gib=nan",
         r"offload\.vram_gib=nan must be positive",
     ),
+    "budget that is no number": (
+        "plan_only=true offload=stream offload.vram_gib=8GB",
+        r"offload\.vram_gib=8GB must be positive, or auto",
+    ),
+    "all of no device": (
+        "plan_only=true offload=stream offload.vram_gib=auto",
+        r"offload\.vram_gib=auto needs a CUDA device, or .*offload\.card=NAME",
+    ),
     "no ring": (
         "plan_only=true offload=stream offload.ring_slots=0",
         r"offload\.ring_slots=0 must be at least 1",

@@ -310,6 +310,10 @@ def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
         (["card=rtx_4090", "tau=3", "offload=none"], "offload=none: predictions are for offload=stream"),
         (["card=rtx_4090", "tau=3", "offload.vram_gib=3"], "offload.vram_gib=3 cannot hold this run"),
         (["card=rtx_4070", "tau=3", "offload.vram_gib=30"], "more than the 12 GiB free on RTX 4070"),
+        (
+            ["memory_gb_per_s=500", "offload.link_gb_per_s=20", "offload.vram_gib=auto", "tau=3"],
+            "offload.vram_gib=auto needs a CUDA device",
+        ),
         (["card=rtx_4090", "tau=3", "offload.card=L4"], "here the card is given as card=NAME"),
         (["card=rtx_4090", "tau=3", "targt=x"], r"targt: no such key or group \(did you mean target"),
         (["card=rtx_4090", "tau=3", "tree.depht=4"], r"tree.depht: no such key \(did you mean depth"),
