@@ -55,7 +55,7 @@ class Assembly:
         draft_facts, draft_summary: of ``BuiltDraft``.
         streamed: of a streamed target; owns its pinned memory.
         plan: that a streamed target was loaded by.
-        vram: the budget; None without offloading.
+        budget: of accelerate's target; a streamed one has its plan's (:attr:`vram`).
     """
 
     engine: Engine
@@ -65,7 +65,12 @@ class Assembly:
     draft_summary: str = ""
     streamed: LoadedStream | None = None
     plan: Plan | None = None
-    vram: Budget | None = None
+    budget: Budget | None = None
+
+    @property
+    def vram(self) -> Budget | None:
+        """The budget of device memory; None without offloading."""
+        return self.budget if self.plan is None else self.plan.vram
 
     @property
     def target(self) -> TargetModel:
@@ -165,10 +170,7 @@ def assemble_streamed(
             streamed = load_streamed(source, plan, device, builder=spec.builder, coded=spec.coded)
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
-    assembly = _assembly(
-        config, source, streamed.target, bitwise, built, policy, streamed=streamed, plan=plan
-    )
-    return replace(assembly, vram=plan.vram)
+    return _assembly(config, source, streamed.target, bitwise, built, policy, streamed=streamed, plan=plan)
 
 
 def assemble_accelerate(
@@ -194,7 +196,8 @@ def assemble_accelerate(
     bitwise = choose_bitwise(
         config.decoding.bitwise, source.config, source.dtype, device, note, accelerate=True
     )
-    assembly = replace(_assembly(config, source, target, bitwise, None, None), vram=vram)
+    assembly = _assembly(config, source, target, bitwise, None, None)
+    assembly.budget = vram
     return assembly, Target.of(source, target.model, device)
 
 

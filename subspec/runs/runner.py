@@ -204,7 +204,7 @@ class _Run:
     # ------------------------------------------------------------------------------------- preparation
 
     def _prepare(self, first: Sample) -> None:
-        config, console = with_first_budget(self.config, self.folder.path), self.console
+        config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
         with _about("target"):
             self.weights = weights_identity(config, console.note)
             if self.folder.resumed:

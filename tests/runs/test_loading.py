@@ -127,14 +127,19 @@ def test_a_run_that_holds_more_than_its_budget_warns(monkeypatch, counts, held, 
     assert len(warnings) == warned
 
 
-def test_a_resumed_run_keeps_the_budget_that_auto_came_to(tmp_path):
-    auto = settings("auto")
-    assert with_first_budget(auto, tmp_path) is auto
+def test_a_resumed_run_keeps_the_budget_that_auto_came_to(monkeypatch, tmp_path):
+    def vram(asked):
+        return with_first_budget(settings(asked), tmp_path, torch.device("cuda")).offload.vram_gib
+
+    fake_device(monkeypatch)
+    assert vram("auto") == "auto"
     (tmp_path / "facts.json").write_text('{"vram_gib": 6.9}')
-    assert with_first_budget(auto, tmp_path).offload.vram_gib == 6.9
-    assert with_first_budget(settings(8.0), tmp_path).offload.vram_gib == 8.0
-    whole = replace(auto, offload=OffloadConfig(name="none"))
-    assert with_first_budget(whole, tmp_path) is whole
+    assert (vram("auto"), vram(5.0)) == (6.9, 5.0)
+    whole = replace(settings(8.0), offload=OffloadConfig(name="none"))
+    assert with_first_budget(whole, tmp_path, torch.device("cpu")) is whole
+    fake_device(monkeypatch, others=1.0)
+    with pytest.raises(ConfigError, match=r"resume=true, but offload\.vram_gib=auto was 6\.9 GiB.*run_dir="):
+        vram("auto")
 
 
 @pytest.mark.parametrize("way", ["none", "stream", "accelerate"])
