@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -243,15 +244,14 @@ def test_a_process_of_its_own_takes_no_more_than_its_plan_loading_included(tmp_p
     assert planned <= budget
     assert 0 < summary["peak_vram_gib"] <= planned
     assert 0 < run["loading_peak_vram_gib"] <= planned
-    cuda = run["loading_cuda_vram_gib"]
-    assert 0.1 < cuda <= plan["cuda_bytes"] / 2**30, "what CUDA takes is planned"
-    held = summary["device_vram_gib"]
-    assert held == pytest.approx(cuda + run["reserved_vram_gib"], abs=0.3)
-    assert held - 0.1 < seen < held + 0.5, "as another process sees it, the probe of the link included"
+    assert run["reserved_vram_gib"] <= budget
     if counts == "device":
-        assert max(seen, held, run["loading_device_vram_gib"]) <= budget
-    else:
-        assert run["reserved_vram_gib"] <= budget
+        assert 0 < seen <= budget
+    if shutil.which("nvidia-smi"):  # without it, this process's memory is not told from the run's
+        cuda, held = run["loading_cuda_vram_gib"], summary["device_vram_gib"]
+        assert 0.1 < cuda <= plan["cuda_bytes"] / 2**30, "what CUDA takes is planned"
+        assert held == pytest.approx(cuda + run["reserved_vram_gib"], abs=0.3)
+        assert held - 0.1 < seen < held + 0.5, "as another process sees it, the probe of the link included"
 
 
 def test_an_infeasible_budget_is_refused_before_loading(tmp_path):
