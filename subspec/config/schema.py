@@ -27,6 +27,7 @@ from subspec.config.enums import (
     Profile,
     Source,
     Unpack,
+    VramCounts,
     WandbMode,
 )
 
@@ -320,17 +321,28 @@ class OffloadConfig:
 
 
 @dataclass
-class StreamOffloadConfig(OffloadConfig):
-    """Exact weights in pinned host memory, streamed layer by layer.
+class BudgetedOffloadConfig(OffloadConfig):
+    """Weights offloaded within a budget of device memory.
 
-    ``vram_gib`` bounds PyTorch's allocations on the device. ``resident_layers``: exact layers kept on the device (null:
-    as many as fit). ``ring_slots``: layer buffers of the copies. ``embedding``: location of the embedding table.
-    ``link_gb_per_s``: bandwidth for planning (null: measured, or the card's). ``card``: plan for this card instead of
-    this machine's (with ``plan_only``). ``ram_gib``: limit of host memory (null: free memory). ``codec``: whether exact
-    weights are stored and streamed coded given their substitute.
+    ``vram_gib``: GiB, or ``auto`` for what the card has free. ``vram_counts``: whether it bounds PyTorch's allocations
+    alone or what CUDA itself takes too.
     """
 
-    vram_gib: float = 8.0
+    vram_gib: Any = 8.0
+    vram_counts: VramCounts = VramCounts.allocator
+
+
+@dataclass
+class StreamOffloadConfig(BudgetedOffloadConfig):
+    """Exact weights in pinned host memory, streamed layer by layer.
+
+    ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
+    copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
+    or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
+    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
+    substitute.
+    """
+
     resident_layers: int | None = None
     ring_slots: int = 2
     embedding: Placement = Placement.auto
@@ -341,10 +353,8 @@ class StreamOffloadConfig(OffloadConfig):
 
 
 @dataclass
-class AccelerateOffloadConfig(OffloadConfig):
+class AccelerateOffloadConfig(BudgetedOffloadConfig):
     """Hugging Face accelerate's CPU offloading of the same target, as a baseline."""
-
-    vram_gib: float = 8.0
 
 
 # ------------------------------------------------------------------------------------------- benchmark
@@ -492,4 +502,8 @@ def to_config(cfg: DictConfig) -> Config:
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration as builtin types, for records and loggers."""
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    offload = plain.get("offload") or {}
+    if isinstance(offload.get("vram_gib"), int):  # 8 and 8.0 are one configuration
+        offload["vram_gib"] = float(offload["vram_gib"])
+    return plain

@@ -174,7 +174,7 @@ class MemoryLayout:
 
     def _check(self) -> None:
         offload, layers = self.offload, self.spec.layers
-        for key in ("vram_gib", "ring_slots", "link_gb_per_s", "ram_gib"):
+        for key in ("ring_slots", "link_gb_per_s", "ram_gib"):
             value = getattr(offload, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"offload.{key}={value} must be positive")

@@ -73,8 +73,17 @@ def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str
     if "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    vram = offload.get("vram_gib")
-    return f"{name} {_number(vram)} GiB" if vram is not None else str(name)
+    return f"{name} {budget_text(offload, facts)}".rstrip()
+
+
+def budget_text(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``8 GiB``, or ``8 GiB with CUDA`` if the budget bounds CUDA's own memory too; empty without a budget."""
+    vram = (facts or {}).get(
+        "vram_gib", offload.get("vram_gib")
+    )  # the facts hold the value that auto resolved to
+    if vram is None:
+        return ""
+    return f"{_number(vram)} GiB" + " with CUDA" * (offload.get("vram_counts") == "device")
 
 
 def _number(value: Any) -> str:

@@ -182,7 +182,7 @@ def streamed_settings(path, draft=Eagle2DraftConfig):
 
 
 def planned(config, source):
-    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
 
 
 @pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig])
