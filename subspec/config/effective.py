@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "layer_skip", "prompt_lookup")
+NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "block_head", "layer_skip", "prompt_lookup")
 """Drafts that ``quant`` does not apply to."""
 
 

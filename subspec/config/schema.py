@@ -121,6 +121,15 @@ class Eagle3DraftConfig(Eagle2DraftConfig):
 
 
 @dataclass
+class BlockHeadDraftConfig(Eagle2DraftConfig):
+    """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
+
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
+    ``planted`` (random weights in DFlash's shape, for planted targets). No head ships with the project.
+    """
+
+
+@dataclass
 class SmallModelDraftConfig(DraftConfig):
     """Any causal language model with the target's vocabulary and its own KV cache.
 
@@ -447,6 +456,7 @@ SCHEMAS: dict[str, type] = {
     "draft/subspec": SubstituteDraftConfig,
     "draft/eagle2": Eagle2DraftConfig,
     "draft/eagle3": Eagle3DraftConfig,
+    "draft/block_head": BlockHeadDraftConfig,
     "draft/small_model": SmallModelDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
     "draft/prompt_lookup": PromptLookupDraftConfig,

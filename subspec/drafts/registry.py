@@ -1,6 +1,7 @@
 """The kinds of draft."""
 
 from subspec.config.schema import (
+    BlockHeadDraftConfig,
     DraftConfig,
     Eagle2DraftConfig,
     Eagle3DraftConfig,
@@ -10,6 +11,7 @@ from subspec.config.schema import (
     SmallModelDraftConfig,
     SubstituteDraftConfig,
 )
+from subspec.drafts.block_draft import BlockSpec
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
 from subspec.drafts.prompt_lookup import PromptLookupSpec
@@ -22,6 +24,7 @@ SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
     SubstituteDraftConfig: SubstituteSpec,
     Eagle2DraftConfig: EagleSpec,
     Eagle3DraftConfig: EagleSpec,
+    BlockHeadDraftConfig: BlockSpec,
     SmallModelDraftConfig: SmallModelSpec,
     LayerSkipDraftConfig: LayerSkipSpec,
     PromptLookupDraftConfig: PromptLookupSpec,
