@@ -39,6 +39,7 @@ CONF = conf_dir()
 OPTIONS = [(group, name) for group in GROUPS for name, _ in options(CONF, group)]
 NEEDS = {
     ("draft", "eagle3"): ["draft.path=ORG/HEAD"],
+    ("draft", "block_head"): ["draft.path=ORG/HEAD"],
     ("target", "hub"): ["target.path=ORG/NAME"],
     ("quant", "none"): ["draft=none"],
     ("draft", "small_model"): ["draft.path=planted:tiny_draft"],

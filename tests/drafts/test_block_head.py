@@ -14,7 +14,7 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
 from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.block_head import MARKOV, BlockHead
-from subspec.drafts.eagle_checkpoint import load_head, locate_head
+from subspec.drafts.eagle_checkpoint import load_head, locate_head, sort_tensors
 from subspec.errors import ConfigError
 from tests.drafts.test_eagle import POLICIES, PROMPT, Teaching
 from tests.drafts.test_eagle3 import rms, rotated
@@ -182,7 +182,7 @@ def read(folder):
 @pytest.mark.parametrize(
     ("name", "method"), zip(BLOCKS, ("DFlash", "JetSpec", "DSpark", "DSpark"), strict=True)
 )
-def test_published_heads_are_told_apart_load_and_run(tmp_path, model, text, name, method):
+def test_published_heads_are_told_apart_load_and_run(tmp_path, capsys, model, text, name, method):
     folder = published_block(tmp_path, name)
     loaded = read(folder)
     assert loaded.head.shape == replace(BLOCKS[name], max_positions=40960)
@@ -196,7 +196,56 @@ def test_published_heads_are_told_apart_load_and_run(tmp_path, model, text, name
         model, draft="block_head", draft_path=folder, tree_policy=Eagle2(9, 3, 12), max_length=40
     )
     assert engine.draft.wants.layers == (1, 4, 6)
+    assert f"tree.depth=9: the {method} head drafts {BLOCKS[name].levels} levels" in capsys.readouterr().err
     assert engine.generate(PROMPT, max_new_tokens=12).token_ids == text[len(PROMPT) :][:12]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "own"),
+    [
+        (
+            (4096, 32, 8, 128, 12288, 151936, 36),
+            {"dflash_config": {"mask_token_id": 151669}, "block_size": 16},
+        ),
+        (
+            (4096, 32, 8, 128, 14336, 128256, 32),
+            {"dflash_config": {"mask_token_id": 128255}, "block_size": 10},
+        ),
+        (
+            (4096, 32, 8, 128, 12288, 151936, 36),
+            {"markov_rank": 256, "mask_token_id": 151669, "block_size": 7},
+        ),
+    ],
+    ids=["DFlash for Qwen3-8B", "DFlash for Llama-3.1-8B", "DSpark for Qwen3-8B"],
+)
+def test_heads_of_published_sizes_are_built(sizes, own):
+    hidden, heads, kv_heads, head_dim, intermediate, vocab, layers = sizes
+    linears = {
+        "q": (heads * head_dim, hidden),
+        "k": (kv_heads * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+    }
+    linears["v"] = linears["k"]
+    shapes = {"fc.weight": (hidden, 5 * hidden), "hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
+    for layer in (f"layers.{index}." for index in range(5)):
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": size for name, size in linears.items()}
+        shapes |= {f"{layer}self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+        shapes |= {f"{layer}mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")}
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, intermediate)
+        shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    if "markov_rank" in own:
+        shapes |= dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), (vocab, hidden))
+        shapes |= {f"markov_head.markov_w{number}.weight": (vocab, 256) for number in (1, 2)}
+        shapes |= {"confidence_head.proj.weight": (1, hidden + 256), "confidence_head.proj.bias": (1,)}
+    config = {
+        "num_attention_heads": heads, "num_hidden_layers": 5, "num_target_layers": layers, "vocab_size": vocab,
+        "target_layer_ids": [1, 9, 17, 25, layers - 3], "rope_theta": 1e6, **own,
+    }  # fmt: skip
+    tensors = {name: torch.empty(size, dtype=torch.bfloat16, device="meta") for name, size in shapes.items()}
+    kept, dropped = sort_tensors(tensors, "it", config, BlockHead)
+    assert (kept.keys(), dropped) == (tensors.keys(), [])
+    shape = BlockHead.from_tensors(kept, config).shape
+    assert shape.levels == (7 if shape.method == "DSpark" else own["block_size"] - 1)
 
 
 @pytest.mark.parametrize(
