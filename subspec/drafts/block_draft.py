@@ -8,19 +8,20 @@ one small product. No tree is deeper than the block.
 import torch
 from torch import Tensor
 
-from subspec.decoding.draft import Perturb, fit_vocabulary
+from subspec.decoding.draft import fit_vocabulary
 from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.block_head import BlockHead, BlockShape
+from subspec.drafts.block_levels import BlockLevels
 from subspec.drafts.eagle import EagleMemory, EagleSpec
 from subspec.drafts.feature_draft import SETTLE_ROWS, FeatureDraft
 from subspec.drafts.spec import BuiltDraft
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 
 
-class BlockDraft(FeatureDraft):
+class BlockDraft(BlockLevels, FeatureDraft):
     """Drafts with a block head; arguments as of :class:`~subspec.drafts.eagle.EagleDraft`."""
 
     def __init__(
@@ -34,36 +35,21 @@ class BlockDraft(FeatureDraft):
         shape, wants = head.shape, wants or head.shape.wants(target.model.config)
         sizes = {"layers": shape.decoder_layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
         super().__init__(target, temperature, wants, **sizes, draft_rows=shape.draft_rows(policy))
-        self.head = head
-        self._block: tuple[Tensor, Tensor] | None = None  # hidden states and logits of the tree's levels
+        self.head, self.levels = head, shape.levels
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         for piece in states.split(SETTLE_ROWS):
             self.head.write(self.head.fuse(piece), *self.append_rows(len(piece)))
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        if tree.levels == 0:
-            self._block = self._run(tree.tokens[:1])
-        assert self._block is not None
-        hidden, logits = (rows[tree.levels] for rows in self._block)
-        tokens = tree.tokens.index_select(0, frontier)
-        added, acceptance = self.head.branch(tokens), self.head.acceptance(hidden, tokens)
+        logits, tokens = super().expand(tree, frontier), tree.tokens.index_select(0, frontier)
+        added, acceptance = self.head.branch(tokens), self.head.acceptance(self._hidden[tree.levels], tokens)
         if acceptance is not None:
             expected = tree.scores.index_select(0, frontier).softmax(0) @ acceptance
             tree.confidence = expected if tree.confidence is None else tree.confidence * expected
-        if added is None:
-            return logits.expand(len(frontier), -1)
-        return logits + fit_vocabulary(added[:, : len(logits)], len(logits))
+        return logits if added is None else logits + added[:, : logits.shape[-1]]
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
-        if tree.levels == self.head.shape.levels:
-            return frontier[:0]
-        return super().extend(tree, frontier, policy, perturb)
-
-    def _run(self, root: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [levels, hidden] and logits [levels, vocabulary] behind the token ``root``, int64 [1]."""
+    def run_block(self, root: Tensor) -> Tensor:
         head, target, shape, past = self.head, self.target, self.head.shape, self.cache.length
         tokens = torch.full((shape.block,), shape.mask_id, device=target.device)
         tokens[:1] = root
@@ -73,9 +59,9 @@ class BlockDraft(FeatureDraft):
             visible[:, : shape.block].tril_()
         view = self.cache.draft_view(0, shape.block)
         hidden = head.run(head.embed(tokens, target), positions, target.additive_mask(visible), view)
-        hidden = hidden[-shape.levels :]
-        logits = head.logits(hidden, target)[:, : target.vocab_size]
-        return hidden, fit_vocabulary(logits, target.vocab_size)
+        self._hidden = hidden[-shape.levels :]
+        logits = head.logits(self._hidden, target)[:, : target.vocab_size]
+        return fit_vocabulary(logits, target.vocab_size)
 
 
 class BlockMemory(EagleMemory):
@@ -102,6 +88,6 @@ class BlockSpec(EagleSpec):
                 f"tree.depth={depth}: the {shape.method} head drafts {shape.levels} levels (block_size={shape.block}), "
                 "and no tree is deeper"
             )
-        built.facts |= {"method": shape.method, "levels": shape.levels}
+        built.facts |= {"method": shape.method, "block": shape.levels}
         built.summary = f"{shape.method} {built.summary}, {shape.levels} levels"
         return built

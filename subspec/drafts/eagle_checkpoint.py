@@ -196,14 +196,19 @@ def read_tensors(files: Located) -> dict[str, Tensor]:
     """
     names, tensors = weight_files(files.folder, HEAD), {}
     if names == [PICKLE]:
-        return _unpickled(files.folder / PICKLE)
+        return read_pickle(files.folder / PICKLE)
     for file in names:
         with open_weights(files.folder / file) as handle:
             tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
     return tensors
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, on the CPU.
+
+    Raises:
+        SubspecError: it is damaged, or holds more than tensors.
+    """
     check_pointer(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

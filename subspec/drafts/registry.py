@@ -7,6 +7,7 @@ from subspec.config.schema import (
     Eagle3DraftConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
+    PardDraftConfig,
     PromptLookupDraftConfig,
     SmallModelDraftConfig,
     SubstituteDraftConfig,
@@ -14,6 +15,7 @@ from subspec.config.schema import (
 from subspec.drafts.block_draft import BlockSpec
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
+from subspec.drafts.pard import PardSpec
 from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import DraftSpec
@@ -26,6 +28,7 @@ SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
     Eagle3DraftConfig: EagleSpec,
     BlockHeadDraftConfig: BlockSpec,
     SmallModelDraftConfig: SmallModelSpec,
+    PardDraftConfig: PardSpec,
     LayerSkipDraftConfig: LayerSkipSpec,
     PromptLookupDraftConfig: PromptLookupSpec,
 }

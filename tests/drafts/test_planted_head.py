@@ -173,7 +173,7 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
     assert facts.items() >= {"head": head, "planted": True, "dropped": []}.items()
     assert facts["kv_heads"] == [8, 2, 2][kind]
     assert facts.get("feature_layers") == [None, [1, 3, 4], [1, 2, 3, 4, 5]][kind]
-    assert (facts.get("method"), facts.get("levels")) == ((None, None), (None, None), ("DFlash", 15))[kind]
+    assert (facts.get("method"), facts.get("block")) == ((None, None), (None, None), ("DFlash", 15))[kind]
     assert f"head {head}, {[0.8, 1.4, 3.1][kind]} M parameters, float32" in ran.out
     assert PLANTED_DRAFT in ran.out
     assert summary["context"]["planted"] is True
