@@ -15,6 +15,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.pard import PardDraft
 from subspec.drafts.prompt_lookup import PromptLookupDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
@@ -38,6 +39,7 @@ def model():
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
     tiny_checkpoint(root / "small_model", "qwen2", layers=1)
+    edit_config(tiny_checkpoint(root / "pard", "llama", layers=1), pard_token=300)
     published(root / "eagle2", SHAPES["qwen2"])
     published3(root / "eagle3", "shared", target_layer_ids=[0, 1])
     ids = {"target_layer_ids": [0, 1, 2]}
@@ -53,6 +55,7 @@ DRAFTS = {
     "eagle2": EagleDraft,
     "eagle3": EagleDraft,
     "block_head": BlockDraft,
+    "pard": PardDraft,
     "layer_skip": SubstituteDraft,
     "prompt_lookup": PromptLookupDraft,
 }
@@ -93,7 +96,10 @@ def test_half_of_the_layers_draft(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "medusa"}, r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, block_head"),
+        (
+            {"draft": "medusa"},
+            r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, block_head, pard",
+        ),
         ({"draft": "subspec", "draft_path": "{root}/eagle2"}, r"draft=subspec has no weights of its own"),
         ({"draft": "none", "draft_path": "{root}/eagle2"}, r"draft=none has no weights of its own"),
         ({"draft": "eagle2", "draft_path": "{root}/nowhere"}, r"draft_path=.*nowhere: no such folder"),

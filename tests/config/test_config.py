@@ -43,6 +43,7 @@ NEEDS = {
     ("target", "hub"): ["target.path=ORG/NAME"],
     ("quant", "none"): ["draft=none"],
     ("draft", "small_model"): ["draft.path=planted:tiny_draft"],
+    ("draft", "pard"): ["draft.path=planted:tiny_draft"],
 }
 """What an option cannot do without."""
 FILES = ("experiment", "hparams_search")
