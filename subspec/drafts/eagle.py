@@ -169,7 +169,7 @@ class EagleMemory(DraftMemory):
 
         def begun(past: int) -> FeatureDraft:
             head = kind.from_tensors(weights, shape.config())
-            draft = type(self).draft(head, target, policy, wants=wants)
+            draft = self.draft(head, target, policy, wants=wants)
             draft.begin(target.new_cache(max_length=length + policy.draft_rows, draft_rows=0, target_rows=1))
             draft.observe(token_ids(1), states(1))
             draft.cache.length = past
@@ -267,7 +267,7 @@ class EagleSpec(DraftSpec):
 
     def build(self, target: TargetModel) -> BuiltDraft:
         loaded, context = self._loaded, self.context
-        draft = type(self).draft(loaded.head, target, context.policy, _settings(context.config).temperature)
+        draft = self.draft(loaded.head, target, context.policy, _settings(context.config).temperature)
         parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
         facts = {

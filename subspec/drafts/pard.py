@@ -54,6 +54,11 @@ class PardShape:
     wants: HiddenRequest = NO_HIDDEN
     scale: float = 0.0
 
+    @property
+    def states(self) -> int:
+        """Hidden states side by side."""
+        return len(self.wants.layers) + self.wants.final
+
 
 def pard_settings(config: Config) -> PardDraftConfig:
     """The draft's configuration.
@@ -92,13 +97,9 @@ def pard_shape(config: Config, target: PretrainedConfig) -> PardShape:
     behind = [index % (number + 1) - 1 for index in layers if -number <= index <= number and index != 0]
     final = number - 1 in behind[:1]
     behind = behind[final:]
+    known = layers and len(behind) + final == len(layers) and number - 1 not in behind
     width = getattr(small, "pard2_target_dim", len(layers) * target.hidden_size)
-    if (
-        not layers
-        or len(behind) + final != len(layers)
-        or number - 1 in behind
-        or width != len(layers) * target.hidden_size
-    ):
+    if not known or width != len(layers) * target.hidden_size:
         raise ConfigError(
             f"draft.path={path} projects {width} features of the hidden states {list(layers)} (pard2_target_layers), "
             f"which a target of {number} layers and hidden size {target.hidden_size} does not have: set draft.path to "
@@ -117,13 +118,14 @@ class FusedModel(TargetModel):
         states: [n, width], of the tokens of the next pass.
     """
 
-    states: Tensor
+    states: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, projection: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(model)
         self.projection, self.bias = projection, bias
 
     def embed(self, tokens: Tensor) -> Tensor:
+        assert self.states is not None
         return super().embed(tokens) + linear(self.states.to(self.dtype), self.projection, self.bias)
 
 
@@ -192,11 +194,12 @@ class PardDraft(BlockLevels):
 
     def _run(self, tokens: Tensor, states: Tensor | None, committed: int) -> Tensor:
         """Run ``tokens`` behind the prefix and commit the first of them; returns final hidden states."""
-        if isinstance(self.model, FusedModel):
-            assert states is not None
-            self.model.states = states
-        view = self.cache.target_view(len(tokens))
-        hidden = self.model.forward(TokenBatch.chain(tokens, self.cache.length, view)).final
+        view, model = self.cache.target_view(len(tokens)), self.model
+        if isinstance(model, FusedModel):
+            model.states = states
+        hidden = model.forward(TokenBatch.chain(tokens, self.cache.length, view)).final
+        if isinstance(model, FusedModel):
+            model.states = None  # a view would keep the whole chunk
         self.cache.extend(committed)
         return hidden
 
@@ -220,7 +223,7 @@ class PardMemory(OwnModelMemory):
         levels = min(pard_settings(inputs.config).block, inputs.policy.max_depth)
         super().__init__(inputs, 0, cache_rows(length, levels))
         model, self.states = self.trace.model, len(shape.wants.layers)
-        width = (self.states + shape.wants.final) * inputs.spec.hidden
+        width = shape.states * inputs.spec.hidden
         if width:
             hidden = model.model.config.hidden_size
             projection = torch.empty(hidden, width, dtype=model.dtype, device=META)
@@ -298,8 +301,8 @@ class PardSpec(SmallModelSpec):
         self._shape = pard_shape(self.context.config, self.context.model)
         super().prepare()
         model, self._pard = self._model, TargetModel(self._model)
-        if self._shape.wants != NO_HIDDEN:
-            hidden, width = model.config.hidden_size, model.config.pard2_target_dim
+        if width := self._shape.states * self.context.model.hidden_size:
+            hidden = model.config.hidden_size
             tensors = self._projection()
             weight, bias = tensors.pop("target_proj.weight", None), tensors.pop("target_proj.bias", None)
             if weight is None or weight.shape != (hidden, width) or tensors:
