@@ -14,6 +14,7 @@ from subspec.config.schema import (
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     Eagle3DraftConfig,
+    PardDraftConfig,
     PlantedTargetConfig,
     SmallModelDraftConfig,
 )
@@ -27,6 +28,7 @@ from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import KINDS
 from subspec.drafts.ngram_index import NgramIndex
+from subspec.drafts.pard import PardDraft, PardShape
 from subspec.drafts.prompt_lookup import TracedLookup
 from subspec.levels.build import role_shapes
 from subspec.memory import trace
@@ -53,6 +55,8 @@ HEADS = {
     "largest": (BlockHeadDraftConfig, "ORG/DSPARK", BlockDraft),
 }
 """Configuration, path and class of drafts with a head; ``largest``: with Markov and confidence head and own tables."""
+OWN_MODEL = {"small_model": SmallModelDraftConfig, "pard": PardDraftConfig}
+UNCAPTURED = ("none", "pard", *HEADS)
 
 
 def test_a_trace_counts_new_storages_once_and_forgets_freed_ones():
@@ -80,14 +84,14 @@ def test_what_only_cuda_allocates_is_added():
 
 
 def planned_for(shape, draft, tree, sampling, **decoding):
-    config = settings(8.0, "none" if draft in HEADS else draft, sampling=sampling, decoding=decoding)
+    config = settings(8.0, "none" if draft in UNCAPTURED else draft, sampling=sampling, decoding=decoding)
     config = replace(config, tree=TREES[tree], target=PlantedTargetConfig(name="planted", shape=shape))
     if draft in HEADS:
         kind, path, _ = HEADS[draft]
         config = replace(config, draft=kind(name=draft, path=path), plan_only=path != "planted")
-    if draft == "small_model":
+    if draft in OWN_MODEL:
         small = "tiny_draft" if shape.startswith("tiny") else "qwen2_5_1_5b"
-        config = replace(config, draft=SmallModelDraftConfig(name="small_model", path=f"planted:{small}"))
+        config = replace(config, draft=OWN_MODEL[draft](name=draft, path=f"planted:{small}"))
     return config
 
 
@@ -105,8 +109,13 @@ def meta_draft(layout, model, draft, target):
             for n, s in shape.shapes().items()
         }
         count = len(shape.wants(model).layers)
-        wants = HiddenRequest(layers=tuple(range(count))) if count else FINAL_HIDDEN
+        layers = tuple(index % target.num_layers for index in range(count))
+        wants = HiddenRequest(layers=layers) if count else FINAL_HIDDEN
         return HEADS[draft][2](kind.from_tensors(weights, shape.config()), target, policy, wants=wants)
+    if draft == "pard":
+        levels, length = min(layout.config.draft.block, layout.levels), layout.config.decoding.max_length
+        own, vocab = layout.draft.trace.model, target.vocab_size
+        return PardDraft(own, PardShape(0), levels=levels, max_length=length, vocab_size=vocab)
     if draft == "prompt_lookup":
         return TracedLookup(NgramIndex(1), target.vocab_size)
     return captured_draft(
@@ -139,7 +148,7 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     prompt = [0] * (config.decoding.max_length - layout.levels - 1)
     assert peak_bytes(lambda: engine._prefill(prompt)) <= items["workspace"] + small
     root = torch.zeros(1, dtype=torch.int64, device=META)
-    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in ("none", *HEADS))
+    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in UNCAPTURED)
     assert peak_bytes(lambda: engine.draft_whole_tree(root)) <= max(level, 0) + small + noise(layout)
 
     def verify():
@@ -156,7 +165,7 @@ def noise(layout):
 
 def goes_with(draft, tree):
     """Captured levels draft whole levels only, which ``tree=eagle2`` does not have."""
-    return tree != "eagle2" or draft in ("none", *HEADS)
+    return tree != "eagle2" or draft in UNCAPTURED
 
 
 @pytest.mark.parametrize(
@@ -169,6 +178,7 @@ def goes_with(draft, tree):
         ("eagle3", "beam", "top_p", {"bitwise": False}),
         ("block_head", "eagle2", "top_p", {}),
         ("largest", "adaptive", "greedy", {"max_length": 300}),
+        ("pard", "beam", "top_p", {}),
     ],
 )
 def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
@@ -178,7 +188,7 @@ def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_draft_and_tree_is_covered(shape):
-    for draft in ("none", "subspec", "layer_skip", *HEADS):
+    for draft in ("subspec", "layer_skip", *UNCAPTURED):
         for tree in TREES:
             for sampling in SAMPLINGS.values():
                 if goes_with(draft, tree) and (draft != "none" or tree == "beam"):
