@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import Config, Eagle2DraftConfig
-from subspec.decoding.draft import Perturb, fit_vocabulary
+from subspec.decoding.draft import Draft, Perturb, fit_vocabulary
 from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
@@ -163,15 +163,11 @@ class EagleMemory(DraftMemory):
 
         key = (shape.kv_heads, *shape.shapes().items())
 
-        def states(rows: int) -> Tensor:
-            width = max(1, self.states) * inputs.spec.hidden
-            return torch.zeros(rows, width, dtype=target.dtype, device=META)
-
         def begun(past: int) -> FeatureDraft:
             head = kind.from_tensors(weights, shape.config())
             draft = self.draft(head, target, policy, wants=wants)
             draft.begin(target.new_cache(max_length=length + policy.draft_rows, draft_rows=0, target_rows=1))
-            draft.observe(token_ids(1), states(1))
+            draft.observe(token_ids(1), meta_states(inputs, wants, 1))
             draft.cache.length = past
             return draft
 
@@ -180,25 +176,33 @@ class EagleMemory(DraftMemory):
             draft = begun(length + policy.draft_rows - used)  # as many visible rows as the deepest level has
             return draft_level_bytes(draft, policy, inputs.sampling, target.vocab_size)
 
-        def prompt(chunk: int) -> int:
-            draft = begun(0)
-
-            def run() -> None:
-                held = [inputs.target.hidden(chunk) for _ in range(self.states and self.states + 1)]
-                draft.observe(token_ids(chunk), states(chunk))
-                del held
-
-            return peak_bytes(run)
-
         self.level = inputs.target.cached(
             (self.name, "level", key, policy.width, policy.draft_rows, length, inputs.sampling), level
         )
         self._prompt = lambda chunk: inputs.target.cached(
-            (self.name, "prompt", key, chunk), lambda: prompt(chunk)
+            (self.name, "prompt", key, chunk), lambda: observe_bytes(inputs, begun(0), chunk)
         )
 
     def prompt_bytes(self, chunk: int) -> int:
         return self._prompt(chunk)
+
+
+def meta_states(inputs: SizingInputs, wants: HiddenRequest, rows: int) -> Tensor | None:
+    """The target's hidden states in ``wants`` of ``rows`` tokens, without numbers."""
+    width = (wants.final + len(wants.layers)) * inputs.spec.hidden
+    return torch.zeros(rows, width, dtype=inputs.target.model.dtype, device=META) if width else None
+
+
+def observe_bytes(inputs: SizingInputs, draft: Draft, chunk: int) -> int:
+    """Peak of ``draft.observe`` of ``chunk`` tokens, beside the hidden states that the target's pass returns."""
+    states = len(draft.wants.layers)
+
+    def run() -> None:
+        held = [inputs.target.hidden(chunk) for _ in range(states and states + 1)]
+        draft.observe(token_ids(chunk), meta_states(inputs, draft.wants, chunk))
+        del held
+
+    return peak_bytes(run)
 
 
 def _settings(config: Config) -> Eagle2DraftConfig:

@@ -23,6 +23,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.drafts.block_levels import BlockLevels
+from subspec.drafts.eagle import meta_states, observe_bytes
 from subspec.drafts.eagle_checkpoint import read_pickle
 from subspec.drafts.separate_cache import prompt_rows
 from subspec.drafts.small_checkpoint import PLANTED, load_small_config, small_folder
@@ -32,7 +33,7 @@ from subspec.drafts.spec import BuiltDraft
 from subspec.errors import ConfigError
 from subspec.memory.allocator import Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
-from subspec.memory.trace import META, draft_level_bytes, peak_bytes, token_ids
+from subspec.memory.trace import META, draft_level_bytes, token_ids
 from subspec.utils.console import Note
 from subspec.utils.disk import sha256
 
@@ -238,29 +239,19 @@ class PardMemory(OwnModelMemory):
             draft.cache.length = past
             return draft
 
-        def states(rows: int) -> Tensor | None:
-            return torch.zeros(rows, width, dtype=inputs.target.model.dtype, device=META) if width else None
-
         def level() -> int:
             draft, path = begun(max(0, length - levels - 1)), min(levels + 1, length)
-            draft._tokens, draft._states = token_ids(path), draft._before(states(path))
+            draft._tokens = token_ids(path)
+            draft._states = draft._before(meta_states(inputs, shape.wants, path))
             return draft_level_bytes(draft, inputs.policy, inputs.sampling, draft.vocab_size)
-
-        def prompt(chunk: int) -> int:
-            draft = begun(length - chunk)
-
-            def run() -> None:
-                held = [inputs.target.hidden(chunk) for _ in range(self.states and self.states + 1)]
-                draft.observe(token_ids(chunk), states(chunk))
-                del held
-
-            return peak_bytes(run)
 
         key = (levels, length, width, inputs.target.model.vocab_size)
         self.level = self.trace.cached(
             ("PARD level", key, inputs.policy.width, inputs.policy.capacity, inputs.sampling), level
         )
-        self._prompt = lambda chunk: self.trace.cached(("PARD prompt", key, chunk), lambda: prompt(chunk))
+        self._prompt = lambda chunk: self.trace.cached(
+            ("PARD prompt", key, chunk), lambda: observe_bytes(inputs, begun(length - chunk), chunk)
+        )
 
     def prompt_bytes(self, chunk: int) -> int:
         return self._prompt(chunk)
