@@ -164,6 +164,8 @@ def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
         "layer_skip": ["draft=layer_skip", "tree=adaptive", *STREAM[:2]],
         "small_model": ["draft=small_model", "draft.path=planted:tiny_draft", *STREAM],
         "eagle2": ["draft=eagle2", "draft.path=planted", "tree=eagle2", *STREAM],
+        "block_head": ["draft=block_head", "draft.path=planted", "tree=eagle2", *STREAM],
+        "pard": ["draft=pard", "draft.path=planted:tiny_draft", *STREAM],
     }
     for name, extra in runs.items():
         folder = tmp_path / name.replace(" ", "-").replace(",", "")

@@ -5,7 +5,7 @@ from typing import Any
 
 from subspec.config.enums import VramCounts
 
-NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "layer_skip", "prompt_lookup")
+NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "block_head", "layer_skip", "prompt_lookup")
 """Drafts that ``quant`` does not apply to."""
 
 

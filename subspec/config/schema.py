@@ -123,11 +123,20 @@ class Eagle3DraftConfig(Eagle2DraftConfig):
 
 
 @dataclass
-class SmallModelDraftConfig(DraftConfig):
-    """Any causal language model with the target's vocabulary and its own KV cache.
+class BlockHeadDraftConfig(Eagle2DraftConfig):
+    """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
 
-    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (random weights, for planted
-    targets), or null for the shipped small model. ``quantize``: whether ``quant`` is applied to it.
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
+    ``planted`` (random weights in DFlash's shape, for planted targets). No head ships with the project.
+    """
+
+
+@dataclass
+class CheckpointDraftConfig(DraftConfig):
+    """A causal language model with the target's vocabulary and its own KV cache.
+
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), or ``planted:SHAPE`` (random weights, for
+    planted targets). ``quantize``: whether ``quant`` is applied to it.
     """
 
     path: str | None = None
@@ -135,7 +144,23 @@ class SmallModelDraftConfig(DraftConfig):
     dtype: Dtype = Dtype.auto
     temperature: float = 1.0
     quantize: bool = False
+
+
+@dataclass
+class SmallModelDraftConfig(CheckpointDraftConfig):
+    """Any such model, a level per pass. ``path`` null: the shipped small model."""
+
     overlap_launches: bool = True
+
+
+@dataclass
+class PardDraftConfig(CheckpointDraftConfig):
+    """A model trained to draft several tokens per pass (PARD, arXiv 2504.18583; PARD-2).
+
+    ``block``: most tokens of a pass, and so levels of a tree.
+    """
+
+    block: int = 12
 
 
 @dataclass
@@ -458,7 +483,9 @@ SCHEMAS: dict[str, type] = {
     "draft/subspec": SubstituteDraftConfig,
     "draft/eagle2": Eagle2DraftConfig,
     "draft/eagle3": Eagle3DraftConfig,
+    "draft/block_head": BlockHeadDraftConfig,
     "draft/small_model": SmallModelDraftConfig,
+    "draft/pard": PardDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
     "draft/prompt_lookup": PromptLookupDraftConfig,
     "quant/none": NoQuantConfig,

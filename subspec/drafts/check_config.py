@@ -15,6 +15,7 @@ from subspec.config.schema import (
     Eagle2TreeConfig,
     HiggsConfig,
     HqqConfig,
+    PardDraftConfig,
     StreamOffloadConfig,
 )
 from subspec.decoding.eagle2 import drafted_nodes
@@ -50,7 +51,8 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    if isinstance(config.offload, StreamOffloadConfig) and not isinstance(config.draft, Eagle2DraftConfig):
+    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig)
+    if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
         raise ConfigError(
             f"tree=eagle2 expands single nodes of a level, and draft={config.draft.name} with offload=stream "
             "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"

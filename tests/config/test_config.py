@@ -39,9 +39,11 @@ CONF = conf_dir()
 OPTIONS = [(group, name) for group in GROUPS for name, _ in options(CONF, group)]
 NEEDS = {
     ("draft", "eagle3"): ["draft.path=ORG/HEAD"],
+    ("draft", "block_head"): ["draft.path=ORG/HEAD"],
     ("target", "hub"): ["target.path=ORG/NAME"],
     ("quant", "none"): ["draft=none"],
     ("draft", "small_model"): ["draft.path=planted:tiny_draft"],
+    ("draft", "pard"): ["draft.path=planted:tiny_draft"],
 }
 """What an option cannot do without."""
 FILES = ("experiment", "hparams_search")
