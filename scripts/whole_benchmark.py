@@ -31,7 +31,12 @@ def measure(
     depth, width = map(int, shape.split("x"))
     policy = None if draft == "none" else Beam(depth, width)
     engine = build_engine(
-        target.model, tokenizer=target.tokenizer, draft=draft, tree_policy=policy, max_length=1024, bitwise=True
+        target.model,
+        tokenizer=target.tokenizer,
+        draft=draft,
+        tree_policy=policy,
+        max_length=1024,
+        bitwise=True,
     )
     engine.prepare(prompts[0])
     results = [engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True) for prompt in prompts][1:]

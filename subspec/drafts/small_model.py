@@ -240,9 +240,9 @@ class SmallModelSpec(DraftSpec):
         context, config = self.context, self.context.config.draft
         assert isinstance(config, SmallModelDraftConfig)
         levels: LevelDraft
-        if context.plan is None and (
-            config.quantize or why_not_captured(context, source.config, source.dtype)
-        ):
+        source = self._source
+        modules = config.quantize or why_not_captured(context, source.config, source.dtype)
+        if context.plan is None and modules:
             kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
             model = levels.model
         else:

@@ -215,7 +215,7 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(tmp_path,
     if tree == "eagle2":
         config = replace(config, tree=Eagle2TreeConfig(name="eagle2", depth=6, width=3, total_tokens=12))
     source = open_source(target, torch.bfloat16, CPU, note=lambda text: None)
-    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assembly = assemble_streamed(config, source, plan, CPU, note=lambda text: None)
     try:
         found = {item.name: item.bytes for item in plan.items}
