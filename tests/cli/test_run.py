@@ -119,13 +119,17 @@ def test_an_audited_run_says_so(run):
 
 FIGURES = """
     prompt_tokens new_tokens iterations tau tau_published accept_rate_by_depth prefill_s decode_s tokens_per_s
-    tokens_per_s_total draft_s verify_s transfer_s bytes_streamed link_gb_per_s roofline_tokens_per_s roofline_share
-    link_busy_share peak_vram_gib peak_ram_gib finish_reason
+    tokens_per_s_total plain_tokens plain_s speedup_over_plain draft_s verify_s transfer_s bytes_streamed link_gb_per_s
+    roofline_tokens_per_s roofline_share link_busy_share peak_vram_gib peak_ram_gib finish_reason
 """
 
 
 def test_a_record_holds_every_metric(run, plain):
-    _, folder = run("draft=subspec")
+    ran, folder = run("draft=subspec")
+    gain = summary_of(folder)["totals"]["speedup_over_plain"]
+    assert f"{gain:.2f} times as fast as plain decoding" in ran.out
+    assert "8 tokens at" in ran.out
+    assert "times as fast" not in plain[0].out
     for record, alone in zip(records_of(folder), records_of(plain[1]), strict=True):
         assert set(FIGURES.split()) <= set(record)
         assert record["new_tokens"] == len(record["token_ids"]) == 24
@@ -137,6 +141,9 @@ def test_a_record_holds_every_metric(run, plain):
         assert record["prefill_s"] > 0
         assert record["decode_s"] >= record["draft_s"] + record["verify_s"] - 0.01
         assert (record["draft"], alone["draft"]) == ("subspec", "none")
+        plain_speed = record["plain_tokens"] / record["plain_s"]
+        assert record["speedup_over_plain"] == pytest.approx(record["tokens_per_s"] / plain_speed)
+        assert (record["plain_tokens"], alone["plain_tokens"]) == (4, None)
         assert (record["source"], record["device"], record["seed"]) == ("sample", "cpu", 0)
         assert (record["correct"], record["extracted"]) == (None, None)  # cut before an answer
         assert record["reference"]
@@ -170,7 +177,7 @@ def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
 def test_showing_the_configuration_runs_nothing(checkpoint, tmp_path):
     ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "--cfg", "job")
     assert ran.code == 0
-    assert yaml.safe_load(ran.out)["tree"]["name"] == "beam"
+    assert yaml.safe_load(ran.out)["tree"]["name"] == "adaptive"
     assert not (tmp_path / "run").exists()
 
 

@@ -87,8 +87,16 @@ def test_a_measured_curve_is_taken_as_it_is_and_continued_with_its_own_survival(
     assert found.notes == ()
 
 
+def test_an_adaptive_tree_is_predicted_by_the_levels_that_it_drafts():
+    found = Acceptance.from_counts([10, 8, 4], [9, 6, 3], "a run", adaptive=True)
+    assert found.tau(3) == pytest.approx(1 + 1.8)  # that run's own tau
+    assert [found.levels(depth) for depth in (1, 2, 3, 5)] == pytest.approx([1, 1.8, 2.2, 3.0])
+    way = serial(SIZES, replace(MACHINE, level_s=0.01), found, 3)
+    assert (way.draft_s, way.tau) == pytest.approx((0.022, 2.8))
+
+
 def test_a_rise_in_a_curve_is_noise_and_thin_levels_are_said():
-    found = Acceptance.from_counts([10, 4, 2, 0], [8, 4, 1, 0], "an adaptive run")
+    found = Acceptance.from_counts([10, 4, 2, 0], [8, 4, 1, 0], "a run")
     assert [found.survival(depth) for depth in (1, 2, 3)] == [0.8, 0.8, 0.5]
     assert found.depth == 3
     assert "only 2 of 10 passes drafted depth 3" in found.notes[0]
