@@ -156,6 +156,8 @@ def test_the_summary_says_what_ran(run, checkpoint):
     facts = summary["run"]
     assert (facts["dtype"], facts["device"], facts["target_source"]) == ("float32", "cpu", str(checkpoint))
     assert facts["substitute"]["quantizer"] == "hqq"
+    tree = summary["config"]["tree"]
+    assert (tree["name"], tree["width"]) == ("adaptive", 1)  # on a CPU
     assert facts["substitute"]["bits_per_weight"] == pytest.approx(4.5)
     assert facts["warmup_generations_excluded"] == 2
     assert facts["benchmark_detail"] == "packaged sample prompts"
@@ -166,7 +168,7 @@ def test_the_summary_says_what_ran(run, checkpoint):
 
 
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
-    overrides = ["tree=adaptive", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
+    overrides = ["tree=adaptive", "tree.width=2", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
     _, folder = run(*overrides)
     shown = cli(
         *tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve"
