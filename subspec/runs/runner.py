@@ -50,8 +50,9 @@ WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: a few iterations of every kind of pass."""
 
 PLAIN_TOKENS, PLAIN_TURNS = 4, 5
-"""Passes of plain decoding that are timed for the speed-up behind a text, and texts of a session that have them: spread
-over the run, because the machine's load changes, and few, because a streamed pass may take a second."""
+"""Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
+texts of a session that have them: spread over the run, because the machine's load changes, and few, because a streamed
+pass may take a second."""
 
 ENOUGH_PASSES = 20
 """Passes without an accepted token that indicate a draft for another target."""
@@ -363,7 +364,7 @@ class _Run:
         reference = sample.answer if last else None
         plain = None
         if engine.draft is not None and self.plain_turns < PLAIN_TURNS and result.stats.iterations:
-            plain = engine.time_plain(PLAIN_TOKENS)
+            plain = engine.time_plain(min(PLAIN_TOKENS, max(1, result.stats.iterations // 5)))
             self.plain_turns += 1
         audit = None
         if self.auditor is not None:

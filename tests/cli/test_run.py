@@ -128,7 +128,6 @@ def test_a_record_holds_every_metric(run, plain):
     ran, folder = run("draft=subspec")
     gain = summary_of(folder)["totals"]["speedup_over_plain"]
     assert f"{gain:.2f} times as fast as plain decoding" in ran.out
-    assert "8 tokens at" in ran.out
     assert "times as fast" not in plain[0].out
     for record, alone in zip(records_of(folder), records_of(plain[1]), strict=True):
         assert set(FIGURES.split()) <= set(record)
@@ -143,7 +142,8 @@ def test_a_record_holds_every_metric(run, plain):
         assert (record["draft"], alone["draft"]) == ("subspec", "none")
         plain_speed = record["plain_tokens"] / record["plain_s"]
         assert record["speedup_over_plain"] == pytest.approx(record["tokens_per_s"] / plain_speed)
-        assert (record["plain_tokens"], alone["plain_tokens"]) == (4, None)
+        assert record["plain_tokens"] == min(4, max(1, record["iterations"] // 5))
+        assert alone["plain_tokens"] is None
         assert (record["source"], record["device"], record["seed"]) == ("sample", "cpu", 0)
         assert (record["correct"], record["extracted"]) == (None, None)  # cut before an answer
         assert record["reference"]
