@@ -180,6 +180,14 @@ def predicted(target="x", width=2, draft=None, quant=None):
     )
 
 
+def test_acceptance_of_an_adaptive_run_is_for_adaptive_trees(tmp_path):
+    config = config_of(tree={"name": "adaptive", "depth": 3, "width": 2})
+    found = read_measured(write_run(tmp_path / "run", turns([30.0]), config))
+    assert found.acceptance.drafted
+    (note,) = found.check(predicted(target="some_target"))
+    assert "tree=adaptive, and this prediction has beam" in note
+
+
 def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
     records = turns([30.0, 20.0], device="cuda", target="planted_x", planted=True)
     found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
