@@ -18,6 +18,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from subspec.errors import SubspecError
+from tests.helpers import hydra_cache
+
+hydra_cache.install()
 
 # A shell that starts the tests in the background (`pytest &`, nohup) has them ignore Ctrl-C, and so would the
 # processes that the tests start and interrupt.
