@@ -279,14 +279,13 @@ def test_streamed_layers_draft_where_they_lie(chosen):
 
 
 @pytest.mark.parametrize(
-    "draft",
+    ("draft", "sampling"),
     [
-        SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"),
-        LayerSkipDraftConfig(name="layer_skip", layers=[0, 7]),
+        (SmallModelDraftConfig(name="small_model", path="planted:tiny_draft"), False),
+        (LayerSkipDraftConfig(name="layer_skip", layers=[0, 7]), True),
     ],
-    ids=["small_model", "layer_skip"],
+    ids=["small_model greedy", "layer_skip sampling"],
 )
-@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
 def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     pytest.importorskip("triton")
     from subspec.decoding.audit import Auditor
