@@ -14,6 +14,6 @@ def quick(request, monkeypatch):
     torch.set_num_threads(1)
     real = any(request.node.get_closest_marker(name) for name in ("gpu", "slow"))
     if not real and "format" not in request.node.name:
-        monkeypatch.setattr(format, "CHUNK", 32)
+        monkeypatch.setattr(format, "CHUNK", 16)
     yield
     torch.set_num_threads(threads)
