@@ -123,16 +123,6 @@ def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: in
     return _shape(Qwen2Config, 4096, hidden, intermediate, layers, heads, 2, **wide)
 
 
-def _tiny_draft() -> PretrainedConfig:
-    """A small model for ``tiny``: its vocabulary in a third of its weights."""
-    return _tiny(hidden=128, intermediate=256, layers=2, heads=4)
-
-
-def _tiny_tied() -> PretrainedConfig:
-    """Odd sizes: tied embeddings, plain attention, a vocabulary that is no multiple of anything."""
-    return _shape(LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15)
-
-
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_5_7b": lambda: _qwen2(3584, 18944, 28, 28, 4),
     "qwen2_5_14b": lambda: _qwen2(5120, 13824, 48, 40, 8),
@@ -143,10 +133,15 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama3_2_1b": lambda: _llama3(2048, 8192, 16, rope_factor=32.0, tied=True),
     "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, rope_factor=32.0),
     "tiny": _tiny,
-    "tiny_draft": _tiny_draft,
-    "tiny_tied": _tiny_tied,
+    "tiny_draft": lambda: _tiny(hidden=128, intermediate=256, layers=2, heads=4),
+    "tiny_tied": lambda: _shape(
+        LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15
+    ),
 }
 """Configurations by name: the published ``config.json`` of Instruct models, and tiny ones for tests.
+
+``tiny_draft`` is a small model for ``tiny``, with its vocabulary in a third of its weights. ``tiny_tied`` has tied
+embeddings, plain attention, and a vocabulary that is no multiple of anything.
 
 Small models are for ``draft.path=planted:SHAPE``. With the target's seed and vocabulary and an untied LM head, a small
 model plants the target's map and agrees on easy tokens; a tied one agrees on none.
