@@ -67,7 +67,7 @@ def test_a_gaussian_weight_takes_as_many_bits_as_the_planner_reserves(bits, most
     assert coded.bits_per_weight < HqqFormat(bits).coded_bits
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     scale=st.one_of(st.floats(width=32), st.floats(2.0**-20, 1024.0, width=32)),
     zero=st.one_of(st.floats(width=32), st.floats(-20, 20, width=32)),
@@ -82,7 +82,7 @@ def test_every_bit_pattern_survives_any_scale_and_zero(scale, zero, seed, margin
     assert same(restore(encode(weight, quantized, margin), quantized), weight)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 40), st.integers(1, 5), st.sampled_from([8, 32, 64]), st.integers(0, 9))
 def test_ragged_shapes(n, groups, group, seed):
     weight = gaussian(n, groups * group, seed)
@@ -263,7 +263,7 @@ def test_the_cuda_source_restores_what_torch_encoded(compiled, bits, k, group, r
         assert same(own.out, weight)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     bits=st.sampled_from([2, 4, 8]),
     scale=st.one_of(st.floats(width=16), st.floats(2.0**-14, 1024.0, width=16)),

@@ -86,7 +86,7 @@ def test_shorter_codes_lie_in_the_middle_of_the_interval(monkeypatch):
     assert middle < aside.bits_per_weight - 0.1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     n=st.integers(1, 12),
     k=st.integers(1, 700),

@@ -113,7 +113,7 @@ def test_a_missing_library_is_named():
 # ---------------------------------------------------------------------------------------------- packing
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 100),
     k=st.integers(1, 300),
