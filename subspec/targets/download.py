@@ -66,21 +66,15 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
             f"fetching {requirement} needs pip, which this Python lacks; `python -m ensurepip` installs it, {remedy}"
         )
     if says_full_disk(output):
-        raise SubspecError(
-            f"cannot fetch {requirement}: the disk of {folder} is full; "
-            "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
-        )
-    if any(mark in output for mark in _NO_NETWORK):
-        raise SubspecError(
-            f"cannot fetch {requirement}: the package index cannot be reached; "
-            f"check the network and pip's settings (`python -m pip config list`), {remedy}"
-        )
-    if "No matching distribution" in output:
-        raise SubspecError(
-            f"cannot fetch {requirement}: pip's package index does not have it; "
-            f"check `python -m pip config list`, {remedy}"
-        )
-    raise SubspecError(f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy[3:]}")
+        why = f"the disk of {folder} is full; make room, or set SUBSPEC_CACHE to a folder on a larger disk"
+    elif any(mark in output for mark in _NO_NETWORK):
+        why = "the package index cannot be reached; check the network and pip's settings "
+        why += f"(`python -m pip config list`), {remedy}"
+    elif "No matching distribution" in output:
+        why = f"pip's package index does not have it; check `python -m pip config list`, {remedy}"
+    else:
+        why = f"pip failed ({_last_error(output)}); {remedy[3:]}"
+    raise SubspecError(f"cannot fetch {requirement}: {why}")
 
 
 def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[int | None, str]:

@@ -33,10 +33,7 @@ COMMAND_LINE = {
     "unknown option": ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain, eagle2"),
     "misspelt option": ("quant=hqqq", r"quant=hqqq: no such option \(did you mean hqq\?\)"),
     "unknown experiment": ("experiment=unknown", r"experiment=unknown: no such option"),
-    "unknown group": (
-        "tre=chain",
-        r"tre: no such key or group \(did you mean tree\?\)$",
-    ),
+    "unknown group": ("tre=chain", r"tre: no such key or group \(did you mean tree\?\)$"),
     "unknown group, added": ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
     "misspelt key": (
         "tree.dept=3",
@@ -96,10 +93,7 @@ COMMAND_LINE = {
     ),
     "own file: typo": ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
     "own file: package": ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
-    "own file: YAML": (
-        "--config-dir={own}/yaml",
-        r"local/default\.yaml, line 3: not valid YAML .*correct",
-    ),
+    "own file: YAML": ("--config-dir={own}/yaml", r"local/default\.yaml, line 3: not valid YAML .*correct"),
     "own file: group": (
         "--config-dir={own}/group experiment=e",
         r"tre: no such group \(did you mean tree\?\)",

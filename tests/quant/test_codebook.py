@@ -23,14 +23,7 @@ from subspec.quant.codebook_linear import (
     unavailable,
 )
 from subspec.quant.flute import FluteLinear
-from subspec.quant.hadamard import (
-    Rotation,
-    library_problem,
-    radices,
-    rotate,
-    rotate_library,
-    rotate_triton,
-)
+from subspec.quant.hadamard import Rotation, library_problem, radices, rotate, rotate_library, rotate_triton
 from subspec.quant.level_linear import Variant
 from subspec.quant.pairs import quantize_pairs
 from subspec.utils.capture import capturing
