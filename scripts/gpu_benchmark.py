@@ -312,9 +312,7 @@ def main() -> None:
     parser.add_argument("--vram", type=float, default=8.0, help="GiB of PyTorch's allocations")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument(
-        "--trees",
-        default="beam:48:6,adaptive:48:6",
-        help="kind:depth:width of every subspec measurement",
+        "--trees", default="beam:48:6,adaptive:48:6", help="kind:depth:width of every subspec measurement"
     )
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--slots", type=int, default=2)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Without a GPU, Triton kernels run in Triton's interpreter; that has to be chosen before they are defined.
 if not torch.cuda.is_available():
@@ -18,6 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from subspec.errors import SubspecError
+from tests.helpers import hydra_cache
+
+hydra_cache.install()
+
+# A busy machine takes longer for an example than hypothesis allows, and fixtures that examples share are meant to be.
+shared = [HealthCheck.function_scoped_fixture]
+settings.register_profile("subspec", max_examples=30, deadline=None, suppress_health_check=shared)
+settings.load_profile("subspec")
 
 # A shell that starts the tests in the background (`pytest &`, nohup) has them ignore Ctrl-C, and so would the
 # processes that the tests start and interrupt.

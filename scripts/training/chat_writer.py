@@ -68,11 +68,7 @@ class ChatFrame:
             )
         end = answer[0]
         return cls(
-            tuple(ids(opening)),
-            tuple(answer[1:]),
-            tuple(question[1:]),
-            end,
-            tuple(sorted(special - {end})),
+            tuple(ids(opening)), tuple(answer[1:]), tuple(question[1:]), end, tuple(sorted(special - {end}))
         )
 
 

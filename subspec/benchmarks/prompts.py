@@ -59,6 +59,10 @@ class Task:
     published: str | None = None
 
 
+def _question(text: str, answer: str | None = None) -> Prompt:
+    return Prompt((text,), answer)
+
+
 def _conversation(row: Row, sample_id: str, seed: int) -> Prompt:
     return Prompt(row.user_messages("messages") or row.texts("turns", "prompt"))
 
@@ -75,12 +79,10 @@ def _speed_bench(row: Row, sample_id: str, seed: int) -> Prompt:
 
 
 def _human_eval(row: Row, sample_id: str, seed: int) -> Prompt:
-    return Prompt(
-        (
-            "Complete the Python function below so that it does what its docstring says. Reply with the "
-            "whole function, including its signature and any imports it needs, in one Python code block and "
-            f"nothing else.\n\n```python\n{row.text('prompt').rstrip()}\n```",
-        )
+    return _question(
+        "Complete the Python function below so that it does what its docstring says. Reply with the whole function, "
+        "including its signature and any imports it needs, in one Python code block and nothing else.\n\n"
+        f"```python\n{row.text('prompt').rstrip()}\n```"
     )
 
 
@@ -90,27 +92,23 @@ def _gsm8k(row: Row, sample_id: str, seed: int) -> Prompt:
     answer = INTEGER.extract(solution)
     if answer is None or "####" not in solution:
         raise row.error("field 'answer' must end with a line '#### <integer>'")
-    return Prompt(
-        (
-            f"{row.text('question').strip()}\n\n"
-            "Work through the problem step by step. Then give the result on a last line of the form "
-            '"Answer: N", where N is a whole number without units.',
-        ),
+    return _question(
+        f"{row.text('question').strip()}\n\n"
+        "Work through the problem step by step. Then give the result on a last line of the form "
+        '"Answer: N", where N is a whole number without units.',
         answer,
     )
 
 
 def _alpaca(row: Row, sample_id: str, seed: int) -> Prompt:
     instruction, context = row.text("instruction").strip(), row.optional("input")
-    return Prompt((f"{instruction}\n\nInput:\n{context.strip()}" if context else instruction,))
+    return _question(f"{instruction}\n\nInput:\n{context.strip()}" if context else instruction)
 
 
 def _cnn_dm(row: Row, sample_id: str, seed: int) -> Prompt:
-    return Prompt(
-        (
-            "Summarise the following news article in three or four sentences. Keep to the facts that it "
-            f"reports.\n\nArticle:\n{row.text('article').strip()}",
-        )
+    return _question(
+        "Summarise the following news article in three or four sentences. Keep to the facts that it reports.\n\n"
+        f"Article:\n{row.text('article').strip()}"
     )
 
 
@@ -118,12 +116,10 @@ def _aime(row: Row, sample_id: str, seed: int) -> Prompt:
     answer = INTEGER_TO_999.extract(f"Answer: {row.scalar('answer')}")
     if answer is None:
         raise row.error("field 'answer' must be a whole number from 0 to 999")
-    return Prompt(
-        (
-            f"{row.text('problem').strip()}\n\n"
-            "Reason step by step. The result is a whole number from 0 to 999; give it on a last line of the "
-            'form "Answer: N".',
-        ),
+    return _question(
+        f"{row.text('problem').strip()}\n\n"
+        "Reason step by step. The result is a whole number from 0 to 999; give it on a last line of the "
+        'form "Answer: N".',
         answer,
     )
 
@@ -134,23 +130,19 @@ def _gpqa(row: Row, sample_id: str, seed: int) -> Prompt:
     # The order depends on seed and sample alone, so that every run and method sees the same question.
     order = sorted(range(4), key=lambda i: hashlib.sha256(f"{seed}/{sample_id}/{i}".encode()).digest())
     listed = "\n".join(f"{letter}) {options[i]}" for letter, i in zip(LETTERS, order, strict=True))
-    return Prompt(
-        (
-            f"{row.text('Question').strip()}\n\n{listed}\n\n"
-            "Exactly one option is right. Reason step by step, then give its letter on a last line of the "
-            'form "Answer: X", where X is A, B, C or D.',
-        ),
+    return _question(
+        f"{row.text('Question').strip()}\n\n{listed}\n\n"
+        "Exactly one option is right. Reason step by step, then give its letter on a last line of the "
+        'form "Answer: X", where X is A, B, C or D.',
         LETTERS[order.index(0)],
     )
 
 
 def _math_500(row: Row, sample_id: str, seed: int) -> Prompt:
-    return Prompt(
-        (
-            f"{row.text('problem').strip()}\n\n"
-            "Reason step by step. Then give the result in its simplest form on a last line of the form "
-            '"Answer: \\boxed{...}".',
-        ),
+    return _question(
+        f"{row.text('problem').strip()}\n\n"
+        "Reason step by step. Then give the result in its simplest form on a last line of the form "
+        '"Answer: \\boxed{...}".',
         row.scalar("answer"),
     )
 
@@ -169,7 +161,7 @@ def _livecodebench(row: Row, sample_id: str, seed: int) -> Prompt:
             "Write Python 3 code that solves the problem above, starting from this class:\n\n"
             f"```python\n{starter.rstrip()}\n```\n"
         )
-    return Prompt((f"{statement}\n\n{task} Reply with the complete code in one Python code block.",))
+    return _question(f"{statement}\n\n{task} Reply with the complete code in one Python code block.")
 
 
 TASKS: dict[str, Task] = {

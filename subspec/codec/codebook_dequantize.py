@@ -19,9 +19,6 @@ from subspec.quant.codebook_linear import CodebookLinear
 ROWS = 8
 """Rows that a block of threads dequantizes, with one block of the rotation's inputs."""
 
-FIELDS = 13
-"""64-bit numbers that describe a Linear: ``Rotated`` in ``codebook_dequantize.cu``."""
-
 
 @dataclass(frozen=True)
 class Rotated:

@@ -30,9 +30,6 @@ KERNELS = (Int4Linear.kind, CodebookLinear.kind)
 THREADS = 128
 """Threads of a block, each of which restores a chunk."""
 
-FIELDS = 14
-"""64-bit numbers that describe a Linear: ``Part`` in ``restore.cu``."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -45,11 +42,6 @@ class Source:
 
     name: str
     width: int = 0
-
-    @property
-    def files(self) -> list[str]:
-        """Files of ``kernels/csrc`` that are compiled as one."""
-        return ["restore.cu", f"{self.name}.cu"]
 
     @property
     def macros(self) -> dict[str, int]:
@@ -203,4 +195,4 @@ def describe(own: Restoration) -> tuple[Source, list[int]]:
 
 @functools.cache
 def _kernel(source: Source, device: int) -> Any:
-    return compile_cuda(source.files, source.macros, source.name, device)
+    return compile_cuda(["restore.cu", f"{source.name}.cu"], source.macros, source.name, device)

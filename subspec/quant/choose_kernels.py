@@ -118,15 +118,7 @@ class KernelChoice:
             }
             for role, picked in self.picked.items()
         }
-        return {
-            "asked": self.asked,
-            "rows": self.rows,
-            "roles": roles,
-            "unavailable": self.unavailable,
-            "seconds": self.seconds,
-            "file": self.file,
-            "launches": self.launches,
-        }
+        return {name: value for name, value in vars(self).items() if name != "picked"} | {"roles": roles}
 
 
 def choose_kernels(

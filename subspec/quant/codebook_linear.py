@@ -11,7 +11,7 @@ where R rotates the inputs. Kernels:
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -52,7 +52,7 @@ def pair_table(weight: QuantizedPairs) -> Tensor:
 class ReferenceCodebook(LevelLinear):
     """Plain torch on any device, in the arithmetic of its input; keeps the pairs packed."""
 
-    kind = "reference"
+    kind, parts = "reference", ("packed", "scale")
 
     def __init__(self, weight: QuantizedPairs, *, swiglu: bool = False) -> None:
         self.swiglu = swiglu
@@ -60,13 +60,6 @@ class ReferenceCodebook(LevelLinear):
         self._like = replace(weight, pairs=weight.pairs[:0], scale=weight.scale[:0])
         self.stride = weight.shape[0]
         self.nbytes = self.packed.nbytes + self.scale.nbytes
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.packed, self.scale
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        self.packed, self.scale = tensors
 
     def quantized(self) -> QuantizedPairs:
         return self._like.of_rows([unpack_pairs(self.packed, self._like.grid.bits), self.scale])
@@ -79,7 +72,7 @@ class ReferenceCodebook(LevelLinear):
 class CodebookLinear(FewRowsLinear):
     """Our CUDA tensor-core kernel (:mod:`subspec.kernels.codebook`)."""
 
-    kind = "lut_mma"
+    kind, parts = "lut_mma", ("weight.words", "weight.scale")
 
     def __init__(
         self, weight: QuantizedPairs, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
@@ -98,14 +91,6 @@ class CodebookLinear(FewRowsLinear):
             self.splits = variant.splits or codebook.splits_for(self.weight, count)
         self.stride = self.weight.padded
         self.nbytes = self.weight.nbytes
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.weight.words, self.weight.scale
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        words, scale = tensors
-        self.weight = replace(self.weight, words=words, scale=scale)
 
     def quantized(self) -> QuantizedPairs:
         pairs, scale = codebook.unpack_pairs(self.weight)
@@ -224,13 +209,7 @@ class HiggsFormat(WeightFormat):
         rotates = rotate_by(self.hadamard, weight.pairs.device)
         return make_codebook_linear(weight, variant, swiglu=swiglu, rotate=rotates)
 
-    def random_linear(
-        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
-    ) -> LevelLinear:
-        return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
-
     def random_weight(self, n: int, k: int, device: torch.device) -> QuantizedPairs:
-        """Random pairs, with scales of a real weight's size."""
         rotation = Rotation.of(k, self.hadamard_size)
         group = group_of(rotation.padded, self.group)
         pairs = torch.randint(0, 4**self.bits, (n, rotation.padded // 2), dtype=torch.uint8, device=device)

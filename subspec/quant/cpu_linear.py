@@ -171,11 +171,6 @@ class CpuFormat(HqqFormat):
             return Int4CpuLinear(weight, swiglu)
         return unpacked_linear(variant.kernel, weight.dequantize(), swiglu=swiglu)
 
-    def random_linear(
-        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
-    ) -> LevelLinear:
-        return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
-
 
 @dataclass(frozen=True)
 class CpuHeadFormat(CpuFormat):
@@ -196,10 +191,8 @@ class CpuHeadFormat(CpuFormat):
         """weight: float32 [vocabulary, hidden]."""
         return unpacked_linear(variant.kernel, weight, swiglu=swiglu)
 
-    def random_linear(
-        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
-    ) -> LevelLinear:
-        return self.linear(variant, torch.randn(n, k, device=device), swiglu=swiglu)
+    def random_weight(self, n: int, k: int, device: torch.device) -> Any:
+        return torch.randn(n, k, device=device)
 
 
 def unpacked_linear(kernel: str, weight: Tensor, *, swiglu: bool) -> LevelLinear:

@@ -5,7 +5,6 @@ once per shape, and its sums of slices are not deterministic (acceptance may var
 """
 
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class FluteLinear(LevelLinear):
         ValueError: it has no kernel for this group size or number of outputs.
     """
 
-    kind = "flute"
+    kind, parts = "flute", ("words", "scale")
 
     def __init__(self, weight: QuantizedPairs, *, swiglu: bool = False, rotate: Rotate = rotate) -> None:
         if problem := unfit(weight.pairs.shape[0], weight.group_size):
@@ -54,13 +53,6 @@ class FluteLinear(LevelLinear):
         self.rotation, self.swiglu, self._rotate = weight.rotation, swiglu, rotate
         self.stride = weight.pairs.shape[0]
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.words, self.scale
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        self.words, self.scale = tensors
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._product(

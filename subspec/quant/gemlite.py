@@ -5,7 +5,6 @@ They tune themselves, for 7 to 9 seconds per shape; :func:`load_tuning` and :fun
 
 import importlib.metadata
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +31,7 @@ class GemLite(LevelLinear):
         swiglu: rows are gate and up interleaved 16 by 16.
     """
 
-    kind = "gemlite"
+    kind, parts = "gemlite", ("words", "scale", "zero")
 
     def __init__(
         self, q: Tensor, scale: Tensor, zero: Tensor, group: int, *, bits: int = 4, swiglu: bool = False
@@ -52,19 +51,13 @@ class GemLite(LevelLinear):
         self.swiglu, self.stride = swiglu, n
         self._forward = forward_functional
         # Only the call's arguments are kept: the module holds copies of small things on the device besides.
-        self._arguments = [tensor.detach() for tensor in packed.get_tensor_args()]
+        arguments = (tensor.detach() for tensor in packed.get_tensor_args())
+        self.words, self.scale, self.zero, *self._others = arguments
         self._meta = packed.get_meta_args()
         self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self._arguments[:3])
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        self._arguments = [*tensors, *self._arguments[3:]]
-
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._forward(x, None, self._arguments, self._meta)
+        y = self._forward(x, None, [*self.tensors, *self._others], self._meta)
         return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 
 

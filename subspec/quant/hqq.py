@@ -134,6 +134,7 @@ def check_group_size(
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class HqqQuantizer:
     """Quantizes Linears to ``bits`` with one scale and zero per group of ``group_size`` weights.
 
@@ -147,24 +148,19 @@ class HqqQuantizer:
             forward pass; unpacking once gives the same logits two to three times faster where memory allows.
     """
 
-    name = "hqq"
+    name: ClassVar[str] = "hqq"
+    bits: int = 4
+    bits_by: Mapping[str, int] | None = None
+    group_size: int = 64
+    axis: int = 1
+    compute_dtype: torch.dtype
+    device: torch.device
+    unpack: bool
 
-    def __init__(
-        self,
-        *,
-        bits: int = 4,
-        bits_by: Mapping[str, int] | None = None,
-        group_size: int = 64,
-        axis: int = 1,
-        compute_dtype: torch.dtype,
-        device: torch.device,
-        unpack: bool,
-    ) -> None:
-        self.bits_by = dict(bits_by or {})
-        for own in (bits, *self.bits_by.values()):
-            check_hqq(own, group_size, axis)
-        self.bits, self.group_size, self.axis = bits, group_size, axis
-        self.compute_dtype, self.device, self.unpack = compute_dtype, device, unpack
+    def __post_init__(self) -> None:
+        self.bits_by = dict(self.bits_by or {})
+        for own in (self.bits, *self.bits_by.values()):
+            check_hqq(own, self.group_size, self.axis)
 
     @property
     def backend(self) -> str:

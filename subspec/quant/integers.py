@@ -1,8 +1,9 @@
 """Integers with a scale and a zero per group of inputs: the weight, its format, and our kernel's Linear."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import log2
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,19 +40,12 @@ class QuantizedIntegers(QuantizedWeight):
     zero: Tensor
     group_size: int
     bits: int = 4
+    row_fields: ClassVar[tuple[str, ...]] = ("q", "scale", "zero")
 
     @property
     def shape(self) -> tuple[int, int]:
         n, k = self.q.shape
         return n, k
-
-    @property
-    def row_tensors(self) -> tuple[Tensor, ...]:
-        return self.q, self.scale, self.zero
-
-    def of_rows(self, parts: Sequence[Tensor]) -> "QuantizedIntegers":
-        q, scale, zero = parts
-        return replace(self, q=q, scale=scale, zero=zero)
 
     def stacks_with(self, other: "QuantizedIntegers") -> bool:
         return (other.bits, other.group_size) == (self.bits, self.group_size)
@@ -95,7 +89,7 @@ class Int4Linear(FewRowsLinear):
         warps: per block; 0: the usual number.
     """
 
-    kind = "int4_mma"
+    kind, parts = "int4_mma", ("weight.words", "weight.meta")
 
     def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
         self.weight, self.warps, self.swiglu = weight, warps or int4.WARPS, weight.swiglu
@@ -104,14 +98,6 @@ class Int4Linear(FewRowsLinear):
             self.splits = splits or int4.splits_for(weight, count)
         self.stride = weight.padded
         self.nbytes = weight.nbytes
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.weight.words, self.weight.meta
-
-    def adopt(self, tensors: Sequence[Tensor]) -> None:
-        words, meta = tensors
-        self.weight = replace(self.weight, words=words, meta=meta)
 
     def quantized(self) -> QuantizedIntegers:
         """In groups of 64."""
@@ -224,12 +210,11 @@ class IntegerFormat(WeightFormat):
         self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
     ) -> LevelLinear:
         if variant.kernel != Int4Linear.kind:
-            return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
+            return super().random_linear(variant, n, k, device, swiglu=swiglu)
         packed = int4.random_packed(n, k, tiles=variant.tiles, bits=self.bits, swiglu=swiglu, device=device)
         return Int4Linear(packed, variant.splits, variant.warps)
 
     def random_weight(self, n: int, k: int, device: torch.device) -> QuantizedIntegers:
-        """Random integers, with scales of a real weight's size."""
         q = torch.randint(0, 1 << self.bits, (n, k), dtype=torch.uint8, device=device)
         scale = (torch.rand(n, k // self.group, device=device) * 0.002 + 0.004) * 2.0 ** (4 - self.bits)
         zero = torch.full_like(scale, ((1 << self.bits) - 1) / 2)

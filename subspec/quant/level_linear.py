@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,10 +48,12 @@ class LevelLinear(ABC):
         kind: name of the kernel, for records.
         splits, stride: leading and last size of the result.
         nbytes: device bytes of the weights.
-        tensors: the quantized weights, which the owner may move to a place of its choice; empty: they stay.
+        parts: attributes that hold the quantized weights, or their fields (``weight.words``), which the owner may move
+            to a place of its choice; empty: they stay.
     """
 
     kind: str
+    parts: ClassVar[tuple[str, ...]] = ()
     splits: int = 1
     stride: int
     nbytes: int
@@ -60,12 +64,14 @@ class LevelLinear(ABC):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return ()
+        """The tensors that :attr:`parts` names."""
+        return tuple(attrgetter(part)(self) for part in self.parts)
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """Use these copies of :attr:`tensors` from now on."""
-        if tensors:
-            raise TypeError(f"{self.kind} has no tensors to move")
+        for part, tensor in zip(self.parts, tensors, strict=True):
+            owner, _, name = part.rpartition(".")
+            setattr(self, owner or name, replace(getattr(self, owner), **{name: tensor}) if owner else tensor)
 
     def quantized(self) -> QuantizedWeight:
         """The quantized weight, read back from the kernel's order.

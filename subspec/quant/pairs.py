@@ -5,8 +5,7 @@ Rotate, scale groups, round to a Gaussian grid. Neighbouring weights are kept in
 kernel serves both dimensions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log2
 from typing import ClassVar
 
@@ -58,19 +57,12 @@ class QuantizedPairs(QuantizedWeight):
     grid: Grid
     group_size: int
     rotation: Rotation
+    row_fields: ClassVar[tuple[str, ...]] = ("pairs", "scale")
     centred: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.pairs.shape[0], self.rotation.in_features
-
-    @property
-    def row_tensors(self) -> tuple[Tensor, ...]:
-        return self.pairs, self.scale
-
-    def of_rows(self, parts: Sequence[Tensor]) -> "QuantizedPairs":
-        pairs, scale = parts
-        return replace(self, pairs=pairs, scale=scale)
 
     def stacks_with(self, other: "QuantizedPairs") -> bool:
         settings = other.grid, other.group_size, other.rotation

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 from torch import Tensor, cat
@@ -10,12 +11,14 @@ from subspec.kernels.int4 import interleave
 
 
 class QuantizedWeight(ABC):
-    """A weight [n, k] whose rows were quantized independently of each other.
+    """A weight [n, k] whose rows were quantized independently of each other. Subclasses are frozen dataclasses.
 
     Attributes:
+        row_fields: names of the tensors [n, ...] with a row per output.
         centred: whether exact weights are most frequent in the middle of their intervals; else they are spread evenly.
     """
 
+    row_fields: ClassVar[tuple[str, ...]]
     centred: ClassVar[bool] = False
 
     @property
@@ -27,14 +30,14 @@ class QuantizedWeight(ABC):
     def dequantize(self) -> Tensor:
         """float32 [n, k]."""
 
-    @abstractmethod
+    @property
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of :attr:`row_fields`."""
+        return tuple(getattr(self, name) for name in self.row_fields)
+
     def of_rows(self, parts: Sequence[Tensor]) -> Self:
         """This weight with other values for its row-wise tensors (:attr:`row_tensors`)."""
-
-    @property
-    @abstractmethod
-    def row_tensors(self) -> tuple[Tensor, ...]:
-        """Tensors [n, ...] with a row per output."""
+        return replace(self, **dict(zip(self.row_fields, parts, strict=True)))
 
     @abstractmethod
     def stacks_with(self, other: Self) -> bool:

@@ -20,7 +20,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import filelock
@@ -52,12 +51,7 @@ class RunFolder:
         resumed: whether it held records when it was opened.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        lock: filelock.BaseFileLock,
-        config: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, path: Path, lock: filelock.BaseFileLock, config: Mapping[str, Any]) -> None:
         self.path = path
         self.notes: list[str] = []
         self.resumed = False
@@ -120,9 +114,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def finished(self, sample_id: str, turn: int = 0) -> dict[str, Any] | None:

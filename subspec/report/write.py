@@ -225,21 +225,13 @@ def _index(runs: Sequence[RunData]) -> list[str]:
             one["overrides"] = f"`{one['overrides']}`"
         marks = [("planted", one["planted_weights"]), ("sample prompts", one["sample_prompts"])]
         one["marks"] = ", ".join(name for name, there in marks if there) or "-"
-    headings = {
-        "folder": "folder",
-        "state": "state",
-        "method": "method",
-        "marks": "marks",
-        "turns": "turns",
-        "overrides": "overrides",
-        "notes": "notes",
-    }
-    blocks = [markdown_table(headings, cells, right=("turns",))]
+    names = ("folder", "state", "method", "marks", "turns", "overrides", "notes")
+    blocks = [markdown_table({name: name for name in names}, cells, right=("turns",))]
     places: dict[tuple[str, str, str], list[str]] = {}
     for run, one in zip(runs, cells, strict=True):
         key = (one["device"], one["versions"] or "unknown versions", one["commit"] or "unknown revision")
         places.setdefault(key, []).append(run.name)
-    for (device, versions, commit), names in places.items():
-        which = "All runs" if len(places) == 1 else f"Runs {', '.join(names)}"
+    for (device, versions, commit), there in places.items():
+        which = "All runs" if len(places) == 1 else f"Runs {', '.join(there)}"
         blocks.append(f"{which}: {device}; {versions}; revision {commit}.")
     return blocks

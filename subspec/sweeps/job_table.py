@@ -68,10 +68,7 @@ def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[in
 
 
 def job_rows(
-    folder: SweepFolder,
-    jobs: Sequence[Job],
-    optimise: str | None = None,
-    keys: Collection[str] | None = None,
+    folder: SweepFolder, jobs: Sequence[Job], optimise: str | None = None, keys: Collection[str] | None = None
 ) -> list[Row]:
     """Rows of all jobs, read from their folders. ``keys``: as for :func:`varying`."""
     named, parameters = labels(jobs, keys), varying(jobs, keys)

@@ -15,14 +15,14 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.core.utils import JobReturn, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.records.outcome import FAILED, OK, Outcome
-from subspec.sweeps.process import JobProcess, JobSpec, QuietReturn, failure, job_spec, word
+from subspec.records.outcome import FAILED, Outcome
+from subspec.sweeps.process import JobProcess, JobSpec, job_result, job_spec, word
 from subspec.sweeps.progress import SweepProgress
 
 POLL_S = 0.2
@@ -80,7 +80,10 @@ class ProcessLauncher(Launcher):
         jobs = [(spec, self._label(config)) for spec, config in zip(specs, configs, strict=True)]
         with _terminated_as_interrupted(), self._progress.shown() as progress:
             done = _Queue(jobs, self._slots(all(spec.device == "cpu" for spec in specs)), progress).run()
-        return [_job_return(config, *done[index]) for index, config in enumerate(configs)]
+        return [
+            job_result(config.hydra.overrides.task, done[index], spec.folder, spec.optimise)
+            for index, (config, spec) in enumerate(zip(configs, specs, strict=True))
+        ]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -118,10 +121,10 @@ class _Queue:
         self.waiting = deque((index, spec, label) for index, (spec, label) in enumerate(jobs))
         self.free = deque(slots)
         self.running: dict[int, JobProcess] = {}
-        self.done: dict[int, tuple[Outcome, JobProcess]] = {}
+        self.done: dict[int, Outcome] = {}
         self.progress = progress
 
-    def run(self) -> dict[int, tuple[Outcome, JobProcess]]:
+    def run(self) -> dict[int, Outcome]:
         try:
             while self.waiting or self.running:
                 while self.waiting and self.free:
@@ -142,8 +145,8 @@ class _Queue:
         try:
             job.start()
         except SubspecError as error:
-            self.done[index] = (Outcome(FAILED, error.exit_code, str(error)), job)
-            self.progress.finished(job, self.done[index][0])
+            self.done[index] = Outcome(FAILED, error.exit_code, str(error))
+            self.progress.finished(job, self.done[index])
             return
         self.free.popleft()
         self.running[index] = job
@@ -152,7 +155,7 @@ class _Queue:
     def _finish(self, index: int, outcome: Outcome) -> None:
         job = self.running.pop(index)
         self.free.append(job.gpu)
-        self.done[index] = (outcome, job)
+        self.done[index] = outcome
         self.progress.finished(job, outcome)
 
     def _stop(self, interrupted: bool) -> None:
@@ -160,7 +163,7 @@ class _Queue:
         for job in self.running.values():
             job.interrupt()
         if interrupted and self.running:
-            self.progress.note(
+            self.progress.console.note(
                 "interrupted: waiting for the running job(s) to end; once more ends them at once"
             )
         try:
@@ -180,14 +183,6 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (named or [str(index) for index in range(count)])[:count]
-
-
-def _job_return(config: DictConfig, outcome: Outcome, job: JobProcess) -> JobReturn:
-    result = QuietReturn(overrides=list(config.hydra.overrides.task), cfg=config, hydra_cfg=config)
-    result.working_dir = os.getcwd()
-    result.status = JobStatus.COMPLETED if outcome.status == OK else JobStatus.FAILED
-    result.return_value = job.value() if outcome.status == OK else failure(outcome, job.folder)
-    return result
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -186,10 +187,6 @@ class JobProcess(FollowedJob):
             time.sleep(0.1)
         return outcome
 
-    def value(self) -> float | None:
-        """The figure that a search maximises, if there is one."""
-        return objective(read_summary(self.folder), self.spec.optimise)
-
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
@@ -272,6 +269,26 @@ class QuietReturn(JobReturn):
         self._return_value = value
 
 
+def job_result(
+    overrides: Sequence[str],
+    outcome: Outcome | None,
+    folder: Path,
+    optimise: str | None,
+    error: object = None,
+) -> QuietReturn:
+    """Hydra's result of a job. ``error``: of its launcher, if the folder tells no outcome."""
+    result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd())
+    if outcome is not None and outcome.status == OK:
+        result.status, result.return_value = JobStatus.COMPLETED, objective(read_summary(folder), optimise)
+    else:
+        known = outcome is not None and outcome.reason
+        result.status = JobStatus.FAILED
+        result.return_value = (
+            failure(outcome, folder) if known else JobFailed(f"its worker ended: {error}", 1)
+        )
+    return result
+
+
 def run_in_process(spec: JobSpec) -> float | None:
     """Run a job in a process of its own and wait for it, on a worker of another project's launcher.
 
@@ -294,4 +311,4 @@ def run_in_process(spec: JobSpec) -> float | None:
         raise KeyboardInterrupt
     if outcome.status != OK:
         raise failure(outcome, spec.folder)
-    return job.value()
+    return objective(read_summary(spec.folder), spec.optimise)

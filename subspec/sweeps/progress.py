@@ -62,11 +62,6 @@ class SweepProgress:
                 self._live = None
 
     @property
-    def elapsed_s(self) -> float:
-        """Seconds since this session of the sweep began."""
-        return time.monotonic() - self._began
-
-    @property
     def remaining_s(self) -> float | None:
         """Estimated seconds left, from this session's jobs that are most alike; None before there is any."""
         known = [*self._took, *((job.label, job.expected_s) for job in self._running if job.expected_s)]
@@ -80,10 +75,6 @@ class SweepProgress:
             max((job.expected_s or _alike(job.label, known)) - job.seconds, 0.0) for job in self._running
         )
         return left / max(len(self._running), 1)
-
-    def note(self, text: str) -> None:
-        """One line of information."""
-        self.console.note(text)
 
     def started(self, job: FollowedJob) -> None:
         """Report the start of a job."""
@@ -122,7 +113,8 @@ class SweepProgress:
         """The lines at the bottom of a terminal."""
         width = max(20, self.console.rich.width)
         done = self.finished_before + self.ended
-        filled = int(24 * (done + sum(_share(job) for job in self._running)) / max(self.total, 1))
+        begun = sum(job.done / job.total for job in self._running if job.total)
+        filled = int(24 * (done + begun) / max(self.total, 1))
         failed = f", {self.failed} failed" if self.failed else ""
         head = f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"
         lines = [head]
@@ -137,7 +129,7 @@ class SweepProgress:
         return f"[{self.finished_before + self.ended}/{self.total}]"
 
     def _clocks(self) -> str:
-        return f"elapsed {clock(self.elapsed_s)}, left {clock(self.remaining_s)}"
+        return f"elapsed {clock(time.monotonic() - self._began)}, left {clock(self.remaining_s)}"
 
 
 def describe(job: FollowedJob) -> str:
@@ -163,7 +155,3 @@ def _alike(label: str, known: Sequence[tuple[str, float]]) -> float:
 
     best = max(likeness(other) for other, _ in known)
     return mean(seconds for other, seconds in known if likeness(other) == best)
-
-
-def _share(job: FollowedJob) -> float:
-    return job.done / job.total if job.total else 0.0

@@ -6,6 +6,7 @@ It makes every sweep resumable, with any launcher and any sweeper.
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import mul
 from pathlib import Path
@@ -27,9 +28,7 @@ from subspec.records.outcome import (
     RUNNING,
     Outcome,
     is_finished,
-    objective,
     read_outcome,
-    read_summary,
     write_outcome,
 )
 from subspec.records.same_run import FREE_KEYS
@@ -37,8 +36,11 @@ from subspec.records.sweep_folder import Job, SweepFolder, config_digest
 from subspec.runs.console import RunConsole
 from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.job_table import labels
-from subspec.sweeps.process import IN_PROCESS, JobFailed, QuietReturn, failure
+from subspec.sweeps.process import IN_PROCESS, job_result
 from subspec.sweeps.progress import SweepProgress
+
+Entry = tuple[Job, list[str], dict[str, Any]]
+"""A job, its overrides, and its resolved configuration."""
 
 ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}
 """Keys that name or place a job, and do not vary it."""
@@ -68,6 +70,7 @@ def _work(configs: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(configs)} jobs{known}{total}; each loads its models anew, and the first sample tells the time left"
 
 
+@dataclass
 class ResumableLauncher:
     """Launches the missing jobs of a sweep.
 
@@ -83,25 +86,16 @@ class ResumableLauncher:
         jobs: the requested jobs in order, each once.
     """
 
-    def __init__(
-        self,
-        inner: Launcher,
-        context: HydraContext,
-        config: DictConfig,
-        folder: SweepFolder,
-        total: int | None = None,
-        keys: Collection[str] | None = None,
-    ) -> None:
-        self.inner = inner
-        self.context = context
-        self.config = config
-        self.folder = folder
-        self.total = total
-        self.keys = keys
-        self.jobs: list[Job] = []
-        self.finished_before = 0
-        self._progress: SweepProgress | None = None
-        self.console = RunConsole()
+    inner: Launcher
+    context: HydraContext
+    config: DictConfig
+    folder: SweepFolder
+    total: int | None = None
+    keys: Collection[str] | None = None
+    jobs: list[Job] = field(default_factory=list, init=False)
+    finished_before: int = field(default=0, init=False)
+    console: RunConsole = field(default_factory=RunConsole, init=False)
+    _progress: SweepProgress | None = field(default=None, init=False)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the missing jobs; returns one result per list of overrides, in order."""
@@ -112,7 +106,7 @@ class ResumableLauncher:
         for config in configs:
             _check_one_job(first.setdefault(config_digest(effective(config)), config), config)
         jobs = self.folder.assign(list(zip(overrides, configs, strict=True)))
-        wanted: dict[int, tuple[Job, list[str], dict[str, Any]]] = {}
+        wanted: dict[int, Entry] = {}
         for entry in zip(jobs, overrides, configs, strict=True):
             wanted.setdefault(entry[0].number, entry)
         if len(wanted) < len(jobs) and self.total is None:
@@ -132,16 +126,8 @@ class ResumableLauncher:
             self.inner.expect(self.total or len(self.jobs), self._labels(), self.finished_before)
         if self.total is None and len(missing) > 1:
             self.console.note(_work([config for _, _, config in missing]))
-        done = self._run([entry[:2] for entry in missing], [entry[2] for entry in missing], initial_job_idx)
-        good = {
-            job.number: result
-            for (job, _, _), result in zip(missing, done, strict=True)
-            if result.status is JobStatus.COMPLETED
-        }
-        return [
-            good.get(job.number) or self._result(job, config)
-            for job, config in zip(jobs, configs, strict=True)
-        ]
+        error = self._run(missing, initial_job_idx)
+        return [self._result(job, config, error) for job, config in zip(jobs, configs, strict=True)]
 
     def _labels(self) -> dict[str, str]:
         """Labels of the jobs by the name of their folder."""
@@ -163,29 +149,27 @@ class ResumableLauncher:
         HydraConfig.instance().set_config(config)
         return to_plain(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
 
-    def _run(
-        self, missing: Sequence[tuple[Job, list[str]]], configs: Sequence[Mapping[str, Any]], first: int
-    ) -> Sequence[JobReturn]:
+    def _run(self, missing: Sequence[Entry], first: int) -> Exception | None:
+        """Launch the jobs and keep their outcomes; returns the error of a launcher that ended before all of them."""
         if not missing:
-            return []
+            return None
         place = str(self.config.hydra.sweep.dir).replace("\\", "\\\\").replace('"', '\\"')
         lists = [
             [*texts, f'hydra.sweep.dir="{place}"', f"hydra.sweep.subdir='{job.number}'", "resume=true"]
-            for job, texts in missing
+            for job, texts, _ in missing
         ]
-        before = [read_outcome(self.folder.job_folder(job)) for job, _ in missing]
-        began = time.time()
+        folders = [self.folder.job_folder(job) for job, _, _ in missing]
+        before, began = [read_outcome(folder) for folder in folders], time.time()
         try:
-            with self._watched([job for job, _ in missing]):
+            with self._watched([job for job, _, _ in missing]):
                 results = self.inner.launch(lists, initial_job_idx=first)
         except Exception as error:
-            if not any(read_outcome(self.folder.job_folder(job)) for job, _ in missing):
+            if not any(map(read_outcome, folders)):
                 raise self._launcher_failed(error) from error
-            # Other projects' launchers stop at the first worker that dies; the folders hold the outcomes.
-            return [self._result(job, None, error) for job, _ in missing]
-        for (job, _), config, result, old in zip(missing, configs, results, before, strict=True):
-            self._keep(self.folder.job_folder(job), config, result, time.time() - began, old)
-        return results
+            return error  # other projects' launchers stop at the first worker that dies
+        for folder, (_, _, config), result, old in zip(folders, missing, results, before, strict=True):
+            self._keep(folder, config, result, time.time() - began, old)
+        return None
 
     def _launcher_failed(self, error: Exception) -> Exception:
         """The error for a launcher that started no job."""
@@ -226,16 +210,4 @@ class ResumableLauncher:
     ) -> JobReturn:
         """The result of a job, read from its folder."""
         folder = self.folder.job_folder(job)
-        outcome = read_outcome(folder)
-        result = QuietReturn(overrides=list(job.overrides), working_dir=str(Path.cwd()))
-        if outcome is not None and outcome.status == OK:
-            result.status = JobStatus.COMPLETED
-            result.return_value = objective(read_summary(folder), (config or {}).get("optimise"))
-        else:
-            result.status = JobStatus.FAILED
-            result.return_value = (
-                failure(outcome, folder)
-                if outcome is not None and outcome.reason
-                else JobFailed(f"its worker ended: {error}", 1)
-            )
-        return result
+        return job_result(job.overrides, read_outcome(folder), folder, (config or {}).get("optimise"), error)

@@ -8,6 +8,7 @@ proposal (no room in the budget) is recorded, and the search continues.
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ STOPPED = "stopped"
 """Attribute of a study: numbers of trials whose measurement was stopped."""
 
 
+@dataclass
 class SearchSweeper(Sweeper):
     """Searches with Optuna.
 
-    Args:
+    Attributes:
         n_trials: trials of the whole search.
         n_jobs: proposals at a time; None: as many as the launcher runs.
         sampler: ``tpe`` or ``random``.
@@ -41,21 +43,15 @@ class SearchSweeper(Sweeper):
         params: search space by key, in the grammar of the command line.
     """
 
-    def __init__(
-        self,
-        n_trials: int,
-        n_jobs: int | None = None,
-        sampler: str = "tpe",
-        startup: int = 8,
-        seed: int = 0,
-        params: dict[str, str] | None = None,
-    ) -> None:
-        self.n_trials = n_trials
-        self.n_jobs = n_jobs
-        self.sampler = sampler
-        self.startup = startup
-        self.seed = seed
-        self.params = dict(params or {})
+    n_trials: int
+    n_jobs: int | None = None
+    sampler: str = "tpe"
+    startup: int = 8
+    seed: int = 0
+    params: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.params = dict(self.params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra.

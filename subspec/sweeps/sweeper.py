@@ -182,6 +182,5 @@ def raise_failures(folder: SweepFolder, rows: Sequence[Row]) -> None:
     )
     again = shlex.quote(f"sweep_dir={folder.path}")
     raise SweepFailed(
-        f"{what}: see the table above; the same command with {again} runs only what is missing",
-        codes,
+        f"{what}: see the table above; the same command with {again} runs only what is missing", codes
     )

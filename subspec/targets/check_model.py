@@ -7,7 +7,6 @@ argument that messages name.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -161,7 +160,9 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
             "returns"
         )
     check_family(model.config.model_type, f"{argument} ({kind})")
-    if not isinstance(model, _causal_class(model.config.model_type)):
+    if not isinstance(
+        model, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type])
+    ):
         raise ConfigError(
             f"{argument} is a {kind}, not a causal language model with its LM head; pass what "
             "AutoModelForCausalLM.from_pretrained returns"
@@ -181,18 +182,11 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
             f"{argument} ({kind}) lies on {', '.join(devices)}: load it whole on one device (without device_map='auto')"
         )
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-    if len(dtypes) != 1 or not _computes(next(model.parameters()).dtype):
+    dtype = next(model.parameters()).dtype
+    if (
+        len(dtypes) != 1 or not dtype.is_floating_point or dtype.itemsize == 1
+    ):  # floats of a byte are for storage
         raise ConfigError(
             f"{argument} ({kind}) holds weights as {', '.join(dtypes)}: load it in one type (dtype=torch.bfloat16, "
             "float16 or float32)"
         )
-
-
-def _computes(dtype: torch.dtype) -> bool:
-    """Whether Linear layers compute in ``dtype``; floats of a byte are for storage."""
-    return dtype.is_floating_point and dtype.itemsize > 1
-
-
-def _causal_class(family: str) -> type:
-    """The class that transformers loads as the causal language model of ``family``."""
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])

@@ -12,12 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.errors import ConfigError
-from subspec.targets.check_model import (
-    check_architecture,
-    check_family,
-    check_unquantized,
-    shortest_window,
-)
+from subspec.targets.check_model import check_architecture, check_family, check_unquantized, shortest_window
 from subspec.targets.meta_model import parameter_shapes
 from subspec.targets.weight_files import (
     CONFIG,

@@ -6,11 +6,7 @@ import torch
 from subspec.config.schema import Device, Dtype
 from subspec.errors import ConfigError, SubspecError
 
-_DTYPES = {
-    Dtype.float32: torch.float32,
-    Dtype.bfloat16: torch.bfloat16,
-    Dtype.float16: torch.float16,
-}
+_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
 
 
 def resolve_device(device: Device) -> torch.device:

@@ -65,22 +65,17 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
         raise SubspecError(
             f"fetching {requirement} needs pip, which this Python lacks; `python -m ensurepip` installs it, {remedy}"
         )
+    problem = f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy[3:]}"
     if says_full_disk(output):
-        raise SubspecError(
-            f"cannot fetch {requirement}: the disk of {folder} is full; "
-            "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
-        )
-    if any(mark in output for mark in _NO_NETWORK):
-        raise SubspecError(
-            f"cannot fetch {requirement}: the package index cannot be reached; "
-            f"check the network and pip's settings (`python -m pip config list`), {remedy}"
-        )
-    if "No matching distribution" in output:
-        raise SubspecError(
-            f"cannot fetch {requirement}: pip's package index does not have it; "
-            f"check `python -m pip config list`, {remedy}"
-        )
-    raise SubspecError(f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy[3:]}")
+        problem = f"cannot fetch {requirement}: the disk of {folder} is full; "
+        problem += "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
+    elif any(mark in output for mark in _NO_NETWORK):
+        problem = f"cannot fetch {requirement}: the package index cannot be reached; "
+        problem += f"check the network and pip's settings (`python -m pip config list`), {remedy}"
+    elif "No matching distribution" in output:
+        problem = f"cannot fetch {requirement}: pip's package index does not have it; "
+        problem += f"check `python -m pip config list`, {remedy}"
+    raise SubspecError(problem)
 
 
 def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[int | None, str]:

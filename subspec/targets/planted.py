@@ -32,6 +32,7 @@ same bits at every call. CPUs and GPUs draw different numbers.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,38 @@ DRAFT_TEMPERATURE = SubstituteDraftConfig.temperature
 CHUNK_ROWS = 4096
 """Rows of the LM head computed in float32 at a time."""
 
-_NO_SPECIALS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+def _shape(
+    family: type[PretrainedConfig],
+    vocab: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    positions: int = 4096,
+    theta: float = 1e4,
+    rope: Mapping[str, Any] | None = None,
+    eps: float = 1e-6,
+    tied: bool = False,
+    **other: Any,
+) -> PretrainedConfig:
+    """A configuration without special tokens. ``rope``: what differs from plain rotary embeddings."""
+    return family(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        rms_norm_eps=eps,
+        rope_parameters={"rope_type": "default", "rope_theta": theta, **(rope or {})},
+        tie_word_embeddings=tied,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **other,
+    )
 
 
 def _qwen2(
@@ -69,90 +101,26 @@ def _qwen2(
     *,
     vocab: int = 152064,
     tied: bool = False,
-) -> Qwen2Config:
+) -> PretrainedConfig:
     """A published Qwen2.5 configuration (7B and larger: untied, padded vocabulary of 152064)."""
-    return Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        use_sliding_window=False,
-        tie_word_embeddings=tied,
-        **_NO_SPECIALS,
-    )
+    sizes = vocab, hidden, intermediate, layers, heads, kv_heads
+    return _shape(Qwen2Config, *sizes, positions=32768, theta=1e6, tied=tied, use_sliding_window=False)
 
 
 def _llama3(
     hidden: int, intermediate: int, layers: int, *, rope_factor: float, tied: bool = False
-) -> LlamaConfig:
+) -> PretrainedConfig:
     """Llama-3.1 and 3.2, Instruct."""
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": rope_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        tie_word_embeddings=tied,
-        **_NO_SPECIALS,
-    )
+    rope = {"rope_type": "llama3", "factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    sizes = 128256, hidden, intermediate, layers, 32, 8
+    return _shape(LlamaConfig, *sizes, positions=131072, theta=5e5, rope=rope, eps=1e-5, tied=tied)
 
 
-def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: int = 8) -> Qwen2Config:
+def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: int = 8) -> PretrainedConfig:
     """Grouped attention with biases, 25 MB; its wider weights quantize as badly in few layers as 7B's in many."""
-    return Qwen2Config(
-        vocab_size=4096,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        initializer_range=0.15,
-        use_sliding_window=False,
-        tie_word_embeddings=False,
-        **_NO_SPECIALS,
-    )
-
-
-def _tiny_draft() -> Qwen2Config:
-    """A small model for ``tiny``: its vocabulary in a third of its weights."""
-    return _tiny(hidden=128, intermediate=256, layers=2, heads=4)
-
-
-def _tiny_tied() -> LlamaConfig:
-    """Odd sizes: tied embeddings, plain attention, a vocabulary that is no multiple of anything."""
-    return LlamaConfig(
-        vocab_size=1003,
-        hidden_size=192,
-        intermediate_size=576,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-        **_NO_SPECIALS,
-    )
+    wide = {"initializer_range": 0.15, "use_sliding_window": False}
+    return _shape(Qwen2Config, 4096, hidden, intermediate, layers, heads, 2, **wide)
 
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -165,10 +133,15 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama3_2_1b": lambda: _llama3(2048, 8192, 16, rope_factor=32.0, tied=True),
     "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, rope_factor=32.0),
     "tiny": _tiny,
-    "tiny_draft": _tiny_draft,
-    "tiny_tied": _tiny_tied,
+    "tiny_draft": lambda: _tiny(hidden=128, intermediate=256, layers=2, heads=4),
+    "tiny_tied": lambda: _shape(
+        LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15
+    ),
 }
 """Configurations by name: the published ``config.json`` of Instruct models, and tiny ones for tests.
+
+``tiny_draft`` is a small model for ``tiny``, with its vocabulary in a third of its weights. ``tiny_tied`` has tied
+embeddings, plain attention, and a vocabulary that is no multiple of anything.
 
 Small models are for ``draft.path=planted:SHAPE``. With the target's seed and vocabulary and an untied LM head, a small
 model plants the target's map and agrees on easy tokens; a tied one agrees on none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
 
@@ -52,18 +52,8 @@ class Target:
     @classmethod
     def of(cls, source: LayerSource, model: PreTrainedModel, device: torch.device) -> Target:
         """The target of ``source``, whose ``model`` is loaded, whole or streamed."""
-        return cls(
-            name=source.name,
-            model=model,
-            tokenizer=source.tokenizer,
-            eos_token_ids=source.eos_token_ids,
-            dtype=source.dtype,
-            device=device,
-            source=source.source,
-            identity=source.identity,
-            planted=source.planted,
-            notes=source.notes,
-        )
+        known = {field.name for field in fields(cls)} - {"model", "device"}
+        return cls(model=model, device=device, **{name: getattr(source, name) for name in known})
 
     @property
     def has_chat_template(self) -> bool:

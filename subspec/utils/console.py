@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import huggingface_hub.utils as hub_utils
 from rich.console import Console
@@ -50,7 +49,7 @@ class ByteProgress:
             self._note(f"{self._label} ({self._total / 1e6:.0f} MB)")
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
 

@@ -87,8 +87,11 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str, variable: str = "SUBSPEC_CACHE") -> None:
     """Refuse to begin what would fill the disk.
+
+    Args:
+        variable: of the environment, which names another folder.
 
     Raises:
         SubspecError: fewer than ``needed`` bytes are free where ``folder`` is or will be.
@@ -97,7 +100,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         raise SubspecError(
             f"{what} needs {needed / 1e9:.2f} GB in {folder} and only {free / 1e9:.2f} GB are free; "
-            "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
+            f"make room, or set {variable} to a folder on a larger disk"
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -395,7 +395,6 @@ def test_order_does_not_depend_on_the_order_of_rows_or_on_other_rows(
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 12))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fewer_samples_are_a_prefix_of_more(seed: int, count: int):
     def chosen(max_samples: int | None) -> list[str]:
         config = BenchmarkConfig(name="math_500", source=Source.sample, max_samples=max_samples)

@@ -126,15 +126,9 @@ CHECKS = {
     "empty stop string": ("decoding.stop=['']", r"decoding\.stop=\[''\] holds an empty string: leave it out"),
     "empty folder name": ("run_dir=", r"run_dir= names no folder"),
     "no path": ("target.path=???", r"target\.path is not set: give it as target\.path=VALUE"),
-    "source without file": (
-        "benchmark.source=file",
-        r"benchmark\.source=file needs benchmark\.path=FILE",
-    ),
+    "source without file": ("benchmark.source=file", r"benchmark\.source=file needs benchmark\.path=FILE"),
     "file without source": ("benchmark.path=x.jsonl", r"benchmark\.path is set but benchmark\.source=sample"),
-    "plan of no streaming": (
-        "plan_only=true",
-        r"plan_only=true plans offload=stream, not offload=none",
-    ),
+    "plan of no streaming": ("plan_only=true", r"plan_only=true plans offload=stream, not offload=none"),
     "plan of accelerate": (
         "plan_only=true offload=accelerate",
         r"plan_only=true plans offload=stream, not offload=accelerate",
@@ -224,10 +218,7 @@ FILES = {
         "benchmark.path={root}/none.jsonl",
         r"benchmark\.path=.*none\.jsonl does not exist; give the path",
     ),
-    "folder": (
-        "benchmark.path={root}/nothing",
-        r"benchmark\.path=.*nothing is a folder; give a file",
-    ),
+    "folder": ("benchmark.path={root}/nothing", r"benchmark\.path=.*nothing is a folder; give a file"),
     "field": (
         "benchmark.path={root}/field.jsonl",
         r"line 1: the row has no field 'answer'; rename the column",

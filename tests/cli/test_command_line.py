@@ -33,18 +33,15 @@ COMMAND_LINE = {
     "unknown option": ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain, eagle2"),
     "misspelt option": ("quant=hqqq", r"quant=hqqq: no such option \(did you mean hqq\?\)"),
     "unknown experiment": ("experiment=unknown", r"experiment=unknown: no such option"),
-    "unknown group": (
-        "tre=chain",
-        r"tre: no such key or group \(did you mean tree\?\)$",
-    ),
+    "unknown group": ("tre=chain", r"tre: no such key or group \(did you mean tree\?\)$"),
     "unknown group, added": ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
     "misspelt key": (
         "tree.dept=3",
-        r"tree\.dept: no such key \(did you mean depth\?\); tree has depth, name, width",
+        r"tree\.dept: no such key \(did you mean depth\?\); tree has check_every, depth, level_cost",
     ),
     "misspelt key, added": ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
     "misspelt group of a key": ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
-    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has depth"),
+    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has check_every, depth"),
     "no key or group": ("xyz=1", r"xyz: no such key or group; a run has audit, .*\btree\b"),
     "key of another option": (
         "decoding.temperature=0.5",
@@ -96,10 +93,7 @@ COMMAND_LINE = {
     ),
     "own file: typo": ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
     "own file: package": ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
-    "own file: YAML": (
-        "--config-dir={own}/yaml",
-        r"local/default\.yaml, line 3: not valid YAML .*correct",
-    ),
+    "own file: YAML": ("--config-dir={own}/yaml", r"local/default\.yaml, line 3: not valid YAML .*correct"),
     "own file: group": (
         "--config-dir={own}/group experiment=e",
         r"tre: no such group \(did you mean tree\?\)",

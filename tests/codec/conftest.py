@@ -1,7 +1,10 @@
+import functools
+
 import pytest
 import torch
 
 from subspec.codec import format
+from tests.helpers.host_cuda import compile_host
 
 
 @pytest.fixture
@@ -14,6 +17,56 @@ def quick(request, monkeypatch):
     torch.set_num_threads(1)
     real = any(request.node.get_closest_marker(name) for name in ("gpu", "slow"))
     if not real and "format" not in request.node.name:
-        monkeypatch.setattr(format, "CHUNK", 32)
+        monkeypatch.setattr(format, "CHUNK", 16)
     yield
     torch.set_num_threads(threads)
+
+
+HOST = r"""
+#define HOST_TEST
+#include "restore.cu"
+#include <cstdlib>
+
+#ifdef WIDTH
+#include "restore_integers.cu"
+// A block's threads one after the other, between the barriers of the kernel.
+static void restore_block(const Part& part, const unsigned char* flat, long long block) {
+  static unsigned table[LEVELS * THREADS], ring[RING * THREADS];
+  alignas(16) static unsigned lines[LINE * THREADS];
+  for (unsigned& word : table) word = rand();
+  for (unsigned& word : ring) word = rand();
+  for (unsigned& word : lines) word = rand();
+  static Lane lanes[THREADS];
+  const long long first = (block - part.first_block) * THREADS;
+  for (int t = 0; t < THREADS; ++t) begin_chunk(lanes[t], part, flat, first + t, ring + t);
+  for (int step = 0; step < STEPS; ++step) {
+    for (int t = 0; t < THREADS; ++t)
+      if (step < lanes[t].steps) {
+        restore_stretch(lanes[t], part, table + t, lines + t * LINE);
+        pass_stretch(lanes[t], part);
+      }
+    for (int t = 0; t < THREADS; ++t)
+      write_lines(part, first + t / 32 * 32, step, t % 32, lines + t / 32 * 32 * LINE);
+  }
+}
+#else
+#include "restore_codebook.cu"
+static void restore_block(const Part& part, const unsigned char* flat, long long block) {
+  for (int t = 0; t < THREADS; ++t) {
+    const long long chunk = (block - part.first_block) * THREADS + t;
+    if (chunk * CHUNK < part.total) restore_chunk(part, flat, chunk);
+  }
+}
+#endif
+
+extern "C" void restore(const Part* parts, const unsigned char* flat, int count, int blocks) {
+  for (int block = 0; block < blocks; ++block) restore_block(part_of(parts, count, block), flat, block);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The CUDA source as C++, by kernel."""
+    folder = tmp_path_factory.mktemp("codec")
+    return functools.cache(lambda source: compile_host(folder, HOST, source.macros))

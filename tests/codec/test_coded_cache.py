@@ -100,7 +100,7 @@ def kept(tmp_path_factory):
     root = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBSPEC_CACHE", str(root))
-        patch.setattr(format, "CHUNK", 32)
+        patch.setattr(format, "CHUNK", 16)
         start = Start()
         assert start(tiny()) == (0, LAYERS)
     layer = sum(parameter.nbytes for parameter in tiny().model.layers[0].parameters())

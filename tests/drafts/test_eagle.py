@@ -99,7 +99,7 @@ def test_samples_are_those_of_plain_decoding(model, policy):
         assert engine.generate(PROMPT, max_new_tokens=30, seed=seed).token_ids == expected.token_ids
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 319), min_size=1, max_size=20), min_size=1, max_size=3),
     chunk=st.integers(1, 24),

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -297,21 +295,9 @@ def test_what_the_hub_does_not_have_is_refused(hub, monkeypatch):
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_eagle.py"
 
 
-def convert(*arguments):
-    """The script as a user runs it: its exit status, what it printed, and its complaints."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "HF_HUB_OFFLINE": "1"},
-        timeout=240,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture
 def convert_here(capsys, monkeypatch):
-    """The same without a process of its own, which takes seconds to start."""
+    """The script without a process of its own: its exit status, what it printed, and its complaints."""
     spec = importlib.util.spec_from_file_location("convert_eagle", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -329,7 +315,7 @@ def test_the_script_converts_and_a_run_reads_the_same_head(tmp_path, convert_her
     source = published(
         tmp_path / "source", SHAPES["qwen2"], binary=True, prefix="model.", dtype=torch.float32
     )
-    status, said, complaints = convert(source, tmp_path / "out")
+    status, said, complaints = convert_here(source, tmp_path / "out")
     assert status == 0, complaints
     assert "dropped: model.embed_tokens.weight" in said
     assert "4 KV heads of 16" in said

@@ -94,8 +94,7 @@ def test_a_level_has_only_tokens_that_followed():
 @pytest.mark.parametrize(
     "policy", [Beam(6, 1), Beam(5, 3), Eagle2(4, 3, 10), Adaptive(6, 3, level_cost=0.1, check_every=2, min_depth=1)]
 )  # fmt: skip
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=8)])
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(("sampling", "earlier"), [(Sampling(), True), (Sampling(0.7, top_k=8), False)])
 def test_text_is_plain_decodings_with_fewer_passes(policy, sampling, earlier):
     target = TargetModel(tiny_model("llama", vocab_size=64))
     draft = PromptLookupDraft(NgramIndex(3, 1), 64, earlier_texts=earlier)

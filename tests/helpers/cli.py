@@ -7,6 +7,7 @@
 A process of its own costs seconds of imports; ``command`` is for the tests that need one.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -15,8 +16,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,16 +102,19 @@ class Forked:
     Has the part of ``subprocess.Popen`` that jobs and tests of kills need.
 
     Args:
-        log: file for the output; None: it is dropped.
+        log, errors: files for the output; None: it is dropped, and errors are part of the output.
         env: changes of the environment; None removes a variable.
+        entry: takes the arguments in place of that command.
     """
 
     def __init__(
         self,
         *arguments: object,
         log: int | None = None,
+        errors: int | None = None,
         cwd: Path | None = None,
         env: dict[str, str | None] | None = None,
+        entry: Callable[[list[str]], None] = main,
     ) -> None:
         self.returncode: int | None = None
         end, self._open = os.pipe()
@@ -122,8 +128,9 @@ class Forked:
             os.setsid()
             os.close(self._open)
             os.dup2(end, 0)
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY) if log is None else log, stream)
+            log = os.open(os.devnull, os.O_WRONLY) if log is None else log
+            for stream, file in ((1, log), (2, log if errors is None else errors)):
+                os.dup2(file, stream)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
             os.chdir(cwd or ".")
             for name, value in (env or {}).items():
@@ -131,10 +138,14 @@ class Forked:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)
             GlobalHydra.instance().clear()
+            atexit._clear()  # the parent's
+            tempfile.tempdir = None
             try:
-                main([str(argument) for argument in arguments])
+                entry([str(argument) for argument in arguments])
+                code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
+            atexit._run_exitfuncs()
         except BaseException:
             traceback.print_exc()
         finally:

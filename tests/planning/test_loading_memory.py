@@ -232,7 +232,7 @@ def test_host_memory_counts_the_layers_that_wait():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_layers_that_waited_are_the_same(device, monkeypatch):
     if device == "cpu":  # the torch reference takes a step per weight of a chunk
-        monkeypatch.setattr(format, "CHUNK", 32)
+        monkeypatch.setattr(format, "CHUNK", 16)
     model, device = tiny(layers=2, device=device), torch.device(device)
     moves, results, compact = [], [], build.compact
     monkeypatch.setattr(loader, "compact", lambda layer, to=None: moves.append(to) or compact(layer, to))

@@ -193,10 +193,7 @@ def test_a_kernel_that_does_not_take_the_shape_stops_the_run(choose):
 
 
 def test_no_kernel_at_all_stops_the_run(choose):
-    with pytest.raises(
-        ConfigError,
-        match=r"draft\.kernel=auto .*int4_mma: none; gemlite: none",
-    ):
+    with pytest.raises(ConfigError, match=r"draft\.kernel=auto .*int4_mma: none; gemlite: none"):
         choose(FakeBench(mma_wins, dict.fromkeys(KERNELS, "none")))
 
 

@@ -23,14 +23,7 @@ from subspec.quant.codebook_linear import (
     unavailable,
 )
 from subspec.quant.flute import FluteLinear
-from subspec.quant.hadamard import (
-    Rotation,
-    library_problem,
-    radices,
-    rotate,
-    rotate_library,
-    rotate_triton,
-)
+from subspec.quant.hadamard import Rotation, library_problem, radices, rotate, rotate_library, rotate_triton
 from subspec.quant.level_linear import Variant
 from subspec.quant.pairs import quantize_pairs
 from subspec.utils.capture import capturing
@@ -113,7 +106,7 @@ def test_a_missing_library_is_named():
 # ---------------------------------------------------------------------------------------------- packing
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(1, 100),
     k=st.integers(1, 300),

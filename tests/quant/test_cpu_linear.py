@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from subspec.quant.choose_kernels import choose_kernels
@@ -24,7 +24,6 @@ def error(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     kernel=st.sampled_from(sorted(ERRORS)),
     tiles=st.integers(1, 5),

@@ -42,7 +42,6 @@ def weight():
     return torch.randn(96, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 9), chunks=st.integers(1, 7), bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99)
 )
@@ -60,7 +59,7 @@ def test_rows_that_are_no_whole_chunks_are_refused():
         pack_pairs(torch.zeros(2, 31, dtype=torch.uint8), 4)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     n=st.integers(1, 40), k=st.integers(2, 500), grid=st.sampled_from(GRIDS), group=st.sampled_from([64, 256])
 )

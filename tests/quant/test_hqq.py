@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(linear, method, value):
             quantize(linear.weight)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(bits=st.sampled_from([8, 4, 3, 2]), n=st.integers(1, 9), k=st.integers(1, 12), seed=st.integers(0, 99))
 def test_bit_planes_lose_nothing_and_leave_no_gaps(bits, n, k, seed):
     generator = torch.Generator().manual_seed(seed)

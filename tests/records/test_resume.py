@@ -44,10 +44,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def arguments(checkpoint, tmp_path):
     """A run of two samples of two turns into ``tmp_path / "run"``."""
-    return [
-        *tiny_run(checkpoint, tmp_path / "run", samples=2, tokens=8),
-        *SHAPE,
-    ]
+    return [*tiny_run(checkpoint, tmp_path / "run", samples=2, tokens=8), *SHAPE]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from subspec.errors import ConfigError, SubspecError
@@ -195,7 +195,6 @@ def test_records_without_their_configuration_are_refused(tmp_path: Path) -> None
         st.text(), st.floats() | st.text() | st.booleans() | st.none() | st.integers(), max_size=5
     )
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 def test_a_configuration_equals_itself_after_the_disk(tmp_path: Path, values: dict[str, object]) -> None:
     """Stop strings may hold anything, line separators too."""
     for leftover in tmp_path.iterdir():
@@ -303,7 +302,6 @@ def test_a_file_cut_at_any_byte_loses_the_torn_line_only(tmp_path: Path) -> None
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_any_damage_inside_costs_its_own_line_only(tmp_path: Path, data: st.DataObject) -> None:
     lines = [json_line(small(index)) for index in range(4)]
     victim = data.draw(st.integers(0, 3))

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from typing import Any
 
 import matplotlib.font_manager  # makes the font cache, if there is none
 import pytest
+import wandb  # noqa: F401  (once for all processes)
 
 from subspec.records.metrics import LinkInfo, summarise
 from subspec.runs.wandb_logger import COLUMNS, SERIES, flat_summary
+from tests.helpers.cli import Forked
 from tests.helpers.records import CONFIG, record
+from tests.runs.wandb_run import log_run
 
 from . import wandb_file
 
@@ -59,26 +63,22 @@ def silent_server() -> Iterator[str]:
 
 
 class Session:
-    """``wandb_run`` in a process with a home of its own below ``root``."""
+    """:func:`~tests.runs.wandb_run.log_run` in a process with a home of its own below ``root``."""
 
     def __init__(self, root: Path, mode: str, *arguments: object, **environment: str) -> None:
         self.root, self.run_dir = root, root / "run"
         self.env = environment if "HOME" in environment else clean_environment(root, **environment)
-        command = [
-            sys.executable,
-            "-m",
-            "tests.runs.wandb_run",
-            str(self.run_dir),
-            mode,
-            *map(str, arguments),
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=self.env, **pipes)
+        changes = dict.fromkeys(os.environ) | self.env
+        self.files = [root / f"{mode}{len(arguments)}.{name}" for name in ("out", "err")]
+        with self.files[0].open("wb") as out, self.files[1].open("wb") as err:
+            pipes = {"log": out.fileno(), "errors": err.fileno()}
+            self.process = Forked(self.run_dir, mode, *arguments, **pipes, env=changes, entry=log_run)
 
     def result(self) -> dict[str, Any]:
         """What it printed, which is nothing but our own lines."""
-        out, err = self.process.communicate(timeout=120)
-        assert self.process.returncode == 0, err
+        code = self.process.wait()
+        out, err = (file.read_text() for file in self.files)
+        assert code == 0, err
         assert err == ""
         *before, last = out.splitlines()
         assert set(before) <= {"the run's own line"}, "the library prints nothing"
@@ -119,8 +119,9 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ses
         }
         yield started
         for session in started.values():
-            session.process.kill()
-            session.process.communicate()
+            if session.process.poll() is None:
+                session.process.send_signal(signal.SIGKILL)
+                session.process.wait()
 
 
 def run_files(run_dir: Path) -> list[Path]:

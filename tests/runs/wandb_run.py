@@ -1,11 +1,6 @@
-"""One run logged to W&B, in a process of its own: the library keeps state for as long as a process lives.
-
-``python -m tests.runs.wandb_run RUN_DIR MODE INIT_TIMEOUT TURNS [FINISHED] [--link]``; prints one line,
-and one of JSON last.
-"""
+"""One run logged to W&B, for a process of its own: the library keeps state for as long as a process lives."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,23 +11,24 @@ from subspec.runs.logger import make_logger
 from tests.helpers.records import CONFIG, record
 
 
-def main() -> None:
-    run_dir, mode, timeout, turns = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-    done = int(sys.argv[5]) if len(sys.argv) > 5 and sys.argv[5].isdigit() else 0
+def log_run(arguments: list[str]) -> None:
+    """``RUN_DIR MODE INIT_TIMEOUT TURNS [FINISHED] [--link]``; prints one line, and one of JSON last."""
+    run_dir, mode, timeout, turns, *more = arguments
+    turns, done = int(turns), int(more[0]) if more and more[0].isdigit() else 0
     config = WandbConfig(
         name="wandb",
         mode=WandbMode(mode),
         project="tests",
         group="an experiment",
         tags=["a"],
-        init_timeout_s=timeout,
+        init_timeout_s=float(timeout),
     )
-    link = LinkInfo(50.0, 2_000_000_000) if "--link" in sys.argv else None
+    link = LinkInfo(50.0, 2_000_000_000) if "--link" in more else None
     records = [record(index, link=link, text="long " * 500) for index in range(turns)]
     warnings: list[str] = []
     logger, started, error = make_logger(config, warnings.append), time.monotonic(), None
     try:
-        logger.start(CONFIG, run_dir, {"versions": {"torch": "2"}}, finished=records[:done])
+        logger.start(CONFIG, Path(run_dir), {"versions": {"torch": "2"}}, finished=records[:done])
         print("the run's own line", flush=True)
         for step, made in enumerate(records[done:], start=done):
             logger.log_turn(made, step)
@@ -49,7 +45,3 @@ def main() -> None:
         "seconds": time.monotonic() - started,
     }
     print(json.dumps(said), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -60,7 +60,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
     fewer_layers(monkeypatch, "tiny_tied", LAYERS)
     if not torch.cuda.is_available():  # the torch reference takes a step per weight of a chunk
-        monkeypatch.setattr(format, "CHUNK", 32)
+        monkeypatch.setattr(format, "CHUNK", 16)
 
     def run(device="cpu", **options):
         settings, device = config(**options), torch.device(device)

@@ -26,7 +26,7 @@ def run(jobs, slots, total=None):
     named = [(spec, f"n={index}") for index, spec in enumerate(jobs)]
     with progress.shown():
         done = _Queue(named, slots, progress).run()
-    return {index: outcome for index, (outcome, _) in done.items()}, out.getvalue()
+    return done, out.getvalue()
 
 
 def test_a_job_that_fails_keeps_no_other_from_running(tmp_path):

@@ -19,7 +19,7 @@ from subspec.records.outcome import is_finished, objective, read_outcome
 from subspec.records.run_folder import RunFolder
 from subspec.runs.console import RunConsole
 from subspec.sweeps import follow
-from subspec.sweeps.process import JobFailed, JobProcess, end_reason, run_in_process
+from subspec.sweeps.process import JobFailed, JobProcess, end_reason, job_result, run_in_process
 from subspec.sweeps.progress import SweepProgress
 from tests.helpers.cli import ROOT
 
@@ -46,7 +46,7 @@ def test_a_job_is_followed_to_its_end(tmp_path):
     assert (job.done, job.total) == (3, 3)
     assert job.tokens_per_s == pytest.approx(15.0)
     assert job.tau == pytest.approx(10.0)
-    assert job.value() == 10.0
+    assert job_result([], outcome, job.folder, job.spec.optimise).return_value == 10.0
     assert read_outcome(tmp_path / "0") == outcome
     assert "[3/3] s2" in (tmp_path / "0" / "job.log").read_text()
 

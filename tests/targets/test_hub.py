@@ -193,7 +193,7 @@ def test_a_repository_that_lacks_something(hub, files, rename, words):
 
 
 def test_too_little_disk_is_said_before_the_weights(hub, monkeypatch):
-    monkeypatch.setattr(module, "free_space", lambda folder: 1000)
+    monkeypatch.setattr("subspec.utils.disk.free_space", lambda folder: 1000)
     refused(SubspecError, r"GB are free; make room, or set HF_HUB_CACHE")
     assert not any(path.endswith("safetensors") for path in hub.requests)
 
