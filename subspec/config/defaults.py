@@ -1,7 +1,8 @@
 """Defaults that depend on other keys: interpolations in the configuration, which composing resolves.
 
-Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed. A pass over a streamed
-target takes as long as dozens of draft levels, so that deep trees pay only there. The YAML files of trees hold
+Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed to a GPU. A pass over a
+streamed target takes as long as dozens of draft levels, so that deep trees pay only there; not on a CPU, which computes
+more slowly than its disk reads. The YAML files of trees hold
 ``depth: ${streamed_tree:depth,16}``.
 """
 
@@ -17,7 +18,7 @@ rarely accepted."""
 def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
     """``key`` (``depth`` or ``width``) of the paper's tree for a streamed target and this draft, or ``otherwise``."""
     offload, draft = (OmegaConf.select(_root_, f"{group}.name") for group in ("offload", "draft"))
-    if not str(offload).startswith("stream"):
+    if not str(offload).startswith("stream") or str(_root_.get("device")) in ("cpu", "Device.cpu"):
         return otherwise
     return PAPER_TREES.get(str(draft), {}).get(key, otherwise)
 

@@ -7,7 +7,7 @@ its :class:`~subspec.drafts.spec.DraftSpec`. Each message names the keys and the
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config.checks import check_values, quantizes
+from subspec.config.checks import check_values, quantizes, streams_from_disk
 from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import (
     Config,
@@ -37,6 +37,12 @@ def check_config(config: Config) -> None:
     if spec is None:
         return
     spec.check(config)
+    if streams_from_disk(config) and not spec.from_disk:
+        raise ConfigError(
+            f"draft={config.draft.name} runs beside a target that streams to a GPU, not beside one that streams from a "
+            "disk (offload=stream with device=cpu): set draft=subspec, eagle2, eagle3, prompt_lookup or none, or "
+            "offload=none"
+        )
     _check_tree(config)
 
 
@@ -50,7 +56,8 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    if isinstance(config.offload, StreamOffloadConfig) and not isinstance(config.draft, Eagle2DraftConfig):
+    captured = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
+    if captured and not isinstance(config.draft, Eagle2DraftConfig):
         raise ConfigError(
             f"tree=eagle2 expands single nodes of a level, and draft={config.draft.name} with offload=stream "
             "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"

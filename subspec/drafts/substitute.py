@@ -8,6 +8,7 @@ it is made of the layers while they pass through the device, and its levels are 
 
 import copy
 import time
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
+from subspec.config.checks import streams_from_disk
 from subspec.config.enums import Codec, Kernel
 from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
@@ -34,11 +36,17 @@ from subspec.memory.allocator import Allocation
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
-from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
+from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int4CpuLinear, Int8CpuLinear
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
+
+SMALL_KERNELS = frozenset({Int4CpuLinear.kind, Int8CpuLinear.kind})
+"""Kernels of a CPU whose weights are smaller than exact ones by far."""
+
+LEVEL_COPIES = 4
+"""Float32 tensors [width, vocabulary] that a draft level holds at once: logits, log-probabilities, scores, choice."""
 
 
 class SubstituteMemory(DraftMemory):
@@ -82,6 +90,46 @@ def substitute_allocations(
         ),
         Allocation("exact substitute", tuple(kept), "bfloat16: what stays exact"),
     )
+
+
+class CpuSubstituteMemory(DraftMemory):
+    """The substitute in host memory beside a target that streams from a disk.
+
+    Its kernels (:data:`SMALL_KERNELS`) hold at most a byte per quantized weight.
+    """
+
+    captured = False
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        spec, quantization = inputs.spec, cpu_quantization(inputs.config, inputs.model)
+        if isinstance(quantization, str):
+            raise ConfigError(f"draft=subspec: {quantization}")
+        skipped = len(set(getattr(inputs.config.quant, "skip_layers", ())))
+        roles = {role: n * k for role, (n, k) in quantization.shapes.items() if role != "head"}
+        exact = [4 * n * k for n, k in quantization.exact.values()]
+        tensors = [(size, spec.layers - skipped) for size in roles.values()]
+        tensors += [(size, spec.layers) for size in exact]
+        tensors += [(4 * size, skipped) for size in roles.values()]
+        note = f"at most; {quantization.summary()}"
+        head = (spec.vocab * spec.hidden, 1)
+        self.allocations = (Allocation("substitute", (*tensors, head), note),)
+        self.shared_rows = inputs.policy.draft_rows
+        self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
+
+
+def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantization | str:
+    """The quantization of fused levels on a CPU; or why there are none.
+
+    Raises:
+        ConfigError: the Linears that would be fused are quantized differently, or settings contradict the target.
+    """
+    quant = config.quant
+    if not isinstance(quant, HqqConfig) or quant.axis != 1:
+        return "fused levels on a CPU take quant=hqq with quant.axis=1"
+    if (why := why_modules(model)) is not None:
+        return why
+    head = (model.vocab_size, model.hidden_size)
+    return hqq_quantization(quant, parameter_shapes(model)[0], head, AUTO, CpuFormat)
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,11 +211,17 @@ class SubstituteSpec(DraftSpec):
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return SubstituteMemory(inputs)
+        return (CpuSubstituteMemory if streams_from_disk(inputs.config) else SubstituteMemory)(inputs)
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        check_target_levels(config, model)
+        if not streams_from_disk(config):
+            check_target_levels(config, model)
+        elif isinstance(why := cpu_quantization(config, model), str):
+            raise ConfigError(
+                f"draft=subspec with offload=stream and device=cpu drafts with fused levels: {why}; set another draft, "
+                "or offload=none"
+            )
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.
@@ -179,6 +233,11 @@ class SubstituteSpec(DraftSpec):
         config, draft = context.config, context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if context.plan is None:
+            return
+        if streams_from_disk(config):
+            found = cpu_quantization(config, context.model)
+            assert not isinstance(found, str)  # check_target
+            self._open_cpu_builder(found, SMALL_KERNELS)
             return
         self._started = time.perf_counter()
         coded = context.plan.codec is Codec.substitute
@@ -270,19 +329,24 @@ class SubstituteSpec(DraftSpec):
             self._quantizer.store.close()
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        draft = self.context.config.draft
+        context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        if self.context.plan is None:
+        if context.plan is None:
             found = self._cpu_quantization(target, draft)
             if isinstance(found, str):
                 return self._build_modules(target, draft, found)
-            return self._build_cpu_levels(target, draft, found)
-        builder = self.builder
-        assert builder is not None
-        model = level_model(target.model, builder.layers, builder.head)
+            builder = self._open_cpu_builder(found)
+            for index, layer in enumerate(target.base.layers):
+                builder.take(index, layer_views(layer))
+            builder.head = builder.build_head(target.head.weight.data)
+            return self._build_cpu_levels(target, draft)
+        if streams_from_disk(context.config):
+            return self._build_cpu_levels(target, draft)
+        assert self.builder is not None
+        model = level_model(target.model, self.builder.layers, self.builder.head)
         overlap = None if draft.overlap_launches else False
         return BuiltDraft(
-            CapturedDraft(model, draft.temperature, overlap=overlap), self._finish_report(builder)
+            CapturedDraft(model, draft.temperature, overlap=overlap), self._finish_report(self.builder)
         )
 
     def _finish_report(self, builder: SubstituteBuilder) -> QuantReport:
@@ -294,48 +358,48 @@ class SubstituteSpec(DraftSpec):
         return report
 
     def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
-        """The quantization of fused levels on a CPU; or why the substitute runs as modules."""
-        quant = self.context.config.quant
+        """The quantization of fused levels beside a whole target; or why the substitute runs as modules."""
         if target.device.type != "cpu":
             return f"the target is whole on {target.device.type}"
         if draft.unpack is not Unpack.auto:
             return f"draft.unpack={draft.unpack.value}"
-        if self.context.quantizer is not None or not isinstance(quant, HqqConfig) or quant.axis != 1:
+        if self.context.quantizer is not None:
             return "fused levels on a CPU take quant=hqq with quant.axis=1"
-        if (why := why_modules(self.context.model)) is not None:
-            return why
         try:
-            return hqq_quantization(
-                quant,
-                parameter_shapes(self.context.model)[0],
-                (target.vocab_size, self.context.model.hidden_size),
-                AUTO,
-                CpuFormat,
-            )
+            return cpu_quantization(self.context.config, self.context.model)
         except ConfigError:  # modules take it, or refuse it with their own reason
             return "its Linears that would be fused are quantized differently"
 
-    def _build_cpu_levels(
-        self, target: TargetModel, draft: SubstituteDraftConfig, quantization: LevelQuantization
-    ) -> BuiltDraft:
-        """Quantize the layers of a target on a CPU, and run them as fused levels."""
+    def _open_cpu_builder(
+        self, quantization: LevelQuantization, allowed: Collection[str] | None = None
+    ) -> SubstituteBuilder:
+        """Choose the kernels of fused levels, and open the builder.
+
+        Args:
+            allowed: kernels to choose from; None: all.
+        """
         self._started, self._quantization = time.perf_counter(), quantization
-        context, exact = self.context, target.head.weight.data
-        head = CpuHeadFormat()
-        kernels = choose_kernels(
-            {"head": (exact.shape[0], exact.shape[1]), **quantization.shapes},
+        context = self.context
+        self._cpu_kernels = kernels = choose_kernels(
+            {"head": (context.model.vocab_size, context.model.hidden_size), **quantization.shapes},
             context.policy.width,
-            target.device,
-            formats={"head": head, **quantization.formats},
+            context.device,
+            formats={"head": CpuHeadFormat(), **quantization.formats},
+            allowed=allowed,
             bench=CpuBench(),
             note=context.note,
         )
         self._open_builder(kernels, None, torch.float32)
-        builder = self.builder
+        assert self.builder is not None
+        return self.builder
+
+    def _build_cpu_levels(self, target: TargetModel, draft: SubstituteDraftConfig) -> BuiltDraft:
+        """Fused levels of the layers that the builder has taken."""
+        builder, quantization, kernels = self.builder, self._quantization, self._cpu_kernels.variants
         assert builder is not None
-        for index, layer in enumerate(target.base.layers):
-            builder.take(index, layer_views(layer))
-        own = builder.build_head(exact) or head.linear(kernels.variants["head"], exact.float(), swiglu=False)
+        own = builder.head
+        if own is None:
+            own = CpuHeadFormat().linear(kernels["head"], target.head.weight.data.float(), swiglu=False)
         report = self._finish_report(builder)
         # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
         report.stored_bytes = quantization.stored_bytes(self._layers)
@@ -346,7 +410,7 @@ class SubstituteSpec(DraftSpec):
         levels = CpuLevels(target.model, level_model(target.model, builder.layers, own))
         facts = {
             "levels": "fused, CPU",
-            "kernel": {role: variant.kernel for role, variant in kernels.variants.items()},
+            "kernel": {role: variant.kernel for role, variant in kernels.items()},
         }
         return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
 

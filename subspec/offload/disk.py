@@ -1,9 +1,9 @@
 """Layers on a disk, read ahead of use past the page cache.
 
-Protocol: the thread that runs the model asks a :class:`DiskRing` for layers in order. The ring gives every layer with a
-free slot to reader threads, in pieces (``os.preadv`` releases the interpreter lock). A slot belongs to the readers until
-all of its pieces have arrived, then to the model until it is released. Errors of the readers are raised where their
-layer is waited for, so no layer is used that did not arrive whole.
+Protocol: the thread that runs the model asks a :class:`DiskRing` for layers in order. The ring gives every layer that
+has a free slot to reader threads, in pieces (``os.preadv`` releases the interpreter lock). A slot belongs to the
+readers until all of its pieces have arrived, then to the model until it is released. Errors of the readers are raised
+where their layer is waited for, so no layer is used that did not arrive whole.
 """
 
 import errno
@@ -217,7 +217,9 @@ class DirectFile:
 
     def _failure(self, error: OSError) -> SubspecError:
         remedy = "copy it to another disk" if error.errno == errno.EIO else "check its disk or mount"
-        return SubspecError(f"{self.path} cannot be read: {error.strerror or error}; {remedy}, and start again")
+        return SubspecError(
+            f"{self.path} cannot be read: {error.strerror or error}; {remedy}, and start again"
+        )
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -272,7 +274,9 @@ class DiskRing(LayerRing):
                 "cache, and may come from memory instead of the disk"
             )
         if any(kind.startswith(NETWORKS) for kind in kinds):
-            note(f"{first} is on {self.file_system}: every pass reads it from there; a local disk may be faster")
+            note(
+                f"{first} is on {self.file_system}: every pass reads it from there; a local disk may be faster"
+            )
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """The parameters of the layer in ``slot`` by name, as views."""

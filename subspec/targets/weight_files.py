@@ -147,7 +147,9 @@ def data_offsets(path: Path) -> dict[str, int]:
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
-    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
 
 
 def read_json(file: Path) -> dict[str, Any]:
