@@ -113,6 +113,7 @@ class CpuSubstituteMemory(DraftMemory):
         note = f"at most; {quantization.summary()}"
         head = (spec.vocab * spec.hidden, 1)
         self.allocations = (Allocation("substitute", (*tensors, head), note),)
+        self.workspaces = {"8-bit copy of the LM head": 2 * head[0]}
         self.shared_rows = inputs.policy.draft_rows
         self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
 

@@ -101,7 +101,7 @@ class Int8CpuLinear(CpuLinear):
 
     def __init__(self, weight: Tensor, swiglu: bool) -> None:
         n = weight.shape[0]
-        scale = weight.abs().amax(dim=1).clamp_(min=TINY).div_(127)
+        scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_(min=TINY).div_(127)
         with (
             warnings.catch_warnings()
         ):  # torch announces the end of quantized tensors; `unavailable` will tell

@@ -21,7 +21,7 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     else:
         quant = quant_label(config, facts)
         parts = [f"{name} {quant}" if quant else name, _tree(config_group(config, "tree"))]
-    parts.append(_offload(config_group(config, "offload"), facts))
+    parts.append(_offload(config, facts))
     if config_group(config, "decoding").get("name") == "sampling":
         parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
     return ", ".join(part for part in parts if part)
@@ -65,16 +65,32 @@ def _tree(tree: Mapping[str, Any]) -> str:
     return f"{name} {size}"
 
 
-def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``stream 8 GiB``, or ``stream coded 8 GiB`` if the exact weights were streamed coded."""
+def memory_budget(config: Mapping[str, Any]) -> Any:
+    """GiB that offloading may take: of host memory if a target streams from a disk to a CPU, else of the device's."""
+    offload = config_group(config, "offload")
+    return offload.get("ram_gib" if is_from_disk(config) else "vram_gib")
+
+
+def is_from_disk(config: Mapping[str, Any]) -> bool:
+    """Whether the target streams from a disk to a CPU."""
+    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith(
+        "stream"
+    )
+
+
+def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, or ``disk 8 GiB``."""
+    offload = config_group(config, "offload")
     name = offload.get("name")
     if name in (None, "none"):
         return ""
-    if "codec" in offload:
+    if is_from_disk(config):
+        name = "disk"
+    elif "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    vram = offload.get("vram_gib")
-    return f"{name} {_number(vram)} GiB" if vram is not None else str(name)
+    budget = memory_budget(config)
+    return f"{name} {_number(budget)} GiB" if budget is not None else str(name)
 
 
 def _number(value: Any) -> str:
