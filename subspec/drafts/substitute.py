@@ -8,7 +8,7 @@ it is made of the layers while they pass through the device, and its levels are 
 
 import copy
 import time
-from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,14 +36,12 @@ from subspec.memory.allocator import Allocation
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
-from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int4CpuLinear, Int8CpuLinear
+from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int8CpuLinear
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
+from subspec.quant.weight_format import WeightFormat
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
-
-SMALL_KERNELS = frozenset({Int4CpuLinear.kind, Int8CpuLinear.kind})
-"""Kernels of a CPU whose weights are smaller than exact ones by far."""
 
 LEVEL_COPIES = 4
 """Float32 tensors [width, vocabulary] that a draft level holds at once: logits, log-probabilities, scores, choice."""
@@ -93,10 +91,7 @@ def substitute_allocations(
 
 
 class CpuSubstituteMemory(DraftMemory):
-    """The substitute in host memory beside a target that streams from a disk.
-
-    Its kernels (:data:`SMALL_KERNELS`) hold at most a byte per quantized weight.
-    """
+    """The substitute in host memory beside a target that streams from a disk."""
 
     captured = False
 
@@ -105,21 +100,25 @@ class CpuSubstituteMemory(DraftMemory):
         if isinstance(quantization, str):
             raise ConfigError(f"draft=subspec: {quantization}")
         skipped = len(set(getattr(inputs.config.quant, "skip_layers", ())))
-        roles = {role: n * k for role, (n, k) in quantization.shapes.items() if role != "head"}
-        exact = [4 * n * k for n, k in quantization.exact.values()]
-        tensors = [(size, spec.layers - skipped) for size in roles.values()]
-        tensors += [(size, spec.layers) for size in exact]
-        tensors += [(4 * size, skipped) for size in roles.values()]
-        note = f"at most; {quantization.summary()}"
-        head = (spec.vocab * spec.hidden, 1)
-        self.allocations = (Allocation("substitute", (*tensors, head), note),)
-        self.workspaces = {"8-bit copy of the LM head": 2 * head[0]}
+        exact = 4 * sum(n * k for n, k in quantization.exact.values())
+        whole = exact + 4 * sum(n * k for role, (n, k) in quantization.shapes.items() if role != "head")
+        head = spec.vocab * spec.hidden
+        tensors = (
+            (quantization.layer_bytes + exact, spec.layers - skipped),
+            (whole, skipped),
+            (quantization.head_bytes or head, 1),
+        )
+        self.allocations = (Allocation("substitute", tensors, quantization.summary()),)
+        converted = 0 if inputs.itemsize == 4 else 4
+        self.workspaces = {"8-bit LM head of the draft": (1 + converted) * head}
         self.shared_rows = inputs.policy.draft_rows
         self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
 
 
 def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantization | str:
     """The quantization of fused levels on a CPU; or why there are none.
+
+    Beside a target that streams from a disk, each Linear has the kernel of the least memory.
 
     Raises:
         ConfigError: the Linears that would be fused are quantized differently, or settings contradict the target.
@@ -130,7 +129,14 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
     if (why := why_modules(model)) is not None:
         return why
     head = (model.vocab_size, model.hidden_size)
-    return hqq_quantization(quant, parameter_shapes(model)[0], head, AUTO, CpuFormat)
+    found = hqq_quantization(quant, parameter_shapes(model)[0], head, AUTO, CpuFormat)
+    if not streams_from_disk(config):
+        return found
+    formats: dict[str, WeightFormat] = {}
+    for role, own in found.formats.items():
+        assert isinstance(own, CpuFormat)
+        formats[role] = own.smallest(*found.shapes[role])
+    return replace(found, formats=formats)
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,7 +244,7 @@ class SubstituteSpec(DraftSpec):
         if streams_from_disk(config):
             found = cpu_quantization(config, context.model)
             assert not isinstance(found, str)  # check_target
-            self._open_cpu_builder(found, SMALL_KERNELS)
+            self._open_cpu_builder(found)
             return
         self._started = time.perf_counter()
         coded = context.plan.codec is Codec.substitute
@@ -371,22 +377,16 @@ class SubstituteSpec(DraftSpec):
         except ConfigError:  # modules take it, or refuse it with their own reason
             return "its Linears that would be fused are quantized differently"
 
-    def _open_cpu_builder(
-        self, quantization: LevelQuantization, allowed: Collection[str] | None = None
-    ) -> SubstituteBuilder:
-        """Choose the kernels of fused levels, and open the builder.
-
-        Args:
-            allowed: kernels to choose from; None: all.
-        """
+    def _open_cpu_builder(self, quantization: LevelQuantization) -> SubstituteBuilder:
+        """Choose the kernels of fused levels, and open the builder."""
         self._started, self._quantization = time.perf_counter(), quantization
         context = self.context
+        only = Int8CpuLinear.kind if streams_from_disk(context.config) else None
         self._cpu_kernels = kernels = choose_kernels(
             {"head": (context.model.vocab_size, context.model.hidden_size), **quantization.shapes},
             context.policy.width,
             context.device,
-            formats={"head": CpuHeadFormat(), **quantization.formats},
-            allowed=allowed,
+            formats={"head": CpuHeadFormat(only=only), **quantization.formats},
             bench=CpuBench(),
             note=context.note,
         )
