@@ -83,10 +83,10 @@ def test_remedies_of_a_refusal_work(draft, length, remedy):
 
 
 def test_the_smaller_of_the_allowed_and_the_free_counts():
-    free = planned(host_free=10 * GIB)
-    assert free.budget == 10 * GIB + PROCESS
-    assert planned(ram_gib=8, host_free=10 * GIB).budget == 8 * GIB
-    assert planned(ram_gib=80, host_free=10 * GIB).budget == free.budget
+    free = planned(host_free=14 * GIB)
+    assert free.budget == 14 * GIB + PROCESS
+    assert planned(ram_gib=12, host_free=14 * GIB).budget == 12 * GIB
+    assert planned(ram_gib=80, host_free=14 * GIB).budget == free.budget
     with pytest.raises(ConfigError, match=r"in the 1\.50 GiB that are free.*free some memory, or "):
         planned(ram_gib=80, host_free=GIB)
     with pytest.raises(ConfigError, match=r"set offload\.ram_gib"):
