@@ -320,7 +320,8 @@ class OffloadConfig:
 
 @dataclass
 class StreamOffloadConfig(OffloadConfig):
-    """Exact weights in pinned host memory, streamed layer by layer.
+    """Exact weights in pinned host memory, streamed layer by layer to a GPU; with ``device=cpu`` on a disk, streamed to
+    host memory (:mod:`subspec.planning.disk_plan`).
 
     ``vram_gib`` bounds PyTorch's allocations on the device. ``resident_layers``: exact layers kept on the device (null:
     as many as fit). ``ring_slots``: layer buffers of the copies. ``embedding``: location of the embedding table.

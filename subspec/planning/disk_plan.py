@@ -62,14 +62,14 @@ class _Sizes:
 
 
 def plan_disk(
-    config: Config, model: PretrainedConfig, *, itemsize: int, process_bytes: int, host_free: int | None
+    config: Config, model: PretrainedConfig, *, itemsize: int, process_bytes: int, host_free: int
 ) -> Plan:
     """Plan a run whose layers stream from a disk; nothing is loaded.
 
     Args:
         itemsize: bytes per weight.
         process_bytes: memory of this process before anything is loaded.
-        host_free: free memory beside that; None: unknown.
+        host_free: free memory beside that.
 
     Raises:
         ConfigError: the run does not fit, with the arithmetic and the remedy.
@@ -85,12 +85,8 @@ def plan_disk(
         raise ConfigError(
             f"offload.resident_layers={offload.resident_layers}: the target has {layers} layers"
         )
-    asked = None if offload.ram_gib is None else int(offload.ram_gib * GIB)
-    free = None if host_free is None else host_free + process_bytes
-    known = [limit for limit in (asked, free) if limit is not None]
-    if not known:
-        raise ConfigError("offload.ram_gib is not set, and free memory is unknown here: set offload.ram_gib")
-    budget = min(known)
+    free = host_free + process_bytes
+    budget = free if offload.ram_gib is None else min(free, int(offload.ram_gib * GIB))
     least = _least_chunk(config)
     for chunk in (max(least, min(CHUNK_GOAL, config.decoding.max_length)), least):
         sizes = _sizes(config, model, itemsize, process_bytes, chunk)
@@ -98,9 +94,8 @@ def plan_disk(
         if resident is not None:
             break
     else:
-        raise _refusal(config, model, itemsize, process_bytes, budget, by_free=budget != asked)
-    plain_sizes = _sizes(_plainly(config), model, itemsize, process_bytes, chunk)
-    plain = plain_sizes.most(budget)
+        raise _refusal(config, model, itemsize, process_bytes, budget, by_free=budget == free)
+    plain = _sizes(_plainly(config), model, itemsize, process_bytes, chunk).most(budget)
     kept = spread(range(layers), resident)
     streamed = tuple(index for index in range(layers) if index not in kept)
     notes = () if streamed else ("every layer fits in memory: nothing is read from the disk while decoding",)
@@ -203,16 +198,16 @@ def _refusal(
 
     needed, items = least(config)
     helps = next((text for text, changed in _changes(config) if least(changed)[0] <= budget), None)
-    whose = (
-        f"offload=stream with device=cpu cannot run in the {budget / GIB:.2f} GiB that are free"
-        if by_free
-        else f"offload.ram_gib={offload.ram_gib:g} cannot hold this run"
-    )
-    raised = "free some memory" if by_free else f"raise offload.ram_gib to at least {ceil_gib(needed)}"
     remedy = f"or {helps}" if helps else "or choose a smaller target"
     items.append(_item("kept free", "", (needed - sum(item.bytes for item in items), 1)))
+    if by_free:
+        return ConfigError(
+            f"offload=stream with device=cpu needs {ceil_gib(needed)} GiB: {arithmetic(items)}; {budget / GIB:.2f} GiB "
+            f"are free: free some memory, {remedy}"
+        )
     return ConfigError(
-        f"{whose}, which needs {ceil_gib(needed)} GiB: {arithmetic(items)}; {raised}, {remedy}"
+        f"offload.ram_gib={offload.ram_gib:g} cannot hold this run, which needs {ceil_gib(needed)} GiB: "
+        f"{arithmetic(items)}; raise offload.ram_gib to at least {ceil_gib(needed)}, {remedy}"
     )
 
 

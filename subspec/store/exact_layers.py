@@ -4,6 +4,7 @@ For targets whose own files cannot be read in place: other dtypes, and weights t
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class ExactLayerStore(Store[PinnedBuffer]):
         self._flush()
         self.made += 1
         name = self._file(index)
+        with self._path(name).open("rb") as stream:
+            os.fsync(stream.fileno())  # or the first reads past the page cache would wait for it
         return self._path(name), self._files[name]["sha256"]
 
     def _give_up(self, why: str) -> None:

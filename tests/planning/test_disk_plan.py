@@ -16,7 +16,7 @@ PROCESS = GIB // 2
 
 
 def planned(
-    draft="subspec", shape="qwen2_5_7b", host_free=None, tree=(16, 4), itemsize=2, decoding=None, **offload
+    draft="subspec", shape="qwen2_5_7b", host_free=1 << 50, tree=(16, 4), itemsize=2, decoding=None, **offload
 ):
     config = replace(settings(draft=draft, tree=tree, decoding=decoding, **offload), device=Device.cpu)
     return plan_disk(config, SHAPES[shape](), itemsize=itemsize, process_bytes=PROCESS, host_free=host_free)
@@ -87,7 +87,5 @@ def test_the_smaller_of_the_allowed_and_the_free_counts():
     assert free.budget == 14 * GIB + PROCESS
     assert planned(ram_gib=12, host_free=14 * GIB).budget == 12 * GIB
     assert planned(ram_gib=80, host_free=14 * GIB).budget == free.budget
-    with pytest.raises(ConfigError, match=r"in the 1\.50 GiB that are free.*free some memory, or "):
+    with pytest.raises(ConfigError, match=r"device=cpu needs .* 1\.50 GiB are free: free some memory, or "):
         planned(ram_gib=80, host_free=GIB)
-    with pytest.raises(ConfigError, match=r"set offload\.ram_gib"):
-        planned()
