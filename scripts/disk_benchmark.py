@@ -93,6 +93,7 @@ def main() -> None:
             shown = ", ".join(f"{key} {value:.3f}" for key, value in rows[name][-1].items())
             print(f"{name:14} {shown}", flush=True)
     medians = {name: {key: median(row[key] for row in own) for key in own[0]} for name, own in rows.items()}
+
     over = {
         name: median(
             ours["tokens_per_s"] / plain["tokens_per_s"]

@@ -7,10 +7,12 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+import yaml
 
 from subspec.config.schema import Config, Device, NoDraftConfig, StreamOffloadConfig
 from subspec.errors import ConfigError
 from subspec.offload import disk
+from subspec.records.method import method_label
 from subspec.session import check_offload
 from tests.helpers.cli import cli, records_of, summary_of, tiny_run
 from tests.helpers.tiny import tiny_checkpoint
@@ -23,7 +25,7 @@ PLANTED = [
     "logger=none",
 ]
 PLANTED += ["decoding.max_new_tokens=12", "decoding.max_length=1024", "tree.depth=4", "device=cpu"]
-STREAM = ["offload=stream", "offload.resident_layers=3"]
+STREAM = ["offload=stream", "offload.resident_layers=3", "offload.ram_gib=30"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,8 @@ def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, deco
     assert totals["link_gb_per_s"] == facts["link_gb_per_s"] > 0
     assert totals["roofline_share"] > 0
     assert "no link to hide behind" not in ran.out
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "disk 30 GiB" in method_label(config, facts)
     if draft[0] == "draft=subspec":
         assert totals["tau"] > 2
 

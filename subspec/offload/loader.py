@@ -10,7 +10,9 @@ gone, and the substitute's first layers are staged on the host if these need the
 head that is coded (:mod:`subspec.codec.coded_head`) is quantized and coded first, when most memory is free.
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,6 +223,12 @@ def load_streamed(
     """
     memory = PinnedMemory(device)
     model = empty_model(source.config, source.dtype, device)
+    resident = set(plan.resident_layers)
+    disk: DiskFeed | None = None
+    if from_disk := [layer for layer in stored or () if layer.index not in resident]:
+        # Opened first: a file that changes while other weights are loaded from it is noticed.
+        template = model.get_decoder().layers[from_disk[0].index]
+        disk = DiskFeed(template, from_disk, plan.ring_slots, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
@@ -232,7 +240,6 @@ def load_streamed(
     if source.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
-    resident = set(plan.resident_layers)
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
         coding = TargetCoding(resident, coded)
@@ -271,9 +278,8 @@ def load_streamed(
     if store.layers:
         template = modules[min(store.layers)]
         feeds.append(RingFeed(template, store.layers, plan.ring_slots, source.dtype, device))
-    streamed = [layer for layer in stored or () if layer.index not in resident]
-    if streamed:
-        feeds.append(DiskFeed(modules[streamed[0].index], streamed, plan.ring_slots, source, note))
+    if disk is not None:
+        feeds.append(disk)
     if coding is not None and restorer is not None:
         template = modules[min(coding.layers)]
         feeds.append(CodedFeed(template, restorer, coding.streamed, plan.ring_slots, device))
@@ -337,3 +343,6 @@ def _pass_layers(
 def _release_temporaries(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed; other systems have no such call
+        ctypes.CDLL(None).malloc_trim(0)
