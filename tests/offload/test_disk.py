@@ -13,12 +13,12 @@ from subspec.config.schema import Device, HubTargetConfig, PlantedTargetConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import SubspecError
-from subspec.offload import disk
+from subspec.offload import disk, loader
 from subspec.offload.disk import ALIGNMENT, DiskRing, StoredLayer, measure_disk, stored_layers
 from subspec.offload.loader import load_streamed
 from subspec.store import store
 from subspec.targets import load_target, open_source, resolve_device
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.tiny import tiny_checkpoint, tiny_model
 from tests.offload.test_streaming import PROMPT, plan_for
 
 CPU = resolve_device(Device.cpu)
@@ -114,23 +114,27 @@ def test_any_place_in_any_file_is_read_as_it_lies(tmp_path_factory, seed, parts,
     assert sum(ring.sizes) >= 2 * sum(size for _, size in parts) * itemsize
 
 
-def test_short_reads_are_continued(tmp_path, monkeypatch):
-    content = torch.arange(5 * ALIGNMENT // 4 + 3, dtype=torch.int32)
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("most", [ALIGNMENT, ALIGNMENT + 100])
+def test_short_reads_are_continued(tmp_path, monkeypatch, most, direct):
+    content, read = torch.arange(5 * ALIGNMENT // 4 + 3, dtype=torch.int32), os.preadv
     file = tmp_path / "f"
     file.write_bytes(content.numpy().tobytes())
-    read = os.preadv
-    monkeypatch.setattr(disk.os, "preadv", lambda fd, to, at: read(fd, [to[0][: ALIGNMENT + 100]], at))
-    if (probed := os.open(file, os.O_RDONLY | os.O_DIRECT)) >= 0:
-        os.close(probed)
-        # A direct read of an odd size fails; the test's own file would then be read through the cache.
+    monkeypatch.setattr(disk.os, "preadv", lambda fd, to, at: min(read(fd, to, at), most))
+    if not direct:
         refusing_direct(monkeypatch)
     ring = DiskRing([StoredLayer(0, {"w": (file, 0)}, {"w": content.shape}, torch.int32)], 1, quiet)
     assert torch.equal(ring.parameters(ring.acquire())["w"], content)
     ring.close()
 
 
-def test_layers_are_read_in_place_where_they_lie_as_in_memory(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shards", [1, 5])
+def test_layers_are_read_in_place_where_they_lie_as_in_memory(checkpoint, tmp_path, monkeypatch, shards):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    if shards > 1:
+        (Path(checkpoint.path) / "model.safetensors").unlink()
+        tiny_model("qwen2", layers=4).save_pretrained(checkpoint.path, max_shard_size="150KB")
+        assert len(list(Path(checkpoint.path).glob("model-*.safetensors"))) >= shards
     source = opened(checkpoint)
     layers = stored_layers(source, quiet)
     assert {file.parent for layer in layers for file, _ in layer.places.values()} == {Path(checkpoint.path)}
@@ -248,6 +252,15 @@ def test_a_file_that_changes_ends_the_text_in_one_line(checkpoint, fault):
         with pytest.raises(SubspecError, match=rf"model\.safetensors .*({message})") as caught:
             text_of(loaded.target)
         assert "\n" not in str(caught.value)
+    loaded.close()
+
+
+def test_a_file_that_changes_while_the_rest_is_loaded_is_noticed(checkpoint, monkeypatch):
+    real, file = loader._load_shared, Path(checkpoint.path) / "model.safetensors"
+    monkeypatch.setattr(loader, "_load_shared", lambda *given: (replaced(file), real(*given))[1])
+    loaded = streamed(opened(checkpoint))
+    with pytest.raises(SubspecError, match="changed while the run read"):
+        text_of(loaded.target)
     loaded.close()
 
 
