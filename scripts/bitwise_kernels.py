@@ -90,8 +90,8 @@ def attention(shapes: PassShapes, contexts: list[int]) -> list[dict[str, Any]]:
         partial = torch.empty(heads.partial_floats(rows, length), dtype=torch.float32, device=device)
         out = torch.empty(rows, heads.query * heads.dim, dtype=DTYPE, device=device)
         ours = functools.partial(
-            attend, query, keys, values, past + depths, paths, is_tree=is_tree, past=past, length=length,
-            heads=heads, scale=heads.dim**-0.5, partial=partial, out=out,
+            attend, query, keys, values, past + depths, torch.tensor([past], device=device), paths,
+            is_tree=is_tree, length=length, heads=heads, scale=heads.dim**-0.5, partial=partial, out=out,
         )  # fmt: skip
         visible = torch.cat([torch.ones(rows, past, dtype=torch.bool, device=device), behind], 1)
         mask = torch.zeros(visible.shape, dtype=DTYPE, device=device).masked_fill_(~visible, -1e30)[

@@ -34,6 +34,7 @@ from subspec.config.schema import (
 )
 from subspec.decoding.engine import Engine
 from subspec.offload.bandwidth import measure_link
+from subspec.planning.budget import DeviceMemory
 from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed, cap_device
 from subspec.targets.planted import PlantedSource
@@ -116,13 +117,12 @@ def main() -> None:
     )
     link = measure_link(device)
     source = PlantedSource(config.target, torch.bfloat16, device)  # type: ignore[arg-type]
-    total = torch.cuda.get_device_properties(device).total_memory
     plan = plan_run(
         config,
         source.config,
         link_gb_per_s=link,
         host_free=psutil.virtual_memory().available,
-        device_total=total,
+        device=DeviceMemory.measured(device),
     )
     cap_device(options.vram, device)
     assembly = assemble_streamed(config, source, plan, device)

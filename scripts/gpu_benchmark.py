@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from subspec.config.enums import Codec, Kernel
+from subspec.config.enums import Codec, Kernel, VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
@@ -46,6 +46,7 @@ from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.offload.bandwidth import measure_link
 from subspec.offload.streamed_target import StreamedTarget
+from subspec.planning.budget import DeviceMemory
 from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed, cap_device
 from subspec.targets.planted import PlantedSource
@@ -78,6 +79,7 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     draft = NoDraftConfig(name="none")
     if mode == "subspec":
         draft = SubstituteDraftConfig(name="subspec", kernel=Kernel(options.kernel))
+    budget = {"vram_gib": options.vram, "vram_counts": VramCounts.allocator}
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
         draft=draft,
@@ -90,10 +92,10 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
         decoding=DecodingConfig(
             name="greedy", max_new_tokens=options.new_tokens, max_length=options.max_length
         ),
-        offload=AccelerateOffloadConfig(name="accelerate", vram_gib=options.vram)
+        offload=AccelerateOffloadConfig(name="accelerate", **budget)
         if mode == "accelerate"
         else StreamOffloadConfig(
-            name="stream", vram_gib=options.vram, ring_slots=options.slots, codec=Codec(options.codec)
+            name="stream", **budget, ring_slots=options.slots, codec=Codec(options.codec)
         ),
         benchmark=BenchmarkConfig(name="gsm8k"),
         logger=NoLoggerConfig(name="none"),
@@ -121,9 +123,8 @@ def run_mode(
         result = measure(options, engine, source, link, facts, min(options.new_tokens, 8))
         print(json.dumps(result), flush=True)
         return [result]
-    total = torch.cuda.get_device_properties(device).total_memory
-    free = psutil.virtual_memory().available
-    plan = plan_run(config, source.config, link_gb_per_s=link, host_free=free, device_total=total)
+    memory, free = DeviceMemory.measured(device), psutil.virtual_memory().available
+    plan = plan_run(config, source.config, link_gb_per_s=link, host_free=free, device=memory)
     assembly = assemble_streamed(config, source, plan, device)
     streamed = assembly.streamed
     assert streamed is not None
@@ -308,7 +309,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="qwen2_5_7b")
-    parser.add_argument("--vram", type=float, default=8.0, help="device memory budget in GiB")
+    parser.add_argument("--vram", type=float, default=8.0, help="GiB of PyTorch's allocations")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument(
         "--trees",

@@ -8,11 +8,17 @@ from importlib import import_module
 
 from subspec import __version__
 
-COMMANDS = {"run": "subspec.run", "predict": "subspec.cli.predict", "report": "subspec.report.__main__"}
+COMMANDS = {
+    "run": "subspec.run",
+    "chat": "subspec.cli.chat",
+    "predict": "subspec.cli.predict",
+    "report": "subspec.report.__main__",
+}
 USAGE = f"""\
 SubSpec {__version__}: lossless speculative decoding of models that do not fit into GPU memory.
 
   python -m subspec run       one run or a sweep (run --help lists groups and keys)
+  python -m subspec chat      talk to a model, and see its speed
   python -m subspec predict   tokens per second on a card, before anything is loaded
   python -m subspec report    tables and plots of runs; report compare: are two texts identical?
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from subspec.config.enums import Cache
 from subspec.config.schema import (
+    BlockHeadDraftConfig,
     Config,
     DecodingConfig,
     DraftConfig,
@@ -35,6 +36,7 @@ from subspec.config.schema import (
     LayerSkipDraftConfig,
     NoDraftConfig,
     OffloadConfig,
+    PardDraftConfig,
     PromptLookupDraftConfig,
     SmallModelDraftConfig,
     SubstituteDraftConfig,
@@ -53,10 +55,18 @@ from subspec.targets import Target
 from subspec.targets.check_model import check_loaded_model, check_model_config
 from subspec.targets.generation_settings import not_applied
 
-DraftName = Literal["none", "subspec", "small_model", "eagle2", "eagle3", "layer_skip", "prompt_lookup"]
+DraftName = Literal[
+    "none", "subspec", "small_model", "eagle2", "eagle3", "block_head", "pard", "layer_skip", "prompt_lookup"
+]
 """The kinds of draft, by their names in ``conf/draft``."""
 
-PATHS = {"small_model": SmallModelDraftConfig, "eagle2": Eagle2DraftConfig, "eagle3": Eagle3DraftConfig}
+PATHS = {
+    "small_model": SmallModelDraftConfig,
+    "eagle2": Eagle2DraftConfig,
+    "eagle3": Eagle3DraftConfig,
+    "block_head": BlockHeadDraftConfig,
+    "pard": PardDraftConfig,
+}
 """The drafts that have files of their own."""
 
 Bitwise = bool | Literal["auto"]
@@ -94,10 +104,11 @@ def build_engine(
         tokenizer: for text and stop strings; compared with a small model's own tokenizer. If its way of decoding is
             not known (see :mod:`subspec.decoding.growing_text`), no text is streamed before the end.
         draft: ``subspec``: a quantized substitute of the same model; ``small_model``: another, smaller model;
-            ``eagle2``, ``eagle3``: an EAGLE head; ``layer_skip``: half of the model's own layers; ``prompt_lookup``:
-            continuations found in the text; ``none``: plain decoding, one pass per token.
-        draft_path: folder or hub id of the small model or the EAGLE head; None: the one that ships with the project
-            for SmolLM2-135M-Instruct (none for ``eagle3``).
+            ``eagle2``, ``eagle3``: an EAGLE head; ``block_head``: a DFlash, JetSpec or DSpark head; ``pard``: a PARD
+            model; ``layer_skip``: half of the model's own layers; ``prompt_lookup``: continuations found in the text;
+            ``none``: plain decoding, one pass per token.
+        draft_path: folder or hub id of the small model or the head; None: the one that ships with the project for
+            SmolLM2-135M-Instruct (none for ``eagle3``, ``block_head`` and ``pard``).
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
         tree_policy: the draft tree's shape; None: ``Beam(depth=16, width=4)``.
         draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.

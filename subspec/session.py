@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coding import decoding_only
 from subspec.config.checks import streams_from_disk
-from subspec.config.enums import Codec
+from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import (
     AccelerateOffloadConfig,
+    BudgetedOffloadConfig,
     Config,
     NoDraftConfig,
     StreamOffloadConfig,
@@ -27,10 +28,12 @@ from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.registry import spec_of
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.errors import ConfigError
+from subspec.memory.device import bytes_of_others, index_of
 from subspec.offload.accelerate import AccelerateTarget, host_bytes
 from subspec.offload.bandwidth import measure_link
 from subspec.offload.disk import StoredLayer
 from subspec.offload.loader import LoadedStream, load_streamed
+from subspec.planning.budget import Budget, DeviceMemory, budget_of
 from subspec.planning.disk_plan import plan_disk
 from subspec.planning.plan import Plan, plan_run
 from subspec.quant.quantize_model import Quantizer, QuantReport
@@ -56,6 +59,7 @@ class Assembly:
         draft_facts, draft_summary: of ``BuiltDraft``.
         streamed: of a streamed target; owns its pinned memory.
         plan: that a streamed target was loaded by.
+        budget: of accelerate's target; a streamed one has its plan's (:attr:`vram`).
     """
 
     engine: Engine
@@ -65,6 +69,12 @@ class Assembly:
     draft_summary: str = ""
     streamed: LoadedStream | None = None
     plan: Plan | None = None
+    budget: Budget | None = None
+
+    @property
+    def vram(self) -> Budget | None:
+        """The budget of device memory; None without offloading."""
+        return self.budget if self.plan is None else self.plan.vram
 
     @property
     def target(self) -> TargetModel:
@@ -82,8 +92,11 @@ class Assembly:
         facts: dict[str, Any] = {
             "kv_cache_bytes": engine.cache.nbytes,
             "bitwise": self.bitwise.facts(),
+            "captured_passes": self.target.captured,
             **self.target.facts(),
         }
+        if self.vram is not None and self.target.device.type == "cuda":
+            facts |= self.vram.facts()
         if self.plan is not None:
             facts["plan"] = self.plan.to_dict()
             facts["prefill_chunk"] = self.plan.prefill_chunk
@@ -180,14 +193,17 @@ def assemble_accelerate(
     """Load a target that accelerate offloads and build an engine around it, for plain decoding."""
     offload = config.offload
     assert isinstance(offload, AccelerateOffloadConfig)
-    cap_device(offload.vram_gib, device)
-    source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=note)
-    if offload.vram_gib <= ACCELERATE_RESERVE:
+    vram = budget_of(offload, DeviceMemory.measured(device))
+    if offload.vram_gib == AUTO:
+        note(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
+    weight_bytes = vram.allocator - int(ACCELERATE_RESERVE * GIB)
+    if weight_bytes <= 0:
         raise ConfigError(
-            f"offload.vram_gib={offload.vram_gib} leaves nothing for weights: accelerate needs more than "
-            f"{ACCELERATE_RESERVE} GiB"
+            f"offload.vram_gib={offload.vram_gib} leaves {vram.allocator / GIB:.2f} GiB for PyTorch and nothing for "
+            f"weights: accelerate needs more than {ACCELERATE_RESERVE} GiB"
         )
-    weight_bytes = int((offload.vram_gib - ACCELERATE_RESERVE) * GIB)
+    cap_device(vram.allocator / GIB, device)
+    source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=note)
     what = f"offload=accelerate keeps {source.name} in host memory"
     check_memory(host_bytes(source, weight_bytes), CPU, what)
     target = AccelerateTarget(source, device, weight_bytes)
@@ -195,6 +211,7 @@ def assemble_accelerate(
         config.decoding.bitwise, source.config, source.dtype, device, note, accelerate=True
     )
     assembly = _assembly(config, source, target, bitwise, None, None)
+    assembly.budget = vram
     return assembly, Target.of(source, target.model, device)
 
 
@@ -257,16 +274,16 @@ def plan_for(config: Config, model: PretrainedConfig, device: torch.device | Non
             process_bytes=psutil.Process().memory_info().rss,
             host_free=psutil.virtual_memory().available,
         )
-    link, total = None, None
+    link, memory = None, None
     if device is not None and device.type == "cuda":
         dtype = resolve_dtype(config.target.dtype, device)
         if why_not(config.decoding.bitwise, model, dtype, device):  # plan the arithmetic that will run
             config = replace(config, decoding=replace(config.decoding, bitwise=False))
-        total = torch.cuda.get_device_properties(device).total_memory
+        memory = DeviceMemory.measured(device)
         if config.offload.link_gb_per_s is None:
             link = measure_link(device)
     return plan_run(
-        config, model, link_gb_per_s=link, host_free=psutil.virtual_memory().available, device_total=total
+        config, model, link_gb_per_s=link, host_free=psutil.virtual_memory().available, device=memory
     )
 
 
@@ -281,14 +298,16 @@ def check_offload(config: Config, device: torch.device) -> None:
         raise ConfigError("offload=accelerate is a baseline of plain decoding: set draft=none")
     if isinstance(offload, StreamOffloadConfig) and offload.card is not None:
         raise ConfigError(f"offload.card={offload.card} is for planning: add plan_only=true, or leave it out")
+    if streams_from_disk(config):
+        return
     if isinstance(offload, StreamOffloadConfig | AccelerateOffloadConfig) and device.type != "cuda":
-        if streams_from_disk(config):
-            return
         raise ConfigError(
             f"offload={offload.name} needs a CUDA device, and this run is on the {device.type}: set offload=none, "
             "offload=stream with device=cpu to stream from the disk, or plan_only=true with offload=stream to see the "
             "plan without one"
         )
+    if isinstance(offload, BudgetedOffloadConfig):
+        budget_of(offload, DeviceMemory.measured(device))
 
 
 def check_draft(config: Config, model: PretrainedConfig, note: Note) -> None:
@@ -318,18 +337,18 @@ def weights_identity(config: Config, note: Note = print_note) -> dict[str, str]:
     return {"target": target_identity(config.target, note=note), **({"draft": draft} if draft else {})}
 
 
-def cap_device(vram_gib: float, device: torch.device) -> None:
-    """Limit PyTorch's allocations to the budget."""
-    # The fraction needs a device with an index.
-    index = torch.cuda.current_device() if device.index is None else device.index
+def cap_device(allocator_gib: float, device: torch.device) -> None:
+    """Limit PyTorch's allocations."""
+    index = index_of(device)  # the fraction needs a number
     total = torch.cuda.get_device_properties(index).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * GIB / total), index)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allocator_gib * GIB / total), index)
 
 
 def free_device(device: torch.device) -> None:
     """Release the memory of an earlier run of this process, its cap and its peaks."""
     if device.type != "cuda":
         return
+    bytes_of_others(index_of(device))  # known only while this process holds nothing
     gc.collect()  # modules refer to each other
     torch.cuda.set_per_process_memory_fraction(1.0, device)
     torch.cuda.empty_cache()

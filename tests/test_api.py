@@ -9,15 +9,19 @@ import torch
 from transformers import GenerationConfig
 
 from subspec import build_engine, generate
+from subspec.api import PATHS
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
+from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.pard import PardDraft
 from subspec.drafts.prompt_lookup import PromptLookupDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
+from tests.helpers.blocks import published_block
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published, published3
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -35,8 +39,11 @@ def model():
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("library")
     tiny_checkpoint(root / "small_model", "qwen2", layers=1)
+    edit_config(tiny_checkpoint(root / "pard", "llama", layers=1), pard_token=300)
     published(root / "eagle2", SHAPES["qwen2"])
     published3(root / "eagle3", "shared", target_layer_ids=[0, 1])
+    ids = {"target_layer_ids": [0, 1, 2]}
+    published_block(root / "block_head", "jetspec", num_target_layers=3, dflash_config=ids)
     published(root / "wide", replace(SHAPES["wide heads"], hidden=48))
     tiny_checkpoint(root / "other", "llama", vocab_size=300)
     return root
@@ -47,13 +54,15 @@ DRAFTS = {
     "small_model": SeparateCacheDraft,
     "eagle2": EagleDraft,
     "eagle3": EagleDraft,
+    "block_head": BlockDraft,
+    "pard": PardDraft,
     "layer_skip": SubstituteDraft,
     "prompt_lookup": PromptLookupDraft,
 }
 
 
 def path_of(places, draft):
-    return places / draft if draft in ("small_model", "eagle2", "eagle3") else None
+    return places / draft if draft in PATHS else None
 
 
 @pytest.mark.parametrize("tree_policy", [None, Eagle2(3, 4, 12)], ids=["usual", "eagle2"])
@@ -87,7 +96,10 @@ def test_half_of_the_layers_draft(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "medusa"}, r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, layer_skip"),
+        (
+            {"draft": "medusa"},
+            r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, block_head, pard",
+        ),
         ({"draft": "subspec", "draft_path": "{root}/eagle2"}, r"draft=subspec has no weights of its own"),
         ({"draft": "none", "draft_path": "{root}/eagle2"}, r"draft=none has no weights of its own"),
         ({"draft": "eagle2", "draft_path": "{root}/nowhere"}, r"draft_path=.*nowhere: no such folder"),

@@ -46,6 +46,7 @@ KINDS = {
     "hqq": ["draft=subspec", "quant=hqq"],
     "higgs": ["draft=subspec", "quant=higgs"],
     "small_model": SMALL,
+    "pard": ["draft=pard", *SMALL[1:], "draft.block=3"],
     "layer_skip": ["draft=layer_skip"],
 }
 

@@ -15,7 +15,7 @@ ORDER = (
 )
 """A package imports from itself and from those before it."""
 
-ENTRANCES = {"__init__": "cli", "__main__": "cli", "run": "cli", "predict": "cli"}
+ENTRANCES = {"__init__": "cli", "__main__": "cli", "run": "cli", "chat": "cli", "predict": "cli"}
 """Modules that only start something: ``python -m subspec.run`` and the names of ``import subspec``."""
 
 

@@ -58,7 +58,7 @@ def plan(shape: str, draft: DraftConfig, codec: Codec = Codec.none) -> Plan:
         benchmark=BenchmarkConfig(name="mt_bench"),
         logger=NoLoggerConfig(name="none"),
     )
-    return plan_run(config, SHAPES[shape](), link_gb_per_s=None, host_free=None, device_total=None)
+    return plan_run(config, SHAPES[shape](), link_gb_per_s=None, host_free=None, device=None)
 
 
 def drafted(shape: str, codec: Codec) -> Plan:

@@ -3,6 +3,7 @@
 Modules that import torch or matplotlib are imported after the command line has been checked.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hydra import compose as hydra_compose
@@ -11,11 +12,12 @@ from hydra import initialize_config_dir
 from subspec.cli.overrides import prepare
 from subspec.cli.predict import PredictCommand
 from subspec.config.checks import check_keys, check_values
+from subspec.config.enums import AUTO
 from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
-from subspec.planning.machine import AUTO, measure_gpu, usable_vram_gib
+from subspec.planning.machine import measure_gpu
 from subspec.utils.paths import conf_dir
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         raise ConfigError("offload.card: here the card is given as card=NAME")
     defaults = dict(DEFAULTS)
     if gpu is not None:
-        defaults |= {"offload.vram_gib": f"{usable_vram_gib(gpu)}"}
+        defaults |= {"offload.vram_gib": AUTO}
         if command.own["card"] != AUTO:
             defaults |= {"offload.card": f"'{gpu.name}'"}
     stream = not any(text.startswith("offload=") and text != "offload=stream" for text in overrides)
@@ -112,12 +114,10 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         )
     if config.draft.name == "none":
         raise ConfigError("draft=none: plain streaming is predicted in any case; leave draft out")
-    if gpu is not None and config.offload.vram_gib > gpu.vram_gib:
-        raise ConfigError(
-            f"offload.vram_gib={config.offload.vram_gib:g} is more than the {gpu.vram_gib:g} GiB of {gpu.name}: "
-            f"set it to at most {usable_vram_gib(gpu)}"
-        )
-    return config
+    from subspec.planning.budget import DeviceMemory, budget_of
+
+    vram = budget_of(config.offload, DeviceMemory.of_card(gpu) if gpu else None)
+    return replace(config, offload=replace(config.offload, vram_gib=vram.bytes / 2**30))
 
 
 def _measured(command: PredictCommand) -> "Measured | None":

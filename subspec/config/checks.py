@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from subspec.config.enums import AUTO
 from subspec.config.errors import unknown_key
 from subspec.config.quant_checks import check_quant
 from subspec.config.schema import (
@@ -62,11 +63,15 @@ RANGES: list[Check] = [
     ("decoding.top_p", lambda value: 0 < value <= 1, "must lie in (0, 1] (1: off)"),
     (
         "decoding.bitwise",
-        lambda value: value == "auto" or isinstance(value, bool),
+        lambda value: value == AUTO or isinstance(value, bool),
         "must be auto, true or false",
     ),
     ("decoding.stop", all, "holds an empty string: leave it out"),
-    ("offload.vram_gib", _POSITIVE, "must be positive"),
+    (
+        "offload.vram_gib",
+        lambda value: value == AUTO or (type(value) in (int, float) and 0 < value < math.inf),
+        "must be positive, or auto",
+    ),
     ("offload.resident_layers", _NOT_NEGATIVE, "must not be negative (null: as many as fit)"),
     ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),

@@ -1,21 +1,26 @@
-"""Groups of a configuration that have no effect in it, so that runs which differ only there are one run."""
+"""Parts of a configuration that have no effect in it, so that runs which differ only there are one run."""
 
 from collections.abc import Mapping
 from typing import Any
 
-NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "layer_skip", "prompt_lookup")
+from subspec.config.enums import VramCounts
+
+NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "block_head", "layer_skip", "prompt_lookup")
 """Drafts that ``quant`` does not apply to."""
 
 
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration (builtin types) without the groups that have no effect.
+    """A resolved configuration (builtin types) without the parts that have no effect.
 
     Plain decoding has no tree. ``quant`` applies to the draft, and to the weights that ``offload.codec=substitute``
-    streams.
+    streams. Configurations of earlier versions have no ``offload.vram_counts``; their budgets counted the allocator.
     """
     draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
     idle = {"tree"} if draft.get("name") == "none" else set()
     unquantized = draft.get("name") in NEVER_QUANTIZED or draft.get("quantize") is False
     if unquantized and offload.get("codec") != "substitute":
         idle.add("quant")
-    return {key: value for key, value in config.items() if key not in idle}
+    kept = {key: value for key, value in config.items() if key not in idle}
+    if offload.get("vram_counts") == VramCounts.allocator.value:
+        kept["offload"] = {key: value for key, value in offload.items() if key != "vram_counts"}
+    return kept

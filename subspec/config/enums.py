@@ -2,6 +2,9 @@
 
 from enum import Enum
 
+AUTO = "auto"
+"""Value of keys that are otherwise numbers or true and false."""
+
 
 class Device(Enum):
     """Device of the run; ``auto`` is CUDA if there is a GPU. Records hold the resolved device."""
@@ -99,6 +102,13 @@ class Cache(Enum):
 
     auto = "auto"
     off = "off"
+
+
+class VramCounts(Enum):
+    """What ``offload.vram_gib`` bounds: all device memory of the run, or PyTorch's allocations alone."""
+
+    device = "device"
+    allocator = "allocator"
 
 
 class Codec(Enum):

@@ -27,6 +27,7 @@ from subspec.config.enums import (
     Profile,
     Source,
     Unpack,
+    VramCounts,
     WandbMode,
 )
 
@@ -90,10 +91,11 @@ class SubstituteDraftConfig(DraftConfig):
 
     ``unpack`` applies to single modules (``offload=none``); ``auto`` replaces them by fused levels on a CPU where
     ``quant=hqq`` with ``axis=1`` allows it. ``kernel`` and ``overlap_launches`` apply to the captured
-    levels of ``offload=stream``.
+    levels of ``offload=stream``. ``vocab``: the ids that its LM head knows, a number or a file (null: all).
     """
 
     temperature: float = 0.2
+    vocab: Any = None
     unpack: Unpack = Unpack.auto
     kernel: Kernel = Kernel.auto
     overlap_launches: bool = True
@@ -121,11 +123,20 @@ class Eagle3DraftConfig(Eagle2DraftConfig):
 
 
 @dataclass
-class SmallModelDraftConfig(DraftConfig):
-    """Any causal language model with the target's vocabulary and its own KV cache.
+class BlockHeadDraftConfig(Eagle2DraftConfig):
+    """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
 
-    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), ``planted:SHAPE`` (random weights, for planted
-    targets), or null for the shipped small model. ``quantize``: whether ``quant`` is applied to it.
+    ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
+    ``planted`` (random weights in DFlash's shape, for planted targets). No head ships with the project.
+    """
+
+
+@dataclass
+class CheckpointDraftConfig(DraftConfig):
+    """A causal language model with the target's vocabulary and its own KV cache.
+
+    ``path``: a local folder, a hub id (``ORG/NAME``, at ``revision``), or ``planted:SHAPE`` (random weights, for
+    planted targets). ``quantize``: whether ``quant`` is applied to it.
     """
 
     path: str | None = None
@@ -133,7 +144,23 @@ class SmallModelDraftConfig(DraftConfig):
     dtype: Dtype = Dtype.auto
     temperature: float = 1.0
     quantize: bool = False
+
+
+@dataclass
+class SmallModelDraftConfig(CheckpointDraftConfig):
+    """Any such model, a level per pass. ``path`` null: the shipped small model."""
+
     overlap_launches: bool = True
+
+
+@dataclass
+class PardDraftConfig(CheckpointDraftConfig):
+    """A model trained to draft several tokens per pass (PARD, arXiv 2504.18583; PARD-2).
+
+    ``block``: most tokens of a pass, and so levels of a tree.
+    """
+
+    block: int = 12
 
 
 @dataclass
@@ -319,18 +346,29 @@ class OffloadConfig:
 
 
 @dataclass
-class StreamOffloadConfig(OffloadConfig):
+class BudgetedOffloadConfig(OffloadConfig):
+    """Weights offloaded within a budget of device memory.
+
+    ``vram_gib``: GiB, or ``auto`` for what the card has free. ``vram_counts``: whether it bounds PyTorch's allocations
+    alone or what CUDA itself takes too.
+    """
+
+    vram_gib: Any = 8.0
+    vram_counts: VramCounts = VramCounts.allocator
+
+
+@dataclass
+class StreamOffloadConfig(BudgetedOffloadConfig):
     """Exact weights in pinned host memory, streamed layer by layer to a GPU; with ``device=cpu`` on a disk, streamed to
     host memory (:mod:`subspec.planning.disk_plan`).
 
-    ``vram_gib`` bounds PyTorch's allocations on the device. ``resident_layers``: exact layers kept on the device (null:
-    as many as fit). ``ring_slots``: layer buffers of the copies. ``embedding``: location of the embedding table.
-    ``link_gb_per_s``: bandwidth for planning (null: measured, or the card's). ``card``: plan for this card instead of
-    this machine's (with ``plan_only``). ``ram_gib``: limit of host memory (null: free memory). ``codec``: whether exact
-    weights are stored and streamed coded given their substitute.
+    ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
+    copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
+    or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
+    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
+    substitute.
     """
 
-    vram_gib: float = 8.0
     resident_layers: int | None = None
     ring_slots: int = 2
     embedding: Placement = Placement.auto
@@ -341,10 +379,8 @@ class StreamOffloadConfig(OffloadConfig):
 
 
 @dataclass
-class AccelerateOffloadConfig(OffloadConfig):
+class AccelerateOffloadConfig(BudgetedOffloadConfig):
     """Hugging Face accelerate's CPU offloading of the same target, as a baseline."""
-
-    vram_gib: float = 8.0
 
 
 # ------------------------------------------------------------------------------------------- benchmark
@@ -448,7 +484,9 @@ SCHEMAS: dict[str, type] = {
     "draft/subspec": SubstituteDraftConfig,
     "draft/eagle2": Eagle2DraftConfig,
     "draft/eagle3": Eagle3DraftConfig,
+    "draft/block_head": BlockHeadDraftConfig,
     "draft/small_model": SmallModelDraftConfig,
+    "draft/pard": PardDraftConfig,
     "draft/layer_skip": LayerSkipDraftConfig,
     "draft/prompt_lookup": PromptLookupDraftConfig,
     "quant/none": NoQuantConfig,
@@ -492,4 +530,8 @@ def to_config(cfg: DictConfig) -> Config:
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration as builtin types, for records and loggers."""
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    offload = plain.get("offload") or {}
+    if isinstance(offload.get("vram_gib"), int):  # 8 and 8.0 are one configuration
+        offload["vram_gib"] = float(offload["vram_gib"])
+    return plain

@@ -16,13 +16,14 @@ class TokenBatch:
     Attributes:
         tokens: int64 [n].
         depths: int64 [n], positions counted from the end of the prefix.
-        past: tokens of the prefix.
+        past: tokens of the prefix; its upper bound if ``prefix`` is given.
         view: the cache rows that the pass writes and reads.
         levels: largest depth.
         ancestors: bool [n, n]; row i marks the path from the root to node i, both included. None: a run of text, whose
             depths are 0 .. n - 1, or a draft level.
         drafted: bool [n, rows in front of the prefix], the draft rows that each token attends to; None: the rows lie
             behind the prefix.
+        prefix: int64 [1], tokens of the prefix, of a captured pass that is replayed behind any prefix.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class TokenBatch:
     levels: int
     ancestors: Tensor | None = None
     drafted: Tensor | None = None
+    prefix: Tensor | None = None
 
     @classmethod
     def chain(cls, tokens: Tensor, past: int, view: KVView) -> "TokenBatch":
@@ -41,8 +43,10 @@ class TokenBatch:
 
     @property
     def positions(self) -> Tensor:
-        """int64 [n]."""
-        return self.depths + self.past
+        """int64 [n], below ``length``."""
+        if self.prefix is None:
+            return self.depths + self.past
+        return (self.depths + self.prefix).clamp_(max=self.length - 1)
 
     @property
     def length(self) -> int:

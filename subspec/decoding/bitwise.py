@@ -168,6 +168,9 @@ class BitwisePass:
         self.residual = residual
         self.rows = residual.shape[0]
         self.positions = batch.positions
+        self.prefix = batch.prefix
+        if self.prefix is None:
+            self.prefix = torch.full((1,), batch.past, dtype=torch.int64, device=residual.device)
         self.paths = arithmetic.no_paths
         if batch.ancestors is not None:
             self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
@@ -215,7 +218,6 @@ class BitwiseArithmetic:
         self.eps: float = config.rms_norm_eps
         self.inverse_frequency: Tensor = base.rotary_emb.inv_freq
         self.attention_scaling: float = base.rotary_emb.attention_scaling
-        self._zero = torch.zeros(1, dtype=torch.int64, device=self.inverse_frequency.device)
         self.no_paths = torch.zeros(1, dtype=torch.int32, device=self.inverse_frequency.device)
 
     def run_layer(self, state: BitwisePass, layer: nn.Module) -> None:
@@ -296,13 +298,13 @@ class BitwiseArithmetic:
             sums if q_norm is None else q_norm.weight,
             sums if k_norm is None else k_norm.weight,
             self.inverse_frequency,
-            state.positions,
-            self._zero,
+            batch.depths,
+            state.prefix,
             query,
             k_rows,
             v_rows,
             rows,
-            batch.view.write[0],
+            batch.view.read[0],
             k_rows.stride(1),
             k_rows.stride(0),
             self.attention_scaling,
@@ -315,6 +317,7 @@ class BitwiseArithmetic:
             HAS_NORM=q_norm is not None,
             HALF=heads.dim // 2,
             HALF_BLOCK=next_power_of_two(heads.dim // 2),
+            BEHIND=True,
             num_warps=1,
         )
         begin = batch.view.read[0]
@@ -325,9 +328,9 @@ class BitwiseArithmetic:
             k_rows[:, begin:],
             v_rows[:, begin:],
             state.positions,
+            state.prefix,
             state.paths,
             is_tree=batch.ancestors is not None,
-            past=batch.past,
             length=batch.length,
             heads=heads,
             scale=attention.scaling,

@@ -62,6 +62,8 @@ class Draft(ABC):
     ) -> Tensor:
         """Draft one level below ``frontier`` (int64 [f]); returns the next frontier, empty if nothing follows.
 
+        A draft with an estimate of its own of the level's acceptance writes it to ``Tree.confidence``.
+
         Args:
             perturb: adds the noise of sampling to the logits; None: greedy.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subspec.decoding.arguments import prompt_list, stop_list, whole_number
 from subspec.decoding.batch import TokenBatch
+from subspec.decoding.captured_pass import CapturedPasses
 from subspec.decoding.digest import digest_rows
 from subspec.decoding.draft import Draft
 from subspec.decoding.hidden import NO_HIDDEN, Hidden
@@ -79,9 +80,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.trace: list[Span] | None = None
         self.keeps_digests = False
-        # Rounded rows let trees of nearly the same size use the same kernels; on a CPU rows cost time. Batch-invariant
-        # arithmetic has one kernel for any number of rows.
-        rounds = policy is not None and target.device.type == "cuda" and target.bitwise is None
+        # Rounded rows let trees of nearly the same size use the same kernels, or the same graph; on a CPU rows cost
+        # time. Batch-invariant arithmetic that is not captured has one kernel for any number of rows.
+        rounds = (
+            policy is not None
+            and target.device.type == "cuda"
+            and (target.bitwise is None or target.captured)
+        )
         self._rows = ROW_MULTIPLE if rounds else 1
         self.tree = Tree(round_up(policy.capacity, self._rows) if policy else 1, target.device)
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
@@ -92,6 +97,10 @@ class Engine:
                 round_up(policy.pass_nodes, self._rows) if policy else 1, min(prefill_chunk, max_length)
             ),
         )
+        self._passes: CapturedPasses | None = None
+        if target.captured:
+            levels = policy.max_depth if policy else 0
+            self._passes = CapturedPasses(target, self.tree, self.cache, levels, self._wants.layers)
 
     @torch.inference_mode()
     def prepare(self, prompt_ids: Sequence[int]) -> None:
@@ -105,7 +114,7 @@ class Engine:
         self.draft_whole_tree(self._prefill(prompt_ids)[0])
         most = self.policy.pass_nodes if self.policy is not None else 1
         sizes = list(range(self._rows, round_up(most, self._rows) + 1, self._rows))
-        if self.target.bitwise is not None:  # one kernel for any number of rows
+        if self._rows == 1:  # one kernel for any number of rows
             sizes = [min(most, self.tree.size)]
         for rows in sizes:
             self.target.logits(self._pass(rows).final).argmax(dim=-1)
@@ -294,6 +303,8 @@ class Engine:
         Entries past the tree's size are left over from earlier trees: their results and cache rows are ignored. Their
         positions are clamped to the model's range.
         """
+        if self._passes is not None:
+            return self._passes.run(rows)
         tree, past = self.tree, self.cache.length
         depths = tree.depths[:rows].clamp(max=max(0, self.max_length - 1 - past))
         view = self.cache.target_view(rows)

@@ -68,7 +68,10 @@ class TargetModel:
 
     Attributes:
         bitwise: the batch-invariant arithmetic of passes and logits; None: the model's own modules.
+        whole: whether all layers stay where they are.
     """
+
+    whole = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -88,6 +91,11 @@ class TargetModel:
         # cuDNN's attention builds a plan for every new number of keys, tens of milliseconds on the host; the number of
         # keys grows with every pass over a tree, so each pass would pay (seen on an H200, see experiments/gpu).
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+    @property
+    def captured(self) -> bool:
+        """Whether passes over trees are captured as CUDA graphs, which takes fixed addresses and launches."""
+        return self.whole and self.bitwise is not None
 
     def new_cache(self, *, max_length: int, draft_rows: int, target_rows: int) -> KVCache:
         """An empty KV cache of this model's shape."""

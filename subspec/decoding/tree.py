@@ -19,6 +19,8 @@ class Tree:
         size: number of nodes; known on the host because tree policies are static schedules.
         levels: number of levels below the root.
         level_size: nodes of the deepest level (0 once the tree was pruned: it then grows no further).
+        confidence: a draft's own estimate that the target's continuation runs through the deepest level, a scalar
+            float32; None: it has none but the scores.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -33,13 +35,14 @@ class Tree:
         self.size = 0
         self.levels = 0
         self.level_size = 0
+        self.confidence: Tensor | None = None
         self._kept: Tensor | None = None
 
     def plant(self, root: Tensor) -> Tensor:
         """Start a new tree from the token ``root`` (int64 [1]); returns the root's node number [1]."""
         self.tokens[0:1] = root
         self.size, self.levels, self.level_size = 1, 0, 1
-        self._kept = None
+        self.confidence = self._kept = None
         return self._slots[:1]
 
     def append(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> Tensor:

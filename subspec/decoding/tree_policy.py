@@ -104,4 +104,6 @@ class Beam(TreePolicy):
 
 def level_mass(tree: Tree) -> Tensor:
     """The draft's probability that the target's continuation runs through the deepest level: a scalar tensor."""
+    if tree.confidence is not None:
+        return tree.confidence
     return torch.exp(tree.scores[tree.size - tree.level_size : tree.size]).sum()

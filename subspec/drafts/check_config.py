@@ -15,6 +15,7 @@ from subspec.config.schema import (
     Eagle2TreeConfig,
     HiggsConfig,
     HqqConfig,
+    PardDraftConfig,
     StreamOffloadConfig,
 )
 from subspec.decoding.eagle2 import drafted_nodes
@@ -40,8 +41,8 @@ def check_config(config: Config) -> None:
     if streams_from_disk(config) and not spec.from_disk:
         raise ConfigError(
             f"draft={config.draft.name} runs beside a target that streams to a GPU, not beside one that streams from a "
-            "disk (offload=stream with device=cpu): set draft=subspec, eagle2, eagle3, prompt_lookup or none, or "
-            "offload=none"
+            "disk (offload=stream with device=cpu): set draft=subspec, eagle2, eagle3, block_head, "
+            "prompt_lookup or none, or offload=none"
         )
     _check_tree(config)
 
@@ -56,8 +57,9 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    captured = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
-    if captured and not isinstance(config.draft, Eagle2DraftConfig):
+    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig)
+    uncaptured = uncaptured or streams_from_disk(config)
+    if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
         raise ConfigError(
             f"tree=eagle2 expands single nodes of a level, and draft={config.draft.name} with offload=stream "
             "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"

@@ -11,20 +11,21 @@ levels of a tree, unlike the paper, which costs acceptance: figures here may exc
 Rows of accepted nodes are written anew with the target's true features before the next tree, as EAGLE does.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import Config, Eagle2DraftConfig
-from subspec.decoding.draft import Perturb, fit_vocabulary
+from subspec.decoding.draft import Draft, Perturb, fit_vocabulary
 from subspec.decoding.hidden import HiddenRequest
-from subspec.decoding.kv_cache import KVCache, KVView
+from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.eagle3_head import D2T, EMBEDDING, LM_HEAD, Eagle3Shape
+from subspec.drafts.eagle3_head import D2T, EMBEDDING, LM_HEAD
 from subspec.drafts.eagle_checkpoint import (
     check_default,
     head_identity,
@@ -35,7 +36,7 @@ from subspec.drafts.eagle_checkpoint import (
     locate_for,
 )
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
-from subspec.drafts.feature_draft import FeatureDraft
+from subspec.drafts.feature_draft import SETTLE_ROWS, FeatureDraft
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.drafts.spec import BuiltDraft, DraftSpec
 from subspec.errors import ConfigError
@@ -43,12 +44,6 @@ from subspec.memory.allocator import Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.memory.trace import LEVELS, META, draft_level_bytes, peak_bytes, token_ids
 from subspec.utils.console import Note, print_note
-
-SETTLE_ROWS = 256
-"""Rows of a prompt written at once: bounds the workspace beside a long prefill chunk."""
-
-MOST_FEATURES = 5
-"""Feature layers of the largest published EAGLE-3 heads."""
 
 
 class EagleDraft(FeatureDraft):
@@ -72,7 +67,7 @@ class EagleDraft(FeatureDraft):
     ) -> None:
         shape, wants = head.shape, wants or head.shape.wants(target.model.config)
         sizes = {"layers": 1, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        super().__init__(target, policy, temperature, wants, **sizes)
+        super().__init__(target, temperature, wants, **sizes, draft_rows=policy.draft_rows)
         self.head = head
         # By node number, so that a level finds its parents' features wherever they are in the tree.
         self._predicted = torch.zeros(policy.capacity, shape.hidden, dtype=target.dtype, device=target.device)
@@ -93,12 +88,7 @@ class EagleDraft(FeatureDraft):
             waiting = own[-1:]
 
     def _write(self, tokens: Tensor, states: Tensor) -> None:
-        cache, count, head = self.cache, tokens.numel(), self.head
-        positions = torch.arange(cache.length, cache.length + count, device=tokens.device)
-        start = cache.draft_rows + cache.length
-        cache.extend(count)
-        rows = (start, start + count)
-        view = KVView(cache.rows, rows, rows)
+        head, (positions, view) = self.head, self.append_rows(tokens.numel())
         head.store(head.embed(tokens, self.target), head.fuse(states), positions, view)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
@@ -135,17 +125,19 @@ class EagleDraft(FeatureDraft):
 
 
 class EagleMemory(DraftMemory):
-    """An EAGLE head with its own KV cache and features; embedding and LM head are often the target's.
+    """A draft head with its own KV cache and features; embedding and LM head are often the target's.
 
     With ``plan_only`` a head that is not on disk is not fetched: the largest possible head is counted, one layer of the
-    target with a KV head per query head and every bias; for EAGLE-3 also :data:`MOST_FEATURES` feature layers and an
-    embedding and an LM head of its own.
+    target with a KV head per query head and every bias; for EAGLE-3 and block heads also five feature
+    layers and an embedding and an LM head of its own.
 
     Raises:
         SubspecError: the head cannot be found or read, or belongs to another target.
     """
 
     captured = False
+    name = "EAGLE"
+    draft: ClassVar[Callable[..., FeatureDraft]] = EagleDraft
 
     def __init__(self, inputs: SizingInputs) -> None:
         shape, note = _eagle_shape(inputs)
@@ -156,28 +148,26 @@ class EagleMemory(DraftMemory):
             name: torch.empty(size, dtype=torch.int64 if name == D2T else target.dtype, device=META)
             for name, size in shape.shapes().items()
         }
-        cache = 2 * shape.kv_heads * shape.head_dim * (policy.draft_rows + length) * inputs.itemsize
-        features = policy.capacity * shape.hidden * inputs.itemsize
+        rows, layers, nodes = shape.draft_rows(policy), shape.decoder_layers, shape.kept_features(policy)
+        cache = 2 * layers * shape.kv_heads * shape.head_dim * (rows + length) * inputs.itemsize
+        features = nodes * shape.hidden * inputs.itemsize
         self.allocations = (
-            Allocation("EAGLE head", tuple((weight.nbytes, 1) for weight in weights.values()), note),
-            Allocation("EAGLE KV cache", ((cache, 1),), f"{policy.draft_rows} + {length} rows, one layer"),
-            Allocation("EAGLE features", ((features, 1),), f"{policy.capacity} nodes"),
+            Allocation(f"{self.name} head", tuple((weight.nbytes, 1) for weight in weights.values()), note),
+            Allocation(f"{self.name} KV cache", ((cache, 1),), f"{rows} + {length} rows, {_layers(shape)}"),
+            Allocation(f"{self.name} features", ((features, int(nodes > 0)),), f"{nodes} nodes"),
         )
         self.read = sum(weight.nbytes for name, weight in weights.items() if name not in (EMBEDDING, D2T))
         if LM_HEAD not in weights:
             self.read += inputs.spec.vocab * inputs.spec.hidden * inputs.itemsize
+        self.read //= min(shape.levels, policy.max_depth)
 
         key = (shape.kv_heads, *shape.shapes().items())
 
-        def states(rows: int) -> Tensor:
-            width = max(1, self.states) * inputs.spec.hidden
-            return torch.zeros(rows, width, dtype=target.dtype, device=META)
-
-        def begun(past: int) -> EagleDraft:
+        def begun(past: int) -> FeatureDraft:
             head = kind.from_tensors(weights, shape.config())
-            draft = EagleDraft(head, target, policy, wants=wants)
+            draft = self.draft(head, target, policy, wants=wants)
             draft.begin(target.new_cache(max_length=length + policy.draft_rows, draft_rows=0, target_rows=1))
-            draft.observe(token_ids(1), states(1))
+            draft.observe(token_ids(1), meta_states(inputs, wants, 1))
             draft.cache.length = past
             return draft
 
@@ -186,23 +176,33 @@ class EagleMemory(DraftMemory):
             draft = begun(length + policy.draft_rows - used)  # as many visible rows as the deepest level has
             return draft_level_bytes(draft, policy, inputs.sampling, target.vocab_size)
 
-        def prompt(chunk: int) -> int:
-            draft = begun(0)
-
-            def run() -> None:
-                held = [inputs.target.hidden(chunk) for _ in range(self.states and self.states + 1)]
-                draft.observe(token_ids(chunk), states(chunk))
-                del held
-
-            return peak_bytes(run)
-
         self.level = inputs.target.cached(
-            ("EAGLE level", key, policy.width, policy.draft_rows, length, inputs.sampling), level
+            (self.name, "level", key, policy.width, policy.draft_rows, length, inputs.sampling), level
         )
-        self._prompt = lambda chunk: inputs.target.cached(("EAGLE prompt", key, chunk), lambda: prompt(chunk))
+        self._prompt = lambda chunk: inputs.target.cached(
+            (self.name, "prompt", key, chunk), lambda: observe_bytes(inputs, begun(0), chunk)
+        )
 
     def prompt_bytes(self, chunk: int) -> int:
         return self._prompt(chunk)
+
+
+def meta_states(inputs: SizingInputs, wants: HiddenRequest, rows: int) -> Tensor | None:
+    """The target's hidden states in ``wants`` of ``rows`` tokens, without numbers."""
+    width = (wants.final + len(wants.layers)) * inputs.spec.hidden
+    return torch.zeros(rows, width, dtype=inputs.target.model.dtype, device=META) if width else None
+
+
+def observe_bytes(inputs: SizingInputs, draft: Draft, chunk: int) -> int:
+    """Peak of ``draft.observe`` of ``chunk`` tokens, beside the hidden states that the target's pass returns."""
+    states = len(draft.wants.layers)
+
+    def run() -> None:
+        held = [inputs.target.hidden(chunk) for _ in range(states and states + 1)]
+        draft.observe(token_ids(chunk), meta_states(inputs, draft.wants, chunk))
+        del held
+
+    return peak_bytes(run)
 
 
 def _settings(config: Config) -> Eagle2DraftConfig:
@@ -214,20 +214,23 @@ def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
     config, spec, draft = inputs.config, inputs.spec, _settings(inputs.config)
     path, kind = draft.path, kind_of(draft)
     if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
-        own: dict[str, Any] = {}
-        if kind.shape_class is Eagle3Shape:
-            own = dict.fromkeys(("draft_vocab", "embeddings"), spec.vocab) | {"qk_norm": True, "mapped": True}
-            own["fc_inputs"] = MOST_FEATURES * spec.hidden
         attention = (spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate)
+        own = kind.shape_class.largest(inputs.model)
         largest = kind.shape_class(*attention, frozenset(OPTIONAL), **own)
         return largest, "not fetched for a plan: counted as the largest"
     shape = head_shape(locate_for(draft, config.target, print_note), spec.hidden, config.target.name, kind)
     random = ", random weights" if path == PLANTED else ""
-    return shape, f"one layer, {shape.kv_heads} KV heads{random}"
+    return shape, f"{_layers(shape)}, {shape.kv_heads} KV heads{random}"
+
+
+def _layers(shape: EagleShape) -> str:
+    return "one layer" if shape.decoder_layers == 1 else f"{shape.decoder_layers} layers"
 
 
 class EagleSpec(DraftSpec):
     """``draft=eagle2``, ``draft=eagle3``: a published, the shipped or a planted head, in the target's dtype."""
+
+    draft: ClassVar[Callable[..., FeatureDraft]] = EagleDraft
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -268,7 +271,7 @@ class EagleSpec(DraftSpec):
 
     def build(self, target: TargetModel) -> BuiltDraft:
         loaded, context = self._loaded, self.context
-        draft = EagleDraft(loaded.head, target, context.policy, _settings(context.config).temperature)
+        draft = self.draft(loaded.head, target, context.policy, _settings(context.config).temperature)
         parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
         facts = {

@@ -31,6 +31,9 @@ INPUT_NORM, HIDDEN_NORM = "layers.0.input_layernorm.weight", "layers.0.hidden_no
 QK_NORMS = tuple(f"{ATTENTION}{name}_norm.weight" for name in "qk")
 EMBEDDING, LM_HEAD, D2T = "embed_tokens.weight", "lm_head.weight", "d2t"
 
+MOST_FEATURES = 5
+"""Feature layers of the largest published heads."""
+
 NOT_BUILT = ("norm_before_fc", "fc_norm", "norm_output")
 """Switches of the speculators library that change the forward pass."""
 
@@ -53,6 +56,7 @@ class Eagle3Shape(EagleShape):
     draft: ClassVar[str] = "eagle3"
     required: ClassVar[tuple[str, ...]] = (*REQUIRED, INPUT_NORM, HIDDEN_NORM, "norm.weight")
     optional: ClassVar[tuple[str, ...]] = (*OPTIONAL, *QK_NORMS, EMBEDDING, LM_HEAD, D2T)
+    hidden_norm: ClassVar[str] = HIDDEN_NORM
 
     fc_inputs: int = 0
     draft_vocab: int = 0
@@ -69,13 +73,13 @@ class Eagle3Shape(EagleShape):
         for switch in NOT_BUILT:
             if config.get(switch) or eagle_config.get(switch):
                 raise ConfigError(
-                    f"the EAGLE-3 head's config.json says {switch}=true: such heads are not built; take another one"
+                    f"the {cls.kind}'s config.json says {switch}=true: such heads are not built; take another one"
                 )
         rows, embeddings = (len(tensors.get(name, ())) for name in (LM_HEAD, EMBEDDING))
         mapped = D2T in tensors
         if mapped > (rows > 0) or (not mapped and 0 < rows < (config.get("vocab_size") or 0)):
             raise ConfigError(
-                f"the EAGLE-3 head's vocabulary is a part of the target's and it lacks {LM_HEAD if mapped else D2T}: "
+                f"the {cls.kind}'s vocabulary is a part of the target's and it lacks {LM_HEAD if mapped else D2T}: "
                 "fetch or copy it again"
             )
         return {
@@ -88,6 +92,11 @@ class Eagle3Shape(EagleShape):
             "norm_before_residual": bool(config.get("norm_before_residual", False)),
             "layers": _feature_layers(config),
         }
+
+    @classmethod
+    def largest(cls, target: PretrainedConfig) -> dict[str, Any]:
+        tables = dict.fromkeys(("draft_vocab", "embeddings"), target.vocab_size)
+        return tables | {"qk_norm": True, "mapped": True, "fc_inputs": MOST_FEATURES * target.hidden_size}
 
     @property
     def inputs(self) -> tuple[int, int]:
@@ -111,23 +120,23 @@ class Eagle3Shape(EagleShape):
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
         number, vocab = target.num_hidden_layers, target.vocab_size
         count = self.fc_inputs // target.hidden_size
-        layers = self.layers or _usual_layers(count, number)
+        layers = self.layers or usual_layers(count, number)
         if not layers:
             return FINAL_HIDDEN
         if len(layers) != count or not all(0 <= layer < number for layer in layers):
             raise ConfigError(
-                f"the EAGLE-3 head reads {count} hidden states behind the layers {list(layers)} of a target with the "
+                f"the {self.kind} reads {count} hidden states behind the layers {list(layers)} of a target with the "
                 f"layers 0..{number - 1}: set draft.path to a head that was trained for this target"
             )
         if self.last_id >= vocab or 0 < self.embeddings < vocab:
             raise ConfigError(
-                f"the EAGLE-3 head knows token ids up to {self.last_id or self.embeddings - 1}, and the target's "
+                f"the {self.kind} knows token ids up to {self.last_id or self.embeddings - 1}, and the target's "
                 f"vocabulary has {vocab}: set draft.path to a head that was trained for this target"
             )
         return HiddenRequest(layers=layers)
 
     def shapes(self) -> dict[str, torch.Size]:
-        own = {INPUT_NORM: (self.hidden,), HIDDEN_NORM: (self.hidden,), "norm.weight": (self.hidden,)}
+        own = dict.fromkeys((INPUT_NORM, self.hidden_norm, "norm.weight"), (self.hidden,))
         if self.qk_norm:
             own |= dict.fromkeys(QK_NORMS, (self.head_dim,))
         if self.embeddings:
@@ -172,7 +181,7 @@ def _feature_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(layer) - 1 for layer in entered) or tuple(int(layer) for layer in left)
 
 
-def _usual_layers(count: int, layers: int) -> tuple[int, ...]:
+def usual_layers(count: int, layers: int) -> tuple[int, ...]:
     """The layers behind which a head takes its features if its configuration does not say.
 
     Three features are those that enter layers 2, n // 2 and n - 3 of n. A single one is the final hidden state (no

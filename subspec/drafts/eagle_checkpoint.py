@@ -1,9 +1,10 @@
-"""EAGLE heads on disk and on the hub: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``.
+"""Draft heads on disk and on the hub: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``.
 
 Published checkpoints of EAGLE-1 and EAGLE-2 look alike: the tensors of :mod:`subspec.drafts.eagle_head`, and a copy
 of the target's embedding table, which is dropped here because the target's own is used. Those of EAGLE-3 differ in
-names, in the layout of ``config.json`` and in optional tensors (:mod:`subspec.drafts.eagle3_head`). Other missing or
-surplus tensors are named, so that a head of another kind (Medusa) is refused with a reason.
+names, in the layout of ``config.json`` and in optional tensors (:mod:`subspec.drafts.eagle3_head`), and so do block
+heads (:mod:`subspec.drafts.block_head`). Other missing or surplus tensors are named, so that a head of another kind
+(Medusa) is refused with a reason.
 """
 
 import functools
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from subspec.config.schema import (
+    BlockHeadDraftConfig,
     Eagle2DraftConfig,
     Eagle3DraftConfig,
     EmbeddedTargetConfig,
@@ -26,6 +28,7 @@ from subspec.config.schema import (
     TargetConfig,
 )
 from subspec.drafts import shipped
+from subspec.drafts.block_head import BlockHead
 from subspec.drafts.eagle3_head import D2T, Eagle3Head
 from subspec.drafts.eagle_head import EagleHead, EagleShape
 from subspec.drafts.planted_head import PLANTED, PlantedHead
@@ -46,8 +49,8 @@ from subspec.utils.console import Note
 
 HEAD = Wanted(
     key="draft.path",
-    what=f"the folder or hub id of an EAGLE head ({CONFIG} and weights)",
-    remedy="{key} must be the folder or hub id of an EAGLE head",
+    what=f"the folder or hub id of a draft head ({CONFIG} and weights)",
+    remedy="{key} must be the folder or hub id of a draft head",
     pickle=True,
     tokenizer=False,
     family=False,
@@ -107,9 +110,17 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     return Located("the shipped EAGLE head", source, SHIPPED)
 
 
+KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
+    Eagle2DraftConfig: EagleHead,
+    Eagle3DraftConfig: Eagle3Head,
+    BlockHeadDraftConfig: BlockHead,
+}
+"""Kinds of head, by the class of the configuration."""
+
+
 def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
     """The kind of head that a draft reads."""
-    return Eagle3Head if isinstance(draft, Eagle3DraftConfig) else EagleHead
+    return KINDS[type(draft)]
 
 
 def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
@@ -118,10 +129,11 @@ def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
     Raises:
         ConfigError: names ``draft.path``.
     """
-    if isinstance(draft, Eagle3DraftConfig):
+    if type(draft) is not Eagle2DraftConfig:
+        shape = kind_of(draft).shape_class
         raise ConfigError(
-            "draft=eagle3 ships no head: set draft.path to the folder or hub id of an EAGLE-3 head for "
-            f"target={target.name}"
+            f"draft={shape.draft} ships no head: set draft.path to the folder or hub id of {with_article(shape.kind)} "
+            f"for target={target.name}"
         )
     if not isinstance(target, EmbeddedTargetConfig):
         raise ConfigError(
@@ -142,7 +154,7 @@ def locate_head(path: str, note: Note, key: str = HEAD.key) -> Located:
         key: of the configuration that gave ``path``, for messages.
 
     Raises:
-        ConfigError: no such folder, or nothing that can be an EAGLE head.
+        ConfigError: no such folder, or nothing that can be a draft head.
         SubspecError: the hub cannot be reached, refuses, or has no such repository.
     """
     wanted = replace(HEAD, key=key)
@@ -184,14 +196,19 @@ def read_tensors(files: Located) -> dict[str, Tensor]:
     """
     names, tensors = weight_files(files.folder, HEAD), {}
     if names == [PICKLE]:
-        return _unpickled(files.folder / PICKLE)
+        return read_pickle(files.folder / PICKLE)
     for file in names:
         with open_weights(files.folder / file) as handle:
             tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
     return tensors
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, on the CPU.
+
+    Raises:
+        SubspecError: it is damaged, or holds more than tensors.
+    """
     check_pointer(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -203,7 +220,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
-        raise SubspecError(f"{file} holds no state dict: pass the weights of an EAGLE head")
+        raise SubspecError(f"{file} holds no state dict: pass the weights of a draft head")
     return dict(loaded)
 
 
@@ -241,9 +258,10 @@ def sort_tensors(
     if kind is Eagle3Head:
         names = {key: re.sub("^midlayer", "layers.0", own) for key, own in names.items()}
     plain = {own: tensors[key] for key, own in names.items()}
-    used = {*shape.required, *shape.optional}
+    required, optional = shape.names(config)
+    used = {*required, *optional}
     dropped = [key for key, own in names.items() if own not in used and _is_unused(own)]
-    missing = [own for own in shape.required if own not in plain]
+    missing = [own for own in required if own not in plain]
     surplus = sorted(plain.keys() - used - {names[key] for key in dropped})
     if missing or surplus:
         if other := _other_kind(plain, config, kind):
@@ -255,15 +273,20 @@ def sort_tensors(
             if keys
         ]
         raise ConfigError(
-            f"{name} is no {shape.kind}: {'; '.join(parts)}: set draft.path to a head with one layer and fc"
+            f"{name} is no {shape.kind}: {'; '.join(parts)}: set draft.path to {with_article(shape.kind)} as published"
         )
-    kept = {own: plain[own] for own in (*shape.required, *shape.optional) if own in plain}
+    kept = {own: plain[own] for own in (*required, *optional) if own in plain}
     for key, tensor in kept.items():
         if key != D2T and (not tensor.is_floating_point() or tensor.itemsize < 2):
             raise ConfigError(
                 f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original"
             )
     return kept, sorted(dropped)
+
+
+def with_article(kind: str) -> str:
+    """A kind of head with its indefinite article."""
+    return f"{'an' if kind.startswith('E') else 'a'} {kind}"
 
 
 def _is_unused(name: str) -> bool:
@@ -273,6 +296,8 @@ def _is_unused(name: str) -> bool:
 def kind_of_files(names: Iterable[str], config: Mapping[str, Any]) -> type[EagleHead]:
     """The kind of a head, by the names of its tensors and its ``config.json``."""
     marks = ("d2t", "t2d", "midlayer.", "hidden_norm.")
+    if {"block_size", "dflash_config"} & config.keys():
+        return BlockHead
     three = "eagle3" in _said(config) or any(mark in name for name in names for mark in marks)
     return Eagle3Head if three else EagleHead
 
@@ -289,14 +314,15 @@ def _other_kind(names: Iterable[str], config: Mapping[str, Any], kind: type[Eagl
     if "medusa" in _said(config) or any("medusa_head" in n or n.endswith(".0.linear.weight") for n in names):
         other = "a set of Medusa heads"
     elif shape is not kind.shape_class and "fc.weight" in names:
-        return f"an {shape.kind}: set draft={shape.draft} with the same draft.path"
+        return f"{with_article(shape.kind)}: set draft={shape.draft} with the same draft.path"
     elif shape is EagleShape and any(key.startswith("speculators_") for key in config):
         said = config.get("speculators_model_type")
         other = f"a head ({said}) in the layout of the speculators library"
     elif "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
         other = "a whole language model (draft=small_model drafts with it)"
     own = kind.shape_class
-    return other and f"{other}, and draft={own.draft} reads an {own.kind} as published: set draft.path to one"
+    reads = f"draft={own.draft} reads {with_article(own.kind)} as published"
+    return other and f"{other}, and {reads}: set draft.path to one"
 
 
 def load_head(
@@ -367,5 +393,7 @@ def shape_of(
     except SubspecError:
         raise
     except Exception as error:
-        raise ConfigError(f"the EAGLE head's config.json is not valid ({one_line(error)})") from error
+        raise ConfigError(
+            f"the {kind.shape_class.kind}'s config.json is not valid ({one_line(error)})"
+        ) from error
     return shape

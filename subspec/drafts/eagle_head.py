@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import (
 from subspec.decoding.hidden import FINAL_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVView
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.errors import ConfigError
 
 ATTENTION, MLP = "layers.0.self_attn.", "layers.0.mlp."
@@ -62,6 +63,7 @@ class EagleShape:
         eps: of the norm.
         rope: rotary settings as in transformers' ``rope_parameters`` (``rope_theta``, ``rope_type``, ...).
         max_positions: that the rotary settings were made for.
+        decoder_layers: of the head, all of the same sizes.
     """
 
     kind: ClassVar[str] = "EAGLE-1 or EAGLE-2 head"
@@ -78,13 +80,19 @@ class EagleShape:
     eps: float = 1e-6
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     max_positions: int = 2048
+    decoder_layers: int = 1
+
+    @classmethod
+    def names(cls, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the tensors that a head with this ``config.json`` has, and of those that it may have."""
+        return cls.required, cls.optional
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """Read off the weights; ``config`` only splits them into heads.
 
         Args:
-            tensors: those of ``required`` and those of ``optional`` that are there.
+            tensors: those of :meth:`names` that are there.
             config: the checkpoint's ``config.json``.
 
         Raises:
@@ -97,18 +105,18 @@ class EagleShape:
         heads = config.get("num_attention_heads")
         if not isinstance(heads, int) or heads < 1:
             raise ConfigError(
-                f"the EAGLE head's config.json says num_attention_heads={heads}: it must be a positive number, since "
+                f"the {cls.kind}'s config.json says num_attention_heads={heads}: it must be a positive number, since "
                 "weights alone do not tell where a head ends"
             )
         head_dim = q // heads
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise ConfigError(
-                f"the EAGLE head's config.json says hidden_act={activation}: only silu is built"
+                f"the {cls.kind}'s config.json says hidden_act={activation}: only silu is built"
             )
         if q % heads or head_dim % 2 or k % head_dim or heads % (k // head_dim or 1):
             raise ConfigError(
-                f"the EAGLE head's q_proj and k_proj have {q} and {k} outputs, which {heads} heads "
+                f"the {cls.kind}'s q_proj and k_proj have {q} and {k} outputs, which {heads} heads "
                 "(num_attention_heads) do not divide into: its config.json belongs to another head"
             )
         shape = cls(
@@ -123,11 +131,13 @@ class EagleShape:
             max_positions=int(config.get("max_position_embeddings", 2048)),
             **cls.own_fields(tensors, config),
         )
-        for name, expected in shape.shapes().items():
-            if shapes.get(name) != expected:
+        expected = shape.shapes()
+        for name in expected | shapes:
+            if shapes.get(name) != expected.get(name):
                 raise ConfigError(
-                    f"the EAGLE head holds {name} as {list(shapes.get(name, ()))} where {list(expected)} follows from "
-                    "its other tensors: its files do not belong together; fetch or copy them again"
+                    f"the {cls.kind} holds {name} as {list(shapes.get(name, ()))} where "
+                    f"{list(expected.get(name, ()))} follows from its other tensors: its files do not belong "
+                    "together; fetch or copy them again"
                 )
         return shape
 
@@ -135,6 +145,24 @@ class EagleShape:
     def own_fields(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         """Values of the fields that a subclass adds; arguments and errors as of :meth:`of`."""
         return {}
+
+    @classmethod
+    def largest(cls, target: PretrainedConfig) -> dict[str, Any]:
+        """Values of the fields that a subclass adds, of the largest published head for a target."""
+        return {}
+
+    @property
+    def levels(self) -> int:
+        """Levels that one pass drafts."""
+        return 1
+
+    def draft_rows(self, policy: TreePolicy) -> int:
+        """Rows of the draft region of its KV cache."""
+        return policy.draft_rows
+
+    def kept_features(self, policy: TreePolicy) -> int:
+        """Nodes of a tree whose predicted features are kept."""
+        return policy.capacity
 
     @property
     def inputs(self) -> tuple[int, int]:
@@ -232,7 +260,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(settings.pop("type", settings.get("rope_type", "default")))
     if kind not in _FIXED_ROPE:
         raise ConfigError(
-            f"the EAGLE head's config.json asks for {kind} rotary embeddings: only {', '.join(_FIXED_ROPE)} are built"
+            f"the draft head's config.json asks for {kind} rotary embeddings: only {', '.join(_FIXED_ROPE)} are built"
         )
     theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
     return {**settings, "rope_type": kind, "rope_theta": float(theta)}
@@ -251,8 +279,8 @@ class EagleRotary(LlamaRotaryEmbedding):
 class EagleAttention(LlamaAttention):
     """transformers' attention, with a bias or a norm of the heads wherever the checkpoint has one."""
 
-    def __init__(self, config: LlamaConfig, shape: EagleShape) -> None:
-        super().__init__(config, layer_idx=0)
+    def __init__(self, config: LlamaConfig, shape: EagleShape, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
         stored = shape.shapes()
         for name in "qkvo":
             size = stored[f"{ATTENTION}{name}_proj.weight"]
@@ -273,7 +301,7 @@ class EagleAttention(LlamaAttention):
     def store(self, x: Tensor, cos: Tensor, sin: Tensor, view: KVView) -> None:
         """Write the keys and values of [1, n, inputs] to ``view``."""
         key = self.k_norm(self._heads(self.k_proj, x))
-        view.update(apply_rotary_pos_emb(key, key, cos, sin)[1], self._heads(self.v_proj, x), 0)
+        view.update(apply_rotary_pos_emb(key, key, cos, sin)[1], self._heads(self.v_proj, x), self.layer_idx)
 
     def forward(
         self,
@@ -289,7 +317,7 @@ class EagleAttention(LlamaAttention):
         assert attention_mask is not None
         query, key, value = self.project(hidden_states, *position_embeddings)
         count, groups = query.shape[2], self.num_key_value_groups
-        key, value = past_key_values.update(key, value, 0)
+        key, value = past_key_values.update(key, value, self.layer_idx)
         # The queries of a group become further rows of their KV head.
         attended = nn.functional.scaled_dot_product_attention(
             query.reshape(1, key.shape[1], groups * count, self.head_dim),
@@ -320,11 +348,13 @@ class EagleHead(nn.Module):
         with torch.random.fork_rng(devices=[]):  # Linears draw initial weights of their own
             self.fc = nn.Linear(shape.inputs[0], shape.hidden, bias="fc.bias" in shape.biases)
             config = shape.layer_config()
-            layer = LlamaDecoderLayer(config, layer_idx=0)
-            layer.self_attn = EagleAttention(config, shape)
-            self.layers = nn.ModuleList([layer])
+            self.layers = nn.ModuleList(
+                LlamaDecoderLayer(config, index) for index in range(shape.decoder_layers)
+            )
+            for index, layer in enumerate(self.layers):
+                layer.self_attn = EagleAttention(config, shape, index)
             self.register_buffer("d2t", None)
-            self.add_modules(shape, layer)
+            self.add_modules(shape, self.layers[0])
         with torch.device("cpu"):
             self.rotary = EagleRotary(config)
         generator = torch.Generator().manual_seed(seed)

@@ -2,15 +2,18 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import Draft
 from subspec.decoding.hidden import HiddenRequest
-from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import TreePolicy
+
+SETTLE_ROWS = 256
+"""Rows of a prompt written at once: bounds the workspace beside a long prefill chunk."""
 
 
 class FeatureDraft(Draft):
@@ -18,17 +21,14 @@ class FeatureDraft(Draft):
 
     Args:
         target: the head is in its dtype, on its device.
-        policy: of the trees that will be drafted, for sizes.
         temperature: of the draft distribution.
         wants: the hidden states that the head reads.
-        sizes: of the cache: ``layers``, ``kv_heads``, ``head_dim``.
+        sizes: of the cache: ``layers``, ``kv_heads``, ``head_dim``, ``draft_rows``.
     """
 
-    def __init__(
-        self, target: TargetModel, policy: TreePolicy, temperature: float, wants: HiddenRequest, **sizes: int
-    ) -> None:
+    def __init__(self, target: TargetModel, temperature: float, wants: HiddenRequest, **sizes: int) -> None:
         super().__init__(temperature)
-        self.target, self.policy, self.wants, self._sizes = target, policy, wants, sizes
+        self.target, self.wants, self._sizes = target, wants, sizes
         self._rows: DraftRows | None = None
 
     @property
@@ -48,7 +48,6 @@ class FeatureDraft(Draft):
             own = KVCache(
                 **self._sizes,
                 max_length=cache.max_length,
-                draft_rows=self.policy.draft_rows,
                 target_rows=0,
                 dtype=self.target.dtype,
                 device=self.target.device,
@@ -67,6 +66,14 @@ class FeatureDraft(Draft):
         assert hidden is not None
         self.settle(tree.tokens.index_select(0, path), hidden)
         self.rows.used = 0
+
+    def append_rows(self, count: int) -> tuple[Tensor, KVView]:
+        """Commit ``count`` rows, which the caller writes: their positions, int64 [count], and where they lie."""
+        cache = self.cache
+        positions = torch.arange(cache.length, cache.length + count, device=self.target.device)
+        rows = (cache.draft_rows + cache.length, cache.draft_rows + cache.length + count)
+        cache.extend(count)
+        return positions, KVView(cache.rows, rows, rows)
 
     @abstractmethod
     def settle(self, tokens: Tensor, states: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""``draft.path=planted``: an EAGLE head with random weights for a planted target, drawn on the run's device.
+"""``draft.path=planted``: a draft head with random weights for a planted target, drawn on the run's device.
 
 No checkpoint is read. It has the shape of the head that was published for the target's family, so its memory and its
 time per level are the real ones. Its predictions are noise: tau is about 1.
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import PlantedTargetConfig, TargetConfig
-from subspec.drafts.eagle3_head import D2T, Eagle3Head
+from subspec.drafts.block_head import LAYERS, BlockHead
+from subspec.drafts.eagle3_head import D2T, MOST_FEATURES, Eagle3Head, usual_layers
 from subspec.drafts.eagle_head import ATTENTION, EagleHead, EagleShape, rope_settings
 from subspec.errors import ConfigError
 from subspec.targets.planted import planted_config
@@ -52,14 +53,14 @@ class PlantedHead:
         if not isinstance(target, PlantedTargetConfig):
             raise ConfigError(
                 f"draft.path={PLANTED} is a head with random weights, for planted targets only: for "
-                f"target={target.name} set draft.path to the folder or hub id of a trained EAGLE head"
+                f"target={target.name} set draft.path to the folder or hub id of a trained head"
             )
         return cls(target.shape, target.seed, kind)
 
     @property
     def source(self) -> str:
         """Its description in records."""
-        head = "an EAGLE-3 head" if self.kind is Eagle3Head else "a head"
+        head = {Eagle3Head: "an EAGLE-3 head", BlockHead: "a DFlash head"}.get(self.kind, "a head")
         return f"planted, random weights in the shape of {head} for {self.target_shape}, seed {self.seed}"
 
     def shape(self) -> EagleShape:
@@ -92,7 +93,8 @@ def planted_shape(target: PretrainedConfig, kind: type[EagleHead] = EagleHead) -
     """Sizes of the head that is published for targets of this family.
 
     EAGLE-2 heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target; other
-    heads have the target's KV heads and no bias. EAGLE-3 heads read three layers and use the target's embedding.
+    heads have the target's KV heads and no bias. EAGLE-3 heads read three layers and use the target's embedding. Block
+    heads are DFlash's: five layers, features of five layers of the target (or of all of a smaller one), 16 slots.
     """
     heads = target.num_attention_heads
     qwen = target.model_type == "qwen2" and kind is EagleHead
@@ -100,6 +102,11 @@ def planted_shape(target: PretrainedConfig, kind: type[EagleHead] = EagleHead) -
     if kind is Eagle3Head:
         own = {"fc_inputs": 3 * target.hidden_size, "draft_vocab": min(DRAFT_VOCAB, target.vocab_size // 2)}
         own["mapped"] = True
+    if kind is BlockHead:
+        number = target.num_hidden_layers
+        layers = usual_layers(min(MOST_FEATURES, number), number)
+        own = {"fc_inputs": len(layers) * target.hidden_size, "layers": layers, "target_layers": number}
+        own |= {"decoder_layers": LAYERS, "mask_id": target.vocab_size - 1, "qk_norm": True}
     return kind.shape_class(
         hidden=target.hidden_size,
         heads=heads,

@@ -1,17 +1,21 @@
 """The kinds of draft."""
 
 from subspec.config.schema import (
+    BlockHeadDraftConfig,
     DraftConfig,
     Eagle2DraftConfig,
     Eagle3DraftConfig,
     LayerSkipDraftConfig,
     NoDraftConfig,
+    PardDraftConfig,
     PromptLookupDraftConfig,
     SmallModelDraftConfig,
     SubstituteDraftConfig,
 )
+from subspec.drafts.block_draft import BlockSpec
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
+from subspec.drafts.pard import PardSpec
 from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import DraftSpec
@@ -22,7 +26,9 @@ SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
     SubstituteDraftConfig: SubstituteSpec,
     Eagle2DraftConfig: EagleSpec,
     Eagle3DraftConfig: EagleSpec,
+    BlockHeadDraftConfig: BlockSpec,
     SmallModelDraftConfig: SmallModelSpec,
+    PardDraftConfig: PardSpec,
     LayerSkipDraftConfig: LayerSkipSpec,
     PromptLookupDraftConfig: PromptLookupSpec,
 }

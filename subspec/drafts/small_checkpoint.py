@@ -7,16 +7,17 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from subspec.config.schema import (
+    CheckpointDraftConfig,
     Config,
     Dtype,
     HubTargetConfig,
     PlantedTargetConfig,
-    SmallModelDraftConfig,
     TargetConfig,
 )
 from subspec.drafts import shipped
@@ -45,7 +46,7 @@ def small_model_config(config: Config) -> TargetConfig:
         ConfigError: ``draft.path`` names nothing.
     """
     draft = config.draft
-    assert isinstance(draft, SmallModelDraftConfig)
+    assert isinstance(draft, CheckpointDraftConfig)
     if draft.path is None:
         return shipped_small_model(draft.dtype)
     if draft.path.startswith(PLANTED):
@@ -134,6 +135,19 @@ def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> C
     for line in source.notes:
         note(line)
     return source
+
+
+def small_folder(config: Config, note: Note) -> Path | None:
+    """The small model's folder, fetched first if need be; None: it is planted.
+
+    Raises:
+        SubspecError: anything the user can repair, in one line with the remedy.
+    """
+    named = small_model_config(config)
+    if isinstance(named, PlantedTargetConfig):
+        return None
+    with _about_draft():
+        return locate(named, note, SMALL_MODEL).folder
 
 
 def small_identity(config: Config, note: Note) -> str:

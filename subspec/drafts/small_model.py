@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from subspec.config.schema import (
+    CheckpointDraftConfig,
     Config,
     Dtype,
     NoQuantConfig,
     SmallModelDraftConfig,
     StreamOffloadConfig,
 )
-from subspec.decoding.draft import LevelDraft
+from subspec.decoding.draft import Draft, LevelDraft
+from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.separate_cache import SeparateCacheDraft
@@ -27,7 +29,7 @@ from subspec.drafts.small_checkpoint import (
     small_model_config,
 )
 from subspec.drafts.small_model_memory import SmallModelMemory
-from subspec.drafts.spec import BuiltDraft, DraftSpec
+from subspec.drafts.spec import BuiltDraft, DraftSpec, why_not_captured
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
 from subspec.levels.build import level_model
@@ -46,7 +48,7 @@ EXTRA_SHARE = 0.01
 """Share of tokens that only one of two otherwise equal vocabularies may have: special tokens added later."""
 
 
-def small_dtype(draft: SmallModelDraftConfig, target: torch.dtype) -> torch.dtype:
+def small_dtype(draft: CheckpointDraftConfig, target: torch.dtype) -> torch.dtype:
     """The small model's type; ``auto`` is the target's."""
     return target if draft.dtype is Dtype.auto else getattr(torch, draft.dtype.value)
 
@@ -162,7 +164,7 @@ class SmallModelSpec(DraftSpec):
     @classmethod
     def check(cls, config: Config) -> None:
         draft = config.draft
-        assert isinstance(draft, SmallModelDraftConfig)
+        assert isinstance(draft, CheckpointDraftConfig)
         if draft.quantize and isinstance(config.quant, NoQuantConfig):
             raise ConfigError("draft.quantize=true needs a quantizer: set quant=hqq, or draft.quantize=false")
         if not isinstance(config.offload, StreamOffloadConfig):
@@ -208,7 +210,7 @@ class SmallModelSpec(DraftSpec):
             ConfigError: another vocabulary.
         """
         context, draft = self.context, self.context.config.draft
-        assert isinstance(draft, SmallModelDraftConfig)
+        assert isinstance(draft, CheckpointDraftConfig)
         device, streamed = context.device, context.plan is not None
         dtype = small_dtype(draft, context.dtype)
         self._source = source = open_small_model(context.config, dtype, device, context.note)
@@ -237,10 +239,12 @@ class SmallModelSpec(DraftSpec):
             )
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        context, source, config = self.context, self._source, self.context.config.draft
+        context, config = self.context, self.context.config.draft
         assert isinstance(config, SmallModelDraftConfig)
         levels: LevelDraft
-        if context.plan is None:
+        source = self._source
+        modules = config.quantize or why_not_captured(context, source.config, source.dtype)
+        if context.plan is None and modules:
             kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
             model = levels.model
         else:
@@ -256,6 +260,11 @@ class SmallModelSpec(DraftSpec):
             vocab_size=target.vocab_size,
             width=context.policy.width,
         )
+        return self.built(draft, draft.cache, kind)
+
+    def built(self, draft: Draft, cache: KVCache, kind: str) -> BuiltDraft:
+        """``draft`` with its facts; ``cache``: its own. ``kind``: what runs its levels."""
+        source = self._source
         parameters, dtype = count_parameters(source.config), str(source.dtype).removeprefix("torch.")
         facts = {
             "source": source.source,
@@ -264,7 +273,7 @@ class SmallModelSpec(DraftSpec):
             "layers": source.config.num_hidden_layers,
             "vocabulary": source.config.vocab_size,
             "parameters": parameters,
-            "kv_cache_bytes": draft.cache.nbytes,
+            "kv_cache_bytes": cache.nbytes,
             "levels": kind,
         }
         summary = f"{source.source}, {parameters / 1e6:.1f} M parameters, {dtype}, {kind}"

@@ -12,20 +12,18 @@ from subspec.memory.trace import target_trace
 from subspec.targets.layer_bytes import flat_bytes
 
 
-class SmallModelMemory(DraftMemory):
-    """A model with a KV cache of its own; it runs the prompt itself."""
+class OwnModelMemory(DraftMemory):
+    """A model with a KV cache of its own of ``draft_rows`` + ``decoding.max_length`` + ``rows`` rows."""
 
-    def __init__(self, inputs: SizingInputs) -> None:
-        config = load_small_config(inputs.config)
-        model, target, policy = small_shapes(inputs.config), inputs.spec, inputs.policy
+    def __init__(self, inputs: SizingInputs, draft_rows: int, rows: int) -> None:
+        model, target = small_shapes(inputs.config), inputs.spec
         known = min(model.vocab, target.vocab)
         table = max(model.vocab, target.vocab) * model.hidden * CAPTURED_ITEMSIZE
         head = known * model.hidden * CAPTURED_ITEMSIZE
         layer = flat_bytes(model.layer, CAPTURED_ITEMSIZE)
         length = inputs.config.decoding.max_length
-        rows = prompt_rows(length)
-        trace = target_trace(config, CAPTURED_ITEMSIZE, bitwise=False)
-        cache = kv_bytes(model, length, policy.draft_rows, rows, CAPTURED_ITEMSIZE)
+        self.trace = target_trace(load_small_config(inputs.config), CAPTURED_ITEMSIZE, bitwise=False)
+        cache = kv_bytes(model, length, draft_rows, rows, CAPTURED_ITEMSIZE)
         self.allocations = (
             Allocation(
                 "small model",
@@ -37,13 +35,23 @@ class SmallModelMemory(DraftMemory):
                 ),
                 f"{model.layers} layers, {model.vocab} tokens, bfloat16",
             ),
-            Allocation("small model's KV", ((cache, 1),), f"{policy.draft_rows} + {length} + {rows} rows"),
+            Allocation("small model's KV", ((cache, 1),), f"{draft_rows} + {length} + {rows} rows"),
         )
         self.read = layer * model.layers + head
+
+
+class SmallModelMemory(OwnModelMemory):
+    """It runs the prompt itself, and its levels as captured graphs."""
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        model, target, policy = small_shapes(inputs.config), inputs.spec, inputs.policy
+        length = inputs.config.decoding.max_length
+        rows, known = prompt_rows(length), min(model.vocab, target.vocab)
+        super().__init__(inputs, policy.draft_rows, rows)
         shape = LevelShape.of(
             replace(model, vocab=known), fused_linears(role_shapes(model.layer), exact=True)
         )
         self.level = captured_level_bytes(
             replace(shape, target_vocab=target.vocab), policy.width, inputs.sampling
         )
-        self.workspaces = {f"the small model's prompt, {rows} tokens": trace.prefill_bytes(rows, length)}
+        self.workspaces = {f"the small model's prompt, {rows} tokens": self.trace.prefill_bytes(rows, length)}

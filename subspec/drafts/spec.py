@@ -157,6 +157,23 @@ class DraftSpec(ABC):
         self.close()
 
 
+def why_not_captured(context: DraftContext, model: PretrainedConfig, dtype: torch.dtype) -> str:
+    """Why a draft beside a whole target runs as modules; empty: its levels can be captured.
+
+    Args:
+        model, dtype: of the draft.
+    """
+    if context.device.type != "cuda":
+        return f"the target is whole on {context.device.type}"
+    if not context.policy.whole_levels:
+        return "the tree expands parts of levels"
+    try:
+        check_level_support(model, dtype, "the draft")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def check_target_levels(config: Config, model: PretrainedConfig) -> None:
     """Check that a draft of a streamed target can run the target's layers as captured levels.
 

@@ -2,13 +2,14 @@
 
 It shares the target's embeddings, norms, rotary tables, LM head and KV cache. Its own rows live in the cache's
 draft region for one iteration only: the committed prefix it attends to always holds the target's exact keys and
-values, which keeps its acceptance high. Beside a whole target it is a second graph of modules; beside a streamed one
-it is made of the layers while they pass through the device, and its levels are captured.
+values, which keeps its acceptance high. Beside a streamed target it is made of the layers while they pass through the
+device. Its levels are captured on a GPU and fused on a CPU; where they cannot be, it is a second graph of modules.
 """
 
 import copy
+import functools
+import hashlib
 import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,126 +18,34 @@ from transformers import PretrainedConfig, PreTrainedModel
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
 from subspec.config.checks import streams_from_disk
-from subspec.config.enums import Codec, Kernel
-from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
+from subspec.config.enums import Codec, HiggsKernel, Kernel
+from subspec.config.schema import Cache, Config, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
+from subspec.decoding.from_config import build_tree_policy
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization
 from subspec.drafts.quantized import quantize_draft
-from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
+from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
+from subspec.drafts.substitute_memory import SubstituteMemory
+from subspec.drafts.vocabulary import digest as draft_digest
+from subspec.drafts.vocabulary import draft_ids
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.cpu_levels import CpuLevels, why_modules
+from subspec.levels.cpu_levels import CpuLevels
 from subspec.levels.dense import layer_views
-from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization, level_quantization
-from subspec.memory.allocator import Allocation
-from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
-from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs
+from subspec.levels.quantization import LevelQuantization, level_quantization
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
-from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int8CpuLinear
+from subspec.quant.cpu_linear import CpuHeadFormat, Int8CpuLinear
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
-from subspec.quant.weight_format import WeightFormat
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
-
-LEVEL_COPIES = 4
-"""Float32 tensors [width, vocabulary] that a draft level holds at once: logits, log-probabilities, scores, choice."""
-
-
-class SubstituteMemory(DraftMemory):
-    """The quantized substitute: a copy of every layer, exact for those in ``quant.skip_layers``."""
-
-    required_by = "quant.skip_layers keeps"
-
-    def __init__(self, inputs: SizingInputs) -> None:
-        spec, quantization = inputs.spec, inputs.quantization
-        assert quantization is not None
-        self.required_resident = tuple(sorted(set(getattr(inputs.config.quant, "skip_layers", ()))))
-        skipped = len(self.required_resident)
-        self.allocations = substitute_allocations(quantization, spec.layers - skipped, skipped)
-        self.shared_rows = inputs.policy.draft_rows
-        own_head = "head" in quantization.shapes
-        linears = fused_linears(quantization.exact, exact=True) + fused_linears(
-            quantization.shapes, exact=False
-        )
-        self.level = captured_level_bytes(
-            LevelShape.of(spec, linears, own_head=own_head), inputs.policy.width, inputs.sampling
-        )
-        shared_head = 0 if own_head else spec.vocab * spec.hidden * inputs.itemsize
-        self.read = sum(allocation.bytes for allocation in self.allocations) + shared_head
-
-
-def substitute_allocations(
-    quantization: LevelQuantization, replaced: int, skipped: int, note: str = ""
-) -> tuple[Allocation, ...]:
-    """A substitute of ``replaced`` quantized layers and ``skipped`` exact ones.
-
-    The packed weights of a layer are one allocation, every exact fused Linear is one.
-    """
-    exact = [n * k * CAPTURED_ITEMSIZE for n, k in quantization.exact.values()]
-    layer = [n * k * CAPTURED_ITEMSIZE for role, (n, k) in quantization.shapes.items() if role != "head"]
-    kept = [(size, replaced) for size in exact] + [(size, skipped) for size in exact + layer]
-    return (
-        Allocation(
-            "substitute",
-            ((quantization.layer_bytes, replaced), (quantization.head_bytes, 1)),
-            note + quantization.summary(),
-        ),
-        Allocation("exact substitute", tuple(kept), "bfloat16: what stays exact"),
-    )
-
-
-class CpuSubstituteMemory(DraftMemory):
-    """The substitute in host memory beside a target that streams from a disk."""
-
-    captured = False
-
-    def __init__(self, inputs: SizingInputs) -> None:
-        spec, quantization = inputs.spec, cpu_quantization(inputs.config, inputs.model)
-        if isinstance(quantization, str):
-            raise ConfigError(f"draft=subspec: {quantization}")
-        skipped = len(set(getattr(inputs.config.quant, "skip_layers", ())))
-        exact = 4 * sum(n * k for n, k in quantization.exact.values())
-        whole = exact + 4 * sum(n * k for role, (n, k) in quantization.shapes.items() if role != "head")
-        head = spec.vocab * spec.hidden
-        tensors = (
-            (quantization.layer_bytes + exact, spec.layers - skipped),
-            (whole, skipped),
-            (quantization.head_bytes or head, 1),
-        )
-        self.allocations = (Allocation("substitute", tensors, quantization.summary()),)
-        converted = 0 if inputs.itemsize == 4 else 4
-        self.workspaces = {"8-bit LM head of the draft": (1 + converted) * head}
-        self.shared_rows = inputs.policy.draft_rows
-        self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
-
-
-def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantization | str:
-    """The quantization of fused levels on a CPU; or why there are none.
-
-    Beside a target that streams from a disk, each Linear has the kernel of the least memory.
-
-    Raises:
-        ConfigError: the Linears that would be fused are quantized differently, or settings contradict the target.
-    """
-    quant = config.quant
-    if not isinstance(quant, HqqConfig) or quant.axis != 1:
-        return "fused levels on a CPU take quant=hqq with quant.axis=1"
-    if (why := why_modules(model)) is not None:
-        return why
-    head = (model.vocab_size, model.hidden_size)
-    found = hqq_quantization(quant, parameter_shapes(model)[0], head, AUTO, CpuFormat)
-    if not streams_from_disk(config):
-        return found
-    formats: dict[str, WeightFormat] = {}
-    for role, own in found.formats.items():
-        assert isinstance(own, CpuFormat)
-        formats[role] = own.smallest(*found.shapes[role])
-    return replace(found, formats=formats)
+from subspec.utils.console import Note
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -215,6 +124,7 @@ class SubstituteSpec(DraftSpec):
                 "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
                 "or draft=none for plain decoding"
             )
+        draft_digest(getattr(config.draft, "vocab", None))  # reads a file of ids
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
@@ -229,6 +139,13 @@ class SubstituteSpec(DraftSpec):
                 f"draft=subspec with offload=stream and device=cpu drafts with fused levels: {why}; set another draft, "
                 "or offload=none"
             )
+        draft_ids(
+            getattr(config.draft, "vocab", None), model.vocab_size, build_tree_policy(config.tree).width
+        )
+
+    @classmethod
+    def weights_identity(cls, config: Config, note: Note) -> str | None:
+        return draft_digest(getattr(config.draft, "vocab", None))
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.
@@ -236,41 +153,57 @@ class SubstituteSpec(DraftSpec):
         Raises:
             ConfigError: no kernel computes with the quantizer's settings.
         """
-        context = self.context
-        config, draft = context.config, context.config.draft
+        context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if context.plan is None:
             return
-        if streams_from_disk(config):
-            found = cpu_quantization(config, context.model)
+        if streams_from_disk(context.config):
+            found = cpu_quantization(context.config, context.model)
             assert not isinstance(found, str)  # check_target
             self._open_cpu_builder(found)
             return
         self._started = time.perf_counter()
         coded = context.plan.codec is Codec.substitute
-        self._quantization = quantization = level_quantization(
-            config.quant,
-            parameter_shapes(context.model)[0],
-            (context.model.vocab_size, context.model.hidden_size),
-            kernel=draft.kernel.value,
-        )
+        self._quantization = self._captured_quantization()
         try:
-            kernels = choose_kernels(
-                quantization.shapes,
-                context.policy.width,
-                context.device,
-                formats=quantization.formats,
-                kernel=draft.kernel.value,
-                allowed=RESTORED_KERNELS if coded else None,
-                overlap=None if draft.overlap_launches else False,
-                note=context.note,
-            )
+            kernels = self._choose_kernels(draft, coded=coded)
         except ConfigError as error:
             if not coded or draft.kernel is not Kernel.auto:
                 raise
             raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
         coded_bytes = context.plan.layer_bytes if coded else None
         self._open_builder(kernels, coded_bytes, torch.bfloat16)
+
+    def _captured_quantization(self) -> LevelQuantization:
+        config, model = self.context.config, self.context.model
+        draft = config.draft
+        assert isinstance(draft, SubstituteDraftConfig)
+        head = (self._known(), model.hidden_size)
+        layer = parameter_shapes(model)[0]
+        return level_quantization(config.quant, layer, head, kernel=draft.kernel.value)
+
+    @functools.cached_property
+    def _ids(self) -> Tensor | None:
+        """The ids that the draft's LM head knows; None: all."""
+        context = self.context
+        ids = draft_ids(context.config.draft.vocab, context.model.vocab_size, context.policy.width)
+        return None if ids is None else torch.tensor(ids)
+
+    def _known(self) -> int:
+        return self.context.model.vocab_size if self._ids is None else len(self._ids)
+
+    def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
+        context, quantization = self.context, self._quantization
+        return choose_kernels(
+            quantization.shapes,
+            context.policy.width,
+            context.device,
+            formats=quantization.formats,
+            kernel=draft.kernel.value,
+            allowed=RESTORED_KERNELS if coded else None,
+            overlap=None if draft.overlap_launches else False,
+            note=context.note,
+        )
 
     def _open_builder(self, kernels: KernelChoice, coded_bytes: int | None, dtype: torch.dtype) -> None:
         """Open the caches and the builder of levels.
@@ -288,6 +221,8 @@ class SubstituteSpec(DraftSpec):
             "dtype": str(context.dtype),
             **quantization.quantizer.facts,
         }
+        if self._ids is not None and "head" in quantization.shapes:
+            self._facts["head_ids"] = hashlib.sha256(repr(self._ids.tolist()).encode()).hexdigest()
         self._cache = getattr(quant, "cache", Cache.off)
         store = SubstituteStore(
             self._facts,
@@ -307,6 +242,7 @@ class SubstituteSpec(DraftSpec):
             keep_exact=quantization.keep_exact,
             skip_layers=skip_layers,
             dtype=dtype,
+            ids=self._ids,
         )
         self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
@@ -336,25 +272,51 @@ class SubstituteSpec(DraftSpec):
             self._quantizer.store.close()
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        context, draft = self.context, self.context.config.draft
+        draft = self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        if context.plan is None:
-            found = self._cpu_quantization(target, draft)
+        if self.context.plan is None:
+            on_cpu = target.device.type == "cpu"
+            found = self._cpu_quantization(target, draft) if on_cpu else self._take_whole(target, draft)
             if isinstance(found, str):
                 return self._build_modules(target, draft, found)
-            builder = self._open_cpu_builder(found)
-            for index, layer in enumerate(target.base.layers):
-                builder.take(index, layer_views(layer))
-            builder.head = builder.build_head(target.head.weight.data)
-            return self._build_cpu_levels(target, draft)
-        if streams_from_disk(context.config):
+            if found is not None:
+                builder = self._open_cpu_builder(found)
+                for index, layer in enumerate(target.base.layers):
+                    builder.take(index, layer_views(layer))
+                builder.head = builder.build_head(target.head.weight.data)
+                return self._build_cpu_levels(target, draft)
+        elif streams_from_disk(self.context.config):
             return self._build_cpu_levels(target, draft)
         assert self.builder is not None
-        model = level_model(target.model, self.builder.layers, self.builder.head)
+        builder = self.builder
+        model = level_model(target.model, builder.layers, builder.head, self._ids)
         overlap = None if draft.overlap_launches else False
-        return BuiltDraft(
-            CapturedDraft(model, draft.temperature, overlap=overlap), self._finish_report(self.builder)
-        )
+        captured = CapturedDraft(model, draft.temperature, overlap=overlap)
+        return BuiltDraft(captured, self._finish_report(builder), {"levels": "captured"})
+
+    def _take_whole(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
+        """Quantize the layers of a target on a GPU for captured levels; or why the substitute runs as modules."""
+        context, self._started = self.context, time.perf_counter()
+        if draft.unpack is not Unpack.auto:
+            return f"draft.unpack={draft.unpack.value}"
+        if context.quantizer is not None:
+            return "the quantizer is for modules"
+        kernel = getattr(context.config.quant, "kernel", HiggsKernel.auto)
+        if kernel is not HiggsKernel.auto:
+            return f"quant.kernel={kernel.value}"
+        if why := why_not_captured(context, context.model, target.dtype):
+            return why
+        try:
+            self._quantization = self._captured_quantization()
+            kernels = self._choose_kernels(draft)
+        except ConfigError as error:  # modules take it, or refuse it with their own reason
+            return str(error)
+        self._open_builder(kernels, None, torch.bfloat16)
+        assert self.builder is not None
+        for index, layer in enumerate(target.base.layers):
+            self.builder.take(index, layer_views(layer))
+        self.builder.head = self.builder.build_head(target.head.weight.data)
+        return None
 
     def _finish_report(self, builder: SubstituteBuilder) -> QuantReport:
         report = self._report
@@ -366,8 +328,6 @@ class SubstituteSpec(DraftSpec):
 
     def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
         """The quantization of fused levels beside a whole target; or why the substitute runs as modules."""
-        if target.device.type != "cpu":
-            return f"the target is whole on {target.device.type}"
         if draft.unpack is not Unpack.auto:
             return f"draft.unpack={draft.unpack.value}"
         if self.context.quantizer is not None:
@@ -383,7 +343,7 @@ class SubstituteSpec(DraftSpec):
         context = self.context
         only = Int8CpuLinear.kind if streams_from_disk(context.config) else None
         self._cpu_kernels = kernels = choose_kernels(
-            {"head": (context.model.vocab_size, context.model.hidden_size), **quantization.shapes},
+            {"head": (self._known(), context.model.hidden_size), **quantization.shapes},
             context.policy.width,
             context.device,
             formats={"head": CpuHeadFormat(only=only), **quantization.formats},
@@ -400,7 +360,9 @@ class SubstituteSpec(DraftSpec):
         assert builder is not None
         own = builder.head
         if own is None:
-            own = CpuHeadFormat().linear(kernels["head"], target.head.weight.data.float(), swiglu=False)
+            exact = target.head.weight.data
+            rows = exact if self._ids is None else exact.index_select(0, self._ids)
+            own = CpuHeadFormat().linear(kernels["head"], rows.float(), swiglu=False)
         report = self._finish_report(builder)
         # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
         report.stored_bytes = quantization.stored_bytes(self._layers)
@@ -408,7 +370,7 @@ class SubstituteSpec(DraftSpec):
             role: round(8 * quantization.formats[role].stored_bytes(n, k) / (n * k), 4)
             for role, (n, k) in quantization.shapes.items()
         }
-        levels = CpuLevels(target.model, level_model(target.model, builder.layers, own))
+        levels = CpuLevels(target.model, level_model(target.model, builder.layers, own, self._ids))
         facts = {
             "levels": "fused, CPU",
             "kernel": {role: variant.kernel for role, variant in kernels.items()},
@@ -417,6 +379,8 @@ class SubstituteSpec(DraftSpec):
 
     def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:
         context, on_cpu = self.context, target.device.type == "cpu"
+        if self._ids is not None:
+            raise ConfigError(f"draft.vocab is for fused and captured levels ({why}): leave it at null")
         substitute = share_parameters(target.model)
         report = quantize_draft(
             substitute,

@@ -78,16 +78,17 @@ def swiglu(gate_up, out, n, BLOCK: tl.constexpr):
     tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "past", "shared_causal", "path_width", "total_rows"])
+@triton.jit(do_not_specialize=["rows", "shared_causal", "path_width", "total_rows"])
 def attention(
-    q, k_rows, v_rows, positions, paths, partial_out, partial_max, partial_sum,
-    rows, past, shared_causal, path_width, total_rows, row_stride, head_stride, scale,
+    q, k_rows, v_rows, positions, prefix, paths, partial_out, partial_max, partial_sum,
+    rows, shared_causal, path_width, total_rows, row_stride, head_stride, scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Attention over one split of the absolute positions, for one kv head. Grid: (KV_HEADS, splits, tiles).
 
-    Every row sees the positions 0 .. its own. Position p of the prefix (p < past) lies in cache row p. Behind it, a
+    Every row sees the positions 0 .. its own. Position p of the prefix (p < past, the number that ``prefix`` points
+    to, so that a captured pass can be replayed behind any prefix) lies in cache row p. Behind it, a
     chain (shared_causal = 1) has position p in row p as well; a tree's row finds its own ancestor at position p in row
     past + paths[row, p - past]. Positions are taken in blocks of BLOCK, and splits of SPLIT, both at fixed places.
 
@@ -95,8 +96,9 @@ def attention(
     are read once; the others are gathered for one row of the tile after the other, with weight 0 for the rest.
 
     q: [rows, Q_HEADS, D]. k_rows, v_rows: [KV_HEADS, ., D], from position 0 on. positions: int64 [rows].
-    paths: int32 [rows, path_width]. partial_*: float32 [splits, total_rows, Q_HEADS(, D)].
+    prefix: int64 [1]. paths: int32 [rows, path_width]. partial_*: float32 [splits, total_rows, Q_HEADS(, D)].
     """
+    past = tl.load(prefix).to(tl.int32)
     kv_head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     BLOCKS: tl.constexpr = SPLIT // BLOCK

@@ -69,10 +69,10 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
+    prefix: Tensor,
     paths: Tensor,
     *,
     is_tree: bool,
-    past: int,
     length: int,
     heads: Heads,
     scale: float,
@@ -83,12 +83,12 @@ def attend(
 
     Args:
         query: [rows, query heads, dim].
-        keys, values: [kv heads, ., dim], row p holding position p below ``past``.
+        keys, values: [kv heads, ., dim], row p holding position p of the prefix.
         positions: int64 [rows].
-        paths: int32 [rows, width]: the batch's row that holds a row's ancestor at position past + column.
+        prefix: int64 [1], tokens of the prefix.
+        paths: int32 [rows, width]: the batch's row that holds a row's ancestor at position prefix + column.
         is_tree: False: a run of text, whose positions lie in the cache in order; ``paths`` (int32, of any shape) is not
             read.
-        past: tokens of the prefix.
         length: no position reaches it.
         partial: float32, at least :meth:`Heads.partial_floats`.
         out: [rows, query heads * dim].
@@ -109,12 +109,12 @@ def attend(
             keys,
             values,
             positions[own],
+            prefix,
             paths[own] if is_tree else paths,
             outs,
             maxima,
             sums,
             count,
-            past,
             int(not is_tree),
             width,
             count,

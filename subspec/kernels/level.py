@@ -66,13 +66,13 @@ def rope_store(
     rows, write_row, row_stride, head_stride, attention_scaling, eps,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
+    HALF_BLOCK: tl.constexpr, BEHIND: tl.constexpr = False, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Finish a fused q/k/v projection: add slices and bias, norm, rotate, write q and the cache rows.
 
     Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF; HALF_BLOCK: the power of two that holds HALF.
     depths: int64 [rows] of the nodes; their position is length + depth. k_rows, v_rows: this layer's cache
-    [kv_heads, rows, head_dim].
+    [kv_heads, rows, head_dim]; row i goes to cache row write_row + i or, with BEHIND, to write_row + length + i.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -115,7 +115,10 @@ def rope_store(
         is_key = head < q_heads + kv_heads
         kv_head = tl.where(is_key, head - q_heads, head - q_heads - kv_heads).to(tl.int64)
         target = k_rows if is_key else v_rows
-        at_kv = target + kv_head * head_stride + (write_row + row).to(tl.int64) * row_stride
+        cache_row = (write_row + row).to(tl.int64)
+        if BEHIND:
+            cache_row += tl.load(length)
+        at_kv = target + kv_head * head_stride + cache_row * row_stride
         tl.store(at_kv + half, first.to(k_rows.dtype.element_ty), mask=real)
         tl.store(at_kv + HALF + half, second.to(k_rows.dtype.element_ty), mask=real)
 

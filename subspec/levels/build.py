@@ -57,6 +57,7 @@ class SubstituteBuilder:
         keep_exact: names of Linears (``q_proj``...) that are not quantized.
         skip_layers: layers whose Linears all stay exact (``quant.skip_layers``).
         dtype: of everything that is not quantized.
+        ids: int64, rows of the LM head that the draft's own has; None: all.
 
     Attributes:
         layers: the layers taken so far.
@@ -74,8 +75,9 @@ class SubstituteBuilder:
         formats: Mapping[str, WeightFormat] | None = None,
         skip_layers: frozenset[int] = frozenset(),
         dtype: torch.dtype = torch.bfloat16,
+        ids: Tensor | None = None,
     ) -> None:
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.ids = config, dtype, ids
         self.skip_layers = skip_layers
         self.layers: list[LevelLayer] = []
         self.head: LevelLinear | None = None
@@ -176,6 +178,8 @@ class SubstituteBuilder:
         """
         if "head" not in self.formats:
             return None
+        if self.ids is not None:
+            weight = weight.index_select(0, self.ids.to(weight.device))
         codes = self._codes([weight], ["head.lm_head"])
         if keep is not None:
             keep += codes
@@ -253,18 +257,26 @@ def role_shapes(
 
 
 def level_model(
-    model: PreTrainedModel, layers: list[LevelLayer], draft_head: LevelLinear | None = None
+    model: PreTrainedModel,
+    layers: list[LevelLayer],
+    draft_head: LevelLinear | None = None,
+    ids: Tensor | None = None,
 ) -> LevelModel:
     """Combine fused layers with a model's embedding, final norm, LM head and rotary frequencies.
 
     Args:
         model: its layers need no weights. An LM head on the meta device is coded by ``draft_head``.
         draft_head: the draft's own LM head (``SubstituteBuilder.build_head``).
+        ids: int64, those that the draft's LM head knows; None: all.
     """
     config, base = model.config, model.get_decoder()
     embedding, final_norm = model.get_input_embeddings().weight.data, base.norm.weight.data
     output = model.get_output_embeddings().weight
     head = embedding if output is model.get_input_embeddings().weight else output.data
+    vocab_size = head.shape[0]
+    if ids is not None:
+        ids = ids.to(final_norm.device)
+        head = head if draft_head is not None else head.index_select(0, ids)
     rotary = base.rotary_emb
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inverse: Any = rotary.inv_freq
@@ -281,5 +293,6 @@ def level_model(
         kv_heads=config.num_key_value_heads,
         head_dim=dim,
         hidden=config.hidden_size,
-        vocab_size=head.shape[0],
+        vocab_size=vocab_size,
+        ids=ids,
     )

@@ -20,8 +20,8 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.kernels import launch
 from subspec.kernels.modules import triton_kernels
-from subspec.levels.model import Attention, LevelLayer, LevelModel
-from subspec.utils.capture import capture_stream, capturing
+from subspec.levels.model import NEVER, Attention, LevelLayer, LevelModel
+from subspec.utils.capture import captured
 from subspec.utils.rounding import next_power_of_two
 
 TOP_K_BLOCK = 4096
@@ -79,6 +79,7 @@ class CapturedDraft(LevelDraft):
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: tuple[int, int] | None = None
         self._logits: Tensor | None = None
+        self._known: Tensor | None = None
         self._node_of_row = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._length_is_set = False
         self._scratch = Tree(1, self.device)
@@ -172,17 +173,8 @@ class CapturedDraft(LevelDraft):
         return logits
 
     def _capture(self, key: tuple[int, int, bool], tree: Tree, place: _Level, width: int | None) -> None:
-        stream = capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._level(tree, place, width)  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph, pool=self._pool):
-            logits = self._level(tree, place, width)
-        if self._pool is None:
-            self._pool = graph.pool()
-        self._graphs[key] = (graph, logits)
+        self._graphs[key] = captured(lambda: self._level(tree, place, width), self._pool)
+        self._pool = self._graphs[key][0].pool()
 
     def _level(self, tree: Tree, place: _Level, width: int | None) -> Tensor:
         """The level's kernels; with ``width`` the tree grows by as many nodes. Returns the logits."""
@@ -218,10 +210,17 @@ class CapturedDraft(LevelDraft):
     def _head(self, x: Tensor) -> Tensor:
         """Logits, bfloat16 [rows, vocabulary]; of a quantized head the sum of its slices."""
         model, out = self.model, self._logits_of(x.shape[0])
+        known = out if self._known is None else self._known[: x.shape[0]]
         if model.draft_head is None:
             assert model.head is not None
-            return torch.mm(x, model.head.t(), out=out)
-        partial = model.draft_head(x)
+            torch.mm(x, model.head.t(), out=known)
+        else:
+            self._add_slices(model.draft_head(x), known)
+        if model.ids is not None:
+            out.index_copy_(1, model.ids, known)
+        return out
+
+    def _add_slices(self, partial: Tensor, out: Tensor) -> None:
         rows, vocab = out.shape
         self.kernels.sum_slices[(rows, -(-vocab // SUM_BLOCK))](
             partial,
@@ -234,14 +233,15 @@ class CapturedDraft(LevelDraft):
             num_warps=4,
             **self._overlapped,
         )
-        return out
 
     def _logits_of(self, rows: int) -> Tensor:
         """One buffer for the logits of all levels, so that captured levels do not keep one tensor each."""
         if self._logits is None or self._logits.shape[0] < rows:
             self._graphs.clear()  # they write to the narrower buffer
-            shape = (max(rows, USUAL_ROWS), self.model.vocab_size)
-            self._logits = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+            shape, ids = (max(rows, USUAL_ROWS), self.model.vocab_size), self.model.ids
+            self._logits = torch.full(shape, NEVER, dtype=torch.bfloat16, device=self.device)
+            if ids is not None:
+                self._known = self._logits.new_empty(shape[0], len(ids))
         return self._logits[:rows]
 
     def _norm(self, residual: Tensor, partial: Tensor | None, weight: Tensor) -> Tensor:

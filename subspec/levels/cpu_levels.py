@@ -17,7 +17,7 @@ from subspec.decoding.hidden import Hidden
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, check_biases
-from subspec.levels.model import LevelLayer, LevelModel
+from subspec.levels.model import LevelLayer, LevelModel, spread
 from subspec.levels.quantization import TILE_ROWS
 from subspec.targets.meta_model import parameter_shapes
 
@@ -73,8 +73,10 @@ class CpuLevels(TargetModel):
         return Hidden(self._norm(residual, levels.final_norm), {})
 
     def logits(self, hidden: Tensor) -> Tensor:
-        assert self.levels.draft_head is not None
-        return self.levels.draft_head(hidden)[0].float()
+        levels = self.levels
+        assert levels.draft_head is not None
+        known = levels.draft_head(hidden)[0].float()
+        return known if levels.ids is None else spread(known, levels.ids, levels.vocab_size)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Half the operations of torch's own rms_norm.

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from subspec.quant.level_linear import LevelLinear
+
+NEVER = -1e30
+"""Logit of an id that a draft's LM head does not know; finite, so that sums over a block of such ids are numbers."""
 
 
 @dataclass
@@ -32,8 +36,9 @@ class LevelModel:
 
     Attributes:
         embedding: [vocabulary, hidden], on the device or in pinned host memory.
-        head: LM head [vocabulary, hidden], the target's own; None: it is coded by ``draft_head``.
+        head: LM head [vocabulary, hidden], the target's own, or its rows ``ids``; None: it is coded by ``draft_head``.
         draft_head: the draft's own quantized LM head; None: ``head``.
+        ids: int64 [v], the ids that the draft's LM head (``draft_head``, or ``head``) has rows for; None: all.
         inverse_frequency: float32 [head_dim / 2] of the rotary embedding, scaling included.
         attention_scaling: factor of the rotary tables (1 except for YaRN and the like).
     """
@@ -51,6 +56,14 @@ class LevelModel:
     hidden: int
     vocab_size: int
     draft_head: LevelLinear | None = None
+    ids: Tensor | None = None
+
+
+def spread(known: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    """Logits [n, v] of ``ids`` as logits [n, ``vocab_size``], :data:`NEVER` for the others."""
+    return torch.full((len(known), vocab_size), NEVER, dtype=known.dtype, device=known.device).index_copy_(
+        1, ids, known
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from subspec.decoding.tree_policy import Beam
 from subspec.levels.build import ROLES
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import LevelLayer, LevelModel
-from subspec.memory.trace import LAYERS, META, draft_level_bytes
+from subspec.memory.trace import LAYERS, META, draft_level_bytes, token_ids
 from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
 
@@ -30,7 +30,7 @@ class LevelShape:
 
     Attributes:
         vocab: of the draft. target_vocab: of the target, to which sampled logits are padded.
-        own_head: whether the LM head is quantized.
+        own_head: whether the LM head is quantized. known: ids that it knows.
     """
 
     hidden: int
@@ -41,12 +41,16 @@ class LevelShape:
     target_vocab: int
     linears: tuple[Linear, ...]
     own_head: bool
+    known: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, linears: tuple[Linear, ...], *, own_head: bool = False) -> "LevelShape":
+    def of(
+        cls, spec: ModelSpec, linears: tuple[Linear, ...], *, own_head: bool = False, known: int | None = None
+    ) -> "LevelShape":
         """The level of a draft with the shapes of ``spec``."""
         vocab = spec.vocab
-        return cls(spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, vocab, vocab, linears, own_head)
+        heads = spec.heads, spec.kv_heads, spec.head_dim
+        return cls(spec.hidden, *heads, vocab, vocab, linears, own_head, known or vocab)
 
 
 def fused_linears(roles: Mapping[str, tuple[int, int]], *, exact: bool) -> tuple[Linear, ...]:
@@ -90,8 +94,8 @@ def captured_draft(shape: LevelShape) -> CapturedDraft:
             layers=[layer] * LAYERS,
             embedding=weight(shape.vocab, shape.hidden),
             final_norm=norm,
-            head=weight(shape.vocab, shape.hidden),
-            draft_head=_QuantizedShape(shape.vocab, splits=1, swiglu=False) if shape.own_head else None,
+            head=weight(shape.known, shape.hidden),
+            draft_head=_QuantizedShape(shape.known, splits=1, swiglu=False) if shape.own_head else None,
             inverse_frequency=weight(shape.head_dim // 2),
             attention_scaling=1.0,
             eps=1e-6,
@@ -100,6 +104,7 @@ def captured_draft(shape: LevelShape) -> CapturedDraft:
             head_dim=shape.head_dim,
             hidden=shape.hidden,
             vocab_size=shape.vocab,
+            ids=token_ids(shape.known) if shape.known < shape.vocab else None,
         )
     )
 

@@ -181,7 +181,11 @@ class LoadedStream:
     def substitute(self) -> LevelModel | None:
         """The substitute's levels; None without one."""
         builder = self.builder
-        return None if builder is None else level_model(self.target.model, builder.layers, builder.head)
+        return (
+            None
+            if builder is None
+            else level_model(self.target.model, builder.layers, builder.head, builder.ids)
+        )
 
     def facts(self) -> dict[str, Any]:
         """Facts about coded weights for the run's record."""

@@ -30,6 +30,8 @@ class StreamedTarget(TargetModel):
         coded_head: multiplies with the LM head; None: the model's own does.
     """
 
+    whole = False
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from subspec.config.enums import Codec
+from subspec.config.enums import Codec, VramCounts
 from subspec.config.schema import Config, NoDraftConfig, Placement, StreamOffloadConfig
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.tree import Tree
@@ -20,6 +20,7 @@ from subspec.memory.allocator import GIB, Allocation, headroom, least_budget
 from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
 from subspec.memory.trace import META, target_trace
 from subspec.offload.disk import ALIGNMENT
+from subspec.planning.budget import Budget
 from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, spread
 from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.refusal import SHORTEST, arithmetic, ceil_gib
@@ -104,7 +105,9 @@ def plan_disk(
         target=config.target.name,
         draft=config.draft.name,
         card=None,
-        budget=budget,
+        vram=Budget(
+            budget, VramCounts.allocator, Allocation("CUDA", ())
+        ),  # none: the budget is of host memory
         host_limit=budget,
         items=tuple(sizes.items(resident)),
         resident_layers=kept,

@@ -22,6 +22,10 @@ LINK_EFFICIENCY = 0.87
 """Estimated share of the raw rate that pinned host-to-device copies reach."""
 
 
+DRIVER_SHARE = 0.93
+"""Smallest share of the nominal memory that a driver reports."""
+
+
 @dataclass(frozen=True)
 class GpuSpec:
     """A GPU.

@@ -2,20 +2,10 @@
 
 from subspec.config.schema import Device
 from subspec.errors import ConfigError
-from subspec.planning.gpu_specs import GpuSpec, find_gpu
-
-AUTO = "auto"
+from subspec.planning.gpu_specs import DRIVER_SHARE, GpuSpec, find_gpu
 
 COPY_SHARE = 2713 / 4800
 """Large device copies (bytes read and written) over the data sheet's bandwidth: measured on an H200."""
-
-DRIVER_SHARE, CONTEXT_GIB = 0.93, 0.5
-"""Smallest share of the nominal memory that a driver reports, and memory of the CUDA context."""
-
-
-def usable_vram_gib(card: GpuSpec) -> float:
-    """The largest budget for a GPU, rounded down to 0.1 GiB."""
-    return int((card.vram_gib * DRIVER_SHARE - CONTEXT_GIB) * 10) / 10
 
 
 def measure_gpu() -> GpuSpec:

@@ -28,7 +28,8 @@ from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.tree import Tree
 from subspec.drafts.registry import spec_of
-from subspec.drafts.substitute import substitute_allocations
+from subspec.drafts.substitute_memory import substitute_allocations
+from subspec.drafts.vocabulary import draft_ids
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
@@ -161,7 +162,8 @@ class MemoryLayout:
         spec, room = self.spec, self.exact_bytes
         head, coded = (spec.vocab, spec.hidden), self.layer_bytes * self.coded
         # The head is restored into the buffer of restored layers, which needs a coded layer.
-        if self.coded and not spec.tied and len(self.required_resident) < spec.layers:
+        whole = quantization.shapes.get("head") == head
+        if self.coded and whole and not spec.tied and len(self.required_resident) < spec.layers:
             self.coded_head_bytes = own = coded_head_bytes(quantization, room)
             if own:
                 peak = head_loading_bytes(quantization, head, room, own)
@@ -173,7 +175,7 @@ class MemoryLayout:
 
     def _check(self) -> None:
         offload, layers = self.offload, self.spec.layers
-        for key in ("vram_gib", "ring_slots", "link_gb_per_s", "ram_gib"):
+        for key in ("ring_slots", "link_gb_per_s", "ram_gib"):
             value = getattr(offload, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"offload.{key}={value} must be positive")
@@ -377,7 +379,9 @@ def _quantization(config: Config, spec: ModelSpec) -> LevelQuantization:
     if isinstance(config.draft, NoDraftConfig):
         config = decoding_only(config)
     kernel = getattr(config.draft, "kernel", Kernel.auto).value
-    return level_quantization(config.quant, spec.layer, (spec.vocab, spec.hidden), kernel=kernel)
+    ids = draft_ids(getattr(config.draft, "vocab", None), spec.vocab, width=1)
+    head = spec.vocab if ids is None else len(ids), spec.hidden
+    return level_quantization(config.quant, spec.layer, head, kernel=kernel)
 
 
 def _tree_note(nodes: int, rows: int) -> str:

@@ -1,7 +1,7 @@
 """The memory planner: from a budget in GiB to the place of every part of a run, before anything is loaded.
 
-The planner reads the target's transformers configuration, not its weights. It sets 1 % of the budget aside
-(:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
+The planner reads the target's transformers configuration, not its weights. It sets 1 % of the allocator's budget
+aside (:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
 
 1. reserves the indispensable: substitute, norms, LM head, KV cache, tree, workspaces, ring;
 2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.memory_layout.CHUNK_GOAL`), of a
@@ -15,7 +15,7 @@ change that would help.
 
 Example::
 
-    plan = plan_run(config, load_target_config(config.target), link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(config, load_target_config(config.target), link_gb_per_s=25.0, host_free=None, device=None)
     plan.resident_layers, plan.pass_seconds, plan.ceiling(tau=12)
 """
 
@@ -26,19 +26,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.enums import Codec
+from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import Config, Placement
-from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom
+from subspec.planning.budget import Budget, DeviceMemory, budget_of
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
 from subspec.planning.refusal import least_decision, refuse_device, refuse_host
 
 TAUS = (1, 4, 12, 26)
 """Acceptance lengths whose ceilings are shown: of no draft, a small head, a small model, the substitute."""
-
-CONTEXT_BYTES = GIB // 2
-"""Device memory of the CUDA context, about; the budget does not cover it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Plan:
 
     Attributes:
         card: the named GPU; None: this machine's.
-        budget: ``offload.vram_gib``; the device items fit it with its headroom.
+        vram: the budget of device memory; the device items fit it with its headroom.
         host_limit: host memory that the run may take; None: unknown and not checked.
         items: allocations, the device's first.
         resident_layers, streamed_layers: layer numbers.
@@ -77,7 +74,7 @@ class Plan:
     target: str
     draft: str
     card: GpuSpec | None
-    budget: int
+    vram: Budget
     host_limit: int | None
     items: tuple[Allocation, ...]
     resident_layers: tuple[int, ...]
@@ -101,9 +98,14 @@ class Plan:
         return sum(item.bytes for item in self.items if item.place is place)
 
     @property
+    def budget(self) -> int:
+        """Bytes that the device items may take."""
+        return self.vram.bytes
+
+    @property
     def headroom(self) -> int:
         """Bytes of the budget that the plan never gives away."""
-        return headroom(self.budget)
+        return headroom(self.vram.allocator)
 
     @property
     def pass_seconds(self) -> float | None:
@@ -129,6 +131,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Builtin types, for ``plan.json``; predictions included."""
         plain = asdict(self)
+        del plain["vram"]
         plain["items"] = [
             {"name": item.name, "bytes": item.bytes, "place": item.place.value, "note": item.note}
             for item in self.items
@@ -141,6 +144,9 @@ class Plan:
             plain["card"] = {**asdict(self.card), "link_gb_per_s": self.card.link_gb_per_s}
             plain["card"]["pcie"] = list(self.card.pcie)
         return plain | {
+            "budget": self.budget,
+            "vram_counts": self.vram.counts.value,
+            "cuda_bytes": self.vram.cuda.bytes,
             "device_bytes": self.total(Placement.device),
             "headroom_bytes": self.headroom,
             "host_bytes": self.total(Placement.host),
@@ -157,7 +163,7 @@ def plan_run(
     *,
     link_gb_per_s: float | None,
     host_free: int | None,
-    device_total: int | None,
+    device: DeviceMemory | None,
 ) -> Plan:
     """Plan a run with ``offload=stream``; nothing is loaded.
 
@@ -166,22 +172,16 @@ def plan_run(
         link_gb_per_s: measured host-to-device bandwidth, GB/s. ``offload.link_gb_per_s`` takes precedence; without
             both, the named GPU's is used.
         host_free: free host memory in bytes (psutil's ``available``); ignored if ``offload.card`` is set.
-        device_total: memory of this machine's device in bytes.
+        device: memory of this machine's device; ignored if ``offload.card`` is set.
 
     Raises:
-        ConfigError: the run does not fit, with the arithmetic and the remedy.
+        ConfigError: the card cannot hold the budget, or the budget the run, with the arithmetic and the remedy.
     """
     layout = MemoryLayout(config, model)
     offload = layout.offload
     card = find_gpu(offload.card) if offload.card is not None else None
-    budget = int(offload.vram_gib * GIB)
-    total = int(card.vram_gib * GIB) if card else device_total
-    whose = card.name if card else "this machine's GPU"
-    if total is not None and budget > total:
-        raise ConfigError(
-            f"offload.vram_gib={offload.vram_gib:g} is more than the {total / GIB:.4g} GiB of {whose}: "
-            f"set offload.vram_gib to at most {(total - CONTEXT_BYTES) / GIB:.1f} (CUDA itself takes about 0.5)"
-        )
+    vram = budget_of(offload, DeviceMemory.of_card(card) if card else device)
+    budget = vram.allocator
     decision = choose(layout, budget)
     if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
         # If every layer fits as it is, coding gains nothing. If only the buffer of the restored layer does not fit, the
@@ -193,17 +193,17 @@ def plan_run(
         elif decision is None:
             layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_decision(tried)))
     if decision is None:
-        raise refuse_device(layout, model, budget, lambda changed: choose(changed, budget))
-    items = tuple(layout.allocations(decision))
+        raise refuse_device(layout, model, vram, lambda changed: choose(changed, budget))
+    items = (*vram.items, *layout.allocations(decision))
     resident = layout.spread(decision.resident)
     streamed = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
     if host_limit is not None and sum(i.bytes for i in items if i.place is Placement.host) > host_limit:
-        raise refuse_host(layout, items, decision, host_limit, budget)
+        raise refuse_host(layout, items, decision, host_limit, vram)
 
     notes = []
-    if total is not None and budget > total - CONTEXT_BYTES:
-        notes.append(f"CUDA itself takes about 0.5 GiB of {whose}, beside the budget: leave room for it")
+    if offload.vram_gib == AUTO:
+        notes.append(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
     if not streamed:
         notes.append("every layer fits on the device: nothing is streamed, and the link limits nothing")
     if host_limit is None:
@@ -215,7 +215,7 @@ def plan_run(
         target=config.target.name,
         draft=config.draft.name,
         card=card,
-        budget=budget,
+        vram=vram,
         host_limit=host_limit,
         items=items,
         resident_layers=resident,

@@ -113,6 +113,9 @@ def _items(plan: Plan, place: Placement, limit: int | None, whole: str, options:
     if limit and place is Placement.device:
         left = f"{gib(limit - total)} left, {gib(plan.headroom)} kept free"
     table.add_row("total", gib(total), *share(total), left, style="bold")
+    if place is Placement.device and not plan.vram.items:
+        cuda = plan.vram.cuda
+        table.add_row(cuda.name, gib(cuda.bytes), "", f"beside the budget; {cuda.note}")
     return table
 
 

@@ -150,7 +150,7 @@ def _plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int)
         model,
         link_gb_per_s=None if named else machine.link_gb_per_s,  # the plan then names the GPU's own link
         host_free=None,
-        device_total=None,
+        device=None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.enums import Codec
+from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     Config,
@@ -16,6 +16,7 @@ from subspec.config.schema import (
 )
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, least_budget
+from subspec.planning.budget import Budget
 from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
 
 SMALL = GIB // 20
@@ -31,7 +32,7 @@ SHALLOWEST = 4
 def refuse_device(
     layout: MemoryLayout,
     model: PretrainedConfig,
-    budget: int,
+    vram: Budget,
     choose: Callable[[MemoryLayout], Decision | None],
 ) -> ConfigError:
     """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk.
@@ -42,18 +43,21 @@ def refuse_device(
     least = least_decision(layout)
     items = [item for item in layout.allocations(least) if item.place is Placement.device]
     used = sum(item.bytes for item in items)
-    needed = least_budget(used)
-    items.append(Allocation("kept free", ((needed - used, 1),)))
+    needed = vram.least(used)
+    items += [*vram.items, Allocation("kept free", ((least_budget(used) - used, 1),))]
     helps = next((text for text, changed in _changes(layout) if _fits(layout, changed, model, choose)), None)
     remedy = f"or {helps}" if helps else "no other single change is enough"
+    asked, more = f"{vram.bytes / GIB:g}", f"raise offload.vram_gib to at least {ceil_gib(needed)}"
+    if layout.offload.vram_gib == AUTO:
+        asked, more = f"auto ({asked} GiB)", "free device memory"
     return ConfigError(
-        f"offload.vram_gib={layout.offload.vram_gib:g} cannot hold this run, which needs {ceil_gib(needed)} GiB: "
-        f"{arithmetic(items)}; raise offload.vram_gib to at least {ceil_gib(needed)}, {remedy}"
+        f"offload.vram_gib={asked} cannot hold this run, which needs {ceil_gib(needed)} GiB: "
+        f"{arithmetic(items)}; {more}, {remedy}"
     )
 
 
 def refuse_host(
-    layout: MemoryLayout, items: Sequence[Allocation], decision: Decision, limit: int, budget: int
+    layout: MemoryLayout, items: Sequence[Allocation], decision: Decision, limit: int, vram: Budget
 ) -> ConfigError:
     """The refusal of a run whose host allocations exceed ``limit`` bytes; the machine would swap."""
     host = [item for item in items if item.place is Placement.host]
@@ -65,8 +69,8 @@ def refuse_host(
     more = math.ceil((needed - limit) / layout.layer_bytes)
     streamed = layout.spec.layers - decision.resident
     if more <= streamed and not layout.coded:  # all coded layers are on the host while loading
-        wanted = least_budget(layout.device_bytes(replace(decision, resident=decision.resident + more)))
-        if wanted > budget:
+        wanted = vram.least(layout.device_bytes(replace(decision, resident=decision.resident + more)))
+        if wanted > vram.bytes:
             remedies.append(
                 f"raise offload.vram_gib to {ceil_gib(wanted)} (each resident layer takes "
                 f"{layout.layer_bytes / GIB:.2f} GiB off the host)"

@@ -65,32 +65,42 @@ def _tree(tree: Mapping[str, Any]) -> str:
     return f"{name} {size}"
 
 
-def memory_budget(config: Mapping[str, Any]) -> Any:
-    """GiB that offloading may take: of host memory if a target streams from a disk to a CPU, else of the device's."""
-    offload = config_group(config, "offload")
-    return offload.get("ram_gib" if is_from_disk(config) else "vram_gib")
-
-
-def is_from_disk(config: Mapping[str, Any]) -> bool:
-    """Whether the target streams from a disk to a CPU."""
-    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith(
-        "stream"
-    )
-
-
 def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
     """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, or ``disk 8 GiB``."""
     offload = config_group(config, "offload")
     name = offload.get("name")
     if name in (None, "none"):
         return ""
-    if is_from_disk(config):
+    if _from_disk(config):
         name = "disk"
     elif "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    budget = memory_budget(config)
-    return f"{name} {_number(budget)} GiB" if budget is not None else str(name)
+    return f"{name} {budget_text(config, facts)}".rstrip()
+
+
+def _from_disk(config: Mapping[str, Any]) -> bool:
+    """Whether the target streams from a disk to a CPU."""
+    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith(
+        "stream"
+    )
+
+
+def budget_text(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``8 GiB``, or ``8 GiB with CUDA`` if the budget bounds CUDA's own memory too; empty without a budget.
+
+    Of host memory if the target streams from a disk.
+    """
+    offload = config_group(config, "offload")
+    if _from_disk(config):
+        ram = offload.get("ram_gib")
+        return "" if ram is None else f"{_number(ram)} GiB"
+    vram = (facts or {}).get(
+        "vram_gib", offload.get("vram_gib")
+    )  # the facts hold the value that auto resolved to
+    if vram is None:
+        return ""
+    return f"{_number(vram)} GiB" + " with CUDA" * (offload.get("vram_counts") == "device")
 
 
 def _number(value: Any) -> str:

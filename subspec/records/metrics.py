@@ -80,6 +80,7 @@ def turn_metrics(
     *,
     link: LinkInfo | None = None,
     peak_vram_gib: float | None = None,
+    device_vram_gib: float | None = None,
     peak_ram_gib: float | None = None,
 ) -> dict[str, Any]:
     """The metrics of one turn: the fields of a record from ``prompt_tokens`` to ``finish_reason``.
@@ -90,6 +91,7 @@ def turn_metrics(
         result: the finished generation.
         link: the link the weights cross, or None without offloading: the link figures are then None.
         peak_vram_gib: peak of PyTorch's device allocations so far (GiB), None without a GPU.
+        device_vram_gib: memory that the process holds of the device at the end of the turn, as the driver counts (GiB).
         peak_ram_gib: peak resident memory of the process so far (GiB).
     """
     stats = result.stats
@@ -129,6 +131,7 @@ def turn_metrics(
         "roofline_share": ratio(tokens_per_s, roofline),
         "link_busy_share": ratio(stats.transfer_s, stats.prefill_s + stats.decode_s) if link else None,
         "peak_vram_gib": peak_vram_gib,
+        "device_vram_gib": device_vram_gib,
         "peak_ram_gib": peak_ram_gib,
         "finish_reason": result.finish_reason.value,
     }
@@ -154,7 +157,7 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         - ``audit``: sums of ``exact``, ``near_tie``, ``mismatch``, the largest ``max_gap``, ``margin``, the audited
           ``turns``, those audited ``bitwise``, and ``errors``: mismatches and, where bits were compared, near-ties;
           None when nothing was audited.
-        - ``peak_vram_gib``, ``peak_ram_gib``: the largest of all turns.
+        - ``peak_vram_gib``, ``device_vram_gib``, ``peak_ram_gib``: the largest of all turns.
     """
     records = list(records)
     turns = [record for record in records if not record.get("skipped")]
@@ -172,8 +175,7 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         "categories": {name: _category(own) for name, own in by_category(turns).items()},
         "accuracy": _accuracy(turns),
         "audit": _audit(turns),
-        "peak_vram_gib": _largest(turns, "peak_vram_gib"),
-        "peak_ram_gib": _largest(turns, "peak_ram_gib"),
+        **{name: _largest(turns, name) for name in ("peak_vram_gib", "device_vram_gib", "peak_ram_gib")},
     }
 
 

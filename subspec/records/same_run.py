@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from subspec.config.enums import AUTO
 from subspec.errors import ConfigError
 from subspec.records.run_files import RECORDS
 
@@ -26,8 +27,6 @@ FREE_KEYS = frozenset(
 ``experiment`` names values that are compared themselves. Fewer samples are a prefix of more, so a run may be extended.
 All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
 """
-
-AUTO = "auto"
 
 CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
 """Keys that may be ``auto``, by the record field that holds the resolved value.

@@ -206,9 +206,14 @@ def _link(totals: Summary) -> str:
 
 def _memory(summary: Summary) -> str:
     parts = []
-    for label, name in (("RAM", "peak_ram_gib"), ("GPU", "peak_vram_gib")):
+    figures = {
+        "peak_ram_gib": "RAM {:.2f} GiB",
+        "peak_vram_gib": "GPU {:.2f} GiB of PyTorch's allocations",
+        "device_vram_gib": "{:.2f} GiB by the driver",
+    }
+    for name, text in figures.items():
         if summary[name] is not None:
-            parts.append(f"{label} {summary[name]:.2f} GiB")
+            parts.append(text.format(summary[name]))
     return ", ".join(parts) or "not measured"
 
 

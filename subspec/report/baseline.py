@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from subspec.errors import SubspecError
-from subspec.records.method import config_group, memory_budget
+from subspec.records.method import budget_text, config_group
 from subspec.records.run_folder import Key
 from subspec.report.bootstrap import Speed, speedup_interval
 from subspec.report.collect import RunData, texts_of, turn_outcome
@@ -82,7 +82,7 @@ def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
         "prompts": frozenset(row.by_sample),
         "weights": config_group(row.runs[0].facts, "weights").get("target"),
         "streamed": bool(row.ceilings),
-        "offloading": (offload.get("name"), memory_budget(config)),
+        "offloading": (offload.get("name"), budget_text(config, row.runs[0].facts)),
         "quantizer of coded weights": repr(config_group(quantized.runs[0].config, "quant")),
         "experiment": row.experiment,
     }

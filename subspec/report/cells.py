@@ -69,8 +69,7 @@ def method_cells(row: Row) -> Cells:
         "link_gb_per_s": totals["link_gb_per_s"],
         "bytes_per_pass": totals["bytes_per_pass"],
         **{f"{phase}_s_per_iteration": iteration.get(phase) for phase in ("draft", "target", "other")},
-        "peak_vram_gib": summary["peak_vram_gib"],
-        "peak_ram_gib": summary["peak_ram_gib"],
+        **{name: summary[name] for name in ("peak_vram_gib", "device_vram_gib", "peak_ram_gib")},
         **{name: accuracy.get(name) for name in ("accuracy", "correct", "checked", "unfinished")},
         "audit": audit_text(row),
     }

@@ -183,7 +183,9 @@ def setup_text(run: RunData) -> str:
         why = f" ({bitwise['reason']})" if bitwise.get("reason") else ""
         parts.append("batch-invariant kernels" if bitwise.get("on") else f"no batch-invariant kernels{why}")
     if str(facts.get("device")).startswith("cuda"):
-        parts.append(f"{facts.get('graphs_captured') or 'no'} CUDA graphs")
+        parts.append(
+            "passes captured" if facts.get("captured_passes") else "passes launched kernel by kernel"
+        )
     if "modules_offloaded" in facts:
         modules = facts.get("modules_on_device"), facts["modules_offloaded"]
         parts.append("accelerate with {} modules on the device and {} on the host".format(*modules))

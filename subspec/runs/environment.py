@@ -9,13 +9,16 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from subspec import __version__
+from subspec.memory.device import bytes_of_cuda, bytes_of_process
 from subspec.utils.cpu import cpu_name
 from subspec.utils.paths import PACKAGE
 
@@ -90,8 +93,6 @@ def git_state(package: Path | None = None) -> dict[str, Any] | None:
 
 def hardware() -> dict[str, Any]:
     """CPU, memory and GPU. ``gpu`` is None without a CUDA device."""
-    import torch
-
     return {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -117,7 +118,7 @@ def peak_ram_gib() -> float:
 
 def peak_vram_gib() -> float | None:
     """Peak sum of PyTorch's allocations on the current CUDA device in GiB; None without one."""
-    return _device_gib("max_memory_allocated")
+    return _device_gib(lambda index: torch.cuda.max_memory_allocated(index))
 
 
 def reserved_vram_gib() -> float | None:
@@ -125,15 +126,26 @@ def reserved_vram_gib() -> float | None:
 
     It includes cached and fragmented memory; a budget caps this value.
     """
-    return _device_gib("max_memory_reserved")
+    return _device_gib(lambda index: torch.cuda.max_memory_reserved(index))
 
 
-def _device_gib(statistic: str) -> float | None:
-    import torch
+def device_vram_gib() -> float | None:
+    """Memory that this process holds of the current CUDA device now, as the driver counts it; None without one.
 
+    It includes what CUDA takes beside PyTorch's allocator.
+    """
+    return _device_gib(bytes_of_process)
+
+
+def cuda_vram_gib() -> float | None:
+    """The part of :func:`device_vram_gib` that CUDA takes beside PyTorch's allocator."""
+    return _device_gib(bytes_of_cuda)
+
+
+def _device_gib(measure: Callable[[int], int]) -> float | None:
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    return getattr(torch.cuda, statistic)() / GIB
+    return measure(torch.cuda.current_device()) / GIB
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -151,8 +163,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any] | None:
-    import torch
-
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

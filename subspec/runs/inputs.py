@@ -4,12 +4,17 @@ A path, a hub id or a packaged sample may hold something else than before under 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from subspec.benchmarks import Benchmark, Sample
-from subspec.config.schema import Source
+from subspec.config.enums import AUTO
+from subspec.config.schema import Config, Source
 from subspec.errors import ConfigError
+from subspec.planning.budget import DeviceMemory, budget_of
 from subspec.records.method import config_group
 from subspec.records.run_files import FACTS, RECORDS, read_json
 from subspec.runs.turn import chat_messages, prompt_digest
@@ -36,6 +41,28 @@ def check_weights(run_dir: Path, config: Mapping[str, Any], weights: Mapping[str
             group = config_group(config, name)
             place = f"{name}.path={group['path']}" if group.get("path") else f"{name}={group.get('name')}"
             raise ConfigError(f"resume=true, but {place} now holds other weights: {REMEDY}")
+
+
+def with_first_budget(config: Config, run_dir: Path, device: torch.device) -> Config:
+    """The configuration with ``offload.vram_gib=auto`` resolved as in the folder's first session, if there was one.
+
+    A device's free memory changes, and the plan with it; the times of one run must compare.
+
+    Raises:
+        ConfigError: the device cannot hold that budget now.
+    """
+    first = (read_json(run_dir / FACTS) or {}).get("vram_gib")
+    if first is None or getattr(config.offload, "vram_gib", None) != AUTO:
+        return config
+    offload = replace(config.offload, vram_gib=first)
+    try:
+        budget_of(offload, DeviceMemory.measured(device))
+    except ConfigError as error:
+        raise ConfigError(
+            f"resume=true, but offload.vram_gib=auto was {first:g} GiB, and the device cannot hold them now: free "
+            "device memory, or choose another folder with run_dir="
+        ) from error
+    return replace(config, offload=offload)
 
 
 def check_prompts(run_dir: Path, records: Sequence[Mapping[str, Any]], benchmark: Benchmark) -> None:

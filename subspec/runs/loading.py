@@ -13,6 +13,7 @@ from subspec.planning.plan_table import plan_table
 from subspec.records.metrics import LinkInfo
 from subspec.runs.console import RunConsole
 from subspec.session import (
+    GIB,
     Assembly,
     assemble,
     assemble_accelerate,
@@ -61,7 +62,7 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     """
     free_device(device)
     if isinstance(config.offload, StreamOffloadConfig):
-        return _load_streamed(config, config.offload, device, console)
+        return _load_streamed(config, device, console)
     if isinstance(config.offload, AccelerateOffloadConfig):
         assembly, target = assemble_accelerate(config, device, console.note)
         return Loaded(target, assembly)
@@ -69,9 +70,7 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     return Loaded(target, assemble(config, target, console.note))
 
 
-def _load_streamed(
-    config: Config, offload: StreamOffloadConfig, device: torch.device, console: RunConsole
-) -> Loaded:
+def _load_streamed(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     # Planned before the cap: the link's probe is not part of the run, and it must not fail before the plan is refused.
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
     plan, stored = plan_for(config, source.config, device), None
@@ -82,7 +81,7 @@ def _load_streamed(
     print_plan(plan, console)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        cap_device(offload.vram_gib, device)
+        cap_device(plan.vram.allocator / GIB, device)
     assembly = assemble_streamed(config, source, plan, device, note=console.note, stored=stored)
     streamed = assembly.streamed
     assert streamed is not None

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
+from subspec.config.enums import VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     Config,
@@ -30,14 +31,22 @@ from subspec.decoding.bitwise_choice import why_not
 from subspec.decoding.result import FinishReason
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import AuditError, SubspecError
+from subspec.memory.allocator import GIB
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
 from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
 from subspec.runs.console import RunConsole, RunProgress
-from subspec.runs.environment import environment, peak_ram_gib, peak_vram_gib, reserved_vram_gib
-from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights
+from subspec.runs.environment import (
+    cuda_vram_gib,
+    device_vram_gib,
+    environment,
+    peak_ram_gib,
+    peak_vram_gib,
+    reserved_vram_gib,
+)
+from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget
 from subspec.runs.loading import Loaded, load, print_plan
 from subspec.runs.logger import SafeLogger, make_logger
 from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
@@ -195,7 +204,7 @@ class _Run:
     # ------------------------------------------------------------------------------------- preparation
 
     def _prepare(self, first: Sample) -> None:
-        config, console = self.config, self.console
+        config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
         with _about("target"):
             self.weights = weights_identity(config, console.note)
             if self.folder.resumed:
@@ -282,7 +291,15 @@ class _Run:
         self.loading_peaks = {
             "loading_peak_vram_gib": peak_vram_gib(),
             "reserved_vram_gib": reserved_vram_gib(),
+            "loading_device_vram_gib": device_vram_gib(),
+            "loading_cuda_vram_gib": cuda_vram_gib(),
         }
+        vram, held = self.assembly.vram, device_vram_gib() or 0.0
+        if vram is not None and vram.counts is VramCounts.device and held * GIB > vram.bytes:
+            self.console.warn(
+                f"this run holds {held:.2f} GiB of the device, more than its budget of {vram.bytes / GIB:g}: CUDA took "
+                "more than planned; lower offload.vram_gib by the difference"
+            )
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _keep_reserved(self) -> None:
@@ -366,6 +383,7 @@ class _Run:
             messages=messages,
             link=self.loaded.link,
             peak_vram_gib=peak_vram_gib(),
+            device_vram_gib=device_vram_gib(),
             peak_ram_gib=peak_ram_gib(),
             correct=check_answer(self.benchmark.name, text, reference, cut),
             extracted=extract_answer(self.benchmark.name, text, cut) if reference is not None else None,

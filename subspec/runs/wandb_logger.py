@@ -42,6 +42,7 @@ SERIES = (
     "transfer_s",
     "roofline_tokens_per_s",
     "peak_vram_gib",
+    "device_vram_gib",
     "peak_ram_gib",
 )
 """Record fields that become series; None values are left out."""

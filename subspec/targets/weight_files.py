@@ -65,7 +65,7 @@ class Wanted:
 
 
 TARGET = Wanted()
-SMALL_MODEL = Wanted(key="draft.path", tokenizer=False)
+SMALL_MODEL = Wanted(key="draft.path", tokenizer=False, texts=(*TEXTS, "warp_model.bin"))  # of PARD-2
 
 
 def main_file(names: Collection[str], where: str, wanted: Wanted = TARGET) -> str:

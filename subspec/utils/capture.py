@@ -2,11 +2,13 @@
 
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -39,3 +41,22 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def captured(
+    run: Callable[[], Result], pool: tuple[int, int] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """``run`` as a CUDA graph, and the result that every replay writes.
+
+    Args:
+        pool: of an earlier graph, whose memory this one shares; its results are kept apart, its other memory is not.
+    """
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles what is not compiled yet
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph, pool=pool):
+        result = run()
+    return graph, result

@@ -157,7 +157,7 @@ CHECKS = {
     ),
     "budget larger than the card": (
         "plan_only=true offload=stream offload.card=RTX_4060 offload.vram_gib=12",
-        r"offload\.vram_gib=12 is more than the 8 GiB of RTX 4060: set offload\.vram_gib to at most 7\.5",
+        r"offload\.vram_gib=12 .* more than the 8 GiB free on RTX 4060: set offload\.vram_gib to at most 7\.1",
     ),
     "budget too small": (
         "plan_only=true offload=stream offload.card=RTX_4090 offload.vram_gib=0.1",
@@ -171,6 +171,14 @@ CHECKS = {
     "no budget": (
         "plan_only=true offload=stream offload.vram_gib=nan",
         r"offload\.vram_gib=nan must be positive",
+    ),
+    "budget that is no number": (
+        "plan_only=true offload=stream offload.vram_gib=8GB",
+        r"offload\.vram_gib=8GB must be positive, or auto",
+    ),
+    "all of no device": (
+        "plan_only=true offload=stream offload.vram_gib=auto",
+        r"offload\.vram_gib=auto needs a CUDA device, or .*offload\.card=NAME",
     ),
     "no ring": (
         "plan_only=true offload=stream offload.ring_slots=0",

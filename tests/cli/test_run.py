@@ -120,7 +120,7 @@ def test_an_audited_run_says_so(run):
 FIGURES = """
     prompt_tokens new_tokens iterations tau tau_published accept_rate_by_depth prefill_s decode_s tokens_per_s
     tokens_per_s_total draft_s verify_s transfer_s bytes_streamed link_gb_per_s roofline_tokens_per_s roofline_share
-    link_busy_share peak_vram_gib peak_ram_gib finish_reason
+    link_busy_share peak_vram_gib device_vram_gib peak_ram_gib finish_reason
 """
 
 
@@ -215,7 +215,7 @@ def test_a_local_file_of_prompts(run, tmp_path):
 @pytest.mark.parametrize(("later", "most"), [(3.0, 6.0), (7.0, 7.0)])
 def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, later, most):
     """Loading's peaks, before the turns' own begin anew. A stand-in for the allocator, around a run on the CPU."""
-    peaks = {"allocated": 5.0, "reserved": 6.0}
+    peaks = {"allocated": 5.0, "reserved": 6.0, "device": 6.7}
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     load = subspec.runs.runner.load
     monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: cuda)
@@ -225,12 +225,16 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     )
     monkeypatch.setattr(subspec.runs.runner, "peak_vram_gib", lambda: peaks["allocated"])
     monkeypatch.setattr(subspec.runs.runner, "reserved_vram_gib", lambda: peaks["reserved"])
-    reset = lambda device: peaks.update(allocated=2.0, reserved=later)  # noqa: E731
+    monkeypatch.setattr(subspec.runs.runner, "device_vram_gib", lambda: peaks["device"])
+    monkeypatch.setattr(subspec.runs.runner, "cuda_vram_gib", lambda: 0.7)
+    reset = lambda device: peaks.update(allocated=2.0, reserved=later, device=6.8)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
-    _, folder = run("draft=none")
+    ran, folder = run("draft=none")
     summary = summary_of(folder)
-    assert summary["peak_vram_gib"] == 2.0
+    assert (summary["peak_vram_gib"], summary["device_vram_gib"]) == (2.0, 6.8)
+    assert "GPU 2.00 GiB of PyTorch's allocations, 6.80 GiB by the driver" in ran.out
     assert (summary["run"]["loading_peak_vram_gib"], summary["run"]["reserved_vram_gib"]) == (5.0, most)
+    assert (summary["run"]["loading_device_vram_gib"], summary["run"]["loading_cuda_vram_gib"]) == (6.7, 0.7)
     assert json.loads((folder / "facts.json").read_text()) == summary["run"]
 
 

@@ -244,7 +244,7 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
     texts, reports = [], []
     for kind in (Codec.none, Codec.substitute, Codec.substitute):
         settings_of = replace(config, offload=replace(config.offload, codec=kind), draft=NO_DRAFT[kind])
-        plan = plan_run(settings_of, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        plan = plan_run(settings_of, source.config, link_gb_per_s=25.0, host_free=None, device=None)
         assembly = assemble_streamed(settings_of, source, plan, CPU, note=lambda text: None)
         engine = Engine(assembly.target, max_length=64)
         texts.append(engine.generate(PROMPT, max_new_tokens=2).token_ids)

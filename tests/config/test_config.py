@@ -39,9 +39,11 @@ CONF = conf_dir()
 OPTIONS = [(group, name) for group in GROUPS for name, _ in options(CONF, group)]
 NEEDS = {
     ("draft", "eagle3"): ["draft.path=ORG/HEAD"],
+    ("draft", "block_head"): ["draft.path=ORG/HEAD"],
     ("target", "hub"): ["target.path=ORG/NAME"],
     ("quant", "none"): ["draft=none"],
     ("draft", "small_model"): ["draft.path=planted:tiny_draft"],
+    ("draft", "pard"): ["draft.path=planted:tiny_draft"],
 }
 """What an option cannot do without."""
 FILES = ("experiment", "hparams_search")
@@ -205,6 +207,8 @@ def test_help_on_what_is_not_there(word, message):
             False,
         ),
         ("draft=none seed=0", "draft=none seed=1", False),
+        ("offload=stream offload.vram_gib=8", "offload=stream offload.vram_gib=8.0", True),
+        ("offload=stream", "offload=stream offload.vram_counts=device", False),
         ("draft=subspec quant.bits=4", "draft=subspec quant.bits=3", False),
         ("draft=eagle2 tree.depth=3", "draft=eagle2 tree.depth=4", False),
     ],

@@ -30,12 +30,14 @@ def model():
     return tiny_model("qwen2", layers=3)
 
 
-class Teacher(EagleDraft):
-    """A head whose guesses are nudged towards a known text, so that random weights get tokens accepted.
+class Teaching:
+    """Nudges a draft's guesses towards a known text, so that random weights get tokens accepted.
 
-    Its state is what the head computes; only the logits it hands over are changed, but for every fourth position.
-    ``seen`` holds the head's own logits of each branch of the last tree.
+    Its state is what the draft computes; only the logits it hands over are changed, but for every fourth position.
+    ``seen`` holds the draft's own logits of each branch of the last tree. ``waiting``: committed tokens without a row.
     """
+
+    waiting = 1
 
     def __init__(self, *arguments, future):
         super().__init__(*arguments)
@@ -43,13 +45,17 @@ class Teacher(EagleDraft):
         self.seen = {}
 
     def expand(self, tree, frontier):
-        logits = super().expand(tree, frontier)
+        logits = super().expand(tree, frontier).clone()
         for node, row in zip(frontier.tolist(), logits.clone(), strict=True):
             self.seen[tuple(tree.tokens[tree.ancestors[node].nonzero()[:, 0]].tolist())] = row
-        at = self.cache.length + 2 + tree.levels
+        at = self.cache.length + self.waiting + 1 + tree.levels
         if at % 4 and at < len(self.future):
             logits[:, self.future[at]] += 100.0
         return logits
+
+
+class Teacher(Teaching, EagleDraft):
+    """A head that is taught."""
 
 
 def taught(model, policy, prompt, count, shape="qwen2", std=0.15, **options):

@@ -283,7 +283,7 @@ def test_a_hub_id_is_fetched_once_and_found_again_offline(hub, monkeypatch):
 
 
 def test_what_the_hub_does_not_have_is_refused(hub, monkeypatch):
-    refused("has no config.json: pass the folder or hub id of an EAGLE head", "someone/else")
+    refused("has no config.json: pass the folder or hub id of a draft head", "someone/else")
     refused("draft.path=someone/nobody: no such folder, and no such model", "someone/nobody")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from subspec.config.schema import (
+    BlockHeadDraftConfig,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     Eagle3DraftConfig,
@@ -144,7 +145,13 @@ RUN = [
 
 @pytest.mark.parametrize(
     ("kind", "tree", "decoding"),
-    [(2, "eagle2", "greedy"), (2, "beam", "greedy"), (3, "adaptive", "sampling")],
+    [
+        (0, "eagle2", "greedy"),
+        (0, "beam", "greedy"),
+        (1, "adaptive", "sampling"),
+        (2, "eagle2", "sampling"),
+        (2, "adaptive", "greedy"),
+    ],
 )
 def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
     tmp_path, kind, tree, decoding
@@ -152,7 +159,8 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
     plain = cli(*RUN, "draft=none", f"decoding={decoding}", f"run_dir={tmp_path / 'plain'}")
     assert plain.code == 0, plain.err
     small = ["tree.depth=3", "tree.width=4"] + (["tree.total_tokens=10"] if tree == "eagle2" else [])
-    options = [f"draft=eagle{kind}", "draft.path=planted", f"tree={tree}", *small, "audit=true"]
+    draft = ("eagle2", "eagle3", "block_head")[kind]
+    options = [f"draft={draft}", "draft.path=planted", f"tree={tree}", *small, "audit=true"]
     ran = cli(*RUN, *options, f"decoding={decoding}", f"run_dir={tmp_path / 'run'}")
     assert ran.code == 0, ran.err
     ours, theirs = (records_of(tmp_path / name) for name in ("run", "plain"))
@@ -161,11 +169,12 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
     assert summary["audit"]["mismatch"] == 0
     assert summary["totals"]["tau"] < 1.5
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())["draft"]
-    head = f"planted, random weights in the shape of {['a', 'an EAGLE-3'][kind - 2]} head for tiny, seed 0"
+    head = f"planted, random weights in the shape of {['a', 'an EAGLE-3', 'a DFlash'][kind]} head for tiny, seed 0"
     assert facts.items() >= {"head": head, "planted": True, "dropped": []}.items()
-    assert facts["kv_heads"] == [8, 2][kind - 2]
-    assert facts.get("feature_layers") == [None, [1, 3, 4]][kind - 2]
-    assert f"draft eagle{kind}: head {head}, {[0.8, 1.4][kind - 2]} M parameters, float32" in ran.out
+    assert facts["kv_heads"] == [8, 2, 2][kind]
+    assert facts.get("feature_layers") == [None, [1, 3, 4], [1, 2, 3, 4, 5]][kind]
+    assert (facts.get("method"), facts.get("block")) == ((None, None), (None, None), ("DFlash", 15))[kind]
+    assert f"head {head}, {[0.8, 1.4, 3.1][kind]} M parameters, float32" in ran.out
     assert PLANTED_DRAFT in ran.out
     assert summary["context"]["planted"] is True
     (row,), _ = make_rows(collect([tmp_path / "run"]))
@@ -182,10 +191,10 @@ def streamed_settings(path, draft=Eagle2DraftConfig):
 
 
 def planned(config, source):
-    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
 
 
-@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig])
+@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig, BlockHeadDraftConfig])
 def test_it_is_planned_like_the_same_head_from_a_file(tmp_path, kind):
     head = locate_for(kind(name="eagle", path="planted"), TINY, pytest.fail)
     save_file(head.tensors(torch.bfloat16, CPU), tmp_path / "model.safetensors")
@@ -196,12 +205,13 @@ def test_it_is_planned_like_the_same_head_from_a_file(tmp_path, kind):
         (item.name, item.bytes, item.place) for item in theirs.items
     ]
     assert (ours.resident_layers, ours.level_read_bytes) == (theirs.resident_layers, theirs.level_read_bytes)
-    notes = [next(i.note for i in plan.items if i.name == "EAGLE head") for plan in (ours, theirs)]
+    notes = [next(i.note for i in plan.items if i.name.endswith(" head")) for plan in (ours, theirs)]
+    layers = "5 layers" if kind is BlockHeadDraftConfig else "one layer"
     number = head.shape().kv_heads
-    assert notes == [f"one layer, {number} KV heads, random weights", f"one layer, {number} KV heads"]
+    assert notes == [f"{layers}, {number} KV heads, random weights", f"{layers}, {number} KV heads"]
 
 
-@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig])
+@pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig, BlockHeadDraftConfig])
 def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(kind):
     config = streamed_settings("planted", kind)
     source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
@@ -210,12 +220,13 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(kind):
     try:
         draft = assembly.engine.draft
         found = {item.name: item.bytes for item in plan.items}
-        assert found["EAGLE head"] == sum(tensor.nbytes for tensor in draft.head.state_dict().values())
+        name = "block" if kind is BlockHeadDraftConfig else "EAGLE"
+        assert found[f"{name} head"] == sum(tensor.nbytes for tensor in draft.head.state_dict().values())
         prompt = [5, 17, 33, 99]
         result = assembly.engine.generate(prompt, max_new_tokens=6)
         audit = Auditor(assembly.target, assembly.sampling).audit(prompt, result.token_ids)
         assert audit.mismatch == 0
-        assert found["EAGLE KV cache"] == draft.cache.nbytes
+        assert found[f"{name} KV cache"] == draft.cache.nbytes
         assert assembly.draft_facts["planted"]
         assert "head planted, random weights" in assembly.draft_summary
     finally:

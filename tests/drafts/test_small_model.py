@@ -206,7 +206,7 @@ def test_the_plan_counts_what_a_streamed_small_model_takes(path):
     pytest.importorskip("triton")
     settings = small(path)
     source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     found = {item.name: item for item in plan.items}
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
     draft = assembly.engine.draft
@@ -238,7 +238,7 @@ def test_the_plan_makes_the_layers_that_draft_resident():
         draft = LayerSkipDraftConfig(name="layer_skip", **settings.pop("draft", {}))
         made = config(draft, **settings)
         source = open_source(made.target, torch.bfloat16, CPU, note=SILENT)
-        return plan_run(made, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        return plan_run(made, source.config, link_gb_per_s=25.0, host_free=None, device=None)
 
     two = plan(resident_layers=2)
     assert two.resident_layers == (0, 7)
@@ -260,7 +260,7 @@ def test_streamed_layers_draft_where_they_lie(chosen):
     pytest.importorskip("triton")
     settings = config(LayerSkipDraftConfig(name="layer_skip", **chosen), resident_layers=4)
     source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
     fused = assembly.engine.draft.model
     layers = [layer.cache_layer for layer in fused.layers]
@@ -295,7 +295,7 @@ def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     if sampling:
         settings.decoding = SamplingConfig(name="sampling", max_length=128, temperature=0.7)
     source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
     result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=5, seed=3)
     audit = Auditor(assembly.target, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)

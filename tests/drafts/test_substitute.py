@@ -20,6 +20,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.cpu_levels import CpuLevels
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
@@ -181,3 +182,25 @@ def test_the_record_names_the_kernels_or_why_modules_run(draft, quant, reason):
         assert reason in facts["reason"]
     tokens = built.engine.generate(PROMPT, max_new_tokens=12).token_ids
     assert tokens == hf_greedy(model, PROMPT, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_p=0.95)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("draft", "policy", "captured"),
+    [("subspec", "beam", True), ("subspec", "adaptive", True), ("subspec", "eagle2", False)],
+)
+def test_beside_a_whole_target_on_a_gpu_levels_are_captured_and_change_no_token(
+    draft, policy, captured, sampling
+):
+    shape = {"hidden_size": 128, "intermediate_size": 256, "heads": 4, "kv_heads": 2}
+    model = tiny_model("qwen2", **shape).to("cuda", torch.bfloat16)
+    engine = build_engine(
+        model, draft=draft, tree_policy=POLICIES[policy](), sampling=sampling, max_length=96
+    )
+    plain = build_engine(model, draft="none", sampling=sampling, max_length=96)
+    assert isinstance(engine.draft, CapturedDraft) is captured
+    for prompt in (PROMPT, PROMPT[:3]):
+        result = engine.generate(prompt, max_new_tokens=60, seed=3)
+        assert result.token_ids == plain.generate(prompt, max_new_tokens=60, seed=3).token_ids
+        assert result.stats.iterations < 59

@@ -70,7 +70,7 @@ def with_higgs(config: Config) -> Config:
 
 def planned(config: Config, shape: str = "qwen2_5_7b", **machine: Any) -> Plan:
     """The plan for a published shape on a machine of which nothing is known but what is said."""
-    known = {"link_gb_per_s": None, "host_free": None, "device_total": None, **machine}
+    known = {"link_gb_per_s": None, "host_free": None, "device": None, **machine}
     return plan_run(config, SHAPES[shape](), **known)
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.layer_skip import skip_layers
 from subspec.drafts.separate_cache import SeparateCacheDraft
@@ -16,7 +17,7 @@ from subspec.errors import ConfigError
 from subspec.levels.build import level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer
-from subspec.levels.model import Attention
+from subspec.levels.model import NEVER, Attention
 from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
 from tests.helpers.tiny import FAMILIES, tiny_model
 
@@ -161,3 +162,25 @@ def test_shapes_and_types_that_the_kernels_do_not_know_are_refused():
         check_level_support(config, torch.bfloat16, "draft")
     with pytest.raises(ConfigError, match=r"^draft is in float32"):
         check_level_support(model_of("llama", "cpu").config, torch.float32, "draft")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_head_of_some_ids_gives_their_logits_and_lets_no_other_grow(device):
+    device, ids = torch.device(device), torch.arange(3, 320, 7)
+    model, policy = model_of("qwen2", device), Beam(2, 3)
+    found = []
+    for known in (None, ids):
+        levels = fused_model(model, device, range(3))
+        draft = CapturedDraft(level_model(model, levels.layers, None, known))
+        cache = TargetModel(model).new_cache(max_length=32, draft_rows=policy.draft_rows, target_rows=9)
+        draft.begin(cache)
+        tree = Tree(policy.capacity, device)
+        with torch.inference_mode():
+            root = tree.plant(torch.tensor([5], device=device))
+            found.append(draft.expand(tree, root).clone())
+            level = draft.extend(tree, tree.plant(torch.tensor([5], device=device)), policy)
+            draft.extend(tree, level, policy)
+    whole, part = found
+    torch.testing.assert_close(part[:, ids.to(device)], whole[:, ids.to(device)])
+    assert int((part > NEVER / 2).sum()) == len(ids)
+    assert set(tree.tokens[1 : tree.size].tolist()) <= set(ids.tolist())

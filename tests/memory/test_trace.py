@@ -9,10 +9,12 @@ import torch
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
+    BlockHeadDraftConfig,
     ChainTreeConfig,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     Eagle3DraftConfig,
+    PardDraftConfig,
     PlantedTargetConfig,
     SmallModelDraftConfig,
 )
@@ -22,16 +24,17 @@ from subspec.decoding.hidden import FINAL_HIDDEN, HiddenRequest
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts import eagle
+from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.eagle import EagleDraft
-from subspec.drafts.eagle3_head import Eagle3Head
-from subspec.drafts.eagle_head import EagleHead
+from subspec.drafts.eagle_checkpoint import KINDS
 from subspec.drafts.ngram_index import NgramIndex
-from subspec.drafts.planted_head import planted_shape
+from subspec.drafts.pard import PardDraft, PardShape
 from subspec.drafts.prompt_lookup import TracedLookup
 from subspec.levels.build import role_shapes
 from subspec.memory import trace
 from subspec.memory.allocator import GRAPH_BYTES, MIB
 from subspec.memory.captured_level import LevelShape, captured_draft, fused_linears
+from subspec.memory.draft_memory import SizingInputs
 from subspec.memory.trace import META, MemoryTrace, TargetTrace, peak_bytes
 from subspec.planning.memory_layout import Decision, MemoryLayout
 from subspec.targets.planted import SHAPES
@@ -45,7 +48,15 @@ TREES = {
     "eagle2": Eagle2TreeConfig(name="eagle2", depth=6, width=10, total_tokens=60),
 }
 SAMPLINGS = {"greedy": None, "top_p": {"temperature": 0.7, "top_k": 50, "top_p": 0.9}}
-EAGLE = {"eagle2": (Eagle2DraftConfig, EagleHead), "eagle3": (Eagle3DraftConfig, Eagle3Head)}
+HEADS = {
+    "eagle2": (Eagle2DraftConfig, "planted", EagleDraft),
+    "eagle3": (Eagle3DraftConfig, "planted", EagleDraft),
+    "block_head": (BlockHeadDraftConfig, "planted", BlockDraft),
+    "largest": (BlockHeadDraftConfig, "ORG/DSPARK", BlockDraft),
+}
+"""Configuration, path and class of drafts with a head; ``largest``: with Markov and confidence head and own tables."""
+OWN_MODEL = {"small_model": SmallModelDraftConfig, "pard": PardDraftConfig}
+UNCAPTURED = ("none", "pard", *HEADS)
 
 
 def test_a_trace_counts_new_storages_once_and_forgets_freed_ones():
@@ -73,13 +84,14 @@ def test_what_only_cuda_allocates_is_added():
 
 
 def planned_for(shape, draft, tree, sampling, **decoding):
-    config = settings(8.0, "none" if draft in EAGLE else draft, sampling=sampling, decoding=decoding)
+    config = settings(8.0, "none" if draft in UNCAPTURED else draft, sampling=sampling, decoding=decoding)
     config = replace(config, tree=TREES[tree], target=PlantedTargetConfig(name="planted", shape=shape))
-    if draft in EAGLE:
-        config = replace(config, draft=EAGLE[draft][0](name=draft, path="planted"))
-    if draft == "small_model":
+    if draft in HEADS:
+        kind, path, _ = HEADS[draft]
+        config = replace(config, draft=kind(name=draft, path=path), plan_only=path != "planted")
+    if draft in OWN_MODEL:
         small = "tiny_draft" if shape.startswith("tiny") else "qwen2_5_1_5b"
-        config = replace(config, draft=SmallModelDraftConfig(name="small_model", path=f"planted:{small}"))
+        config = replace(config, draft=OWN_MODEL[draft](name=draft, path=f"planted:{small}"))
     return config
 
 
@@ -88,16 +100,22 @@ def meta_draft(layout, model, draft, target):
     spec = layout.spec
     if draft == "none":
         return None
-    if draft in EAGLE:
-        kind = EAGLE[draft][1]
-        shape = planted_shape(model, kind)
+    if draft in HEADS:
+        config, policy = layout.config, build_tree_policy(layout.config.tree)
+        inputs = SizingInputs(config, model, spec, layout.target, 2, policy, layout.sampling)
+        shape, kind = eagle._eagle_shape(inputs)[0], KINDS[type(config.draft)]
         weights = {
             n: torch.empty(s, dtype=torch.int64 if n == "d2t" else target.dtype, device=META)
             for n, s in shape.shapes().items()
         }
-        head, policy = kind.from_tensors(weights, shape.config()), build_tree_policy(layout.config.tree)
-        wants = HiddenRequest(layers=(0, 1, 2)) if draft == "eagle3" else FINAL_HIDDEN
-        return EagleDraft(head, target, policy, wants=wants)
+        count = len(shape.wants(model).layers)
+        layers = tuple(index % target.num_layers for index in range(count))
+        wants = HiddenRequest(layers=layers) if count else FINAL_HIDDEN
+        return HEADS[draft][2](kind.from_tensors(weights, shape.config()), target, policy, wants=wants)
+    if draft == "pard":
+        levels, length = min(layout.config.draft.block, layout.levels), layout.config.decoding.max_length
+        own, vocab = layout.draft.trace.model, target.vocab_size
+        return PardDraft(own, PardShape(0), levels=levels, max_length=length, vocab_size=vocab)
     if draft == "prompt_lookup":
         return TracedLookup(NgramIndex(1), target.vocab_size)
     return captured_draft(
@@ -112,8 +130,8 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     decision = Decision(0, layout.goal, layout.placements()[0])
     items = {item.name: item.bytes for item in layout.allocations(decision)}
     target = layout.target.model
-    if draft == "eagle3":  # whose states of three layers are held at once
-        with patch.object(trace, "LAYERS", 4):
+    if draft in HEADS and draft != "eagle2":  # whose states of several layers are held at once
+        with patch.object(trace, "LAYERS", 4 if draft == "eagle3" else 6):
             target = TargetTrace(model, layout.itemsize, bitwise=layout.bitwise).model
     proposer, policy = meta_draft(layout, model, draft, target), build_tree_policy(config.tree)
     engine = Engine(
@@ -130,7 +148,7 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     prompt = [0] * (config.decoding.max_length - layout.levels - 1)
     assert peak_bytes(lambda: engine._prefill(prompt)) <= items["workspace"] + small
     root = torch.zeros(1, dtype=torch.int64, device=META)
-    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in ("none", *EAGLE))
+    level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in UNCAPTURED)
     assert peak_bytes(lambda: engine.draft_whole_tree(root)) <= max(level, 0) + small + noise(layout)
 
     def verify():
@@ -147,7 +165,7 @@ def noise(layout):
 
 def goes_with(draft, tree):
     """Captured levels draft whole levels only, which ``tree=eagle2`` does not have."""
-    return tree != "eagle2" or draft in ("none", *EAGLE)
+    return tree != "eagle2" or draft in UNCAPTURED
 
 
 @pytest.mark.parametrize(
@@ -158,6 +176,9 @@ def goes_with(draft, tree):
         ("eagle2", "eagle2", "top_p", {"max_length": 300}),
         ("eagle3", "eagle2", "greedy", {"max_length": 300}),
         ("eagle3", "beam", "top_p", {"bitwise": False}),
+        ("block_head", "eagle2", "top_p", {}),
+        ("largest", "adaptive", "greedy", {"max_length": 300}),
+        ("pard", "beam", "top_p", {}),
     ],
 )
 def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
@@ -167,7 +188,7 @@ def test_a_plan_covers_the_engines_peaks(draft, tree, sampling, decoding):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_draft_and_tree_is_covered(shape):
-    for draft in ("none", "subspec", "layer_skip", *EAGLE):
+    for draft in ("subspec", "layer_skip", *UNCAPTURED):
         for tree in TREES:
             for sampling in SAMPLINGS.values():
                 if goes_with(draft, tree) and (draft != "none" or tree == "beam"):
@@ -184,7 +205,11 @@ def test_levels_share_one_buffer_of_logits():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["qwen2_5_7b", "llama3_1_8b"])
 def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
-    """Within the allocator's rounding; a first run compiles and lets the libraries allocate their workspaces."""
+    """Within the allocator's rounding; a first run compiles and lets the libraries allocate their workspaces.
+
+    A large tensor may get a cached block that is up to 1 MiB longer (shorter rests are not split off), and up to six
+    are alive at once.
+    """
     config, device = SHAPES[shape](), torch.device("cuda")
 
     def on_gpu(run):
@@ -221,4 +246,4 @@ def test_a_gpu_needs_what_a_trace_says(shape, monkeypatch):
     for name, step in steps.items():
         step(target)
         target._peaks.clear()
-        assert step(target) <= found[name] + 4 * MIB, name
+        assert step(target) <= found[name] + 6 * MIB, name

@@ -43,7 +43,7 @@ def tiny_settings(draft: str, codec: Codec, sampled: bool) -> Config:
 def test_an_iteration_of_a_streamed_run_waits_for_the_acceptance_alone(draft, codec, sampled):
     config, device = tiny_settings(draft, codec, sampled), torch.device("cuda")
     source = open_source(config.target, torch.bfloat16, device, note=lambda text: None)
-    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assert plan.codec is codec
     assert plan.streamed_layers
     assembly = assemble_streamed(config, source, plan, device, note=lambda text: None)

@@ -17,14 +17,14 @@ def printed(plan, width, encoding="utf-8"):
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_plan_is_legible(width, encoding):
-    plan = planned(settings(8.0, card="RTX 4060", ram_gib=32))
+    plan = planned(settings(8.0, card="RTX 4060 Ti 16GB", ram_gib=32))
     text = printed(plan, width, encoding)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text, "nothing is cut"
     assert "?" not in text
     assert "\x1b" not in text
     flat = " ".join(text.replace("|", " ").split())
-    assert "plan: target planted, draft subspec, 8.00 GiB on RTX 4060" in flat
+    assert "plan: target planted, draft subspec, 8.00 GiB on RTX 4060 Ti 16GB" in flat
     for item in plan.items:
         assert f"{item.name} " in flat
     assert "resident layers 5 of 28: 2, 8, 14, 19, 25" in flat
@@ -33,11 +33,11 @@ def test_the_plan_is_legible(width, encoding):
     assert "width 6, CUDA graphs" in flat
     assert "0.08 left, 0.08 kept free" in flat
     assert "embedding table on the host" in flat
-    assert "link 13.7 GB/s (RTX 4060, estimated)" in flat
+    assert "link 13.7 GB/s (RTX 4060 Ti 16GB, estimated)" in flat
     assert "target pass 10.72 GB over the link, at least 0.782 s" in flat
-    assert "draft level 4.76 GB of device memory, at least 17.5 ms at 272 GB/s" in flat
+    assert "draft level 4.76 GB of device memory, at least 16.5 ms at 288 GB/s" in flat
     assert "1.28 5.11 15.34 33.24 1.96 (13 resident)" in flat
-    assert "note: CUDA itself takes about 0.5 GiB of RTX 4060" in flat
+    assert "CUDA itself 0.90" in flat[flat.index(" total ") :], "beside the budget, and below its sum"
 
 
 def test_what_is_not_known_is_left_out():

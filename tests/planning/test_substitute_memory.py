@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 
 from subspec.config.schema import BitsByModule, HiggsConfig, HqqConfig
-from subspec.drafts.substitute import substitute_allocations
+from subspec.drafts.substitute_memory import substitute_allocations
 from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.quantization import level_quantization

@@ -16,15 +16,15 @@ from tests.helpers.records import CONTEXT, record, result
 PER_TURN_FIELDS = {
     "prompt_tokens", "new_tokens", "iterations", "tau", "tau_published", "accept_rate_by_depth", "prefill_s",
     "decode_s", "tokens_per_s", "tokens_per_s_total", "draft_s", "verify_s", "transfer_s", "bytes_streamed",
-    "link_gb_per_s", "roofline_tokens_per_s", "roofline_share", "link_busy_share", "peak_vram_gib", "peak_ram_gib",
-    "finish_reason",
+    "link_gb_per_s", "roofline_tokens_per_s", "roofline_share", "link_busy_share", "peak_vram_gib", "device_vram_gib",
+    "peak_ram_gib", "finish_reason",
 }  # fmt: skip
 
 
 def test_every_field_of_the_design_by_hand() -> None:
     generation = result(draft_s=1.2, verify_s=0.7, transfer_s=1.5, bytes_streamed=40_000_000_000)
     link = LinkInfo(gb_per_s=20.0, bytes_per_pass=10_000_000_000)
-    metrics = turn_metrics(generation, link=link, peak_vram_gib=7.5, peak_ram_gib=20.0)
+    metrics = turn_metrics(generation, link=link, peak_vram_gib=7.5, device_vram_gib=8.4, peak_ram_gib=20.0)
     assert set(metrics) >= PER_TURN_FIELDS
     assert metrics["prompt_tokens"] == 30
     assert metrics["new_tokens"] == 13
@@ -39,7 +39,7 @@ def test_every_field_of_the_design_by_hand() -> None:
     assert metrics["roofline_share"] == pytest.approx(1.0)
     assert metrics["link_busy_share"] == pytest.approx(1.5 / 2.5)
     assert (metrics["draft_s"], metrics["verify_s"], metrics["transfer_s"]) == (1.2, 0.7, 1.5)
-    assert (metrics["peak_vram_gib"], metrics["peak_ram_gib"]) == (7.5, 20.0)
+    assert [metrics[f"{name}_gib"] for name in ("peak_vram", "device_vram", "peak_ram")] == [7.5, 8.4, 20.0]
     assert metrics["finish_reason"] == "eos"
 
 

@@ -210,6 +210,19 @@ def test_true_is_not_one() -> None:
     assert config_differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]
 
 
+def test_a_folder_of_before_counted_its_budget_in_the_allocator(tmp_path: Path) -> None:
+    """Its configuration does not say so; ``auto`` is another configuration than the number that it came to."""
+    budget = {"name": "stream", "vram_gib": 8.0}
+    with open_folder(tmp_path, offload=budget) as folder:
+        folder.append(record(0))
+    with open_folder(tmp_path, resume=True, offload={**budget, "vram_counts": "allocator"}):
+        pass
+    for change in ({"vram_counts": "device"}, {"vram_gib": "auto", "vram_counts": "allocator"}):
+        with pytest.raises(ConfigError, match=rf"offload\.{next(iter(change))}: .* -> ") as refusal:
+            open_folder(tmp_path, resume=True, offload={**budget, **change})
+        assert "\n" not in str(refusal.value)
+
+
 def test_a_key_newer_than_the_folder_differs_only_if_it_is_used() -> None:
     assert config_differences({"a": {}}, {"a": {"new": None}}) == []
     (difference,) = config_differences({"a": {}}, {"a": {"new": 2}})

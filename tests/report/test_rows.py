@@ -143,6 +143,14 @@ def test_the_closest_plain_run_is_the_baseline(tmp_path):
     assert rows["subspec hqq4, beam 3x2, stream 8 GiB"].baseline.label == "plain decoding, stream 8 GiB"
 
 
+def test_a_budget_is_labelled_by_what_it_came_to_and_what_it_counts(tmp_path):
+    for counts in ("allocator", "device"):
+        stream = {"name": "stream", "vram_gib": "auto", "vram_counts": counts}
+        write_run(tmp_path / counts, turns(OURS), config_of(offload=stream), facts={"vram_gib": 6.9})
+    rows, _ = rows_of(tmp_path)
+    assert {name.partition("stream ")[2] for name in rows} == {"6.9 GiB", "6.9 GiB with CUDA"}
+
+
 def test_streamed_runs_compare_with_plain_streaming_however_their_weights_are_kept(tmp_path):
     link, budget = LinkInfo(50.0, 5_000_000_000), {"vram_gib": 8.0}
     other = {"name": "accelerate", **budget}

@@ -136,7 +136,7 @@ def test_the_tables_hold_what_the_records_say(sweep, tmp_path):
 
 def test_accuracy_texts_and_the_baseline_are_told(tmp_path):
     facts = {"dtype": "bfloat16", "device": "cuda:0", "bitwise": {"on": True}, "resident_layers": 11}
-    facts |= {"streamed_bytes_per_pass": 2**30, "graphs_captured": 0}
+    facts |= {"streamed_bytes_per_pass": 2**30, "captured_passes": False}
     for draft, tau in (("none", 1), ("subspec", 3), ("eagle2", 3)):
         records = turns([30.0, 20.0, 24.0], draft=draft, tau=tau, correct=True, reference="7")
         records[0]["correct"], records[1]["correct"] = False, None  # wrong, and cut before an answer
@@ -146,7 +146,8 @@ def test_accuracy_texts_and_the_baseline_are_told(tmp_path):
     page = write_report([tmp_path], tmp_path / "out").page.read_text()
     assert page.count("| 1 of 2 (50 %), 1 cut |") == 3
     assert (
-        "- Baseline plain decoding: bfloat16, batch-invariant kernels, no CUDA graphs, 11 layers on" in page
+        "- Baseline plain decoding: bfloat16, batch-invariant kernels, passes launched kernel by kernel, 11 layers on"
+        in page
     )
     assert "1.00 GiB of plain weights streamed per pass." in page
     assert (

@@ -11,6 +11,7 @@ import torch
 import subspec
 from subspec.runs import environment as module
 from subspec.runs.environment import (
+    device_vram_gib,
     environment,
     git_state,
     peak_ram_gib,
@@ -88,12 +89,13 @@ def test_peak_ram_grows_with_what_is_used() -> None:
 
 def test_peak_vram(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert peak_vram_gib() is None
+    assert peak_vram_gib() is device_vram_gib() is None
     assert reserved_vram_gib() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2**31)
     assert peak_vram_gib() == 1.5
     assert reserved_vram_gib() == 2.0
 

@@ -1,23 +1,31 @@
 """Loading a run's target: what the device allocator is told, and what host memory must hold."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from subspec import session
+from subspec.config.enums import VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
+    NoDraftConfig,
     OffloadConfig,
     PlantedTargetConfig,
     StreamOffloadConfig,
 )
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
+from subspec.memory.allocator import Allocation
 from subspec.offload.accelerate import host_bytes
-from subspec.runs import loading
-from subspec.session import GIB, assemble_accelerate, cap_device
+from subspec.planning.budget import Budget
+from subspec.runs import loading, runner
+from subspec.runs.inputs import with_first_budget
+from subspec.session import GIB, assemble_accelerate, cap_device, check_offload, plan_for
 from subspec.targets import device as device_module
 from subspec.targets.planted import SHAPES
+from tests.helpers.device import fake_device
+from tests.helpers.planning import settings
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda", 1), ("cuda:0", 0), ("cuda:2", 2)])
@@ -56,7 +64,9 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
         raise AssertionError("built")
 
     monkeypatch.setattr("subspec.offload.accelerate.build_model", build)
-    monkeypatch.setattr(session, "cap_device", lambda *arguments: None)
+    capped = []
+    fake_device(monkeypatch, total=16.0, others=1.0)
+    monkeypatch.setattr(session, "cap_device", lambda gib, device: capped.append(gib))
     monkeypatch.setattr(session, "open_source", lambda *arguments, **options: of_32b(planted))
     monkeypatch.setattr(device_module, "free_memory", lambda device: 50 * GIB)
     offload = AccelerateOffloadConfig(name="accelerate", vram_gib=8.0)
@@ -69,6 +79,67 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
     monkeypatch.setattr(device_module, "free_memory", lambda device: 62 * GIB)
     with pytest.raises(AssertionError, match="built"):
         assemble_accelerate(config, torch.device("cuda"))
+    offload.vram_gib, offload.vram_counts = "auto", VramCounts.device
+    notes = []
+    with pytest.raises(AssertionError, match="built"):
+        assemble_accelerate(config, torch.device("cuda"), notes.append)
+    assert notes == ["offload.vram_gib=auto: 14.9 GiB"]
+    assert capped == [8.0, 8.0, pytest.approx(14.0)]
+    offload.vram_gib = 2.3
+    with pytest.raises(ConfigError, match=r"vram_gib=2\.3 leaves 1\.40 GiB"):
+        assemble_accelerate(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", [StreamOffloadConfig, AccelerateOffloadConfig])
+def test_a_budget_that_the_device_cannot_hold_is_refused_before_anything_is_fetched(monkeypatch, kind):
+    fake_device(monkeypatch)
+    config = SimpleNamespace(offload=kind(name="x", vram_gib=7.2), draft=NoDraftConfig(name="none"))
+    with pytest.raises(ConfigError, match=r"offload\.vram_gib=7\.2 .*at most 7\.1"):
+        check_offload(config, torch.device("cuda"))
+    config.offload.vram_gib = 7.1
+    check_offload(config, torch.device("cuda"))
+
+
+def test_a_streamed_run_is_planned_for_what_is_free(monkeypatch):
+    fake_device(monkeypatch, total=12.0, others=2.0)
+    monkeypatch.setattr(session, "measure_link", lambda device: 25.0)
+    monkeypatch.setattr(session, "why_not", lambda *arguments: None)
+    plan = plan_for(settings("auto"), SHAPES["qwen2_5_7b"](), torch.device("cuda"))
+    assert (plan.budget, plan.vram.allocator) == (9 * GIB, 9 * GIB)
+    assert "0.50 measured" in plan.vram.cuda.note
+
+
+@pytest.mark.parametrize(
+    ("counts", "held", "warned"), [("device", 8.1, 1), ("device", 7.9, 0), ("allocator", 8.9, 0)]
+)
+def test_a_run_that_holds_more_than_its_budget_warns(monkeypatch, counts, held, warned):
+    """CUDA's share is in part an estimate."""
+    monkeypatch.setattr(runner, "device_vram_gib", lambda: held)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    warnings = []
+    vram = Budget(8 * GIB, VramCounts(counts), Allocation("CUDA itself", ()))
+    running = SimpleNamespace(
+        device=torch.device("cuda"),
+        assembly=SimpleNamespace(vram=vram),
+        console=SimpleNamespace(warn=warnings.append),
+    )
+    runner._Run._end_loading(running)
+    assert len(warnings) == warned
+
+
+def test_a_resumed_run_keeps_the_budget_that_auto_came_to(monkeypatch, tmp_path):
+    def vram(asked):
+        return with_first_budget(settings(asked), tmp_path, torch.device("cuda")).offload.vram_gib
+
+    fake_device(monkeypatch)
+    assert vram("auto") == "auto"
+    (tmp_path / "facts.json").write_text('{"vram_gib": 6.9}')
+    assert (vram("auto"), vram(5.0)) == (6.9, 5.0)
+    whole = replace(settings(8.0), offload=OffloadConfig(name="none"))
+    assert with_first_budget(whole, tmp_path, torch.device("cpu")) is whole
+    fake_device(monkeypatch, others=1.0)
+    with pytest.raises(ConfigError, match=r"resume=true, but offload\.vram_gib=auto was 6\.9 GiB.*run_dir="):
+        vram("auto")
 
 
 @pytest.mark.parametrize("way", ["none", "stream", "accelerate"])

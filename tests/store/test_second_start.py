@@ -65,7 +65,7 @@ def start(tmp_path, monkeypatch):
     def run(device="cpu", **options):
         settings, device = config(**options), torch.device(device)
         source = open_source(settings.target, torch.bfloat16, device, note=lambda text: None)
-        plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device_total=None)
+        plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
         run.notes.clear()
         assembly = assemble_streamed(settings, source, plan, device, note=run.notes.append)
         decoder, substitute = assembly.target, assembly.streamed.substitute

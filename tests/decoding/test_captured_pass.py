@@ -1,0 +1,60 @@
+"""Captured passes over trees: the bits of passes that are not captured, behind any prefix."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subspec.decoding.engine import Engine
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from tests.helpers.tiny import tiny_model
+from tests.kernels.test_invariant import arithmetic, device_of_tests
+
+SHAPE = {"hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "layers": 1, "vocab_size": 64}
+
+
+def engine_of(model, policy, *, whole, **options):
+    target = arithmetic(model)
+    target.whole = whole
+    draft = SubstituteDraft(share_parameters(model)) if policy else None
+    engine = Engine(target, draft, policy, max_length=48, prefill_chunk=8, **options)
+    engine.keeps_digests = True
+    return engine
+
+
+@pytest.mark.parametrize("policy", [None, Beam(3, 2)], ids=["plain", "beam"])
+def test_texts_have_the_bits_of_passes_that_are_launched_one_by_one(policy):
+    device = device_of_tests()
+    model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
+    length = 40 if device.type == "cuda" else 6
+    captured, launched = (
+        engine_of(model, policy, whole=whole, sampling=Sampling(0.8, top_p=0.9)) for whole in (True, False)
+    )
+    assert captured.target.captured
+    assert not launched.target.captured
+    for prompt in ([5, 17, 33], [2, 3, 5, 7, 11, 13, 17]):  # a graph serves every prefix
+        texts = [engine.generate(prompt, max_new_tokens=length, seed=3) for engine in (captured, launched)]
+        assert texts[0].token_ids == texts[1].token_ids
+        assert texts[0].digests == texts[1].digests
+    if device.type == "cuda":
+        assert len(captured._passes._graphs) == 1
+
+
+def test_entries_behind_the_tree_change_no_bits_and_reach_no_row_outside_the_cache():
+    device = device_of_tests()
+    model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
+    engine = engine_of(model, Beam(3, 2), whole=True)
+    with torch.inference_mode():
+        root = engine._prefill([5, 17, 33])[0]
+        engine._draft(root, 3)  # the whole tree: its entries stay when the next one is smaller
+        engine.tree.plant(root)
+        size, rows = engine.tree.size, engine.tree.capacity
+        assert size < rows
+        exact = engine._passes.run(size).final.clone()
+        assert torch.equal(engine._passes.run(rows).final[:size], exact)
+        engine.cache.length = engine.max_length - 1  # the last pass of a text
+        before = engine.cache.rows[:, :, :, : engine.cache.draft_rows + engine.cache.length].clone()
+        engine._passes.run(rows)
+        assert torch.equal(engine.cache.rows[:, :, :, : before.shape[3]], before)

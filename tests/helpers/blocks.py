@@ -1,0 +1,120 @@
+"""Block heads with random weights, as modules and as folders in the published formats."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subspec.decoding.engine import Engine
+from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree_policy import TreePolicy
+from subspec.drafts.block_draft import BlockDraft
+from subspec.drafts.block_head import BlockHead, BlockShape
+
+_SIZES = {
+    "rope": {"rope_type": "default", "rope_theta": 1e6},
+    "fc_inputs": 3 * 64,
+    "qk_norm": True,
+    "layers": (1, 4, 6),
+    "target_layers": 8,
+    "mask_id": 319,
+}
+BLOCKS = {
+    "dflash": BlockShape(64, 4, 2, 24, 96, **_SIZES, decoder_layers=3, block=6),
+    "jetspec": BlockShape(64, 4, 4, 16, 64, **_SIZES, decoder_layers=2, block=6, causal=True),
+    "dspark": BlockShape(
+        64, 8, 2, 8, 96, **_SIZES, decoder_layers=2, block=5, shifted=True, draft_vocab=320, embeddings=320,
+        markov=(320, 12), confidence=64 + 12,
+    ),
+    # The target's tables, a confidence head that reads hidden states alone, and biases.
+    "bare dspark": BlockShape(
+        64, 4, 2, 16, 64, frozenset(f"layers.0.self_attn.{name}_proj.bias" for name in "qkv"), **_SIZES,
+        decoder_layers=2, block=4, shifted=True, markov=(320, 8), confidence=64,
+    ),
+}  # fmt: skip
+"""Heads for targets of hidden size 64, eight layers and 320 tokens."""
+
+
+def random_block(shape: BlockShape, std: float = 0.1) -> BlockHead:
+    """Random weights; norms are not 1 and biases not 0, so that code that forgets them does not pass by luck."""
+    head, generator = BlockHead(shape), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+    return head.eval().requires_grad_(False)
+
+
+def block_engine(
+    model: PreTrainedModel,
+    policy: TreePolicy,
+    shape: str,
+    draft: type[BlockDraft] = BlockDraft,
+    **options: object,
+) -> Engine:
+    """An engine that drafts with a random head."""
+    target = TargetModel(model)
+    kept = {"future": options.pop("future")} if "future" in options else {}
+    drafts = draft(random_block(BLOCKS[shape]), target, policy, **kept)
+    return Engine(target, drafts, policy, **{"max_length": 256, "prefill_chunk": 4, **options})
+
+
+def published_block(
+    folder: Path,
+    name: str,
+    *,
+    drop: tuple[str, ...] = (),
+    extra: dict[str, Tensor] | None = None,
+    **config: object,
+) -> Path:
+    """Write ``BLOCKS[name]`` in bfloat16 as its authors publish such heads.
+
+    Args:
+        drop, extra: tensors left out and added.
+        config: keys changed in the config.json; those of ``dflash_config`` too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = BLOCKS[name]
+    tensors = {key: tensor.bfloat16() for key, tensor in random_block(shape).state_dict().items()} | (
+        extra or {}
+    )
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key not in drop}, folder / "model.safetensors"
+    )
+    own = {"target_layer_ids": list(shape.layers), "mask_token_id": shape.mask_id}
+    if shape.shifted:
+        own |= {"markov_rank": shape.markov[1], "markov_head_type": "vanilla", "num_anchors": 512}
+        own |= {"enable_confidence_head": True, "confidence_head_with_markov": shape.confidence > 64}
+    else:
+        own = {"dflash_config": own | ({"causal_head": True} if shape.causal else {})}
+    written = {
+        "architectures": ["Qwen3DSparkModel" if shape.shifted else "DFlashDraftModel"],
+        "model_type": "qwen3",
+        "attention_bias": bool(shape.biases),
+        "block_size": shape.block,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "layer_types": ["full_attention"] * shape.decoder_layers,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.decoder_layers,
+        "num_key_value_heads": shape.kv_heads,
+        "num_target_layers": shape.target_layers,
+        "rms_norm_eps": shape.eps,
+        "rope_scaling": None,
+        "rope_theta": shape.rope["rope_theta"],
+        "tie_word_embeddings": False,
+        "vocab_size": 320,
+        **own,
+    }
+    if not shape.shifted:
+        written["dflash_config"] |= config.pop("dflash_config", {})
+    (folder / "config.json").write_text(json.dumps(written | config))
+    return folder
