@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from subspec.config.defaults import whole_width
 from subspec.config.enums import Cache
 from subspec.config.schema import (
     BlockHeadDraftConfig,
@@ -41,13 +42,14 @@ from subspec.config.schema import (
     SmallModelDraftConfig,
     SubstituteDraftConfig,
 )
+from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.arguments import ArgumentError, finite_number, prompt_list, stop_list, whole_number
 from subspec.decoding.bitwise_choice import AUTO
 from subspec.decoding.engine import Engine, TokenCallback
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
-from subspec.decoding.tree_policy import Beam, TreePolicy
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.quantize_model import Quantizer
 from subspec.session import assemble
@@ -110,7 +112,7 @@ def build_engine(
         draft_path: folder or hub id of the small model or the head; None: the one that ships with the project for
             SmolLM2-135M-Instruct (none for ``eagle3``, ``block_head`` and ``pard``).
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
-        tree_policy: the draft tree's shape; None: ``Beam(depth=16, width=4)``.
+        tree_policy: the draft tree's shape; None: ``Adaptive(16, 4)``, on a CPU ``Adaptive(16, 1)``.
         draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.
         sampling: None: greedy. Settings in ``model.generation_config`` are not applied; a warning names those that
             would change the output.
@@ -168,7 +170,7 @@ def build_engine(
         offload=OffloadConfig(name="none"),
     )
     with _argument_names():
-        policy = tree_policy or Beam(depth=16, width=4)
+        policy = tree_policy or Adaptive(16, whole_width(target.device.type))
         return assemble(config, target, policy=policy, sampling=sampling, quantizer=quantizer).engine
 
 

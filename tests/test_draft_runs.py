@@ -41,7 +41,11 @@ def plainly(tmp_path_factory, plain):
     return {"greedy": plain, "sampling": sampled}
 
 
-TREES = {"beam": [], "adaptive": ["tree=adaptive"], "eagle2": ["tree=eagle2", "tree.total_tokens=30"]}
+TREES = {
+    "beam": ["tree=beam"],
+    "adaptive": ["tree=adaptive"],
+    "eagle2": ["tree=eagle2", "tree.total_tokens=30"],
+}
 KINDS = {
     "hqq": ["draft=subspec", "quant=hqq"],
     "higgs": ["draft=subspec", "quant=higgs"],
@@ -105,7 +109,13 @@ def test_the_text_is_plain_decodings_and_the_record_says_what_drafted(tmp_path, 
 def test_a_quantized_small_model_is_kept_and_found_again(tmp_path, plain, monkeypatch, where):
     """In the cache by itself, in ``quant.folder`` when asked; the second start quantizes nothing."""
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
-    options = [*SMALL, "draft.quantize=true", "quant.modules=[attention,mlp,lm_head]", "quant.bits=8"]
+    options = [
+        *SMALL,
+        "tree=beam",
+        "draft.quantize=true",
+        "quant.modules=[attention,mlp,lm_head]",
+        "quant.bits=8",
+    ]
     options += [f"quant.folder={tmp_path / 'kept'}", "quant.cache=off"] if where == "folder" else []
     _, first, summary = run(tmp_path / "first", *options)
     made = summary["run"]["substitute"]["details"]["cache"]

@@ -47,15 +47,19 @@ def _main(arguments: list[str]) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from subspec.cli.compose import compose_config
 
-    config = compose_config(arguments)
+    cfg = compose_config(arguments)
+    from subspec.config.defaults import fill_width
+    from subspec.config.schema import to_config
     from subspec.drafts.check_config import check_against_target, check_config
     from subspec.runs.console import RunConsole
     from subspec.runs.loading import load
     from subspec.session import check_draft, check_offload
     from subspec.targets import load_target_config, resolve_device
 
-    check_config(config)
-    console, device = RunConsole(), resolve_device(config.device)
+    check_config(to_config(cfg))
+    console, device = RunConsole(), resolve_device(to_config(cfg).device)
+    fill_width(cfg, device.type)
+    config = to_config(cfg)
     model = load_target_config(config.target, note=console.note)
     check_against_target(config, model)
     check_offload(config, device)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from subspec.config.schema import Config
+from omegaconf import DictConfig
 
 
-def compose_config(overrides: Sequence[str], defaults: Sequence[str] = ()) -> Config:
+def compose_config(overrides: Sequence[str], defaults: Sequence[str] = ()) -> DictConfig:
     """The configuration, with the checks of its keys and values.
 
     Args:
@@ -25,6 +25,5 @@ def compose_config(overrides: Sequence[str], defaults: Sequence[str] = ()) -> Co
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [*defaults, *prepare(overrides), "run_dir=unused"])
     check_keys(cfg)
-    config = to_config(cfg)
-    check_values(config)
-    return config
+    check_values(to_config(cfg))
+    return cfg

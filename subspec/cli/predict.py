@@ -23,7 +23,7 @@ Nothing is loaded: of a target only its config.json is read.
 
   card=NAME          whose memory, link and bandwidth (RTX 4090, A100 40GB, ...); auto: measure this machine's GPU
   tau=NUMBER         tokens per target pass, as some run measured it with a tree of tau_depth levels
-  tau_depth=N        default: tree.depth
+  tau_depth=N        default: tree.depth; of an adaptive tree its mean depth
   --from RUN         instead of tau: acceptance by depth from a run's folder (also the time of a draft level, where
                      the run was on the same card with the same target, draft, bits and tree.width)
   depths=[8,16,32]   tree depths to predict beside tree.depth

@@ -6,19 +6,14 @@ Modules that import torch or matplotlib are imported after the command line has 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-
-from subspec.cli.overrides import prepare
+from subspec.cli.compose import compose_config
 from subspec.cli.predict import PredictCommand
-from subspec.config.checks import check_keys, check_values
 from subspec.config.enums import AUTO
-from subspec.config.schema import Config, StreamOffloadConfig, register_schemas, to_config
+from subspec.config.schema import Config, StreamOffloadConfig, to_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.planning.machine import measure_gpu
-from subspec.utils.paths import conf_dir
 
 if TYPE_CHECKING:
     from subspec.cli.predict_measured import Measured
@@ -87,8 +82,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
     Raises:
         ConfigError: as for a run.
     """
-    overrides = prepare(command.overrides)
-    given = {text.partition("=")[0] for text in overrides}
+    given = {text.partition("=")[0] for text in command.overrides}
     if "offload.card" in given:
         raise ConfigError("offload.card: here the card is given as card=NAME")
     defaults = dict(DEFAULTS)
@@ -96,18 +90,13 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         defaults |= {"offload.vram_gib": AUTO}
         if command.own["card"] != AUTO:
             defaults |= {"offload.card": f"'{gpu.name}'"}
-    stream = not any(text.startswith("offload=") and text != "offload=stream" for text in overrides)
+    stream = not any(text.startswith("offload=") and text != "offload=stream" for text in command.overrides)
     added = [
         f"{key}={value}"
         for key, value in defaults.items()
         if key not in given and (stream or not key.startswith("offload."))
     ]
-    register_schemas()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = hydra_compose("config", [*added, *overrides, "run_dir=unused"])
-    check_keys(cfg)
-    config = to_config(cfg)
-    check_values(config)
+    config = to_config(compose_config(command.overrides, added))
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(
             f"offload={config.offload.name}: predictions are for offload=stream; leave offload out"

@@ -22,7 +22,7 @@ class Measured:
         acceptance: survival by depth.
         level_s: seconds of a draft level; None: nothing was drafted on a GPU.
         target, device: recorded names, for which ``level_s`` holds.
-        width: of the tree.
+        tree: its name. width: of it.
         planted: whether the weights are planted.
         draft: settings that select the drafting model. quant: those of its quantization; None: it is not quantized.
     """
@@ -31,6 +31,7 @@ class Measured:
     level_s: float | None
     target: str
     device: str
+    tree: str
     width: int | None
     planted: bool
     draft: Mapping[str, Any]
@@ -58,6 +59,9 @@ class Measured:
                 f"--from: that run has draft={theirs}, and this prediction is for draft={ours}: set draft={theirs}, "
                 f"or give a run with draft={ours}"
             )
+        now = config.tree.name
+        if "adaptive" in (self.tree, now):  # of the others, levels survive alike
+            found |= {"tree": (self.tree, now)} if self.tree != now else {}
         return [
             f"acceptance was measured with {key}={a}, and this prediction has {b}"
             for key, (a, b) in found.items()
@@ -97,10 +101,16 @@ def read_measured(place: Path) -> Measured:
     ((method, target),) = methods
     source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
     return Measured(
-        Acceptance.from_counts(totals["drafted_by_depth"], totals["accepted_by_depth"], source),
+        Acceptance.from_counts(
+            totals["drafted_by_depth"],
+            totals["accepted_by_depth"],
+            source,
+            adaptive=tree.get("name") == "adaptive",
+        ),
         totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
         _target(first),
         str(gpu.get("name") or "unknown"),
+        str(tree.get("name")),
         _width(tree),
         summary["context"]["planted"] is True,
         _draft(first.config),

@@ -1,8 +1,9 @@
-"""Defaults that depend on other keys: interpolations in the configuration, which composing resolves.
+"""Defaults that depend on other keys.
 
-Default tree size: 16 x 4 if the target fits on the device, the paper's 48 x 6 if it is streamed to a GPU. A pass over a
-streamed target takes as long as dozens of draft levels, so that deep trees pay only there; not on a CPU, which computes
-more slowly than its disk reads. The YAML files of trees hold
+``tree=adaptive``, the default, finds the depth by the times of levels and passes that it measures. Its limits are the
+paper's 48 x 6 if the target is streamed, because a pass then takes as long as dozens of levels, else 16 x 4; on a CPU,
+where every row of a pass costs time, 16 x 1 (``experiments/cpu``), or 16 x 4 if the target streams from a disk, whose
+reads hide that time. The YAML files of trees hold interpolations, which composing resolves:
 ``depth: ${streamed_tree:depth,16}``.
 """
 
@@ -10,17 +11,36 @@ from datetime import datetime
 
 from omegaconf import DictConfig, OmegaConf
 
-PAPER_TREES = {"subspec": {"depth": 48, "width": 6}, "small_model": {"depth": 32, "width": 6}}
-"""Settings of SubSpec (arXiv 2509.18344) and of its small-model baseline, by draft. Deep levels of other drafts are
-rarely accepted."""
+STREAMED_TREES = {
+    "subspec": {"depth": 48, "width": 6, "check_every": 2},
+    "small_model": {"depth": 32, "width": 6, "check_every": 2},
+}
+"""Trees for a streamed target by draft: settings of SubSpec (arXiv 2509.18344) and of its small-model baseline."""
+
+STREAMED_OTHERS = {"depth": 16, "width": 4, "check_every": 2}
+"""Of other drafts, whose deep levels are rarely accepted; on a CPU of all drafts, because a pass over many rows
+takes longer there than reading the layers from a disk."""
 
 
-def streamed_tree(key: str, otherwise: int, *, _root_: DictConfig) -> int:
-    """``key`` (``depth`` or ``width``) of the paper's tree for a streamed target and this draft, or ``otherwise``."""
+def streamed_tree(key: str, otherwise: int | None, *, _root_: DictConfig) -> int | None:
+    """``key`` of the tree for a streamed target and this draft, or ``otherwise``."""
     offload, draft = (OmegaConf.select(_root_, f"{group}.name") for group in ("offload", "draft"))
-    if not str(offload).startswith("stream") or str(_root_.get("device")) in ("cpu", "Device.cpu"):
+    if not str(offload).startswith("stream"):
         return otherwise
-    return PAPER_TREES.get(str(draft), {}).get(key, otherwise)
+    if str(_root_.get("device")) in ("cpu", "Device.cpu"):
+        return STREAMED_OTHERS[key]
+    return STREAMED_TREES.get(str(draft), STREAMED_OTHERS)[key]
+
+
+def whole_width(device_type: str) -> int:
+    """Default width of an adaptive tree if the target is whole on a device."""
+    return 1 if device_type == "cpu" else 4
+
+
+def fill_width(cfg: DictConfig, device_type: str) -> None:
+    """Set ``tree.width`` where it is null, so that the run's record has the number."""
+    if "width" in cfg.tree and cfg.tree.width is None:
+        cfg.tree.width = whole_width(device_type)
 
 
 def default_samples(otherwise: int, per_category: int | None) -> int | None:

@@ -220,7 +220,7 @@ def _yaml_keys(file: Path) -> dict[str, tuple[str, str]]:
             continue
         indent, key, value, text = match[1], match[2], match[3], match[4] or ""
         parent = parent if indent else key
-        rule = re.fullmatch(r"\$\{streamed_tree:\w+,(\d+)\}", value)
+        rule = re.fullmatch(r"\$\{streamed_tree:\w+,(\w+)\}", value)
         found[f"{parent}.{key}" if indent else key] = (rule[1] if rule else value, text)
     return found
 

@@ -286,12 +286,14 @@ class BeamTreeConfig(TreeConfig):
 class AdaptiveTreeConfig(BeamTreeConfig):
     """A beam that stops when the expected gain of another level is below its cost.
 
-    ``level_cost``: time of a draft level in units of a verification pass; null measures it while running.
-    ``check_every``: levels between two checks of the draft's probabilities. ``min_depth``: levels always drafted.
+    ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_width`). ``level_cost``: time of a draft
+    level in units of a verification pass; null measures it while running. ``check_every``: levels between two checks of
+    the draft's probabilities. ``min_depth``: levels always drafted.
     """
 
+    width: int | None = None
     level_cost: float | None = None
-    check_every: int = 2
+    check_every: int = 1
     min_depth: int = 1
 
 

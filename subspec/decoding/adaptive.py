@@ -8,6 +8,8 @@ with a low temperature is overconfident.
 
 import math
 
+from torch import Tensor
+
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
 
@@ -57,9 +59,9 @@ class Adaptive(Beam):
         depth: int,
         width: int,
         *,
-        level_cost: float | None,
-        check_every: int,
-        min_depth: int,
+        level_cost: float | None = None,
+        check_every: int = 1,
+        min_depth: int = 1,
     ) -> None:
         super().__init__(depth, width)
         if check_every < 1 or not 0 <= min_depth <= depth:
@@ -77,6 +79,10 @@ class Adaptive(Beam):
 
     def begin_tree(self) -> None:
         self._costs.clear()
+
+    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        # A chain's tokens do not depend on the temperature, and its probabilities tell more unsharpened.
+        return super().grow(tree, frontier, logits, 1.0 if self.width == 1 else temperature)
 
     def wants_level(self, tree: Tree) -> bool:
         level = tree.levels

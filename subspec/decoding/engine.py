@@ -218,6 +218,26 @@ class Engine:
             result.digests = torch.cat(digests)[: len(result.token_ids)].tolist()
         return result
 
+    @torch.inference_mode()
+    def time_plain(self, tokens: int) -> tuple[int, float]:
+        """Time passes of one row, plain decoding's, behind the last generated text, which they do not change.
+
+        Args:
+            tokens: number of timed passes, one token each; fewer if ``max_length`` leaves no room.
+
+        Returns:
+            The number of passes and their seconds. One more goes before them: the first of its shape takes longer.
+        """
+        tokens = max(0, min(tokens, self.max_length - self.cache.length - 2))
+        root, times = self.tree.tokens[:1].clone(), []
+        for _ in range(tokens + 1 if tokens else 0):
+            path = self.tree.plant(root)
+            root = self._judge(self._score(1)[1], 0).bonus
+            self.cache.accept(path)
+            root.tolist()  # a text would wait for its token
+            times.append(time.perf_counter())
+        return tokens, times[-1] - times[0] if times else 0.0
+
     def output_buffer(
         self,
         prompt_ids: Sequence[int],

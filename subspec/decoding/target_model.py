@@ -20,6 +20,10 @@ from subspec.decoding.bitwise import BitwiseArithmetic, BitwisePass
 from subspec.decoding.hidden import Hidden
 from subspec.decoding.kv_cache import KVCache
 
+FEW_ROWS = 8
+"""On a CPU the LM head takes half the time for 2 to 8 rows if rows and outputs are exchanged: matrix libraries
+rearrange the weight for few rows as for many (``experiments/cpu``)."""
+
 
 @functools.cache
 def cache_argument(layer: type[nn.Module]) -> str:
@@ -88,6 +92,8 @@ class TargetModel:
         embedding = model.get_input_embeddings().weight
         self.dtype: torch.dtype = embedding.dtype
         self.device: torch.device = embedding.device
+        plain_head = type(self.head) is nn.Linear and self.head.bias is None
+        self._exchanges = plain_head and self.device.type == "cpu" and self.dtype is torch.float32
         # cuDNN's attention builds a plan for every new number of keys, tens of milliseconds on the host; the number of
         # keys grows with every pass over a tree, so each pass would pay (seen on an H200, see experiments/gpu).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -140,6 +146,8 @@ class TargetModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head: [n, hidden] -> [n, vocabulary]."""
+        if self._exchanges and 1 < hidden.shape[0] <= FEW_ROWS:
+            return torch.mm(self.head.weight, hidden.t()).t().contiguous()
         if self.bitwise is None:
             return self.head(hidden).to(self.device)
         out = torch.empty(hidden.shape[0], self.vocab_size, dtype=hidden.dtype, device=hidden.device)

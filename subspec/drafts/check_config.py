@@ -75,7 +75,7 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
     Raises:
         ConfigError: the first contradiction found.
     """
-    spec, width = spec_of(config.draft), getattr(config.tree, "width", 1)
+    spec, width = spec_of(config.draft), getattr(config.tree, "width", None) or 1
     if spec is not None and width > model.vocab_size:
         raise ConfigError(
             f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: "

@@ -8,6 +8,9 @@ the number of further levels, so one deep run determines tau of every shallower 
 If only a tau is known, every level is assumed to survive with the same probability p, independently, so that
 tau = 1 + p + ... + p^D; p follows by bisection. The same p extends a measured curve below its deepest level; such
 figures are marked as extrapolated.
+
+An adaptive tree stops where it is unsure. Of its runs, s(d) is of all passes, and the share of passes that draft d is
+known: a tree of at most D levels drafts the sum of these shares.
 """
 
 from collections.abc import Sequence
@@ -29,6 +32,7 @@ class Acceptance:
         depth: deepest level that ``measured`` or the known tau covers.
         source: origin of the figures, for people.
         notes: limitations, one line each.
+        drafted: shares of passes that draft level 1, 2, ... of an adaptive tree; empty: all do.
     """
 
     measured: tuple[float, ...]
@@ -36,6 +40,7 @@ class Acceptance:
     depth: int
     source: str
     notes: tuple[str, ...] = ()
+    drafted: tuple[float, ...] = ()
 
     @classmethod
     def from_tau(cls, tau: float, depth: int, source: str = "") -> "Acceptance":
@@ -50,8 +55,10 @@ class Acceptance:
         )
 
     @classmethod
-    def from_counts(cls, drafted: Sequence[int], accepted: Sequence[int], source: str) -> "Acceptance":
-        """From iterations that drafted and accepted each depth.
+    def from_counts(
+        cls, drafted: Sequence[int], accepted: Sequence[int], source: str, *, adaptive: bool = False
+    ) -> "Acceptance":
+        """From iterations that drafted and accepted each depth. ``adaptive``: they stopped where they were unsure.
 
         Raises:
             ConfigError: nothing was drafted.
@@ -60,17 +67,19 @@ class Acceptance:
         if not counts:
             raise ConfigError(f"{source}: no draft tree in these records; take a run with draft=subspec")
         survival: list[float] = []
+        passes = counts[0][0]
         for tried, hit in counts:  # a level is accepted only below an accepted one: a rise is noise
-            survival.append(min(hit / tried, survival[-1] if survival else 1.0))
+            survival.append(min(hit / (passes if adaptive else tried), survival[-1] if survival else 1.0))
         tau = 1 + sum(survival)
         notes = ()
-        if counts[-1][0] < THIN * counts[0][0]:
+        if not adaptive and counts[-1][0] < THIN * passes:
             notes = (
-                f"{source}: only {counts[-1][0]} of {counts[0][0]} passes drafted depth {len(counts)} (an adaptive "
-                "tree stops where it is unsure), so its deep levels look better than a beam's would",
+                f"{source}: only {counts[-1][0]} of {passes} passes drafted depth {len(counts)}, so its deep levels "
+                "look better than they are",
             )
+        shares = tuple(tried / passes for tried, _ in counts) if adaptive else ()
         p = constant_survival(min(tau, len(survival) + 1), len(survival))
-        return cls(tuple(survival), p, len(survival), source, notes)
+        return cls(tuple(survival), p, len(survival), source, notes, shares)
 
     def survival(self, depth: int) -> float:
         """s(depth): share of passes that accept at least ``depth`` draft tokens; s(0) = 1."""
@@ -85,6 +94,11 @@ class Acceptance:
     def tau(self, depth: int) -> float:
         """Tokens per pass of a tree with ``depth`` levels."""
         return 1 + sum(self.survival(level) for level in range(1, depth + 1))
+
+    def levels(self, depth: int) -> float:
+        """Levels that a tree of at most ``depth`` levels drafts, on average."""
+        shares = self.drafted or (1.0,)
+        return sum(shares[:depth]) + shares[-1] * max(0, depth - len(shares))
 
     def extrapolated(self, depth: int) -> bool:
         """Whether a tree of ``depth`` levels is deeper than the measurement."""

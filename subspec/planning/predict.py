@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.schema import BeamTreeConfig, Config, StreamOffloadConfig
+from subspec.config.schema import AdaptiveTreeConfig, BeamTreeConfig, Config, StreamOffloadConfig
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.plan import Plan, plan_run
@@ -45,6 +45,7 @@ class Prediction:
         level_s: seconds of a draft level.
         plain: plain streaming in the same budget; None: it does not fit.
         depths: ascending tree depths that fit the budget. too_deep: those that do not.
+        adaptive: whether the tree is adaptive; ``depth`` is then the most levels.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Prediction:
     plain: Iteration | None
     depths: tuple[Depth, ...]
     too_deep: tuple[int, ...]
+    adaptive: bool
 
     @property
     def best(self) -> Depth:
@@ -117,6 +119,7 @@ def predict(
         plain=_plain(plan, weights, machine, config.offload.ring_slots),
         depths=tuple(found),
         too_deep=tuple(too_deep),
+        adaptive=isinstance(config.tree, AdaptiveTreeConfig),
     )
 
 

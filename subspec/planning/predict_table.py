@@ -51,7 +51,12 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
         lines.append(f"plain streaming in this budget: {plain.tokens_per_s:.2f} tokens/s")
     way = prediction.best.iteration
     over = f", {way.tokens_per_s / plain.tokens_per_s:.1f} times plain streaming" if plain else ""
-    lines.append(f"best: depth {prediction.best.depth}, {way.tokens_per_s:.1f} tokens/s{over}")
+    depth = prediction.best.depth
+    levels = prediction.acceptance.levels(depth)
+    average = f" ({levels:.1f} levels on average)" if levels < depth else ""
+    lines.append(f"best: depth {depth}{average}, {way.tokens_per_s:.1f} tokens/s{over}")
+    if prediction.adaptive and not prediction.acceptance.drafted:
+        lines.append("tree=adaptive stops by itself at about the best depth")
     lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
     lines.append("share: of the link's ceiling at that tau")
     if any(one.extrapolated for one in prediction.depths):

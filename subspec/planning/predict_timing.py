@@ -111,8 +111,8 @@ def plain(sizes: Sizes, machine: Machine) -> Iteration:
 
 
 def serial(sizes: Sizes, machine: Machine, acceptance: Acceptance, depth: int) -> Iteration:
-    """Draft ``depth`` levels, then verify them."""
-    draft = depth * level_seconds(sizes, machine)
+    """Draft at most ``depth`` levels, then verify them."""
+    draft = acceptance.levels(depth) * level_seconds(sizes, machine)
     tau = acceptance.tau(depth)
     return Iteration(draft, pass_seconds(sizes, machine, draft), tau, _ceiling(sizes, machine, tau))
 

@@ -30,6 +30,7 @@ Record = Mapping[str, Any]
 PER_TURN_FIGURES = (
     "tokens_per_s",
     "tokens_per_s_total",
+    "speedup_over_plain",
     "tau",
     "tau_published",
     "draft_acceptance_rate",
@@ -79,6 +80,7 @@ def turn_metrics(
     result: GenerationResult,
     *,
     link: LinkInfo | None = None,
+    plain: tuple[int, float] | None = None,
     peak_vram_gib: float | None = None,
     device_vram_gib: float | None = None,
     peak_ram_gib: float | None = None,
@@ -90,6 +92,7 @@ def turn_metrics(
     Args:
         result: the finished generation.
         link: the link the weights cross, or None without offloading: the link figures are then None.
+        plain: timed passes of plain decoding and their seconds (:meth:`~subspec.decoding.engine.Engine.time_plain`).
         peak_vram_gib: peak of PyTorch's device allocations so far (GiB), None without a GPU.
         device_vram_gib: memory that the process holds of the device at the end of the turn, as the driver counts (GiB).
         peak_ram_gib: peak resident memory of the process so far (GiB).
@@ -97,6 +100,7 @@ def turn_metrics(
     stats = result.stats
     tau = ratio(stats.verified_tokens, stats.iterations)
     tokens_per_s = ratio(stats.verified_tokens, stats.decode_s)
+    passes, plain_s = plain or (None, None)
     roofline = None
     if link is not None and tau is not None:
         roofline = ratio(tau * link.gb_per_s * 1e9, link.bytes_per_pass)
@@ -121,6 +125,9 @@ def turn_metrics(
         **_percentiles(stats.block_s),
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_total": ratio(len(result.token_ids), stats.prefill_s + stats.decode_s),
+        "plain_tokens": passes,
+        "plain_s": plain_s,
+        "speedup_over_plain": ratio(tokens_per_s, ratio(passes, plain_s)),
         "draft_s": stats.draft_s,
         "verify_s": stats.verify_s,
         "transfer_s": stats.transfer_s,
@@ -147,7 +154,8 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         - ``totals``: sums of the raw values, and the figures of :func:`turn_metrics` computed from the sums (all
           tokens / all seconds). ``tau_published`` counts one prefill per turn. The roofline is all verified tokens
           over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
-          Percentiles are over the blocks of all turns. Figures of a field that earlier versions did not record are
+          ``speedup_over_plain`` is of the turns behind which plain passes were timed. Percentiles are over the blocks
+          of all turns. Figures of a field that earlier versions did not record are
           None unless all turns have it.
         - ``categories``: by category (:func:`~subspec.records.categories.category_group`) ``samples``, ``turns``,
           ``tau``, ``tokens_per_s`` and ``accuracy``; empty if the data set has none.
@@ -222,6 +230,10 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     blocks = [seconds for record in turns for seconds in record.get("block_s") or []]
     wall = sums["prefill_s"] + sums["decode_s"]
 
+    compared = [record for record in turns if record.get("plain_s")]
+    plain = {name: sum(r[name] for r in compared) or None for name in ("plain_tokens", "plain_s")}
+    drafted_speed = ratio(sum(r["verified_tokens"] for r in compared), fsum(r["decode_s"] for r in compared))
+
     linked = [record for record in turns if record.get("link_gb_per_s") and record.get("bytes_per_pass")]
     floor_s = fsum(r["iterations"] * r["bytes_per_pass"] / (r["link_gb_per_s"] * 1e9) for r in linked)
     linked_speed = ratio(sum(r["verified_tokens"] for r in linked), fsum(r["decode_s"] for r in linked))
@@ -230,6 +242,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     return sums | {
         "tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
         "tokens_per_s_total": ratio(sums["new_tokens"], wall),
+        **plain,
+        "speedup_over_plain": ratio(drafted_speed, ratio(plain["plain_tokens"], plain["plain_s"])),
         "tau": ratio(sums["verified_tokens"], sums["iterations"]),
         "tau_published": _tau_published(len(turns), sums["verified_tokens"], sums["iterations"]),
         **_acceptance(sums["iterations"], sums["drafted_nodes"], drafted, accepted, reached),

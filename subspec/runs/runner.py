@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
+from subspec.config.defaults import fill_width
 from subspec.config.enums import VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
@@ -57,6 +58,11 @@ from subspec.utils.files import write_error, write_json
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: a few iterations of every kind of pass."""
 
+PLAIN_TOKENS, PLAIN_TURNS = 4, 5
+"""Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
+texts of a session that have them: spread over the run, because the machine's load changes, and few, because a streamed
+pass may take a second."""
+
 ENOUGH_PASSES = 20
 """Passes without an accepted token that indicate a draft for another target."""
 
@@ -79,6 +85,8 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     check_config(config)
     console = RunConsole()
     device = resolve_device(config.device)
+    fill_width(cfg, device.type)
+    config = to_config(cfg)
     with _about("target"):
         model_config = load_target_config(config.target, note=console.note)
     check_against_target(config, model_config)
@@ -124,6 +132,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
             logger.log_table(folder.records())
             console.table(summary, compared)
             console.note(f"records and summary: {folder.path}")
+            console.note(_over_plain(summary["totals"]))
             console.note(_never_accepted(summary["totals"]))
             errors = (summary["audit"] or {}).get("errors", 0)
             exit_code = AuditError.exit_code if errors else 0
@@ -176,6 +185,7 @@ class _Run:
         self.console = console
         self.facts: dict[str, Any] = {}
         self.loading_peaks: dict[str, float | None] = {}
+        self.plain_turns = 0
 
     def execute(self) -> dict[str, Any]:
         """Generate the missing turns; returns the summary of all records in the folder."""
@@ -363,14 +373,19 @@ class _Run:
             "stop": decoding.stop,
             "ignore_eos": decoding.ignore_eos,
         }
-        result = self.assembly.engine.generate(prompt, seed=seed, **rules)
+        engine = self.assembly.engine
+        result = engine.generate(prompt, seed=seed, **rules)
         last = turn == len(sample.turns) - 1
         text = result.text or ""
         cut = result.finish_reason is FinishReason.length
         reference = sample.answer if last else None
+        plain = None
+        if engine.draft is not None and self.plain_turns < PLAIN_TURNS and result.stats.iterations:
+            plain = engine.time_plain(min(PLAIN_TOKENS, max(1, result.stats.iterations // 5)))
+            self.plain_turns += 1
         audit = None
         if self.auditor is not None:
-            replay = self.assembly.engine.output_buffer(prompt, **rules)
+            replay = engine.output_buffer(prompt, **rules)
             ending = (replay, result.finish_reason)
             audited = self.auditor.audit(
                 prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
@@ -382,6 +397,7 @@ class _Run:
             **place,
             messages=messages,
             link=self.loaded.link,
+            plain=plain,
             peak_vram_gib=peak_vram_gib(),
             device_vram_gib=device_vram_gib(),
             peak_ram_gib=peak_ram_gib(),
@@ -399,6 +415,17 @@ def turn_seed(seed: int, sample_id: str, turn: int) -> int:
     """Seed of a turn: independent of other samples and of a resume."""
     digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
+
+
+def _over_plain(totals: Mapping[str, Any]) -> str:
+    """The speed-up over plain decoding; empty if none was timed."""
+    passes, seconds = totals["plain_tokens"], totals["plain_s"]
+    if not totals["speedup_over_plain"]:
+        return ""
+    return (
+        f"{totals['speedup_over_plain']:.2f} times as fast as plain decoding by the same target, timed behind the "
+        f"texts: {passes} tokens at {passes / seconds:.2f} tokens/s"
+    )
 
 
 def _never_accepted(totals: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ def turn_record(
     category: str | None = None,
     messages: Sequence[Mapping[str, str]] | str | None = None,
     link: LinkInfo | None = None,
+    plain: tuple[int, float] | None = None,
     peak_vram_gib: float | None = None,
     device_vram_gib: float | None = None,
     peak_ram_gib: float | None = None,
@@ -69,7 +70,8 @@ def turn_record(
         turn: 0, or the number of the turn in a conversation.
         category: the sample's category; None if its data set has none.
         messages: the prompt, of which only a digest is kept.
-        link, peak_vram_gib, device_vram_gib, peak_ram_gib: see :func:`~subspec.records.metrics.turn_metrics`.
+        link, plain, peak_vram_gib, device_vram_gib, peak_ram_gib: see
+            :func:`~subspec.records.metrics.turn_metrics`.
         correct: whether the answer was right; None when it was not checked.
         extracted, reference: the answer found in the text, and the benchmark's.
         audit: fields of :class:`subspec.decoding.audit.AuditResult`; None: not audited.
@@ -77,6 +79,7 @@ def turn_record(
     metrics = turn_metrics(
         result,
         link=link,
+        plain=plain,
         peak_vram_gib=peak_vram_gib,
         device_vram_gib=device_vram_gib,
         peak_ram_gib=peak_ram_gib,

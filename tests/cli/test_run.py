@@ -119,13 +119,16 @@ def test_an_audited_run_says_so(run):
 
 FIGURES = """
     prompt_tokens new_tokens iterations tau tau_published accept_rate_by_depth prefill_s decode_s tokens_per_s
-    tokens_per_s_total draft_s verify_s transfer_s bytes_streamed link_gb_per_s roofline_tokens_per_s roofline_share
-    link_busy_share peak_vram_gib device_vram_gib peak_ram_gib finish_reason
+    tokens_per_s_total plain_tokens plain_s speedup_over_plain draft_s verify_s transfer_s bytes_streamed link_gb_per_s
+    roofline_tokens_per_s roofline_share link_busy_share peak_vram_gib device_vram_gib peak_ram_gib finish_reason
 """
 
 
 def test_a_record_holds_every_metric(run, plain):
-    _, folder = run("draft=subspec")
+    ran, folder = run("draft=subspec")
+    gain = summary_of(folder)["totals"]["speedup_over_plain"]
+    assert f"{gain:.2f} times as fast as plain decoding" in ran.out
+    assert "times as fast" not in plain[0].out
     for record, alone in zip(records_of(folder), records_of(plain[1]), strict=True):
         assert set(FIGURES.split()) <= set(record)
         assert record["new_tokens"] == len(record["token_ids"]) == 24
@@ -137,6 +140,10 @@ def test_a_record_holds_every_metric(run, plain):
         assert record["prefill_s"] > 0
         assert record["decode_s"] >= record["draft_s"] + record["verify_s"] - 0.01
         assert (record["draft"], alone["draft"]) == ("subspec", "none")
+        plain_speed = record["plain_tokens"] / record["plain_s"]
+        assert record["speedup_over_plain"] == pytest.approx(record["tokens_per_s"] / plain_speed)
+        assert record["plain_tokens"] == min(4, max(1, record["iterations"] // 5))
+        assert alone["plain_tokens"] is None
         assert (record["source"], record["device"], record["seed"]) == ("sample", "cpu", 0)
         assert (record["correct"], record["extracted"]) == (None, None)  # cut before an answer
         assert record["reference"]
@@ -149,6 +156,8 @@ def test_the_summary_says_what_ran(run, checkpoint):
     facts = summary["run"]
     assert (facts["dtype"], facts["device"], facts["target_source"]) == ("float32", "cpu", str(checkpoint))
     assert facts["substitute"]["quantizer"] == "hqq"
+    tree = summary["config"]["tree"]
+    assert (tree["name"], tree["width"]) == ("adaptive", 1)  # on a CPU
     assert facts["substitute"]["bits_per_weight"] == pytest.approx(4.5)
     assert facts["warmup_generations_excluded"] == 2
     assert facts["benchmark_detail"] == "packaged sample prompts"
@@ -159,7 +168,7 @@ def test_the_summary_says_what_ran(run, checkpoint):
 
 
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
-    overrides = ["tree=adaptive", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
+    overrides = ["tree=adaptive", "tree.width=2", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
     _, folder = run(*overrides)
     shown = cli(
         *tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve"
@@ -170,7 +179,7 @@ def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
 def test_showing_the_configuration_runs_nothing(checkpoint, tmp_path):
     ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "--cfg", "job")
     assert ran.code == 0
-    assert yaml.safe_load(ran.out)["tree"]["name"] == "beam"
+    assert yaml.safe_load(ran.out)["tree"]["name"] == "adaptive"
     assert not (tmp_path / "run").exists()
 
 

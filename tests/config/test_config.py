@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from subspec.benchmarks import TASKS
 from subspec.config.checks import RANGES, check_keys, quantizes
+from subspec.config.defaults import fill_width
 from subspec.config.effective import effective
 from subspec.config.help_text import (
     GROUPS,
@@ -90,12 +91,14 @@ def test_every_option_composes_and_validates(group, name):
 @pytest.mark.parametrize(
     ("overrides", "depth", "width"),
     [
-        ([], 16, 4),
-        (["offload=accelerate"], 16, 4),
+        (["device=cpu"], 16, 1),
+        (["device=cuda"], 16, 4),
+        (["device=cpu", "tree.width=2", "tree.depth=3"], 3, 2),
+        (["device=cpu", "tree=beam"], 16, 4),
+        (["offload=accelerate", "device=cuda"], 16, 4),
         (["offload=stream"], 48, 6),
         (["offload=stream_uncoded"], 48, 6),
-        (["offload=stream", "tree=adaptive"], 48, 6),
-        (["tree=adaptive"], 48, 4),
+        (["offload=stream", "tree=beam"], 48, 6),
         (["offload=stream", "draft=small_model"], 32, 6),
         (["offload=stream", "draft=eagle2"], 16, 4),
         (["offload=stream", "device=cpu"], 16, 4),
@@ -105,11 +108,14 @@ def test_every_option_composes_and_validates(group, name):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_tree_that_nobody_sized_is_the_papers_where_the_target_streams(overrides, depth, width):
+def test_the_default_tree_depends_on_where_the_target_is(overrides, depth, width):
     cfg = composed(*overrides)
+    fill_width(cfg, to_plain(cfg)["device"])
     tree = to_config(cfg).tree
     assert (tree.depth, getattr(tree, "width", 1)) == (depth, width)
+    assert tree.name == next((text[5:] for text in overrides if text.startswith("tree=")), "adaptive")
     assert to_plain(cfg)["tree"]["depth"] == depth  # records have the number, not the rule
+    assert to_plain(cfg)["tree"].get("width", 1) == width
 
 
 @pytest.mark.parametrize(
@@ -162,9 +168,13 @@ def test_every_key_of_every_option_is_explained():
         (["draft"], ["draft: the draft", r"draft=none: Plain", r"    draft\.temperature=0\.2 +sharpens"]),
         (
             ["tree=adaptive"],
-            [r"tree=adaptive: ", r"    tree\.depth=48", r"    tree\.width=4 +4; with offload"],
+            [
+                r"tree=adaptive \(default\): ",
+                r"    tree\.depth=16",
+                r"    tree\.width=null +4, or 1 on a CPU",
+            ],
         ),
-        (["tree.width=3"], [r"tree=beam \(default\)", r"    tree\.width=10 +children"]),
+        (["tree.width=3"], [r"tree=adaptive \(default\)", r"    tree\.width=10 +children"]),
         (["quant.bits_by.mlp"], [r"    quant\.bits_by\.mlp=null +Bits of"]),
         (["experiment=smoke"], ["experiment=smoke: ", "# @package _global_"]),
         (["seed", "logger=none"], [r"seed: 0 +prompt", "logger=none: Only"]),

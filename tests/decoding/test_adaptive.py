@@ -56,6 +56,15 @@ def test_a_draft_that_yields_no_numbers_is_not_trusted():
     assert grow_until_it_stops(taught(adaptive(), accepted=4), torch.nan).levels <= 2
 
 
+def test_a_chain_does_not_sharpen_the_probabilities_that_stop_it():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    for width in (1, 2):
+        tree = Tree(5, torch.device("cpu"))
+        frontier = Adaptive(2, width).grow(tree, tree.plant(torch.tensor([0])), logits, temperature=0.2)
+        expected = logits if width == 1 else logits / 0.2
+        assert torch.allclose(tree.scores[frontier], expected.log_softmax(-1)[0, :width], atol=1e-5)
+
+
 def test_the_first_tree_is_drafted_whole_to_learn_from():
     assert grow_until_it_stops(adaptive(), 0.5).levels == 20
 

@@ -135,6 +135,18 @@ def test_committed_rows_are_the_targets_exact_keys_and_values(model):
     torch.testing.assert_close(ours, fresh.cache.rows[:, :, :, :length], rtol=1e-4, atol=1e-4)
 
 
+def test_timed_plain_passes_change_no_text(model, reference):
+    engine = engine_for(model, Beam(5, 3), max_length=len(PROMPT) + 60)
+    first = engine.generate(PROMPT, max_new_tokens=30)
+    length = engine.cache.length
+    passes, seconds = engine.time_plain(4)
+    assert (passes, engine.cache.length) == (4, length + 5)
+    assert seconds > 0
+    assert engine.generate(PROMPT, max_new_tokens=60).token_ids == reference
+    assert engine.time_plain(4) == (0, 0.0)  # the text ended at max_length
+    assert first.token_ids == reference[:30]
+
+
 def test_the_last_tree_is_no_deeper_than_the_tokens_still_wanted(model, reference):
     result = engine_for(model, Beam(5, 1)).generate(PROMPT, max_new_tokens=2)
     assert result.token_ids == reference[:2]

@@ -86,8 +86,16 @@ def test_a_measured_curve_is_taken_as_it_is_and_continued_with_its_own_survival(
     assert found.notes == ()
 
 
+def test_an_adaptive_tree_is_predicted_by_the_levels_that_it_drafts():
+    found = Acceptance.from_counts([10, 8, 4], [9, 6, 3], "a run", adaptive=True)
+    assert found.tau(3) == pytest.approx(1 + 1.8)  # that run's own tau
+    assert [found.levels(depth) for depth in (1, 2, 3, 5)] == pytest.approx([1, 1.8, 2.2, 3.0])
+    way = serial(SIZES, replace(MACHINE, level_s=0.01), found, 3)
+    assert (way.draft_s, way.tau) == pytest.approx((0.022, 2.8))
+
+
 def test_a_rise_in_a_curve_is_noise_and_thin_levels_are_said():
-    found = Acceptance.from_counts([10, 4, 2, 0], [8, 4, 1, 0], "an adaptive run")
+    found = Acceptance.from_counts([10, 4, 2, 0], [8, 4, 1, 0], "a run")
     assert [found.survival(depth) for depth in (1, 2, 3)] == [0.8, 0.8, 0.5]
     assert found.depth == 3
     assert "only 2 of 10 passes drafted depth 3" in found.notes[0]
@@ -169,6 +177,14 @@ def predicted(target="x", width=2, draft=None, quant=None):
         draft=draft or SubstituteDraftConfig(name="subspec"),
         quant=quant or HqqConfig(name="hqq", modules=[]),
     )
+
+
+def test_acceptance_of_an_adaptive_run_is_for_adaptive_trees(tmp_path):
+    config = config_of(tree={"name": "adaptive", "depth": 3, "width": 2})
+    found = read_measured(write_run(tmp_path / "run", turns([30.0]), config))
+    assert found.acceptance.drafted
+    (note,) = found.check(predicted(target="some_target"))
+    assert "tree=adaptive, and this prediction has beam" in note
 
 
 def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):

@@ -43,6 +43,17 @@ def test_every_field_of_the_design_by_hand() -> None:
     assert metrics["finish_reason"] == "eos"
 
 
+def test_the_speed_up_is_of_the_turns_behind_which_plain_passes_were_timed() -> None:
+    fast = turn_metrics(result(verified=12, decode_s=2.0), plain=(4, 2.0))
+    slow = turn_metrics(result(verified=12, decode_s=6.0), plain=(2, 1.0))
+    other = turn_metrics(result(verified=12, decode_s=100.0))
+    assert [metrics["speedup_over_plain"] for metrics in (fast, slow, other)] == [3.0, 1.0, None]
+    totals = summarise([record(0) | fast, record(1) | slow, record(2) | other])["totals"]
+    assert (totals["plain_tokens"], totals["plain_s"]) == (6, 3.0)
+    assert totals["speedup_over_plain"] == pytest.approx((24 / 8) / (6 / 3))
+    assert summarise([record(2) | other])["totals"]["speedup_over_plain"] is None
+
+
 def test_acceptance_and_block_times_by_hand() -> None:
     """Four passes accept 3, 2, 2 and 1 draft tokens; the adaptive tree of two of them ends at depth 2."""
     metrics = turn_metrics(result(drafted=(4, 4, 2), accepted=(4, 3, 1), reached=(4, 4, 1)))

@@ -29,7 +29,7 @@ from tests.helpers.tiny import tiny_checkpoint
 
 TURNS = 4  # two samples of two turns
 
-SHAPE = ["benchmark=mt_bench", "tree.depth=4", "tree.width=3", "seed=1"]
+SHAPE = ["benchmark=mt_bench", "tree=beam", "tree.depth=4", "tree.width=3", "seed=1"]
 
 
 class Killed(BaseException):

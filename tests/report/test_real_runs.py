@@ -42,7 +42,7 @@ def test_what_the_runner_writes_is_what_the_report_reads(outputs, tmp_path):
     ours, summary = rows["ours"], json.loads((outputs / "ours" / "summary.json").read_text())
     for figure in ("tokens_per_s", "tau", "accept_rate_by_depth", "decode_s"):
         assert ours.totals[figure] == summary["totals"][figure], figure
-    assert ours.method == "subspec hqq4, beam 4x4"
+    assert ours.method == "subspec hqq4, adaptive 4x1"
     assert ours.bits == summary["run"]["substitute"]["bits_per_weight"] > 4
     assert ours.sample
     assert not ours.planted

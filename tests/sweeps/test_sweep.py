@@ -22,6 +22,7 @@ TINY = [
     "benchmark.source=sample",
     "benchmark.max_samples=2",
     "decoding.max_new_tokens=8",
+    "tree=beam",
     "tree.depth=4",
     "warmup=0",
 ]
@@ -164,7 +165,7 @@ def test_combinations_that_differ_in_keys_without_effect_are_one_run(tmp_path):
     assert ran.code == 0, ran.err
     assert "4 combinations make 2 runs" in ran.out
     assert statuses(tmp_path) == ["ok", "ok"]
-    again = cli(*options, "draft=none", "quant=higgs", "tree=chain", "benchmark.max_samples=2")
+    again = cli(*options, "draft=none", "quant=higgs", "tree.width=2", "benchmark.max_samples=2")
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["ok", "ok"]
     assert len(records_of(tmp_path / "0")) == 2, again.out
