@@ -1,6 +1,7 @@
 """Ready engines: the one place where an engine is built, around a target that is whole, streamed, or accelerate's."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coding import decoding_only
+from subspec.config.checks import streams_from_disk
 from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import (
     AccelerateOffloadConfig,
@@ -29,8 +31,10 @@ from subspec.errors import ConfigError
 from subspec.memory.device import bytes_of_others, index_of
 from subspec.offload.accelerate import AccelerateTarget, host_bytes
 from subspec.offload.bandwidth import measure_link
+from subspec.offload.disk import StoredLayer
 from subspec.offload.loader import LoadedStream, load_streamed
 from subspec.planning.budget import Budget, DeviceMemory, budget_of
+from subspec.planning.disk_plan import plan_disk
 from subspec.planning.plan import Plan, plan_run
 from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.targets import Target, open_source, resolve_dtype
@@ -91,7 +95,7 @@ class Assembly:
             "captured_passes": self.target.captured,
             **self.target.facts(),
         }
-        if self.vram is not None:
+        if self.vram is not None and self.target.device.type == "cuda":
             facts |= self.vram.facts()
         if self.plan is not None:
             facts["plan"] = self.plan.to_dict()
@@ -146,13 +150,20 @@ def assemble(
 
 
 def assemble_streamed(
-    config: Config, source: LayerSource, plan: Plan, device: torch.device, note: Note = print_note
+    config: Config,
+    source: LayerSource,
+    plan: Plan,
+    device: torch.device,
+    note: Note = print_note,
+    *,
+    stored: Sequence[StoredLayer] | None = None,
 ) -> Assembly:
     """Load a target as ``plan`` says and build an engine around it.
 
     Args:
         source: of the exact weights.
-        plan: of :func:`subspec.planning.plan.plan_run`.
+        plan: of :func:`plan_for`.
+        stored: all layers in files, for a plan that streams them from there.
         note: as of :func:`assemble`.
     """
     # While the device is empty: the first run on a GPU measures kernels.
@@ -165,10 +176,12 @@ def assemble_streamed(
         context = _draft_context(described, policy, source, source.config, device)
         spec = kind(replace(context, plan=plan, note=note))
     if spec is None:
-        streamed = load_streamed(source, plan, device)
+        streamed = load_streamed(source, plan, device, stored=stored, note=note)
     else:
         with spec:
-            streamed = load_streamed(source, plan, device, builder=spec.builder, coded=spec.coded)
+            streamed = load_streamed(
+                source, plan, device, builder=spec.builder, coded=spec.coded, stored=stored, note=note
+            )
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
     return _assembly(config, source, streamed.target, bitwise, built, policy, streamed=streamed, plan=plan)
@@ -247,9 +260,20 @@ def _assembly(
 
 
 def plan_for(config: Config, model: PretrainedConfig, device: torch.device | None) -> Plan:
-    """The plan of a streamed run: for this machine's device, or, with ``device`` None, for a named GPU."""
+    """The plan of a streamed run: for this machine's device, or, with ``device`` None, for a named GPU.
+
+    The bandwidth of a disk is measured on the files that are read, so its plan has none yet.
+    """
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(f"plan_only=true plans offload=stream, not offload={config.offload.name}")
+    if streams_from_disk(config):
+        return plan_disk(
+            config,
+            model,
+            itemsize=resolve_dtype(config.target.dtype, CPU).itemsize,
+            process_bytes=psutil.Process().memory_info().rss,
+            host_free=psutil.virtual_memory().available,
+        )
     link, memory = None, None
     if device is not None and device.type == "cuda":
         dtype = resolve_dtype(config.target.dtype, device)
@@ -274,10 +298,13 @@ def check_offload(config: Config, device: torch.device) -> None:
         raise ConfigError("offload=accelerate is a baseline of plain decoding: set draft=none")
     if isinstance(offload, StreamOffloadConfig) and offload.card is not None:
         raise ConfigError(f"offload.card={offload.card} is for planning: add plan_only=true, or leave it out")
+    if streams_from_disk(config):
+        return
     if isinstance(offload, StreamOffloadConfig | AccelerateOffloadConfig) and device.type != "cuda":
         raise ConfigError(
-            f"offload={offload.name} needs a CUDA device, and this run is on the {device.type}: set offload=none, or "
-            "plan_only=true with offload=stream to see the plan without one"
+            f"offload={offload.name} needs a CUDA device, and this run is on the {device.type}: set offload=none, "
+            "offload=stream with device=cpu to stream from the disk, or plan_only=true with offload=stream to see the "
+            "plan without one"
         )
     if isinstance(offload, BudgetedOffloadConfig):
         budget_of(offload, DeviceMemory.measured(device))

@@ -17,6 +17,7 @@ from subspec.config.errors import unknown_key
 from subspec.config.quant_checks import check_quant
 from subspec.config.schema import (
     Config,
+    Device,
     HiggsConfig,
     HiggsKernel,
     Kernel,
@@ -139,9 +140,20 @@ def check_values(config: Config) -> None:
         )
 
 
+def streams_from_disk(config: Config) -> bool:
+    """Whether the target's layers stream from a disk through a CPU: ``offload=stream`` with ``device=cpu``.
+
+    A plan for a named card is of a GPU on any device.
+    """
+    offload = config.offload
+    return isinstance(offload, StreamOffloadConfig) and config.device is Device.cpu and offload.card is None
+
+
 def _check_execution(config: Config) -> None:
     """Check that keys of the draft's execution fit ``offload``."""
-    draft, quant, streamed = config.draft, config.quant, isinstance(config.offload, StreamOffloadConfig)
+    draft, quant = config.draft, config.quant
+    captured = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
+    streamed = isinstance(config.offload, StreamOffloadConfig)
     if streamed and isinstance(quant, HiggsConfig) and quant.kernel is not HiggsKernel.auto:
         raise ConfigError(
             f"quant.kernel={quant.kernel.value} is for single modules: with offload=stream set draft.kernel, or "
@@ -154,12 +166,12 @@ def _check_execution(config: Config) -> None:
             "leave draft.unpack at auto"
         )
     kernel = getattr(draft, "kernel", Kernel.auto)
-    if kernel is not Kernel.auto and not streamed:
+    if kernel is not Kernel.auto and not captured:
         raise ConfigError(
             f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
             "at auto"
         )
-    if not getattr(draft, "overlap_launches", True) and not streamed:
+    if not getattr(draft, "overlap_launches", True) and not captured:
         raise ConfigError(
             "draft.overlap_launches=false is for the captured levels of offload=stream: set that, or leave it out"
         )

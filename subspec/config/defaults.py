@@ -2,8 +2,9 @@
 
 ``tree=adaptive``, the default, finds the depth by the times of levels and passes that it measures. Its limits are the
 paper's 48 x 6 if the target is streamed, because a pass then takes as long as dozens of levels, else 16 x 4; on a CPU,
-where every row of a pass costs time, 16 x 1 (``experiments/cpu``). The YAML files of trees hold interpolations, which
-composing resolves: ``depth: ${streamed_tree:depth,16}``.
+where every row of a pass costs time, 16 x 1 (``experiments/cpu``), or 16 x 4 if the target streams from a disk, whose
+reads hide that time. The YAML files of trees hold interpolations, which composing resolves:
+``depth: ${streamed_tree:depth,16}``.
 """
 
 from datetime import datetime
@@ -17,7 +18,8 @@ STREAMED_TREES = {
 """Trees for a streamed target by draft: settings of SubSpec (arXiv 2509.18344) and of its small-model baseline."""
 
 STREAMED_OTHERS = {"depth": 16, "width": 4, "check_every": 2}
-"""Of other drafts, whose deep levels are rarely accepted."""
+"""Of other drafts, whose deep levels are rarely accepted; on a CPU of all drafts, because a pass over many rows
+takes longer there than reading the layers from a disk."""
 
 
 def streamed_tree(key: str, otherwise: int | None, *, _root_: DictConfig) -> int | None:
@@ -25,6 +27,8 @@ def streamed_tree(key: str, otherwise: int | None, *, _root_: DictConfig) -> int
     offload, draft = (OmegaConf.select(_root_, f"{group}.name") for group in ("offload", "draft"))
     if not str(offload).startswith("stream"):
         return otherwise
+    if str(_root_.get("device")) in ("cpu", "Device.cpu"):
+        return STREAMED_OTHERS[key]
     return STREAMED_TREES.get(str(draft), STREAMED_OTHERS)[key]
 
 

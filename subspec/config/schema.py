@@ -361,7 +361,8 @@ class BudgetedOffloadConfig(OffloadConfig):
 
 @dataclass
 class StreamOffloadConfig(BudgetedOffloadConfig):
-    """Exact weights in pinned host memory, streamed layer by layer.
+    """Exact weights in pinned host memory, streamed layer by layer to a GPU; with ``device=cpu`` on a disk, streamed to
+    host memory (:mod:`subspec.planning.disk_plan`).
 
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
     copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,

@@ -7,7 +7,7 @@ its :class:`~subspec.drafts.spec.DraftSpec`. Each message names the keys and the
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config.checks import check_values, quantizes
+from subspec.config.checks import check_values, quantizes, streams_from_disk
 from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import (
     Config,
@@ -38,6 +38,12 @@ def check_config(config: Config) -> None:
     if spec is None:
         return
     spec.check(config)
+    if streams_from_disk(config) and not spec.from_disk:
+        raise ConfigError(
+            f"draft={config.draft.name} runs beside a target that streams to a GPU, not beside one that streams from a "
+            "disk (offload=stream with device=cpu): set draft=subspec, eagle2, eagle3, block_head, "
+            "prompt_lookup or none, or offload=none"
+        )
     _check_tree(config)
 
 
@@ -52,6 +58,7 @@ def _check_tree(config: Config) -> None:
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
     uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig)
+    uncaptured = uncaptured or streams_from_disk(config)
     if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
         raise ConfigError(
             f"tree=eagle2 expands single nodes of a level, and draft={config.draft.name} with offload=stream "

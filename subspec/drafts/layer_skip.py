@@ -120,6 +120,8 @@ class LayerSkipMemory(DraftMemory):
 class LayerSkipSpec(DraftSpec):
     """``draft=layer_skip``: the layers as modules, or the resident ones of a streamed target as captured levels."""
 
+    from_disk = False
+
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         assert isinstance(config.draft, LayerSkipDraftConfig)

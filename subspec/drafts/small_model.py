@@ -159,6 +159,8 @@ def _cut(head: Tensor, vocab_size: int) -> Tensor:
 class SmallModelSpec(DraftSpec):
     """``draft=small_model``."""
 
+    from_disk = False
+
     @classmethod
     def check(cls, config: Config) -> None:
         draft = config.draft

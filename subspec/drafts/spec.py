@@ -6,7 +6,7 @@ A kind of draft is a configuration class (:mod:`subspec.config.schema`), a file 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -76,7 +76,10 @@ class DraftSpec(ABC):
     Attributes:
         builder: consumes the layers of a streamed target; None: the draft takes nothing of them.
         coded: keeps what the target's exact layers are coded to; None: they are not coded, or not kept.
+        from_disk: whether the draft runs beside a target that streams from a disk to a CPU.
     """
+
+    from_disk: ClassVar[bool] = True
 
     builder: SubstituteBuilder | None = None
     coded: CodedCache | None = None

@@ -17,14 +17,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.restore import KERNELS as RESTORED_KERNELS
+from subspec.config.checks import streams_from_disk
 from subspec.config.enums import Codec, HiggsKernel, Kernel
-from subspec.config.schema import Cache, Config, HqqConfig, NoQuantConfig, SubstituteDraftConfig, Unpack
+from subspec.config.schema import Cache, Config, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.from_config import build_tree_policy
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
 from subspec.drafts.substitute_memory import SubstituteMemory
@@ -33,12 +35,12 @@ from subspec.drafts.vocabulary import draft_ids
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.cpu_levels import CpuLevels, why_modules
+from subspec.levels.cpu_levels import CpuLevels
 from subspec.levels.dense import layer_views
-from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization, level_quantization
+from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
-from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
+from subspec.quant.cpu_linear import CpuHeadFormat, Int8CpuLinear
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
@@ -126,11 +128,17 @@ class SubstituteSpec(DraftSpec):
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return SubstituteMemory(inputs)
+        return (CpuSubstituteMemory if streams_from_disk(inputs.config) else SubstituteMemory)(inputs)
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        check_target_levels(config, model)
+        if not streams_from_disk(config):
+            check_target_levels(config, model)
+        elif isinstance(why := cpu_quantization(config, model), str):
+            raise ConfigError(
+                f"draft=subspec with offload=stream and device=cpu drafts with fused levels: {why}; set another draft, "
+                "or offload=none"
+            )
         draft_ids(
             getattr(config.draft, "vocab", None), model.vocab_size, build_tree_policy(config.tree).width
         )
@@ -148,6 +156,11 @@ class SubstituteSpec(DraftSpec):
         context, draft = self.context, self.context.config.draft
         assert isinstance(draft, SubstituteDraftConfig)
         if context.plan is None:
+            return
+        if streams_from_disk(context.config):
+            found = cpu_quantization(context.config, context.model)
+            assert not isinstance(found, str)  # check_target
+            self._open_cpu_builder(found)
             return
         self._started = time.perf_counter()
         coded = context.plan.codec is Codec.substitute
@@ -267,9 +280,15 @@ class SubstituteSpec(DraftSpec):
             if isinstance(found, str):
                 return self._build_modules(target, draft, found)
             if found is not None:
-                return self._build_cpu_levels(target, draft, found)
+                builder = self._open_cpu_builder(found)
+                for index, layer in enumerate(target.base.layers):
+                    builder.take(index, layer_views(layer))
+                builder.head = builder.build_head(target.head.weight.data)
+                return self._build_cpu_levels(target, draft)
+        elif streams_from_disk(self.context.config):
+            return self._build_cpu_levels(target, draft)
+        assert self.builder is not None
         builder = self.builder
-        assert builder is not None
         model = level_model(target.model, builder.layers, builder.head, self._ids)
         overlap = None if draft.overlap_launches else False
         captured = CapturedDraft(model, draft.temperature, overlap=overlap)
@@ -308,47 +327,42 @@ class SubstituteSpec(DraftSpec):
         return report
 
     def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
-        """The quantization of fused levels on a CPU; or why the substitute runs as modules."""
-        quant = self.context.config.quant
+        """The quantization of fused levels beside a whole target; or why the substitute runs as modules."""
         if draft.unpack is not Unpack.auto:
             return f"draft.unpack={draft.unpack.value}"
-        if self.context.quantizer is not None or not isinstance(quant, HqqConfig) or quant.axis != 1:
+        if self.context.quantizer is not None:
             return "fused levels on a CPU take quant=hqq with quant.axis=1"
-        if (why := why_modules(self.context.model)) is not None:
-            return why
         try:
-            return hqq_quantization(
-                quant,
-                parameter_shapes(self.context.model)[0],
-                (self._known(), self.context.model.hidden_size),
-                AUTO,
-                CpuFormat,
-            )
+            return cpu_quantization(self.context.config, self.context.model)
         except ConfigError:  # modules take it, or refuse it with their own reason
             return "its Linears that would be fused are quantized differently"
 
-    def _build_cpu_levels(
-        self, target: TargetModel, draft: SubstituteDraftConfig, quantization: LevelQuantization
-    ) -> BuiltDraft:
-        """Quantize the layers of a target on a CPU, and run them as fused levels."""
+    def _open_cpu_builder(self, quantization: LevelQuantization) -> SubstituteBuilder:
+        """Choose the kernels of fused levels, and open the builder."""
         self._started, self._quantization = time.perf_counter(), quantization
-        context, exact = self.context, target.head.weight.data
-        rows = exact if self._ids is None else exact.index_select(0, self._ids)
-        head = CpuHeadFormat()
-        kernels = choose_kernels(
-            {"head": (rows.shape[0], rows.shape[1]), **quantization.shapes},
+        context = self.context
+        only = Int8CpuLinear.kind if streams_from_disk(context.config) else None
+        self._cpu_kernels = kernels = choose_kernels(
+            {"head": (self._known(), context.model.hidden_size), **quantization.shapes},
             context.policy.width,
-            target.device,
-            formats={"head": head, **quantization.formats},
+            context.device,
+            formats={"head": CpuHeadFormat(only=only), **quantization.formats},
             bench=CpuBench(),
             note=context.note,
         )
         self._open_builder(kernels, None, torch.float32)
-        builder = self.builder
+        assert self.builder is not None
+        return self.builder
+
+    def _build_cpu_levels(self, target: TargetModel, draft: SubstituteDraftConfig) -> BuiltDraft:
+        """Fused levels of the layers that the builder has taken."""
+        builder, quantization, kernels = self.builder, self._quantization, self._cpu_kernels.variants
         assert builder is not None
-        for index, layer in enumerate(target.base.layers):
-            builder.take(index, layer_views(layer))
-        own = builder.build_head(exact) or head.linear(kernels.variants["head"], rows.float(), swiglu=False)
+        own = builder.head
+        if own is None:
+            exact = target.head.weight.data
+            rows = exact if self._ids is None else exact.index_select(0, self._ids)
+            own = CpuHeadFormat().linear(kernels["head"], rows.float(), swiglu=False)
         report = self._finish_report(builder)
         # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
         report.stored_bytes = quantization.stored_bytes(self._layers)
@@ -359,7 +373,7 @@ class SubstituteSpec(DraftSpec):
         levels = CpuLevels(target.model, level_model(target.model, builder.layers, own, self._ids))
         facts = {
             "levels": "fused, CPU",
-            "kernel": {role: variant.kernel for role, variant in kernels.variants.items()},
+            "kernel": {role: variant.kernel for role, variant in kernels.items()},
         }
         return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
 

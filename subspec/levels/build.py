@@ -127,7 +127,8 @@ class SubstituteBuilder:
         bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
 
         def small(name: str) -> Tensor | None:
-            return tensors[name].to(device, self.dtype) if name in tensors else None
+            # A copy, because a view of a mapped file would keep all of its pages.
+            return tensors[name].to(device, self.dtype, copy=True) if name in tensors else None
 
         input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
         assert input_norm is not None

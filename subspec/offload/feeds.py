@@ -1,19 +1,22 @@
 """Layer feeds: where the weights of a streamed target's decoder layers come from during a pass.
 
-A feed serves some of the layers, in the order of the model. A further tier (a disk, another GPU) is one more feed.
+A feed serves some of the layers, in the order of the model. A further tier (another GPU) is one more feed.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from subspec.codec.coded_layer import LayerRestorer
-from subspec.offload.stream import LayerStreamer
+from subspec.offload.disk import DiskRing, StoredLayer, check_first_read
+from subspec.offload.stream import LayerRing, LayerStreamer
 from subspec.targets.layer_bytes import parameter_views
 from subspec.targets.meta_model import fill
+from subspec.targets.source import LayerSource
+from subspec.utils.console import Note, print_note
 
 
 class LayerFeed(ABC):
@@ -27,7 +30,7 @@ class LayerFeed(ABC):
 
     layers: Collection[int]
     resident: Collection[int] = ()
-    streamer: LayerStreamer | None = None
+    streamer: LayerRing | None = None
 
     @abstractmethod
     def acquire(self, index: int) -> nn.Module:
@@ -35,6 +38,9 @@ class LayerFeed(ABC):
 
     def release(self, index: int) -> None:  # noqa: B027 (optional)
         """The kernels that read layer ``index`` are enqueued."""
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Close files; no layer is asked for any more."""
 
 
 class ResidentFeed(LayerFeed):
@@ -66,21 +72,61 @@ class RingFeed(LayerFeed):
         device: torch.device,
     ) -> None:
         self.layers = sorted(layers)
-        self.streamer = _streamer(layers, slots, device)
+        self.streamer = self._streamer = _streamer(layers, slots, device)
         shapes = {name: parameter.shape for name, parameter in template.named_parameters()}
         self._modules: list[nn.Module] = []
-        for slot in self.streamer.slots:
+        for slot in self._streamer.slots:
             module = copy.deepcopy(template)
             fill(module, parameter_views(slot, shapes, dtype))
             self._modules.append(module)
 
     def acquire(self, index: int) -> nn.Module:
-        assert self.streamer is not None
-        return self._modules[self.streamer.acquire()]
+        return self._modules[self._streamer.acquire()]
 
     def release(self, index: int) -> None:
-        assert self.streamer is not None
-        self.streamer.release()
+        self._streamer.release()
+
+
+class DiskFeed(LayerFeed):
+    """Layers that are read from a disk to slots in host memory, for a target that runs on the CPU.
+
+    Args:
+        template: a decoder layer, copied once; the copy's parameters are views into the slot of the layer in use.
+        layers: in files.
+        slots: ring slots; clamped to 1 .. number of layers.
+        source: of the same layers, to compare each with when it is read first.
+        note: as of :class:`~subspec.offload.disk.DiskRing`.
+
+    Raises:
+        SubspecError: the files cannot be read, and, where a layer is asked for, what has become of them since.
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        layers: Sequence[StoredLayer],
+        slots: int,
+        source: LayerSource,
+        note: Note = print_note,
+    ) -> None:
+        self.layers = [layer.index for layer in layers]
+        self.streamer = self.ring = DiskRing(layers, min(max(slots, 1), len(layers)), note)
+        self._module, self._source = copy.deepcopy(template), source
+        self._unchecked = {layer.index: layer for layer in layers}
+
+    def acquire(self, index: int) -> nn.Module:
+        parameters = self.ring.parameters(self.ring.acquire())
+        if (layer := self._unchecked.get(index)) is not None:
+            check_first_read(layer, parameters, self._source)
+            del self._unchecked[index]
+        fill(self._module, parameters)
+        return self._module
+
+    def release(self, index: int) -> None:
+        self.ring.release()
+
+    def close(self) -> None:
+        self.ring.close()
 
 
 class CodedFeed(LayerFeed):
@@ -103,13 +149,12 @@ class CodedFeed(LayerFeed):
     ) -> None:
         self.restorer = restorer
         self.layers, self.resident = sorted(restorer.layers), sorted(restorer.resident)
-        if streamed:
-            self.streamer = _streamer(streamed, slots, device)
+        self.streamer = self._streamer = _streamer(streamed, slots, device) if streamed else None
         self._module = copy.deepcopy(template)
         fill(self._module, restorer.parameters)
 
     def acquire(self, index: int) -> nn.Module:
-        restorer, streamer = self.restorer, self.streamer
+        restorer, streamer = self.restorer, self._streamer
         coded = restorer.resident.get(index)
         if coded is not None:
             restorer.restore(index, coded)

@@ -10,7 +10,9 @@ gone, and the substitute's first layers are staged on the host if these need the
 head that is coded (:mod:`subspec.codec.coded_head`) is quantized and coded first, when most memory is free.
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,12 +26,14 @@ from subspec.config.enums import Codec
 from subspec.config.schema import Placement
 from subspec.levels.build import SubstituteBuilder, compact, level_model
 from subspec.levels.model import LevelModel
-from subspec.offload.feeds import CodedFeed, LayerFeed, ResidentFeed, RingFeed
+from subspec.offload.disk import StoredLayer
+from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed, ResidentFeed, RingFeed
 from subspec.offload.streamed_target import StreamedTarget
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import PlainCodec, flat_layer, write_layer
 from subspec.targets.meta_model import empty_model, fill
 from subspec.targets.source import LayerSource
+from subspec.utils.console import Note, print_note
 from subspec.utils.pinned import PinnedBuffer
 
 CPU = torch.device("cpu")
@@ -196,6 +200,8 @@ class LoadedStream:
         """Unlock the host memory; the target must not run any more."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize()
+        for feed in self.target.feeds:
+            feed.close()
         self.memory.close()
 
 
@@ -206,18 +212,27 @@ def load_streamed(
     *,
     builder: SubstituteBuilder | None = None,
     coded: CodedCache | None = None,
+    stored: Sequence[StoredLayer] | None = None,
+    note: Note = print_note,
 ) -> LoadedStream:
     """Load a target for streaming.
 
     Args:
         builder: builds the substitute; None: there is none.
         coded: layers that earlier runs coded with this substitute; None: they are not kept.
+        stored: all layers in files, where those that are not resident stay; None: they go to host memory.
 
     Raises:
-        SubspecError: host memory cannot be locked.
+        SubspecError: host memory cannot be locked, or a file cannot be read.
     """
     memory = PinnedMemory(device)
     model = empty_model(source.config, source.dtype, device)
+    resident = set(plan.resident_layers)
+    disk: DiskFeed | None = None
+    if from_disk := [layer for layer in stored or () if layer.index not in resident]:
+        # Opened first: a file that changes while other weights are loaded from it is noticed.
+        template = model.get_decoder().layers[from_disk[0].index]
+        disk = DiskFeed(template, from_disk, plan.ring_slots, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
@@ -229,14 +244,15 @@ def load_streamed(
     if source.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
-    resident = set(plan.resident_layers)
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
         coding = TargetCoding(resident, coded)
     store = PlainStore(source, resident, memory)
-    consumers: list[LayerConsumer] = [store]
+    consumers: list[LayerConsumer] = [store] if stored is None else []
     if builder is not None:
-        consumers = [builder, store] if coding is None else [Coder(source, coding, builder, memory, device)]
+        consumers.insert(0, builder)
+        if coding is not None:
+            consumers = [Coder(source, coding, builder, memory, device)]
     _pass_layers(source, consumers, builder, plan.waiting_layers, device)
 
     if builder is not None and head_code is None:
@@ -266,6 +282,8 @@ def load_streamed(
     if store.layers:
         template = modules[min(store.layers)]
         feeds.append(RingFeed(template, store.layers, plan.ring_slots, source.dtype, device))
+    if disk is not None:
+        feeds.append(disk)
     if coding is not None and restorer is not None:
         template = modules[min(coding.layers)]
         feeds.append(CodedFeed(template, restorer, coding.streamed, plan.ring_slots, device))
@@ -329,3 +347,6 @@ def _pass_layers(
 def _release_temporaries(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed; other systems have no such call
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,11 @@
-"""Copies of layers from pinned host memory through a ring of device buffers, in the order of use.
+"""Rings of layer buffers that are filled ahead of use, in the order of use.
 
-Copies run on a stream of their own and never wait for Python: once a layer's kernels are *enqueued*, the host enqueues
-the copy that refills the layer's buffer behind them. Events order both directions: a layer's kernels wait until its
-copy has arrived, and a copy waits until the kernels that read the buffer's previous content have finished. The order
-of layers is cyclic: the last layers of one pass are followed by the first of the next, so the ring fills up while the
-draft works.
+The order of layers is cyclic: the last layers of one pass are followed by the first of the next, so the ring fills up
+while the draft works. :class:`LayerStreamer` copies from pinned host memory to a device; a ring that reads from a disk
+is in :mod:`subspec.offload.disk`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,94 @@ from torch import Tensor
 from subspec.utils.rounding import round_up
 
 
-class LayerStreamer:
-    """Feeds layers to a forward pass that uses them in a fixed cyclic order.
+class LayerRing(ABC):
+    """Counts what a ring holds, for passes that use the layers in a fixed cyclic order.
+
+    Args:
+        sizes: bytes of each layer, in the order of use.
+        count: number of ring slots, at least 1 and at most one per layer.
+
+    Attributes:
+        bytes_per_pass: of all layers together.
+        bytes_copied: since the last :meth:`take`.
+    """
+
+    def __init__(self, sizes: Sequence[int], count: int) -> None:
+        if not 1 <= count <= len(sizes):
+            raise ValueError(f"{count} ring slots for {len(sizes)} streamed layers")
+        self.sizes, self.count, self.bytes_per_pass = list(sizes), count, sum(sizes)
+        # Copies begun so far; copy n takes layer n % len(sizes) to slot n % count.
+        self._copied_count = 0
+        self._used_count = 0  # layers whose readers are done, or enqueued
+        self.bytes_copied = 0
+
+    def prefetch(self) -> None:
+        """Begin every copy that has a free slot."""
+        while self._copied_count - self._used_count < self.count:
+            layer = self._copied_count % len(self.sizes)
+            self.bytes_copied += self.sizes[layer]
+            self._fill(self._copied_count % self.count, layer)
+            self._copied_count += 1
+
+    def acquire(self) -> int:
+        """The slot of the next layer; its readers find it filled."""
+        self.prefetch()
+        slot = self._used_count % self.count
+        self._wait(slot)
+        return slot
+
+    def release(self) -> None:
+        """The layer's readers are done, or enqueued: refill its slot behind them."""
+        self._freed(self._used_count % self.count)
+        self._used_count += 1
+        self.prefetch()
+
+    @property
+    def position(self) -> int:
+        """Number, among the layers, of the one that comes next."""
+        return self._used_count % len(self.sizes)
+
+    def rewind(self) -> None:
+        """Make the first layer the next one, after a pass that was interrupted."""
+        if self.position == 0:
+            return
+        self._settle()
+        # Both counters go on from a common multiple, so that slot and layer numbering start afresh.
+        period = len(self.sizes) * self.count
+        self._used_count = self._copied_count = round_up(max(self._copied_count, self._used_count), period)
+
+    def take(self) -> tuple[int, float]:
+        """(bytes of copies begun, seconds of finished copies) since the last call; never waits."""
+        copied, self.bytes_copied = self.bytes_copied, 0
+        return copied, self._take_seconds()
+
+    @abstractmethod
+    def _fill(self, slot: int, layer: int) -> None:
+        """Begin to fill ``slot`` with ``layer``."""
+
+    @abstractmethod
+    def _wait(self, slot: int) -> None:
+        """Let readers wait until ``slot`` is filled."""
+
+    def _freed(self, slot: int) -> None:  # noqa: B027 (optional)
+        """The readers of ``slot`` are done, or enqueued."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Wait for everything that was begun."""
+
+    @abstractmethod
+    def _take_seconds(self) -> float:
+        """Seconds of copies that finished since the last call."""
+
+
+class LayerStreamer(LayerRing):
+    """Copies layers from pinned host memory to device buffers.
+
+    Copies run on a stream of their own and never wait for Python: once a layer's kernels are *enqueued*, the host
+    enqueues the copy that refills the layer's buffer behind them. Events order both directions: a layer's kernels wait
+    until its copy has arrived, and a copy waits until the kernels that read the buffer's previous content have
+    finished.
 
     Args:
         layers: uint8 [bytes] each, pinned, in the order of use; sizes may differ.
@@ -28,17 +113,11 @@ class LayerStreamer:
     def __init__(
         self, layers: Sequence[Tensor], slots: int, device: torch.device, *, guard_refills: bool = True
     ) -> None:
-        if not 1 <= slots <= len(layers):
-            raise ValueError(f"{slots} ring slots for {len(layers)} streamed layers")
+        super().__init__([layer.numel() for layer in layers], slots)
         self.layers = list(layers)
-        size = max(layer.numel() for layer in layers)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
         self._cuda = device.type == "cuda"
         self._guard = guard_refills
-        # Copies enqueued so far; copy n takes layer n % len(layers) to slot n % slots.
-        self._copied_count = 0
-        self._used_count = 0  # layers whose kernels are enqueued
-        self.bytes_copied = 0
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.copy_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
         if self._cuda:
@@ -48,50 +127,24 @@ class LayerStreamer:
             # The buffers were made on the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def prefetch(self) -> None:
-        """Enqueue every copy that has a free slot."""
-        while self._copied_count - self._used_count < len(self.slots):
-            self._copy(self._copied_count)
-            self._copied_count += 1
-
-    def acquire(self) -> int:
-        """The slot of the next layer; the current stream waits for its copy."""
-        self.prefetch()
-        slot = self._used_count % len(self.slots)
+    def _wait(self, slot: int) -> None:
         if self._cuda:
             torch.cuda.current_stream().wait_event(self._copied[slot])
-        return slot
 
-    def release(self) -> None:
-        """The kernels that read the layer are enqueued: refill its slot behind them."""
-        slot = self._used_count % len(self.slots)
+    def _freed(self, slot: int) -> None:
         if self._cuda:
             released = torch.cuda.Event()
             released.record()
             self._released[slot] = released
-        self._used_count += 1
-        self.prefetch()
 
-    @property
-    def position(self) -> int:
-        """Index in ``layers`` of the layer that comes next."""
-        return self._used_count % len(self.layers)
-
-    def rewind(self) -> None:
-        """Make the first layer the next one, after a pass that was interrupted."""
-        if self.position == 0:
-            return
+    def _settle(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
             self._released = [None] * len(self.slots)
-        # Both counters go on from a common multiple, so that slot and layer numbering start afresh.
-        period = len(self.layers) * len(self.slots)
-        self._used_count = self._copied_count = round_up(max(self._copied_count, self._used_count), period)
 
-    def _copy(self, number: int) -> None:
-        slot, source = number % len(self.slots), self.layers[number % len(self.layers)]
+    def _fill(self, slot: int, layer: int) -> None:
+        source = self.layers[layer]
         target = self.slots[slot][: source.numel()]
-        self.bytes_copied += source.numel()
         if not self._cuda:
             target.copy_(source)
             return
@@ -106,10 +159,9 @@ class LayerStreamer:
             self._copied[slot].record()
         self._timed.append((begin, end))
         if self.copy_log is not None:
-            self.copy_log.append((number % len(self.layers), begin, end))
+            self.copy_log.append((layer, begin, end))
 
-    def take(self) -> tuple[int, float]:
-        """(bytes enqueued, seconds of finished copies) since the last call; never waits."""
+    def _take_seconds(self) -> float:
         seconds, pending = 0.0, []
         for begin, end in self._timed:
             if end.query():
@@ -117,5 +169,4 @@ class LayerStreamer:
             else:
                 pending.append((begin, end))
         self._timed = pending
-        copied, self.bytes_copied = self.bytes_copied, 0
-        return copied, seconds
+        return seconds

@@ -1,4 +1,4 @@
-"""A target whose decoder layers stream in from host memory while it runs.
+"""A target whose decoder layers stream in from host memory or a disk while it runs.
 
 The layers compute with transformers' own modules, so the numerics are exactly those of the model on the device.
 """
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from subspec.codec.coded_head import CodedHead
 from subspec.codec.coded_layer import LayerRestorer
 from subspec.decoding.target_model import TargetModel
-from subspec.offload.feeds import CodedFeed, LayerFeed
-from subspec.offload.stream import LayerStreamer
+from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed
+from subspec.offload.stream import LayerRing
 from subspec.utils.rounding import next_power_of_two
 
 
@@ -51,7 +51,7 @@ class StreamedTarget(TargetModel):
         self.layer_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
     @property
-    def streamer(self) -> LayerStreamer | None:
+    def streamer(self) -> LayerRing | None:
         """The copies over the link; None: no layer crosses it."""
         return next((feed.streamer for feed in self.feeds if feed.streamer is not None), None)
 
@@ -68,12 +68,14 @@ class StreamedTarget(TargetModel):
     @property
     def streamed_bytes_per_pass(self) -> int:
         """Bytes that one pass takes over the link."""
-        return 0 if self.streamer is None else sum(layer.numel() for layer in self.streamer.layers)
+        return 0 if self.streamer is None else self.streamer.bytes_per_pass
 
     def facts(self) -> dict[str, Any]:
+        disk = next((feed.ring.facts() for feed in self.feeds if isinstance(feed, DiskFeed)), None)
         return {
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "resident_layers": self.resident_layers,
+            **({} if disk is None else {"disk": disk}),
         }
 
     def take_transfer(self) -> tuple[int, float]:

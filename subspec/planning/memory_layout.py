@@ -5,6 +5,7 @@ A :class:`MemoryLayout` holds what a configuration fixes; :meth:`MemoryLayout.al
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -350,14 +351,18 @@ class MemoryLayout:
         most in prefill, where computing a layer takes as long as streaming it.
         """
         others = [index for index in range(self.spec.layers) if index not in self.required_resident]
-        count = resident - len(self.required_resident)
-        chosen = [others[(2 * i + 1) * len(others) // (2 * count)] for i in range(count)]
+        chosen = spread(others, resident - len(self.required_resident))
         return tuple(sorted([*self.required_resident, *chosen]))
 
     def without_draft(self, model: PretrainedConfig) -> "MemoryLayout":
         """The layout of plain decoding, streamed uncoded, with as many resident layers as fit."""
         offload = replace(self.offload, resident_layers=None, codec=Codec.none)
         return MemoryLayout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
+
+
+def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of ``layers``, evenly, with others at both ends."""
+    return tuple(layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count))
 
 
 def _bitwise(config: Config, model: PretrainedConfig, itemsize: int) -> bool:

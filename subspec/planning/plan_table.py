@@ -6,6 +6,7 @@ Example::
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -34,12 +35,14 @@ class _PlanTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         plan = self.plan
-        parts = [
-            Text(title(plan), style="bold"),
-            _items(plan, Placement.device, plan.budget, "budget", options),
-            _items(plan, Placement.host, plan.host_limit, "host memory", options),
-            _facts(plan),
-        ]
+        parts: list[Any] = [Text(title(plan), style="bold")]
+        for place, limit, whole in (
+            (Placement.device, plan.budget, "budget"),
+            (Placement.host, plan.host_limit, "host memory"),
+        ):
+            if plan.total(place):
+                parts.append(_items(plan, place, limit, whole, options))
+        parts.append(_facts(plan))
         if plan.pass_seconds:
             parts += [Text(), _ceilings(plan)]
         yield Group(*parts, *[Text(f"note: {note}", style="yellow") for note in plan.notes])
@@ -64,7 +67,8 @@ def fact_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         size = plan.layer_bytes / GIB
         coded = ", coded by the substitute" if plan.codec is Codec.substitute else ""
         yield "streamed layers", f"{len(plan.streamed_layers)} of {layers}, {size:.3f} GiB each{coded}"
-    yield "embedding table", f"on the {plan.embedding.value}"
+    if plan.total(Placement.device):
+        yield "embedding table", f"on the {plan.embedding.value}"
     yield "prefill", f"{plan.prefill_chunk} tokens per sweep over the weights"
     if plan.link is not None:
         yield "link", f"{plan.link.gb_per_s:.1f} GB/s ({plan.link.source})"

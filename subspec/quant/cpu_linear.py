@@ -13,7 +13,7 @@ an activation over strided halves takes twice the time.
 
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +101,7 @@ class Int8CpuLinear(CpuLinear):
 
     def __init__(self, weight: Tensor, swiglu: bool) -> None:
         n = weight.shape[0]
-        scale = weight.abs().amax(dim=1).clamp_(min=TINY).div_(127)
+        scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_(min=TINY).div_(127)
         with (
             warnings.catch_warnings()
         ):  # torch announces the end of quantized tensors; `unavailable` will tell
@@ -132,13 +132,29 @@ PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class CpuFormat(HqqFormat):
-    """HQQ's integers for a CPU, the same as those of modules."""
+    """HQQ's integers for a CPU, the same as those of modules.
+
+    Attributes:
+        only: the one kernel to use; None: any.
+    """
 
     round_zero: ClassVar[bool] = True
+    only: str | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return Int4CpuLinear.kind, Int8CpuLinear.kind, *PLAIN
+        return (self.only,) if self.only else (Int4CpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
+
+    def smallest(self, n: int, k: int) -> "CpuFormat":
+        """The same with the kernel that takes the least memory of those that run here."""
+        kernel = Int4CpuLinear.kind
+        fits = not self.unfit(kernel, n, k) and not self.unavailable(kernel, torch.device("cpu"))
+        return replace(self, only=kernel if fits else Int8CpuLinear.kind)
+
+    def device_bytes(self, n: int, k: int) -> int:
+        if self.only == Int4CpuLinear.kind:
+            return n * k // 2 + 4 * n * k // self.group
+        return n * k + 4 * n
 
     def unfit(self, kernel: str, n: int, k: int) -> str | None:
         if kernel not in self.kernels:
@@ -178,7 +194,7 @@ class CpuHeadFormat(CpuFormat):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return Int8CpuLinear.kind, *PLAIN
+        return (self.only,) if self.only else (Int8CpuLinear.kind, *PLAIN)
 
     @property
     def key(self) -> str:

@@ -21,7 +21,7 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     else:
         quant = quant_label(config, facts)
         parts = [f"{name} {quant}" if quant else name, _tree(config_group(config, "tree"))]
-    parts.append(_offload(config_group(config, "offload"), facts))
+    parts.append(_offload(config, facts))
     if config_group(config, "decoding").get("name") == "sampling":
         parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
     return ", ".join(part for part in parts if part)
@@ -65,19 +65,36 @@ def _tree(tree: Mapping[str, Any]) -> str:
     return f"{name} {size}"
 
 
-def _offload(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``stream 8 GiB``, or ``stream coded 8 GiB`` if the exact weights were streamed coded."""
+def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, or ``disk 8 GiB``."""
+    offload = config_group(config, "offload")
     name = offload.get("name")
     if name in (None, "none"):
         return ""
-    if "codec" in offload:
+    if _from_disk(config):
+        name = "disk"
+    elif "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    return f"{name} {budget_text(offload, facts)}".rstrip()
+    return f"{name} {budget_text(config, facts)}".rstrip()
 
 
-def budget_text(offload: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``8 GiB``, or ``8 GiB with CUDA`` if the budget bounds CUDA's own memory too; empty without a budget."""
+def _from_disk(config: Mapping[str, Any]) -> bool:
+    """Whether the target streams from a disk to a CPU."""
+    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith(
+        "stream"
+    )
+
+
+def budget_text(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
+    """``8 GiB``, or ``8 GiB with CUDA`` if the budget bounds CUDA's own memory too; empty without a budget.
+
+    Of host memory if the target streams from a disk.
+    """
+    offload = config_group(config, "offload")
+    if _from_disk(config):
+        ram = offload.get("ram_gib")
+        return "" if ram is None else f"{_number(ram)} GiB"
     vram = (facts or {}).get(
         "vram_gib", offload.get("vram_gib")
     )  # the facts hold the value that auto resolved to

@@ -57,7 +57,8 @@ def banners(summary: Summary) -> list[str]:
     if True in distinct_values(context["planted"]):
         other = set(distinct_values(context["draft"])) - FROM_NOISE
         lines.append(PLANTED_DRAFT if other else PLANTED_WEIGHTS)
-    if "cpu" in distinct_values(context["device"]) and set(distinct_values(context["draft"])) - {"none"}:
+    drafts = set(distinct_values(context["draft"])) - {"none"}
+    if "cpu" in distinct_values(context["device"]) and drafts and summary["totals"]["bytes_per_pass"] is None:
         lines.append(ON_CPU)
     audit = summary["audit"]
     if audit and audit["mismatch"]:

@@ -82,7 +82,7 @@ def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
         "prompts": frozenset(row.by_sample),
         "weights": config_group(row.runs[0].facts, "weights").get("target"),
         "streamed": bool(row.ceilings),
-        "offloading": (offload.get("name"), budget_text(offload, row.runs[0].facts)),
+        "offloading": (offload.get("name"), budget_text(config, row.runs[0].facts)),
         "quantizer of coded weights": repr(config_group(quantized.runs[0].config, "quant")),
         "experiment": row.experiment,
     }

@@ -1,12 +1,14 @@
 """Load a run's target in the way that ``offload`` configures, and print what was planned and coded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from subspec.config.checks import streams_from_disk
 from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig
-from subspec.planning.plan import Plan
+from subspec.offload.disk import measure_disk, stored_layers
+from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.plan_table import plan_table
 from subspec.records.metrics import LinkInfo
 from subspec.runs.console import RunConsole
@@ -71,11 +73,16 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
 def _load_streamed(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     # Planned before the cap: the link's probe is not part of the run, and it must not fail before the plan is refused.
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
-    plan = plan_for(config, source.config, device)
+    plan, stored = plan_for(config, source.config, device), None
+    if streams_from_disk(config) and plan.streamed_layers:
+        stored = stored_layers(source, console.note)
+        if plan.link is None:
+            plan = replace(plan, link=Bandwidth(measure_disk(stored, plan.ring_slots), "disk, measured"))
     print_plan(plan, console)
-    torch.cuda.reset_peak_memory_stats(device)
-    cap_device(plan.vram.allocator / GIB, device)
-    assembly = assemble_streamed(config, source, plan, device, note=console.note)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        cap_device(plan.vram.allocator / GIB, device)
+    assembly = assemble_streamed(config, source, plan, device, note=console.note, stored=stored)
     streamed = assembly.streamed
     assert streamed is not None
     if streamed.coded is not None:

@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SIGNIFICANT_BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
 """Of the types in which exact weights are stored, by their safetensors names."""
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StoredTensor:
 
 def rounded_type(stored: Iterable[str], dtype: torch.dtype) -> str | None:
     """The type of ``stored`` (safetensors names) whose values ``dtype`` cannot hold exactly, if any."""
-    kept = _DTYPE_NAMES[dtype]
+    kept = DTYPE_NAMES[dtype]
     for name in sorted(stored, key=lambda name: -SIGNIFICANT_BITS[name]):
         # float16 has more digits than bfloat16 but a smaller range, so neither holds the other.
         if name != kept and (SIGNIFICANT_BITS[name] > SIGNIFICANT_BITS[kept] or kept == "F16"):

@@ -6,15 +6,16 @@ is short, so the model is never in memory twice.
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.checkpoint import SIGNIFICANT_BITS, checkpoint_identity
+from subspec.targets.checkpoint import DTYPE_NAMES, SIGNIFICANT_BITS, checkpoint_identity
 from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.prepared import PreparedCheckpoint
-from subspec.targets.weight_files import open_weights
+from subspec.targets.weight_files import data_offsets, open_weights
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -41,6 +42,7 @@ class CheckpointSource:
         self.config = copy.deepcopy(checkpoint.config)
         self.tokenizer, self.eos_token_ids = checkpoint.tokenizer, checkpoint.eos_token_ids
         self._folder, self._stored = checkpoint.folder, checkpoint.weights
+        self._offsets: dict[Path, dict[str, int]] = {}
         if self.config.tie_word_embeddings and self._has_own_head():
             self.config.tie_word_embeddings = False
         self._layer_shapes, self._shared_shapes = parameter_shapes(self.config)
@@ -65,6 +67,21 @@ class CheckpointSource:
         """Vectors and first rows of decoder layer ``index``, read now."""
         names = {name: layer_name(index, name) for name in self._layer_shapes}
         return self._read(names, torch.device("cpu"), rows=1)
+
+    def locations(self, index: int) -> Mapping[str, tuple[Path, int]] | None:
+        """Where the files hold decoder layer ``index``; None if its type is another, or a parameter begins askew."""
+        found = {}
+        for name in self._layer_shapes:
+            key = self._key(layer_name(index, name))
+            stored = self._stored[key]
+            if stored.dtype != DTYPE_NAMES[self.dtype]:
+                return None
+            file = self._folder / stored.file
+            if file not in self._offsets:
+                self._offsets[file] = data_offsets(file)
+            found[name] = file, self._offsets[file][key]
+        aligned = all(offset % self.dtype.itemsize == 0 for _, offset in found.values())
+        return found if aligned else None
 
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Embedding, final norm and, unless tied, the LM head, read now."""

@@ -250,6 +250,9 @@ class PlantedSource:
                 sample[name] = (tensor if len(shape) == 1 else tensor[:1].clone()).cpu()
         return sample
 
+    def locations(self, index: int) -> None:
+        """In no file."""
+
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """Embedding, final norm and, unless tied, the LM head that plants the map."""
         tensors = {

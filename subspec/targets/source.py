@@ -1,6 +1,7 @@
 """The interface of a target's exact weights: one decoder layer at a time, so that the whole model is never needed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -47,6 +48,10 @@ class LayerSource(Protocol):
 
         It verifies results on disk that were made from the layer. Parameters that follow from ``identity`` may be
         missing."""
+
+    def locations(self, index: int) -> Mapping[str, tuple[Path, int]] | None:
+        """File and first byte of every parameter of decoder layer ``index``, by name in the order of ``layer_shapes``;
+        None: they are in no file as they are in memory."""
 
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
         """All parameters outside the decoder layers, by name in the causal LM: ``model.embed_tokens.weight``,

@@ -137,6 +137,21 @@ def open_weights(path: Path) -> safe_open:
         ) from error
 
 
+def data_offsets(path: Path) -> dict[str, int]:
+    """First byte of every tensor in the safetensors file ``path``, by name.
+
+    Raises:
+        SubspecError: the file cannot be read.
+    """
+    open_weights(path)  # checks the header
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {
+        name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``.
 

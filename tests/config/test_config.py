@@ -101,6 +101,7 @@ def test_every_option_composes_and_validates(group, name):
         (["offload=stream", "tree=beam"], 48, 6),
         (["offload=stream", "draft=small_model"], 32, 6),
         (["offload=stream", "draft=eagle2"], 16, 4),
+        (["offload=stream", "device=cpu"], 16, 4),
         (["offload=stream", "draft=layer_skip"], 16, 4),
         (["offload=stream", "tree.depth=9"], 9, 6),
         (["offload=stream", "tree=chain"], 8, 1),

@@ -1,0 +1,76 @@
+"""The substitute's levels on a CPU: how their Linears are quantized, and what they take beside a streamed target."""
+
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+
+from subspec.config.checks import streams_from_disk
+from subspec.config.schema import Config, HqqConfig
+from subspec.drafts.vocabulary import draft_ids
+from subspec.errors import ConfigError
+from subspec.levels.cpu_levels import why_modules
+from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization
+from subspec.memory.allocator import Allocation
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.quant.cpu_linear import CpuFormat
+from subspec.quant.weight_format import WeightFormat
+from subspec.targets.meta_model import parameter_shapes
+
+LEVEL_COPIES = 4
+"""Float32 tensors [width, vocabulary] that a draft level holds at once: logits, log-probabilities, scores, choice."""
+
+
+def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantization | str:
+    """The quantization of fused levels on a CPU; or why there are none.
+
+    Beside a target that streams from a disk, each Linear has the kernel of the least memory.
+
+    Raises:
+        ConfigError: the Linears that would be fused are quantized differently, or settings contradict the target.
+    """
+    quant = config.quant
+    if not isinstance(quant, HqqConfig) or quant.axis != 1:
+        return "fused levels on a CPU take quant=hqq with quant.axis=1"
+    if (why := why_modules(model)) is not None:
+        return why
+    layer, head = parameter_shapes(model)[0], (known_tokens(config, model), model.hidden_size)
+    found = hqq_quantization(quant, layer, head, AUTO, CpuFormat)
+    if not streams_from_disk(config):
+        return found
+    formats: dict[str, WeightFormat] = {}
+    for role, own in found.formats.items():
+        assert isinstance(own, CpuFormat)
+        formats[role] = own.smallest(*found.shapes[role])
+    return replace(found, formats=formats)
+
+
+def known_tokens(config: Config, model: PretrainedConfig) -> int:
+    """Number of tokens that the draft's LM head knows."""
+    ids = draft_ids(getattr(config.draft, "vocab", None), model.vocab_size, width=1)
+    return model.vocab_size if ids is None else len(ids)
+
+
+class CpuSubstituteMemory(DraftMemory):
+    """The substitute in host memory beside a target that streams from a disk."""
+
+    captured = False
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        config, spec = inputs.config, inputs.spec
+        quantization = cpu_quantization(config, inputs.model)
+        if isinstance(quantization, str):
+            raise ConfigError(f"draft=subspec: {quantization}")
+        skipped = len(set(getattr(config.quant, "skip_layers", ())))
+        exact = 4 * sum(n * k for n, k in quantization.exact.values())
+        whole = exact + 4 * sum(n * k for role, (n, k) in quantization.shapes.items() if role != "head")
+        head = known_tokens(config, inputs.model) * spec.hidden
+        tensors = (
+            (quantization.layer_bytes + exact, spec.layers - skipped),
+            (whole, skipped),
+            (quantization.head_bytes or head, 1),
+        )
+        self.allocations = (Allocation("substitute", tensors, quantization.summary()),)
+        converted = 0 if inputs.itemsize == 4 else 4
+        self.workspaces = {"8-bit LM head of the draft": (1 + converted) * head}
+        self.shared_rows = inputs.policy.draft_rows
+        self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
