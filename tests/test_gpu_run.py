@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,7 @@ def used_gib():
     return (total - free) / 2**30
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers use the same device's memory")
 @pytest.mark.parametrize(("counts", "asked"), [("allocator", 0.5), ("device", 1.5), ("device", "auto")])
 def test_a_process_of_its_own_takes_no_more_than_its_plan_loading_included(tmp_path, counts, asked):
     folder, before, seen = tmp_path / "run", used_gib(), 0.0
@@ -292,5 +294,5 @@ def test_drafts_without_a_substitute_run_on_a_gpu_without_offloading(tmp_path, e
     assert ran.code == 0, ran.err
     summary = summary_of(folder)
     passed_bit_for_bit(summary)
-    assert summary["run"]["draft"]["levels"] == "modules"
+    assert summary["run"]["draft"]["levels"] == ("fused, bfloat16" if extra == SMALL else "modules")
     assert (summary["run"]["substitute"] is None) == ("draft.quantize=true" not in extra)

@@ -22,7 +22,6 @@ from subspec.config.enums import Codec, HiggsKernel, Kernel
 from subspec.config.schema import Cache, Config, NoQuantConfig, SubstituteDraftConfig, Unpack
 from subspec.decoding.batch import DraftRows
 from subspec.decoding.draft import LevelDraft
-from subspec.decoding.from_config import build_tree_policy
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
@@ -139,9 +138,8 @@ class SubstituteSpec(DraftSpec):
                 f"draft=subspec with offload=stream and device=cpu drafts with fused levels: {why}; set another draft, "
                 "or offload=none"
             )
-        draft_ids(
-            getattr(config.draft, "vocab", None), model.vocab_size, build_tree_policy(config.tree).width
-        )
+        width = getattr(config.tree, "width", None) or 1  # null until the device is known
+        draft_ids(getattr(config.draft, "vocab", None), model.vocab_size, width)
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:
