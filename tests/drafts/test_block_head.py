@@ -18,9 +18,9 @@ from subspec.drafts.eagle_checkpoint import load_head, locate_head, sort_tensors
 from subspec.errors import ConfigError
 from tests.drafts.test_eagle import POLICIES, PROMPT, Teaching
 from tests.drafts.test_eagle3 import rms, rotated
-from tests.helpers.blocks import BLOCKS, block_engine, published_block, random_block
+from tests.helpers.blocks import BLOCKS, block_engine, published_block
 from tests.helpers.drafts import engine_for, hf_greedy
-from tests.helpers.eagle import drafted_paths, published3
+from tests.helpers.eagle import drafted_paths, published3, random_head
 from tests.helpers.tiny import tiny_model
 
 
@@ -187,7 +187,7 @@ def test_published_heads_are_told_apart_load_and_run(tmp_path, capsys, model, te
     loaded = read(folder)
     assert loaded.head.shape == replace(BLOCKS[name], max_positions=40960)
     assert loaded.head.shape.method == method
-    for key, tensor in random_block(BLOCKS[name]).state_dict().items():
+    for key, tensor in random_head(BLOCKS[name], std=0.1).state_dict().items():
         assert torch.equal(loaded.head.state_dict()[key], tensor.bfloat16().float())
     # Its own config.json and tensors are read back as the same head.
     again = BlockHead.from_tensors(loaded.head.state_dict(), loaded.head.shape.config())

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,7 +11,8 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.block_draft import BlockDraft
-from subspec.drafts.block_head import BlockHead, BlockShape
+from subspec.drafts.block_head import BlockShape
+from tests.helpers.eagle import random_head
 
 _SIZES = {
     "rope": {"rope_type": "default", "rope_theta": 1e6},
@@ -38,18 +38,6 @@ BLOCKS = {
 """Heads for targets of hidden size 64, eight layers and 320 tokens."""
 
 
-def random_block(shape: BlockShape, std: float = 0.1) -> BlockHead:
-    """Random weights; norms are not 1 and biases not 0, so that code that forgets them does not pass by luck."""
-    head, generator = BlockHead(shape), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
-    return head.eval().requires_grad_(False)
-
-
 def block_engine(
     model: PreTrainedModel,
     policy: TreePolicy,
@@ -60,7 +48,7 @@ def block_engine(
     """An engine that drafts with a random head."""
     target = TargetModel(model)
     kept = {"future": options.pop("future")} if "future" in options else {}
-    drafts = draft(random_block(BLOCKS[shape]), target, policy, **kept)
+    drafts = draft(random_head(BLOCKS[shape], std=0.1), target, policy, **kept)
     return Engine(target, drafts, policy, **{"max_length": 256, "prefill_chunk": 4, **options})
 
 
@@ -80,7 +68,7 @@ def published_block(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = BLOCKS[name]
-    tensors = {key: tensor.bfloat16() for key, tensor in random_block(shape).state_dict().items()} | (
+    tensors = {key: tensor.bfloat16() for key, tensor in random_head(shape, std=0.1).state_dict().items()} | (
         extra or {}
     )
     save_file(

@@ -13,6 +13,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
+from subspec.drafts.block_head import BlockHead, BlockShape
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
@@ -60,9 +61,12 @@ SHAPES3 = {
 """EAGLE-3 heads for targets of hidden size 64, eight layers and 320 tokens."""
 
 
+HEADS = {EagleShape: EagleHead, Eagle3Shape: Eagle3Head, BlockShape: BlockHead}
+
+
 def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHead:
     """Random weights; norms are not 1 and biases not 0, so that code that forgets them does not pass by luck."""
-    head = (Eagle3Head if isinstance(shape, Eagle3Shape) else EagleHead)(shape)
+    head = HEADS[type(shape)](shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         if isinstance(shape, Eagle3Shape) and shape.mapped:
