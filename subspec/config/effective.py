@@ -14,7 +14,7 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Plain decoding has no tree. ``quant`` applies to the draft, and to the weights that ``offload.codec=substitute``
     streams. Configurations of earlier versions have no ``offload.vram_counts``; their budgets counted the allocator.
-    streams. Without a proposer its keys are left out, too.
+    Without a proposer its keys are left out, too.
     """
     draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
     idle = {"tree"} if draft.get("name") == "none" else set()

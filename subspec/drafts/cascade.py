@@ -6,46 +6,30 @@ frontier. Nodes of the tree and their scores are the substitute's alone: a level
 grows from have been scored, and a wrong guess costs a row. The tree is therefore the substitute's own, whatever the
 proposer guesses.
 
+Beside the proposer, an index of n-grams guesses: of the text so far, and of the substitute's likeliest tokens in this
+text's trees, accepted or not. It costs nothing, and knows names, numbers and what follows where branches meet again.
+
 Every level reads the new nodes' tokens back to the host, which decides whether another pass is needed.
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import math
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from subspec.config.enums import Proposer
-from subspec.config.schema import (
-    Config,
-    DraftConfig,
-    Eagle2DraftConfig,
-    Eagle3DraftConfig,
-    PromptLookupDraftConfig,
-    SmallModelDraftConfig,
-    StreamOffloadConfig,
-    SubstituteDraftConfig,
-)
 from subspec.decoding.draft import Draft, LevelDraft, Perturb
 from subspec.decoding.kv_cache import KVCache
-from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, TreePolicy
-from subspec.drafts.eagle import EagleSpec
-from subspec.drafts.prompt_lookup import PromptLookupSpec
-from subspec.drafts.small_model import SmallModelSpec
-from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
-from subspec.drafts.substitute import SubstituteSpec
-from subspec.errors import ConfigError, SubspecError
-from subspec.utils.console import Note
+from subspec.drafts.ngram_index import NgramIndex
 
 LEAST = -7.0
 """Log-probability of a guess, given its parent, below which it is not worth a row."""
+
+CONTEXT, INDEXED, INDEX_SHARE = 4, 16, 0.3
+"""Of the index: most tokens of a context, most tokens guessed behind it, and their share among the guesses."""
 
 DOUBT = 2
 """Factor of the temperature at which guesses beside the likeliest tree are ranked: the proposer may be wrong."""
@@ -103,10 +87,12 @@ class CascadeDraft(Draft):
         self.extra_rows = sizes.draft_rows - policy.draft_rows
         # The nodes that the substitute runs. Their numbers stay while the tree grows, and name them in both drafts.
         self._known = Tree(sizes.capacity, device)
+        self._index = NgramIndex(CONTEXT)
         self._clear()
 
     def _clear(self) -> None:
         self._lineage: list[tuple[int, int]] = []  # parent and depth of every known node
+        self._ends: list[tuple[int, ...]] = []  # the last tokens of their paths
         self._children: dict[tuple[int, int], int] = {}  # by parent and token
         self._number: dict[int, int] = {}  # of the drafted tree's nodes that were in a frontier
         self._scored: dict[int, Tensor] = {}  # the substitute's logits
@@ -117,10 +103,12 @@ class CascadeDraft(Draft):
     def begin(self, cache: KVCache) -> None:
         self._clear()
         self._cache = cache
+        self._index.clear()
         self.levels.begin(cache)
         self.proposer.begin(cache)
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
+        self._index.add(tokens.tolist())
         self.proposer.observe(tokens, hidden)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
@@ -162,9 +150,10 @@ class CascadeDraft(Draft):
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         if not self._lineage:
             self._plant(tree)
-        nodes = [0]
-        for token in tree.tokens.index_select(0, path[1:]).tolist():
+        nodes, tokens = [0], tree.tokens.index_select(0, path).tolist()
+        for token in tokens[1:]:
             nodes += self._nodes([(nodes[-1], token)])
+        self._index.add(tokens)
         self.proposer.commit(self._known, torch.tensor(nodes, device=path.device), hidden)
         self.levels.commit(tree, path, None)
         self._clear()
@@ -179,6 +168,7 @@ class CascadeDraft(Draft):
         self._known.plant(tree.tokens[:1])
         self._known.level_size = 0  # it has no levels: nodes of any depth follow each other
         self._lineage, self._number = [(0, 0)], {0: 0}
+        self._ends = [(*self._index.tail, int(tree.tokens[0]))]
 
     def _locate(self, tree: Tree, frontier: Tensor) -> list[int]:
         """The known nodes that ``frontier`` stands for; new ones are added."""
@@ -206,6 +196,7 @@ class CascadeDraft(Draft):
                 self._children[child] = number
                 depth = self._lineage[child[0]][1] + 1
                 self._lineage.append((child[0], depth))
+                self._ends.append((*self._ends[child[0]][-CONTEXT:], child[1]))
                 deepest = max(deepest, depth)
             known.append(tokens, parents, torch.zeros(len(new), device=device))
             known.levels, known.level_size = deepest, 0
@@ -217,6 +208,8 @@ class CascadeDraft(Draft):
         batch += self._guess(tree.levels, nodes, tree.scores.index_select(0, frontier), perturb)
         logits = self.levels.expand(self._known, torch.tensor(batch, device=frontier.device))
         self._scored.update(zip(batch, logits, strict=True))
+        for node, token in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
+            self._index.count(self._ends[node], token)
         # Logits of a large vocabulary: those of earlier levels are not needed again.
         self._scored = {n: row for n, row in self._scored.items() if self._lineage[n][1] >= tree.levels}
         self._passes += 1
@@ -286,116 +279,15 @@ class CascadeDraft(Draft):
         for _, level in groupby(sorted(missing, key=depth), key=depth):
             group = list(level)
             logits = self.proposer.expand(self._known, torch.tensor(group, device=self._known.tokens.device))
-            self._guessed.update(zip(group, logits.float().log_softmax(dim=-1), strict=True))
+            for node, row in zip(group, logits.float().log_softmax(dim=-1), strict=True):
+                self._guessed[node] = self._mixed(row, self._index.candidates(self._ends[node], INDEXED))
 
-
-PROPOSERS: dict[Proposer, tuple[type[DraftSpec], type[DraftConfig]]] = {
-    Proposer.prompt_lookup: (PromptLookupSpec, PromptLookupDraftConfig),
-    Proposer.small_model: (SmallModelSpec, SmallModelDraftConfig),
-    Proposer.eagle2: (EagleSpec, Eagle2DraftConfig),
-    Proposer.eagle3: (EagleSpec, Eagle3DraftConfig),
-}
-
-
-def proposer_of(config: Config) -> tuple[type[DraftSpec], Config] | None:
-    """The proposer's kind, and the configuration in which it is the draft; None: there is none."""
-    draft = config.draft
-    if not isinstance(draft, SubstituteDraftConfig) or draft.proposer is Proposer.none:
-        return None
-    kind, settings = PROPOSERS[draft.proposer]
-    options: dict[str, Any] = {"name": draft.proposer.value}
-    if settings is PromptLookupDraftConfig:
-        options["shortest"] = 1  # a wrong guess costs only a row
-    else:
-        options["path"] = draft.proposer_path
-    return kind, replace(config, draft=settings(**options))
-
-
-@contextmanager
-def _about_proposer() -> Iterator[None]:
-    """Name the proposer's keys in its own messages."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error).replace("draft.path", "draft.proposer_path")
-        raise type(error)(re.sub(r"\bdraft=(?!subspec)", "draft.proposer=", text)) from error
-
-
-class CascadeSpec(SubstituteSpec):
-    """``draft=subspec``, with ``draft.proposer`` in front of it if there is one."""
-
-    def __init__(self, context: DraftContext) -> None:
-        self._proposer: DraftSpec | None = None
-        if found := proposer_of(context.config):
-            kind, config = found
-            assert isinstance(context.config.draft, SubstituteDraftConfig)
-            self._policy, self._proposed = context.policy, context.config.draft.proposed
-            # The substitute's kernels are chosen for the rows of a pass, too.
-            context = replace(context, policy=GuessPolicy(context.policy, self._proposed))
-            self._proposer = kind(replace(context, config=config, quantizer=None))
-        super().__init__(context)
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        super().check(config)
-        draft, found = config.draft, proposer_of(config)
-        path = getattr(draft, "proposer_path", None)
-        if path is not None and (found is None or draft.proposer is Proposer.prompt_lookup):
-            raise ConfigError(
-                f"draft.proposer_path={path}: draft.proposer={draft.proposer.value} has no weights: leave it at null"
-            )
-        if found is None:
-            return
-        if isinstance(config.offload, StreamOffloadConfig):
-            raise ConfigError(
-                f"draft.proposer={draft.proposer.value}: offload=stream captures whole levels, and a proposer adds "
-                "single nodes: set draft.proposer=none, or offload=none"
-            )
-        with _about_proposer():
-            found[0].check(found[1])
-
-    @classmethod
-    def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        super().check_target(config, model)
-        if found := proposer_of(config):
-            with _about_proposer():
-                found[0].check_target(found[1], model)
-
-    @classmethod
-    def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        if found := proposer_of(config):
-            with _about_proposer():
-                found[0].check_files(found[1], model, note)
-
-    @classmethod
-    def weights_identity(cls, config: Config, note: Note) -> str | None:
-        own = super().weights_identity(config, note)
-        if found := proposer_of(config):
-            with _about_proposer():
-                own = "+".join(filter(None, (own, found[0].weights_identity(found[1], note)))) or None
-        return own
-
-    def prepare(self) -> None:
-        super().prepare()
-        if self._proposer is not None:
-            with _about_proposer():
-                self._proposer.prepare()
-
-    def build(self, target: TargetModel) -> BuiltDraft:
-        built = super().build(target)
-        if self._proposer is None:
-            return built
-        assert isinstance(built.draft, LevelDraft)
-        with _about_proposer():
-            proposer = self._proposer.build(target)
-        draft = CascadeDraft(built.draft, proposer.draft, self._policy, self._proposed, target.device)
-        name = self._proposer.context.config.draft.name
-        own = {"draft": name, "proposed": self._proposed, **proposer.facts}
-        summary = f"up to {self._proposed} nodes a pass are proposed by {name}, {proposer.summary}"
-        return replace(built, draft=draft, facts={**built.facts, "proposer": own}, summary=summary)
-
-    def _take_whole(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
-        """Captured levels are whole, and a proposer adds single nodes."""
-        if self._proposer is not None:
-            return f"draft.proposer={draft.proposer.value}"
-        return super()._take_whole(target, draft)
+    def _mixed(self, log_probs: Tensor, candidates: dict[int, float]) -> Tensor:
+        """A proposer's log-probabilities [vocabulary], mixed with the index's probabilities."""
+        if not candidates:
+            return log_probs
+        mixed = log_probs + math.log(1 - INDEX_SHARE)
+        tokens = torch.tensor(list(candidates), device=mixed.device)
+        probabilities = torch.tensor(list(candidates.values()), device=mixed.device)
+        mixed[tokens] = mixed[tokens].logaddexp(probabilities.log() + math.log(INDEX_SHARE))
+        return mixed

@@ -13,7 +13,7 @@ from subspec.config.schema import (
     SubstituteDraftConfig,
 )
 from subspec.drafts.block_draft import BlockSpec
-from subspec.drafts.cascade import CascadeSpec
+from subspec.drafts.cascade_spec import CascadeSpec
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
 from subspec.drafts.pard import PardSpec

@@ -9,6 +9,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
+from subspec.drafts import cascade
 from subspec.drafts.cascade import SPARE, CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.ngram_index import NgramIndex
@@ -116,8 +117,9 @@ def test_trees_are_the_same_for_random_models_and_sizes(seed, policy, proposed):
 
 
 @pytest.mark.parametrize(("proposed", "passes"), [(1, 3), (2, 2), (16, 1)])
-def test_a_perfect_proposer_divides_the_passes(model, proposed, passes):
+def test_a_perfect_proposer_divides_the_passes(model, proposed, passes, monkeypatch):
     """Every pass scores the frontier of a chain of 6 levels and the nodes ahead of it."""
+    monkeypatch.setattr(cascade, "INDEX_SHARE", 1e-9)
     _, trees = generated(engine_with(model, model, "itself", Beam(6, 1), proposed=proposed))
     assert {tree[3] for tree in trees[:-1]} == {passes}  # the last is cut by the length limit
 
@@ -132,3 +134,12 @@ def test_wrong_guesses_never_take_the_rows_that_the_tree_needs(model, substitute
     assert [tree[:2] for tree in trees] == [tree[:2] for tree in own]
     assert engine.cache.draft_rows == Beam(12, 3).draft_rows + SPARE * 4
     assert max(most) > Beam(12, 3).draft_rows  # some of the spare rows were used
+
+
+def test_the_index_guesses_what_the_substitute_said_before(model, substitute):
+    """Every tree of a text that repeats itself; the proposer knows nothing."""
+    engine = engine_with(model, substitute, "stranger", Beam(4, 1))
+    found, _ = generated(engine, 60)
+    assert found.stats.draft_passes < sum(found.stats.drafted_by_depth) * 0.9
+    index = engine.draft._index
+    assert index.tail == tuple([*PROMPT, *found.token_ids][:-1][-len(index.tail) :])
