@@ -113,7 +113,8 @@ class CascadeDraft(Draft):
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         nodes = self._locate(tree, frontier)
-        self._run(tree, frontier, nodes, None)
+        if any(node not in self._scored for node in nodes):
+            self._run(tree, frontier, nodes, None)
         return torch.stack([self._scored[node] for node in nodes])
 
     def extend(
@@ -210,8 +211,11 @@ class CascadeDraft(Draft):
         self._scored.update(zip(batch, logits, strict=True))
         for node, token in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
             self._index.count(self._ends[node], token)
-        # Logits of a large vocabulary: those of earlier levels are not needed again.
+        # Rows of a large vocabulary: those of earlier levels are not needed again.
         self._scored = {n: row for n, row in self._scored.items() if self._lineage[n][1] >= tree.levels}
+        for node in self._guessed:
+            if self._lineage[node][1] < tree.levels:
+                self._guessed[node] = self._guessed[node].new_empty(0)
         self._passes += 1
 
     def _guess(self, level: int, nodes: list[int], scores: Tensor, perturb: Perturb | None) -> list[int]:
