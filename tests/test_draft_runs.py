@@ -105,6 +105,20 @@ def test_the_text_is_plain_decodings_and_the_record_says_what_drafted(tmp_path, 
     assert summary["totals"]["tau"] > 1
 
 
+@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
+def test_a_proposer_saves_passes_of_the_substitute(tmp_path, plainly, decoding):
+    proposer = ["draft.proposer=small_model", "draft.proposer_path=planted:tiny_draft", "tree=chain"]
+    out, records, summary = run(tmp_path / "run", *proposer, f"decoding={decoding}", "audit=true")
+    assert [record["token_ids"] for record in records] == [r["token_ids"] for r in plainly[decoding]]
+    totals = summary["totals"]
+    passes, levels = totals["draft_passes"], sum(totals["drafted_by_depth"])
+    assert 0 < passes < levels
+    assert f"{passes} for {levels} levels" in out
+    assert summary["audit"]["mismatch"] == 0
+    described = summary["run"]["draft"]["proposer"]
+    assert (described["draft"], described["proposed"], described["planted"]) == ("small_model", 32, True)
+
+
 @pytest.mark.parametrize("where", ["cache", "folder"])
 def test_a_quantized_small_model_is_kept_and_found_again(tmp_path, plain, monkeypatch, where):
     """In the cache by itself, in ``quant.folder`` when asked; the second start quantizes nothing."""

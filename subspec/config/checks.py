@@ -47,6 +47,7 @@ RANGES: list[Check] = [
     ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level yields the draft's probabilities"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
+    ("draft.proposed", lambda value: 1 <= value <= 64, "must lie in 1..64"),
     (
         "decoding.max_length",
         lambda value: value >= 2,

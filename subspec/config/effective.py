@@ -14,6 +14,7 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Plain decoding has no tree. ``quant`` applies to the draft, and to the weights that ``offload.codec=substitute``
     streams. Configurations of earlier versions have no ``offload.vram_counts``; their budgets counted the allocator.
+    Without a proposer its keys are left out, too.
     """
     draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
     idle = {"tree"} if draft.get("name") == "none" else set()
@@ -23,4 +24,6 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in idle}
     if offload.get("vram_counts") == VramCounts.allocator.value:
         kept["offload"] = {key: value for key, value in offload.items() if key != "vram_counts"}
+    if draft.get("proposer") == "none":
+        kept["draft"] = {key: value for key, value in draft.items() if not key.startswith("propose")}
     return kept

@@ -71,6 +71,16 @@ class Unpack(Enum):
     never = "never"
 
 
+class Proposer(Enum):
+    """The draft that proposes nodes to the substitute, named as in ``conf/draft``."""
+
+    none = "none"
+    prompt_lookup = "prompt_lookup"
+    small_model = "small_model"
+    eagle2 = "eagle2"
+    eagle3 = "eagle3"
+
+
 class Kernel(Enum):
     """What computes a draft level's quantized Linears; ``auto`` takes the fastest here, and the record says which."""
 

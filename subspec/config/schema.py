@@ -25,6 +25,7 @@ from subspec.config.enums import (
     Objective,
     Placement,
     Profile,
+    Proposer,
     Source,
     Unpack,
     VramCounts,
@@ -92,10 +93,15 @@ class SubstituteDraftConfig(DraftConfig):
     ``unpack`` applies to single modules (``offload=none``); ``auto`` replaces them by fused levels on a CPU where
     ``quant=hqq`` with ``axis=1`` allows it. ``kernel`` and ``overlap_launches`` apply to the captured
     levels of ``offload=stream``. ``vocab``: the ids that its LM head knows, a number or a file (null: all).
+    ``proposer``: a draft that guesses up to ``proposed`` nodes for every pass; its weights are in ``proposer_path``
+    (as ``draft.path`` of that draft; null: those that ship).
     """
 
     temperature: float = 0.2
     vocab: Any = None
+    proposer: Proposer = Proposer.none
+    proposer_path: str | None = None
+    proposed: int = 32
     unpack: Unpack = Unpack.auto
     kernel: Kernel = Kernel.auto
     overlap_launches: bool = True

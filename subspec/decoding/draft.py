@@ -1,8 +1,7 @@
 """The interface between the engine and a draft."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +11,11 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 
-Perturb = Callable[[Tensor], Tensor]
-"""Adds the sampling noise of a tree level to its logits [f, vocabulary]."""
+
+class Perturb(Protocol):
+    """Adds the sampling noise of a tree level, or of one ``ahead`` levels below it, to logits [f, vocabulary]."""
+
+    def __call__(self, logits: Tensor, ahead: int = 0) -> Tensor: ...
 
 
 class Draft(ABC):
@@ -25,6 +27,7 @@ class Draft(ABC):
     Attributes:
         wants: hidden states of the target that ``observe`` and ``commit`` receive.
         shares_cache: whether the draft keeps its rows in the draft region of the target's cache.
+        extra_rows: rows of that region besides those of the policy's nodes (``TreePolicy.draft_rows``).
 
     Args:
         temperature: of the draft's distribution; sharpens the tree only.
@@ -32,6 +35,7 @@ class Draft(ABC):
 
     wants: HiddenRequest = NO_HIDDEN
     shares_cache: bool = False
+    extra_rows: int = 0
 
     def __init__(self, temperature: float) -> None:
         if temperature <= 0:
@@ -81,6 +85,10 @@ class Draft(ABC):
                 ``Tree.drafted_number`` returns their numbers of that time.
             hidden: the hidden states in ``wants`` of these nodes, [n, width]; None if it wants none.
         """
+
+    def passes(self, tree: Tree) -> int:
+        """Passes of the draft's model that drafted ``tree``, before ``commit``."""
+        return tree.levels
 
     def facts(self) -> dict[str, Any]:
         """Facts about the execution for the run's record: ``graphs_captured``, ``draft_launches``."""

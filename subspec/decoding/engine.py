@@ -92,7 +92,7 @@ class Engine:
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
         self.cache = target.new_cache(
             max_length=max_length,
-            draft_rows=policy.draft_rows if draft is not None and draft.shares_cache else 0,
+            draft_rows=policy.draft_rows + draft.extra_rows if policy and draft and draft.shares_cache else 0,
             target_rows=max(
                 round_up(policy.pass_nodes, self._rows) if policy else 1, min(prefill_chunk, max_length)
             ),
@@ -189,6 +189,7 @@ class Engine:
             with clock.phase("draft"):
                 drafted = self._draft(root, output.remaining - 1)
             size, levels = self.tree.size, self.tree.levels
+            stats.draft_passes += self.draft.passes(self.tree) if self.draft is not None else 0
             with clock.phase("verify"):
                 hidden, logits = self._score(size)
             with clock.phase("accept"):
@@ -303,7 +304,10 @@ class Engine:
             return self.draft.extend(self.tree, frontier, self.policy)
         position = self.cache.length + 1 + self.tree.levels
         return self.draft.extend(
-            self.tree, frontier, self.policy, lambda logits: self.sampler.perturb(logits, position)
+            self.tree,
+            frontier,
+            self.policy,
+            lambda logits, ahead=0: self.sampler.perturb(logits, position + ahead),
         )
 
     def _score(self, size: int) -> tuple[Hidden, Tensor]:

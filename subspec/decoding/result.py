@@ -25,6 +25,7 @@ class GenerationStats:
         reached_by_depth: entry d-1 counts the iterations that had a level of depth d and accepted a node of depth d-1
             (depth 0 is the root, always accepted).
         drafted_nodes: tree nodes verified, summed over iterations (roots excluded).
+        draft_passes: passes of the draft's model; of most drafts one for every level.
         prefill_s: seconds until the first token, target prefill included.
         decode_s: seconds from the first token to the last.
         block_s: seconds from each emitted block to the next, one per iteration; they add up to about ``decode_s``.
@@ -44,6 +45,7 @@ class GenerationStats:
     accepted_by_depth: list[int] = field(default_factory=list)
     reached_by_depth: list[int] = field(default_factory=list)
     drafted_nodes: int = 0
+    draft_passes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     block_s: list[float] = field(default_factory=list)

@@ -40,11 +40,14 @@ class NgramIndex:
         """Append ``tokens`` to the text."""
         tail = list(self._tail)
         for token in tokens:
-            for length in range(self.shortest, min(self.longest, len(tail)) + 1):
-                context = tuple(tail[len(tail) - length :])
-                self._followers.setdefault(context, Counter())[token] += 1
+            self.count(tail, token)
             tail = [*tail, token][-self.longest :]
         self._tail = tuple(tail)
+
+    def count(self, context: Sequence[int], token: int) -> None:
+        """Count ``token`` behind ``context`` and its endings, outside of the text."""
+        for length in range(self.shortest, min(self.longest, len(context)) + 1):
+            self._followers.setdefault(tuple(context[len(context) - length :]), Counter())[token] += 1
 
     def candidates(self, context: Sequence[int], most: int) -> dict[int, float]:
         """Tokens that followed ``context`` or its endings, and their probabilities: at most ``most``, likeliest first.

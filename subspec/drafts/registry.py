@@ -13,17 +13,17 @@ from subspec.config.schema import (
     SubstituteDraftConfig,
 )
 from subspec.drafts.block_draft import BlockSpec
+from subspec.drafts.cascade_spec import CascadeSpec
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.layer_skip import LayerSkipSpec
 from subspec.drafts.pard import PardSpec
 from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import DraftSpec
-from subspec.drafts.substitute import SubstituteSpec
 from subspec.errors import ConfigError
 
 SPECS: dict[type[DraftConfig], type[DraftSpec]] = {
-    SubstituteDraftConfig: SubstituteSpec,
+    SubstituteDraftConfig: CascadeSpec,
     Eagle2DraftConfig: EagleSpec,
     Eagle3DraftConfig: EagleSpec,
     BlockHeadDraftConfig: BlockSpec,

@@ -2,7 +2,7 @@
 
 The draft runs the prompt itself, in chunks, and drafts in the draft region of its own cache, as a substitute does in
 the target's. After verification the rows of the accepted nodes move from the draft region to the prefix, so they are
-not computed again. Only an accepted node of the deepest level, which was never run, is run alone.
+not computed again. Accepted nodes that were never run, such as one of the deepest level, are run then.
 """
 
 from typing import Any
@@ -90,18 +90,17 @@ class SeparateCacheDraft(Draft):
         return super().extend(tree, frontier, policy, perturb)
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
-        """Keep the accepted nodes' rows; run the last of them if no level did."""
+        """Keep the accepted nodes' rows; run those behind them that no level did."""
         used = self.levels.rows_used(tree)
         first = self.cache.draft_rows - used
         # Rows are known by the numbers that nodes had before the policy pruned the tree.
         holds = self.levels.node_of_row[first:][None, :] == tree.drafted_number(path)[:, None]
-        has_run = path.numel() - 1 < tree.levels
+        kept = min(path.numel(), tree.levels)
         if not self.levels.whole_levels:
-            # The host does not know whether a partly expanded level ran the node: one more read-back.
-            has_run = bool(holds[-1].any())
-        kept = path.numel() if has_run else path.numel() - 1
+            # The host does not know which nodes of partly expanded levels were run: one more read-back.
+            kept = int(holds.any(dim=1).sum())
         if kept:
             self.cache.adopt(holds[:kept].to(torch.int8).argmax(dim=1) + first)
         self.levels.commit(tree, path, None)
-        if not has_run:
-            self.levels.append(tree.tokens.index_select(0, path[-1:]))
+        if kept < path.numel():
+            self.levels.append(tree.tokens.index_select(0, path[kept:]))

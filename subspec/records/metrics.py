@@ -118,6 +118,7 @@ def turn_metrics(
             list(stats.accepted_by_depth),
             list(stats.reached_by_depth),
         ),
+        "draft_passes": stats.draft_passes,
         "prefill_s": stats.prefill_s,
         "decode_s": stats.decode_s,
         "ttft_s": stats.prefill_s,
@@ -227,6 +228,7 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     drafted = _sum_by_depth(turns, "drafted_by_depth")
     accepted = _sum_by_depth(turns, "accepted_by_depth")
     reached = _sum_by_depth(turns, "reached_by_depth") if _all_have(turns, "reached_by_depth") else None
+    passes = sum(record["draft_passes"] for record in turns) if _all_have(turns, "draft_passes") else None
     blocks = [seconds for record in turns for seconds in record.get("block_s") or []]
     wall = sums["prefill_s"] + sums["decode_s"]
 
@@ -247,6 +249,7 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
         "tau": ratio(sums["verified_tokens"], sums["iterations"]),
         "tau_published": _tau_published(len(turns), sums["verified_tokens"], sums["iterations"]),
         **_acceptance(sums["iterations"], sums["drafted_nodes"], drafted, accepted, reached),
+        "draft_passes": passes,
         **_percentiles(blocks if _all_have(turns, "block_s") else []),
         "link_gb_per_s": _common(linked, "link_gb_per_s") if linked else None,
         "bytes_per_pass": _common(linked, "bytes_per_pass") if linked else None,

@@ -122,6 +122,9 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     split = _split(totals)
     if split:
         facts.append(("decode time", split))
+    passes, levels = totals.get("draft_passes"), sum(totals["drafted_by_depth"])
+    if passes and passes < levels:
+        facts.append(("draft passes", f"{passes} for {levels} levels ({100 * passes / levels:.0f} %)"))
     if totals["roofline_tokens_per_s"] is not None:
         facts.append(("link", _link(totals)))
     facts.append(("peak memory", _memory(summary)))

@@ -111,6 +111,23 @@ CHECKS = {
         "draft.overlap_launches=false",
         r"draft\.overlap_launches=false is for the captured levels of offload=stream: set that",
     ),
+    "guesses of a pass": ("draft.proposed=65", r"draft\.proposed=65 must lie in 1\.\.64"),
+    "weights of a proposer that has none": (
+        "draft.proposer=prompt_lookup draft.proposer_path=HERE",
+        r"draft\.proposer_path=HERE: draft\.proposer=prompt_lookup has no weights: leave it at null",
+    ),
+    "weights of no proposer": (
+        "draft.proposer_path=HERE",
+        r"draft\.proposer_path=HERE: draft\.proposer=none has",
+    ),
+    "a proposer and whole levels": (
+        "plan_only=true offload=stream draft.proposer=prompt_lookup",
+        r"draft\.proposer=prompt_lookup: offload=stream .*set draft\.proposer=none, or offload=none",
+    ),
+    "a proposer that ships no head": (
+        "draft.proposer=eagle3",
+        r"draft\.proposer=eagle3 ships no head: set draft\.proposer_path to",
+    ),
     "negative seed": ("seed=-1", r"seed=-1 must not be negative"),
     "negative warm-up": ("warmup=-1", r"warmup=-1 must not be negative"),
     "probability above one": (

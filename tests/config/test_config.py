@@ -219,6 +219,8 @@ def test_help_on_what_is_not_there(word, message):
         ("draft=none seed=0", "draft=none seed=1", False),
         ("offload=stream offload.vram_gib=8", "offload=stream offload.vram_gib=8.0", True),
         ("offload=stream", "offload=stream offload.vram_counts=device", False),
+        ("draft.proposed=8", "draft.proposed=9", True),
+        ("draft.proposer=eagle2 draft.proposed=8", "draft.proposer=eagle2 draft.proposed=9", False),
         ("draft=subspec quant.bits=4", "draft=subspec quant.bits=3", False),
         ("draft=eagle2 tree.depth=3", "draft=eagle2 tree.depth=4", False),
     ],

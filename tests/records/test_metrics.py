@@ -70,16 +70,20 @@ def test_acceptance_and_block_times_by_hand() -> None:
 
 
 def test_percentiles_and_histograms_are_pooled_and_old_records_have_no_new_figures() -> None:
-    quick = record(0) | turn_metrics(result(block_s=(0.1,) * 98))
+    quick = record(0) | turn_metrics(result(block_s=(0.1,) * 98, draft_passes=7))
     slow = record(1) | turn_metrics(result(block_s=(1.0,) * 2, accepted=(2,), reached=(4, 2)))
     totals = summarise([quick, slow])["totals"]
     assert totals["accepted_histogram"] == [2, 3, 2, 1]
     assert totals["conditional_accept_rate_by_depth"] == [6 / 8, 3 / 6, 1 / 2]
     assert (totals["block_p50_s"], totals["block_p99_s"]) == pytest.approx((0.1, 1.0))
     assert totals["draft_acceptance_rate"] == 10 / 40
-    old = {key: value for key, value in slow.items() if key not in ("block_s", "reached_by_depth")}
+    assert totals["draft_passes"] == 7
+    new = ("block_s", "reached_by_depth", "draft_passes")
+    old = {key: value for key, value in slow.items() if key not in new}
     mixed = summarise([quick, old])["totals"]
-    assert (mixed["block_p50_s"], mixed["conditional_accept_rate_by_depth"]) == (None, None)
+    assert [mixed[name] for name in ("block_p50_s", "conditional_accept_rate_by_depth", "draft_passes")] == [
+        None
+    ] * 3
     assert mixed["accepted_histogram"] == totals["accepted_histogram"], "follows from older fields"
 
 
