@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from subspec import session
-from subspec.config.enums import VramCounts
+from subspec.config.enums import Device, VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     NoDraftConfig,
@@ -93,7 +93,8 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
 @pytest.mark.parametrize("kind", [StreamOffloadConfig, AccelerateOffloadConfig])
 def test_a_budget_that_the_device_cannot_hold_is_refused_before_anything_is_fetched(monkeypatch, kind):
     fake_device(monkeypatch)
-    config = SimpleNamespace(offload=kind(name="x", vram_gib=7.2), draft=NoDraftConfig(name="none"))
+    offload, draft = kind(name="x", vram_gib=7.2), NoDraftConfig(name="none")
+    config = SimpleNamespace(offload=offload, draft=draft, device=Device.auto)
     with pytest.raises(ConfigError, match=r"offload\.vram_gib=7\.2 .*at most 7\.1"):
         check_offload(config, torch.device("cuda"))
     config.offload.vram_gib = 7.1
