@@ -233,7 +233,8 @@ class Engine:
         root, times = self.tree.tokens[:1].clone(), []
         for _ in range(tokens + 1 if tokens else 0):
             path = self.tree.plant(root)
-            root = self._judge(self._score(1)[1], 0).bonus
+            logits = self.target.logits(self._pass(1).final)  # not rounded up, as a tree's rows are
+            root = self._judge(logits, 0).bonus
             self.cache.accept(path)
             root.tolist()  # a text would wait for its token
             times.append(time.perf_counter())

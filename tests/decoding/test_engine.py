@@ -135,12 +135,20 @@ def test_committed_rows_are_the_targets_exact_keys_and_values(model):
     torch.testing.assert_close(ours, fresh.cache.rows[:, :, :, :length], rtol=1e-4, atol=1e-4)
 
 
-def test_timed_plain_passes_change_no_text(model, reference):
+def test_timed_plain_passes_change_no_text(model, reference, monkeypatch):
     engine = engine_for(model, Beam(5, 3), max_length=len(PROMPT) + 60)
+    engine._rows = 8  # passes over trees are rounded up on a GPU, plain ones are not
     first = engine.generate(PROMPT, max_new_tokens=30)
-    length = engine.cache.length
-    passes, seconds = engine.time_plain(4)
+    length, rows, forward = engine.cache.length, [], engine.target.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            engine.target,
+            "forward",
+            lambda batch, **kept: rows.append(len(batch.tokens)) or forward(batch, **kept),
+        )
+        passes, seconds = engine.time_plain(4)
     assert (passes, engine.cache.length) == (4, length + 5)
+    assert rows == [1] * 5
     assert seconds > 0
     assert engine.generate(PROMPT, max_new_tokens=60).token_ids == reference
     assert engine.time_plain(4) == (0, 0.0)  # the text ended at max_length
