@@ -48,20 +48,12 @@ def _main(arguments: list[str]) -> None:
     from subspec.cli.compose import compose_config
 
     cfg = compose_config(arguments)
-    from subspec.config.defaults import fill_width
-    from subspec.config.schema import to_config
-    from subspec.drafts.check_config import check_against_target, check_config
     from subspec.runs.console import RunConsole
-    from subspec.runs.loading import load
+    from subspec.runs.loading import load, resolve
     from subspec.session import check_draft, check_offload
-    from subspec.targets import load_target_config, resolve_device
 
-    check_config(to_config(cfg))
-    console, device = RunConsole(), resolve_device(to_config(cfg).device)
-    fill_width(cfg, device.type)
-    config = to_config(cfg)
-    model = load_target_config(config.target, note=console.note)
-    check_against_target(config, model)
+    console = RunConsole()
+    config, device, model = resolve(cfg, console)
     check_offload(config, device)
     check_draft(config, model, console.note)
     loaded = load(config, device, console)

@@ -22,7 +22,7 @@ from subspec.memory.draft_memory import DraftMemory, SizingInputs
 
 
 class BlockDraft(BlockLevels, FeatureDraft):
-    """Drafts with a block head; arguments as of :class:`~subspec.drafts.eagle.EagleDraft`."""
+    """Drafts with a block head; arguments as of :class:`~subspec.drafts.feature_draft.FeatureDraft`."""
 
     def __init__(
         self,
@@ -32,10 +32,8 @@ class BlockDraft(BlockLevels, FeatureDraft):
         temperature: float = 1.0,
         wants: HiddenRequest | None = None,
     ) -> None:
-        shape, wants = head.shape, wants or head.shape.wants(target.model.config)
-        sizes = {"layers": shape.decoder_layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        super().__init__(target, temperature, wants, **sizes, draft_rows=shape.draft_rows(policy))
-        self.head, self.levels = head, shape.levels
+        super().__init__(head, target, policy, temperature, wants)
+        self.head, self.levels = head, head.shape.levels
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         for piece in states.split(SETTLE_ROWS):

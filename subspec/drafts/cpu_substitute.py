@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from subspec.config.checks import streams_from_disk
 from subspec.config.schema import Config, HqqConfig
-from subspec.drafts.vocabulary import draft_ids
+from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.cpu_levels import why_modules
 from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization
@@ -33,7 +33,10 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
         return "fused levels on a CPU take quant=hqq with quant.axis=1"
     if (why := why_modules(model)) is not None:
         return why
-    layer, head = parameter_shapes(model)[0], (known_tokens(config, model), model.hidden_size)
+    layer, head = (
+        parameter_shapes(model)[0],
+        (known_tokens(config.draft, model.vocab_size), model.hidden_size),
+    )
     found = hqq_quantization(quant, layer, head, AUTO, CpuFormat)
     if not streams_from_disk(config):
         return found
@@ -42,12 +45,6 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
         assert isinstance(own, CpuFormat)
         formats[role] = own.smallest(*found.shapes[role])
     return replace(found, formats=formats)
-
-
-def known_tokens(config: Config, model: PretrainedConfig) -> int:
-    """Number of tokens that the draft's LM head knows."""
-    ids = draft_ids(getattr(config.draft, "vocab", None), model.vocab_size, width=1)
-    return model.vocab_size if ids is None else len(ids)
 
 
 class CpuSubstituteMemory(DraftMemory):
@@ -63,7 +60,7 @@ class CpuSubstituteMemory(DraftMemory):
         skipped = len(set(getattr(config.quant, "skip_layers", ())))
         exact = 4 * sum(n * k for n, k in quantization.exact.values())
         whole = exact + 4 * sum(n * k for role, (n, k) in quantization.shapes.items() if role != "head")
-        head = known_tokens(config, inputs.model) * spec.hidden
+        head = known_tokens(config.draft, spec.vocab) * spec.hidden
         tensors = (
             (quantization.layer_bytes + exact, spec.layers - skipped),
             (whole, skipped),

@@ -47,15 +47,7 @@ from subspec.utils.console import Note, print_note
 
 
 class EagleDraft(FeatureDraft):
-    """Drafts with a head that has a KV cache of its own, of one layer.
-
-    Args:
-        head: in the target's dtype, on its device.
-        target: its embedding and LM head are the draft's, unless the head has its own.
-        policy: of the trees that will be drafted, for sizes.
-        temperature: of the draft distribution (EAGLE-2: 1).
-        wants: hidden states of the target; None: those that the head asks for.
-    """
+    """Drafts with an EAGLE head; arguments as of :class:`~subspec.drafts.feature_draft.FeatureDraft`."""
 
     def __init__(
         self,
@@ -65,12 +57,11 @@ class EagleDraft(FeatureDraft):
         temperature: float = 1.0,
         wants: HiddenRequest | None = None,
     ) -> None:
-        shape, wants = head.shape, wants or head.shape.wants(target.model.config)
-        sizes = {"layers": 1, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-        super().__init__(target, temperature, wants, **sizes, draft_rows=policy.draft_rows)
+        super().__init__(head, target, policy, temperature, wants)
         self.head = head
         # By node number, so that a level finds its parents' features wherever they are in the tree.
-        self._predicted = torch.zeros(policy.capacity, shape.hidden, dtype=target.dtype, device=target.device)
+        size = policy.capacity, head.shape.hidden
+        self._predicted = torch.zeros(size, dtype=target.dtype, device=target.device)
         self._pending: Tensor | None = None  # hidden states of the last committed token, [1, width]
 
     def begin(self, cache: KVCache) -> None:

@@ -11,6 +11,8 @@ from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVCache, KVView
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
+from subspec.drafts.eagle_head import EagleHead
 
 SETTLE_ROWS = 256
 """Rows of a prompt written at once: bounds the workspace beside a long prefill chunk."""
@@ -20,15 +22,30 @@ class FeatureDraft(Draft):
     """Keeps the cache; a subclass writes the rows of committed tokens (:meth:`settle`) and drafts.
 
     Args:
-        target: the head is in its dtype, on its device.
-        temperature: of the draft distribution.
-        wants: the hidden states that the head reads.
-        sizes: of the cache: ``layers``, ``kv_heads``, ``head_dim``, ``draft_rows``.
+        head: in the target's dtype, on its device.
+        target: its embedding and LM head are the draft's, unless the head has its own.
+        policy: of the trees that will be drafted, for sizes.
+        temperature: of the draft distribution (EAGLE-2: 1).
+        wants: hidden states of the target; None: those that the head asks for.
     """
 
-    def __init__(self, target: TargetModel, temperature: float, wants: HiddenRequest, **sizes: int) -> None:
+    def __init__(
+        self,
+        head: EagleHead,
+        target: TargetModel,
+        policy: TreePolicy,
+        temperature: float = 1.0,
+        wants: HiddenRequest | None = None,
+    ) -> None:
         super().__init__(temperature)
-        self.target, self.wants, self._sizes = target, wants, sizes
+        shape = head.shape
+        self.target, self.wants = target, wants or shape.wants(target.model.config)
+        self._sizes = {
+            "layers": shape.decoder_layers,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "draft_rows": shape.draft_rows(policy),
+        }
         self._rows: DraftRows | None = None
 
     @property

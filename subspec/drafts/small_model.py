@@ -243,8 +243,10 @@ class SmallModelSpec(DraftSpec):
         assert isinstance(config, SmallModelDraftConfig)
         levels: LevelDraft
         source = self._source
-        modules = config.quantize or why_not_captured(context, source.config, source.dtype)
-        if context.plan is None and modules:
+        captured = context.plan is not None or not (
+            config.quantize or why_not_captured(context, source.config, source.dtype)
+        )
+        if not captured:
             kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
             model = levels.model
         else:

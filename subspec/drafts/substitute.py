@@ -8,7 +8,6 @@ device. Its levels are captured on a GPU and fused on a CPU; where they cannot b
 
 import copy
 import functools
-import hashlib
 import time
 
 import torch
@@ -29,8 +28,7 @@ from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
 from subspec.drafts.substitute_memory import SubstituteMemory
-from subspec.drafts.vocabulary import digest as draft_digest
-from subspec.drafts.vocabulary import draft_ids
+from subspec.drafts.vocabulary import draft_ids, file_digest, ids_digest, known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
@@ -123,7 +121,7 @@ class SubstituteSpec(DraftSpec):
                 "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
                 "or draft=none for plain decoding"
             )
-        draft_digest(getattr(config.draft, "vocab", None))  # reads a file of ids
+        file_digest(getattr(config.draft, "vocab", None))  # reads a file of ids
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
@@ -143,7 +141,7 @@ class SubstituteSpec(DraftSpec):
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:
-        return draft_digest(getattr(config.draft, "vocab", None))
+        return file_digest(getattr(config.draft, "vocab", None))
 
     def prepare(self) -> None:
         """Of a streamed target: choose the kernels by measurement, while the device is empty.
@@ -176,7 +174,7 @@ class SubstituteSpec(DraftSpec):
         config, model = self.context.config, self.context.model
         draft = config.draft
         assert isinstance(draft, SubstituteDraftConfig)
-        head = (self._known(), model.hidden_size)
+        head = (known_tokens(draft, model.vocab_size), model.hidden_size)
         layer = parameter_shapes(model)[0]
         return level_quantization(config.quant, layer, head, kernel=draft.kernel.value)
 
@@ -186,9 +184,6 @@ class SubstituteSpec(DraftSpec):
         context = self.context
         ids = draft_ids(context.config.draft.vocab, context.model.vocab_size, context.policy.width)
         return None if ids is None else torch.tensor(ids)
-
-    def _known(self) -> int:
-        return self.context.model.vocab_size if self._ids is None else len(self._ids)
 
     def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
         context, quantization = self.context, self._quantization
@@ -220,7 +215,7 @@ class SubstituteSpec(DraftSpec):
             **quantization.quantizer.facts,
         }
         if self._ids is not None and "head" in quantization.shapes:
-            self._facts["head_ids"] = hashlib.sha256(repr(self._ids.tolist()).encode()).hexdigest()
+            self._facts["head_ids"] = ids_digest(self._ids.tolist())
         self._cache = getattr(quant, "cache", Cache.off)
         store = SubstituteStore(
             self._facts,
@@ -340,8 +335,9 @@ class SubstituteSpec(DraftSpec):
         self._started, self._quantization = time.perf_counter(), quantization
         context = self.context
         only = Int8CpuLinear.kind if streams_from_disk(context.config) else None
+        known = known_tokens(context.config.draft, context.model.vocab_size)
         self._cpu_kernels = kernels = choose_kernels(
-            {"head": (self._known(), context.model.hidden_size), **quantization.shapes},
+            {"head": (known, context.model.hidden_size), **quantization.shapes},
             context.policy.width,
             context.device,
             formats={"head": CpuHeadFormat(only=only), **quantization.formats},

@@ -1,6 +1,6 @@
 """The substitute's memory beside a streamed target, computed before anything is loaded."""
 
-from subspec.drafts.vocabulary import draft_ids
+from subspec.drafts.vocabulary import known_tokens
 from subspec.levels.quantization import LevelQuantization
 from subspec.memory.allocator import Allocation
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
@@ -20,10 +20,8 @@ class SubstituteMemory(DraftMemory):
         self.allocations = substitute_allocations(quantization, spec.layers - skipped, skipped)
         self.shared_rows = inputs.policy.draft_rows
         own_head = "head" in quantization.shapes
-        draft = inputs.config.draft
-        ids = draft_ids(getattr(draft, "vocab", None), spec.vocab, inputs.policy.width)
-        known = spec.vocab if ids is None else len(ids)
-        if ids is not None and not own_head:
+        known = known_tokens(inputs.config.draft, spec.vocab)
+        if known < spec.vocab and not own_head:
             rows = (known * spec.hidden * CAPTURED_ITEMSIZE, 1)
             self.allocations += (Allocation("draft's LM head", (rows,), f"{known} of {spec.vocab} ids"),)
         linears = fused_linears(quantization.exact, exact=True) + fused_linears(
@@ -32,7 +30,7 @@ class SubstituteMemory(DraftMemory):
         self.level = captured_level_bytes(
             LevelShape.of(spec, linears, own_head=own_head, known=known), inputs.policy.width, inputs.sampling
         )
-        shared_head = 0 if own_head or ids is not None else spec.vocab * spec.hidden * inputs.itemsize
+        shared_head = 0 if own_head or known < spec.vocab else spec.vocab * spec.hidden * inputs.itemsize
         self.read = sum(allocation.bytes for allocation in self.allocations) + shared_head
 
 

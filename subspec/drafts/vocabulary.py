@@ -7,17 +7,19 @@ reads fewer. The other ids are never proposed, and the target still emits them.
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from subspec.config.schema import DraftConfig
 from subspec.errors import ConfigError
 
 KEY = "draft.vocab"
 
 
-def draft_ids(vocab: int | str | None, vocab_size: int, width: int) -> tuple[int, ...] | None:
+def draft_ids(vocab: int | str | None, vocab_size: int, width: int = 1) -> tuple[int, ...] | None:
     """The ids that the draft's LM head knows, ascending; None: all of them.
 
     Args:
@@ -43,9 +45,20 @@ def draft_ids(vocab: int | str | None, vocab_size: int, width: int) -> tuple[int
     return ids if len(ids) < vocab_size else None
 
 
-def digest(vocab: int | str | None) -> str | None:
+def known_tokens(draft: DraftConfig, vocab_size: int) -> int:
+    """Number of ids that the LM head of ``draft`` knows; arguments and errors as of :func:`draft_ids`."""
+    ids = draft_ids(getattr(draft, "vocab", None), vocab_size)
+    return vocab_size if ids is None else len(ids)
+
+
+def file_digest(vocab: int | str | None) -> str | None:
     """Hex digest of the ids in a file; None: no file is given."""
-    return hashlib.sha256(repr(_read(vocab)).encode()).hexdigest() if isinstance(vocab, str) else None
+    return ids_digest(_read(vocab)) if isinstance(vocab, str) else None
+
+
+def ids_digest(ids: Sequence[int]) -> str:
+    """Hex digest of ids."""
+    return hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=4)

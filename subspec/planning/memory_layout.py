@@ -29,7 +29,7 @@ from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.tree import Tree
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
-from subspec.drafts.vocabulary import draft_ids
+from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
@@ -379,8 +379,7 @@ def _quantization(config: Config, spec: ModelSpec) -> LevelQuantization:
     if isinstance(config.draft, NoDraftConfig):
         config = decoding_only(config)
     kernel = getattr(config.draft, "kernel", Kernel.auto).value
-    ids = draft_ids(getattr(config.draft, "vocab", None), spec.vocab, width=1)
-    head = spec.vocab if ids is None else len(ids), spec.hidden
+    head = known_tokens(config.draft, spec.vocab), spec.hidden
     return level_quantization(config.quant, spec.layer, head, kernel=kernel)
 
 

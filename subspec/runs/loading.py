@@ -1,12 +1,19 @@
-"""Load a run's target in the way that ``offload`` configures, and print what was planned and coded."""
+"""Check a run's configuration, load its target in the way that ``offload`` configures, and print the plan."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
+from transformers import PretrainedConfig
 
 from subspec.config.checks import streams_from_disk
-from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig
+from subspec.config.defaults import fill_width
+from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig, to_config
+from subspec.drafts.check_config import check_against_target, check_config
+from subspec.errors import SubspecError
 from subspec.offload.disk import measure_disk, stored_layers
 from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.plan_table import plan_table
@@ -22,7 +29,48 @@ from subspec.session import (
     free_device,
     plan_for,
 )
-from subspec.targets import Target, load_target, open_source, resolve_dtype
+from subspec.targets import (
+    Target,
+    load_target,
+    load_target_config,
+    open_source,
+    resolve_device,
+    resolve_dtype,
+)
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Prefix errors that do not name the config key ``key``."""
+    try:
+        yield
+    except SubspecError as error:
+        if str(error).startswith(key):
+            raise
+        raise type(error)(f"{key}: {error}") from error
+
+
+def resolve(cfg: DictConfig, console: RunConsole) -> tuple[Config, torch.device, PretrainedConfig]:
+    """Check a composed configuration by itself and against the target's ``config.json``, before anything is loaded.
+
+    Args:
+        cfg: what depends on the device is filled in.
+
+    Returns:
+        The configuration, the device, and the target's transformers configuration.
+
+    Raises:
+        SubspecError: in one line with the remedy.
+    """
+    config = to_config(cfg)
+    check_config(config)
+    device = resolve_device(config.device)
+    fill_width(cfg, device.type)
+    config = to_config(cfg)
+    with about("target"):
+        model = load_target_config(config.target, note=console.note)
+    check_against_target(config, model)
+    return config, device, model
 
 
 @dataclass

@@ -5,8 +5,7 @@ weights, quantization). Every finished turn is on disk before the next starts.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,17 @@ from transformers import PretrainedConfig
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
-from subspec.config.defaults import fill_width
 from subspec.config.enums import VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     Config,
     Profile,
     StreamOffloadConfig,
-    to_config,
     to_plain,
 )
 from subspec.decoding.audit import Auditor
 from subspec.decoding.bitwise_choice import why_not
 from subspec.decoding.result import FinishReason
-from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import AuditError, SubspecError
 from subspec.memory.allocator import GIB
 from subspec.records.metrics import speedup, summarise
@@ -48,11 +44,11 @@ from subspec.runs.environment import (
     reserved_vram_gib,
 )
 from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget
-from subspec.runs.loading import Loaded, load, print_plan
+from subspec.runs.loading import Loaded, about, load, print_plan, resolve
 from subspec.runs.logger import SafeLogger, make_logger
 from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
 from subspec.session import check_draft, check_offload, plan_for, weights_identity
-from subspec.targets import load_target_config, resolve_device, resolve_dtype
+from subspec.targets import resolve_dtype
 from subspec.utils.files import write_error, write_json
 
 WARMUP_TOKENS = 16
@@ -81,15 +77,8 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         AuditError: the run finished, but emitted a token that plain decoding would not have.
     """
     check_keys(cfg)
-    config = to_config(cfg)
-    check_config(config)
     console = RunConsole()
-    device = resolve_device(config.device)
-    fill_width(cfg, device.type)
-    config = to_config(cfg)
-    with _about("target"):
-        model_config = load_target_config(config.target, note=console.note)
-    check_against_target(config, model_config)
+    config, device, model_config = resolve(cfg, console)
     if config.plan_only:
         _plan_only(config, model_config, device, run_dir, console)
         return None
@@ -215,7 +204,7 @@ class _Run:
 
     def _prepare(self, first: Sample) -> None:
         config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
-        with _about("target"):
+        with about("target"):
             self.weights = weights_identity(config, console.note)
             if self.folder.resumed:
                 check_weights(self.folder.path, asdict(config), self.weights)
@@ -458,7 +447,7 @@ def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
     """Summary of the baseline run, from its records."""
     if run_dir is None:
         return None
-    with _about("baseline"):
+    with about("baseline"):
         records, _ = read_records(run_dir)
     if not records:
         raise SubspecError(f"baseline={run_dir} holds no records: give the folder of a finished run")
@@ -468,14 +457,3 @@ def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
 def _shortened(path: str, length: int = 40) -> str:
     """The end of a long path, for a table."""
     return path if len(path) <= length else f"...{path[3 - length :]}"
-
-
-@contextmanager
-def _about(key: str) -> Iterator[None]:
-    """Prefix errors that do not name the config key ``key``."""
-    try:
-        yield
-    except SubspecError as error:
-        if str(error).startswith(key):
-            raise
-        raise type(error)(f"{key}: {error}") from error

@@ -235,7 +235,7 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     peaks = {"allocated": 5.0, "reserved": 6.0, "device": 6.7}
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     load = subspec.runs.runner.load
-    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: cuda)
+    monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: cuda)
     monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "this is no GPU")
     monkeypatch.setattr(
         subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console)

@@ -12,7 +12,7 @@ from subspec.config.schema import (
     SubstituteDraftConfig,
 )
 from subspec.decoding.tree_policy import Beam
-from subspec.drafts.vocabulary import digest, draft_ids
+from subspec.drafts.vocabulary import draft_ids, file_digest
 from subspec.errors import ConfigError
 from subspec.session import assemble
 from subspec.targets import Target
@@ -33,8 +33,8 @@ def test_ids_are_a_number_a_text_or_a_list(tmp_path):
     assert draft_ids(320, 320, 4) is None
     names = [str(tmp_path / name) for name in ("ids.txt", "ids.json", "ids.pt")]
     assert {draft_ids(name, 320, 3) for name in names} == {(3, 7, 11)}
-    assert len({digest(name) for name in names}) == 1
-    assert digest(5) is None
+    assert len({file_digest(name) for name in names}) == 1
+    assert file_digest(5) is None
 
 
 @pytest.mark.parametrize(

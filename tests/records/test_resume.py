@@ -331,15 +331,15 @@ def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_p
         subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask"
     )
     folder = tmp_path / "run"
-    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
     stop_after(monkeypatch, 1, *arguments, "device=auto")
     before = contents(folder)
-    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cuda", 0))
     cli(f"run_dir={folder}", "resume=true").refused(
         2, r"device comes to cuda now, and the records in \S+ are of cpu: set device=cpu, or choose another"
     )
     assert contents(folder) == before
-    monkeypatch.setattr(subspec.runs.runner, "resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
     resume(folder, "device=cpu")
     assert {record["device"] for record in records_of(folder)} == {"cpu"}
     assert len(records_of(folder)) == TURNS
