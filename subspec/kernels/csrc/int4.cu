@@ -231,7 +231,7 @@ extern "C" __global__ void BOUNDS int4_linear(
   __shared__ Sums sums[WARPS];
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c) {
-    if (first_row + 8 * c >= rows) break;  // the same for all threads
+    if (c && first_row + 8 * c >= rows) break;  // the same for all threads
     float column[TILES][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
