@@ -117,11 +117,17 @@ def grow(engine: Engine, root: Tensor, most_levels: int) -> None:
     engine._grow(engine.running, most_levels)
 
 
-def verified(engine: Engine) -> _Judged:
-    """A target pass over the whole trees of all running texts, and what it accepts of the last one."""
+def all_verified(engine: Engine) -> list[_Judged]:
+    """A target pass over the whole trees of all running texts, and what it accepts of each."""
+    found: list[_Judged] = []
     for group in engine._pass.groups(engine._pass.run(engine.running, [])):
-        judged = engine._judge(group, *engine._pass.logits(group))
-    return judged[-1]
+        found += engine._judge(group, *engine._pass.logits(group))
+    return found
+
+
+def verified(engine: Engine) -> _Judged:
+    """As :func:`all_verified`, of the one text that runs."""
+    return all_verified(engine)[-1]
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
