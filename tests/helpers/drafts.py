@@ -5,11 +5,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subspec.decoding.draft import Draft
-from subspec.decoding.engine import Engine, _Judged
+from subspec.decoding.engine import Engine
 from subspec.decoding.hidden import FINAL_HIDDEN
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.text_loop import _Judged
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
