@@ -209,7 +209,7 @@ class SubstituteSpec(DraftSpec):
         context, quantization = self.context, self._quantization
         return choose_kernels(
             quantization.shapes,
-            context.policy.width,
+            context.level_rows,
             context.device,
             formats=quantization.formats,
             kernel=draft.kernel.value,
@@ -358,7 +358,7 @@ class SubstituteSpec(DraftSpec):
         known = known_tokens(context.config.draft, context.model.vocab_size)
         self._cpu_kernels = kernels = choose_kernels(
             {"head": (known, context.model.hidden_size), **quantization.shapes},
-            context.policy.width,
+            context.level_rows,
             context.device,
             formats={"head": CpuHeadFormat(only=only), **quantization.formats},
             bench=CpuBench(),
