@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
+import torch
+
 from subspec.decoding.arguments import whole_number
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
@@ -80,6 +82,7 @@ class Scheduler:
         self._waiting.append(text)
         return text
 
+    @torch.inference_mode()
     def remove(self, text: Text) -> None:
         """Drop a text that waits or runs, and free its place; nothing happens to one that has ended."""
         if text in self._waiting:
@@ -87,6 +90,7 @@ class Scheduler:
         else:
             self.engine.leave(text)
 
+    @torch.inference_mode()
     def step(self) -> list[Text]:
         """One pass for all running texts, after waiting ones have joined; returns those that ended.
 

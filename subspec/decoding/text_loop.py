@@ -125,7 +125,6 @@ class TextLoop:
 
     # ------------------------------------------------------------------------------------- texts come and go
 
-    @torch.inference_mode()
     def admit(self, text: Text) -> None:
         """Give ``text`` the next free place; the next :meth:`step` reads its prompt."""
         if not self.running:
@@ -140,7 +139,6 @@ class TextLoop:
         if place.draft is not None:
             place.draft.begin(place.cache)
 
-    @torch.inference_mode()
     def leave(self, text: Text) -> None:
         """Free the place of ``text``, if it has one.
 

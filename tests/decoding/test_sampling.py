@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-import subspec.decoding.engine as engine_module
 from subspec.decoding.sampling import PositionNoise, Sampler, Sampling, keep_mask
 from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
@@ -167,7 +166,10 @@ def fresh_noise_everywhere(tree, chosen, levels, finite):
 
 @pytest.mark.parametrize("broken", [accept_everything, fresh_noise_everywhere])
 def test_the_distribution_test_fails_when_the_verifier_is_broken(small, monkeypatch, broken):
-    monkeypatch.setattr(engine_module, "verify", broken)
+    def of_trees(tree, chosen, levels, finite):
+        return (broken if levels else verify)(tree, chosen, levels, finite)  # not of prompts
+
+    monkeypatch.setattr(text_loop, "verify", of_trees)
     engine = engine_for(small, Beam(2, 2), sampling=SAMPLINGS[0])
     engine.draft = RandomDraft(VOCAB)
     assert p_value(engine, exact_distribution(small, SAMPLINGS[0]), draws=DRAWS // 2) < 1e-6
