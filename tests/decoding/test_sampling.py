@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from subspec.decoding import text_loop
 from subspec.decoding.sampling import PositionNoise, Sampler, Sampling, keep_mask
 from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import verify
