@@ -176,6 +176,27 @@ def test_a_text_that_is_removed_frees_its_place_and_changes_no_other(model, subs
         assert text.result.token_ids == build().generate(list(text.prompt), max_new_tokens=20).token_ids
 
 
+def test_a_callback_may_remove_and_add_texts(model, substitute):
+    build = lambda: engine_of(model, SubstituteDraft(substitute), Beam(3, 2))  # noqa: E731
+    scheduler, texts, seen = Scheduler(build(), 3), {}, []
+
+    def turn(ids, text):
+        if len(texts["first"].output.token_ids) > 3 and "late" not in texts:
+            for name in ("second", "first"):  # another one, and itself
+                scheduler.remove(texts[name])
+                seen.append(len(texts[name].output.token_ids))
+            texts["late"] = scheduler.add([8, 9], max_new_tokens=9)
+
+    for name, prompt in (("first", [1]), ("second", [2, 3]), ("third", [4, 5, 6])):
+        texts[name] = scheduler.add(prompt, max_new_tokens=18, on_tokens=turn if name == "first" else None)
+    ended = run(scheduler)
+    assert set(ended) == {texts["third"], texts["late"]}
+    assert [len(texts[name].output.token_ids) for name in ("second", "first")] == seen
+    for text in ended:
+        expected = build().generate(text.prompt, max_new_tokens=len(text.output.token_ids))
+        assert text.result.token_ids == expected.token_ids
+
+
 def test_a_failing_text_ends_alone(model):
     engine = engine_of(model, None, None)
     scheduler, forward = Scheduler(engine, 3), engine.target.logits
