@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from subspec.config.guard import guarded
-from subspec.errors import SubspecError
+from subspec.errors import ConfigError, SubspecError
 
 if TYPE_CHECKING:
     from subspec.config.schema import ServeConfig
@@ -56,8 +56,13 @@ def serve_config(arguments: Sequence[str]) -> "ServeConfig":
     from subspec.config.checks import check_ranges
     from subspec.config.schema import ServeConfig
 
-    given = OmegaConf.from_dotlist(list(arguments))
-    serve = OmegaConf.to_object(OmegaConf.merge({"serve": OmegaConf.structured(ServeConfig)}, given))["serve"]
+    cfg = OmegaConf.create({"serve": OmegaConf.structured(ServeConfig)})
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{key}: give it a value, {key}=VALUE")
+        OmegaConf.update(cfg, key, None if value == "null" else value)  # as typed: a key of digits is a text
+    serve = OmegaConf.to_object(cfg)["serve"]
     check_ranges({"serve": serve})
     serve.api_key = serve.api_key or os.environ.get(KEY_VARIABLE) or None
     return serve
