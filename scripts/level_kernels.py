@@ -130,7 +130,7 @@ def time_attention(
     def all_layers(draft: CapturedDraft) -> Tensor:
         with launch.overlapping(overlap):
             for index in range(layers):
-                out = draft._attention(index, model.layers[0], qkv, tree, nodes, depths, place)
+                out = draft._attention(index, model.layers[0], qkv, tree, 1, nodes, depths, place)
         return out
 
     for settings in ATTENTIONS:
@@ -139,7 +139,7 @@ def time_attention(
         own = []
         try:
             for length in LENGTHS:
-                draft._length.fill_(length)
+                draft._state.lengths.fill_(length)
                 out = all_layers(draft).float()
                 off = ((out - expected.setdefault(length, out)).norm() / expected[length].norm()).item()
                 if not off < 1e-2:

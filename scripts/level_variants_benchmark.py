@@ -136,7 +136,7 @@ def draft_trees(
 def profile(drafted: Drafted, level: int, replays: int = 8) -> dict:
     """Kernels of one captured level, replayed on its own."""
     tree, draft = drafted.grown, drafted.draft
-    graph = draft._graphs[(id(tree), level, True)][0]
+    graph = draft._state.graphs[(id(tree), 1, level, True)][0]
     graph.replay()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]

@@ -313,18 +313,31 @@ class Engine:
 
     @torch.inference_mode()
     def leave(self, text: Text) -> None:
-        """Free the place of ``text``, if it has one. Running texts occupy the first places: the last one moves."""
+        """Free the place of ``text``, if it has one.
+
+        Running texts occupy the first places, those that have read their prompts before the others: the last text of
+        either kind moves.
+        """
         if text.place is None:
             return
-        last, place = self.running.pop(), text.place
-        if last is not text:
-            self.running[self.running.index(text)] = last
-            moved, last.place = last.own, place
-            place.cache.take_over(moved.cache)
-            place.draft, moved.draft = moved.draft, place.draft
-            if place.draft is not None:
-                place.draft.move(place.cache)
+        running, hole = self.running, self.running.index(text)
+        ready = sum(other.root is not None for other in running)
+        for last in (ready - 1, len(running) - 1):
+            if hole < last:
+                self._move(last, hole)
+                hole = last
+        running.pop()
         text.place = None
+
+    def _move(self, number: int, hole: int) -> None:
+        """Let a running text go on in the place of another one."""
+        source, place = self._places[number], self._places[hole]
+        self.running[hole] = self.running[number]
+        self.running[hole].place = place
+        place.cache.take_over(source.cache)
+        place.draft, source.draft = source.draft, place.draft
+        if place.draft is not None:
+            place.draft.move(place.cache)
 
     def output_buffer(
         self,
@@ -372,7 +385,8 @@ class Engine:
         """One target pass for all running texts; returns those that ended, whose places are free again."""
         texts, clock = [*self.running], self._clock
         drafting = [text for text in texts if text.root is not None]
-        reading = [text for text in texts if text.root is None]
+        reading = texts[len(drafting) :]
+        assert all(text.root is None for text in reading)
         name = "verify" if drafting else "prefill"
         if drafting:
             with clock.phase("draft"):

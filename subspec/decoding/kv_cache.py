@@ -73,7 +73,8 @@ class KVCache:
 
     Attributes:
         rows: [layers, 2, kv heads, rows, head dim].
-        buffer: [texts, layers, 2, kv heads, rows, head dim].
+        buffer: [texts, layers, 2, kv heads, rows, head dim]. place: of this cache in it.
+        attached: what holds addresses in the buffer, such as captured graphs, by owner; of all caches in it.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class KVCache:
         shape = (texts, layers, 2, kv_heads, total, head_dim)
         self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = self.buffer[0]
+        self.place = 0
+        self.attached: dict[Any, Any] = {}
         self.length = 0
 
     @property
@@ -106,12 +109,10 @@ class KVCache:
 
     def all(self) -> "list[KVCache]":
         """The caches of all texts, this one first."""
-        return [self, *(self._beside(rows) for rows in self.buffer[1:])]
-
-    def _beside(self, rows: Tensor) -> "KVCache":
-        other = copy.copy(self)
-        other.rows = rows
-        return other
+        caches = [self, *(copy.copy(self) for _ in self.buffer[1:])]
+        for cache, place, rows in zip(caches, range(len(caches)), self.buffer, strict=True):
+            cache.place, cache.rows = place, rows
+        return caches
 
     def reset(self) -> None:
         """Forget the sequence."""
