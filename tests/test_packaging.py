@@ -98,7 +98,7 @@ subspec.run.main(['-m', 'tree.depth=0', 'device=cpu', 'sweep_dir=sweep'])
     assert log.startswith("error: tree.depth=0 must be at least 1")
 
 
-@pytest.mark.parametrize("extra", ["dev", "sweep", "dashboard"])
+@pytest.mark.parametrize("extra", ["dev", "sweep", "dashboard", "serve"])
 def test_what_an_extra_asks_for_is_pinned(extra):
     """To a version that it allows; ``pip install -c constraints.txt -e '.[EXTRA]'`` is then what was tested."""
     pins = pinned()

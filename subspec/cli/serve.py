@@ -6,6 +6,7 @@ Modules that import torch are imported after the command line has been checked.
 import os
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from subspec.config.guard import guarded
@@ -96,5 +97,7 @@ def _main(arguments: list[str]) -> None:
         server = Server(loaded.target, Worker(scheduler), config.decoding, serve)
         host, port, *_ = listening.getsockname()
         console.note(f"{loaded.target.name}, {loaded.target.source}")
+        if serve.api_key is None and not ip_address(host.partition("%")[0]).is_loopback:
+            console.warn(f"serve.host={serve.host} without serve.api_key: anybody may use the model")
         console.note(f"listening: http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C ends")
         server.run(listening, console.note)

@@ -1,8 +1,11 @@
 """Answers of the two endpoints, whole and streamed, against the engine's own."""
 
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("openai")
 import httpx
 import openai
-import pytest
 
 from subspec.decoding.result import FinishReason
 

@@ -6,8 +6,10 @@ import signal
 import socket
 import time
 
-import httpx
 import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+import httpx
 
 from subspec.cli.serve import main
 from tests.helpers.cli import Forked

@@ -3,11 +3,14 @@
 import json
 import re
 
-import httpx
-import openai
 import pytest
 
-from tests.serve.conftest import serving
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("openai")
+import httpx
+import openai
+
+from tests.serve.servers import serving
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAID = {"messages": [{"role": "user", "content": "a"}]}
@@ -81,15 +84,12 @@ def test_a_wrong_value_names_its_parameter(served, param, value):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("prompt", ["a", "b"]),
-        ("prompt", []),
-        ("prompt", ""),
-        ("prompt", {"a": 1}),
-        ("prompt", [1.5]),
-        ("prompt", None),
-    ]
-    + [("prompt", [9999]), ("prompt", [-1]), ("prompt", "\ud800")]
-    + [("best_of", 2), ("echo", True), ("suffix", "z"), ("logprobs", 0)],
+        *(("prompt", value) for value in (["a", "b"], [], "", {"a": 1}, [1.5], None, [9999], [-1], "\ud800")),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "z"),
+        ("logprobs", 0),
+    ],
 )
 def test_so_does_one_of_a_completion(served, param, value):
     assert error_of(post(served, COMPLETION, {"prompt": "a", param: value}), 400)["param"] == param
