@@ -99,7 +99,10 @@ FEW_ROWS, RESTORE = "few_rows.cu", "restore.cu"
 TILES, WARPS, BITS, BOTH = (2, 4), (4, 8), (4, 3, 2), (0, 1)
 
 CUDA = [
-    *settings("int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, PLANES=(1, 2), SWIGLU=BOTH, OVERLAP=BOTH),
+    *settings(
+        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, COLUMNS=(1, 2, 3), PLANES=(1, 2), SWIGLU=BOTH,
+        OVERLAP=BOTH,
+    ),
     *settings(
         "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,), SWIGLU=BOTH
     ),

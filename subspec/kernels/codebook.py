@@ -3,7 +3,7 @@
     y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k / 2]][k % 2] * x[row, k]
 
 The kernel (``codebook.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA
-toolkit is needed. It computes up to eight rows in one launch.
+toolkit is needed. A block computes eight rows.
 """
 
 import functools
@@ -174,7 +174,7 @@ def splits_for(weight: PackedCodebook, multiprocessors: int) -> int:
 
 
 def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel on up to eight rows.
+    """Run the kernel on a few rows.
 
     Args:
         x: rotated inputs, bfloat16 [rows, inputs], contiguous.
@@ -184,7 +184,7 @@ def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -
     steps, group_steps = weight.steps, weight.steps // weight.scale.shape[1]
     kernel = _kernel(weight.bits, group_steps, weight.tiles, weight.swiglu, x.device.index or 0)
     kernel(
-        grid=(weight.words.shape[0], splits, 1),
+        grid=(weight.words.shape[0] * -(-x.shape[0] // 8), splits, 1),
         block=(WARPS * 32, 1, 1),
         args=[
             weight.words,

@@ -1,4 +1,4 @@
-// y[row, n] = sum_k x[row, k] * scale[n, k/group] * table[code[n, k/2]][k%2] for up to 8 rows of bfloat16 x and codes
+// y[row, n] = sum_k x[row, k] * scale[n, k/group] * table[code[n, k/2]][k%2] for the rows of bfloat16 x, 8 a block, and codes
 // of 4, 6 or 8 bits per pair of weights: the Linear layers of a draft, whose width is a tree level's few rows.
 //
 // Built like int4.cu: one tensor-core instruction, mma.m16n8k16, takes 16 weight rows x 16 weights as its A operand and
@@ -86,7 +86,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   __shared__ __align__(128) unsigned shared[TABLE > SUMS ? TABLE : SUMS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
-  const long long block = blockIdx.x;
+  const int parts = (rows + 7) / 8;  // of x
+  const long long block = parts == 1 ? blockIdx.x : blockIdx.x / parts;
+  const int first_row = parts == 1 ? 0 : blockIdx.x % parts * 8;
   const int first = blockIdx.y * steps_per_split;
   const int last = min(first + steps_per_split, steps);
   const int groups = steps / GROUP_STEPS;
@@ -96,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   const unsigned* w_block = weight + block * steps * (TILES * BITS * 32) + lane;
 #endif
   const unsigned* s_block = scale + (block * groups * 8 + g) * TILES;
-  const Word4* x_row = x + (long long)g * steps * 8 + t * 2;
-  const bool row = g < rows;
+  const Word4* x_row = x + (long long)(first_row + g) * steps * 8 + t * 2;
+  const bool row = first_row + g < rows;
 
   Step now, next;
   now.xa = now.xb = next.xa = next.xb = Word4{0u, 0u, 0u, 0u};
@@ -145,5 +147,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   Sums* sums = (Sums*)shared;
   keep_sums(sums[warp], acc, g, t);
   __syncthreads();
-  write_sums(sums, out, rows, n, block, blockIdx.y);
+  write_sums(sums, out, rows, first_row, n, block, blockIdx.y);
 }

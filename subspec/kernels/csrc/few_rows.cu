@@ -1,5 +1,6 @@
 // Shared by the kernels for the few rows of a draft level (int4.cu, codebook.cu) and compiled in front of either:
-// loading x, the tensor-core instruction, and the sum over a block's warps. TILES, WARPS and SWIGLU are those of the
+// loading x, the tensor-core instruction, and the sum over a block's warps. Blocks that multiply the same weight with
+// other rows of x are neighbours in the grid, so that all but one find it in the L2 cache. TILES, WARPS and SWIGLU are those of the
 // kernel behind. With HOST_TEST an emulation takes the place of device code.
 
 struct __align__(16) Word4 { unsigned x, y, z, w; };
@@ -38,26 +39,29 @@ __device__ __forceinline__ void keep_sums(Sums& sums, const float (&acc)[TILES][
   }
 }
 
-// The sums of all warps, for one block of rows of the weight: their activation, or one slice of the output.
-__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int n, long long block, int slice) {
+// The sums of all warps for up to eight rows from ``first`` on, of one block of rows of the weight: their activation, or
+// one slice of the output.
+__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int first, int n, long long block,
+                                           int slice) {
+  const int count = min(8, rows - first);
 #if SWIGLU
   // Tiles alternate gate, up: the activation needs no kernel of its own.
-  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
+  for (int e = threadIdx.x; e < TILES * 8 * count; e += WARPS * 32) {
     const int r = e / (TILES * 8), c = e % (TILES * 8);
     const int gate_row = (c / 16) * 32 + c % 16;
     float gate = 0.f, up = 0.f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
     const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
+    ((unsigned short*)out)[(long long)(first + r) * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
   }
 #else
-  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
+  for (int e = threadIdx.x; e < TILES * 16 * count; e += WARPS * 32) {
     const int r = e / (TILES * 16), c = e % (TILES * 16);
     float y = 0.f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
-    ((float*)out)[((long long)slice * rows + r) * n + block * TILES * 16 + c] = y;
+    ((float*)out)[((long long)slice * rows + first + r) * n + block * TILES * 16 + c] = y;
   }
 #endif
 }
