@@ -18,7 +18,7 @@ from subspec.serve.replies import DONE, ChatReply, CompletionReply, Reply, event
 from subspec.serve.requests import ChatRequest, CompletionRequest
 from subspec.serve.service import Generation, Service
 
-MAX_BODY = 16 * 2**20
+MAX_BODY = 4 * 2**20
 """Bytes of a request's body."""
 
 

@@ -1,5 +1,6 @@
 """Listen, serve, and drain: Ctrl-C finishes what runs and refuses what is new, a second Ctrl-C ends at once."""
 
+import os
 import signal
 import socket
 import threading
@@ -21,15 +22,15 @@ def listen(serve: ServeConfig) -> socket.socket:
     """The socket of a server, so that a port in use is refused before anything is loaded.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: the address is not this machine's, or the port is in use or reserved.
     """
     try:
         family, *_, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        key = f"serve.host={serve.host}" if isinstance(error, socket.gaierror) else f"serve.port={serve.port}"
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(
-            f"{key}: cannot listen there ({error.strerror}): choose another serve.port or serve.host"
+            f"serve.host={serve.host} serve.port={serve.port}: cannot listen there ({reason}): choose another"
         ) from error
 
 

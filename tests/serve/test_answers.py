@@ -120,6 +120,7 @@ def test_the_model_is_listed(served):
 
 def test_health_and_metrics(served):
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert "/v1/chat/completions" in httpx.get(f"{served.url}/openapi.json").json()["paths"]
     before = figures(served)
     served.client.completions.create(model=served.model, prompt="ab", max_tokens=7, temperature=0)
     after = figures(served)
