@@ -87,6 +87,11 @@ class DraftSpec(ABC):
     def __init__(self, context: DraftContext) -> None:
         self.context = context
 
+    @classmethod
+    def serves_texts(cls, config: Config) -> bool:
+        """Whether texts that run side by side share the draft."""
+        return False
+
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:
         """Check a configuration by itself.

@@ -82,23 +82,26 @@ struct Inputs {  // of a thread's row of x, in each column: its share of a group
   Word4 a, b;
 };
 
+__device__ __forceinline__ void mma_word(float (&d)[COLUMNS][4], unsigned word, const Inputs (&x)[COLUMNS], int i) {
+  const unsigned a0 = nibbles_on_128(word), a1 = nibbles_on_128(word >> 4);
+  const unsigned a2 = nibbles_on_128(word >> 8), a3 = nibbles_on_128(word >> 12);
+#pragma unroll
+  for (int c = 0; c < COLUMNS; ++c) {
+    const Word4 half = i < 2 ? x[c].a : x[c].b;
+    mma(d[c], a0, a1, a2, a3, i & 1 ? half.z : half.x, i & 1 ? half.w : half.y);
+  }
+}
+
 // One group of one tile: acc += scale * (w - zero) x; scales and zeros of weight rows g and g + 8.
 __device__ __forceinline__ void add_tile(float (&acc)[COLUMNS][4], const Word4& w, unsigned low_pair, unsigned high_pair,
                                          const Inputs (&x)[COLUMNS], const float (&xs)[COLUMNS][4]) {
   float d[COLUMNS][4];
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c) d[c][0] = d[c][1] = d[c][2] = d[c][3] = 0.f;
-  const unsigned words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const unsigned a0 = nibbles_on_128(words[i]), a1 = nibbles_on_128(words[i] >> 4);
-    const unsigned a2 = nibbles_on_128(words[i] >> 8), a3 = nibbles_on_128(words[i] >> 12);
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
-      const Word4& half = i < 2 ? x[c].a : x[c].b;
-      mma(d[c], a0, a1, a2, a3, i & 1 ? half.z : half.x, i & 1 ? half.w : half.y);
-    }
-  }
+  mma_word(d, w.x, x, 0);
+  mma_word(d, w.y, x, 1);
+  mma_word(d, w.z, x, 2);
+  mma_word(d, w.w, x, 3);
   const float2 low = half_pair(low_pair), high = half_pair(high_pair);
   const float low_zero = low.y + 128.f, high_zero = high.y + 128.f;
 #pragma unroll
@@ -127,10 +130,11 @@ __device__ __forceinline__ void add_group(float (&acc)[TILES][COLUMNS][4], const
 }
 
 // A group's share of x; rows past the last one are zeros.
-__device__ __forceinline__ void load_x(Inputs (&x)[COLUMNS], const Word4* from, int left, int row_words) {
+__device__ __forceinline__ void load_x(Inputs (&x)[COLUMNS], const Word4* from, const bool (&row)[COLUMNS],
+                                       int row_words) {
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c)
-    if (8 * c < left) {
+    if (row[c]) {
       x[c].a = load(from + (long long)c * 8 * row_words);
       x[c].b = load(from + (long long)c * 8 * row_words + 1);
     }
@@ -164,7 +168,10 @@ extern "C" __global__ void BOUNDS int4_linear(
 #endif
   const int first = blockIdx.y * groups_per_split;
   const int last = min(first + groups_per_split, groups);
-  const int row_words = groups / PLANES * 8, left = rows - first_row - g;
+  const int row_words = groups / PLANES * 8;
+  bool row[COLUMNS];  // whether this thread's row of x exists
+#pragma unroll
+  for (int c = 0; c < COLUMNS; ++c) row[c] = first_row + 8 * c + g < rows;
   const Word4* w_block = weight + block * groups * TILES * 32 + lane;
   const Word4* m_block = meta + (block * groups * 8 + g) * (TILES / 2);
   const Word4* x_row = x + (long long)(first_row + g) * row_words + t * 2;
@@ -191,7 +198,7 @@ extern "C" __global__ void BOUNDS int4_linear(
     for (int i = 0; i < TILES / 2; ++i) m[i] = load_once(m_block + (long long)group * 8 * (TILES / 2) + i);
   }
   wait_for_previous();
-  if (group < last) load_x(own, x_row + group / PLANES * 8, left, row_words);
+  if (group < last) load_x(own, x_row + group / PLANES * 8, row, row_words);
   while (group < last) {
     const int next = group + WARPS;
     Word4 w_next[TILES], m_next[TILES / 2];
@@ -205,7 +212,7 @@ extern "C" __global__ void BOUNDS int4_linear(
 #pragma unroll
       for (int i = 0; i < TILES / 2; ++i) m_next[i] = load_once(m_block + (long long)next * 8 * (TILES / 2) + i);
 #if COLUMNS == 1
-      load_x(own_next, x_row + next / PLANES * 8, left, row_words);
+      load_x(own_next, x_row + next / PLANES * 8, row, row_words);
 #endif
     }
     add_group(acc, w, m, own);
@@ -216,7 +223,7 @@ extern "C" __global__ void BOUNDS int4_linear(
 #if COLUMNS == 1
     own[0] = own_next[0];
 #else
-    if (next < last) load_x(own, x_row + next / PLANES * 8, left, row_words);
+    if (next < last) load_x(own, x_row + next / PLANES * 8, row, row_words);
 #endif
     group = next;
   }
@@ -224,7 +231,7 @@ extern "C" __global__ void BOUNDS int4_linear(
   __shared__ Sums sums[WARPS];
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c) {
-    if (first_row + 8 * c >= rows) break;  // the same for all threads
+    if (c && first_row + 8 * c >= rows) break;  // the same for all threads
     float column[TILES][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
