@@ -31,9 +31,9 @@ usage: python -m subspec.serve [KEY=VALUE ...]
   serve.api_key=KEY      that requests must bring; better in the environment, as SUBSPEC_API_KEY
 
 Groups and keys of target, draft, quant, tree, offload and decoding are those of `python -m subspec.run` (its --help
-lists them). decoding.texts run at a time; decoding.max_new_tokens, stop, temperature, top_p and top_k count where a
-request names none (max_new_tokens is null here: until decoding.max_length). Ctrl-C finishes what runs and refuses what
-is new; a second Ctrl-C ends at once.
+lists them). decoding.texts run at a time (default here: auto). decoding.max_new_tokens, stop, temperature, top_p and
+top_k count where a request names none (max_new_tokens is null here: until decoding.max_length). Ctrl-C finishes what
+runs and refuses what is new; a second Ctrl-C ends at once.
 """
 
 INSTALL = "pip install 'subspec[serve]'; in a checkout: pip install -c constraints.txt -e '.[serve]'"
@@ -78,9 +78,8 @@ def _main(arguments: list[str]) -> None:
     serve = serve_config(own)
     from subspec.cli.compose import compose_config, loaded_target
 
-    cfg = compose_config(
-        [argument for argument in arguments if argument not in own], ["decoding.max_new_tokens=null"]
-    )
+    others = [argument for argument in arguments if argument not in own]
+    cfg = compose_config(others, ["decoding.max_new_tokens=null", "decoding.texts=auto"])
     from subspec.quant.optional_package import import_problem
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
@@ -92,8 +91,9 @@ def _main(arguments: list[str]) -> None:
     from subspec.serve.worker import Worker
 
     console = RunConsole()
-    with listen(serve) as listening, loaded_target(cfg, console) as (config, loaded):
-        scheduler = Scheduler(loaded.assembly.engine, getattr(config.decoding, "texts", 1))
+    with listen(serve) as listening, loaded_target(cfg, console, any_sampling=True) as (config, loaded):
+        engine = loaded.assembly.engine
+        scheduler = Scheduler(engine, engine.texts)
         server = Server(loaded.target, Worker(scheduler), config.decoding, serve)
         host, port, *_ = listening.getsockname()
         console.note(f"{loaded.target.name}, {loaded.target.source}")

@@ -18,25 +18,22 @@ from subspec.serve.worker import Worker
 
 @contextmanager
 def target_of(*overrides):
-    """A loaded target, and ``single(body)``: the engine's own answer to the parameters of a request."""
+    """A loaded target, and ``single(body)``: the answer of another engine to the parameters of a request alone."""
     cfg = compose_config(
         [*overrides, "device=cpu", "decoding.max_new_tokens=null", "decoding.max_length=160", "tree.depth=4"]
     )
-    with loaded_target(cfg, RunConsole()) as (config, loaded):
+    console = RunConsole()
+    with loaded_target(cfg, console) as (config, loaded), loaded_target(cfg, console) as (_, other):
 
         def single(body):
-            sampler = loaded.assembly.engine.sampler
-            default = sampler.sampling
-            sampler.sampling = Sampling(body.get("temperature", 0.0), top_p=body.get("top_p", 1.0))
-            try:
-                return loaded.assembly.engine.generate(
-                    loaded.target.tokenizer(body["prompt"])["input_ids"],
-                    max_new_tokens=body.get("max_tokens"),
-                    stop=body.get("stop", ()),
-                    seed=body.get("seed", 0),
-                )
-            finally:
-                sampler.sampling = default
+            engine = other.assembly.engine
+            engine.sampler.sampling = Sampling(body.get("temperature", 0.0), top_p=body.get("top_p", 1.0))
+            return engine.generate(
+                other.target.tokenizer(body["prompt"])["input_ids"],
+                max_new_tokens=body.get("max_tokens"),
+                stop=body.get("stop", ()),
+                seed=body.get("seed", 0),
+            )
 
         yield SimpleNamespace(config=config, loaded=loaded, engine=loaded.assembly.engine, single=single)
 

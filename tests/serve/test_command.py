@@ -5,13 +5,20 @@ import re
 import signal
 import socket
 import time
+from dataclasses import fields
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 import httpx
 
+from subspec.cli.compose import compose_config, loaded_target
 from subspec.cli.serve import main
+from subspec.config.schema import ServeConfig
+from subspec.decoding.from_config import build_sampling
+from subspec.decoding.sampling import Sampling
+from subspec.runs import loading
+from subspec.runs.console import RunConsole
 from tests.helpers.cli import Forked
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -69,8 +76,25 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert not stop.value.code
-    for key in ("host", "port", "queue", "api_key"):
-        assert f"serve.{key}=" in capsys.readouterr().out or key != "host"
+    shown = capsys.readouterr().out
+    for field in fields(ServeConfig):
+        assert f"serve.{field.name}=" in shown
+
+
+def test_the_plan_has_room_for_any_sampling(monkeypatch):
+    """Greedy by default, as the configuration says; a request may ask for more."""
+    planned = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", lambda config, *rest: planned.append(config) or load(config, *rest))
+    with loaded_target(compose_config(["target=planted_tiny", *SMALL]), RunConsole(), any_sampling=True) as (
+        _,
+        loaded,
+    ):
+        assert loaded.assembly.engine.sampler.sampling == Sampling()
+    most = build_sampling(planned[0])
+    assert most.temperature > 0
+    assert most.top_k
+    assert most.top_p < 1
 
 
 @pytest.fixture
