@@ -40,8 +40,8 @@ def check_config(config: Config) -> None:
     texts = config.decoding.texts
     if texts != AUTO and texts > 1 and (one := one_text_key(config)):
         raise ConfigError(
-            f"decoding.texts={texts}, but {one} serves one text at a time: set decoding.texts=1, or take draft=none or "
-            "subspec (without a proposer) with offload=none or stream"
+            f"decoding.texts={texts}, but {one} serves one text at a time: set decoding.texts=1, or take "
+            "draft.proposer=none, and offload=none or stream"
         )
     if spec is None:
         return

@@ -123,10 +123,6 @@ class LayerSkipSpec(DraftSpec):
     from_disk = False
 
     @classmethod
-    def serves_texts(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         assert isinstance(config.draft, LayerSkipDraftConfig)
         chosen_layers(config.draft, model.num_hidden_layers)

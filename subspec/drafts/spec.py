@@ -89,8 +89,8 @@ class DraftSpec(ABC):
 
     @classmethod
     def serves_texts(cls, config: Config) -> bool:
-        """Whether texts that run side by side share the draft."""
-        return False
+        """Whether the draft serves several texts that run side by side (``Draft.fork``)."""
+        return True
 
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:

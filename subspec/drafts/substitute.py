@@ -135,10 +135,6 @@ class SubstituteSpec(DraftSpec):
     """``draft=subspec``."""
 
     @classmethod
-    def serves_texts(cls, config: Config) -> bool:
-        return True
-
-    @classmethod
     def check(cls, config: Config) -> None:
         if isinstance(config.quant, NoQuantConfig):
             raise ConfigError(
