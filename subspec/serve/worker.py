@@ -1,6 +1,6 @@
 """One thread runs the texts of all requests; the thread of the HTTP connections talks to it through queues.
 
-Protocol: :meth:`Worker.do` puts a command into the worker's inbox, which is emptied between two passes. Events of a
+Protocol: requests reach the worker as commands in its inbox, which is emptied between two passes. Events of a
 text go back through ``loop.call_soon_threadsafe``. The scheduler and the texts belong to the worker's thread alone,
 except for the scheduler's counts.
 """
