@@ -83,7 +83,7 @@ class LevelLinear(ABC):
 
 
 class FewRowsLinear(LevelLinear):
-    """A Linear of one of our CUDA kernels, which take eight rows at a time; on a CPU its torch reference.
+    """A Linear of one of our CUDA kernels, which take up to 64 rows at a time; on a CPU its torch reference.
 
     Attributes:
         swiglu: rows of the weight are gate and up, interleaved 16 by 16; the result is their activation.
@@ -97,7 +97,7 @@ class FewRowsLinear(LevelLinear):
 
     @abstractmethod
     def launch(self, x: Tensor, out: Tensor) -> None:
-        """Write the result for at most eight rows."""
+        """Write the result for at most ``MAX_ROWS`` rows."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x)
