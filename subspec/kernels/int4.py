@@ -188,7 +188,9 @@ def _kernel(
         "SWIGLU": int(swiglu),
         "OVERLAP": int(overlap),
     }
-    return compile_cuda(["few_rows.cu", "int4.cu"], settings, "int4_linear", device)
+    name = "int4" if eights == 1 else "int4_rows"
+    entry = "int4_linear" if eights == 1 else "int4_rows"
+    return compile_cuda(["few_rows.cu", "int4_words.cu", f"{name}.cu"], settings, entry, device)
 
 
 def unavailable() -> str | None:
@@ -214,8 +216,10 @@ def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps
         warps: of a block, 4 or 8, which share the groups of its slice.
     """
     rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
-    device = x.device.index or 0
-    eights = -(-rows // 8)
+    device, eights = x.device.index or 0, -(-rows // 8)
     settings = weight.tiles, warps, eights, weight.planes, weight.swiglu, launch.is_overlapping(), device
     args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
+    if eights > 1:  # a block of weight rows per warp instead of per block of threads
+        args.append(blocks)
+        blocks = -(-blocks // warps)
     launch.launch(_kernel(*settings), (blocks, splits, 1), warps * 32, args)
