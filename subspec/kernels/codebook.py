@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.compile import compile_cuda, problem
+from subspec.kernels.int4 import eights_of
 
 STEP = 64
 """Inputs that a warp takes at once: four tensor-core instructions."""
@@ -175,7 +176,7 @@ def splits_for(weight: PackedCodebook, multiprocessors: int) -> int:
 
 
 def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel on up to 64 rows.
+    """Run the kernel.
 
     Args:
         x: rotated inputs, bfloat16 [rows, inputs], contiguous.
@@ -183,10 +184,10 @@ def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -
             [rows, padded / 2] and ``splits`` 1.
     """
     steps, group_steps = weight.steps, weight.steps // weight.scale.shape[1]
-    eights, device = -(-x.shape[0] // 8), x.device.index or 0
+    (eights, pieces), device = eights_of(x.shape[0]), x.device.index or 0
     kernel = _kernel(weight.bits, group_steps, weight.tiles, eights, weight.swiglu, device)
     kernel(
-        grid=(weight.words.shape[0], splits, 1),
+        grid=(weight.words.shape[0], splits, pieces),
         block=(WARPS * 32, 1, 1),
         args=[
             weight.words,

@@ -90,7 +90,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
     const unsigned* __restrict__ pairs,   // [ENTRIES] of two bfloat16
     const Word4* __restrict__ x,          // bfloat16 [rows][steps * 64]
     void* __restrict__ out,               // float [splits][rows][n], or bfloat16 [rows][n / 2] with SWIGLU
-    int rows, int n, int steps, int steps_per_split) {
+    int all_rows, int n, int steps, int steps_per_split) {
+  const int first_row = blockIdx.z * 8 * EIGHTS, rows = min(all_rows - first_row, 8 * EIGHTS);
   // The table and, after it is no longer needed, the warps' sums.
   constexpr int TABLE = ENTRIES * 32, SUMS = WARPS * sizeof(Sums) / 4;
   __shared__ __align__(128) unsigned shared[TABLE > SUMS ? TABLE : SUMS];
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
 #endif
   const unsigned* s_block = scale + (block * groups * 8 + g) * TILES;
   const long long x_stride = (long long)steps * 8;  // of a row, in words
-  const Word4* x_row = x + g * x_stride + t * 2;
+  const Word4* x_row = x + (first_row + g) * x_stride + t * 2;
 
   Step now, next;
 #pragma unroll
@@ -168,5 +169,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   }
 
   __syncthreads();  // every warp is done with the table
-  write_all_sums((Sums*)shared, acc, out, rows, n, block, blockIdx.y);
+  write_all_sums((Sums*)shared, acc, out, first_row, all_rows, n, block, blockIdx.y);
 }

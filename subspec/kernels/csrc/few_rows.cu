@@ -65,15 +65,15 @@ __device__ __forceinline__ void write_sums(const Sums* sums, void* out, int firs
 #endif
 }
 
-// The same for all rows of x, eight at a time.
-__device__ __forceinline__ void write_all_sums(Sums* sums, const float (&acc)[EIGHTS][TILES][4], void* out, int rows,
-                                               int n, long long block, int slice) {
+// The same for 8 * EIGHTS rows of x.
+__device__ __forceinline__ void write_all_sums(Sums* sums, const float (&acc)[EIGHTS][TILES][4], void* out, int first,
+                                               int rows, int n, long long block, int slice) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
   for (int e = 0; e < EIGHTS; ++e) {
     if (e) __syncthreads();  // the eight rows before are written
     keep_sums(sums[warp], acc[e], lane >> 2, lane & 3);
     __syncthreads();
-    write_sums(sums, out, 8 * e, rows, n, block, slice);
+    if (first + 8 * e < rows) write_sums(sums, out, first + 8 * e, rows, n, block, slice);
   }
 }
