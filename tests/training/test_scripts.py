@@ -1,4 +1,4 @@
-"""The three scripts one after another on a tiny target, as a user runs them."""
+"""The scripts one after another on a tiny target, as a user runs them."""
 
 import contextlib
 import io
@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.corpus import load_corpus
 from transformers import AutoModelForCausalLM
 
+from subspec import build_engine
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.block_head import BlockHead
+from subspec.drafts.eagle3_head import Eagle3Head
 from subspec.drafts.eagle_checkpoint import load_head, locate_head
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -75,6 +80,43 @@ def test_the_trained_head_is_an_eagle_checkpoint(made, tmp_path):
     script("train_eagle", *common, "--out", tmp_path / "again", "--steps", 4, "--resume")
     again, first = (folder / "model.safetensors" for folder in (tmp_path / "again", files.folder))
     assert again.read_bytes() == first.read_bytes()
+
+
+DSPARK = ("--markov-rank", 8, "--mask-id", 2, "--block", 5, "--features", 2, "--anchors", 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "draft", "kind", "options"),
+    [
+        ("train_eagle", "eagle3", Eagle3Head, ("--kind", "eagle3")),
+        ("train_eagle", "eagle3", Eagle3Head, ("--kind", "eagle3", "--draft-vocab", 200)),
+        ("train_block_head", "block_head", BlockHead, DSPARK),
+    ],
+)
+def test_trained_heads_draft_for_their_target(made, tmp_path, name, draft, kind, options):
+    """Losses, features and positions are those of drafting: a head that has learnt the text by heart drafts it."""
+    root, target = made
+    common = (*target, "--text", root / "text", "--held-out", 1, "--rows", 8, "--lr", 1e-2)
+    script(
+        name, *common, *options, "--out", tmp_path, "--steps", 150, "--checkpoint", tmp_path / "checkpoint"
+    )
+    loaded = load_head(
+        locate_head(str(tmp_path), print),
+        hidden=64,
+        target="tiny",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        kind=kind,
+    )
+    assert loaded.dropped == (["t2d"] if loaded.head.d2t is not None else [])
+    if draft == "block_head":
+        assert (loaded.head.shape.method, loaded.head.shape.levels) == ("DSpark", 5)
+    corpus = load_corpus(root / "text", held_out=1)
+    model = AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32).eval()
+    engine = build_engine(model, draft=draft, draft_path=tmp_path, tree_policy=Beam(4, 1))
+    results = [engine.generate(ids[:60], max_new_tokens=40) for ids in corpus.ids[:4].tolist()]
+    taus = [len(result.token_ids) / result.iterations for result in results]
+    assert sum(taus) / len(taus) > 1.5, taus
 
 
 def test_the_distilled_model_is_a_transformers_folder(made, tmp_path):
