@@ -201,7 +201,7 @@ def test_more_samples_extend_the_jobs_and_more_values_add_some(tmp_path):
     options = ["-m", *TINY, HERE, f"sweep_dir={tmp_path / 's'}"]
     assert cli(*options, "draft=none", "seed=0,1").code == 0
     before = sweep_records(tmp_path / "s")
-    assert cli(*options, "draft=none,subspec", "seed=1,0", "benchmark.max_samples=3").code == 0
+    assert cli(*options, "draft=none,prompt_lookup", "seed=1,0", "benchmark.max_samples=3").code == 0
     after = sweep_records(tmp_path / "s")
     assert [len(after[name]) for name in "0123"] == [3, 3, 3, 3]
     assert all(after[name][:2] == before[name] for name in "01")
@@ -278,7 +278,7 @@ def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    options = ["-m", *TINY, "benchmark.source=sample,hub", f"sweep_dir={sweep}"]
+    options = ["-m", *TINY, "draft=prompt_lookup", "benchmark.source=sample,hub", f"sweep_dir={sweep}"]
     ran = cli(*options)
     ran.refused(1, r"error: 1 of 2 jobs did not end well: .*sweep_dir=.* runs only what is missing")
     assert statuses(sweep) == ["ok", "failed"]
