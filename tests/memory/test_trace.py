@@ -38,6 +38,7 @@ from subspec.memory.draft_memory import SizingInputs
 from subspec.memory.trace import META, MemoryTrace, TargetTrace, peak_bytes
 from subspec.planning.memory_layout import Decision, MemoryLayout
 from subspec.targets.planted import SHAPES
+from tests.helpers.drafts import begin, verified
 from tests.helpers.planning import settings
 
 TREES = {
@@ -146,16 +147,13 @@ def check_engine(shape, draft, tree, sampling, **decoding):
         proposer.begin(engine.cache)  # a KV cache of the draft's own is an item of its own
     small = 64 * 1024  # token ids, and the prompt's own logits
     prompt = [0] * (config.decoding.max_length - layout.levels - 1)
-    assert peak_bytes(lambda: engine._prefill(prompt)) <= items["workspace"] + small
-    root = torch.zeros(1, dtype=torch.int64, device=META)
+    assert peak_bytes(lambda: begin(engine, prompt)) <= items["workspace"] + small
     level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in UNCAPTURED)
-    assert peak_bytes(lambda: engine.draft_whole_tree(root)) <= max(level, 0) + small + noise(layout)
+    assert peak_bytes(lambda: engine._grow(engine.running, layout.levels, whole=True)) <= max(
+        level, 0
+    ) + small + noise(layout)
 
-    def verify():
-        _, logits = engine._score(engine.tree.size)
-        engine._judge(logits, engine.tree.levels)
-
-    assert peak_bytes(verify) <= items["workspace"] + small
+    assert peak_bytes(lambda: verified(engine)) <= items["workspace"] + small
 
 
 def noise(layout):
