@@ -67,6 +67,11 @@ RANGES: list[Check] = [
         lambda value: value == AUTO or isinstance(value, bool),
         "must be auto, true or false",
     ),
+    (
+        "decoding.texts",
+        lambda value: value == AUTO or (type(value) is int and value >= 1),
+        "must be a whole number of at least 1, or auto",
+    ),
     ("decoding.stop", all, "holds an empty string: leave it out"),
     (
         "offload.vram_gib",

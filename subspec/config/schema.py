@@ -232,7 +232,8 @@ class DecodingConfig:
     """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region).
 
     ``bitwise``: ``auto``, ``true`` or ``false``: whether the target's passes are batch-invariant
-    (:mod:`subspec.decoding.bitwise`).
+    (:mod:`subspec.decoding.bitwise`). ``texts``: texts that run side by side and share every pass of the target, at
+    most, or ``auto``: as many as pay (:data:`subspec.config.defaults.MOST_TEXTS` at most).
     """
 
     name: str = MISSING
@@ -242,6 +243,7 @@ class DecodingConfig:
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
     bitwise: Any = "auto"
+    texts: Any = 1
 
 
 @dataclass

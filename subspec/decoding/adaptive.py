@@ -86,7 +86,7 @@ class Adaptive(Beam):
         return super().grow(tree, frontier, logits, 1.0 if self.width == 1 else temperature)
 
     def wants_level(self, *trees: Tree) -> bool:
-        level = trees[0].levels
+        level = max(tree.levels for tree in trees)
         if level >= self.max_depth:
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:

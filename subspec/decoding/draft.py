@@ -146,6 +146,9 @@ class LevelDraft(Draft):
         """Node of each row of the draft region, int64 [draft rows]; valid for the rows in use."""
 
     @abstractmethod
+    def fork(self) -> "LevelDraft": ...
+
+    @abstractmethod
     def rows_used(self, tree: Tree) -> int:
         """Rows of the draft region that ``tree`` has filled."""
 

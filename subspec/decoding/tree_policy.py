@@ -69,7 +69,7 @@ class TreePolicy(ABC):
 
     def wants_level(self, *trees: Tree) -> bool:
         """Whether to draft another level of all ``trees`` (the engine also stops at the length limit)."""
-        return trees[0].levels < self.max_depth
+        return max(tree.levels for tree in trees) < self.max_depth
 
     def finish(self, tree: Tree) -> None:  # noqa: B027 (optional)
         """Prune the drafted tree before it is verified."""

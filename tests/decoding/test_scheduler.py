@@ -13,9 +13,14 @@ from subspec.decoding.scheduler import Scheduler
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.decoding.verify import NotFiniteError
+from subspec.drafts.eagle import EagleDraft
+from subspec.drafts.ngram_index import NgramIndex
+from subspec.drafts.prompt_lookup import PromptLookupDraft
+from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import SubspecError
 from tests.helpers.drafts import RandomDraft, substitute_of
+from tests.helpers.eagle import SHAPES, random_head
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 POLICIES = {
@@ -99,18 +104,28 @@ def check_company(engine, alone, asked, places):
 
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("kind", ["none", "subspec", "random"])
+@pytest.mark.parametrize("kind", ["none", "subspec", "random", "prompt_lookup", "eagle2", "small_model"])
 def test_any_company_yields_every_text_as_it_is_alone(model, substitute, kind, data):
     name = data.draw(st.sampled_from([*POLICIES]))
     eos = data.draw(st.sampled_from([(), (7, 300)]))
 
     def build(sampling=None):
+        policy = POLICIES[name]()
         draft = {
             "none": lambda: None,
             "subspec": lambda: SubstituteDraft(substitute),
             "random": lambda: ForkedRandom(320, 5, broken=0.02),
+            "prompt_lookup": lambda: PromptLookupDraft(NgramIndex(3), 320, earlier_texts=True),
+            "eagle2": lambda: EagleDraft(random_head(SHAPES["qwen2"]), TargetModel(model), policy),
+            "small_model": lambda: SeparateCacheDraft(
+                SubstituteDraft(substitute),
+                TargetModel(substitute),
+                max_length=LENGTH,
+                draft_rows=policy.draft_rows,
+                vocab_size=320,
+            ),
         }[kind]()
-        return engine_of(model, draft, draft and POLICIES[name](), sampling=sampling, eos_token_ids=eos)
+        return engine_of(model, draft, draft and policy, sampling=sampling, eos_token_ids=eos)
 
     asked = data.draw(st.lists(requests(), min_size=2, max_size=4))
     check_company(build(), build, asked, data.draw(st.integers(1, 4)))

@@ -96,10 +96,15 @@ def engine_for(
     return Engine(TargetModel(model), draft, policy, sampling=sampling, **options)
 
 
-def begin(engine: Engine, prompt: list[int]) -> Tensor:
-    """The first token (int64 [1]) behind ``prompt``, which the engine reads in place of an earlier one."""
+def begin(engine: Engine, prompt: list[int], texts: int = 1) -> Tensor:
+    """The first token (int64 [1]) behind ``prompt``, which the engine reads in place of an earlier one.
+
+    Args:
+        texts: number of texts that begin with it.
+    """
     engine.running.clear()
-    engine.admit(engine.text(prompt))
+    for _ in range(texts):
+        engine.admit(engine.text(prompt))
     engine._read_prompts()
     root = engine.running[0].root
     assert root is not None
@@ -113,10 +118,10 @@ def grow(engine: Engine, root: Tensor, most_levels: int) -> None:
 
 
 def verified(engine: Engine) -> _Judged:
-    """A target pass over the engine's whole tree, and what it accepts."""
-    [group] = engine._pass.groups(engine._pass.run(engine.running, []))
-    [judged] = engine._judge(group, *engine._pass.logits(group))
-    return judged
+    """A target pass over the whole trees of all running texts, and what it accepts of the last one."""
+    for group in engine._pass.groups(engine._pass.run(engine.running, [])):
+        judged = engine._judge(group, *engine._pass.logits(group))
+    return judged[-1]
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
