@@ -30,8 +30,8 @@ class TargetCoding:
     Args:
         resident: layers that the plan keeps on the device.
         cache: of what earlier runs coded; None: nothing is kept.
-        on_disk: layers that stream from the cache's files. With any, resident layers wait in their files, too, until
-            they are moved to the device.
+        on_disk: layers that stream from the cache's files.
+        in_files: whether resident layers, too, wait in their files until they are moved to the device.
 
     Attributes:
         layers: layouts of the coded layers' bytes.
@@ -39,10 +39,15 @@ class TargetCoding:
     """
 
     def __init__(
-        self, resident: set[int], cache: CodedCache | None = None, on_disk: Collection[int] = ()
+        self,
+        resident: set[int],
+        cache: CodedCache | None = None,
+        on_disk: Collection[int] = (),
+        in_files: bool = False,
     ) -> None:
         self._planned, self._cache, self.on_disk = resident, cache, on_disk
-        if on_disk:
+        self._in_files = in_files
+        if in_files:
             assert cache is not None  # as planned
             cache.required = True
         self._resident: dict[int, Callable[[], Tensor]] = {}
@@ -132,7 +137,7 @@ class TargetCoding:
     def _stay(self, index: int, host: Tensor) -> None:
         """Note where a layer is found that is neither on the device nor pinned."""
         if index in self._planned:
-            self._resident[index] = (lambda: self._reread(index)) if self.on_disk else (lambda: host)
+            self._resident[index] = (lambda: self._reread(index)) if self._in_files else (lambda: host)
 
     def _reread(self, index: int) -> Tensor:
         assert self._cache is not None

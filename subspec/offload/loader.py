@@ -56,6 +56,9 @@ class LoadingPlan(Protocol):
     def disk_layers(self) -> tuple[int, ...]: ...
 
     @property
+    def coded_in_files(self) -> bool: ...
+
+    @property
     def ring_slots(self) -> int: ...
 
     @property
@@ -253,7 +256,7 @@ def load_streamed(
 
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
-        coding = TargetCoding(resident, coded, plan.disk_layers)
+        coding = TargetCoding(resident, coded, plan.disk_layers, plan.coded_in_files)
     store = PlainStore(source, resident.union(layer.index for layer in stored), memory)
     consumers: list[LayerConsumer] = [store]
     if builder is not None:

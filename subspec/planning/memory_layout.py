@@ -80,12 +80,17 @@ AUDIT_ROWS = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """Number of resident layers, tokens per prefill chunk, place of the embedding table, and layers on the disk."""
+    """Number of resident layers, tokens per prefill chunk, and place of the embedding table.
+
+    ``disk``: number of streamed layers on a disk. ``in_files``: whether resident layers that are coded wait in files
+    until loading ends.
+    """
 
     resident: int
     chunk: int
     embedding: Placement
     disk: int = 0
+    in_files: bool = False
 
 
 class MemoryLayout:
@@ -335,9 +340,8 @@ class MemoryLayout:
         host, resident, disk = Placement.host, decision.resident, decision.disk
         pinned, table = self.spec.layers - resident - disk, int(decision.embedding is host)
         staged, slots = self.staged_layers(decision), min(self.offload.ring_slots, disk)
-        # Resident layers are coded to the host too, and copied to the device after quantization. With layers on a disk,
-        # they wait there.
-        coded = (resident - len(self.required_resident)) * self.coded * (not disk)
+        # Resident layers are coded to the host too, and copied to the device after quantization.
+        coded = (resident - len(self.required_resident)) * self.coded * (not decision.in_files)
         ring = slots * (self.layer_bytes + SLOT_PAGES * ALIGNMENT)
         loading = self.exact_bytes * LOADING_LAYERS + self.packed_bytes * staged + self.layer_bytes * coded
         parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]

@@ -60,6 +60,8 @@ class Plan:
         items: allocations, the device's first.
         resident_layers, streamed_layers: layer numbers.
         disk_layers: those of the streamed layers that lie on a disk.
+        coded_in_files: whether coded layers for the disk and for the device are kept in the cache's files while
+            loading, not in host memory.
         ring_slots: layer buffers of each ring, on the device and for the disk; 0 if nothing is streamed.
         codec: whether exact layers are coded by their substitute (``layer_bytes`` is then an estimate).
         embedding: place of the embedding table.
@@ -98,6 +100,7 @@ class Plan:
     waiting_layers: int = 0
     coded_head_bytes: int = 0
     disk_layers: tuple[int, ...] = ()
+    coded_in_files: bool = False
     plain_disk_bytes: int = 0
     disk: Bandwidth | None = None
 
@@ -229,10 +232,10 @@ def plan_run(
     if tiered is None:
         raise refuse_host(layout, decision, host_limit or 0, vram)
     decision = tiered
-    if decision.disk and layout.coded and getattr(config.quant, "cache", None) is Cache.off:
+    if decision.in_files and layout.coded and getattr(config.quant, "cache", None) is Cache.off:
         raise ConfigError(
-            f"offload.ram_gib={offload.ram_gib} leaves {decision.disk} coded layers to a disk, where the cache keeps "
-            "them: set quant.cache=auto, offload.codec=none, or a larger offload.ram_gib"
+            f"offload.ram_gib={offload.ram_gib} leaves coded layers to a disk, where the cache keeps them: set "
+            "quant.cache=auto, offload.codec=none, or a larger offload.ram_gib"
         )
 
     notes = []
@@ -269,6 +272,7 @@ def plan_run(
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
         disk_layers=spread(streamed, decision.disk),
+        coded_in_files=decision.in_files and layout.coded,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
@@ -279,8 +283,10 @@ def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decis
 
     Without ``offload.ram_gib`` no layer is left to a disk.
     """
-    most = 0 if layout.offload.ram_gib is None else layout.spec.layers - decision.resident
-    tried = (replace(decision, disk=disk) for disk in range(most + 1))
+    tried = [decision]
+    if layout.offload.ram_gib is not None:
+        most = layout.spec.layers - decision.resident
+        tried += [replace(decision, disk=disk, in_files=True) for disk in range(most + 1)]
     return next((one for one in tried if limit is None or layout.host_bytes(one) <= limit), None)
 
 

@@ -62,7 +62,7 @@ def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budg
     With ``offload.ram_gib`` not even one whose streamed layers all lie on a disk fits.
     """
     streamed, asked = layout.spec.layers - decision.resident, layout.offload.ram_gib
-    on_disk = replace(decision, disk=streamed)
+    on_disk = replace(decision, disk=streamed, in_files=True)
     decision = decision if asked is None else on_disk
     needed = layout.host_bytes(decision)
     remedies, capped = ["free some"], asked is not None and int(asked * GIB) <= limit

@@ -1,6 +1,7 @@
 """Layers from pinned memory and a disk in turn: the bytes of both, ahead of use, or one line about a file."""
 
 import errno
+import hashlib
 import os
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from subspec.offload.loader import load_streamed
 from subspec.offload.tiers import TieredStreamer
 from subspec.targets import load_target
 from subspec.targets.layer_bytes import parameter_views
+from subspec.utils.pinned import PinnedBuffer
 from tests.offload.test_disk import CPU, FAULTS, PLANTED, checkpoint, opened, quiet, rewritten  # noqa: F401
 from tests.offload.test_streaming import DEVICES, PROMPT, plan_for
 
@@ -101,6 +103,32 @@ def test_the_disk_is_read_while_the_model_does_something_else(tmp_path, monkeypa
     # Two layers in the device's buffers, two in the disk's ring.
     assert (ring.bytes_copied, streamer.bytes_copied) == (4 * 305, 2 * 768)
     streamer.close()
+
+
+@pytest.mark.gpu
+def test_neither_ring_overtakes_its_readers(tmp_path):
+    """Late kernels, slots of 32 MiB, and a disk whose reads come from the page cache."""
+    size, count = 32 * 2**20, 5
+    buffers = {index: PinnedBuffer(size) for index in range(0, count, 2)}
+    stored = []
+    for index, buffer in buffers.items():
+        buffer.tensor.fill_(index)
+    for index in range(1, count, 2):
+        (file := tmp_path / str(index)).write_bytes(bytes([index]) * size)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        stored.append(StoredLayer(index, {"a": (file, 0)}, {"a": torch.Size([size])}, torch.uint8, digest))
+    pinned, device = {index: buffer.tensor for index, buffer in buffers.items()}, torch.device("cuda")
+    streamer = TieredStreamer(pinned, DiskRing(stored, 1, quiet), Anything(), 2, device)
+    right = torch.zeros(100, dtype=torch.bool, device=device)
+    for step in range(100):
+        slot = streamer.slots[streamer.acquire()]
+        torch.cuda._sleep(20_000_000 * (step % 3))
+        right[step] = (slot == step % count).all()
+        streamer.release()
+    assert bool(right.all())
+    streamer.close()
+    for buffer in buffers.values():
+        buffer.close()
 
 
 # -------------------------------------------------------------------------------------------------- texts
