@@ -28,8 +28,10 @@ from hydra import compose, initialize_config_dir
 from subspec.config.schema import Config, Placement, register_schemas, to_config
 from subspec.decoding.result import GenerationResult
 from subspec.memory.allocator import GIB
+from subspec.offload import disk
 from subspec.offload.disk import measure_disk, stored_layers
 from subspec.runs.console import RunConsole
+from subspec.runs.environment import peak_ram_gib
 from subspec.runs.loading import Loaded, load
 from subspec.session import plan_for
 from subspec.targets import load_target_config, open_source, resolve_dtype
@@ -158,6 +160,7 @@ def run_on_gpu(overrides: list[str], options: argparse.Namespace) -> dict[str, A
         "ram_gib": getattr(configured(overrides).offload, "ram_gib", None),
         "planned_host_gib": run.plan.total(Placement.host) / GIB,
         "peak_vram_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_ram_gib": peak_ram_gib(),
         "layers": {
             "resident": len(run.plan.resident_layers),
             "pinned": len(run.plan.streamed_layers) - len(run.plan.disk_layers),
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="default: 48, with --gpu 100")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--readers", type=int, help="threads that read from the disk")
     parser.add_argument("--on-disk", type=float, default=0.5, help="share of the streamed layers (--gpu)")
     parser.add_argument(
         "--disk-only", action="store_true", help="not with all layers in pinned memory (--gpu)"
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     register_schemas()
+    disk.READERS = options.readers or disk.READERS
     options.tokens = options.tokens or (100 if options.gpu else 48)
     if options.gpu:
         main_gpu(options)

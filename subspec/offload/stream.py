@@ -135,7 +135,7 @@ class LayerStreamer(LayerRing):
         self.copy_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
-            self._copied = [torch.cuda.Event() for _ in range(slots)]
+            self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]
             self._released: list[torch.cuda.Event | None] = [None] * slots
             # The buffers were made on the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))
