@@ -285,8 +285,9 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
     copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
     or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
-    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
-    substitute.
+    host memory, beyond which layers are read from a disk (null: free memory, and none is). ``disk_gb_per_s``: bandwidth
+    of the disk for planning (null: measured when the run starts). ``codec``: whether exact weights are stored and
+    streamed coded given their substitute.
     """
 
     resident_layers: int | None = None
@@ -295,6 +296,7 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    disk_gb_per_s: float | None = None
     codec: Codec = Codec.auto
 
 
