@@ -179,8 +179,8 @@ MATHS = [
     "much is left at the end of the week?",
     "A shop opens with {a} {g}. It sells {b} in the morning and twice as many in the afternoon, and then gets {c} new "
     "boxes of ten. How many {g} does it have now?",
-    "{p} saves {b} dollars a week. A bicycle costs {a} dollars, and an uncle gives {c} dollars. How many weeks does {p} "
-    "have to save?",
+    "{p} saves {b} dollars a week. A bicycle costs {a} dollars, and an uncle gives {c} dollars. How many weeks does "
+    "{p} have to save?",
     "A class of {b} children collects {c} {g} per child. A third of all is given away. How many {g} remain?",
     "{p} walks {c} kilometres to school and back on every school day. How far is that in {b} weeks of five days?",
     "Tickets cost {b} dollars for adults and half of that for children. What do {c} adults and twice as many children "
