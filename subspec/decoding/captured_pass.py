@@ -30,7 +30,7 @@ class CapturedPasses:
     def __init__(
         self, target: TargetModel, tree: Tree, cache: KVCache, levels: int, hidden_of: tuple[int, ...]
     ) -> None:
-        self._target, self._tree, self._cache = target, tree, cache
+        self._target, self.tree, self.cache = target, tree, cache
         self._levels, self._hidden_of = levels, hidden_of
         self._prefix = torch.zeros(1, dtype=torch.int64, device=target.device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Hidden]] = {}
@@ -38,7 +38,7 @@ class CapturedPasses:
 
     def run(self, rows: int) -> Hidden:
         """Hidden states of the tree's first ``rows`` entries, valid until the next pass."""
-        self._prefix.fill_(self._cache.length)
+        self._prefix.fill_(self.cache.length)
         if self._target.device.type != "cuda":
             return self._forward(rows)
         if rows not in self._graphs:
@@ -49,7 +49,7 @@ class CapturedPasses:
         return hidden
 
     def _forward(self, rows: int) -> Hidden:
-        tree, cache = self._tree, self._cache
+        tree, cache = self.tree, self.cache
         batch = TokenBatch(
             tree.tokens[:rows],
             tree.depths[:rows],
