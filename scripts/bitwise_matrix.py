@@ -37,6 +37,8 @@ DECODING = {
     "greedy": ["decoding=greedy"],
     "sampling": ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_p=0.95"],
 }
+HEADS = {"eagle3": "eagle2", "block_head": "eagle2", "prompt_lookup": "chain"}
+"""Drafts that take one tree each, with the whole target."""
 BENCHMARKS = {"mt_bench": "mt_bench.jsonl", "gsm8k": "gsm8k_test.jsonl"}
 
 
@@ -63,6 +65,7 @@ def jobs(rows: int, slow_rows: int) -> list[Job]:
                 found.append(_drafted(draft, tree, common, plain, count))
                 if draft == "eagle2" or (draft == "small_model" and tree != "eagle2"):
                     found.append(_drafted(draft, tree, common, plain, slow_rows, streamed=True))
+            found += [_drafted(draft, tree, common, plain, rows) for draft, tree in HEADS.items()]
     return sorted(found, key=lambda job: "layer_skip" not in job.name)  # the slowest first
 
 

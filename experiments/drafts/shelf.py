@@ -1,11 +1,10 @@
 """One row per draft over several benchmarks: acceptance, and whether tokens are plain decoding's. Exits with 1 if not.
 
-    python experiments/drafts/shelf.py ROOT none eagle2 eagle3 ...
+    python experiments/drafts/shelf.py ROOT [DRAFT ...]
 
-Run folders are ROOT/DRAFT/BENCHMARK; the first draft is plain decoding.
+Run folders are ROOT/BENCHMARK/DRAFT, as scripts/bitwise_matrix.py writes them; ROOT/BENCHMARK/none is plain decoding.
 """
 
-import math
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -34,40 +33,38 @@ def by_depth(runs: list[RunData]) -> list[float]:
 def row(runs: list[RunData], plain: list[dict[tuple[str, int], list[int]]]) -> tuple[str, bool]:
     """A line of the table, and whether every turn's tokens are plain decoding's."""
     turns: list[Any] = [turn for run in runs for turn in run.turns]
-    seconds = math.fsum(turn["decode_s"] for turn in turns)
     rates, same, tokens = by_depth(runs), True, 0
-    for run, expected in zip(runs, plain, strict=True):
+    for run, known in zip(runs, plain, strict=True):
         ours = texts(run.folder)
-        same &= ours == expected and run.state == "finished"
+        same &= run.state == "finished" and all(known.get(turn) == ids for turn, ids in ours.items())
         tokens += sum(map(len, ours.values()))
     cells = (
         method_label(runs[0].config, runs[0].facts),
-        *(f"{tau(run.turns):.2f}" for run in runs),
+        *(f"{tau(run.turns):.2f} ({len(run.turns)})" for run in runs),
         f"{tau(turns):.2f}",
         ", ".join(f"{rates[depth - 1]:.2f}" for depth in DEPTHS if depth <= len(rates)) or "-",
-        f"{sum(turn['verified_tokens'] for turn in turns) / seconds:.0f}",
-        f"identical, {tokens}" if same else "DIFFERENT",
+        f"identical, {tokens} of {tokens}" if same else "DIFFERENT",
     )
     return f"| {' | '.join(cells)} |", same
 
 
 def main(root: Path, drafts: list[str]) -> int:
-    """Print the table; the first draft is plain decoding."""
-    names = sorted(path.name for path in (root / drafts[0]).iterdir() if (path / "summary.json").is_file())
-    plain = [texts(root / drafts[0] / name) for name in names]
-    taus = [f"tau, {name} ({len(known)} turns)" for name, known in zip(names, plain, strict=True)]
-    depths = ", ".join(map(str, DEPTHS))
-    header = ("draft", *taus, "tau, all", f"accepted at depth {depths}", "tokens/s", "token ids")
+    """Print the table; by default of every draft that ran on all benchmarks."""
+    plain = {path.parent.name: texts(path) for path in sorted(root.glob("*/none"))}
+    drafts = drafts or sorted({path.parent.name for path in root.glob("*/*/summary.json")} - {"none"})
+    taus = (f"tau, {benchmark} (turns)" for benchmark in plain)
+    header = ("draft", *taus, "tau, all", f"accepted at depth {', '.join(map(str, DEPTHS))}", "token ids")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     good = True
-    for draft in drafts:
-        line, same = row([read_run(root / draft / name) for name in names], plain)
+    for draft in ("none", *drafts):
+        runs = [read_run(root / benchmark / draft) for benchmark in plain]
+        line, same = row(runs, list(plain.values()))
         print(line)
         good &= same
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
