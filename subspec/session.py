@@ -161,14 +161,14 @@ def assemble_streamed(
     device: torch.device,
     note: Note = print_note,
     *,
-    stored: Sequence[StoredLayer] | None = None,
+    stored: Sequence[StoredLayer] = (),
 ) -> Assembly:
     """Load a target as ``plan`` says and build an engine around it.
 
     Args:
         source: of the exact weights.
         plan: of :func:`plan_for`.
-        stored: all layers in files, for a plan that streams them from there.
+        stored: layers of the plan's that stream from files as they are.
         note: as of :func:`assemble`.
     """
     # While the device is empty: the first run on a GPU measures kernels.

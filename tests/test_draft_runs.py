@@ -213,7 +213,7 @@ def test_what_cannot_draft_is_refused_in_one_line(tmp_path, overrides, line):
 
 def test_a_draft_that_is_never_accepted_is_noted(tmp_path, monkeypatch):
     """A head of random weights, which proposes nothing that the target would say."""
-    monkeypatch.setattr("subspec.runs.runner.ENOUGH_PASSES", 5)
+    monkeypatch.setattr("subspec.runs.notes.ENOUGH_PASSES", 5)
     never = ["draft=eagle2", "draft.path=planted", "tree=chain"]
     out, _, summary = run(tmp_path / "never", *never)
     assert summary["totals"]["tau"] == 1

@@ -82,6 +82,7 @@ RANGES: list[Check] = [
     ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
     ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
+    ("offload.disk_gb_per_s", _POSITIVE, "must be positive (null: measured)"),
     ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
     ("benchmark.per_category", _AT_LEAST_1, "must be at least 1 (null: no such limit)"),
     ("benchmark.categories", lambda value: value != [], "selects nothing: name categories (null: all)"),

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
@@ -35,10 +36,14 @@ def test_texts_have_the_bits_of_passes_that_are_launched_one_by_one(policy):
     )
     assert captured.target.captured
     assert not launched.target.captured
+    auditors = [Auditor(engine.target, engine.sampler.sampling) for engine in (captured, launched)]
     for prompt in ([5, 17, 33], [2, 3, 5, 7, 11, 13, 17]):  # a graph serves every prefix
         texts = [engine.generate(prompt, max_new_tokens=length, seed=3) for engine in (captured, launched)]
         assert texts[0].token_ids == texts[1].token_ids
         assert texts[0].digests == texts[1].digests
+        for auditor in auditors:
+            found = auditor.audit(prompt, texts[0].token_ids, seed=3, digests=texts[0].digests)
+            assert found.exact == len(texts[0].token_ids)
     if device.type == "cuda":
         assert len(captured._pass.captured._graphs) == 1
 
