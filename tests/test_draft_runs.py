@@ -56,12 +56,17 @@ KINDS = {
 
 
 def every_run():
-    """A greedy beam and a sampled EAGLE-2 tree for every draft; the other combinations are slow tests."""
+    """A greedy beam or a sampled EAGLE-2 tree for every draft, both for one; other combinations are slow tests."""
     for draft in KINDS:
         for tree in TREES:
             for decoding in ("greedy", "sampling"):
-                default = (tree, decoding) in [("beam", "greedy"), ("eagle2", "sampling")]
-                default = default or (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
+                default = (tree, decoding) == ("beam", "greedy") and draft in ("hqq", "small_model", "pard")
+                default |= (tree, decoding) == ("eagle2", "sampling") and draft in (
+                    "hqq",
+                    "higgs",
+                    "layer_skip",
+                )
+                default |= (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
                 yield pytest.param(draft, tree, decoding, marks=[] if default else [pytest.mark.slow])
 
 

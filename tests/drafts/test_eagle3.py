@@ -154,7 +154,10 @@ def test_choosing_among_the_heads_own_ids_gives_the_tree_of_the_targets_ids(mode
 
 @pytest.mark.parametrize(
     ("shape", "policy"),
-    [*(("official", policy) for policy in POLICIES), *((shape, "eagle2") for shape in SHAPES3)],
+    [
+        *(("official", policy) for policy in POLICIES if policy != "eagle2"),
+        *((shape, "eagle2") for shape in SHAPES3),
+    ],
 )
 def test_greedy_and_sampled_text_is_plain_decodings(model, shape, policy):
     engine, text = taught(model, POLICIES[policy](), 24, shape)

@@ -46,16 +46,14 @@ def plain(places, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("draft", "tree"),
+    ("draft", "tree", "decoding"),
     [
-        ("eagle2", "eagle2"),
-        ("eagle2", "beam"),
-        ("eagle2", "adaptive"),
-        ("eagle2", "chain"),
-        ("subspec", "eagle2"),
+        *(("eagle2", tree, "greedy") for tree in ("eagle2", "beam", "adaptive", "chain")),
+        *(("eagle2", tree, "sampling") for tree in ("eagle2", "adaptive")),
+        ("subspec", "eagle2", "greedy"),
+        ("subspec", "eagle2", "sampling"),
     ],
 )
-@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
 def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(
     places, plain, tmp_path, draft, tree, decoding
 ):

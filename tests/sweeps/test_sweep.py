@@ -16,7 +16,7 @@ from subspec.sweeps.process import JobProcess, job_environment
 from tests.helpers.cli import Forked, cli, command, no_report, records_of, timeless  # noqa: F401
 
 TINY = [
-    "target=planted_tiny",
+    "target=planted_tiny_tied",
     "device=cpu",
     "logger=none",
     "benchmark.source=sample",
