@@ -45,10 +45,11 @@ from subspec.config.schema import (
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.arguments import ArgumentError, finite_number, prompt_list, stop_list, whole_number
 from subspec.decoding.bitwise_choice import AUTO
-from subspec.decoding.engine import Engine, TokenCallback
+from subspec.decoding.engine import Engine
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
+from subspec.decoding.text import TokenCallback
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.quantize_model import Quantizer

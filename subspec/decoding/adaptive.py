@@ -8,11 +8,10 @@ with a low temperature is overconfident.
 
 import math
 
-import torch
 from torch import Tensor
 
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
+from subspec.decoding.tree_policy import Beam, IterationOutcome, level_masses
 
 
 class Calibration:
@@ -92,9 +91,7 @@ class Adaptive(Beam):
         if level < max(self.min_depth, 1) or level % self.check_every:
             return True
         # One read, on the check levels only. NaN counts as no probability.
-        masses = [level_mass(tree) for tree in trees]
-        read = [float(masses[0])] if len(masses) == 1 else torch.stack(masses).tolist()
-        costs = self._costs[level] = [max(0.0, -math.log(max(1e-30, mass))) for mass in read]
+        costs = self._costs[level] = [max(0.0, -math.log(max(1e-30, mass))) for mass in level_masses(trees)]
         if self._seconds == 0:
             return True  # nothing measured yet
         # The next levels lose mass at this tree's own rate so far.

@@ -5,6 +5,7 @@ A policy never reads a tensor back to the host (``adaptive`` reads one number ev
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,3 +108,15 @@ def level_mass(tree: Tree) -> Tensor:
     if tree.confidence is not None:
         return tree.confidence
     return torch.exp(tree.scores[tree.size - tree.level_size : tree.size]).sum()
+
+
+def level_masses(trees: Sequence[Tree]) -> list[float]:
+    """:func:`level_mass` of every tree, read from the device at once."""
+    first = trees[0]
+    if len(trees) == 1:
+        return [float(level_mass(first))]
+    level = slice(first.size - first.level_size, first.size)
+    alike = all(tree.size == first.size and tree.confidence is None for tree in trees)
+    if alike and first.stack:  # trees that grow in step
+        return first.stack["scores"][: len(trees), level].exp().sum(dim=1).tolist()
+    return torch.stack([level_mass(tree) for tree in trees]).tolist()

@@ -254,7 +254,9 @@ class CapturedDraft(LevelDraft):
         level = slice(place.first_frontier, place.first_frontier + place.rows)
         nodes, tokens, depths = tree._slots[level], tree.tokens[level], tree.depths[level]
         if texts > 1:
-            tokens, depths = (tree.stack[name][:texts, level].flatten() for name in ("tokens", "depths"))
+            tokens, depths = (
+                tree.stack[name][:texts, level].flatten().contiguous() for name in ("tokens", "depths")
+            )
         residual = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device=self.device)
         block = next_power_of_two(model.hidden)
         self._remember(self.cache.draft_rows - place.used - place.rows, nodes)
@@ -383,7 +385,9 @@ class CapturedDraft(LevelDraft):
             **self._overlapped,
         )
         how = self.attention
-        splits, group = how.splits, next_power_of_two(place.rows * heads // kv_heads)
+        # More texts are more programs: fewer slices then save the writing and reading of partial sums.
+        splits = min(how.splits, max(8, 2 * how.splits // next_power_of_two(texts)))
+        group = next_power_of_two(place.rows * heads // kv_heads)
         chunk = max(16, min(how.chunk or group, group))
         sums = torch.empty(2, splits, rows, heads, dtype=torch.float32, device=self.device)
         outs = torch.empty(splits, rows, heads, dim, dtype=torch.float32, device=self.device)

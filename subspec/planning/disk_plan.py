@@ -235,6 +235,8 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
             "set offload.resident_layers=null",
             replace(config, offload=replace(offload, resident_layers=None)),
         )
+    if decoding.texts > 1:
+        yield "set decoding.texts=1", with_texts(config, 1)
     for length in (decoding.max_length // 2, decoding.max_length // 4):
         if length >= max(SHORTEST, 2 * (decoding.max_new_tokens or 0)):
             shorter = replace(decoding, max_length=length)

@@ -24,10 +24,10 @@ from subspec.config.schema import (
 )
 from subspec.decoding.audit import PROMPT_CHUNK
 from subspec.decoding.bitwise import unsupported
-from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.shared_pass import JOINING_ROWS, LOGITS_ROWS
+from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.decoding.tree import Tree
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
@@ -111,7 +111,7 @@ class MemoryLayout:
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, lower bound, upper bound.
         texts: that run side by side.
         nodes: most nodes of a tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
-            :data:`~subspec.decoding.engine.ROW_MULTIPLE`, or 1 without a draft.
+            :data:`~subspec.decoding.text_loop.ROW_MULTIPLE`, or 1 without a draft.
 
     Raises:
         ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.

@@ -147,6 +147,29 @@ def test_a_selection_of_nothing_is_refused(override):
         check_config(to_config(composed(override)))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decoding.texts=0"], r"decoding\.texts=0 must be"),
+        (["decoding.texts=many"], r"decoding\.texts=many must be"),
+        (["decoding.texts=2", "offload=accelerate", "draft=none"], "but offload=accelerate"),
+        (
+            ["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"],
+            r"but draft\.proposer=prompt_lookup",
+        ),
+    ],
+)
+def test_texts_side_by_side_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(to_config(composed(*overrides)))
+
+
+@pytest.mark.parametrize("draft", ["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"])
+def test_other_drafts_serve_several_texts(draft):
+    for texts in (3, "auto"):
+        check_config(to_config(composed(f"draft={draft}", f"decoding.texts={texts}")))
+
+
 def test_every_file_begins_with_a_description():
     short = [file.name for file in CONF.rglob("*.yaml") if len(description(file).split()) < 2]
     assert not short, "these need a comment that says what they are"

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.scheduler import Scheduler
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from tests.helpers.drafts import begin, grow
@@ -46,6 +47,35 @@ def test_texts_have_the_bits_of_passes_that_are_launched_one_by_one(policy):
             assert found.exact == len(texts[0].token_ids)
     if device.type == "cuda":
         assert len(captured._pass.captured._graphs) == 1
+
+
+@pytest.mark.parametrize("policy", [None, Beam(3, 2)], ids=["plain", "beam"])
+@pytest.mark.parametrize("whole", [True, False], ids=["captured", "launched"])
+def test_texts_side_by_side_have_the_bits_that_each_has_alone(policy, whole):
+    device = device_of_tests()
+    model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
+    on_gpu = device.type == "cuda"
+    texts = [
+        ([5, 17, 33], 0, None),
+        ([2, 3, 5, 7, 11, 13, 17, 9, 1], 3, Sampling(0.8, top_p=0.9)),
+        ([9], 1, None),
+    ]
+    engine, count = engine_of(model, policy, whole=whole), 30 if on_gpu else 4
+    scheduler = Scheduler(engine, 2)  # the last one joins a running one, and takes over a place
+    added = [
+        scheduler.add(prompt, seed=seed, sampling=sampling, max_new_tokens=count - number)
+        for number, (prompt, seed, sampling) in enumerate(texts)
+    ]
+    while not scheduler.idle:
+        scheduler.step()
+    for text, (prompt, seed, sampling) in zip(added, texts, strict=True):
+        alone = engine_of(model, policy, whole=whole, sampling=sampling)
+        expected = alone.generate(prompt, seed=seed, max_new_tokens=len(text.result.token_ids))
+        assert text.result.token_ids == expected.token_ids
+        assert text.result.digests == expected.digests
+    assert added[0].beside > 0
+    if on_gpu and whole:
+        assert {texts for texts, _ in engine._pass.captured._graphs} == {1, 2}
 
 
 def test_entries_behind_the_tree_change_no_bits_and_reach_no_row_outside_the_cache():

@@ -7,11 +7,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subspec.decoding.draft import Draft
-from subspec.decoding.engine import Engine, _Judged
+from subspec.decoding.engine import Engine
 from subspec.decoding.hidden import FINAL_HIDDEN
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.text_loop import _Judged
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
@@ -119,11 +120,17 @@ def grow(engine: Engine, root: Tensor, most_levels: int) -> None:
     engine._grow(engine.running, most_levels)
 
 
-def verified(engine: Engine) -> _Judged:
-    """A target pass over the whole trees of all running texts, and what it accepts of the last one."""
+def all_verified(engine: Engine) -> list[_Judged]:
+    """A target pass over the whole trees of all running texts, and what it accepts of each."""
+    found: list[_Judged] = []
     for group in engine._pass.groups(engine._pass.run(engine.running, [])):
-        judged = engine._judge(group, *engine._pass.logits(group))
-    return judged[-1]
+        found += engine._judge(group, *engine._pass.logits(group))
+    return found
+
+
+def verified(engine: Engine) -> _Judged:
+    """As :func:`all_verified`, of the one text that runs."""
+    return all_verified(engine)[-1]
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:

@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.scheduler import Scheduler
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
@@ -129,8 +133,6 @@ def test_growth_in_the_kernel_is_the_beams(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_speculative_text_passes_the_audit(device):
-    from subspec.decoding.audit import Auditor
-
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     model = model_of("llama", device, layers=2 if on_gpu else 1)
@@ -141,6 +143,57 @@ def test_speculative_text_passes_the_audit(device):
         result = engine.generate(PROMPT, max_new_tokens=count)
         assert Auditor(TargetModel(model)).audit(PROMPT, result.token_ids).mismatch == 0
     assert result.stats.iterations < count - 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8)], ids=["greedy", "sampling"])
+def test_trees_that_grow_together_are_those_that_grow_alone(sampling, device):
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    model = model_of("qwen2", device, vocab_size=4200 if on_gpu else 320, layers=1)
+    policy = Beam(6, 3) if on_gpu else Beam(2, 2)
+    prompts = [PROMPT, PROMPT[:2], PROMPT[::-1] * 2][: 3 if on_gpu else 2]
+    options = {"max_length": 64, "prefill_chunk": 32, "sampling": sampling}
+
+    def trees(texts):
+        engine = Engine(TargetModel(model), fused_draft(model, device), policy, texts=len(texts), **options)
+        with torch.inference_mode():
+            for prompt in texts:
+                engine.admit(engine.text(prompt))
+            engine._read_prompts()
+            for _ in range(1 + on_gpu):  # graphs are captured, then replayed
+                engine._grow(engine.running, 10)
+        assert all(text.own.tree.levels == policy.max_depth for text in engine.running)
+        return [text.own for text in engine.running]
+
+    for together, prompt in zip(trees(prompts), prompts, strict=True):
+        [alone] = trees([prompt])
+        size = alone.tree.size
+        for name in ("tokens", "parents", "depths", "ancestors"):
+            assert torch.equal(getattr(together.tree, name)[:size], getattr(alone.tree, name)[:size]), name
+        torch.testing.assert_close(
+            together.tree.scores[:size], alone.tree.scores[:size], rtol=1e-2, atol=2e-2
+        )
+        rows = [own.cache.rows[:, :, :, : own.cache.draft_rows].float() for own in (together, alone)]
+        torch.testing.assert_close(*rows, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_texts_side_by_side_draft_with_captured_levels(device):
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    model = model_of("llama", device, layers=1)
+    policy = Adaptive(6, 3) if on_gpu else Beam(2, 2)
+    options = {"max_length": 64, "prefill_chunk": 16}
+    engine = Engine(TargetModel(model), fused_draft(model, device), policy, texts=3, **options)
+    scheduler = Scheduler(engine, 3)
+    lengths = (40, 12, 30, 25) if on_gpu else (3, 2, 4)
+    texts = [scheduler.add(PROMPT[n:], max_new_tokens=length) for n, length in enumerate(lengths)]
+    while not scheduler.idle:
+        scheduler.step()
+    for text in texts:
+        assert Auditor(TargetModel(model)).audit(list(text.prompt), text.result.token_ids).mismatch == 0
+    assert sum(sum(text.result.stats.accepted_by_depth) for text in texts) > 0
 
 
 @pytest.mark.gpu
