@@ -170,6 +170,7 @@ def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
         "small_model": ["draft=small_model", "draft.path=planted:tiny_draft", *STREAM],
         "eagle2": ["draft=eagle2", "draft.path=planted", "tree=eagle2", *STREAM],
         "block_head": ["draft=block_head", "draft.path=planted", "tree=eagle2", *STREAM],
+        "prompt_lookup": ["draft=prompt_lookup", "tree=eagle2", *STREAM],
         "pard": ["draft=pard", "draft.path=planted:tiny_draft", *STREAM],
     }
     for name, extra in runs.items():

@@ -31,7 +31,7 @@ class TargetCoding:
         resident: layers that the plan keeps on the device.
         cache: of what earlier runs coded; None: nothing is kept.
         on_disk: layers that stream from the cache's files.
-        in_files: whether resident layers, too, wait in their files until they are moved to the device.
+        in_files: whether all others, too, wait in their files until :meth:`place`.
 
     Attributes:
         layers: layouts of the coded layers' bytes.
@@ -50,7 +50,7 @@ class TargetCoding:
         if in_files:
             assert cache is not None  # as planned
             cache.required = True
-        self._resident: dict[int, Callable[[], Tensor]] = {}
+        self._held: dict[int, Tensor] = {}  # resident ones, on the host for now
         self.layers: dict[int, CodedLayer] = {}
         self.streamed: dict[int, Tensor] = {}
 
@@ -65,10 +65,11 @@ class TargetCoding:
         """Code a layer with :func:`~subspec.codec.coded_layer.encode_layer`; its exact tensors may be freed then."""
         layer, flat = encode_layer(tensors, codes, substitute)
         self.layers[index] = layer
-        if index in self._planned or index in self.on_disk:
-            # To the host for now: the quantizer's temporaries and the resident layers need not fit at once.
+        if self._in_files:
             host = flat.cpu()
-            self._stay(index, host)
+        elif index in self._planned:
+            # To the host for now: the quantizer's temporaries and the resident layers need not fit at once.
+            self._held[index] = host = flat.cpu()
         else:
             self.streamed[index] = host = pinned(flat.numel())
             host.copy_(flat)
@@ -128,18 +129,18 @@ class TargetCoding:
         cache.read += 1
         cache.quantizer.store.read += modules
         self.layers[index] = kept.layer
-        if index in self._planned or index in self.on_disk:
-            self._stay(index, kept.buffer.tensor[: kept.layer.nbytes])
+        if self._in_files:
+            return substitute
+        if index in self._planned:
+            self._held[index] = kept.buffer.tensor[: kept.layer.nbytes]
         else:
             self.streamed[index] = locked(kept.buffer)[: kept.layer.nbytes]
         return substitute
 
-    def _stay(self, index: int, host: Tensor) -> None:
-        """Note where a layer is found that is neither on the device nor pinned."""
-        if index in self._planned:
-            self._resident[index] = (lambda: self._reread(index)) if self._in_files else (lambda: host)
-
-    def _reread(self, index: int) -> Tensor:
+    def _take(self, index: int) -> Tensor:
+        """The bytes of a layer that is neither on the device nor pinned yet."""
+        if (held := self._held.pop(index, None)) is not None:
+            return held
         assert self._cache is not None
         self._cache.flush()
         if (kept := self._cache.get(index, ahead=False)) is None:
@@ -149,23 +150,28 @@ class TargetCoding:
             )
         return kept.buffer.tensor[: kept.layer.nbytes]
 
-    def shrink(self, room: int, slots: int, pinned: Pinned) -> None:
-        """Stream resident layers, last ones first, until code that came out larger than planned fits.
+    def place(self, room: int, slots: int, pinned: Pinned) -> None:
+        """Pin the layers that stream from host memory, after loading.
+
+        Code that came out larger than planned streams instead of being resident, last layers first, until it fits.
 
         Args:
             room: device bytes that the plan has for resident coded layers and ring slots.
             slots: of the ring.
         """
+        resident = sorted(self._planned & self.layers.keys())
 
         def taken() -> int:
             sizes = {index: layer.nbytes for index, layer in self.layers.items()}
-            resident = [sizes.pop(index) for index in self._resident]
-            return sum(resident) + max(slots, 1) * max(sizes.values(), default=0)
+            kept = sum(sizes.pop(index) for index in resident)
+            return kept + max(slots, 1) * max(sizes.values(), default=0)
 
-        while self._resident and taken() > room:
-            index, load = self._resident.popitem()
+        while resident and taken() > room:
+            resident.pop()
+        self._planned = set(resident)
+        for index in sorted(self.layers.keys() - {*resident, *self.on_disk, *self.streamed}):
             self.streamed[index] = pinned(self.layers[index].nbytes)
-            self.streamed[index].copy_(load())
+            self.streamed[index].copy_(self._take(index))
 
     def decoder(
         self, substitute: Sequence[LevelLayer], shapes: Mapping[str, torch.Size], device: torch.device
@@ -173,8 +179,9 @@ class TargetCoding:
         """Restores the coded layers; resident ones' bytes are moved to ``device``. None: no layer is coded."""
         if not self.layers:
             return None
-        resident = {index: load().to(device) for index, load in sorted(self._resident.items())}
-        self._resident.clear()
+        resident = {
+            index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())
+        }
         return LayerRestorer(self.layers, substitute, shapes, resident, device)
 
     @property

@@ -277,7 +277,7 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.shrink(room, plan.ring_slots, memory.allocate)
+        coding.place(room, plan.ring_slots, memory.allocate)
         restorer = coding.decoder(builder.layers, source.layer_shapes(0), device)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded

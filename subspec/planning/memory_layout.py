@@ -84,8 +84,7 @@ AUDIT_ROWS = 256
 class Decision:
     """Number of resident layers, tokens per prefill chunk, and place of the embedding table.
 
-    ``disk``: number of streamed layers on a disk. ``in_files``: whether resident layers that are coded wait in files
-    until loading ends.
+    ``disk``: number of streamed layers on a disk. ``in_files``: whether coded layers wait in files until loading ends.
     """
 
     resident: int
@@ -361,6 +360,9 @@ class MemoryLayout:
         # Resident layers are coded to the host too, and copied to the device after quantization.
         coded = (resident - len(self.required_resident)) * self.coded * (not decision.in_files)
         ring = slots * (self.layer_bytes + SLOT_PAGES * ALIGNMENT)
+        behind = ring + self.layer_bytes * pinned * (
+            self.coded and decision.in_files
+        )  # made when loading has ended
         loading = self.exact_bytes * LOADING_LAYERS + self.packed_bytes * staged + self.layer_bytes * coded
         parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]
         parts += [*[f"{staged} of the substitute"] * bool(staged), "1 GiB for CUDA"]
@@ -370,7 +372,7 @@ class MemoryLayout:
             Allocation("embedding table", ((self.table_bytes, table),), "pinned; only looked up", host),
             Allocation(
                 "loading and process",
-                ((max(0, loading - ring), 1), (PROCESS_BYTES, 1)),  # the ring is made behind everything else
+                ((max(0, loading - behind), 1), (PROCESS_BYTES, 1)),
                 ", ".join(parts),
                 host,
             ),

@@ -62,8 +62,7 @@ class Plan:
         items: allocations, the device's first.
         resident_layers, streamed_layers: layer numbers.
         disk_layers: those of the streamed layers that lie on a disk.
-        coded_in_files: whether coded layers for the disk and for the device are kept in the cache's files while
-            loading, not in host memory.
+        coded_in_files: whether coded layers are kept in the cache's files while loading, not in host memory.
         ring_slots: layer buffers of each ring, on the device and for the disk; 0 if nothing is streamed.
         codec: whether exact layers are coded by their substitute (``layer_bytes`` is then an estimate).
         embedding: place of the embedding table.

@@ -68,7 +68,7 @@ def test_free_memory_alone_leaves_no_layer_to_a_disk():
 
 @pytest.mark.parametrize(("disk", "slower"), [(1.0, "disk"), (500.0, "link"), (None, None)])
 def test_the_floor_is_the_slower_links(disk, slower):
-    plan = planned(settings(8.0, codec=Codec.substitute, ram_gib=6.0, disk_gb_per_s=disk), **LINK)
+    plan = planned(settings(8.0, codec=Codec.substitute, ram_gib=4.5, disk_gb_per_s=disk), **LINK)
     link_s = plan.streamed_bytes_per_pass / 50e9
     assert plan.disk_bytes_per_pass == len(plan.disk_layers) * plan.layer_bytes > 0
     assert plan.slower_link == slower
@@ -95,7 +95,7 @@ def test_the_floor_is_the_slower_links(disk, slower):
 
 def test_plain_decoding_in_the_same_memory_reads_more_from_the_disk():
     """Its layers are not coded."""
-    plan = planned(settings(8.0, codec=Codec.substitute, ram_gib=6.0))
+    plan = planned(settings(8.0, codec=Codec.substitute, ram_gib=4.5))
     assert plan.plain_bytes_per_pass > plan.plain_disk_bytes > 2 * plan.disk_bytes_per_pass
 
 
@@ -104,7 +104,7 @@ def test_memory_below_the_ring_and_loading_is_refused():
         planned(settings(8.0, codec=Codec.substitute, ram_gib=2.0))
     least = float(re.search(r"at least (\S+) ", str(caught.value))[1])
     plan = planned(settings(8.0, codec=Codec.substitute, ram_gib=least))
-    assert plan.disk_layers == plan.streamed_layers
+    assert set(plan.disk_layers) < set(plan.streamed_layers)  # some fit where loading was
 
 
 def test_coded_layers_on_a_disk_need_the_cache():
@@ -116,6 +116,6 @@ def test_coded_layers_on_a_disk_need_the_cache():
 
 
 def test_predictions_do_not_cover_a_disk():
-    config, model = settings(8.0, codec=Codec.substitute, ram_gib=6.0), SHAPES["qwen2_5_7b"]()
-    with pytest.raises(ConfigError, match=r"offload\.ram_gib=6.*plan_only"):
+    config, model = settings(8.0, codec=Codec.substitute, ram_gib=4.5), SHAPES["qwen2_5_7b"]()
+    with pytest.raises(ConfigError, match=r"offload\.ram_gib=4\.5.*plan_only"):
         predict(config, model, Machine(50.0, 4000.0), Acceptance.from_tau(4.0, 8))
