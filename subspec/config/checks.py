@@ -67,6 +67,11 @@ RANGES: list[Check] = [
         lambda value: value == AUTO or isinstance(value, bool),
         "must be auto, true or false",
     ),
+    (
+        "decoding.texts",
+        lambda value: value == AUTO or (type(value) is int and value >= 1),
+        "must be a whole number of at least 1, or auto",
+    ),
     ("decoding.stop", all, "holds an empty string: leave it out"),
     (
         "offload.vram_gib",
@@ -77,6 +82,7 @@ RANGES: list[Check] = [
     ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
     ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
+    ("offload.disk_gb_per_s", _POSITIVE, "must be positive (null: measured)"),
     ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
     ("benchmark.per_category", _AT_LEAST_1, "must be at least 1 (null: no such limit)"),
     ("benchmark.categories", lambda value: value != [], "selects nothing: name categories (null: all)"),

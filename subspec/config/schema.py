@@ -232,7 +232,8 @@ class DecodingConfig:
     """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region).
 
     ``bitwise``: ``auto``, ``true`` or ``false``: whether the target's passes are batch-invariant
-    (:mod:`subspec.decoding.bitwise`).
+    (:mod:`subspec.decoding.bitwise`). ``texts``: texts that run side by side and share every pass of the target, at
+    most, or ``auto``: as many as pay (:data:`subspec.config.defaults.MOST_TEXTS` at most).
     """
 
     name: str = MISSING
@@ -242,6 +243,7 @@ class DecodingConfig:
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
     bitwise: Any = "auto"
+    texts: Any = 1
 
 
 @dataclass
@@ -283,8 +285,9 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
     copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
     or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
-    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
-    substitute.
+    host memory, beyond which layers are read from a disk (null: free memory, and none is). ``disk_gb_per_s``: bandwidth
+    of the disk for planning (null: measured when the run starts). ``codec``: whether exact weights are stored and
+    streamed coded given their substitute.
     """
 
     resident_layers: int | None = None
@@ -293,6 +296,7 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    disk_gb_per_s: float | None = None
     codec: Codec = Codec.auto
 
 

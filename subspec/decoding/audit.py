@@ -163,21 +163,21 @@ class Auditor:
         """An empty cache for a text; with captured passes, whose addresses are fixed, the last text's if it fits."""
         if not self.target.captured:
             return self.target.new_cache(max_length=length, draft_rows=0, target_rows=rows)
-        if self._passes is None or length > self._passes.cache.max_length:
+        if self._passes is None or length > self._passes.caches[0].max_length:
             tree = Tree(1, self.target.device)
             longest = round_up(length, LENGTH_MULTIPLE)
             most = max(PROMPT_CHUNK, self.chunk)
             cache = self.target.new_cache(max_length=longest, draft_rows=0, target_rows=most)
-            self._passes = CapturedPasses(self.target, tree, cache, 0, ())
-        self._passes.cache.reset()
-        return self._passes.cache
+            self._passes = CapturedPasses(self.target, [tree], [cache], 0, ())
+        self._passes.caches[0].reset()
+        return self._passes.caches[0]
 
     def _pass(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Run ``tokens`` behind the cache's prefix and commit them; their hidden states [n, hidden]."""
         if self._passes is None or tokens.numel() > 1:
             return self.target.append(tokens, cache).final
-        self._passes.tree.plant(tokens)
-        hidden = self._passes.run(1).final
+        self._passes.trees[0].plant(tokens)
+        hidden = self._passes.run(1, 1).final
         cache.extend(1)
         return hidden
 

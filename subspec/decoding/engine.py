@@ -1,43 +1,54 @@
-"""The engine's loop: draft a tree, verify it in one target pass, emit the accepted tokens.
+"""The engine's loop: draft trees, verify them in one target pass, emit the accepted tokens.
 
-An iteration synchronises with the device exactly once, to read the accepted path (:meth:`Acceptance.read`). Plain
-decoding is the same loop without a draft: its tree is the root alone.
+An iteration (:meth:`Engine.step`) serves every running text: their trees grow level by level together, and one target
+pass verifies them all, beside pieces of the prompts of texts that have just joined. It synchronises with the device
+exactly once, to read the accepted paths (:func:`~subspec.decoding.verify.read_all`). Plain decoding is the same loop
+without a draft: its tree is the root alone.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subspec.decoding.arguments import prompt_list, stop_list, whole_number
-from subspec.decoding.batch import TokenBatch
 from subspec.decoding.captured_pass import CapturedPasses
 from subspec.decoding.digest import digest_rows
-from subspec.decoding.draft import Draft
-from subspec.decoding.hidden import NO_HIDDEN, Hidden
+from subspec.decoding.draft import Draft, NextLevel, Perturb
+from subspec.decoding.hidden import NO_HIDDEN
+from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.result import GenerationResult, GenerationStats
 from subspec.decoding.sampling import Sampler, Sampling
+from subspec.decoding.shared_pass import LOGITS_ROWS, Share, SharedPass
 from subspec.decoding.stopping import OutputBuffer, TextDecoder
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.text import Place, Text, TokenCallback
 from subspec.decoding.timing import PhaseClock, Span
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import IterationOutcome, TreePolicy
-from subspec.decoding.verify import NOT_FINITE, Acceptance, NotFiniteError, finite_choice, verify
+from subspec.decoding.verify import Acceptance, NotFiniteError, Reading, finite_choice, read_all, verify
 from subspec.errors import SubspecError
 from subspec.utils.rounding import round_up
-
-TokenCallback = Callable[[list[int], str], None]
-"""Called with each emitted block: its ids, and the text that became final with it ("" without a tokenizer)."""
-
 
 ROW_MULTIPLE = 64
 """Rows of a target pass over a tree are rounded up to this on a GPU."""
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A text's share of a pass, the nodes that the target accepts, and its logits' digests if they are kept."""
+
+    share: Share
+    acceptance: Acceptance
+    digests: Tensor | None
+
+
 class Engine:
-    """Generates text with a target model and, optionally, a draft. Reusable; one generation at a time.
+    """Generates texts with a target model and, optionally, a draft. Reusable.
+
+    :meth:`generate` runs one text; several at a time run through a :class:`~subspec.decoding.scheduler.Scheduler`.
 
     Args:
         target: the model whose output is reproduced.
@@ -47,8 +58,10 @@ class Engine:
         prefill_chunk: prompt tokens per target pass.
         eos_token_ids: ids that end a text.
         tokenizer: for text and stop strings; None: ids only.
+        texts: most texts that run side by side.
 
     Attributes:
+        running: texts that have a place, in the order of the places.
         keeps_digests: whether results hold a digest of the logits behind every token, for the audit.
     """
 
@@ -63,6 +76,7 @@ class Engine:
         prefill_chunk: int = 256,
         eos_token_ids: Sequence[int] = (),
         tokenizer: TextDecoder | None = None,
+        texts: int = 1,
     ) -> None:
         if (draft is None) != (policy is None):
             raise ValueError("a draft and a tree policy go together")
@@ -71,7 +85,6 @@ class Engine:
                 f"a tree of width {policy.width} is wider than the vocabulary of {target.vocab_size}"
             )
         self.target = target
-        self.draft = draft
         self._wants = NO_HIDDEN if draft is None else draft.wants
         self.policy = policy
         self.max_length = max_length
@@ -80,6 +93,14 @@ class Engine:
         self.tokenizer = tokenizer
         self.trace: list[Span] | None = None
         self.keeps_digests = False
+        self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
+        self.running: list[Text] = []
+        self._transferred = (0, 0.0)
+        self._reserve(texts, draft)
+
+    def _reserve(self, texts: int, draft: Draft | None) -> None:
+        """Allocate the places of ``texts`` texts."""
+        target, policy = self.target, self.policy
         # Rounded rows let trees of nearly the same size use the same kernels, or the same graph; on a CPU rows cost
         # time. Batch-invariant arithmetic that is not captured has one kernel for any number of rows.
         rounds = (
@@ -87,46 +108,96 @@ class Engine:
             and target.device.type == "cuda"
             and (target.bitwise is None or target.captured)
         )
-        self._rows = ROW_MULTIPLE if rounds else 1
-        self.tree = Tree(round_up(policy.capacity, self._rows) if policy else 1, target.device)
-        self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
-        self.cache = target.new_cache(
-            max_length=max_length,
+        multiple = ROW_MULTIPLE if rounds else 1
+        drafts = [draft, *(draft and draft.fork() for _ in range(texts - 1))]
+        trees = Tree.several(texts, round_up(policy.capacity, multiple) if policy else 1, target.device)
+        caches = target.new_cache(
+            max_length=self.max_length,
             draft_rows=policy.draft_rows + draft.extra_rows if policy and draft and draft.shares_cache else 0,
             target_rows=max(
-                round_up(policy.pass_nodes, self._rows) if policy else 1, min(prefill_chunk, max_length)
+                round_up(policy.pass_nodes, multiple) if policy else 1,
+                min(self.prefill_chunk, self.max_length),
             ),
-        )
-        self._passes: CapturedPasses | None = None
+            texts=texts,
+        ).all()
+        self._places = [Place(*own) for own in zip(trees, caches, drafts, strict=True)]
+        captured = None
         if target.captured:
             levels = policy.max_depth if policy else 0
-            self._passes = CapturedPasses(target, self.tree, self.cache, levels, self._wants.layers)
+            captured = CapturedPasses(target, trees, caches, levels, self._wants.layers)
+        self._pass = SharedPass(target, self._wants, multiple, self.prefill_chunk, captured)
+
+    def reserve(self, texts: int) -> None:
+        """Make room for ``texts`` texts side by side, if there is less; no text may be running.
+
+        Raises:
+            ConfigError: the draft serves one text at a time.
+        """
+        if texts > len(self._places):
+            self.check_idle()
+            self._reserve(texts, self.draft)
+
+    def check_idle(self) -> None:
+        """Refuse work that needs the places of running texts.
+
+        Raises:
+            SubspecError: texts are running.
+        """
+        if self.running:
+            raise SubspecError(f"the engine is running {len(self.running)} texts of a scheduler")
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft; of several texts, the first one's."""
+        return self._places[0].draft
+
+    @draft.setter
+    def draft(self, draft: Draft | None) -> None:
+        self._places[0].draft = draft
+
+    @property
+    def tree(self) -> Tree:
+        """The first text's tree."""
+        return self._places[0].tree
+
+    @property
+    def cache(self) -> KVCache:
+        """The first text's KV cache."""
+        return self._places[0].cache
+
+    @property
+    def texts(self) -> int:
+        """Most texts that run side by side."""
+        return len(self._places)
 
     @torch.inference_mode()
     def prepare(self, prompt_ids: Sequence[int]) -> None:
         """Run every shape once before anything is timed, to compile, capture and load kernels.
 
-        Otherwise the first deep tree, and the first pass over each number of rows, takes tens of milliseconds longer on
+        Otherwise the first deep trees, and the first pass over each number of rows, take tens of milliseconds longer on
         a GPU. Does nothing on a CPU.
         """
         if self.target.device.type != "cuda":
             return
-        self.draft_whole_tree(self._prefill(prompt_ids)[0])
-        most = self.policy.pass_nodes if self.policy is not None else 1
-        sizes = list(range(self._rows, round_up(most, self._rows) + 1, self._rows))
-        if self._rows == 1:  # one kernel for any number of rows
-            sizes = [min(most, self.tree.size)]
-        for rows in sizes:
-            self.target.logits(self._pass(rows).final).argmax(dim=-1)
+        self.check_idle()
+        most, multiple = self.policy.pass_nodes if self.policy is not None else 1, self._pass.row_multiple
+        try:
+            for _ in self._places:
+                self.admit(self.text(prompt_ids))
+            self._read_prompts()
+            while self.running:
+                self._grow(self.running, self.policy.max_depth if self.policy else 0, whole=True)
+                most = min(most, self.tree.size)
+                # Without rounding there is one kernel for any number of rows.
+                first = most if multiple == 1 else multiple
+                for rows in range(first, round_up(most, multiple) + 1, multiple):
+                    hidden = self._pass.trees([text.own for text in self.running], rows)
+                    for piece in hidden.final.split(max(rows, LOGITS_ROWS)):
+                        self.target.logits(piece).argmax(dim=-1)
+                self.leave(self.running[-1])
+        finally:
+            self.running.clear()
         torch.cuda.synchronize(self.target.device)
-
-    def draft_whole_tree(self, root: Tensor) -> None:
-        """Draft to the full depth, regardless of :meth:`TreePolicy.wants_level`."""
-        frontier = self.tree.plant(root)
-        while self.policy is not None and self.tree.levels < self.policy.max_depth and frontier.numel():
-            frontier = self._level(frontier)
-        if self.policy is not None:
-            self.policy.finish(self.tree)
 
     @torch.inference_mode()
     def generate(
@@ -150,74 +221,25 @@ class Engine:
             on_tokens: called with every emitted block, from the first token on.
 
         Raises:
-            SubspecError: an argument has the wrong type or is out of range (the message names it), or the target's
-                logits are not finite.
+            SubspecError: an argument has the wrong type or is out of range (the message names it), the target's logits
+                are not finite, or texts of a scheduler are running.
         """
-        prompt_ids = prompt_list(prompt_ids)
-        whole_number("seed", seed, least=0)
-        output = self.output_buffer(
-            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos
+        self.check_idle()
+        text = self.text(
+            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, seed=seed
         )
-        digests: list[Tensor] = []
-        stats = GenerationStats(prompt_tokens=len(prompt_ids))
-        self.target.take_transfer()  # discard the counts of an earlier generation's prefetches
-        clock = PhaseClock(self.target.device, self.trace)
+        text.on_tokens, text.sampler = on_tokens, self.sampler
         self.sampler.reseed(seed)
-
-        def emit(block: list[int]) -> int:
-            kept = output.add(block)
-            if on_tokens is not None:
-                on_tokens(kept, output.new_text())
-            return len(kept)
-
-        started = time.perf_counter()
-        with clock.phase("prefill"):
-            root, logits = self._prefill(prompt_ids)
-            if self.keeps_digests:
-                digests.append(digest_rows(logits))
-            finite = finite_choice(logits, root)
-            del logits
-        first, is_finite = torch.cat([root, finite]).tolist()
-        if not is_finite:
-            raise NotFiniteError(NOT_FINITE)
-        emit([first])
-        first_token_at = time.perf_counter()
-        stats.prefill_s = first_token_at - started
-
-        emitted_at = first_token_at
-        while output.finish_reason is None:
-            with clock.phase("draft"):
-                drafted = self._draft(root, output.remaining - 1)
-            size, levels = self.tree.size, self.tree.levels
-            stats.draft_passes += self.draft.passes(self.tree) if self.draft is not None else 0
-            with clock.phase("verify"):
-                hidden, logits = self._score(size)
-            with clock.phase("accept"):
-                acceptance = self._judge(logits, levels)
-                row_digests = digest_rows(logits) if self.keeps_digests else None
-            del logits  # of the whole vocabulary: freed before the next pass allocates its own
-            with clock.waiting("wait for the acceptance"):
-                # The iteration's one synchronisation.
-                accepted, emitted, depth = acceptance.read()
-            with clock.phase("accept"):
-                self._commit(acceptance, len(accepted), hidden)
-            if row_digests is not None:
-                digests.append(row_digests.index_select(0, acceptance.path(len(accepted))))
-            root = acceptance.bonus
-            stats.iterations += 1
-            stats.verified_tokens += emit(emitted)
-            now = time.perf_counter()
-            seconds, emitted_at = now - emitted_at, now
-            stats.block_s.append(seconds)
-            self._account(stats, depth, size, len(accepted) - 1)
-            self._learn(stats, clock, IterationOutcome(drafted, size, len(accepted) - 1, 0.0, seconds))
-        stats.decode_s = time.perf_counter() - first_token_at
-        _add_phases(stats, clock.drain())
-        stats.bytes_streamed, stats.transfer_s = self.target.take_transfer()
-        result = GenerationResult(output.token_ids, output.text(), output.finish_reason, stats)
-        if digests:
-            result.digests = torch.cat(digests)[: len(result.token_ids)].tolist()
-        return result
+        self.admit(text)
+        try:
+            while not text.ended:
+                self.step()
+        finally:
+            self.leave(text)
+        if text.error is not None:
+            raise text.error
+        assert text.result is not None
+        return text.result
 
     @torch.inference_mode()
     def time_plain(self, tokens: int) -> tuple[int, float]:
@@ -229,16 +251,93 @@ class Engine:
         Returns:
             The number of passes and their seconds. One more goes before them: the first of its shape takes longer.
         """
-        tokens = max(0, min(tokens, self.max_length - self.cache.length - 2))
-        root, times = self.tree.tokens[:1].clone(), []
+        place = self._places[0]
+        tokens = max(0, min(tokens, self.max_length - place.cache.length - 2))
+        root, times = place.tree.tokens[:1].clone(), []
         for _ in range(tokens + 1 if tokens else 0):
-            path = self.tree.plant(root)
-            logits = self.target.logits(self._pass(1).final)  # not rounded up, as a tree's rows are
-            root = self._judge(logits, 0).bonus
-            self.cache.accept(path)
+            path = place.tree.plant(root)
+            logits = self.target.logits(
+                self._pass.trees([place], 1).final
+            )  # not rounded up, as a tree's rows are
+            chosen = self.sampler.choose(logits, place.cache.length + 1, place.tree.depths[:1], 1)
+            root = verify(place.tree, chosen, 0, finite_choice(logits, chosen)).bonus
+            place.cache.accept(path)
             root.tolist()  # a text would wait for its token
             times.append(time.perf_counter())
         return tokens, times[-1] - times[0] if times else 0.0
+
+    # ------------------------------------------------------------------------------------- texts come and go
+
+    def text(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | str = (),
+        ignore_eos: bool = False,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        on_tokens: TokenCallback | None = None,
+    ) -> Text:
+        """A text that does not run yet; arguments as of :meth:`generate`.
+
+        Args:
+            sampling: None: the engine's own.
+
+        Raises:
+            SubspecError: as :meth:`generate`.
+        """
+        prompt_ids = prompt_list(prompt_ids)
+        whole_number("seed", seed, least=0)
+        output = self.output_buffer(
+            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos
+        )
+        sampler = Sampler(sampling or self.sampler.sampling, self.target.vocab_size, self.target.device)
+        sampler.reseed(seed)
+        return Text(prompt_ids, output, sampler, on_tokens, GenerationStats(prompt_tokens=len(prompt_ids)))
+
+    @torch.inference_mode()
+    def admit(self, text: Text) -> None:
+        """Give ``text`` the next free place; the next :meth:`step` reads its prompt."""
+        if not self.running:
+            self._clock = PhaseClock(self.target.device, self.trace)
+            self._stepped_at = time.perf_counter()
+        text.place = place = self._places[len(self.running)]
+        self.running.append(text)
+        text.transferred = self._take_transfer()
+        text.started = time.perf_counter()
+        text.unread = torch.tensor(text.prompt, dtype=torch.int64, device=self.target.device)
+        place.cache.reset()
+        if place.draft is not None:
+            place.draft.begin(place.cache)
+
+    @torch.inference_mode()
+    def leave(self, text: Text) -> None:
+        """Free the place of ``text``, if it has one.
+
+        Running texts occupy the first places, those that have read their prompts before the others: the last text of
+        either kind moves.
+        """
+        if text.place is None:
+            return
+        running, hole = self.running, self.running.index(text)
+        ready = sum(other.root is not None for other in running)
+        for last in (ready - 1, len(running) - 1):
+            if hole < last:
+                self._move(last, hole)
+                hole = last
+        running.pop()
+        text.place = None
+
+    def _move(self, number: int, hole: int) -> None:
+        """Let a running text go on in the place of another one."""
+        source, place = self._places[number], self._places[hole]
+        self.running[hole] = self.running[number]
+        self.running[hole].place = place
+        place.cache.take_over(source.cache)
+        place.draft, source.draft = source.draft, place.draft
+        if place.draft is not None:
+            place.draft.move(place.cache)
 
     def output_buffer(
         self,
@@ -273,106 +372,202 @@ class Engine:
             )
         return self.max_length - len(prompt_ids)
 
-    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Run the prompt through the target in chunks; returns the first token, int64 [1], and its logits."""
-        self.cache.reset()
-        if self.draft is not None:
-            self.draft.begin(self.cache)
-        tokens = torch.tensor(prompt_ids, dtype=torch.int64, device=self.target.device)
-        for chunk in tokens.split(self.prefill_chunk):
-            hidden = self.target.append(chunk, self.cache, hidden_of=self._wants.layers)
-            if self.draft is not None:
-                self.draft.observe(chunk, self._wants.select(hidden))
-        logits = self.target.logits(hidden.final[-1:])
-        return self.sampler.choose(logits, self.cache.length, torch.zeros_like(tokens[:1]), 1), logits
+    def _take_transfer(self) -> tuple[int, float]:
+        """(weight bytes, seconds of the link) of this engine so far."""
+        copied, seconds = self.target.take_transfer()
+        self._transferred = self._transferred[0] + copied, self._transferred[1] + seconds
+        return self._transferred
 
-    def _draft(self, root: Tensor, most_levels: int) -> int:
-        """Grow a tree from ``root``, not past the length limit; returns the number of levels."""
-        frontier = self.tree.plant(root)
-        if self.draft is None or self.policy is None:
-            return 0
-        self.policy.begin_tree()
-        while self.tree.levels < most_levels and frontier.numel() and self.policy.wants_level(self.tree):
-            frontier = self._level(frontier)
-        self.policy.finish(self.tree)
-        return self.tree.levels
+    # ------------------------------------------------------------------------------------------ an iteration
 
-    def _level(self, frontier: Tensor) -> Tensor:
-        """Draft one level below ``frontier``; returns the new one."""
-        assert self.draft is not None
-        assert self.policy is not None
-        if self.sampler.sampling.greedy:
-            return self.draft.extend(self.tree, frontier, self.policy)
-        position = self.cache.length + 1 + self.tree.levels
-        return self.draft.extend(
-            self.tree,
-            frontier,
-            self.policy,
-            lambda logits, ahead=0: self.sampler.perturb(logits, position + ahead),
-        )
+    @torch.inference_mode()
+    def step(self) -> list[Text]:
+        """One target pass for all running texts; returns those that ended, whose places are free again."""
+        texts, clock = [*self.running], self._clock
+        drafting = [text for text in texts if text.root is not None]
+        reading = texts[len(drafting) :]
+        assert all(text.root is None for text in reading)
+        name = "verify" if drafting else "prefill"
+        if drafting:
+            with clock.phase("draft"):
+                self._grow(drafting, max(text.output.remaining for text in drafting) - 1)
+        with clock.phase(name):
+            groups = self._pass.groups(self._pass.run(drafting, reading))
+            found = self._pass.logits(groups[0]) if groups else None
+        judged: list[_Judged] = []
+        for number, group in enumerate(groups):
+            if number:
+                with clock.phase(name):
+                    found = self._pass.logits(group)
+            with clock.phase("accept"):
+                assert found is not None
+                judged += self._judge(group, *found)
+            found = None  # logits of the whole vocabulary: freed before the next pass allocates its own
+        for text in texts:
+            text.passes, text.others = text.passes + 1, text.others + len(texts) - 1
+        if not judged:
+            return []
+        with clock.waiting("wait for the acceptance"):
+            # The iteration's one synchronisation.
+            results = read_all([own.acceptance for own in judged])
+        self._emit(judged, results)
+        ended = [text for text in texts if text.ended]
+        for text in ended:
+            self._end(text, drafting)
+        return ended
 
-    def _score(self, size: int) -> tuple[Hidden, Tensor]:
-        """One target pass over the first ``size`` nodes: hidden states of all rows, logits [size, vocabulary]."""
-        hidden = self._pass(round_up(size, self._rows))
-        return hidden, self.target.logits(hidden.final)[:size]
-
-    def _judge(self, logits: Tensor, levels: int) -> Acceptance:
-        """The nodes of the tree's first ``levels`` levels that the target accepts, by its ``logits`` of the nodes."""
-        depths = self.tree.depths[: logits.shape[0]]
-        chosen = self.sampler.choose(logits, self.cache.length + 1, depths, levels + 1)
-        return verify(self.tree, chosen, levels, finite_choice(logits, chosen))
-
-    def _pass(self, rows: int) -> Hidden:
-        """The target's hidden states of the first ``rows`` entries of the tree's tensors.
-
-        Entries past the tree's size are left over from earlier trees: their results and cache rows are ignored. Their
-        positions are clamped to the model's range.
-        """
-        if self._passes is not None:
-            return self._passes.run(rows)
-        tree, past = self.tree, self.cache.length
-        depths = tree.depths[:rows].clamp(max=max(0, self.max_length - 1 - past))
-        view = self.cache.target_view(rows)
-        ancestors = tree.ancestors[:rows, :rows]
-        batch = TokenBatch(tree.tokens[:rows], depths, past, view, tree.levels, ancestors)
-        return self.target.forward(batch, hidden_of=self._wants.layers)
-
-    def _commit(self, acceptance: Acceptance, accepted: int, hidden: Hidden) -> None:
-        """Move the accepted nodes' keys and values into the prefix, and call the draft's ``commit``."""
-        path = acceptance.path(accepted)
-        self.cache.accept(path)
-        if self.draft is not None:
-            self.draft.commit(self.tree, path, self._wants.select(hidden, path))
-
-    def _account(self, stats: GenerationStats, levels: int, size: int, accepted: int) -> None:
-        """Count the drafted and accepted nodes of an iteration."""
-        for counts, deepest in (
-            (stats.drafted_by_depth, levels),
-            (stats.reached_by_depth, min(levels, accepted + 1)),
-            (stats.accepted_by_depth, accepted),
-        ):
-            counts += [0] * (levels - len(counts))
-            for depth in range(deepest):
-                counts[depth] += 1
-        stats.drafted_nodes += size - 1
-
-    def _learn(self, stats: GenerationStats, clock: PhaseClock, outcome: IterationOutcome) -> None:
-        """Add the iteration's times to ``stats`` and pass them to the policy.
+    def _grow(self, texts: Sequence[Text], most_levels: int, *, whole: bool = False) -> None:
+        """Grow a tree from the root of every text; they grow level by level together.
 
         Args:
-            outcome: its ``verify_s`` is the time of the whole iteration.
+            whole: regardless of :meth:`TreePolicy.wants_level`.
         """
-        phases = clock.take()
-        _add_phases(stats, phases)
+        trees = [text.own.tree for text in texts]
+        frontiers = [tree.plant(text.root) for text, tree in zip(texts, trees, strict=True)]
         if self.policy is None:
             return
-        draft_s = phases.get("draft", 0.0)
-        rest = max(outcome.verify_s - draft_s, 0.0)
-        self.policy.learn(replace(outcome, draft_s=draft_s, verify_s=rest))
+        self.policy.begin_tree()
+        growing = list(zip(texts, frontiers, strict=True))
+        for _ in range(most_levels):
+            growing = [(text, frontier) for text, frontier in growing if frontier.numel()]
+            if not growing or not (whole or self.policy.wants_level(*trees)):
+                break
+            growing = self._level(growing)
+        for text in texts:
+            self.policy.finish(text.own.tree)
+            text.stats.draft_passes += text.own.draft.passes(text.own.tree)
+
+    def _level(self, growing: Sequence[tuple[Text, Tensor]]) -> list[tuple[Text, Tensor]]:
+        """Draft one level below every frontier; returns the new ones."""
+        draft, policy = growing[0][0].own.draft, self.policy
+        assert draft is not None
+        assert policy is not None
+        if len(growing) == 1:
+            text, frontier = growing[0]
+            return [(text, draft.extend(text.own.tree, frontier, policy, _perturb(text)))]
+        levels = [
+            NextLevel(text.own.draft, text.own.tree, frontier, _perturb(text)) for text, frontier in growing
+        ]
+        grown = draft.extend_together(levels, policy)
+        return [(text, frontier) for (text, _), frontier in zip(growing, grown, strict=True)]
+
+    def _judge(self, group: Sequence[Share], logits: Tensor, rows: Sequence[slice]) -> list[_Judged]:
+        """The nodes that the target accepts, by the logits of a group of texts."""
+        chosen = self._choose(group, logits, rows)
+        finite = finite_choice(logits, chosen)
+        digests = digest_rows(logits) if self.keeps_digests else None
+        return [
+            _Judged(
+                share,
+                verify(share.text.own.tree, chosen[own], share.levels, finite[own]),
+                None if digests is None else digests[own],
+            )
+            for share, own in zip(group, rows, strict=True)
+        ]
+
+    def _choose(self, group: Sequence[Share], logits: Tensor, rows: Sequence[slice]) -> Tensor:
+        """The target's token after each row, int64 [n]."""
+        chosen = None
+        if len(group) > 1:
+            chosen = logits.argmax(dim=-1)
+        for share, own in zip(group, rows, strict=True):
+            text, levels = share.text, share.levels
+            if chosen is not None and text.sampler.sampling.greedy:
+                continue
+            # The token behind a prompt has the position that the prompt's length names.
+            start = text.own.cache.length + share.is_tree
+            choice = text.sampler.choose(logits[own], start, text.own.tree.depths[: share.count], levels + 1)
+            if chosen is None:
+                return choice
+            chosen[own] = choice
+        assert chosen is not None
+        return chosen
+
+    def _emit(self, judged: Sequence[_Judged], results: Sequence[Reading]) -> None:
+        """Commit the accepted nodes of every tree, and hand out the emitted tokens."""
+        pairs = list(zip(judged, results, strict=True))
+        verified = [(own, result) for own, result in pairs if own.share.is_tree]
+        if verified:
+            with self._clock.phase("accept"):
+                for own, result in verified:
+                    if not isinstance(result, NotFiniteError):
+                        self._commit(own, len(result[0]))
+        for own, result in pairs:
+            text = own.share.text
+            if isinstance(result, NotFiniteError):
+                text.error = result
+                continue
+            if text.place is None:  # removed by another text's callback
+                continue
+            path, emitted, depth = result
+            room, text.root = text.output.remaining, own.acceptance.bonus
+            if own.digests is not None:
+                text.digests.append(own.digests.index_select(0, own.acceptance.path(len(path))))
+            if own.share.is_tree:
+                text.count(min(depth, room - 1), own.share.count, min(len(path), room) - 1)
+            kept = text.emit(emitted[:room])
+            text.stats.verified_tokens += kept * own.share.is_tree
+        self._learn(verified)
+
+    def _commit(self, judged: _Judged, accepted: int) -> None:
+        """Move the accepted nodes' keys and values into the prefix, and call the draft's ``commit``."""
+        text, place = judged.share.text, judged.share.text.own
+        # A tree that grew beside those of longer texts may pass the text's limit.
+        path = judged.acceptance.path(min(accepted, text.output.remaining))
+        place.cache.accept(path)
+        if place.draft is not None:
+            hidden = self._wants.select(judged.share.own_hidden, path) if self._wants != NO_HIDDEN else None
+            place.draft.commit(place.tree, path, hidden)
+
+    def _learn(self, verified: Sequence[tuple[_Judged, Reading]]) -> None:
+        """Add the iteration's times to the texts' and pass its outcome to the policy."""
+        phases, now = self._clock.take(), time.perf_counter()
+        seconds, self._stepped_at = now - self._stepped_at, now
+        if not verified:
+            return
+        for own, _ in verified:
+            own.share.text.count_times(phases)
+        if self.policy is not None:
+            draft_s = phases.get("draft", 0.0)
+            accepted = [
+                0 if isinstance(result, NotFiniteError) else len(result[0]) - 1 for _, result in verified
+            ]
+            shares = [own.share for own, _ in verified]
+            self.policy.learn(
+                IterationOutcome(
+                    max(share.levels for share in shares),
+                    sum(share.count for share in shares),
+                    tuple(accepted),
+                    draft_s,
+                    max(seconds - draft_s, 0.0),
+                )
+            )
+
+    def _end(self, text: Text, drafting: Sequence[Text]) -> None:
+        """Complete the figures of a text that ended, and free its place."""
+        text.stats.decode_s = time.perf_counter() - text.first_token_at
+        phases = self._clock.drain()
+        for other in drafting:
+            other.count_times(phases)
+        transferred = self._take_transfer()
+        text.stats.bytes_streamed = transferred[0] - text.transferred[0]
+        text.stats.transfer_s = transferred[1] - text.transferred[1]
+        if text.error is None:
+            text.finish()
+        self.leave(text)
+
+    def _read_prompts(self) -> None:
+        """Read all prompts to their ends, without a look at the first tokens."""
+        while reading := [text for text in self.running if text.root is None]:
+            for group in self._pass.groups(self._pass.run([], reading)):
+                for own in self._judge(group, *self._pass.logits(group)):
+                    own.share.text.root = own.acceptance.bonus
 
 
-def _add_phases(stats: GenerationStats, phases: dict[str, float]) -> None:
-    stats.draft_s += phases.get("draft", 0.0)
-    accept = phases.get("accept", 0.0)
-    stats.accept_s += accept
-    stats.verify_s += phases.get("verify", 0.0) + accept
+def _perturb(text: Text) -> Perturb | None:
+    """Adds the noise of a text's next level to the draft's logits; None: greedy."""
+    sampler = text.sampler
+    if sampler.sampling.greedy:
+        return None
+    position = text.own.cache.length + 1 + text.own.tree.levels
+    return lambda logits, ahead=0: sampler.perturb(logits, position + ahead)

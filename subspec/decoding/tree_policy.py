@@ -15,18 +15,18 @@ from subspec.decoding.tree import Tree
 
 @dataclass(frozen=True)
 class IterationOutcome:
-    """The outcome of one draft-and-verify iteration, from which an adaptive policy learns.
+    """The outcome of one draft-and-verify iteration of one or several texts, from which an adaptive policy learns.
 
     Attributes:
         levels: levels drafted.
-        nodes: tree nodes verified, root included.
-        accepted: deepest accepted level (0: only the bonus token was emitted).
+        nodes: tree nodes verified, roots included.
+        accepted: deepest accepted level of each text (0: only the bonus token was emitted).
         draft_s, verify_s: seconds spent drafting, and on the target pass with its verification.
     """
 
     levels: int
     nodes: int
-    accepted: int
+    accepted: tuple[int, ...]
     draft_s: float
     verify_s: float
 
@@ -65,11 +65,11 @@ class TreePolicy(ABC):
         """
 
     def begin_tree(self) -> None:  # noqa: B027 (optional)
-        """Called before a new tree."""
+        """Called before new trees."""
 
-    def wants_level(self, tree: Tree) -> bool:
-        """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
-        return tree.levels < self.max_depth
+    def wants_level(self, *trees: Tree) -> bool:
+        """Whether to draft another level of all ``trees`` (the engine also stops at the length limit)."""
+        return max(tree.levels for tree in trees) < self.max_depth
 
     def finish(self, tree: Tree) -> None:  # noqa: B027 (optional)
         """Prune the drafted tree before it is verified."""

@@ -89,6 +89,10 @@ class CascadeSpec(SubstituteSpec):
         super().__init__(context)
 
     @classmethod
+    def serves_texts(cls, config: Config) -> bool:
+        return proposer_of(config) is None
+
+    @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         draft, found = config.draft, proposer_of(config)

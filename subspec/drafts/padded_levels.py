@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.decoding.draft import Draft, LevelDraft
+from subspec.decoding.draft import Draft
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
+from subspec.levels.captured_draft import CapturedDraft
 
 
 class PaddedLevels(Draft):
     """Runs any nodes of a tree in one captured pass.
 
     Args:
-        levels: runs whole levels.
+        levels: run whole levels.
         rows: of every pass: most nodes at a time.
         passes: most passes of a tree.
     """
 
     shares_cache = True
 
-    def __init__(self, levels: LevelDraft, rows: int, passes: int, device: torch.device) -> None:
+    def __init__(self, levels: CapturedDraft, rows: int, passes: int, device: torch.device) -> None:
         super().__init__(levels.temperature)
         self.levels, self.rows = levels, rows
         self.draft_rows = 1 + rows * passes
@@ -41,6 +42,8 @@ class PaddedLevels(Draft):
         nodes = functional.pad(frontier, (0, self.rows - frontier.numel()), value=-1)
         if first + self.rows > own.capacity:
             raise ValueError(f"a tree takes at most {own.capacity // self.rows} passes")
+        if own.levels == 0:
+            self.levels.read_length()
         own.adopt_level(self.rows)
         new, known = slice(first, own.size), nodes.clamp(min=0)
         self._ran[new] = nodes

@@ -99,9 +99,6 @@ class FewRowsLinear(LevelLinear):
         """Write the result."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
             y = self.reference(x)

@@ -66,7 +66,8 @@ def _tree(tree: Mapping[str, Any]) -> str:
 
 
 def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, or ``disk 8 GiB``."""
+    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, ``disk 8 GiB`` on a CPU, or
+    ``stream 8 GiB, disk beyond 4 GiB of RAM``."""
     offload = config_group(config, "offload")
     name = offload.get("name")
     if name in (None, "none"):
@@ -76,7 +77,10 @@ def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
     elif "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    return f"{name} {budget_text(config, facts)}".rstrip()
+    beyond = ""
+    if name != "disk" and (facts or {}).get("disk"):
+        beyond = f", disk beyond {_number(offload.get('ram_gib'))} GiB of RAM"
+    return f"{name} {budget_text(config, facts)}".rstrip() + beyond
 
 
 def _from_disk(config: Mapping[str, Any]) -> bool:

@@ -126,7 +126,7 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     if passes and passes < levels:
         facts.append(("draft passes", f"{passes} for {levels} levels ({100 * passes / levels:.0f} %)"))
     if totals["roofline_tokens_per_s"] is not None:
-        facts.append(("link", _link(totals)))
+        facts.append(((summary.get("run") or {}).get("slower_link", "link"), _link(totals)))
     facts.append(("peak memory", _memory(summary)))
     facts.append(("data source", _text(summary["context"]["source"])))
     if speedup:

@@ -270,12 +270,13 @@ def _by_sample(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Speed], 
 
 
 def _plain_bytes(run: RunData) -> float | None:
-    """Uncoded bytes of the streamed layers, from the plan; None without one."""
+    """Uncoded bytes of the layers that cross the slower link, from the plan; None without one."""
     plan = run.plan
     try:
         layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
         plain_layer = plan["plain_bytes_per_pass"] / (layers - plan["plain_resident"])
-        return plain_layer * len(plan["streamed_layers"])
+        crossing = "disk_layers" if plan.get("slower_link") == "disk" else "streamed_layers"
+        return plain_layer * len(plan[crossing])
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 

@@ -20,7 +20,7 @@ def grow_until_it_stops(policy, per_level):
 
 def taught(policy, accepted, levels=6, draft_s=0.0, verify_s=1.0, times=5):
     for _ in range(times):
-        policy.learn(IterationOutcome(levels, levels + 1, accepted, draft_s, verify_s))
+        policy.learn(IterationOutcome(levels, levels + 1, (accepted,), draft_s, verify_s))
     return policy
 
 

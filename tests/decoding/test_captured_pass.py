@@ -10,6 +10,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from tests.helpers.drafts import begin, grow
 from tests.helpers.tiny import tiny_model
 from tests.kernels.test_invariant import arithmetic, device_of_tests
 
@@ -44,7 +45,7 @@ def test_texts_have_the_bits_of_passes_that_are_launched_one_by_one(policy):
             found = auditor.audit(prompt, texts[0].token_ids, seed=3, digests=texts[0].digests)
             assert found.exact == len(texts[0].token_ids)
     if device.type == "cuda":
-        assert len(captured._passes._graphs) == 1
+        assert len(captured._pass.captured._graphs) == 1
 
 
 def test_entries_behind_the_tree_change_no_bits_and_reach_no_row_outside_the_cache():
@@ -52,14 +53,14 @@ def test_entries_behind_the_tree_change_no_bits_and_reach_no_row_outside_the_cac
     model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
     engine = engine_of(model, Beam(3, 2), whole=True)
     with torch.inference_mode():
-        root = engine._prefill([5, 17, 33])[0]
-        engine._draft(root, 3)  # the whole tree: its entries stay when the next one is smaller
+        root = begin(engine, [5, 17, 33])
+        grow(engine, root, 3)  # the whole tree: its entries stay when the next one is smaller
         engine.tree.plant(root)
         size, rows = engine.tree.size, engine.tree.capacity
         assert size < rows
-        exact = engine._passes.run(size).final.clone()
-        assert torch.equal(engine._passes.run(rows).final[:size], exact)
+        exact = engine._pass.captured.run(1, size).final.clone()
+        assert torch.equal(engine._pass.captured.run(1, rows).final[:size], exact)
         engine.cache.length = engine.max_length - 1  # the last pass of a text
         before = engine.cache.rows[:, :, :, : engine.cache.draft_rows + engine.cache.length].clone()
-        engine._passes.run(rows)
+        engine._pass.captured.run(1, rows)
         assert torch.equal(engine.cache.rows[:, :, :, : before.shape[3]], before)

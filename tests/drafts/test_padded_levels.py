@@ -17,6 +17,7 @@ from subspec.drafts.cascade_spec import passes_of
 from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.padded_levels import PaddedLevels
 from subspec.drafts.prompt_lookup import PromptLookupDraft
+from tests.helpers.drafts import begin
 from tests.levels.test_captured_draft import DEVICES, fused_draft, model_of
 
 PROMPT = [5, 17, 33, 99, 5, 17, 33, 99, 5, 17]
@@ -38,8 +39,8 @@ def test_logits_of_any_nodes_are_those_of_whole_levels(device):
     levels.extra_rows = levels.draft_rows - policy.draft_rows
     mixed = Engine(TargetModel(model), levels, policy, **options)
     with torch.inference_mode():
-        root = whole._prefill(PROMPT)[0]
-        mixed._prefill(PROMPT)
+        root = begin(whole, PROMPT)
+        begin(mixed, PROMPT)
         trees = [Tree(8, device), Tree(8, device)]
         expected = []
         for _ in range(2):

@@ -13,6 +13,7 @@ from subspec.levels.build import SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
 from subspec.quant.hqq import hqq_quantizer
+from tests.helpers.drafts import begin, grow
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -62,7 +63,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, layers, device):
     logits = []
     with torch.inference_mode():
         for engine in engines:
-            root = engine._prefill(PROMPT)[0]
+            root = begin(engine, PROMPT)
             frontier = engine.tree.plant(root)
             rows = []
             for _ in range(policy.max_depth):
@@ -96,8 +97,8 @@ def test_every_setting_of_attention_gives_the_same_logits(device):
         for settings in (Attention(splits=4), *others, Attention(1, 128, 16, 8, 1)):
             draft = fused_draft(model, device, attention=settings)
             engine = Engine(TargetModel(model), draft, Beam(2, 3), max_length=96, prefill_chunk=64)
-            root = engine._prefill(PROMPT * 6)[0]
-            engine._draft(root, 40)
+            root = begin(engine, PROMPT * 6)
+            grow(engine, root, 40)
             logits.append(draft._logits_of(3).float().clone())  # of the last level, which sees all others
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=0.03, atol=0.03)
@@ -110,8 +111,8 @@ def test_growth_in_the_kernel_is_the_beams(device):
     policy = Beam(2, 3)
     engine = Engine(TargetModel(model), fused_draft(model, device), policy, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         tree = engine.tree
         fused = [t[: tree.size].clone() for t in (tree.tokens, tree.parents, tree.depths, tree.scores)]
         ancestors = tree.ancestors[: tree.size, : tree.size].clone()
@@ -119,7 +120,7 @@ def test_growth_in_the_kernel_is_the_beams(device):
         # Again with torch's policy on the fused logits.
         engine.draft.captures = lambda policy: False
         engine.draft.commit(tree, None, None)
-        engine._draft(root, 10)
+        grow(engine, root, 10)
     for ours, expected in zip(fused[:3], (tree.tokens, tree.parents, tree.depths), strict=True):
         assert torch.equal(ours, expected[: tree.size])
     torch.testing.assert_close(fused[3], tree.scores[: tree.size], rtol=1e-4, atol=1e-3)
@@ -151,7 +152,7 @@ def test_both_kernels_give_the_same_logits():
     for kernel in ("int4_mma", "gemlite"):
         engine = Engine(TargetModel(model), fused_draft(model, device, kernel), Beam(2, 3), max_length=64)
         with torch.inference_mode():
-            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            frontier = engine.tree.plant(begin(engine, PROMPT))
             out.append(engine.draft.expand(engine.tree, frontier).float().clone())
     # gemlite keeps scales in bfloat16, ours in float16.
     assert (out[0] - out[1]).norm() / out[0].norm() < 0.05

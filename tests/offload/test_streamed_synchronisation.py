@@ -14,7 +14,7 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.planning.plan import plan_run
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
-from tests.helpers.drafts import verified
+from tests.helpers.drafts import begin, grow, verified
 from tests.helpers.planning import settings
 
 SAMPLED = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
@@ -52,21 +52,21 @@ def test_an_iteration_of_a_streamed_run_waits_for_the_acceptance_alone(draft, co
     assert isinstance(drafting, CapturedDraft)
     try:
         with torch.inference_mode():
-            root = engine._prefill([1, 2, 3])[0]
+            root = begin(engine, [1, 2, 3])
             for _ in range(2):  # compiles and captures
-                engine._draft(root, 10)
-                hidden, acceptance = verified(engine)
-                acceptance.read()
-                engine._commit(acceptance, 1, hidden)
+                grow(engine, root, 10)
+                judged = verified(engine)
+                judged.acceptance.read()
+                engine._commit(judged, 1)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):
-                    engine._draft(root, 10)
-                    hidden, acceptance = verified(engine)
-                    engine._commit(acceptance, 1, hidden)
+                    grow(engine, root, 10)
+                    judged = verified(engine)
+                    engine._commit(judged, 1)
                 with pytest.raises(RuntimeError, match="synchroniz"):
-                    acceptance.read()
+                    judged.acceptance.read()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     finally:
