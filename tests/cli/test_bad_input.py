@@ -124,10 +124,6 @@ CHECKS = {
         "plan_only=true offload=stream draft.proposer=small_model offload.card=rtx4090",
         r"draft\.proposer=small_model: .*set draft\.proposer=eagle2, .*or offload=none",
     ),
-    "a proposer that ships no head": (
-        "draft.proposer=eagle3",
-        r"draft\.proposer=eagle3 ships no head: set draft\.proposer_path to",
-    ),
     "negative seed": ("seed=-1", r"seed=-1 must not be negative"),
     "negative warm-up": ("warmup=-1", r"warmup=-1 must not be negative"),
     "probability above one": (
