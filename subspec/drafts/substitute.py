@@ -207,9 +207,11 @@ class SubstituteSpec(DraftSpec):
 
     def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
         context, quantization = self.context, self._quantization
+        asked = context.config.decoding.texts if context.plan is None else context.plan.texts
+        texts = asked if isinstance(asked, int) else 1
         return choose_kernels(
             quantization.shapes,
-            context.policy.width,
+            texts * context.policy.width,
             context.device,
             formats=quantization.formats,
             kernel=draft.kernel.value,

@@ -76,6 +76,9 @@ class LoadingPlan(Protocol):
     @property
     def coded_head_bytes(self) -> int: ...
 
+    @property
+    def texts(self) -> int: ...
+
 
 class LayerConsumer(Protocol):
     """Takes decoder layers as they pass through the device."""
