@@ -121,7 +121,7 @@ def behind_last_layer(model, text):
     ("shape", "policy"),
     [*((shape, "eagle2") for shape in SHAPES3), ("official", "beam"), ("deepspec", "chain")],
 )
-@torch.no_grad()
+@torch.inference_mode()
 def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, shape, policy):
     engine, _ = taught(model, POLICIES[policy](), 30, shape, std=0.08)
     head = engine.draft.head
