@@ -80,7 +80,9 @@ class TextLoop:
         )
         multiple = ROW_MULTIPLE if rounds else 1
         drafts = [draft, *(draft and draft.fork() for _ in range(texts - 1))]
-        trees = Tree.several(texts, round_up(policy.capacity, multiple) if policy else 1, target.device)
+        # Trees that lie behind each other begin at aligned addresses.
+        capacity = round_up(policy.capacity if policy else 1, max(multiple, 16 if texts > 1 else 1))
+        trees = Tree.several(texts, capacity, target.device)
         caches = target.new_cache(
             max_length=self.max_length,
             draft_rows=policy.draft_rows + draft.extra_rows if policy and draft and draft.shares_cache else 0,
