@@ -87,6 +87,11 @@ class DraftSpec(ABC):
     def __init__(self, context: DraftContext) -> None:
         self.context = context
 
+    @classmethod
+    def serves_texts(cls, config: Config) -> bool:
+        """Whether the draft serves several texts that run side by side (``Draft.fork``)."""
+        return True
+
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:
         """Check a configuration by itself.

@@ -28,8 +28,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
-from subspec.config.schema import Cache, Config, Placement
+from subspec.config.schema import Cache, Config, Placement, StreamOffloadConfig
+from subspec.drafts.check_config import one_text_key
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom
 from subspec.planning.budget import Budget, DeviceMemory, budget_of
@@ -75,6 +77,7 @@ class Plan:
         notes: remarks for people, one line each.
         waiting_layers: first layers of the substitute that are staged on the host until loading has finished.
         coded_head_bytes: of the exact LM head coded by the draft's own (an estimate); 0: it is not coded.
+        texts: that run side by side.
     """
 
     target: str
@@ -98,6 +101,7 @@ class Plan:
     notes: tuple[str, ...]
     waiting_layers: int = 0
     coded_head_bytes: int = 0
+    texts: int = 1
     disk_layers: tuple[int, ...] = ()
     coded_in_files: bool = False
     plain_disk_bytes: int = 0
@@ -207,11 +211,24 @@ def plan_run(
     Raises:
         ConfigError: the card cannot hold the budget, or the budget the run, with the arithmetic and the remedy.
     """
-    layout = MemoryLayout(config, model)
-    offload = layout.offload
+    offload = config.offload
+    if not isinstance(offload, StreamOffloadConfig):
+        raise ConfigError(f"offload={offload.name} has no plan: set offload=stream")
     card = find_gpu(offload.card) if offload.card is not None else None
     vram = budget_of(offload, DeviceMemory.of_card(card) if card else device)
     budget = vram.allocator
+    texts, notes = config.decoding.texts, []
+    if texts == AUTO:
+
+        def streamed_beside(texts: int) -> int | None:
+            tried = MemoryLayout(with_texts(config, texts), model)
+            found = choose(tried, budget)
+            return None if found is None else tried.spec.layers - found.resident
+
+        texts = 1 if one_text_key(config) else most_texts(streamed_beside)
+        notes.append(f"decoding.texts=auto: {texts}")
+        config = with_texts(config, texts)
+    layout = MemoryLayout(config, model)
     decision = choose(layout, budget)
     if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
         # If every layer fits as it is, coding gains nothing. If only the buffer of the restored layer does not fit, the
@@ -237,7 +254,6 @@ def plan_run(
             "quant.cache=auto, offload.codec=none, or a larger offload.ram_gib"
         )
 
-    notes = []
     if offload.vram_gib == AUTO:
         notes.append(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
     if not streamed:
@@ -270,11 +286,33 @@ def plan_run(
         notes=tuple(notes),
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
+        texts=texts,
         disk_layers=spread(streamed, decision.disk),
         coded_in_files=decision.in_files and layout.coded,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
+
+
+def most_texts(streamed: Callable[[int], int | None]) -> int:
+    """The number of texts that is worth the most: a pass takes the time of its streamed layers, and one layer more.
+
+    Args:
+        streamed: layers beside a number of texts; None: they do not fit.
+    """
+    best, worth = 1, 0.0
+    for texts in range(1, MOST_TEXTS + 1):
+        layers = streamed(texts)
+        if layers is None:
+            break
+        if texts / (1 + layers) >= worth:
+            best, worth = texts, texts / (1 + layers)
+    return best
+
+
+def with_texts(config: Config, texts: int) -> Config:
+    """``config`` for that many texts side by side."""
+    return replace(config, decoding=replace(config.decoding, texts=texts))
 
 
 def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decision | None:

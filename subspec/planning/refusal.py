@@ -155,6 +155,8 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
         yield changed("offload", ring_slots=2)
     if decoding.prefill_chunk > 256:
         yield changed("decoding", prefill_chunk=256)
+    for texts in sorted({decoding.texts // 2, 1}, reverse=True) if decoding.texts > 1 else ():
+        yield changed("decoding", texts=texts)
     shortest = max(
         SHORTEST, (decoding.max_new_tokens or 0) + max(CHUNK_STEP, config.benchmark.max_prompt_tokens or 0)
     )

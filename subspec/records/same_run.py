@@ -38,6 +38,9 @@ now is compared with the records, so a resumed run may also name the earlier val
 GONE = {"tree.ahead": 0}
 """Keys of earlier versions, with the value at which they had no effect."""
 
+NEW = {"decoding.texts": 1}
+"""Keys that older folders lack, with the value of their runs."""
+
 BEFORE = {"bitwise": False}
 """Resolved value in records older than the field."""
 
@@ -86,7 +89,7 @@ def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
         return []
     if now is _ABSENT and before == GONE.get(key, _ABSENT):
         return []
-    if before is _ABSENT and now is None:  # a key that is newer than the folder and not used
+    if before is _ABSENT and now == NEW.get(key):  # a key that is newer than the folder and not used
         return []
     return [f"{key}: {_shown(before)} -> {_shown(now)}"]
 

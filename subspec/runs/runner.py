@@ -16,24 +16,17 @@ from transformers import PretrainedConfig
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
-from subspec.config.enums import VramCounts
-from subspec.config.schema import (
-    AccelerateOffloadConfig,
-    Config,
-    Profile,
-    StreamOffloadConfig,
-    to_plain,
-)
+from subspec.config.schema import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_plain
 from subspec.decoding.audit import Auditor
 from subspec.decoding.bitwise_choice import why_not
 from subspec.decoding.result import FinishReason
 from subspec.errors import AuditError, SubspecError
-from subspec.memory.allocator import GIB
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
 from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
+from subspec.runs import notes
 from subspec.runs.console import RunConsole, RunProgress
 from subspec.runs.environment import (
     cuda_vram_gib,
@@ -58,9 +51,6 @@ PLAIN_TOKENS, PLAIN_TURNS = 4, 5
 """Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
 texts of a session that have them: spread over the run, because the machine's load changes, and few, because a streamed
 pass may take a second."""
-
-ENOUGH_PASSES = 20
-"""Passes without an accepted token that indicate a draft for another target."""
 
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
@@ -94,7 +84,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
     # Printed before the folder is opened, which is refused if it holds other prompts.
-    console.note(_describe_prompts(benchmark))
+    console.note(notes.prompts(benchmark))
     facts = environment()
     chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
 
@@ -114,15 +104,15 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         summary, exit_code = None, 1
         try:
             summary = _Run(config, device, benchmark, folder, logger, console).execute()
-            compared = baseline and speedup(summary, baseline, _shortened(config.baseline))
+            compared = baseline and speedup(summary, baseline, notes.shortened(config.baseline))
             if compared:
-                summary = {**summary, "speedup": compared}
+                summary["speedup"] = compared
             folder.write_summary(summary)
             logger.log_table(folder.records())
             console.table(summary, compared)
             console.note(f"records and summary: {folder.path}")
-            console.note(_over_plain(summary["totals"]))
-            console.note(_never_accepted(summary["totals"]))
+            console.note(notes.over_plain(summary["totals"]))
+            console.note(notes.never_accepted(summary["totals"]))
             errors = (summary["audit"] or {}).get("errors", 0)
             exit_code = AuditError.exit_code if errors else 0
         finally:
@@ -211,18 +201,14 @@ class _Run:
             self.loaded: Loaded = load(config, self.device, console)
         self.target, self.assembly = self.loaded.target, self.loaded.assembly
         console.note(
-            f"target {self.target.name} ({self.target.source}), {_short(self.target.dtype)} on {self.device}"
+            f"target {self.target.name} ({self.target.source}), {notes.dtype_name(self.target.dtype)} on {self.device}"
         )
         if self.loaded.plan is not None:
             _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
         if self.assembly.draft_summary:
             console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
-        quant = self.assembly.quant
-        if quant is not None:
-            console.note(
-                f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
-                f"({quant.quantizer}), {quant.backend}, {_origin(quant.details)} in {quant.seconds:.1f} s"
-            )
+        if self.assembly.quant is not None:
+            console.note(f"draft {config.draft.name}: {notes.quantized(self.assembly.quant)}")
         self.auditor = (
             Auditor(self.assembly.target, self.assembly.sampling, margin=config.audit_margin)
             if config.audit
@@ -252,7 +238,7 @@ class _Run:
         return {
             "target_source": self.target.source,
             WEIGHTS: self.weights,
-            "dtype": _short(self.target.dtype),
+            "dtype": notes.dtype_name(self.target.dtype),
             "device": str(self.device),
             "torch_threads": torch.get_num_threads(),
             "substitute": None
@@ -293,12 +279,8 @@ class _Run:
             "loading_device_vram_gib": device_vram_gib(),
             "loading_cuda_vram_gib": cuda_vram_gib(),
         }
-        vram, held = self.assembly.vram, device_vram_gib() or 0.0
-        if vram is not None and vram.counts is VramCounts.device and held * GIB > vram.bytes:
-            self.console.warn(
-                f"this run holds {held:.2f} GiB of the device, more than its budget of {vram.bytes / GIB:g}: CUDA took "
-                "more than planned; lower offload.vram_gib by the difference"
-            )
+        if over := notes.over_budget(self.assembly.vram, device_vram_gib()):
+            self.console.warn(over)
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _keep_reserved(self) -> None:
@@ -341,12 +323,7 @@ class _Run:
         config, decoding = self.config, self.config.decoding
         messages = chat_messages(said)
         prompt = self._prompt_ids(said)
-        place = {
-            "sample_id": sample.id,
-            "sample_index": index,
-            "turn": turn,
-            "category": sample.category,
-        }
+        place = {"sample_id": sample.id, "sample_index": index, "turn": turn, "category": sample.category}
         if len(prompt) > prompt_limit(config):
             return skipped_record(
                 self.context,
@@ -406,43 +383,6 @@ def turn_seed(seed: int, sample_id: str, turn: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _over_plain(totals: Mapping[str, Any]) -> str:
-    """The speed-up over plain decoding; empty if none was timed."""
-    passes, seconds = totals["plain_tokens"], totals["plain_s"]
-    if not totals["speedup_over_plain"]:
-        return ""
-    return (
-        f"{totals['speedup_over_plain']:.2f} times as fast as plain decoding by the same target, timed behind the "
-        f"texts: {passes} tokens at {passes / seconds:.2f} tokens/s"
-    )
-
-
-def _never_accepted(totals: Mapping[str, Any]) -> str:
-    """A note if no drafted token was accepted; empty otherwise."""
-    passes = totals["iterations"]
-    if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
-        return ""
-    return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _origin(details: dict[str, Any]) -> str:
-    """Whether a substitute was quantized in this run or read from a cache."""
-    cache = details.get("cache", {})
-    if not cache.get("read"):
-        return "quantized"
-    return f"{cache['read']} read from {cache['folder']} and {cache['quantized']} quantized"
-
-
-def _describe_prompts(benchmark: Benchmark) -> str:
-    rows = f"{len(benchmark.samples)} of {benchmark.available} rows"
-    text = f"benchmark {benchmark.name}: {rows}, {benchmark.source_detail}"
-    return f"{text}; {benchmark.note}" if benchmark.note else text
-
-
 def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
     """Summary of the baseline run, from its records."""
     if run_dir is None:
@@ -452,8 +392,3 @@ def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
     if not records:
         raise SubspecError(f"baseline={run_dir} holds no records: give the folder of a finished run")
     return summarise(records)
-
-
-def _shortened(path: str, length: int = 40) -> str:
-    """The end of a long path, for a table."""
-    return path if len(path) <= length else f"...{path[3 - length :]}"

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -145,6 +146,7 @@ class Forked:
                 code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
+            threading._shutdown()  # waits for threads as the interpreter does
             atexit._run_exitfuncs()
         except BaseException:
             traceback.print_exc()
