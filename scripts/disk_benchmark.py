@@ -112,7 +112,7 @@ def memory_for(share: float, overrides: list[str], device: torch.device) -> floa
 
 def run_on_gpu(overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Speed, plain and with the substitute, of one placement of the layers."""
-    device, started = torch.device("cuda"), time.perf_counter()
+    device, started = torch.device("cuda", 0), time.perf_counter()
     run = load(configured(overrides), device, RunConsole())
     engine, link = run.assembly.engine, run.link
     streamed = run.assembly.streamed
@@ -178,7 +178,7 @@ def run_on_gpu(overrides: list[str], options: argparse.Namespace) -> dict[str, A
 def main_gpu(options: argparse.Namespace) -> None:
     """Half the streamed layers from the disk, and none."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts
-    overrides, device = [*GPU, *options.overrides], torch.device("cuda")
+    overrides, device = [*GPU, *options.overrides], torch.device("cuda", 0)
     ram = memory_for(options.on_disk, overrides, device)
     found = {"disk": run_on_gpu([*overrides, f"offload.ram_gib={ram}"], options)}
     if not options.disk_only:

@@ -209,10 +209,13 @@ def recorded() -> list[Launch]:
             target._peaks.clear()
             target.prefill_bytes(512, 2048)
             target.tree_pass_bytes(289, 48, 2048)
+            target.tree_pass_bytes(289, 48, 2048, texts=3, piece=256)
             target.verify_bytes(289, 48, Sampling())
         for own_head, width in ((False, 6), (True, 4)):
             linears = fused_linears(role_shapes(spec.layer), exact=False)
-            captured_level_bytes(LevelShape.of(spec, linears, own_head=own_head), width, Sampling())
+            for texts in (1, 4, 8):
+                level = LevelShape.of(spec, linears, own_head=own_head)
+                captured_level_bytes(level, width, Sampling(), texts)
         for inputs in (spec.hidden, spec.intermediate):
             rotate_triton(
                 torch.empty(6, inputs, dtype=torch.bfloat16, device="meta"), Rotation.of(inputs, 512)

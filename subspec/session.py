@@ -381,8 +381,9 @@ def free_device(device: torch.device) -> None:
     """Release the memory of an earlier run of this process, its cap and its peaks."""
     if device.type != "cuda":
         return
-    bytes_of_others(index_of(device))  # known only while this process holds nothing
+    index = index_of(device)  # the fraction needs a number
+    bytes_of_others(index)  # known only while this process holds nothing
     gc.collect()  # modules refer to each other
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.set_per_process_memory_fraction(1.0, index)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -328,6 +328,8 @@ class BitwiseArithmetic:
                 k_rows.stride(0),
                 self.attention_scaling,
                 self.eps,
+                1,
+                0,
                 heads.query,
                 heads.kv,
                 self.shapes.qkv,

@@ -7,7 +7,8 @@ without a draft: its tree is the root alone.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,9 @@ class TextLoop:
         )
         multiple = ROW_MULTIPLE if rounds else 1
         drafts = [draft, *(draft and draft.fork() for _ in range(texts - 1))]
-        trees = Tree.several(texts, round_up(policy.capacity, multiple) if policy else 1, target.device)
+        # Trees that lie behind each other begin at aligned addresses.
+        capacity = round_up(policy.capacity if policy else 1, max(multiple, 16 if texts > 1 else 1))
+        trees = Tree.several(texts, capacity, target.device)
         caches = target.new_cache(
             max_length=self.max_length,
             draft_rows=policy.draft_rows + draft.extra_rows if policy and draft and draft.shares_cache else 0,
@@ -155,6 +158,21 @@ class TextLoop:
                 hole = last
         running.pop()
         text.place = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work between two passes that is in no figure of the running texts: neither its time nor its transfers."""
+        began, transferred = time.perf_counter(), self._take_transfer()
+        try:
+            yield
+        finally:
+            self._take_transfer()
+            self._transferred = transferred
+            if self.running:
+                seconds = time.perf_counter() - began
+                self._stepped_at += seconds
+                for text in self.running:
+                    text.delay(seconds)
 
     def _move(self, number: int, hole: int) -> None:
         """Let a running text go on in the place of another one."""

@@ -207,11 +207,9 @@ class SubstituteSpec(DraftSpec):
 
     def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
         context, quantization = self.context, self._quantization
-        asked = context.config.decoding.texts if context.plan is None else context.plan.texts
-        texts = asked if isinstance(asked, int) else 1
         return choose_kernels(
             quantization.shapes,
-            texts * context.policy.width,
+            context.level_rows,
             context.device,
             formats=quantization.formats,
             kernel=draft.kernel.value,
@@ -360,7 +358,7 @@ class SubstituteSpec(DraftSpec):
         known = known_tokens(context.config.draft, context.model.vocab_size)
         self._cpu_kernels = kernels = choose_kernels(
             {"head": (known, context.model.hidden_size), **quantization.shapes},
-            context.policy.width,
+            context.level_rows,
             context.device,
             formats={"head": CpuHeadFormat(only=only), **quantization.formats},
             bench=CpuBench(),

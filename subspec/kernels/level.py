@@ -63,11 +63,10 @@ def add_rms_norm(
 @triton.jit(do_not_specialize=["rows", "write_row"])
 def rope_store(
     partial, bias, q_norm, k_norm, inverse_frequency, depths, length, q_out, k_rows, v_rows,
-    rows, write_row, row_stride, head_stride, attention_scaling, eps,
+    rows, write_row, row_stride, head_stride, attention_scaling, eps, texts, cache_stride,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, BEHIND: tl.constexpr = False, OVERLAP: tl.constexpr = False,
-    texts=1, cache_stride=0,
 ):  # fmt: skip
     """Finish a fused q/k/v projection: add slices and bias, norm, rotate, write q and the cache rows.
 
@@ -142,10 +141,10 @@ def visible_keys(ancestors, node, valid, node_of_column, column, exists, drafted
 @triton.jit
 def tree_attention(
     q, k_rows, v_rows, ancestors, nodes, node_of_row, length, partial_out, partial_max, partial_sum,
-    rows, start_row, drafted, capacity, row_stride, head_stride, scale,
+    rows, start_row, drafted, capacity, row_stride, head_stride, scale, texts, cache_stride,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
-    MASKS_PREFIX: tl.constexpr = True, OVERLAP: tl.constexpr = False, texts=1, cache_stride=0,
+    MASKS_PREFIX: tl.constexpr = True, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """One slice of attention for one kv head (split-KV decoding). Grid: (kv_heads, SPLITS, texts x chunks of M).
 

@@ -244,6 +244,7 @@ def load_streamed(
     memory = PinnedMemory(device)
     model = empty_model(source.config, source.dtype, device)
     resident = set(plan.resident_layers)
+    assert plan.codec is not Codec.none or set(plan.disk_layers) <= {layer.index for layer in stored}
     # Opened first: a file that changes while other weights are loaded from it is noticed.
     disk = _ring([layer for layer in stored if layer.index not in resident], plan, note)
     shared = _load_shared(source, plan, memory, device)

@@ -425,7 +425,7 @@ def pass_peaks(
             rows, levels, length, states, texts, beside
         ),
         f"logits of {together} rows": target.verify_bytes(together, levels, sampling) + kept + noise,
-        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
+        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk) + kept * (texts > 1),
         **draft.workspaces,
     }
 

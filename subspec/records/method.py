@@ -8,7 +8,7 @@ QUANTIZED_DRAFTS = ("subspec",)
 
 
 def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
-    """Draft, quantizer, tree and offloading: ``subspec hqq4, beam 48x6, stream 8 GiB``.
+    """Draft, quantizer, tree, offloading and texts at a time: ``subspec hqq4, beam 48x6, stream 8 GiB, 8 texts``.
 
     Args:
         config: the resolved configuration, as in ``config.yaml``; missing parts are left out.
@@ -24,6 +24,9 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     parts.append(_offload(config, facts))
     if config_group(config, "decoding").get("name") == "sampling":
         parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
+    # The facts hold the number that auto resolved to.
+    texts = (facts or {}).get("texts", config_group(config, "decoding").get("texts", 1))
+    parts.append(f"{texts} texts" if texts != 1 else "")
     return ", ".join(part for part in parts if part)
 
 

@@ -15,7 +15,7 @@ from subspec.records.categories import by_category
 from subspec.records.method import config_group, group_name, is_quantized, method_label
 from subspec.records.metrics import distinct_values, summarise
 from subspec.records.run_folder import Key
-from subspec.records.same_run import FREE_KEYS
+from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, Speed, speed_interval
 from subspec.report.collect import RunData
 
@@ -38,7 +38,8 @@ class Baseline:
 
     Attributes:
         row: the baseline; it has none itself. is_self: whether the compared row is the baseline.
-        speedup: of decoding; None of the baseline itself. by_category: the same by category.
+        speedup: of decoding; None of the baseline itself, and if they differ in the number of texts at a time.
+        by_category: the same by category.
         differences: besides the method.
         same_texts: number of turns with equal prompts and equal texts.
         other_texts: turns with equal prompts and different texts, as (sample, turn).
@@ -101,6 +102,11 @@ class Row:
     def totals(self) -> Mapping[str, Any]:
         """The pooled figures."""
         return self.summary["totals"]
+
+    @property
+    def texts(self) -> str:
+        """Number of texts at a time; speeds are of one text among them."""
+        return text_of(self.summary["context"]["texts"])
 
     @property
     def on_cpu(self) -> bool:
@@ -212,7 +218,7 @@ def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
-        if path in NOT_COMPARED:
+        if path in NOT_COMPARED or (path in NEW and value == NEW[path]):
             continue
         if isinstance(value, Mapping):
             flat |= _kept(value, path)

@@ -1,5 +1,6 @@
 """Check a run's configuration, load its target in the way that ``offload`` configures, and print the plan."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -141,6 +142,8 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
         console.note(f"exact weights: {streamed.coded.summary()}{head}")
     target = streamed.target
     if target.disk is not None and plan.disk is None:  # the files of coded layers were not there before
+        if streamed.coded is not None and streamed.coded.made:
+            os.sync()  # or what this run has written would reach the disk while it is measured
         plan = assembly.plan = _with_disk(plan, target.disk.layers)
         assert plan.disk is not None
         console.note(
