@@ -63,7 +63,11 @@ def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, deco
     summary = summary_of(tmp_path / "run")
     totals, facts = summary["totals"], summary["run"]
     assert summary["audit"]["mismatch"] == 0
-    assert facts["disk"].keys() == {"direct", "file_system", "files", "file"}
+    assert facts["disk"].keys() == {
+        "layers", "bytes_per_pass", "gb_per_s", "direct", "file_system", "files", "file",
+    }  # fmt: skip
+    assert facts["disk"]["gb_per_s"] == facts["link_gb_per_s"]
+    assert facts["disk"]["bytes_per_pass"] == facts["streamed_bytes_per_pass"]
     assert (
         facts["streamed_bytes_per_pass"]
         == totals["bytes_per_pass"]

@@ -45,6 +45,7 @@ from subspec.config.schema_inputs import (  # noqa: F401
     NoQuantConfig,
     PlantedTargetConfig,
     QuantConfig,
+    ServeConfig,
     TargetConfig,
     WandbConfig,
 )
@@ -102,7 +103,7 @@ class Eagle3DraftConfig(Eagle2DraftConfig):
     """An EAGLE-3 head (arXiv 2503.01840) for the target.
 
     ``path``: a folder or hub id (``ORG/NAME``) of a published head, or ``planted`` (random weights in its shape, for
-    planted targets). No head ships with the project.
+    planted targets). Null: the shipped head of the default target.
     """
 
 
@@ -111,7 +112,7 @@ class BlockHeadDraftConfig(Eagle2DraftConfig):
     """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
 
     ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
-    ``planted`` (random weights in DFlash's shape, for planted targets). No head ships with the project.
+    ``planted`` (random weights in DFlash's shape, for planted targets). Null: the shipped head of the default target.
     """
 
 
@@ -232,7 +233,8 @@ class DecodingConfig:
     """Lengths in tokens. ``max_length`` bounds prompt + new tokens (the KV cache's committed region).
 
     ``bitwise``: ``auto``, ``true`` or ``false``: whether the target's passes are batch-invariant
-    (:mod:`subspec.decoding.bitwise`).
+    (:mod:`subspec.decoding.bitwise`). ``texts``: texts that run side by side and share every pass of the target, at
+    most, or ``auto``: as many as pay (:data:`subspec.config.defaults.MOST_TEXTS` at most).
     """
 
     name: str = MISSING
@@ -242,6 +244,7 @@ class DecodingConfig:
     stop: list[str] = field(default_factory=list)
     ignore_eos: bool = False
     bitwise: Any = "auto"
+    texts: Any = 1
 
 
 @dataclass
@@ -283,8 +286,9 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
     copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
     or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
-    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
-    substitute.
+    host memory, beyond which layers are read from a disk (null: free memory, and none is). ``disk_gb_per_s``: bandwidth
+    of the disk for planning (null: measured when the run starts). ``codec``: whether exact weights are stored and
+    streamed coded given their substitute.
     """
 
     resident_layers: int | None = None
@@ -293,6 +297,7 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    disk_gb_per_s: float | None = None
     codec: Codec = Codec.auto
 
 

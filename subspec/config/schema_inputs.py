@@ -172,3 +172,20 @@ class WandbConfig(LoggerConfig):
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     init_timeout_s: float = 20.0
+
+
+# ----------------------------------------------------------------------------------------------- serve
+
+
+@dataclass
+class ServeConfig:
+    """Keys of ``python -m subspec.serve`` beside those of a run.
+
+    ``port`` 0: any free one. ``queue``: requests that may wait beside the ``decoding.texts`` that run. ``api_key``:
+    the key that requests must bring (null: the environment's ``SUBSPEC_API_KEY``, or none).
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    queue: int = 64
+    api_key: str | None = None

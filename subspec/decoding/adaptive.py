@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
+from subspec.decoding.tree_policy import Beam, IterationOutcome, level_masses
 
 
 class Calibration:
@@ -73,7 +73,7 @@ class Adaptive(Beam):
         self.check_every = check_every
         self.min_depth = min_depth
         self._calibration = Calibration()
-        self._costs: dict[int, float] = {}
+        self._costs: dict[int, list[float]] = {}
         self._level_s = 0.0
         self._tokens, self._seconds = 0.0, 0.0
 
@@ -84,31 +84,32 @@ class Adaptive(Beam):
         # A chain's tokens do not depend on the temperature, and its probabilities tell more unsharpened.
         return super().grow(tree, frontier, logits, 1.0 if self.width == 1 else temperature)
 
-    def wants_level(self, tree: Tree) -> bool:
-        level = tree.levels
+    def wants_level(self, *trees: Tree) -> bool:
+        level = max(tree.levels for tree in trees)
         if level >= self.max_depth:
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:
             return True
-        # One scalar, read on the check levels only.
-        cost = max(0.0, -math.log(max(1e-30, float(level_mass(tree)))))  # NaN counts as no probability
-        self._costs[level] = cost
+        # One read, on the check levels only. NaN counts as no probability.
+        costs = self._costs[level] = [max(0.0, -math.log(max(1e-30, mass))) for mass in level_masses(trees)]
         if self._seconds == 0:
             return True  # nothing measured yet
         # The next levels lose mass at this tree's own rate so far.
         gain = sum(
             self._calibration.probability(cost * (level + step) / level)
+            for cost in costs
             for step in range(1, self.check_every + 1)
         )
         price = self._level_seconds() * self.check_every
-        return gain * self._seconds >= self._tokens * price
+        return gain * self._seconds >= self._tokens * len(trees) * price
 
     def _level_seconds(self) -> float:
         return self._level_s if self.level_cost is None else self.level_cost
 
     def learn(self, outcome: IterationOutcome) -> None:
-        for level, cost in self._costs.items():
-            self._calibration.observe(cost, outcome.accepted >= level)
+        for level, costs in self._costs.items():
+            for cost, accepted in zip(costs, outcome.accepted, strict=True):
+                self._calibration.observe(cost, accepted >= level)
         if self.level_cost is None:
             level_s = outcome.draft_s / outcome.levels if outcome.levels else self._level_s
             verify_s = outcome.verify_s
@@ -119,5 +120,6 @@ class Adaptive(Beam):
         first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY
         self._level_s = keep * self._level_s + (1 - keep) * level_s
-        self._tokens = keep * self._tokens + (1 - keep) * (outcome.accepted + 1)
+        tokens = 1 + sum(outcome.accepted) / len(outcome.accepted)  # of a text: their number changes
+        self._tokens = keep * self._tokens + (1 - keep) * tokens
         self._seconds = keep * self._seconds + (1 - keep) * seconds

@@ -70,4 +70,4 @@ class CpuSubstituteMemory(DraftMemory):
         converted = 0 if inputs.itemsize == 4 else 4
         self.workspaces = {"8-bit LM head of the draft": (1 + converted) * head}
         self.shared_rows = inputs.policy.draft_rows
-        self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
+        self.level = LEVEL_COPIES * 4 * inputs.texts * inputs.policy.width * spec.vocab

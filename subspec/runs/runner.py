@@ -1,10 +1,9 @@
 """One run, from its composed configuration to its records.
 
 Steps that can fail early (configuration, prompts, the run folder) come before steps that take minutes (the target's
-weights, quantization). Every finished turn is on disk before the next starts.
+weights, quantization). The loop over samples stands in :mod:`subspec.runs.generation`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
-from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
+from subspec.benchmarks import Benchmark, Sample, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
+from subspec.config.enums import AUTO
 from subspec.config.schema import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_plain
-from subspec.decoding.audit import Auditor
 from subspec.decoding.bitwise_choice import why_not
-from subspec.decoding.result import FinishReason
+from subspec.decoding.scheduler import Scheduler
 from subspec.errors import AuditError, SubspecError
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
@@ -27,30 +26,31 @@ from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
 from subspec.runs import notes
-from subspec.runs.console import RunConsole, RunProgress
+from subspec.runs.console import RunConsole
 from subspec.runs.environment import (
     cuda_vram_gib,
     device_vram_gib,
     environment,
-    peak_ram_gib,
     peak_vram_gib,
     reserved_vram_gib,
 )
-from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget
+from subspec.runs.generation import Generation
+from subspec.runs.inputs import (
+    WEIGHTS,
+    check_prompts,
+    check_weights,
+    with_first_budget,
+    with_first_texts,
+)
 from subspec.runs.loading import Loaded, about, load, print_plan, resolve
 from subspec.runs.logger import SafeLogger, make_logger
-from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
+from subspec.runs.turn import RunContext, chat_messages
 from subspec.session import check_draft, check_offload, plan_for, weights_identity
 from subspec.targets import resolve_dtype
 from subspec.utils.files import write_error, write_json
 
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: a few iterations of every kind of pass."""
-
-PLAIN_TOKENS, PLAIN_TURNS = 4, 5
-"""Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
-texts of a session that have them: spread over the run, because the machine's load changes, and few, because a streamed
-pass may take a second."""
 
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
@@ -87,6 +87,8 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     console.note(notes.prompts(benchmark))
     facts = environment()
     chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
+    if config.decoding.texts != AUTO:
+        chosen["texts"] = str(config.decoding.texts)
 
     def check(records: Sequence[Mapping[str, Any]]) -> None:
         check_chosen(run_dir, records, chosen)
@@ -145,7 +147,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 class _Run:
-    """The loop over samples and turns."""
+    """Preparation, generation and summary."""
 
     def __init__(
         self,
@@ -164,17 +166,19 @@ class _Run:
         self.console = console
         self.facts: dict[str, Any] = {}
         self.loading_peaks: dict[str, float | None] = {}
-        self.plain_turns = 0
 
     def execute(self) -> dict[str, Any]:
         """Generate the missing turns; returns the summary of all records in the folder."""
         samples = self.benchmark.samples
         pending = [(index, sample) for index, sample in enumerate(samples) if not self._is_finished(sample)]
         if pending:
-            self._prepare(pending[0][1])
-            with self.console.progress(len(samples), done=len(samples) - len(pending)) as progress:
-                for index, sample in pending:
-                    progress.sample_finished(*self._sample(index, sample, progress))
+            context = self._prepare(pending[0][1])
+            generation = Generation(
+                self.config, context, self.benchmark, self.loaded, self.folder, self.logger
+            )
+            done = len(samples) - len(pending)
+            with self.console.progress(len(samples), done, context.texts) as progress:
+                generation.run(pending, progress)
             self._keep_reserved()
         else:
             self.facts = read_json(self.folder.path / FACTS) or {}
@@ -192,8 +196,10 @@ class _Run:
 
     # ------------------------------------------------------------------------------------- preparation
 
-    def _prepare(self, first: Sample) -> None:
+    def _prepare(self, first: Sample) -> RunContext:
+        """Load, warm up, and write the run's facts; returns the fields that every record repeats."""
         config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
+        config = with_first_texts(config, self.folder.records())
         with about("target"):
             self.weights = weights_identity(config, console.note)
             if self.folder.resumed:
@@ -209,13 +215,13 @@ class _Run:
             console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
         if self.assembly.quant is not None:
             console.note(f"draft {config.draft.name}: {notes.quantized(self.assembly.quant)}")
-        self.auditor = (
-            Auditor(self.assembly.target, self.assembly.sampling, margin=config.audit_margin)
-            if config.audit
-            else None
-        )
-        self.assembly.engine.keeps_digests = config.audit and self.assembly.target.bitwise is not None
-        self.context = RunContext(
+        self._warm_up(first)
+        self._end_loading()
+        if config.profile is Profile.timeline:
+            self._profile(first)
+        self.facts = self._facts()
+        _write(self.folder.path / FACTS, self.facts)
+        return RunContext(
             benchmark=self.benchmark.name,
             source=self.benchmark.source.value,
             target=self.target.name,
@@ -224,13 +230,8 @@ class _Run:
             planted=self.target.planted,
             seed=config.seed,
             bitwise=self.assembly.target.bitwise is not None,
+            texts=self.assembly.engine.texts,
         )
-        self._warm_up(first)
-        self._end_loading()
-        if config.profile is Profile.timeline:
-            self._profile(first)
-        self.facts = self._facts()
-        _write(self.folder.path / FACTS, self.facts)
 
     def _facts(self) -> dict[str, Any]:
         """Resolved settings of the run, written before the first record so that a kill keeps them."""
@@ -240,6 +241,7 @@ class _Run:
             WEIGHTS: self.weights,
             "dtype": notes.dtype_name(self.target.dtype),
             "device": str(self.device),
+            "texts": self.assembly.engine.texts,
             "torch_threads": torch.get_num_threads(),
             "substitute": None
             if quant is None
@@ -261,13 +263,20 @@ class _Run:
         }
 
     def _warm_up(self, sample: Sample) -> None:
-        """Run untimed generations, so that lazy initialisation, kernel selection and caches are done."""
+        """Run untimed generations of all texts at a time, so that lazy initialisation, kernel selection and caches are
+        done."""
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
+        engine = self.assembly.engine
         if self.config.warmup:
-            self.assembly.engine.prepare(prompt)
+            engine.prepare(prompt)
         tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
-        for _ in range(self.config.warmup):
-            self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
+        scheduler = Scheduler(engine, engine.texts)
+        for _ in range(self.config.warmup * engine.texts):
+            scheduler.add(prompt, max_new_tokens=tokens, ignore_eos=True)
+        while not scheduler.idle:
+            for text in scheduler.step():
+                if text.error is not None:
+                    raise text.error
 
     def _end_loading(self) -> None:
         """Keep the memory peaks of loading, which a budget bounds too, and reset them for the records."""
@@ -300,87 +309,8 @@ class _Run:
         for file in record_timeline(self.assembly.engine, prompt, self.folder.path):
             self.console.note(f"timeline: {file}")
 
-    # -------------------------------------------------------------------------------------- generation
-
-    def _sample(self, index: int, sample: Sample, progress: RunProgress) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
-        said: list[str] = []  # user and assistant messages, alternating
-        for turn, question in enumerate(sample.turns):
-            said.append(question)
-            record = self.folder.finished(sample.id, turn)
-            if record is None:
-                record = self._turn(index, sample, turn, said)
-                self.folder.append(record)
-                self.logger.log_turn(record, len(self.folder) - 1)
-                progress.turn(record)
-            records.append(record)
-            if record.get("skipped"):
-                break
-            said.append(record["text"])
-        return records
-
-    def _turn(self, index: int, sample: Sample, turn: int, said: Sequence[str]) -> dict[str, Any]:
-        config, decoding = self.config, self.config.decoding
-        messages = chat_messages(said)
-        prompt = self._prompt_ids(said)
-        place = {"sample_id": sample.id, "sample_index": index, "turn": turn, "category": sample.category}
-        if len(prompt) > prompt_limit(config):
-            return skipped_record(
-                self.context,
-                **place,
-                messages=messages,
-                reason=PROMPT_TOO_LONG,
-                prompt_tokens=len(prompt),
-                limit=prompt_limit(config),
-            )
-        seed = turn_seed(config.seed, sample.id, turn)
-        rules = {
-            "max_new_tokens": decoding.max_new_tokens,
-            "stop": decoding.stop,
-            "ignore_eos": decoding.ignore_eos,
-        }
-        engine = self.assembly.engine
-        result = engine.generate(prompt, seed=seed, **rules)
-        last = turn == len(sample.turns) - 1
-        text = result.text or ""
-        cut = result.finish_reason is FinishReason.length
-        reference = sample.answer if last else None
-        plain = None
-        if engine.draft is not None and self.plain_turns < PLAIN_TURNS and result.stats.iterations:
-            plain = engine.time_plain(min(PLAIN_TOKENS, max(1, result.stats.iterations // 5)))
-            self.plain_turns += 1
-        audit = None
-        if self.auditor is not None:
-            replay = engine.output_buffer(prompt, **rules)
-            ending = (replay, result.finish_reason)
-            audited = self.auditor.audit(
-                prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
-            )
-            audit = audited.as_dict()
-        return turn_record(
-            self.context,
-            result,
-            **place,
-            messages=messages,
-            link=self.loaded.link,
-            plain=plain,
-            peak_vram_gib=peak_vram_gib(),
-            device_vram_gib=device_vram_gib(),
-            peak_ram_gib=peak_ram_gib(),
-            correct=check_answer(self.benchmark.name, text, reference, cut),
-            extracted=extract_answer(self.benchmark.name, text, cut) if reference is not None else None,
-            reference=reference,
-            audit=audit,
-        )
-
     def _prompt_ids(self, said: Sequence[str]) -> list[int]:
         return self.target.chat_ids(chat_messages(said))
-
-
-def turn_seed(seed: int, sample_id: str, turn: int) -> int:
-    """Seed of a turn: independent of other samples and of a resume."""
-    digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import subspec.decoding.engine
+import subspec.runs.generation
 import subspec.runs.runner
 from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
@@ -240,9 +241,10 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     monkeypatch.setattr(
         subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console)
     )
-    monkeypatch.setattr(subspec.runs.runner, "peak_vram_gib", lambda: peaks["allocated"])
+    for room in (subspec.runs.runner, subspec.runs.generation):
+        monkeypatch.setattr(room, "peak_vram_gib", lambda: peaks["allocated"])
+        monkeypatch.setattr(room, "device_vram_gib", lambda: peaks["device"])
     monkeypatch.setattr(subspec.runs.runner, "reserved_vram_gib", lambda: peaks["reserved"])
-    monkeypatch.setattr(subspec.runs.runner, "device_vram_gib", lambda: peaks["device"])
     monkeypatch.setattr(subspec.runs.runner, "cuda_vram_gib", lambda: 0.7)
     reset = lambda device: peaks.update(allocated=2.0, reserved=later, device=6.8)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)

@@ -27,6 +27,7 @@ from subspec.config.help_text import (
 from subspec.config.schema import (
     SCHEMAS,
     Config,
+    ServeConfig,
     SmallModelDraftConfig,
     register_schemas,
     to_config,
@@ -144,6 +145,29 @@ def test_the_default_number_of_samples_does_not_limit_categories(overrides, expe
 def test_a_selection_of_nothing_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         check_config(to_config(composed(override)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decoding.texts=0"], r"decoding\.texts=0 must be"),
+        (["decoding.texts=many"], r"decoding\.texts=many must be"),
+        (["decoding.texts=2", "offload=accelerate", "draft=none"], "but offload=accelerate"),
+        (
+            ["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"],
+            r"but draft\.proposer=prompt_lookup",
+        ),
+    ],
+)
+def test_texts_side_by_side_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(to_config(composed(*overrides)))
+
+
+@pytest.mark.parametrize("draft", ["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"])
+def test_other_drafts_serve_several_texts(draft):
+    for texts in (3, "auto"):
+        check_config(to_config(composed(f"draft={draft}", f"decoding.texts={texts}")))
 
 
 def test_every_file_begins_with_a_description():
@@ -291,11 +315,10 @@ def test_every_file_has_a_schema():
 
 
 def test_every_range_is_of_a_key_that_exists():
+    schemas = SCHEMAS | {"/run": Config, "serve/serve": ServeConfig}
     for key, _, _ in RANGES:
         group, _, name = key.rpartition(".")
-        nodes = (
-            [node for path, node in SCHEMAS.items() if path.startswith(f"{group}/")] if group else [Config]
-        )
+        nodes = [node for path, node in schemas.items() if path.startswith(f"{group}/")]
         assert any(name in {field.name for field in dataclasses.fields(node)} for node in nodes), key
 
 

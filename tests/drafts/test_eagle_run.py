@@ -10,7 +10,7 @@ import torch
 from subspec.config.schema import to_config
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.from_config import build_tree_policy
-from subspec.drafts import eagle_checkpoint
+from subspec.drafts import eagle_checkpoint, shipped
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.drafts.eagle_head import EagleShape
 from subspec.errors import ConfigError
@@ -126,7 +126,7 @@ def test_the_published_settings_are_the_defaults():
 
 
 def test_a_head_that_is_not_shipped_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(eagle_checkpoint, "SHIPPED", tmp_path / "nowhere")
+    monkeypatch.setitem(shipped.HEADS, "eagle2", tmp_path / "nowhere")
     config = to_config(composed("draft=eagle2"))
     check_config(config)
     with pytest.raises(ConfigError, match=r"^[^\n]*not in this installation[^\n]*set draft\.path[^\n]*$"):

@@ -1,11 +1,13 @@
 """Drafts from n-grams of the text: their probabilities, and runs that emit plain decoding's tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspec.config.schema import Config, PromptLookupDraftConfig
+from subspec.config.schema import Config, Eagle2TreeConfig, PromptLookupDraftConfig
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
@@ -13,9 +15,11 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
+from subspec.drafts.check_config import check_config
 from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.prompt_lookup import PromptLookupDraft, PromptLookupSpec
 from subspec.errors import ConfigError
+from tests.helpers.planning import planned, settings
 from tests.helpers.tiny import tiny_model
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=3)
@@ -113,3 +117,11 @@ def test_lengths_out_of_order_are_refused(longest, shortest):
     config = Config(draft=PromptLookupDraftConfig(name="prompt_lookup", longest=longest, shortest=shortest))
     with pytest.raises(ConfigError, match=r"^draft\.shortest=. and draft\.longest="):
         PromptLookupSpec.check(config)
+
+
+def test_a_streamed_target_takes_any_tree():
+    """It drafts without captured levels, so a tree may expand parts of one."""
+    tree = Eagle2TreeConfig(name="eagle2", depth=4, width=3, total_tokens=20)
+    config = replace(settings(8.0, "prompt_lookup"), tree=tree)
+    check_config(config)
+    assert planned(config).streamed_layers

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 TIMES = {"timestamp", "prefill_s", "decode_s", "draft_s", "verify_s", "tokens_per_s", "tokens_per_s_total"}
 TIMES |= {"peak_ram_gib", "ttft_s", "block_s", "block_p50_s", "block_p95_s", "block_p99_s"}
-TIMES |= {"plain_s", "speedup_over_plain"}
+TIMES |= {"plain_s", "speedup_over_plain", "loop_s"}
 """Fields of a record that differ between two runs of the same configuration."""
 
 

@@ -13,6 +13,7 @@ from subspec.levels.dense import layer_views
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
 from subspec.quant.hqq import hqq_quantizer
 from subspec.quant.level_linear import Variant
+from tests.helpers.drafts import begin
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
@@ -57,7 +58,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, kernel, tolerance):
         Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=16) for draft in drafts
     ]
     with torch.inference_mode():
-        frontiers = [engine.tree.plant(engine._prefill(PROMPT)[0]) for engine in engines]
+        frontiers = [engine.tree.plant(begin(engine, PROMPT)) for engine in engines]
         for _ in range(policy.max_depth):
             logits = [e.draft.expand(e.tree, f) for e, f in zip(engines, frontiers, strict=True)]
             assert (logits[1] - logits[0]).norm() / logits[0].norm() < tolerance

@@ -19,6 +19,7 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer
 from subspec.levels.model import NEVER, Attention
 from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
+from tests.helpers.drafts import begin
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -91,7 +92,7 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
     with torch.inference_mode():
         reference = engines[0].tree
         for engine in engines:
-            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            frontier = engine.tree.plant(begin(engine, PROMPT))
             logits = []
             for _ in range(policy.max_depth):
                 out = engine.draft.expand(engine.tree, frontier).clone()
