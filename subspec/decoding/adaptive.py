@@ -4,6 +4,8 @@ A further level is worth drafting while its expected tokens per second of cost e
 second (the marginal-value rule; for a ratio of sums it is Dinkelbach's condition for the optimum). The expectation is
 the draft's cumulative probability of the level, calibrated against the target's acceptance, since a draft sharpened
 with a low temperature is overconfident.
+
+With a least depth of 0 it also compares drafting with plain decoding, and drafts nothing while that is faster.
 """
 
 import math
@@ -41,6 +43,58 @@ class Calibration:
         return self._accepted[self._bin(cost)] / self._seen[self._bin(cost)]
 
 
+class PlainComparison:
+    """Compares drafting with plain decoding by the tokens per second of whole iterations.
+
+    After every few trials a tree of the root alone tells what plain decoding takes. Where that is faster, a pause follows,
+    twice as long as the last one.
+
+    Attributes:
+        drafting: whether the next tree has levels.
+    """
+
+    TRIAL = 8  # iterations with a draft that are compared
+    PROBE = 2  # iterations without, between trials: about 2 % of them, which drafting makes up for
+    TRIALS = 10  # between two probes
+    PAUSE, LONGEST = 8, 256  # iterations
+
+    def __init__(self) -> None:
+        self.drafting = True
+        self._plain_s = 0.0
+        self._trials, self._pause = 0, self.PAUSE
+        self._begin(self.PROBE)
+
+    def _begin(self, iterations: int) -> None:
+        self._left, self._tokens, self._seconds = iterations, 0, 0.0
+
+    def learn(self, levels: int, tokens: int, seconds: float) -> None:
+        """Take note of an iteration."""
+        if not levels:
+            slow = seconds > self._plain_s > 0  # the first pass of its shape takes longer
+            self._plain_s = 0.9 * self._plain_s + 0.1 * seconds if slow else seconds
+            if self.drafting:
+                return  # the last token of a text
+        self._left, self._tokens, self._seconds = (
+            self._left - 1,
+            self._tokens + tokens,
+            self._seconds + seconds,
+        )
+        if self._left:
+            return
+        if not self.drafting:
+            self.drafting = True
+            self._begin(self.TRIAL)
+        elif self._plain_s and self._tokens * self._plain_s < self._seconds:
+            self.drafting = False
+            self._begin(self._pause)
+            self._pause = min(2 * self._pause, self.LONGEST)
+        else:
+            self.drafting = self._trials % self.TRIALS > 0
+            self._begin(self.TRIAL if self.drafting else self.PROBE)
+            self._trials += 1
+            self._pause = self.PAUSE
+
+
 class Adaptive(Beam):
     """Beam of at most ``depth`` levels.
 
@@ -48,7 +102,7 @@ class Adaptive(Beam):
         level_cost: time of a draft level in verification passes; None: both are measured while running (depths then
             depend on the machine's load, the output does not).
         check_every: levels between two checks of the level's probability, each of which reads one number back.
-        min_depth: levels drafted without a check.
+        min_depth: levels drafted without a check; 0: one, or none while plain decoding is faster.
     """
 
     DECAY = 0.9  # of the running averages, per iteration
@@ -76,6 +130,7 @@ class Adaptive(Beam):
         self._costs: dict[int, float] = {}
         self._level_s = 0.0
         self._tokens, self._seconds = 0.0, 0.0
+        self._plain = PlainComparison() if min_depth == 0 else None
 
     def begin_tree(self) -> None:
         self._costs.clear()
@@ -86,7 +141,7 @@ class Adaptive(Beam):
 
     def wants_level(self, tree: Tree) -> bool:
         level = tree.levels
-        if level >= self.max_depth:
+        if level >= self.max_depth or (self._plain is not None and not self._plain.drafting):
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:
             return True
@@ -115,6 +170,10 @@ class Adaptive(Beam):
         else:
             level_s, verify_s = self.level_cost, 1.0
         seconds = outcome.levels * level_s + verify_s
+        if self._plain is not None:
+            self._plain.learn(outcome.levels, outcome.accepted + 1, seconds)
+        if not outcome.levels:
+            return  # tells nothing of drafting
         # The first iterations compile and load kernels: a far faster one restarts the averages.
         first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY
