@@ -88,7 +88,8 @@ class Tiles:
         if bits == 4:
             low, high = tiles.unflatten(-1, (2, -1)).unbind(-2)
             tiles = low | (high << 4)
-        self.words = tiles.transpose(1, 2).contiguous()
+        # A vector has four inputs of each output.
+        self.words = tiles.unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4).contiguous()
         pair = torch.stack([factor, constant]).repeat_interleave(k // BLOCK // factor.shape[1], dim=-1)
         pair = pair.view(2, n // TILE, TILE, k // BLOCK)
         self.scales = pair.permute(1, 3, 0, 2).to(torch.float16).contiguous()

@@ -3,10 +3,10 @@
  * A pass over few rows is bound by reading the weights, so each is read once for all rows, in the order in which it lies
  * in memory. Every sum of a row has the same order for any number of rows.
  *
- * Quantized weights lie in tiles of 8 outputs and 64 inputs. A tile of 4 bits has 32 bytes per output, the first half of
- * its inputs in the low nibbles; one of 8 bits has 64 signed bytes. scales has 8 factors and then 8 constants per tile,
- * float16: a weight is q * factor + constant. Inputs are rounded to 8 bits per row and 64 inputs, so that products are
- * sums of integers.
+ * Quantized weights lie in tiles of 8 outputs and 64 inputs. A vector of 32 bytes has 4 inputs of each output, so that
+ * no sum runs across a vector: signed bytes, or with 4 bits 4 inputs in the low nibbles and those 32 later in the high
+ * ones. scales has 8 factors and then 8 constants per tile, float16: a weight is q * factor + constant. Inputs are rounded
+ * to 8 bits per row and 64 inputs, so that products are sums of integers.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -16,6 +16,7 @@
 #define BLOCK 64  /* inputs that share a factor */
 #define TILE 8    /* outputs of a tile */
 #define CHUNK 64  /* outputs that a thread computes at a time */
+#define AHEAD 2048 /* bytes of tiles that are fetched in advance */
 #define INLINE static inline __attribute__((always_inline))
 
 struct matrix {
@@ -49,13 +50,19 @@ INLINE __m128 sums_of_4(__m256 a, __m256 b, __m256 c, __m256 d) {
     return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
 }
 
-/* Products of 4 (or 1) rows of w and `rows` rows of x: y[row * ldy + output]. */
+/* Products of 4 (or 1) rows of w and `rows` rows of x: y[row * ldy + output]. Meanwhile fetches lines of the weights that
+ * are next, which the processor does not foresee. */
 INLINE void dots(const float *w, int64_t ldw, int outputs, const float *x, int64_t ldx, int rows, int64_t k, float *y,
-                 int64_t ldy) {
+                 int64_t ldy, const float *next, int64_t lines) {
     __m256 sum[3][4];
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < 4; o++) sum[r][o] = _mm256_setzero_ps();
     for (int64_t i = 0; i < k; i += 8) {
+        if (lines > 0) {
+            _mm_prefetch((const char *)next, _MM_HINT_T0);
+            _mm_prefetch((const char *)(next + 16), _MM_HINT_T0);
+            next += 32, lines -= 2;
+        }
         __m256 of[3];
         for (int r = 0; r < rows; r++) of[r] = _mm256_loadu_ps(x + r * ldx + i);
         for (int o = 0; o < outputs; o++) {
@@ -72,16 +79,20 @@ INLINE void dots(const float *w, int64_t ldw, int outputs, const float *x, int64
 
 static void multiply_float(const float *w, int64_t ldw, int64_t outputs, const float *x, int64_t ldx, int64_t rows,
                            int64_t k, float *y, int64_t ldy) {
+    /* Each group of rows fetches its share of the next 4 rows of w. */
+    const int64_t groups = (rows + 2) / 3, lines = (k / 4 + groups - 1) / groups;
     int64_t o = 0;
     for (; o + 4 <= outputs; o += 4) {
-        const float *four = w + o * ldw;
+        const float *four = w + o * ldw, *next = four + 4 * ldw;
         int64_t r = 0;
-        for (; r + 3 <= rows; r += 3) dots(four, ldw, 4, x + r * ldx, ldx, 3, k, y + r * ldy + o, ldy);
-        if (rows - r == 2) dots(four, ldw, 4, x + r * ldx, ldx, 2, k, y + r * ldy + o, ldy);
-        if (rows - r == 1) dots(four, ldw, 4, x + r * ldx, ldx, 1, k, y + r * ldy + o, ldy);
+        for (; r + 3 <= rows; r += 3, next += 16 * lines)
+            dots(four, ldw, 4, x + r * ldx, ldx, 3, k, y + r * ldy + o, ldy, next, lines);
+        if (rows - r == 2) dots(four, ldw, 4, x + r * ldx, ldx, 2, k, y + r * ldy + o, ldy, next, lines);
+        if (rows - r == 1) dots(four, ldw, 4, x + r * ldx, ldx, 1, k, y + r * ldy + o, ldy, next, lines);
     }
     for (; o < outputs; o++)
-        for (int64_t r = 0; r < rows; r++) dots(w + o * ldw, ldw, 1, x + r * ldx, ldx, 1, k, y + r * ldy + o, ldy);
+        for (int64_t r = 0; r < rows; r++)
+            dots(w + o * ldw, ldw, 1, x + r * ldx, ldx, 1, k, y + r * ldy + o, ldy, w, 0);
 }
 
 INLINE __m256 exponential(__m256 x) {
@@ -149,10 +160,10 @@ static void round_inputs(const struct inputs *in, int64_t row, int64_t k) {
     }
 }
 
-INLINE __m256i sums_of_8(const __m256i d[8]) {
-    __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(d[0], d[1]), _mm256_hadd_epi32(d[2], d[3]));
-    __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(d[4], d[5]), _mm256_hadd_epi32(d[6], d[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+INLINE __m256i four(const int8_t *x) {
+    int32_t all;
+    memcpy(&all, x, 4);
+    return _mm256_set1_epi32(all);
 }
 
 /* One tile of outputs and up to 4 rows. */
@@ -163,30 +174,34 @@ INLINE void tile(const uint8_t *w, const uint16_t *scales, int bits, const struc
     __m256 sum[4];
     for (int r = 0; r < rows; r++) sum[r] = _mm256_setzero_ps();
     for (int64_t b = 0; b < blocks; b++) {
+        const int8_t *x = in->q + first * k + b * BLOCK;
+        __m256i low[4], high[4]; /* with 8 bits: all sums in low */
+        for (int r = 0; r < rows; r++) low[r] = high[r] = _mm256_setzero_si256();
+        for (int i = 0; i < BLOCK * bits / 8; i += 4) {
+            __m256i both = _mm256_loadu_si256((const __m256i *)(w + TILE * i));
+            if (i % 8 == 0) _mm_prefetch((const char *)w + AHEAD + TILE * i, _MM_HINT_T0);
+            if (bits == 4) { /* 8 sums of two products up to 15 * 127 stay within 16 bits */
+                __m256i first_half = _mm256_and_si256(both, nibble);
+                __m256i second_half = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+                for (int r = 0; r < rows; r++) {
+                    low[r] = _mm256_add_epi16(low[r], _mm256_maddubs_epi16(first_half, four(x + r * k + i)));
+                    high[r] = _mm256_add_epi16(high[r], _mm256_maddubs_epi16(second_half, four(x + r * k + 32 + i)));
+                }
+            } else { /* a size without sign times a number with it */
+                __m256i size = _mm256_abs_epi8(both);
+                for (int r = 0; r < rows; r++) {
+                    __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(x + r * k + i), both));
+                    low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+        }
         __m256 factor = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 16 * b)));
         __m256 constant = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 16 * b + 8)));
         for (int r = 0; r < rows; r++) {
-            const int8_t *x = in->q + (first + r) * k + b * BLOCK;
-            __m256i x0 = _mm256_loadu_si256((const __m256i *)x), x1 = _mm256_loadu_si256((const __m256i *)(x + 32));
-            __m256i dot[8];
-            for (int o = 0; o < TILE; o++) {
-                if (bits == 4) {
-                    __m256i both = _mm256_loadu_si256((const __m256i *)(w + 32 * o));
-                    __m256i low = _mm256_and_si256(both, nibble);
-                    __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-                    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, x0), _mm256_maddubs_epi16(high, x1));
-                    dot[o] = _mm256_madd_epi16(pairs, ones);
-                } else { /* a size without sign times a number with it */
-                    __m256i w0 = _mm256_loadu_si256((const __m256i *)(w + 64 * o));
-                    __m256i w1 = _mm256_loadu_si256((const __m256i *)(w + 64 * o + 32));
-                    __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
-                    __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
-                    dot[o] = _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones));
-                }
-            }
+            if (bits == 4) low[r] = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
             const float *step = in->step + 2 * ((first + r) * blocks + b);
             __m256 product = _mm256_mul_ps(factor, _mm256_broadcast_ss(step));
-            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums_of_8(dot)), product, sum[r]);
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[r]), product, sum[r]);
             sum[r] = _mm256_fmadd_ps(constant, _mm256_broadcast_ss(step + 1), sum[r]);
         }
         w += TILE * BLOCK * bits / 8;
