@@ -44,7 +44,11 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    ("tree.min_depth", _NOT_NEGATIVE, "must not be negative (0: nothing is drafted while plain decoding is faster)"),
+    (
+        "tree.min_depth",
+        _NOT_NEGATIVE,
+        "must not be negative (0: nothing is drafted while plain decoding is faster)",
+    ),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     ("draft.proposed", lambda value: 1 <= value <= 64, "must lie in 1..64"),

@@ -144,7 +144,10 @@ class CpuPass:
             masked=mask.shape[1],
         )
         kernels.begin(run)
-        self._keys, self._of_layer, self._of_part = view.rows.data_ptr(), *(4 * s for s in view.rows.stride()[:2])
+        self._keys, self._of_layer, self._of_part = (
+            view.rows.data_ptr(),
+            *(4 * s for s in view.rows.stride()[:2]),
+        )
 
     def run(self, layer: Layer, index: int) -> None:
         """Run a layer whose keys and values are those of ``index`` in the cache."""

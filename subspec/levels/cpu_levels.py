@@ -69,7 +69,9 @@ class CpuLevels(TargetModel):
         """Run the tokens of ``batch``; hidden states of single layers are not available."""
         levels, view = self.levels, batch.view
         if self._kernels is not None:
-            run = CpuPass(self._kernels, self._shape, batch, functional.embedding(batch.tokens, levels.embedding))
+            run = CpuPass(
+                self._kernels, self._shape, batch, functional.embedding(batch.tokens, levels.embedding)
+            )
             for place, (layer, own) in enumerate(zip(levels.layers, self._layers, strict=True)):
                 run.run(own, place if layer.cache_layer is None else layer.cache_layer)
             return Hidden(run.normed(levels.final_norm), {})

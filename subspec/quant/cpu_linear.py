@@ -208,7 +208,9 @@ class CpuFormat(HqqFormat):
         if kernel not in self.kernels:
             return "it is no kernel for CPUs"
         if kernel == OwnCpuLinear.kind:
-            return f"groups of {self.group} are no multiple of {BLOCK}" if self.group % BLOCK else misfit(n, k)
+            return (
+                f"groups of {self.group} are no multiple of {BLOCK}" if self.group % BLOCK else misfit(n, k)
+            )
         if kernel != Int4CpuLinear.kind:
             return None
         if self.bits != 4 or self.group not in INT4_GROUPS:
