@@ -5,10 +5,14 @@ second (the marginal-value rule; for a ratio of sums it is Dinkelbach's conditio
 the draft's cumulative probability of the level, calibrated against the target's acceptance, since a draft sharpened
 with a low temperature is overconfident.
 
-With a least depth of 0 it also compares drafting with plain decoding, and drafts nothing while that is faster.
+With a least depth of 0 it also compares drafting with plain decoding, and drafts nothing while that is faster. What a
+plain pass takes less than one over a tree is the price of the tree's rows, which then counts as a part of a level's.
 """
 
 import math
+from collections import deque
+from dataclasses import replace
+from statistics import median
 
 from torch import Tensor
 
@@ -46,53 +50,55 @@ class Calibration:
 class PlainComparison:
     """Compares drafting with plain decoding by the tokens per second of whole iterations.
 
-    After every few trials a tree of the root alone tells what plain decoding takes. Where that is faster, a pause follows,
-    twice as long as the last one.
+    After every few trials a tree of the root alone tells what plain decoding takes. Where that is faster, a pause
+    follows, twice as long as the last one. Times are medians, because other processes stretch some of them.
 
     Attributes:
         drafting: whether the next tree has levels.
+        row_s: seconds that a further row adds to a verification pass.
     """
 
     TRIAL = 8  # iterations with a draft that are compared
-    PROBE = 2  # iterations without, between trials: about 2 % of them, which drafting makes up for
+    PROBE = 2  # iterations without, between trials: about 2 % of all
     TRIALS = 10  # between two probes
     PAUSE, LONGEST = 8, 256  # iterations
 
     def __init__(self) -> None:
-        self.drafting = True
-        self._plain_s = 0.0
-        self._trials, self._pause = 0, self.PAUSE
-        self._begin(self.PROBE)
+        self.drafting, self.row_s = True, 0.0
+        self._plain: deque[float] = deque(maxlen=self.TRIAL)
+        self._trial: deque[IterationOutcome] = deque(maxlen=self.TRIAL)
+        self._trials, self._pause, self._left = 0, self.PAUSE, self.PROBE
 
-    def _begin(self, iterations: int) -> None:
-        self._left, self._tokens, self._seconds = iterations, 0, 0.0
-
-    def learn(self, levels: int, tokens: int, seconds: float) -> None:
-        """Take note of an iteration."""
-        if not levels:
-            slow = seconds > self._plain_s > 0  # the first pass of its shape takes longer
-            self._plain_s = 0.9 * self._plain_s + 0.1 * seconds if slow else seconds
-            if self.drafting:
-                return  # the last token of a text
-        self._left, self._tokens, self._seconds = (
-            self._left - 1,
-            self._tokens + tokens,
-            self._seconds + seconds,
-        )
-        if self._left:
+    def learn(self, outcome: IterationOutcome) -> None:
+        """Take note of an iteration, whose times may have any unit."""
+        if outcome.levels:
+            self._trial.append(outcome)
+        else:
+            self._plain.append(outcome.verify_s)
+        pays = self._compare()
+        self._left -= outcome.levels == 0 or self.drafting
+        if self._left > 0:
             return
         if not self.drafting:
-            self.drafting = True
-            self._begin(self.TRIAL)
-        elif self._plain_s and self._tokens * self._plain_s < self._seconds:
-            self.drafting = False
-            self._begin(self._pause)
+            self.drafting, self._left = True, self.TRIAL
+        elif not pays:
+            self.drafting, self._left = False, self._pause
             self._pause = min(2 * self._pause, self.LONGEST)
         else:
             self.drafting = self._trials % self.TRIALS > 0
-            self._begin(self.TRIAL if self.drafting else self.PROBE)
-            self._trials += 1
-            self._pause = self.PAUSE
+            self._left = self.TRIAL if self.drafting else self.PROBE
+            self._trials, self._pause = self._trials + 1, self.PAUSE
+
+    def _compare(self) -> bool:
+        """Whether drafting pays, as far as is known."""
+        if not self._plain or not self._trial:
+            return True
+        plain, verify = median(self._plain), median(own.verify_s for own in self._trial)
+        rows = sum(own.nodes - 1 for own in self._trial) / len(self._trial)
+        self.row_s = max(0.0, verify - plain) / rows
+        level = median(own.draft_s / own.levels for own in self._trial)
+        seconds = sum(own.levels for own in self._trial) * level + len(self._trial) * verify
+        return sum(own.accepted + 1 for own in self._trial) * plain > seconds
 
 
 class Adaptive(Beam):
@@ -155,7 +161,8 @@ class Adaptive(Beam):
             self._calibration.probability(cost * (level + step) / level)
             for step in range(1, self.check_every + 1)
         )
-        price = self._level_seconds() * self.check_every
+        row_s = 0.0 if self._plain is None else self._plain.row_s
+        price = (self._level_seconds() + self.width * row_s) * self.check_every
         return gain * self._seconds >= self._tokens * price
 
     def _level_seconds(self) -> float:
@@ -171,7 +178,7 @@ class Adaptive(Beam):
             level_s, verify_s = self.level_cost, 1.0
         seconds = outcome.levels * level_s + verify_s
         if self._plain is not None:
-            self._plain.learn(outcome.levels, outcome.accepted + 1, seconds)
+            self._plain.learn(replace(outcome, draft_s=outcome.levels * level_s, verify_s=verify_s))
         if not outcome.levels:
             return  # tells nothing of drafting
         # The first iterations compile and load kernels: a far faster one restarts the averages.

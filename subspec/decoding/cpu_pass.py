@@ -1,7 +1,7 @@
 """A pass over a few rows on a CPU by our own kernels (:mod:`subspec.kernels.cpu`), in float32.
 
-The target's pass over a tree runs here, plain decoding's single row, and a draft's level. Layers are run in place on the
-residual stream. A token's sums have the same order in a pass over any number of rows, up to :data:`MOST_ROWS`.
+The target's pass over a tree runs here, plain decoding's single row, and a draft's level. Layers change the residual
+stream in place. A token's sums have the same order in a pass over any number of rows, up to :data:`MOST_ROWS`.
 """
 
 import ctypes
@@ -199,7 +199,7 @@ class ExactCpu:
 
 
 Place = tuple[ctypes.Structure, str, dict[str, Any], str]
-"""A structure and its field, and the parameter, by its module's parameters and its name, whose address belongs there."""
+"""A structure, its field, and where the parameter is found whose address belongs there."""
 
 
 def _places(layer: nn.Module, found: Layer) -> list[Place]:

@@ -22,8 +22,8 @@ from subspec.decoding.hidden import Hidden
 from subspec.decoding.kv_cache import KVCache
 
 FEW_ROWS = 8
-"""On a CPU without our kernels the LM head takes half the time for 2 to 8 rows if rows and outputs are exchanged: matrix
-libraries rearrange the weight for few rows as for many (``experiments/cpu``)."""
+"""On a CPU without our kernels the LM head takes half the time for 2 to 8 rows if rows and outputs are exchanged:
+matrix libraries rearrange the weight for few rows as for many (``experiments/cpu``)."""
 
 
 @functools.cache

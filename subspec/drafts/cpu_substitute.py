@@ -24,8 +24,8 @@ LEVEL_COPIES = 4
 def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantization | str:
     """The quantization of fused levels on a CPU; or why there are none.
 
-    Our own kernels take all Linears or none. Without them, beside a target that streams from a disk, each Linear has the
-    kernel of the least memory.
+    Our own kernels take all Linears or none. Without them, beside a target that streams from a disk, each Linear has
+    the kernel of the least memory.
 
     Raises:
         ConfigError: the Linears that would be fused are quantized differently, or settings contradict the target.

@@ -1,4 +1,4 @@
-"""A substitute's forward pass on a CPU in float32: the same :class:`~subspec.levels.model.LevelModel` as captured levels.
+"""A substitute's forward pass on a CPU in float32: the :class:`~subspec.levels.model.LevelModel` of captured levels.
 
 Our own kernels run a layer at a time (:mod:`subspec.decoding.cpu_pass`). Without them torch's operations do: with a few
 rows their time goes to reading weights and to starting operations, so q/k/v and gate/up are one Linear each, rotary
