@@ -294,8 +294,8 @@ class AdaptiveTreeConfig(BeamTreeConfig):
 
     ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_tree`). ``level_cost``: time of a draft
     level in units of a verification pass; null measures it while running. ``check_every``: levels between two checks of
-    the draft's probabilities. ``min_depth``: levels always drafted; 0: none while plain decoding is faster, and a level's
-    price includes its rows in the pass; null: 0 on a CPU, 1 on a GPU.
+    the draft's probabilities. ``min_depth``: levels always drafted; 0: none while plain decoding is faster, and a
+    level's price includes its rows in the pass; null: 0 on a CPU, 1 on a GPU.
     """
 
     width: int | None = None

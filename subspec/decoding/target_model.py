@@ -187,5 +187,5 @@ class TargetModel:
         return 0, 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the placement of the weights for the run's record."""
-        return {}
+        """Facts about the placement of the weights, and on a CPU about the kernels, for the run's record."""
+        return {} if self.device.type != "cpu" else {"cpu_kernels": self.cpu_reason or "own"}

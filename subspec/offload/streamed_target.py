@@ -73,6 +73,7 @@ class StreamedTarget(TargetModel):
     def facts(self) -> dict[str, Any]:
         disk = next((feed.ring.facts() for feed in self.feeds if isinstance(feed, DiskFeed)), None)
         return {
+            **super().facts(),
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "resident_layers": self.resident_layers,
             **({} if disk is None else {"disk": disk}),
