@@ -96,12 +96,16 @@ def settings(name: str, files: Iterable[str], **macros: Iterable[int]) -> list[C
 
 
 FEW_ROWS, RESTORE = "few_rows.cu", "restore.cu"
-TILES, WARPS, BITS, BOTH = (2, 4), (4, 8), (4, 3, 2), (0, 1)
+TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 
 CUDA = [
-    *settings("int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, PLANES=(1, 2), SWIGLU=BOTH, OVERLAP=BOTH),
     *settings(
-        "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,), SWIGLU=BOTH
+        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2), SWIGLU=BOTH,
+        OVERLAP=BOTH,
+    ),
+    *settings(
+        "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,),
+        EIGHTS=EIGHTS, SWIGLU=BOTH,
     ),
     *settings("restore_integers", [RESTORE, "restore_integers.cu"], WIDTH=(8, *BITS)),
     *settings("restore_codebook", [RESTORE, "restore_codebook.cu"]),
@@ -205,10 +209,13 @@ def recorded() -> list[Launch]:
             target._peaks.clear()
             target.prefill_bytes(512, 2048)
             target.tree_pass_bytes(289, 48, 2048)
+            target.tree_pass_bytes(289, 48, 2048, texts=3, piece=256)
             target.verify_bytes(289, 48, Sampling())
         for own_head, width in ((False, 6), (True, 4)):
             linears = fused_linears(role_shapes(spec.layer), exact=False)
-            captured_level_bytes(LevelShape.of(spec, linears, own_head=own_head), width, Sampling())
+            for texts in (1, 4, 8):
+                level = LevelShape.of(spec, linears, own_head=own_head)
+                captured_level_bytes(level, width, Sampling(), texts)
         for inputs in (spec.hidden, spec.intermediate):
             rotate_triton(
                 torch.empty(6, inputs, dtype=torch.bfloat16, device="meta"), Rotation.of(inputs, 512)

@@ -45,10 +45,11 @@ from subspec.config.schema import (
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.arguments import ArgumentError, finite_number, prompt_list, stop_list, whole_number
 from subspec.decoding.bitwise_choice import AUTO
-from subspec.decoding.engine import Engine, TokenCallback
+from subspec.decoding.engine import Engine
 from subspec.decoding.result import GenerationResult
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
+from subspec.decoding.text import TokenCallback
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.errors import ConfigError, SubspecError
 from subspec.quant.quantize_model import Quantizer
@@ -110,7 +111,7 @@ def build_engine(
             model; ``layer_skip``: half of the model's own layers; ``prompt_lookup``: continuations found in the text;
             ``none``: plain decoding, one pass per token.
         draft_path: folder or hub id of the small model or the head; None: the one that ships with the project for
-            SmolLM2-135M-Instruct (none for ``eagle3``, ``block_head`` and ``pard``).
+            SmolLM2-135M-Instruct (none for ``pard``).
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
         tree_policy: the draft tree's shape; None: ``Adaptive(16, 4)``, on a CPU ``Adaptive(16, 1, min_depth=0)``.
         draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coding import decoding_only
 from subspec.config.checks import streams_from_disk
+from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import (
     AccelerateOffloadConfig,
@@ -25,10 +26,12 @@ from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
+from subspec.drafts.check_config import one_text_key
 from subspec.drafts.registry import spec_of
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.errors import ConfigError
 from subspec.memory.device import bytes_of_others, index_of
+from subspec.memory.draft_memory import kv_bytes
 from subspec.offload.accelerate import AccelerateTarget, host_bytes
 from subspec.offload.bandwidth import measure_link
 from subspec.offload.disk import StoredLayer
@@ -40,6 +43,7 @@ from subspec.quant.quantize_model import Quantizer, QuantReport
 from subspec.targets import Target, open_source, resolve_dtype
 from subspec.targets.device import check_memory
 from subspec.targets.load import weights_identity as target_identity
+from subspec.targets.model_spec import ModelSpec
 from subspec.targets.source import LayerSource
 from subspec.utils.console import Note, print_note
 
@@ -146,7 +150,8 @@ def assemble(
         context = _draft_context(config, policy, target, target.model.config, device)
         with kind(replace(context, quantizer=quantizer, note=note)) as spec:
             built = spec.build(model)
-    return _assembly(config, target, model, bitwise, built, policy, sampling=sampling)
+    texts = _whole_texts(config, target, built, policy)
+    return _assembly(config, target, model, bitwise, built, policy, texts=texts, sampling=sampling)
 
 
 def assemble_streamed(
@@ -156,14 +161,14 @@ def assemble_streamed(
     device: torch.device,
     note: Note = print_note,
     *,
-    stored: Sequence[StoredLayer] | None = None,
+    stored: Sequence[StoredLayer] = (),
 ) -> Assembly:
     """Load a target as ``plan`` says and build an engine around it.
 
     Args:
         source: of the exact weights.
         plan: of :func:`plan_for`.
-        stored: all layers in files, for a plan that streams them from there.
+        stored: layers of the plan's that stream from files as they are.
         note: as of :func:`assemble`.
     """
     # While the device is empty: the first run on a GPU measures kernels.
@@ -184,7 +189,17 @@ def assemble_streamed(
             )
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
-    return _assembly(config, source, streamed.target, bitwise, built, policy, streamed=streamed, plan=plan)
+    return _assembly(
+        config,
+        source,
+        streamed.target,
+        bitwise,
+        built,
+        policy,
+        texts=plan.texts,
+        streamed=streamed,
+        plan=plan,
+    )
 
 
 def assemble_accelerate(
@@ -215,6 +230,22 @@ def assemble_accelerate(
     return assembly, Target.of(source, target.model, device)
 
 
+def _whole_texts(config: Config, target: Target, built: BuiltDraft | None, policy: TreePolicy | None) -> int:
+    """Texts that run side by side on a whole target: ``auto`` is for GPUs, with caches in half of the free memory."""
+    texts, decoding = config.decoding.texts, config.decoding
+    if texts != AUTO:
+        return texts
+    if target.device.type != "cuda" or one_text_key(config):
+        return 1
+    shares = built is not None and built.draft.shares_cache and policy is not None
+    rows = policy.draft_rows if shares and policy is not None else 0
+    spec, tree = ModelSpec.of(target.model.config), policy.pass_nodes if policy is not None else 1
+    cache = kv_bytes(
+        spec, decoding.max_length, rows, max(tree, decoding.prefill_chunk), target.dtype.itemsize
+    )
+    return max(1, min(MOST_TEXTS, torch.cuda.mem_get_info(target.device)[0] // 2 // cache))
+
+
 def _draft_context(
     config: Config,
     policy: TreePolicy,
@@ -235,6 +266,7 @@ def _assembly(
     built: BuiltDraft | None,
     policy: TreePolicy | None,
     *,
+    texts: int = 1,
     sampling: Sampling | None = None,
     streamed: LoadedStream | None = None,
     plan: Plan | None = None,
@@ -253,6 +285,7 @@ def _assembly(
         prefill_chunk=plan.prefill_chunk if plan else config.decoding.prefill_chunk,
         eos_token_ids=described.eos_token_ids,
         tokenizer=described.tokenizer,
+        texts=texts,
     )
     if built is None:
         return Assembly(engine, bitwise, streamed=streamed, plan=plan)
@@ -348,8 +381,9 @@ def free_device(device: torch.device) -> None:
     """Release the memory of an earlier run of this process, its cap and its peaks."""
     if device.type != "cuda":
         return
-    bytes_of_others(index_of(device))  # known only while this process holds nothing
+    index = index_of(device)  # the fraction needs a number
+    bytes_of_others(index)  # known only while this process holds nothing
     gc.collect()  # modules refer to each other
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.set_per_process_memory_fraction(1.0, index)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -6,7 +6,7 @@ Each message names the keys and the remedy. Checks against the target, the draft
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -71,6 +71,11 @@ RANGES: list[Check] = [
         lambda value: value == AUTO or isinstance(value, bool),
         "must be auto, true or false",
     ),
+    (
+        "decoding.texts",
+        lambda value: value == AUTO or (type(value) is int and value >= 1),
+        "must be a whole number of at least 1, or auto",
+    ),
     ("decoding.stop", all, "holds an empty string: leave it out"),
     (
         "offload.vram_gib",
@@ -81,11 +86,15 @@ RANGES: list[Check] = [
     ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
     ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
+    ("offload.disk_gb_per_s", _POSITIVE, "must be positive (null: measured)"),
     ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
     ("benchmark.per_category", _AT_LEAST_1, "must be at least 1 (null: no such limit)"),
     ("benchmark.categories", lambda value: value != [], "selects nothing: name categories (null: all)"),
     ("benchmark.max_prompt_tokens", _AT_LEAST_1, "must be at least 1 (null: what fits)"),
     ("logger.init_timeout_s", _POSITIVE, "must be positive"),
+    ("serve.port", lambda value: 0 <= value < 2**16, "must lie in 0..65535 (0: any free one)"),
+    ("serve.queue", _NOT_NEGATIVE, "must not be negative (0: requests never wait)"),
+    ("serve.api_key", lambda value: value is None or value.strip(), "is empty: give a key, or leave it out"),
 ]
 """(key, predicate, complaint); keys that the chosen option does not have are skipped."""
 
@@ -116,17 +125,30 @@ def check_keys(cfg: DictConfig, parent: str = "") -> None:
             raise ConfigError(f"{parent}{name}: {str(error).splitlines()[0]}") from error
 
 
-def check_values(config: Config) -> None:
-    """Check values of single keys and contradictions between keys.
+def check_ranges(groups: Mapping[str, Any]) -> None:
+    """Check values of single keys.
+
+    Args:
+        groups: by name; "": the keys outside groups.
 
     Raises:
         ConfigError: for the first problem found.
     """
     for key, fine, complaint in RANGES:
         group, _, name = key.rpartition(".")
-        node = getattr(config, group) if group else config
+        node = groups.get(group)
         if hasattr(node, name) and not fine(value := getattr(node, name)):
             raise ConfigError(f"{key}={value} {complaint}")
+
+
+def check_values(config: Config) -> None:
+    """Check values of single keys and contradictions between keys.
+
+    Raises:
+        ConfigError: for the first problem found.
+    """
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    check_ranges({"": config, **groups})
     if quantizes(config):
         check_quant(config.quant)
     tree = config.tree

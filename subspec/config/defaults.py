@@ -22,6 +22,10 @@ STREAMED_OTHERS = {"depth": 16, "width": 4, "check_every": 2}
 takes longer there than reading the layers from a disk."""
 
 
+MOST_TEXTS = 8
+"""Texts side by side with ``decoding.texts=auto``, at most: the time of a pass over more trees grows with them."""
+
+
 def streamed_tree(key: str, otherwise: int | None, *, _root_: DictConfig) -> int | None:
     """``key`` of the tree for a streamed target and this draft, or ``otherwise``."""
     offload, draft = (OmegaConf.select(_root_, f"{group}.name") for group in ("offload", "draft"))

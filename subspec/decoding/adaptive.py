@@ -17,7 +17,7 @@ from statistics import median
 from torch import Tensor
 
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
+from subspec.decoding.tree_policy import Beam, IterationOutcome, level_masses
 
 
 class Calibration:
@@ -94,11 +94,12 @@ class PlainComparison:
         if not self._plain or not self._trial:
             return True
         plain, verify = median(self._plain), median(own.verify_s for own in self._trial)
-        rows = sum(own.nodes - 1 for own in self._trial) / len(self._trial)
-        self.row_s = max(0.0, verify - plain) / rows
+        rows = sum(own.nodes - len(own.accepted) for own in self._trial) / len(self._trial)
+        self.row_s = max(0.0, verify - plain) / max(rows, 1)
         level = median(own.draft_s / own.levels for own in self._trial)
         seconds = sum(own.levels for own in self._trial) * level + len(self._trial) * verify
-        return sum(own.accepted + 1 for own in self._trial) * plain > seconds
+        # Of a text: one more than its accepted level in a pass, or one in a plain pass.
+        return sum(1 + sum(own.accepted) / len(own.accepted) for own in self._trial) * plain > seconds
 
 
 class Adaptive(Beam):
@@ -133,7 +134,7 @@ class Adaptive(Beam):
         self.check_every = check_every
         self.min_depth = min_depth
         self._calibration = Calibration()
-        self._costs: dict[int, float] = {}
+        self._costs: dict[int, list[float]] = {}
         self._level_s = 0.0
         self._tokens, self._seconds = 0.0, 0.0
         self._plain = PlainComparison() if min_depth == 0 else None
@@ -145,32 +146,33 @@ class Adaptive(Beam):
         # A chain's tokens do not depend on the temperature, and its probabilities tell more unsharpened.
         return super().grow(tree, frontier, logits, 1.0 if self.width == 1 else temperature)
 
-    def wants_level(self, tree: Tree) -> bool:
-        level = tree.levels
+    def wants_level(self, *trees: Tree) -> bool:
+        level = max(tree.levels for tree in trees)
         if level >= self.max_depth or (self._plain is not None and not self._plain.drafting):
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:
             return True
-        # One scalar, read on the check levels only.
-        cost = max(0.0, -math.log(max(1e-30, float(level_mass(tree)))))  # NaN counts as no probability
-        self._costs[level] = cost
+        # One read, on the check levels only. NaN counts as no probability.
+        costs = self._costs[level] = [max(0.0, -math.log(max(1e-30, mass))) for mass in level_masses(trees)]
         if self._seconds == 0:
             return True  # nothing measured yet
         # The next levels lose mass at this tree's own rate so far.
         gain = sum(
             self._calibration.probability(cost * (level + step) / level)
+            for cost in costs
             for step in range(1, self.check_every + 1)
         )
         row_s = 0.0 if self._plain is None else self._plain.row_s
-        price = (self._level_seconds() + self.width * row_s) * self.check_every
-        return gain * self._seconds >= self._tokens * price
+        price = (self._level_seconds() + len(trees) * self.width * row_s) * self.check_every
+        return gain * self._seconds >= self._tokens * len(trees) * price
 
     def _level_seconds(self) -> float:
         return self._level_s if self.level_cost is None else self.level_cost
 
     def learn(self, outcome: IterationOutcome) -> None:
-        for level, cost in self._costs.items():
-            self._calibration.observe(cost, outcome.accepted >= level)
+        for level, costs in self._costs.items():
+            for cost, accepted in zip(costs, outcome.accepted, strict=True):
+                self._calibration.observe(cost, accepted >= level)
         if self.level_cost is None:
             level_s = outcome.draft_s / outcome.levels if outcome.levels else self._level_s
             verify_s = outcome.verify_s
@@ -185,5 +187,6 @@ class Adaptive(Beam):
         first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY
         self._level_s = keep * self._level_s + (1 - keep) * level_s
-        self._tokens = keep * self._tokens + (1 - keep) * (outcome.accepted + 1)
+        tokens = 1 + sum(outcome.accepted) / len(outcome.accepted)  # of a text: their number changes
+        self._tokens = keep * self._tokens + (1 - keep) * tokens
         self._seconds = keep * self._seconds + (1 - keep) * seconds

@@ -1,11 +1,13 @@
 """The tokens of one forward pass: a run of text behind the committed prefix, a verification tree, or a draft level."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from subspec.decoding.kv_cache import KVCache, KVView
+from subspec.decoding.kv_cache import KVCache, KVView, KVViews
 from subspec.decoding.tree import Tree
 
 
@@ -42,6 +44,11 @@ class TokenBatch:
         return cls(tokens, depths, past, view, tokens.numel() - 1)
 
     @property
+    def parts(self) -> "tuple[TokenBatch, ...]":
+        """The batch itself, as a :class:`JointBatch` of one text."""
+        return (self,)
+
+    @property
     def positions(self) -> Tensor:
         """int64 [n], below ``length``."""
         if self.prefix is None:
@@ -63,6 +70,41 @@ class TokenBatch:
             return torch.cat([self.drafted, prefix], dim=1)
         assert self.ancestors is not None
         return torch.cat([prefix, self.ancestors], dim=1)
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """The tokens of several texts in a pass, one text's behind the other's. Each text sees its own rows alone.
+
+    Attributes:
+        parts: the texts' tokens; no two write the same cache.
+    """
+
+    parts: tuple[TokenBatch, ...]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 [n]."""
+        return torch.cat([part.tokens for part in self.parts])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [n]."""
+        return torch.cat([part.positions for part in self.parts])
+
+    @property
+    def view(self) -> KVViews:
+        """The cache rows of all texts."""
+        return KVViews([part.view for part in self.parts])
+
+    def visible(self) -> Tensor:
+        """As :meth:`TokenBatch.visible`, for the rows of :attr:`view`."""
+        return torch.block_diag(*(part.visible() for part in self.parts))
+
+
+def join(batches: Sequence[TokenBatch]) -> TokenBatch | JointBatch:
+    """One pass over all ``batches``."""
+    return batches[0] if len(batches) == 1 else JointBatch(tuple(batches))
 
 
 class DraftRows:

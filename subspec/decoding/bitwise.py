@@ -10,14 +10,14 @@ the model's dtype, partial sums are float32 until they are added to it.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.decoding.batch import TokenBatch
+from subspec.decoding.batch import JointBatch, TokenBatch
 from subspec.kernels.invariant_attention import Heads, attend, path_table
 from subspec.kernels.invariant_linear import Tiling, multiply, split_k
 from subspec.kernels.modules import triton_kernels
@@ -135,8 +135,11 @@ class PassShapes:
         query = self.heads.query * self.heads.dim
         return max(split_k(self.hidden, query).parts, split_k(self.hidden, self.intermediate).parts)
 
-    def buffers(self, rows: int, length: int) -> dict[str, int]:
-        """Bytes of each buffer of a pass over ``rows`` tokens at positions below ``length``.
+    def buffers(self, rows: int, texts: Sequence[tuple[int, int]]) -> dict[str, int]:
+        """Bytes of each buffer of a pass over ``rows`` tokens.
+
+        Args:
+            texts: rows of each text, and a number that no position of theirs reaches.
 
         ``normed`` holds a layer's normed input, later attention's output. ``wide`` holds, one after the other, the sums
         of the q/k/v projection, attention's partial sums, and gate, up and their product; ``added`` the queries and the
@@ -144,7 +147,7 @@ class PassShapes:
         """
         query = rows * self.heads.query * self.heads.dim * self.itemsize
         sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
-        partial = 4 * self.heads.partial_floats(rows, length)
+        partial = 4 * max(self.heads.partial_floats(*text) for text in texts)
         mlp = 3 * self.mlp_piece(rows) * self.intermediate * self.itemsize + ALIGNMENT
         sizes = {
             "normed": max(rows * self.hidden * self.itemsize, query),
@@ -154,6 +157,22 @@ class PassShapes:
         return {name: round_up(size, ALIGNMENT) for name, size in sizes.items()}
 
 
+class _TextRows:
+    """One text's rows of a pass, from row ``first`` on."""
+
+    def __init__(self, batch: TokenBatch, first: int, no_paths: Tensor) -> None:
+        self.batch, self.rows = batch, batch.tokens.numel()
+        self.part = slice(first, first + self.rows)
+        self.positions = batch.positions
+        prefix = batch.prefix
+        if prefix is None:
+            prefix = torch.full((1,), batch.past, dtype=torch.int64, device=batch.tokens.device)
+        self.prefix: Tensor = prefix
+        self.paths = no_paths
+        if batch.ancestors is not None:
+            self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
+
+
 class BitwisePass:
     """One pass; its buffers are one allocation, which is freed with the pass.
 
@@ -161,20 +180,18 @@ class BitwisePass:
         residual: [n, hidden], embedding rows of the batch's tokens; overwritten.
     """
 
-    def __init__(self, arithmetic: "BitwiseArithmetic", batch: TokenBatch, residual: Tensor) -> None:
+    def __init__(
+        self, arithmetic: "BitwiseArithmetic", batch: TokenBatch | JointBatch, residual: Tensor
+    ) -> None:
         self._arithmetic = arithmetic
         shapes = arithmetic.shapes
-        self.batch = batch
         self.residual = residual
         self.rows = residual.shape[0]
-        self.positions = batch.positions
-        self.prefix = batch.prefix
-        if self.prefix is None:
-            self.prefix = torch.full((1,), batch.past, dtype=torch.int64, device=residual.device)
-        self.paths = arithmetic.no_paths
-        if batch.ancestors is not None:
-            self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
-        sizes = shapes.buffers(self.rows, batch.length)
+        self.texts, first = [], 0
+        for part in batch.parts:
+            self.texts.append(_TextRows(part, first, arithmetic.no_paths))
+            first += part.tokens.numel()
+        sizes = shapes.buffers(self.rows, [(text.rows, text.batch.length) for text in self.texts])
         flat = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=residual.device)
         self._buffers = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
         self.partial: Tensor | None = None
@@ -285,56 +302,63 @@ class BitwiseArithmetic:
 
     def _attention(self, state: BitwisePass, attention: nn.Module, normed: Tensor) -> Tensor:
         level = triton_kernels("level", normed.device)
-        heads, batch, rows = self.shapes.heads, state.batch, state.rows
+        heads, rows = self.shapes.heads, state.rows
         parts = split_k(self.shapes.qkv, self.shapes.hidden).parts
         sums = state.buffer("wide", parts, rows, self.shapes.qkv, dtype=torch.float32)
         self._multiply("qkv", normed, (attention.q_proj, attention.k_proj, attention.v_proj), sums)
         query = state.buffer("added", rows, heads.query, heads.dim)
-        k_rows, v_rows = batch.view.rows[attention.layer_idx]
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        level.rope_store[(rows, heads.query + 2 * heads.kv)](
-            sums,
-            sums,  # the bias is in the sums
-            sums if q_norm is None else q_norm.weight,
-            sums if k_norm is None else k_norm.weight,
-            self.inverse_frequency,
-            batch.depths,
-            state.prefix,
-            query,
-            k_rows,
-            v_rows,
-            rows,
-            batch.view.read[0],
-            k_rows.stride(1),
-            k_rows.stride(0),
-            self.attention_scaling,
-            self.eps,
-            heads.query,
-            heads.kv,
-            self.shapes.qkv,
-            SPLITS=parts,
-            HAS_BIAS=False,
-            HAS_NORM=q_norm is not None,
-            HALF=heads.dim // 2,
-            HALF_BLOCK=next_power_of_two(heads.dim // 2),
-            BEHIND=True,
-            num_warps=1,
-        )
-        begin = batch.view.read[0]
-        partial = state.buffer("wide", heads.partial_floats(rows, batch.length), dtype=torch.float32)
+        for text in state.texts:
+            own, view = sums[0, text.part], text.batch.view
+            k_rows, v_rows = view.rows[attention.layer_idx]
+            level.rope_store[(text.rows, heads.query + 2 * heads.kv)](
+                own,
+                own,  # the bias is in the sums
+                own if q_norm is None else q_norm.weight,
+                own if k_norm is None else k_norm.weight,
+                self.inverse_frequency,
+                text.batch.depths,
+                text.prefix,
+                query[text.part],
+                k_rows,
+                v_rows,
+                rows,  # a slice of the sums has those of all texts
+                view.read[0],
+                k_rows.stride(1),
+                k_rows.stride(0),
+                self.attention_scaling,
+                self.eps,
+                1,
+                0,
+                heads.query,
+                heads.kv,
+                self.shapes.qkv,
+                SPLITS=parts,
+                HAS_BIAS=False,
+                HAS_NORM=q_norm is not None,
+                HALF=heads.dim // 2,
+                HALF_BLOCK=next_power_of_two(heads.dim // 2),
+                BEHIND=True,
+                num_warps=1,
+            )
         attended = state.buffer("normed", rows, heads.query * heads.dim)
-        attend(
-            query,
-            k_rows[:, begin:],
-            v_rows[:, begin:],
-            state.positions,
-            state.prefix,
-            state.paths,
-            is_tree=batch.ancestors is not None,
-            length=batch.length,
-            heads=heads,
-            scale=attention.scaling,
-            partial=partial,
-            out=attended,
-        )
+        for text in state.texts:  # the partial sums take the place of the projections'
+            batch, begin = text.batch, text.batch.view.read[0]
+            k_rows, v_rows = batch.view.rows[attention.layer_idx]
+            attend(
+                query[text.part],
+                k_rows[:, begin:],
+                v_rows[:, begin:],
+                text.positions,
+                text.prefix,
+                text.paths,
+                is_tree=batch.ancestors is not None,
+                length=batch.length,
+                heads=heads,
+                scale=attention.scaling,
+                partial=state.buffer(
+                    "wide", heads.partial_floats(text.rows, batch.length), dtype=torch.float32
+                ),
+                out=attended[text.part],
+            )
         return attended

@@ -1,6 +1,8 @@
 """The interface between the engine and a draft."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from subspec.decoding.hidden import NO_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
+from subspec.errors import ConfigError
 
 
 class Perturb(Protocol):
@@ -71,10 +74,24 @@ class Draft(ABC):
         Args:
             perturb: adds the noise of sampling to the logits; None: greedy.
         """
-        logits = self.expand(tree, frontier)
-        if perturb is not None:
-            logits = perturb(logits)
-        return policy.grow(tree, frontier, logits, self.temperature)
+        return NextLevel(self, tree, frontier, perturb).grow(policy, self.expand(tree, frontier))
+
+    def fork(self) -> "Draft":
+        """A draft for another text that runs beside this one's: with the same weights and state of its own.
+
+        Raises:
+            ConfigError: the draft serves one text at a time.
+        """
+        raise ConfigError(
+            f"decoding.texts: {type(self).__name__} drafts one text at a time: set decoding.texts=1, or another draft"
+        )
+
+    def move(self, cache: KVCache) -> None:  # noqa: B027 (optional)
+        """The text goes on in ``cache``, which holds its prefix; between two trees."""
+
+    def extend_together(self, levels: "Sequence[NextLevel]", policy: TreePolicy) -> list[Tensor]:
+        """As :meth:`extend`, for several texts, whose drafts are this one and forks of it."""
+        return [own.draft.extend(own.tree, own.frontier, policy, own.perturb) for own in levels]
 
     @abstractmethod
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
@@ -95,6 +112,22 @@ class Draft(ABC):
         return {}
 
 
+@dataclass(frozen=True)
+class NextLevel:
+    """The level to be drafted for one of several texts; attributes as the arguments of :meth:`Draft.extend`."""
+
+    draft: Draft
+    tree: Tree
+    frontier: Tensor
+    perturb: Perturb | None = None
+
+    def grow(self, policy: TreePolicy, logits: Tensor) -> Tensor:
+        """Append the level that the draft's ``logits`` [f, vocabulary] propose; returns the new frontier."""
+        if self.perturb is not None:
+            logits = self.perturb(logits)
+        return policy.grow(self.tree, self.frontier, logits, self.draft.temperature)
+
+
 class LevelDraft(Draft):
     """A draft that keeps its rows in the draft region of the cache that ``begin`` is given.
 
@@ -111,6 +144,9 @@ class LevelDraft(Draft):
     @abstractmethod
     def node_of_row(self) -> Tensor:
         """Node of each row of the draft region, int64 [draft rows]; valid for the rows in use."""
+
+    @abstractmethod
+    def fork(self) -> "LevelDraft": ...
 
     @abstractmethod
     def rows_used(self, tree: Tree) -> int:

@@ -1,6 +1,7 @@
 """The target's distribution and the tree policy of a configuration, for sessions and the planner."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from subspec.config.schema import (
@@ -8,6 +9,7 @@ from subspec.config.schema import (
     BeamTreeConfig,
     ChainTreeConfig,
     Config,
+    DecodingConfig,
     Eagle2TreeConfig,
     SamplingConfig,
     TreeConfig,
@@ -24,6 +26,12 @@ def build_sampling(config: Config) -> Sampling:
     if isinstance(decoding, SamplingConfig):
         return Sampling(decoding.temperature, decoding.top_k, decoding.top_p)
     return Sampling()
+
+
+def for_any_sampling(config: Config) -> Config:
+    """``config`` with the distribution that takes the most memory, for a plan that holds whatever a text asks for."""
+    kept = {field.name: getattr(config.decoding, field.name) for field in fields(DecodingConfig)}
+    return replace(config, decoding=SamplingConfig(**kept, temperature=1.0, top_k=1, top_p=0.5))
 
 
 POLICIES: dict[type[TreeConfig], Callable[[Any], TreePolicy]] = {

@@ -19,6 +19,11 @@ class Hidden:
     final: Tensor
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def rows(self, first: int, count: int) -> "Hidden":
+        """The states of ``count`` tokens from ``first`` on."""
+        own = slice(first, first + count)
+        return Hidden(self.final[own], {index: states[own] for index, states in self.layers.items()})
+
 
 @dataclass(frozen=True)
 class HiddenRequest:

@@ -10,6 +10,8 @@ prefix and reads "prefix + its rows". Both are contiguous slices, so attention n
 their rotary position inside the key, so their order in memory is free.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,24 @@ class KVView:
         return (self.read[1] - self.read[0]) - (self.write[1] - self.write[0])
 
 
+class KVViews:
+    """The rows of several caches, one behind the other, for transformers' modules."""
+
+    def __init__(self, views: Sequence[KVView]) -> None:
+        self.views = views
+        self._new = [view.write[1] - view.write[0] for view in views]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As :meth:`KVView.update`, each text's new rows behind the other's."""
+        new = zip(self.views, key.split(self._new, dim=2), value.split(self._new, dim=2), strict=True)
+        keys, values = zip(*(view.update(k, v, layer_idx) for view, k, v in new), strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows visible besides the new ones (transformers' cache interface)."""
+        return sum(view.get_seq_length() for view in self.views)
+
+
 class KVCache:
     """Keys and values of one sequence: shared prefix, separate draft and target regions.
 
@@ -49,6 +69,12 @@ class KVCache:
         max_length: most tokens the committed prefix can hold.
         draft_rows: rows of the draft region (0 for drafts with a cache of their own).
         target_rows: rows of the target region: the largest tree or prefill chunk.
+        texts: number of caches in one buffer, for texts that run side by side; this is the first one.
+
+    Attributes:
+        rows: [layers, 2, kv heads, rows, head dim].
+        buffer: [texts, layers, 2, kv heads, rows, head dim]. place: of this cache in it.
+        attached: what holds addresses in the buffer, such as captured graphs, by owner; of all caches in it.
     """
 
     def __init__(
@@ -62,23 +88,41 @@ class KVCache:
         target_rows: int,
         dtype: torch.dtype,
         device: torch.device,
+        texts: int = 1,
     ) -> None:
         self.max_length = max_length
         self.draft_rows = draft_rows
         self.target_rows = target_rows
         total = draft_rows + max_length + target_rows
         # Zeros, not empty memory: a masked row still enters attention with weight 0, and 0 * NaN is NaN.
-        self.rows = torch.zeros(layers, 2, kv_heads, total, head_dim, dtype=dtype, device=device)
+        shape = (texts, layers, 2, kv_heads, total, head_dim)
+        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = self.buffer[0]
+        self.place = 0
+        self.attached: dict[Any, Any] = {}
         self.length = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
-        return self.rows.numel() * self.rows.element_size()
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def all(self) -> "list[KVCache]":
+        """The caches of all texts, this one first."""
+        caches = [self, *(copy.copy(self) for _ in self.buffer[1:])]
+        for cache, place, rows in zip(caches, range(len(caches)), self.buffer, strict=True):
+            cache.place, cache.rows = place, rows
+        return caches
 
     def reset(self) -> None:
         """Forget the sequence."""
         self.length = 0
+
+    def take_over(self, other: "KVCache") -> None:
+        """Continue the sequence of ``other``, which lies in the same buffer: copy its prefix."""
+        self.length = other.length
+        prefix = slice(self.draft_rows, self.draft_rows + self.length)
+        self.rows[:, :, :, prefix] = other.rows[:, :, :, prefix]
 
     def target_view(self, new: int) -> KVView:
         """Rows for a target pass over ``new`` tokens: written behind the prefix."""

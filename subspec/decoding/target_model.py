@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subspec.decoding.batch import TokenBatch
+from subspec.decoding.batch import JointBatch, TokenBatch
 from subspec.decoding.bitwise import BitwiseArithmetic, BitwisePass
 from subspec.decoding.cpu_pass import MOST_ROWS, ExactCpu, ExactCpuPass, kernels_for
 from subspec.decoding.hidden import Hidden
@@ -40,7 +40,9 @@ class ModulePass:
         mask: additive, [1, 1, n, rows of the view].
     """
 
-    def __init__(self, batch: TokenBatch, embedded: Tensor, mask: Tensor, rotary: nn.Module) -> None:
+    def __init__(
+        self, batch: TokenBatch | JointBatch, embedded: Tensor, mask: Tensor, rotary: nn.Module
+    ) -> None:
         positions = batch.positions.unsqueeze(0)
         self._hidden = embedded.unsqueeze(0)
         self._arguments: dict[str, Any] = {
@@ -108,7 +110,7 @@ class TargetModel:
         """Whether passes over trees are captured as CUDA graphs, which takes fixed addresses and launches."""
         return self.whole and self.bitwise is not None
 
-    def new_cache(self, *, max_length: int, draft_rows: int, target_rows: int) -> KVCache:
+    def new_cache(self, *, max_length: int, draft_rows: int, target_rows: int, texts: int = 1) -> KVCache:
         """An empty KV cache of this model's shape."""
         return KVCache(
             layers=self.num_layers,
@@ -119,10 +121,11 @@ class TargetModel:
             target_rows=target_rows,
             dtype=self.dtype,
             device=self.device,
+            texts=texts,
         )
 
-    def forward(self, batch: TokenBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
-        """Run the tokens of ``batch``.
+    def forward(self, batch: TokenBatch | JointBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
+        """Run the tokens of ``batch``, of one text or of several.
 
         Args:
             hidden_of: decoder layers whose residual streams are returned besides the final hidden states.
@@ -131,7 +134,7 @@ class TargetModel:
         run: BitwisePass | ModulePass | ExactCpuPass
         if self.bitwise is not None:
             run = BitwisePass(self.bitwise, batch, self.embed(batch.tokens))
-        elif self._cpu is not None and batch.tokens.numel() <= MOST_ROWS:
+        elif self._cpu is not None and isinstance(batch, TokenBatch) and batch.tokens.numel() <= MOST_ROWS:
             run = ExactCpuPass(self._cpu, batch, self.embed(batch.tokens))
         else:
             mask = self.additive_mask(batch.visible())

@@ -7,6 +7,9 @@ its children's. Node 0 is the root: the last emitted token, whose keys and value
 import torch
 from torch import Tensor
 
+STACKED = ("tokens", "parents", "depths", "scores", "ancestors")
+"""The tensors that differ between trees."""
+
 
 class Tree:
     """A token tree with room for ``capacity`` nodes.
@@ -21,6 +24,7 @@ class Tree:
         level_size: nodes of the deepest level (0 once the tree was pruned: it then grows no further).
         confidence: a draft's own estimate that the target's continuation runs through the deepest level, a scalar
             float32; None: it has none but the scores.
+        stack: the tensors of all trees of :meth:`several`, [count, ...] each, by name; empty: it is alone.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -37,6 +41,18 @@ class Tree:
         self.level_size = 0
         self.confidence: Tensor | None = None
         self._kept: Tensor | None = None
+        self.stack: dict[str, Tensor] = {}
+
+    @classmethod
+    def several(cls, count: int, capacity: int, device: torch.device) -> "list[Tree]":
+        """Trees whose tensors lie behind each other, so that a kernel grows the first ones together."""
+        trees = [cls(capacity, device) for _ in range(count)]
+        for name in STACKED if count > 1 else ():
+            whole = torch.stack([getattr(tree, name) for tree in trees])
+            for tree, own in zip(trees, whole, strict=True):
+                setattr(tree, name, own)
+                tree.stack[name] = whole
+        return trees
 
     def plant(self, root: Tensor) -> Tensor:
         """Start a new tree from the token ``root`` (int64 [1]); returns the root's node number [1]."""

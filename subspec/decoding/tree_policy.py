@@ -5,6 +5,7 @@ A policy never reads a tensor back to the host (``adaptive`` reads one number ev
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +16,18 @@ from subspec.decoding.tree import Tree
 
 @dataclass(frozen=True)
 class IterationOutcome:
-    """The outcome of one draft-and-verify iteration, from which an adaptive policy learns.
+    """The outcome of one draft-and-verify iteration of one or several texts, from which an adaptive policy learns.
 
     Attributes:
         levels: levels drafted.
-        nodes: tree nodes verified, root included.
-        accepted: deepest accepted level (0: only the bonus token was emitted).
+        nodes: tree nodes verified, roots included.
+        accepted: deepest accepted level of each text (0: only the bonus token was emitted).
         draft_s, verify_s: seconds spent drafting, and on the target pass with its verification.
     """
 
     levels: int
     nodes: int
-    accepted: int
+    accepted: tuple[int, ...]
     draft_s: float
     verify_s: float
 
@@ -65,11 +66,11 @@ class TreePolicy(ABC):
         """
 
     def begin_tree(self) -> None:  # noqa: B027 (optional)
-        """Called before a new tree."""
+        """Called before new trees."""
 
-    def wants_level(self, tree: Tree) -> bool:
-        """Whether to draft another level (the engine also stops at ``max_depth`` and at the length limit)."""
-        return tree.levels < self.max_depth
+    def wants_level(self, *trees: Tree) -> bool:
+        """Whether to draft another level of all ``trees`` (the engine also stops at the length limit)."""
+        return max(tree.levels for tree in trees) < self.max_depth
 
     def finish(self, tree: Tree) -> None:  # noqa: B027 (optional)
         """Prune the drafted tree before it is verified."""
@@ -107,3 +108,15 @@ def level_mass(tree: Tree) -> Tensor:
     if tree.confidence is not None:
         return tree.confidence
     return torch.exp(tree.scores[tree.size - tree.level_size : tree.size]).sum()
+
+
+def level_masses(trees: Sequence[Tree]) -> list[float]:
+    """:func:`level_mass` of every tree, read from the device at once."""
+    first = trees[0]
+    if len(trees) == 1:
+        return [float(level_mass(first))]
+    level = slice(first.size - first.level_size, first.size)
+    alike = all(tree.size == first.size and tree.confidence is None for tree in trees)
+    if alike and first.stack:  # trees that grow in step
+        return first.stack["scores"][: len(trees), level].exp().sum(dim=1).tolist()
+    return torch.stack([level_mass(tree) for tree in trees]).tolist()

@@ -7,7 +7,9 @@ them one pass yields (Miao et al., SpecInfer, arXiv 2305.09781, section 4.3, for
 greedy rule; drawing the target's sample first and matching it keeps sampling exact as well).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -49,7 +51,9 @@ class Acceptance:
         Raises:
             NotFiniteError: a token was chosen by logits that are not finite.
         """
-        values = self.packed.tolist()
+        return self._unpack(self.packed.tolist())
+
+    def _unpack(self, values: list[int]) -> tuple[list[int], list[int], int]:
         if values[-2]:
             raise NotFiniteError(NOT_FINITE)
         count = values[0]
@@ -62,6 +66,23 @@ class Acceptance:
     def path(self, count: int) -> Tensor:
         """Accepted node numbers with the root, int64 [count], still on the device."""
         return self.packed[1 : 1 + count]
+
+
+Reading = tuple[list[int], list[int], int] | NotFiniteError
+"""The result of :meth:`Acceptance.read`, or its error."""
+
+
+def read_all(acceptances: Sequence[Acceptance]) -> list[Reading]:
+    """:meth:`Acceptance.read` of several texts with one copy; an error stands in place of its text's result."""
+    packed = [acceptance.packed for acceptance in acceptances]
+    values = iter((packed[0] if len(packed) == 1 else torch.cat(packed)).tolist())
+    results: list[Reading] = []
+    for acceptance in acceptances:
+        try:
+            results.append(acceptance._unpack(list(islice(values, len(acceptance.packed)))))
+        except NotFiniteError as error:
+            results.append(error)
+    return results
 
 
 def verify(tree: Tree, chosen: Tensor, levels: int | None = None, finite: Tensor | None = None) -> Acceptance:

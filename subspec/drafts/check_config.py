@@ -8,14 +8,17 @@ import torch
 from transformers import PretrainedConfig
 
 from subspec.config.checks import check_values, quantizes, streams_from_disk
+from subspec.config.enums import AUTO
 from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import (
+    AccelerateOffloadConfig,
     Config,
     Eagle2DraftConfig,
     Eagle2TreeConfig,
     HiggsConfig,
     HqqConfig,
     PardDraftConfig,
+    PromptLookupDraftConfig,
     StreamOffloadConfig,
 )
 from subspec.decoding.eagle2 import drafted_nodes
@@ -35,6 +38,12 @@ def check_config(config: Config) -> None:
     """
     check_values(config)
     spec = spec_of(config.draft)
+    texts = config.decoding.texts
+    if texts != AUTO and texts > 1 and (one := one_text_key(config)):
+        raise ConfigError(
+            f"decoding.texts={texts}, but {one} serves one text at a time: set decoding.texts=1, or take "
+            "draft.proposer=none, and offload=none or stream"
+        )
     if spec is None:
         return
     spec.check(config)
@@ -47,6 +56,17 @@ def check_config(config: Config) -> None:
     _check_tree(config)
 
 
+def one_text_key(config: Config) -> str | None:
+    """The key, with its value, that lets texts run one at a time only; None: several share every pass."""
+    if isinstance(config.offload, AccelerateOffloadConfig):
+        return f"offload={config.offload.name}"
+    spec = spec_of(config.draft)
+    if spec is None or spec.serves_texts(config):
+        return None
+    proposer = getattr(config.draft, "proposer", None)
+    return f"draft={config.draft.name}" if proposer is None else f"draft.proposer={proposer.value}"
+
+
 def _check_tree(config: Config) -> None:
     tree = config.tree
     if not isinstance(tree, Eagle2TreeConfig):
@@ -57,7 +77,7 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig)
+    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig | PromptLookupDraftConfig)
     uncaptured = uncaptured or streams_from_disk(config)
     if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
         raise ConfigError(

@@ -80,4 +80,4 @@ class CpuSubstituteMemory(DraftMemory):
         self.allocations = (Allocation("substitute", tensors, quantization.summary()),)
         self.workspaces = {"8-bit LM head of the draft": (1 + converted) * known * spec.hidden}
         self.shared_rows = inputs.policy.draft_rows
-        self.level = LEVEL_COPIES * 4 * inputs.policy.width * spec.vocab
+        self.level = LEVEL_COPIES * 4 * inputs.texts * inputs.policy.width * spec.vocab

@@ -12,7 +12,7 @@ Rows of accepted nodes are written anew with the target's true features before t
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class EagleDraft(FeatureDraft):
     def begin(self, cache: KVCache) -> None:
         super().begin(cache)
         self._pending = None
+
+    def fork(self) -> Self:
+        other = super().fork()
+        other._predicted = torch.zeros_like(self._predicted)
+        return other
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         """Write rows with true features; the last token's feature waits for the token behind it."""
@@ -144,8 +149,12 @@ class EagleMemory(DraftMemory):
         features = nodes * shape.hidden * inputs.itemsize
         self.allocations = (
             Allocation(f"{self.name} head", tuple((weight.nbytes, 1) for weight in weights.values()), note),
-            Allocation(f"{self.name} KV cache", ((cache, 1),), f"{rows} + {length} rows, {_layers(shape)}"),
-            Allocation(f"{self.name} features", ((features, int(nodes > 0)),), f"{nodes} nodes"),
+            Allocation(
+                f"{self.name} KV cache", ((cache, inputs.texts),), f"{rows} + {length} rows, {_layers(shape)}"
+            ),
+            Allocation(
+                f"{self.name} features", ((features, inputs.texts * int(nodes > 0)),), f"{nodes} nodes"
+            ),
         )
         self.read = sum(weight.nbytes for name, weight in weights.items() if name not in (EMBEDDING, D2T))
         if LM_HEAD not in weights:

@@ -1,6 +1,8 @@
 """A draft with a head on the target's hidden states and a KV cache of its own, whatever the head computes."""
 
+import copy
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -72,6 +74,11 @@ class FeatureDraft(Draft):
             self._rows = DraftRows(own, self.target.device)
         self.cache.reset()
         self.rows.used = 0
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._rows = None
+        return other
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
         """Write the rows of a prefill chunk."""

@@ -107,7 +107,7 @@ class LayerSkipMemory(DraftMemory):
         self.required_resident = self._chosen or spread(spec.layers, min(2, spec.layers))
         self.shared_rows = inputs.policy.draft_rows
         shape = LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=True))
-        self.level = captured_level_bytes(shape, inputs.policy.width, inputs.sampling)
+        self.level = captured_level_bytes(shape, inputs.policy.width, inputs.sampling, inputs.texts)
         self._layers, self._usual = spec.layers, len(usual_layers(spec.layers))
         self._layer = flat_bytes(spec.layer, inputs.itemsize)
         self._head = spec.vocab * spec.hidden * inputs.itemsize

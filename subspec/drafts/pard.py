@@ -7,6 +7,7 @@ PARD-2 adds a projection of the target's hidden states to every embedding (``tar
 behind the token before; rows of ``pard_token`` have those of the last emitted token, and the text's first has none.
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass
 
@@ -160,6 +161,13 @@ class PardDraft(BlockLevels):
         )
         self._prompt_rows = prompt_rows(max_length)
         self._block = torch.full((levels - 1,), shape.token, device=model.device)
+
+    def fork(self) -> "PardDraft":
+        other, own = copy.copy(self), self.cache
+        other.cache = self.model.new_cache(
+            max_length=own.max_length, draft_rows=own.draft_rows, target_rows=own.target_rows
+        )
+        return other
 
     def begin(self, cache: KVCache) -> None:
         self.cache.reset()

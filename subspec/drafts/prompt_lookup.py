@@ -54,6 +54,12 @@ class PromptLookupDraft(Draft):
         else:
             self.index.clear()
 
+    def fork(self) -> "PromptLookupDraft":
+        index = NgramIndex(self.index.longest, self.index.shortest)
+        return PromptLookupDraft(
+            index, self.vocab_size, earlier_texts=self.earlier_texts, temperature=self.temperature
+        )
+
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
         self.index.add(tokens.tolist())
 

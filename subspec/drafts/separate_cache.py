@@ -60,6 +60,17 @@ class SeparateCacheDraft(Draft):
         self._width = width
         self._is_warm = False
 
+    def fork(self) -> "SeparateCacheDraft":
+        own = self.cache
+        return SeparateCacheDraft(
+            self.levels.fork(),
+            self.model,
+            max_length=own.max_length,
+            draft_rows=own.draft_rows,
+            vocab_size=self.vocab_size,
+            width=self._width,
+        )
+
     def facts(self) -> dict[str, Any]:
         return {"graphs_captured": 0, **self.levels.facts()}
 

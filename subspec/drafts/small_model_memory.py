@@ -35,7 +35,9 @@ class OwnModelMemory(DraftMemory):
                 ),
                 f"{model.layers} layers, {model.vocab} tokens, bfloat16",
             ),
-            Allocation("small model's KV", ((cache, 1),), f"{draft_rows} + {length} + {rows} rows"),
+            Allocation(
+                "small model's KV", ((cache, inputs.texts),), f"{draft_rows} + {length} + {rows} rows"
+            ),
         )
         self.read = layer * model.layers + head
 

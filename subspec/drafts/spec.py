@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from subspec.codec.coded_cache import CodedCache
+from subspec.config.enums import AUTO
 from subspec.config.schema import Config, StreamOffloadConfig
 from subspec.decoding.draft import Draft
 from subspec.decoding.target_model import TargetModel
@@ -66,6 +67,12 @@ class DraftContext:
     quantizer: Quantizer | None = None
     note: Note = print_note
 
+    @property
+    def level_rows(self) -> int:
+        """Rows of a draft level of all texts that run side by side."""
+        texts = self.plan.texts if self.plan is not None else self.config.decoding.texts
+        return self.policy.width * (1 if texts == AUTO else texts)
+
 
 class DraftSpec(ABC):
     """One kind of draft. The class checks configurations; an instance builds one draft.
@@ -86,6 +93,11 @@ class DraftSpec(ABC):
 
     def __init__(self, context: DraftContext) -> None:
         self.context = context
+
+    @classmethod
+    def serves_texts(cls, config: Config) -> bool:
+        """Whether the draft serves several texts that run side by side (``Draft.fork``)."""
+        return True
 
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:

@@ -9,6 +9,7 @@ device. Its levels are captured on a GPU and fused on a CPU; where they cannot b
 import copy
 import functools
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from subspec.codec.restore import KERNELS as RESTORED_KERNELS
 from subspec.config.checks import streams_from_disk
 from subspec.config.enums import Codec, HiggsKernel, Kernel
 from subspec.config.schema import Cache, Config, NoQuantConfig, SubstituteDraftConfig, Unpack
-from subspec.decoding.batch import DraftRows
-from subspec.decoding.draft import LevelDraft
+from subspec.decoding.batch import DraftRows, TokenBatch, join
+from subspec.decoding.draft import LevelDraft, NextLevel
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization, head_format
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
@@ -77,10 +79,28 @@ class SubstituteDraft(LevelDraft):
             self._rows = DraftRows(cache, self.model.device)
         self._start_tree()
 
+    def fork(self) -> "SubstituteDraft":
+        return SubstituteDraft(self.model, self.temperature)
+
+    def move(self, cache: KVCache) -> None:
+        self.rows.cache = cache
+
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        hidden = self.model.forward(self.rows.take(tree, frontier))
+        return self.model.logits(self.model.forward(self._take(tree, frontier)).final)
+
+    def extend_together(self, levels: Sequence[NextLevel], policy: TreePolicy) -> list[Tensor]:
+        """One pass for all texts."""
+        batches = []
+        for own in levels:
+            assert isinstance(own.draft, SubstituteDraft)
+            batches.append(own.draft._take(own.tree, own.frontier))
+        logits = self.model.logits(self.model.forward(join(batches)).final)
+        rows = logits.split([own.frontier.numel() for own in levels])
+        return [own.grow(policy, part) for own, part in zip(levels, rows, strict=True)]
+
+    def _take(self, tree: Tree, frontier: Tensor) -> TokenBatch:
         self._whole_levels = self._whole_levels and frontier.numel() == tree.level_size
-        return self.model.logits(hidden.final)
+        return self.rows.take(tree, frontier)
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         """Drop the draft's approximate rows; the target has written exact ones for the accepted nodes."""
@@ -189,7 +209,7 @@ class SubstituteSpec(DraftSpec):
         context, quantization = self.context, self._quantization
         return choose_kernels(
             quantization.shapes,
-            context.policy.width,
+            context.level_rows,
             context.device,
             formats=quantization.formats,
             kernel=draft.kernel.value,
@@ -337,7 +357,7 @@ class SubstituteSpec(DraftSpec):
         known = known_tokens(context.config.draft, context.model.vocab_size)
         self._cpu_kernels = kernels = choose_kernels(
             {"head": (known, context.model.hidden_size), **quantization.shapes},
-            context.policy.width,
+            context.level_rows,
             context.device,
             formats={"head": head_format(context.config, context.model), **quantization.formats},
             bench=CpuBench(),

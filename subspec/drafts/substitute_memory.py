@@ -28,7 +28,10 @@ class SubstituteMemory(DraftMemory):
             quantization.shapes, exact=False
         )
         self.level = captured_level_bytes(
-            LevelShape.of(spec, linears, own_head=own_head, known=known), inputs.policy.width, inputs.sampling
+            LevelShape.of(spec, linears, own_head=own_head, known=known),
+            inputs.policy.width,
+            inputs.sampling,
+            inputs.texts,
         )
         shared_head = 0 if own_head or known < spec.vocab else spec.vocab * spec.hidden * inputs.itemsize
         self.read = sum(allocation.bytes for allocation in self.allocations) + shared_head

@@ -63,7 +63,7 @@ def add_rms_norm(
 @triton.jit(do_not_specialize=["rows", "write_row"])
 def rope_store(
     partial, bias, q_norm, k_norm, inverse_frequency, depths, length, q_out, k_rows, v_rows,
-    rows, write_row, row_stride, head_stride, attention_scaling, eps,
+    rows, write_row, row_stride, head_stride, attention_scaling, eps, texts, cache_stride,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, BEHIND: tl.constexpr = False, OVERLAP: tl.constexpr = False,
@@ -73,10 +73,12 @@ def rope_store(
     Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF; HALF_BLOCK: the power of two that holds HALF.
     depths: int64 [rows] of the nodes; their position is length + depth. k_rows, v_rows: this layer's cache
     [kv_heads, rows, head_dim]; row i goes to cache row write_row + i or, with BEHIND, to write_row + length + i.
+    Several texts have as many rows each, a length each, and caches that lie cache_stride numbers apart.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
+    text = row // (rows // texts)
     half = tl.arange(0, HALF_BLOCK)
     real = half < HALF
     base = head * 2 * HALF
@@ -98,7 +100,7 @@ def rope_store(
             norm = q_norm if head < q_heads else k_norm
             first = first * scale * tl.load(norm + half, mask=real, other=0.0).to(tl.float32)
             second = second * scale * tl.load(norm + HALF + half, mask=real, other=0.0).to(tl.float32)
-        position = (tl.load(length) + tl.load(depths + row)).to(tl.float32)
+        position = (tl.load(length + text) + tl.load(depths + row)).to(tl.float32)
         angle = position * tl.load(inverse_frequency + half, mask=real, other=0.0)
         # The model's own tables are rounded to its dtype; so are these.
         dtype = q_out.dtype.element_ty
@@ -114,10 +116,10 @@ def rope_store(
     else:
         is_key = head < q_heads + kv_heads
         kv_head = tl.where(is_key, head - q_heads, head - q_heads - kv_heads).to(tl.int64)
-        target = k_rows if is_key else v_rows
-        cache_row = (write_row + row).to(tl.int64)
+        target = (k_rows if is_key else v_rows) + text.to(tl.int64) * cache_stride
+        cache_row = (write_row + row - text * (rows // texts)).to(tl.int64)
         if BEHIND:
-            cache_row += tl.load(length)
+            cache_row += tl.load(length + text)
         at_kv = target + kv_head * head_stride + cache_row * row_stride
         tl.store(at_kv + half, first.to(k_rows.dtype.element_ty), mask=real)
         tl.store(at_kv + HALF + half, second.to(k_rows.dtype.element_ty), mask=real)
@@ -139,18 +141,19 @@ def visible_keys(ancestors, node, valid, node_of_column, column, exists, drafted
 @triton.jit
 def tree_attention(
     q, k_rows, v_rows, ancestors, nodes, node_of_row, length, partial_out, partial_max, partial_sum,
-    rows, start_row, drafted, capacity, row_stride, head_stride, scale,
+    rows, start_row, drafted, capacity, row_stride, head_stride, scale, texts, cache_stride,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, SPLITS: tl.constexpr,
     M: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
     MASKS_PREFIX: tl.constexpr = True, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """One slice of attention for one kv head (split-KV decoding). Grid: (kv_heads, SPLITS, chunks of M).
+    """One slice of attention for one kv head (split-KV decoding). Grid: (kv_heads, SPLITS, texts x chunks of M).
 
     The keys are rows start_row .. of the cache: first ``drafted`` rows of the tree (visible where the row's node
     is an ancestor of the query's node), then the committed prefix of ``length`` rows (visible to all).
     M: of the query rows x heads per kv head those of one program, a power of two of at least 16. MASKS_PREFIX: blocks
     without rows of the tree are masked like the others; else a branch leads around the look-ups. OPERAND: type of
-    the products' factors, bfloat16 on a GPU (Triton's interpreter multiplies no bfloat16).
+    the products' factors, bfloat16 on a GPU (Triton's interpreter multiplies no bfloat16). rows: of one text; several
+    texts share nodes and node_of_row, and have a length each, trees behind each other, and caches cache_stride apart.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -158,24 +161,27 @@ def tree_attention(
         tl.extra.cuda.gdc_wait()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = q_heads // kv_heads
-    m = tl.program_id(2) * M + tl.arange(0, M)
+    chunks = tl.num_programs(2) // texts
+    text = tl.program_id(2) // chunks
+    m = tl.program_id(2) % chunks * M + tl.arange(0, M)
     row = m // group
     head = kv_head * group + m % group
     valid = row < rows
     dims = tl.arange(0, D)
-    at_q = (row * q_heads + head) * D
+    at_q = ((text * rows + row) * q_heads + head) * D
     query = tl.load(q + at_q[:, None] + dims[None, :], mask=valid[:, None], other=0.0)
     node = tl.load(nodes + row, mask=valid, other=0)
 
-    total = drafted + tl.load(length).to(tl.int32)
+    ancestors += text * capacity * capacity
+    total = drafted + tl.load(length + text).to(tl.int32)
     per_split = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK) * BLOCK
     begin = split * per_split
     end = tl.minimum(begin + per_split, total)
     highest = tl.full([M], -1e30, dtype=tl.float32)
     denominator = tl.zeros([M], dtype=tl.float32)
     output = tl.zeros([M, D], dtype=tl.float32)
-    k_head = k_rows + kv_head.to(tl.int64) * head_stride
-    v_head = v_rows + kv_head.to(tl.int64) * head_stride
+    behind = text.to(tl.int64) * cache_stride + kv_head.to(tl.int64) * head_stride
+    k_head, v_head = k_rows + behind, v_rows + behind
     for at in range(begin, end, BLOCK):
         column = at + tl.arange(0, BLOCK)
         exists = column < end
@@ -200,7 +206,7 @@ def tree_attention(
         denominator = denominator * correction + tl.sum(weight, axis=1)
         output = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
         highest = new_highest
-    slot = (split * rows + row) * q_heads + head
+    slot = ((split * texts + text) * rows + row) * q_heads + head
     tl.store(partial_max + slot, highest, mask=valid)
     tl.store(partial_sum + slot, denominator, mask=valid)
     tl.store(partial_out + slot[:, None] * D + dims[None, :], output, mask=valid[:, None])
@@ -294,13 +300,23 @@ def grow_level(
     ROWS: tl.constexpr, CANDIDATES: tl.constexpr, CAPACITY: tl.constexpr,
     OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """Append the best WIDTH of all children of the frontier to the tree. Grid: one program.
+    """Append the best WIDTH of all children of the frontier to the tree. Grid: texts; their trees lie in order.
 
     Joint score: the parent's cumulative log-probability + logit / T - log-sum-exp, all in float32.
-    frontier: int64 [rows] node numbers; new nodes get first_slot, first_slot + 1, ...
+    frontier: int64 [rows] node numbers, of every text; new nodes get first_slot, first_slot + 1, ...
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    text = tl.program_id(0)
+    best += text * rows * BLOCKS * K
+    best_token += text * rows * BLOCKS * K
+    block_max += text * rows * BLOCKS
+    block_sum += text * rows * BLOCKS
+    tokens += text * capacity
+    parents += text * capacity
+    depths += text * capacity
+    scores += text * capacity
+    ancestors += text * capacity * capacity
     row = tl.arange(0, ROWS)
     block = tl.arange(0, BLOCKS_PADDED)
     there = (row < rows)[:, None] & (block < BLOCKS)[None, :]

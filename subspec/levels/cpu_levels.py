@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.decoding.batch import TokenBatch
+from subspec.decoding.batch import JointBatch, TokenBatch
 from subspec.decoding.cpu_pass import CpuPass, CpuShape, misfit
 from subspec.decoding.hidden import Hidden
 from subspec.decoding.target_model import TargetModel
@@ -41,6 +41,32 @@ def why_modules(config: PretrainedConfig) -> str | None:
     return f"{outputs} outputs of gate_proj are no multiple of {TILE_ROWS}" if outputs % TILE_ROWS else None
 
 
+class _TextRows:
+    """One text's rows of a pass: what it writes to its cache and attends to there."""
+
+    def __init__(self, batch: TokenBatch, model: "CpuLevels") -> None:
+        levels, view = model.levels, batch.view
+        self.rows, self.group = batch.tokens.numel(), levels.q_heads // levels.kv_heads
+        self.mask = model.additive_mask(batch.visible())[0, 0].repeat(self.group, 1)
+        # Views of all layers at once: a slice costs as much as a small operation.
+        self.written = view.rows[:, :, :, view.write[0] : view.write[1]].unflatten(-1, (2, -1)).unbind()
+        read = view.rows[:, :, None, :, view.read[0] : view.read[1]]
+        self.keys, self.values = (part.unbind() for part in read.unbind(1))
+
+    def attend(self, index: int, query: Tensor, new: Tensor) -> Tensor:
+        """Store keys and values, and attend: [rows, heads * dim]; arguments as of :meth:`CpuLevels._turned`.
+
+        Args:
+            index: of the layer in the cache.
+        """
+        self.written[index].copy_(new)
+        keys = self.keys[index]
+        # Heads that share keys are more rows of one matrix product.
+        query = query.flatten(1, 2)[None].to(keys.dtype)
+        out = functional.scaled_dot_product_attention(query, keys, self.values[index], attn_mask=self.mask)
+        return out.unflatten(2, (self.group, self.rows))[0].permute(2, 0, 1, 3).reshape(self.rows, -1)
+
+
 class CpuLevels(TargetModel):
     """Runs the layers of ``levels`` on the cache of the model that they were made of.
 
@@ -62,34 +88,30 @@ class CpuLevels(TargetModel):
 
     @property
     def own(self) -> bool:
-        """Whether our own kernels run the layers."""
+        """Whether our own kernels run the layers of a single text."""
         return self._kernels is not None
 
-    def forward(self, batch: TokenBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
+    def forward(self, batch: TokenBatch | JointBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
         """Run the tokens of ``batch``; hidden states of single layers are not available."""
-        levels, view = self.levels, batch.view
-        if self._kernels is not None:
-            run = CpuPass(
-                self._kernels, self._shape, batch, functional.embedding(batch.tokens, levels.embedding)
-            )
+        levels = self.levels
+        if self._kernels is not None and isinstance(batch, TokenBatch):
+            embedded = functional.embedding(batch.tokens, levels.embedding)
+            run = CpuPass(self._kernels, self._shape, batch, embedded)
             for place, (layer, own) in enumerate(zip(levels.layers, self._layers, strict=True)):
                 run.run(own, place if layer.cache_layer is None else layer.cache_layer)
             return Hidden(run.normed(levels.final_norm), {})
-        rows, group = batch.tokens.numel(), levels.q_heads // levels.kv_heads
-        mask = self.additive_mask(batch.visible())[0, 0].repeat(group, 1)
+        texts = [_TextRows(part, self) for part in batch.parts]
+        counts = [text.rows for text in texts]
         rotary = self._rotary(batch.positions)
         residual = functional.embedding(batch.tokens, levels.embedding).float()
-        # Views of all layers at once: a slice costs as much as a small operation.
-        written = view.rows[:, :, :, view.write[0] : view.write[1]].unflatten(-1, (2, -1)).unbind()
-        read = view.rows[:, :, None, :, view.read[0] : view.read[1]]
-        keys, values = (part.unbind() for part in read.unbind(1))
         for place, layer in enumerate(levels.layers):
             index = place if layer.cache_layer is None else layer.cache_layer
             query, new = self._turned(layer.qkv(self._norm(residual, layer.input_norm))[0], layer, rotary)
-            written[index].copy_(new)
-            query = query.to(keys[index].dtype)
-            out = functional.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
-            attended = out.view(levels.kv_heads, group, rows, -1).permute(2, 0, 1, 3).reshape(rows, -1)
+            if len(texts) == 1:
+                attended = texts[0].attend(index, query, new)
+            else:
+                own = zip(texts, query.split(counts, dim=2), new.split(counts, dim=2), strict=True)
+                attended = torch.cat([text.attend(index, *parts) for text, *parts in own])
             residual += layer.out(attended.float())[0]
             residual += layer.down(layer.gate_up(self._norm(residual, layer.post_norm)))[0]
         return Hidden(self._norm(residual, levels.final_norm), {})
@@ -115,10 +137,7 @@ class CpuLevels(TargetModel):
         return torch.cat([turned.expand(-1, heads, -1), kept], dim=1)
 
     def _turned(self, qkv: Tensor, layer: LevelLayer, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [1, kv heads, group * rows, dim], and keys and values [2, kv heads, rows, 2, dim / 2].
-
-        Heads that share keys are more rows of one matrix product.
-        """
+        """Queries [kv heads, group, rows, dim], and keys and values [2, kv heads, rows, 2, dim / 2]."""
         levels, rows, qkv = self.levels, qkv.shape[0], qkv.float()
         heads, kv_heads, dim = levels.q_heads, levels.kv_heads, levels.head_dim
         if layer.qkv_bias is not None:
@@ -131,7 +150,7 @@ class CpuLevels(TargetModel):
         turned = torch.complex(*x.chunk(2, dim=-1)).mul_(rotary)
         x = torch.view_as_real(turned).transpose(-1, -2)  # [rows, heads, 2, dim / 2]
         query, new = x[:, :heads], x[:, heads:]
-        query = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, dim)
+        query = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).flatten(3)
         return query, new.unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3, 4)
 
 

@@ -110,19 +110,21 @@ def captured_draft(shape: LevelShape) -> CapturedDraft:
 
 
 @functools.lru_cache(maxsize=256)
-def captured_level_bytes(shape: LevelShape, width: int, sampling: Sampling) -> int:
-    """Peak of a captured level of ``width`` rows, with the logits' buffer that all levels share."""
+def captured_level_bytes(shape: LevelShape, width: int, sampling: Sampling, texts: int = 1) -> int:
+    """Peak of a captured level of ``texts`` x ``width`` rows, with the logits' buffer that all levels share."""
     draft, policy = captured_draft(shape), Beam(2, width)
-    draft.begin(
-        KVCache(
-            layers=LAYERS,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            max_length=1,
-            draft_rows=policy.draft_rows,
-            target_rows=0,
-            dtype=torch.bfloat16,
-            device=META,
-        )
+    cache = KVCache(
+        layers=LAYERS,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_length=1,
+        draft_rows=policy.draft_rows,
+        target_rows=0,
+        dtype=torch.bfloat16,
+        device=META,
+        texts=texts,
     )
-    return draft_level_bytes(draft, policy, sampling, shape.target_vocab)
+    drafts = [draft, *(draft.fork() for _ in range(texts - 1))]
+    for own, place in zip(drafts, cache.all(), strict=True):
+        own.begin(place)
+    return draft_level_bytes(draft, policy, sampling, shape.target_vocab, drafts[1:])

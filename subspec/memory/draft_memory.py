@@ -31,6 +31,7 @@ class SizingInputs:
         model, spec: of the target. target: its traces.
         itemsize: bytes per weight of the target.
         quantization: of a substitute; None for other drafts.
+        texts: that run side by side.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class SizingInputs:
     policy: TreePolicy
     sampling: Sampling
     quantization: LevelQuantization | None = None
+    texts: int = 1
 
 
 class DraftMemory:
@@ -81,8 +83,10 @@ class DraftMemory:
         return ((self.level, 1), (GRAPH_BYTES, int(self.captured)))
 
 
-def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int, itemsize: int) -> int:
-    """Bytes of a KV cache of all layers."""
+def kv_bytes(
+    spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int, itemsize: int, texts: int = 1
+) -> int:
+    """Bytes of a KV cache of all layers, for each of ``texts`` texts."""
     return KVCache(
         layers=spec.layers,
         kv_heads=spec.kv_heads,
@@ -92,4 +96,5 @@ def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int
         target_rows=target_rows,
         dtype={2: torch.bfloat16, 4: torch.float32}[itemsize],
         device=META,
+        texts=texts,
     ).nbytes

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from subspec.decoding.audit import Auditor
-from subspec.decoding.batch import TokenBatch
+from subspec.decoding.batch import TokenBatch, join
 from subspec.decoding.bitwise import ROLES, BitwiseArithmetic
-from subspec.decoding.draft import Draft, fit_vocabulary
+from subspec.decoding.draft import Draft, NextLevel, fit_vocabulary
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling
 from subspec.decoding.target_model import TargetModel
@@ -177,26 +177,36 @@ class TargetTrace:
 
         return self.cached(("prefill", chunk, max_length, states), measure)
 
-    def tree_pass_bytes(self, rows: int, levels: int, max_length: int, states: int = 0) -> int:
-        """Of a verification pass over a tree of ``rows`` rows whose deepest tokens are the last of ``max_length``."""
+    def tree_pass_bytes(
+        self, rows: int, levels: int, max_length: int, states: int = 0, texts: int = 1, piece: int = 0
+    ) -> int:
+        """Of a verification pass over a tree of ``rows`` rows whose deepest tokens are the last of ``max_length``.
+
+        Args:
+            texts: number of such trees. piece: prompt tokens beside them, the last ones of ``max_length``.
+        """
 
         def measure() -> int:
             depth = min(levels, max_length - 1)
-            past, tree = max_length - 1 - depth, Tree(rows, META)
-            view = self._cache(past, rows).target_view(rows)
-            batch = TokenBatch(tree.tokens, tree.depths, past, view, depth, tree.ancestors)
+            past, batches = max_length - 1 - depth, []
+            for _ in range(texts):
+                tree, view = Tree(rows, META), self._cache(past, rows).target_view(rows)
+                batches.append(TokenBatch(tree.tokens, tree.depths, past, view, depth, tree.ancestors))
+            if piece:
+                view = self._cache(max_length - piece, piece).target_view(piece)
+                batches.append(TokenBatch.chain(token_ids(piece), max_length - piece, view))
 
             def run() -> None:
-                kept = [self.hidden(rows) for _ in range(states - 1)]
-                self.model.forward(batch, hidden_of=range(min(states, 1)))
+                kept = [self.hidden(texts * rows + piece) for _ in range(states - 1)]
+                self.model.forward(join(batches), hidden_of=range(min(states, 1)))
                 del kept
 
             return peak_bytes(run)
 
-        return self.cached(("tree", rows, levels, max_length, states), measure)
+        return self.cached(("tree", rows, levels, max_length, states, texts, piece), measure)
 
     def verify_bytes(self, rows: int, levels: int, sampling: Sampling) -> int:
-        """Of the logits of a tree of ``rows`` rows, and the choice of tokens and of the accepted path."""
+        """Of the logits of trees of ``rows`` rows, and the choice of tokens and of the accepted path."""
 
         def measure() -> int:
             tree, sampler = Tree(rows, META), Sampler(sampling, self.model.vocab_size, META)
@@ -232,22 +242,31 @@ class TargetTrace:
         return torch.zeros(rows, target.model.config.hidden_size, dtype=target.dtype, device=META)
 
 
-def draft_level_bytes(draft: Draft, policy: TreePolicy, sampling: Sampling, vocab_size: int) -> int:
+def draft_level_bytes(
+    draft: Draft, policy: TreePolicy, sampling: Sampling, vocab_size: int, forks: Sequence[Draft] = ()
+) -> int:
     """The most bytes that the first :data:`LEVELS` levels hold at once, with buffers that they keep.
 
     Args:
         draft: on the meta device, begun, and, if it reads hidden states, after a first ``observe``.
         vocab_size: of the target.
+        forks: of the draft, for other texts beside the first one.
     """
-    tree, sampler = Tree(policy.capacity, META), Sampler(sampling, vocab_size, META)
+    trees = Tree.several(1 + len(forks), policy.capacity, META)
+    sampler = Sampler(sampling, vocab_size, META)
 
     def perturb(logits: Tensor) -> Tensor:
-        return sampler.perturb(fit_vocabulary(logits, vocab_size), tree.levels + 1)
+        return sampler.perturb(fit_vocabulary(logits, vocab_size), trees[0].levels + 1)
 
     def levels() -> None:
-        frontier = tree.plant(token_ids(1))
+        frontiers = [tree.plant(token_ids(1)) for tree in trees]
+        noise = None if sampling.greedy else perturb
         for _ in range(min(LEVELS, policy.max_depth)):
-            frontier = draft.extend(tree, frontier, policy, None if sampling.greedy else perturb)
+            if not forks:
+                frontiers = [draft.extend(trees[0], frontiers[0], policy, noise)]
+                continue
+            together = zip((draft, *forks), trees, frontiers, strict=True)
+            frontiers = draft.extend_together([NextLevel(*own, noise) for own in together], policy)
 
     return peak_bytes(levels)
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from subspec.config.enums import Codec, VramCounts
+from subspec.config.enums import AUTO, Codec, VramCounts
 from subspec.config.schema import Config, NoDraftConfig, Placement, StreamOffloadConfig
 from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.tree import Tree
+from subspec.drafts.check_config import one_text_key
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom, least_budget
@@ -21,8 +22,8 @@ from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
 from subspec.memory.trace import META, target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.budget import Budget
-from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, spread
-from subspec.planning.plan import Bandwidth, Plan
+from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, SLOT_PAGES, pass_peaks, spread
+from subspec.planning.plan import Bandwidth, Plan, most_texts, with_texts
 from subspec.planning.refusal import SHORTEST, arithmetic, ceil_gib
 from subspec.targets.model_spec import ModelSpec
 
@@ -88,7 +89,16 @@ def plan_disk(
         )
     free = host_free + process_bytes
     budget = free if offload.ram_gib is None else min(free, int(offload.ram_gib * GIB))
-    least = _least_chunk(config)
+    least, texts = _least_chunk(config), config.decoding.texts
+    if texts == AUTO:
+
+        def streamed_beside(texts: int) -> int | None:
+            tried = _sizes(with_texts(config, texts), model, itemsize, process_bytes, least)
+            found = _resident(tried, offload, budget)
+            return None if found is None else layers - found
+
+        texts = 1 if one_text_key(config) else most_texts(streamed_beside)
+        config = with_texts(config, texts)
     for chunk in (max(least, min(CHUNK_GOAL, config.decoding.max_length)), least):
         sizes = _sizes(config, model, itemsize, process_bytes, chunk)
         resident = _resident(sizes, offload, budget)
@@ -100,7 +110,8 @@ def plan_disk(
     kept = spread(range(layers), resident)
     streamed = tuple(index for index in range(layers) if index not in kept)
     notes = () if streamed else ("every layer fits in memory: nothing is read from the disk while decoding",)
-    link = offload.link_gb_per_s
+    key = "link_gb_per_s" if offload.disk_gb_per_s is None else "disk_gb_per_s"
+    link = getattr(offload, key) and Bandwidth(getattr(offload, key), f"offload.{key}")
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -121,8 +132,11 @@ def plan_disk(
         plain_bytes_per_pass=None if plain is None else (layers - plain) * sizes.layer,
         plain_resident=plain,
         level_read_bytes=0,
-        link=None if link is None else Bandwidth(link, "offload.link_gb_per_s"),
+        link=link,
         notes=notes,
+        texts=texts,
+        disk_layers=streamed,
+        disk=link,
     )
 
 
@@ -130,22 +144,20 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
     spec, target = ModelSpec.of(model), target_trace(model, itemsize, bitwise=False)
     sampling, length = build_sampling(config), config.decoding.max_length
     layer = sum(shape.numel() for shape in spec.layer.values()) * itemsize
-    draft, nodes, rows, levels = DraftMemory(), 1, 1, 0
+    draft, nodes, rows, levels, texts = DraftMemory(), 1, 1, 0, config.decoding.texts
     if (kind := spec_of(config.draft)) is not None:
         policy = build_tree_policy(config.tree)
-        draft = kind.memory(SizingInputs(config, model, spec, target, itemsize, policy, sampling))
+        draft = kind.memory(
+            SizingInputs(config, model, spec, target, itemsize, policy, sampling, texts=texts)
+        )
         nodes, rows, levels = policy.capacity, policy.pass_nodes, policy.max_depth
     shared = sum(shape.numel() for shape in spec.shared.values()) * itemsize
     pass_rows = max(rows, chunk)
     tree = sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))
-    cache = kv_bytes(spec, length, draft.shared_rows, pass_rows, itemsize)
-    peaks = {
-        f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, draft.states),
-        f"pass over {rows} rows": target.tree_pass_bytes(rows, levels, length, draft.states),
-        f"logits of {rows} rows": target.verify_bytes(rows, levels, sampling),
-        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
-        **draft.workspaces,
-    }
+    cache = kv_bytes(spec, length, draft.shared_rows, pass_rows, itemsize, texts)
+    peaks = pass_peaks(
+        target, draft, sampling, texts=texts, rows=rows, levels=levels, chunk=chunk, length=length
+    )
     largest = max(peaks, key=lambda name: peaks[name])
     audit = 0
     if config.audit:
@@ -157,15 +169,15 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
         *(replace(own, place=Placement.host) for own in draft.allocations),
         _item("embedding, norm, LM head", "tied" if spec.tied else "", (shared, 1)),
         _item("KV cache", f"{draft.shared_rows} + {length} + {pass_rows} rows", (cache, 1)),
-        _item("tree", f"{nodes} nodes", (tree, 1)),
+        _item("tree", f"{nodes} nodes", (tree, texts)),
         _item("workspace", f"largest: {largest}", (peaks[largest], 1)),
         _item("draft level", "", (draft.level, 1)),
         _item("audit", "its own cache and logits", (audit, 1)),
     )
     assert isinstance(config.offload, StreamOffloadConfig)
     slots = config.offload.ring_slots
-    # A layer may lie in two files, each with a page cut at both ends.
-    return _Sizes(fixed, LOADING_LAYERS * layer, layer, layer + 4 * ALIGNMENT, spec.layers, slots)
+    slot = layer + SLOT_PAGES * ALIGNMENT
+    return _Sizes(fixed, LOADING_LAYERS * layer, layer, slot, spec.layers, slots)
 
 
 def _item(name: str, note: str, *tensors: tuple[int, int]) -> Allocation:
@@ -223,6 +235,8 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
             "set offload.resident_layers=null",
             replace(config, offload=replace(offload, resident_layers=None)),
         )
+    if decoding.texts > 1:
+        yield "set decoding.texts=1", with_texts(config, 1)
     for length in (decoding.max_length // 2, decoding.max_length // 4):
         if length >= max(SHORTEST, 2 * (decoding.max_new_tokens or 0)):
             shorter = replace(decoding, max_length=length)

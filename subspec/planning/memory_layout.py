@@ -24,8 +24,10 @@ from subspec.config.schema import (
 )
 from subspec.decoding.audit import PROMPT_CHUNK
 from subspec.decoding.bitwise import unsupported
-from subspec.decoding.engine import ROW_MULTIPLE
 from subspec.decoding.from_config import build_sampling, build_tree_policy
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.shared_pass import JOINING_ROWS, LOGITS_ROWS
+from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.decoding.tree import Tree
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
@@ -34,7 +36,8 @@ from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
-from subspec.memory.trace import META, target_trace
+from subspec.memory.trace import META, TargetTrace, target_trace
+from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
@@ -57,6 +60,10 @@ LOADING_LAYERS = 3
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 
+SLOT_PAGES = 4
+"""Pages that a slot of a disk's ring holds beyond its layer, which may lie in two files, each with a page cut at both
+ends."""
+
 POST_LOAD = (
     "resident layers",
     "ring",
@@ -75,11 +82,16 @@ AUDIT_ROWS = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """Number of resident layers, tokens per prefill chunk, and place of the embedding table."""
+    """Number of resident layers, tokens per prefill chunk, and place of the embedding table.
+
+    ``disk``: number of streamed layers on a disk. ``in_files``: whether coded layers wait in files until loading ends.
+    """
 
     resident: int
     chunk: int
     embedding: Placement
+    disk: int = 0
+    in_files: bool = False
 
 
 class MemoryLayout:
@@ -96,8 +108,9 @@ class MemoryLayout:
         loading_bytes: peak while a layer is loaded and quantized, before the allocations in :data:`POST_LOAD`; or 0.
         packed_bytes: of a substitute's layer, its quantized Linears alone.
         goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, lower bound, upper bound.
-        nodes: most nodes of the tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
-            :data:`~subspec.decoding.engine.ROW_MULTIPLE`, or 1 without a draft.
+        texts: that run side by side.
+        nodes: most nodes of a tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
+            :data:`~subspec.decoding.text_loop.ROW_MULTIPLE`, or 1 without a draft.
 
     Raises:
         ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.
@@ -112,6 +125,7 @@ class MemoryLayout:
         self.bitwise = _bitwise(config, model, self.itemsize)
         self.target = target_trace(model, self.itemsize, bitwise=self.bitwise)
         self.sampling = build_sampling(config)
+        self.texts: int = config.decoding.texts
 
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
@@ -135,7 +149,15 @@ class MemoryLayout:
             assert kind is not None
             self.draft = draft = kind.memory(
                 SizingInputs(
-                    config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization
+                    config,
+                    model,
+                    spec,
+                    self.target,
+                    self.itemsize,
+                    policy,
+                    self.sampling,
+                    quantization,
+                    self.texts,
                 )
             )
             self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
@@ -146,6 +168,8 @@ class MemoryLayout:
         self.most_chunk = length = config.decoding.max_length
         self.least_chunk = min(config.decoding.prefill_chunk, length)
         self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
+        if self.texts > 1:  # every text's KV cache has the rows of a chunk or a tree, whichever are more
+            self.goal = self.most_chunk = max(self.least_chunk, min(self.goal, self.pass_rows))
         self._check()
 
         # A substitute that restores the exact layers exists even if it does not draft.
@@ -214,9 +238,13 @@ class MemoryLayout:
         """Sum of the device allocations."""
         return sum(allocation.bytes for allocation in self._device(decision))
 
+    def host_bytes(self, decision: Decision) -> int:
+        """Sum of the host allocations."""
+        return sum(allocation.bytes for allocation in self.host_allocations(decision))
+
     def allocations(self, decision: Decision) -> list[Allocation]:
         """Every allocation on the device and on the host, without empty ones."""
-        return [one for one in [*self._device(decision), *self._host(decision)] if one.bytes]
+        return [one for one in [*self._device(decision), *self.host_allocations(decision)] if one.bytes]
 
     def _weight_allocations(self) -> list[Allocation]:
         """Substitute, norms and LM head, which do not depend on the decision."""
@@ -236,7 +264,7 @@ class MemoryLayout:
     def _tree_allocation(self) -> Allocation:
         tensors = [value for value in vars(Tree(self.rows, META)).values() if isinstance(value, Tensor)]
         size = sum(tensor.nbytes for tensor in tensors)
-        return Allocation("tree", ((size, 1),), _tree_note(self.nodes, self.rows))
+        return Allocation("tree", ((size, self.texts),), _tree_note(self.nodes, self.rows) + self._each)
 
     def _level_allocation(self) -> Allocation:
         draft = self.draft
@@ -246,12 +274,17 @@ class MemoryLayout:
             "draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}"
         )
 
+    @property
+    def _each(self) -> str:
+        return f", {self.texts} texts" if self.texts > 1 else ""
+
     def _device(self, decision: Decision) -> list[Allocation]:
         spec, resident, chunk = self.spec, decision.resident, decision.chunk
         required, length = len(self.required_resident), self.config.decoding.max_length
         slots, streamed = self.ring_slots(resident), spec.layers - resident
         target_rows = max(self.pass_rows, chunk)
-        cache = kv_bytes(spec, length, self.draft_rows, target_rows, self.itemsize)
+        cache = kv_bytes(spec, length, self.draft_rows, target_rows, self.itemsize, self.texts)
+        cache_note = f"{self.draft_rows} + {length} + {target_rows} rows{self._each}"
         largest, workspace = self._workspace(chunk)
         restores = streamed > 0 or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
@@ -265,7 +298,7 @@ class MemoryLayout:
             ),
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
             Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
-            Allocation("KV cache", ((cache, 1),), f"{self.draft_rows} + {length} + {target_rows} rows"),
+            Allocation("KV cache", ((cache, 1),), cache_note),
             self._tree,
             Allocation("workspace", ((workspace, 1),), f"largest: {largest}"),
             self._level,
@@ -296,17 +329,16 @@ class MemoryLayout:
 
     def _workspace(self, chunk: int) -> tuple[str, int]:
         """The largest peak of a pass or of sampling, and its name."""
-        target, rows, length = self.target, self.pass_rows, self.config.decoding.max_length
-        draft = self.draft or DraftMemory()
-        states = draft.states
-        kept = states * rows * self.spec.hidden * self.itemsize
-        peaks = {
-            f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
-            f"pass over {rows} rows": target.tree_pass_bytes(rows, self.levels, length, states),
-            f"logits of {rows} rows": target.verify_bytes(rows, self.levels, self.sampling) + kept,
-            f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk),
-            **draft.workspaces,
-        }
+        peaks = pass_peaks(
+            self.target,
+            self.draft or DraftMemory(),
+            self.sampling,
+            texts=self.texts,
+            rows=self.pass_rows,
+            levels=self.levels,
+            chunk=chunk,
+            length=self.config.decoding.max_length,
+        )
         return max(peaks.items(), key=lambda named: named[1])
 
     def _audit_tensors(self, workspace: int) -> tuple[tuple[int, int], ...]:
@@ -320,26 +352,30 @@ class MemoryLayout:
         logits = self.target.audit_bytes(judged, self.sampling)
         return ((kv_bytes(self.spec, length, 0, rows, self.itemsize), 1), (max(0, logits - workspace), 1))
 
-    def _host(self, decision: Decision) -> list[Allocation]:
-        host, resident = Placement.host, decision.resident
-        streamed, table = self.spec.layers - resident, int(decision.embedding is host)
-        staged = self.staged_layers(decision)
+    def host_allocations(self, decision: Decision) -> list[Allocation]:
+        """Every allocation on the host, empty ones included."""
+        host, resident, disk = Placement.host, decision.resident, decision.disk
+        pinned, table = self.spec.layers - resident - disk, int(decision.embedding is host)
+        staged, slots = self.staged_layers(decision), min(self.offload.ring_slots, disk)
         # Resident layers are coded to the host too, and copied to the device after quantization.
-        coded = (resident - len(self.required_resident)) * self.coded
-        loading = (
-            (self.exact_bytes, LOADING_LAYERS),
-            (self.packed_bytes, staged),
-            (PROCESS_BYTES, 1),
-            (self.layer_bytes, coded),
-        )
+        coded = (resident - len(self.required_resident)) * self.coded * (not decision.in_files)
+        ring = slots * (self.layer_bytes + SLOT_PAGES * ALIGNMENT)
+        behind = ring + self.layer_bytes * pinned * (
+            self.coded and decision.in_files
+        )  # made when loading has ended
+        loading = self.exact_bytes * LOADING_LAYERS + self.packed_bytes * staged + self.layer_bytes * coded
         parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]
         parts += [*[f"{staged} of the substitute"] * bool(staged), "1 GiB for CUDA"]
         return [
-            Allocation(
-                "streamed layers", ((self.layer_bytes, streamed),), f"{streamed} layers, pinned", host
-            ),
+            Allocation("streamed layers", ((self.layer_bytes, pinned),), f"{pinned} layers, pinned", host),
+            Allocation("disk ring", ((ring, 1),), f"{slots} layers in flight, pinned", host),
             Allocation("embedding table", ((self.table_bytes, table),), "pinned; only looked up", host),
-            Allocation("loading and process", loading, ", ".join(parts), host),
+            Allocation(
+                "loading and process",
+                ((max(0, loading - behind), 1), (PROCESS_BYTES, 1)),
+                ", ".join(parts),
+                host,
+            ),
         ]
 
     def spread(self, resident: int) -> tuple[int, ...]:
@@ -358,6 +394,40 @@ class MemoryLayout:
         """The layout of plain decoding, streamed uncoded, with as many resident layers as fit."""
         offload = replace(self.offload, resident_layers=None, codec=Codec.none)
         return MemoryLayout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
+
+
+def pass_peaks(
+    target: TargetTrace,
+    draft: DraftMemory,
+    sampling: Sampling,
+    *,
+    texts: int,
+    rows: int,
+    levels: int,
+    chunk: int,
+    length: int,
+) -> dict[str, int]:
+    """Peaks of a run's passes and of choosing tokens, by name.
+
+    Args:
+        rows, levels: of each text's tree. chunk: prompt tokens per pass. length: most tokens of a text.
+    """
+    states, beside = draft.states, min(chunk, JOINING_ROWS) if texts > 1 else 0
+    together = max(1, min(texts, LOGITS_ROWS // rows)) * rows
+    row = target.hidden(1).nbytes
+    # Logits are computed while the pass's states are held; of one text's final ones the trace knows itself.
+    kept = row * (states * rows if texts == 1 else (1 + states) * (texts * rows + beside))
+    noise = 0 if sampling.greedy else 4 * (texts - 1) * (levels + 2) * target.model.vocab_size
+    several = f"{texts} x " * (texts > 1)
+    return {
+        f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
+        f"pass over {several}{rows} rows": target.tree_pass_bytes(
+            rows, levels, length, states, texts, beside
+        ),
+        f"logits of {together} rows": target.verify_bytes(together, levels, sampling) + kept + noise,
+        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk) + kept * (texts > 1),
+        **draft.workspaces,
+    }
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:

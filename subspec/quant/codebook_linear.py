@@ -98,7 +98,7 @@ class CodebookLinear(FewRowsLinear):
         return QuantizedPairs(pairs, scale, self.grid, group, self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(self._rotate(x, self.rotation))
+        return super().__call__(self._rotate(x, self.rotation))
 
     def reference(self, x: Tensor) -> Tensor:
         return codebook.reference(self.weight, x)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels.activation import apply_swiglu
-from subspec.kernels.int4 import MAX_ROWS
 from subspec.quant.quantized_weight import QuantizedWeight
 
 
@@ -83,7 +82,7 @@ class LevelLinear(ABC):
 
 
 class FewRowsLinear(LevelLinear):
-    """A Linear of one of our CUDA kernels, which take eight rows at a time; on a CPU its torch reference.
+    """A Linear of one of our CUDA kernels, which read the weights once for up to 32 rows; on a CPU its torch reference.
 
     Attributes:
         swiglu: rows of the weight are gate and up, interleaved 16 by 16; the result is their activation.
@@ -97,20 +96,14 @@ class FewRowsLinear(LevelLinear):
 
     @abstractmethod
     def launch(self, x: Tensor, out: Tensor) -> None:
-        """Write the result for at most eight rows."""
+        """Write the result."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
-
-    def _multiply(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
             y = self.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
-        if rows > MAX_ROWS:
-            parts = [self._multiply(part) for part in x.split(MAX_ROWS)]
-            return torch.cat(parts, dim=0 if self.swiglu else 1)
         if self.swiglu:
             out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
         else:

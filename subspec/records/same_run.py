@@ -28,7 +28,12 @@ FREE_KEYS = frozenset(
 All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
 """
 
-CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
+CHOSEN = {
+    "source": "benchmark.source",
+    "device": "device",
+    "bitwise": "decoding.bitwise",
+    "texts": "decoding.texts",
+}
 """Keys that may be ``auto``, by the record field that holds the resolved value.
 
 A hub that answers again or a missing GPU changes the resolved value under the same configuration. The value resolved
@@ -38,7 +43,10 @@ now is compared with the records, so a resumed run may also name the earlier val
 GONE = {"tree.ahead": 0}
 """Keys of earlier versions, with the value at which they had no effect."""
 
-BEFORE = {"bitwise": False}
+NEW = {"decoding.texts": 1}
+"""Keys that older folders lack, with the value of their runs."""
+
+BEFORE = {"bitwise": False, "texts": 1}
 """Resolved value in records older than the field."""
 
 _ABSENT = object()
@@ -86,7 +94,7 @@ def config_differences(before: Any, now: Any, key: str = "") -> list[str]:
         return []
     if now is _ABSENT and before == GONE.get(key, _ABSENT):
         return []
-    if before is _ABSENT and now is None:  # a key that is newer than the folder and not used
+    if before is _ABSENT and now == NEW.get(key):  # a key that is newer than the folder and not used
         return []
     return [f"{key}: {_shown(before)} -> {_shown(now)}"]
 

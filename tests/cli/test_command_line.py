@@ -164,18 +164,6 @@ except ImportError: pass
     ] == [True] * 5
 
 
-def test_a_target_without_a_path():
-    ran = cli("target=hub", "logger=none")
-    assert ran.code == 2
-    assert ran.error == "error: target.path is not set: give it as target.path=VALUE"
-
-
-def test_a_sweep_is_not_resumed_without_its_folder():
-    ran = cli("-m", "draft=none,subspec", "resume=true")
-    assert ran.code == 2
-    assert "sweep_dir=FOLDER" in ran.error
-
-
 def test_a_process_ends_with_the_line_and_the_status():
     process = command("tree=foo")
     out, err = process.communicate(timeout=60)

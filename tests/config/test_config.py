@@ -27,6 +27,7 @@ from subspec.config.help_text import (
 from subspec.config.schema import (
     SCHEMAS,
     Config,
+    ServeConfig,
     SmallModelDraftConfig,
     register_schemas,
     to_config,
@@ -75,15 +76,22 @@ def test_the_groups_are_the_folders_of_conf():
     assert set(GROUPS) <= {field.name for field in dataclasses.fields(Config)}
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
-def test_every_option_composes_and_validates(group, name):
-    cfg = composed(f"{group}={name}", *NEEDS.get((group, name), []))
+def validated(*overrides):
+    """The configuration, which passes every check."""
+    cfg = composed(*overrides)
     check_keys(cfg)
     config = to_config(cfg)
     check_config(config)
     if not (isinstance(config.draft, SmallModelDraftConfig) and "/" in (config.draft.path or "")):
         check_against_target(config, large_model())  # a small model's own configuration lies on the hub
     json.dumps(to_plain(cfg))
+    return config
+
+
+@pytest.mark.parametrize(("group", "name"), [one for one in OPTIONS if one[0] != "experiment"], ids=str)
+def test_every_option_composes_and_validates(group, name):
+    """Experiments: tests/test_experiments.py."""
+    config = validated(f"{group}={name}", *NEEDS.get((group, name), []))
     if (group, name) != ("target", "hub") and group not in FILES:
         assert getattr(config, group).name == name
 
@@ -137,6 +145,29 @@ def test_the_default_number_of_samples_does_not_limit_categories(overrides, expe
 def test_a_selection_of_nothing_is_refused(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         check_config(to_config(composed(override)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decoding.texts=0"], r"decoding\.texts=0 must be"),
+        (["decoding.texts=many"], r"decoding\.texts=many must be"),
+        (["decoding.texts=2", "offload=accelerate", "draft=none"], "but offload=accelerate"),
+        (
+            ["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"],
+            r"but draft\.proposer=prompt_lookup",
+        ),
+    ],
+)
+def test_texts_side_by_side_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(to_config(composed(*overrides)))
+
+
+@pytest.mark.parametrize("draft", ["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"])
+def test_other_drafts_serve_several_texts(draft):
+    for texts in (3, "auto"):
+        check_config(to_config(composed(f"draft={draft}", f"decoding.texts={texts}")))
 
 
 def test_every_file_begins_with_a_description():
@@ -284,11 +315,10 @@ def test_every_file_has_a_schema():
 
 
 def test_every_range_is_of_a_key_that_exists():
+    schemas = SCHEMAS | {"/run": Config, "serve/serve": ServeConfig}
     for key, _, _ in RANGES:
         group, _, name = key.rpartition(".")
-        nodes = (
-            [node for path, node in SCHEMAS.items() if path.startswith(f"{group}/")] if group else [Config]
-        )
+        nodes = [node for path, node in schemas.items() if path.startswith(f"{group}/")]
         assert any(name in {field.name for field in dataclasses.fields(node)} for node in nodes), key
 
 

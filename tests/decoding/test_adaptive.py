@@ -3,7 +3,7 @@ import torch
 
 from subspec.decoding.adaptive import Adaptive, Calibration
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import IterationOutcome
+from subspec.decoding.tree_policy import IterationOutcome, level_masses
 
 
 def grow_until_it_stops(policy, per_level):
@@ -20,7 +20,7 @@ def grow_until_it_stops(policy, per_level):
 
 def taught(policy, accepted, levels=6, draft_s=0.0, verify_s=1.0, times=5):
     for _ in range(times):
-        policy.learn(IterationOutcome(levels, levels + 1, accepted, draft_s, verify_s))
+        policy.learn(IterationOutcome(levels, levels + 1, (accepted,), draft_s, verify_s))
     return policy
 
 
@@ -76,7 +76,7 @@ def test_nothing_is_drafted_while_plain_decoding_is_faster(accepted, least, most
         policy.begin_tree()
         drafting = policy.wants_level(Tree(policy.capacity, torch.device("cpu")))
         alone += not drafting
-        levels, got = (6, accepted) if drafting else (0, 0)
+        levels, got = (6, (accepted,)) if drafting else (0, (0,))
         policy.learn(IterationOutcome(levels, levels + 1, got, 0.0, 1.0))
     assert least <= alone / 400 <= most
 
@@ -89,6 +89,24 @@ def test_calibration_learns_an_overconfident_draft():
         calibration.observe(0.1, accepted=False)
     assert calibration.probability(0.1) < 0.1
     assert calibration.probability(1e9) < trusting  # the last bin takes everything beyond
+
+
+def test_several_texts_draft_on_while_their_levels_pay_together():
+    trees = {text: Tree.several(text, 21, torch.device("cpu")) for text in (1, 3)}
+    for own in trees.values():
+        for tree, score in zip(own, (0.2, 0.9, 0.9), strict=False):
+            tree.plant(torch.tensor([0]))
+            tree.append(torch.tensor([1]), torch.tensor([0]), torch.tensor([score]).log())
+    policy = taught(adaptive(level_cost=0.12), accepted=1)
+    assert not policy.wants_level(*trees[1])
+    assert policy.wants_level(*trees[3])
+    assert [round(mass, 3) for mass in level_masses(trees[3])] == [0.2, 0.9, 0.9]
+    policy.learn(IterationOutcome(1, 6, (0, 1, 1), 0.0, 1.0))
+    alone = taught(adaptive(), accepted=2)
+    together = adaptive()
+    for _ in range(5):
+        together.learn(IterationOutcome(6, 28, (2, 1, 3, 2), 0.0, 1.0))
+    assert alone._tokens == pytest.approx(together._tokens)  # of a text
 
 
 def test_impossible_settings_are_refused():

@@ -137,7 +137,7 @@ def test_committed_rows_are_the_targets_exact_keys_and_values(model):
 
 def test_timed_plain_passes_change_no_text(model, reference, monkeypatch):
     engine = engine_for(model, Beam(5, 3), max_length=len(PROMPT) + 60)
-    engine._rows = 8  # passes over trees are rounded up on a GPU, plain ones are not
+    engine._pass.row_multiple = 8  # passes over trees are rounded up on a GPU, plain ones are not
     first = engine.generate(PROMPT, max_new_tokens=30)
     length, rows, forward = engine.cache.length, [], engine.target.forward
     with monkeypatch.context() as patch:
@@ -173,19 +173,19 @@ def test_tokens_are_streamed_as_they_are_emitted(model, reference):
 def test_the_logits_of_a_tree_are_gone_before_the_next_one_is_drafted(model, monkeypatch):
     """They are the largest piece of a pass's workspace, which a plan counts once."""
     engine, alive = engine_for(model, Beam(6, 3)), []
-    score, draft = engine._score, engine._draft
+    score, grow = engine.target.logits, engine._grow
 
-    def scored(size):
-        hidden, logits = score(size)
+    def scored(hidden):
+        logits = score(hidden)
         alive.append(weakref.ref(logits))
-        return hidden, logits
+        return logits
 
-    def drafted(*arguments):
+    def grown(*arguments):
         assert not any(reference() is not None for reference in alive)
-        return draft(*arguments)
+        return grow(*arguments)
 
-    monkeypatch.setattr(engine, "_score", scored)
-    monkeypatch.setattr(engine, "_draft", drafted)
+    monkeypatch.setattr(engine.target, "logits", scored)
+    monkeypatch.setattr(engine, "_grow", grown)
     engine.generate(PROMPT, max_new_tokens=30)
     assert len(alive) > 1
 

@@ -19,7 +19,7 @@ from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_linear import CANDIDATES
-from tests.helpers.drafts import engine_for, verified
+from tests.helpers.drafts import begin, engine_for, grow, verified
 from tests.helpers.eagle import SHAPES, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
@@ -50,16 +50,16 @@ def test_an_iteration_reads_nothing_back_but_the_acceptance(model, sampling, own
     monkeypatch.setattr(PositionNoise, "_row", lambda self, position: torch.zeros(self.vocab_size))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         engine = fake_engine(model, sampling, own_cache)
-        root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])[0]
+        root = begin(engine, [1, 2, 3, 4, 5, 6, 7, 8, 9])
         for iteration in range(2):
-            engine._draft(root, most_levels=10)
-            hidden, acceptance = verified(engine)
-            assert hidden.final.shape == (13, 64)
+            grow(engine, root, most_levels=10)
+            judged = verified(engine)
+            assert judged.share.hidden.final.shape == (13, 64)
             with pytest.raises((DataDependentOutputException, RuntimeError)):
-                acceptance.read()  # the one read-back of an iteration; on fake tensors it has to fail
+                judged.acceptance.read()  # the one read-back of an iteration; on fake tensors it has to fail
             # Once in the middle of the tree, once down to the level that the draft never ran.
-            engine._commit(acceptance, 3 if iteration == 0 else 5, hidden)
-            root = acceptance.bonus
+            engine._commit(judged, 3 if iteration == 0 else 5)
+            root = judged.acceptance.bonus
         assert engine.cache.length == 17
         if own_cache:
             assert engine.draft.cache.length == 17
@@ -77,21 +77,21 @@ def test_an_iteration_with_an_eagle_head_reads_nothing_back_either(model, sampli
         decoder = TargetModel(model)
         draft = EagleDraft(head, decoder, policy)
         engine = Engine(decoder, draft, policy, sampling=sampling, max_length=64, prefill_chunk=4)
-        root = engine._prefill([1, 2, 3, 4, 5, 6, 7, 8, 9])[0]
+        root = begin(engine, [1, 2, 3, 4, 5, 6, 7, 8, 9])
         for accepted in (3, 1):
-            engine._draft(root, most_levels=10)
-            hidden, acceptance = verified(engine)
-            assert hidden.final.shape == (policy.pass_nodes, 64)
-            engine._commit(acceptance, accepted, hidden)
-            root = acceptance.bonus
+            grow(engine, root, most_levels=10)
+            judged = verified(engine)
+            assert judged.share.hidden.final.shape == (policy.pass_nodes, 64)
+            engine._commit(judged, accepted)
+            root = judged.acceptance.bonus
         assert draft.cache.length == engine.cache.length - 1 == 12
 
 
 def test_the_check_notices_a_read_back(model):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         engine = fake_engine(model, SAMPLINGS[0])
-        root = engine._prefill([1, 2, 3])[0]
-        engine._draft(root, 10)
+        root = begin(engine, [1, 2, 3])
+        grow(engine, root, 10)
         with pytest.raises(DataDependentOutputException):
             bool(engine.tree.scores[1] > 0)
 
@@ -108,14 +108,14 @@ class OperationCount(TorchDispatchMode):
 
 def operations(engine):
     with torch.inference_mode():
-        root = engine._prefill([1, 2, 3])[0]
-        engine._draft(root, 10)
-        hidden, acceptance = verified(engine)
-        engine._commit(acceptance, 1, hidden)
+        root = begin(engine, [1, 2, 3])
+        grow(engine, root, 10)
+        judged = verified(engine)
+        engine._commit(judged, 1)
         with OperationCount() as drafting:
-            engine._draft(root, 10)
+            grow(engine, root, 10)
         with OperationCount() as verifying:
-            verified(engine)[1].read()
+            verified(engine).acceptance.read()
     assert engine.tree.size == engine.policy.pass_nodes
     return drafting.count, verifying.count
 
@@ -145,17 +145,17 @@ def test_no_synchronisation_on_a_gpu(sampling, kind, policy, bitwise):
         draft = SubstituteDraft(share_parameters(model))
     engine = Engine(decoder, draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
     with torch.inference_mode():
-        root = engine._prefill([1, 2, 3])[0]
-        engine._draft(root, 10)
-        hidden, acceptance = verified(engine)
-        acceptance.read()
-        engine._commit(acceptance, 1, hidden)
+        root = begin(engine, [1, 2, 3])
+        grow(engine, root, 10)
+        judged = verified(engine)
+        judged.acceptance.read()
+        engine._commit(judged, 1)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            engine._draft(root, 10)
-            hidden, acceptance = verified(engine)
-            engine._commit(acceptance, 2, hidden)
+            grow(engine, root, 10)
+            judged = verified(engine)
+            engine._commit(judged, 2)
             with pytest.raises(RuntimeError, match="synchroniz"):
-                acceptance.read()
+                judged.acceptance.read()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -19,7 +19,7 @@ from subspec.errors import ConfigError
 from tests.drafts.test_eagle import POLICIES, PROMPT, Teaching
 from tests.drafts.test_eagle3 import rms, rotated
 from tests.helpers.blocks import BLOCKS, block_engine, published_block
-from tests.helpers.drafts import engine_for, hf_greedy
+from tests.helpers.drafts import begin, engine_for, grow, hf_greedy
 from tests.helpers.eagle import drafted_paths, published3, random_head
 from tests.helpers.tiny import tiny_model
 
@@ -116,8 +116,8 @@ def test_the_confidence_heads_estimate_stops_an_adaptive_tree(model):
     """Of each level: the mean over its parents by their probability, times that of the levels above."""
     for name in ("dspark", "bare dspark"):
         engine = block_engine(model, Beam(4, 3), name)
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         tree, head, shape = engine.tree, engine.draft.head, BLOCKS[name]
         w = head.state_dict()
         slots, expected = plain_block(w, shape, model, PROMPT, int(root)), 1.0
@@ -136,10 +136,10 @@ def test_the_confidence_heads_estimate_stops_an_adaptive_tree(model):
     depths = []
     for bias in (9.0, -9.0):  # sure of all, sure of nothing
         adaptive = Adaptive(4, 3, level_cost=0.2, check_every=1, min_depth=1)
-        adaptive.learn(IterationOutcome(4, 13, 3, 0.0, 1.0))
+        adaptive.learn(IterationOutcome(4, 13, (3,), 0.0, 1.0))
         engine = block_engine(model, adaptive, "dspark")
         engine.draft.head.confidence_head["proj"].bias.fill_(bias)
-        engine._draft(engine._prefill(PROMPT)[0], 10)
+        grow(engine, begin(engine, PROMPT), 10)
         depths.append(engine.tree.levels)
     assert depths == [4, 1]
 
@@ -291,5 +291,3 @@ def test_the_draft_that_reads_a_head_of_another_kind_is_named(tmp_path, model):
             build_engine(model, draft=draft, draft_path=folder)
     with pytest.raises(ConfigError, match="is an EAGLE-3 head: set draft=eagle3"):
         build_engine(model, draft="block_head", draft_path=published3(tmp_path / "three", "official"))
-    with pytest.raises(ConfigError, match=r"draft=block_head ships no head: set draft_path"):
-        build_engine(model, draft="block_head")

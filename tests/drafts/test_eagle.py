@@ -12,7 +12,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
-from tests.helpers.drafts import OracleDraft, engine_for, hf_greedy
+from tests.helpers.drafts import OracleDraft, begin, engine_for, grow, hf_greedy
 from tests.helpers.eagle import SHAPES, causal, drafted_paths, eagle_engine, random_head
 from tests.helpers.tiny import tiny_model
 
@@ -192,10 +192,10 @@ def test_every_level_is_fed_its_own_parents_features(model, policy, shape):
 def test_drafting_the_same_tree_twice_gives_the_same_tree(model):
     engine = eagle_engine(model, Eagle2(4, 3, 15))
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         first = engine.tree.tokens[: engine.tree.size].clone()
-        engine._draft(root, 10)
+        grow(engine, root, 10)
         assert torch.equal(engine.tree.tokens[: engine.tree.size], first)
 
 

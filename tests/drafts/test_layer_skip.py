@@ -12,7 +12,7 @@ from subspec.drafts.layer_skip import chosen_layers, skip_layers, spread, stream
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
 from tests.drafts.test_separate_cache import POLICIES
-from tests.helpers.drafts import hf_greedy
+from tests.helpers.drafts import begin, hf_greedy
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
@@ -67,7 +67,7 @@ def test_a_kept_layer_uses_the_cache_rows_of_its_own_number(family):
     model, layers = tiny_model(family, layers=4), (0, 2, 3)
     engine = engine_with(model, layers, POLICIES["chain"]())
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
+        root = begin(engine, PROMPT)
         logits = engine.draft.expand(engine.tree, engine.tree.plant(root))
         cache = DynamicCache(config=model.config)
         model(torch.tensor([PROMPT]), past_key_values=cache)

@@ -26,7 +26,7 @@ from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
 from subspec.session import assemble
 from subspec.targets import Target
-from tests.helpers.drafts import hf_greedy, substitute_of
+from tests.helpers.drafts import begin, grow, hf_greedy, substitute_of
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77]
@@ -77,8 +77,8 @@ def test_every_nodes_logits_are_those_of_its_own_branch_after_the_exact_prefix(f
 
     draft.expand = remember
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         tree = engine.tree
         assert len(seen) == 1 + 3 * 3  # the last level is not run through the draft
         for node, logits in seen.items():

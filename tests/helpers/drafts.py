@@ -1,18 +1,20 @@
 """Drafts that know nothing, everything, or lie: the engine's output must not depend on them."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subspec.decoding.draft import Draft
 from subspec.decoding.engine import Engine
-from subspec.decoding.hidden import FINAL_HIDDEN, Hidden
+from subspec.decoding.hidden import FINAL_HIDDEN
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.text_loop import _Judged
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.decoding.verify import Acceptance
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
@@ -97,15 +99,51 @@ def engine_for(
     return Engine(TargetModel(model), draft, policy, sampling=sampling, **options)
 
 
-def verified(engine: Engine) -> tuple[Hidden, Acceptance]:
-    """The hidden states of a target pass over the engine's whole tree, and what it accepts."""
-    hidden, logits = engine._score(engine.tree.size)
-    return hidden, engine._judge(logits, engine.tree.levels)
+def begin(engine: Engine, prompt: list[int], texts: int = 1) -> Tensor:
+    """The first token (int64 [1]) behind ``prompt``, which the engine reads in place of an earlier one.
+
+    Args:
+        texts: number of texts that begin with it.
+    """
+    engine.running.clear()
+    for _ in range(texts):
+        engine.admit(engine.text(prompt))
+    engine._read_prompts()
+    root = engine.running[0].root
+    assert root is not None
+    return root
+
+
+def grow(engine: Engine, root: Tensor, most_levels: int) -> None:
+    """Draft a tree from ``root`` behind the text that :func:`begin` has read."""
+    engine.running[0].root = root
+    engine._grow(engine.running, most_levels)
+
+
+def all_verified(engine: Engine) -> list[_Judged]:
+    """A target pass over the whole trees of all running texts, and what it accepts of each."""
+    found: list[_Judged] = []
+    for group in engine._pass.groups(engine._pass.run(engine.running, [])):
+        found += engine._judge(group, *engine._pass.logits(group))
+    return found
+
+
+def verified(engine: Engine) -> _Judged:
+    """As :func:`all_verified`, of the one text that runs."""
+    return all_verified(engine)[-1]
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
-    """transformers' own greedy text: the independent reference."""
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0
-    )
-    return output[0, len(prompt) :].tolist()
+    """transformers' own greedy text: the independent reference, generated once for each prompt."""
+    known = GREEDY.setdefault(model, {})
+    text = known.get((*prompt, eos), [])
+    if len(text) < count and (not text or text[-1] != eos):
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0
+        )
+        text = known[*prompt, eos] = output[0, len(prompt) :].tolist()
+    return text[:count]
+
+
+GREEDY: WeakKeyDictionary[PreTrainedModel, dict[tuple[int | None, ...], list[int]]] = WeakKeyDictionary()
+"""Longest greedy text of each model by prompt and end of text."""

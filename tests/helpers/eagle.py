@@ -17,7 +17,7 @@ from subspec.drafts.block_head import BlockHead, BlockShape
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
-from tests.helpers.drafts import verified
+from tests.helpers.drafts import begin, grow, verified
 
 QWEN2_BIASES = frozenset(f"layers.0.self_attn.{name}_proj.bias" for name in "qkv")
 
@@ -228,15 +228,15 @@ def drafted_paths(
 
     The draft's ``seen`` holds the logits of every path that it ran.
     """
-    text, root, seen = list(prompt), engine._prefill(prompt)[0], engine.draft.seen
+    text, root, seen = list(prompt), begin(engine, prompt), engine.draft.seen
     for _ in range(iterations):
         seen.clear()
-        engine._draft(root, 10)
+        grow(engine, root, 10)
         paths = sorted(seen.items(), key=lambda item: len(item[0]))
         assert len(paths[-1][0]) > 3
         yield text, paths
-        hidden, acceptance = verified(engine)
-        accepted, _, _ = acceptance.read()
+        judged = verified(engine)
+        accepted, _, _ = judged.acceptance.read()
         text += engine.tree.tokens[accepted].tolist()
-        engine._commit(acceptance, len(accepted), hidden)
-        root = acceptance.bonus
+        engine._commit(judged, len(accepted))
+        root = judged.acceptance.bonus

@@ -129,6 +129,7 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
     from subspec.decoding.engine import Engine
     from subspec.decoding.target_model import TargetModel
     from subspec.decoding.tree_policy import Beam
+    from tests.helpers.drafts import begin, grow
     from tests.levels.test_captured_draft import PROMPT, fused_draft, model_of
 
     device = torch.device("cuda")
@@ -141,9 +142,9 @@ def test_a_level_that_overlaps_gives_the_same_tree_and_cache():
         draft = fused_draft(model, device, overlap=overlap)
         engine = Engine(TargetModel(model), draft, policy, max_length=128, prefill_chunk=16)
         with torch.inference_mode():
-            root = engine._prefill(PROMPT)[0]
+            root = begin(engine, PROMPT)
             for _ in range(20):  # replays, of which none may differ
-                engine._draft(root, 40)
+                grow(engine, root, 40)
                 engine.draft.commit(engine.tree, None, None)
                 tree = engine.tree
                 parts = [t[: tree.size].clone() for t in (tree.tokens, tree.parents, tree.scores)]

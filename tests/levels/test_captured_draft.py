@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.decoding.adaptive import Adaptive
+from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
+from subspec.decoding.sampling import Sampling
+from subspec.decoding.scheduler import Scheduler
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
@@ -13,6 +17,7 @@ from subspec.levels.build import SubstituteBuilder, level_model
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
 from subspec.quant.hqq import hqq_quantizer
+from tests.helpers.drafts import begin, grow
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -62,7 +67,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, layers, device):
     logits = []
     with torch.inference_mode():
         for engine in engines:
-            root = engine._prefill(PROMPT)[0]
+            root = begin(engine, PROMPT)
             frontier = engine.tree.plant(root)
             rows = []
             for _ in range(policy.max_depth):
@@ -96,8 +101,8 @@ def test_every_setting_of_attention_gives_the_same_logits(device):
         for settings in (Attention(splits=4), *others, Attention(1, 128, 16, 8, 1)):
             draft = fused_draft(model, device, attention=settings)
             engine = Engine(TargetModel(model), draft, Beam(2, 3), max_length=96, prefill_chunk=64)
-            root = engine._prefill(PROMPT * 6)[0]
-            engine._draft(root, 40)
+            root = begin(engine, PROMPT * 6)
+            grow(engine, root, 40)
             logits.append(draft._logits_of(3).float().clone())  # of the last level, which sees all others
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=0.03, atol=0.03)
@@ -110,8 +115,8 @@ def test_growth_in_the_kernel_is_the_beams(device):
     policy = Beam(2, 3)
     engine = Engine(TargetModel(model), fused_draft(model, device), policy, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         tree = engine.tree
         fused = [t[: tree.size].clone() for t in (tree.tokens, tree.parents, tree.depths, tree.scores)]
         ancestors = tree.ancestors[: tree.size, : tree.size].clone()
@@ -119,7 +124,7 @@ def test_growth_in_the_kernel_is_the_beams(device):
         # Again with torch's policy on the fused logits.
         engine.draft.captures = lambda policy: False
         engine.draft.commit(tree, None, None)
-        engine._draft(root, 10)
+        grow(engine, root, 10)
     for ours, expected in zip(fused[:3], (tree.tokens, tree.parents, tree.depths), strict=True):
         assert torch.equal(ours, expected[: tree.size])
     torch.testing.assert_close(fused[3], tree.scores[: tree.size], rtol=1e-4, atol=1e-3)
@@ -128,8 +133,6 @@ def test_growth_in_the_kernel_is_the_beams(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_speculative_text_passes_the_audit(device):
-    from subspec.decoding.audit import Auditor
-
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     model = model_of("llama", device, layers=2 if on_gpu else 1)
@@ -142,6 +145,57 @@ def test_speculative_text_passes_the_audit(device):
     assert result.stats.iterations < count - 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8)], ids=["greedy", "sampling"])
+def test_trees_that_grow_together_are_those_that_grow_alone(sampling, device):
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    model = model_of("qwen2", device, vocab_size=4200 if on_gpu else 320, layers=1)
+    policy = Beam(6, 3) if on_gpu else Beam(2, 2)
+    prompts = [PROMPT, PROMPT[:2], PROMPT[::-1] * 2][: 3 if on_gpu else 2]
+    options = {"max_length": 64, "prefill_chunk": 32, "sampling": sampling}
+
+    def trees(texts):
+        engine = Engine(TargetModel(model), fused_draft(model, device), policy, texts=len(texts), **options)
+        with torch.inference_mode():
+            for prompt in texts:
+                engine.admit(engine.text(prompt))
+            engine._read_prompts()
+            for _ in range(1 + on_gpu):  # graphs are captured, then replayed
+                engine._grow(engine.running, 10)
+        assert all(text.own.tree.levels == policy.max_depth for text in engine.running)
+        return [text.own for text in engine.running]
+
+    for together, prompt in zip(trees(prompts), prompts, strict=True):
+        [alone] = trees([prompt])
+        size = alone.tree.size
+        for name in ("tokens", "parents", "depths", "ancestors"):
+            assert torch.equal(getattr(together.tree, name)[:size], getattr(alone.tree, name)[:size]), name
+        torch.testing.assert_close(
+            together.tree.scores[:size], alone.tree.scores[:size], rtol=1e-2, atol=2e-2
+        )
+        rows = [own.cache.rows[:, :, :, : own.cache.draft_rows].float() for own in (together, alone)]
+        torch.testing.assert_close(*rows, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_texts_side_by_side_draft_with_captured_levels(device):
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    model = model_of("llama", device, layers=1)
+    policy = Adaptive(6, 3) if on_gpu else Beam(2, 2)
+    options = {"max_length": 64, "prefill_chunk": 16}
+    engine = Engine(TargetModel(model), fused_draft(model, device), policy, texts=3, **options)
+    scheduler = Scheduler(engine, 3)
+    lengths = (40, 12, 30, 25) if on_gpu else (3, 2, 4)
+    texts = [scheduler.add(PROMPT[n:], max_new_tokens=length) for n, length in enumerate(lengths)]
+    while not scheduler.idle:
+        scheduler.step()
+    for text in texts:
+        assert Auditor(TargetModel(model)).audit(list(text.prompt), text.result.token_ids).mismatch == 0
+    assert sum(sum(text.result.stats.accepted_by_depth) for text in texts) > 0
+
+
 @pytest.mark.gpu
 def test_both_kernels_give_the_same_logits():
     device = torch.device("cuda")
@@ -151,7 +205,7 @@ def test_both_kernels_give_the_same_logits():
     for kernel in ("int4_mma", "gemlite"):
         engine = Engine(TargetModel(model), fused_draft(model, device, kernel), Beam(2, 3), max_length=64)
         with torch.inference_mode():
-            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            frontier = engine.tree.plant(begin(engine, PROMPT))
             out.append(engine.draft.expand(engine.tree, frontier).float().clone())
     # gemlite keeps scales in bfloat16, ours in float16.
     assert (out[0] - out[1]).norm() / out[0].norm() < 0.05

@@ -14,6 +14,7 @@ from subspec.levels.dense import layer_views
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat
 from subspec.quant.hqq import hqq_quantizer
 from subspec.quant.level_linear import Variant
+from tests.helpers.drafts import begin
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 compiled = pytest.mark.skipif(isinstance(cpu_kernels(), str), reason="no CPU kernels here")
@@ -62,7 +63,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, kernel, tolerance):
         Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=16) for draft in drafts
     ]
     with torch.inference_mode():
-        frontiers = [engine.tree.plant(engine._prefill(PROMPT)[0]) for engine in engines]
+        frontiers = [engine.tree.plant(begin(engine, PROMPT)) for engine in engines]
         for _ in range(policy.max_depth):
             logits = [e.draft.expand(e.tree, f) for e, f in zip(engines, frontiers, strict=True)]
             assert (logits[1] - logits[0]).norm() / logits[0].norm() < tolerance

@@ -19,6 +19,7 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer
 from subspec.levels.model import NEVER, Attention
 from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
+from tests.helpers.drafts import begin
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -91,7 +92,7 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
     with torch.inference_mode():
         reference = engines[0].tree
         for engine in engines:
-            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            frontier = engine.tree.plant(begin(engine, PROMPT))
             logits = []
             for _ in range(policy.max_depth):
                 out = engine.draft.expand(engine.tree, frontier).clone()
@@ -170,8 +171,8 @@ def test_a_head_of_some_ids_gives_their_logits_and_lets_no_other_grow(device):
     model, policy = model_of("qwen2", device), Beam(2, 3)
     found = []
     for known in (None, ids):
-        levels = fused_model(model, device, range(3))
-        draft = CapturedDraft(level_model(model, levels.layers, None, known))
+        levels = fused_model(model, device, (0,))
+        draft = CapturedDraft(level_model(model, levels.layers, None, known), attention=Attention(splits=2))
         cache = TargetModel(model).new_cache(max_length=32, draft_rows=policy.draft_rows, target_rows=9)
         draft.begin(cache)
         tree = Tree(policy.capacity, device)

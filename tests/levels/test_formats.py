@@ -19,6 +19,7 @@ from subspec.levels.quantization import level_quantization
 from subspec.quant.choose_kernels import choose_kernels
 from subspec.quant.level_linear import Variant
 from subspec.targets.model_spec import ModelSpec
+from tests.helpers.drafts import begin, grow
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,7 +73,7 @@ def first_levels(model, draft):
     """Logits of the root and of three fixed children, float32 [4, vocabulary]."""
     engine = Engine(TargetModel(model), draft, Beam(3, 3), max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+        frontier = engine.tree.plant(begin(engine, PROMPT))
         root = engine.draft.expand(engine.tree, frontier).float().clone()
         device = root.device
         frontier = engine.tree.append(
@@ -108,13 +109,13 @@ def test_a_quantized_head_grows_the_tree_inside_the_level(device, tie):
     assert draft.model.draft_head is not None
     engine = Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
-        root = engine._prefill(PROMPT)[0]
-        engine._draft(root, 10)
+        root = begin(engine, PROMPT)
+        grow(engine, root, 10)
         tree = engine.tree
         fused = tree.tokens[: tree.size].clone(), tree.scores[: tree.size].clone()
         engine._level_step = None  # torch's policy, on the same logits
         engine.draft.commit(tree, None, None)
-        engine._draft(root, 10)
+        grow(engine, root, 10)
     # Logits of bfloat16 may tie, and either order of two that do is right.
     assert torch.equal(fused[0].sort().values, tree.tokens[: tree.size].sort().values)
     torch.testing.assert_close(fused[1], tree.scores[: tree.size], rtol=1e-4, atol=1e-3)

@@ -18,6 +18,7 @@ from subspec.levels.quantization import level_quantization
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import TILES
+from tests.helpers.drafts import begin
 from tests.helpers.tiny import tiny_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -69,7 +70,7 @@ def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, d
         tree = None
         for other in (module_draft(model, bits), draft):
             engine = Engine(TargetModel(model), other, Beam(2, 3), max_length=64, prefill_chunk=16)
-            frontier = engine.tree.plant(engine._prefill(PROMPT)[0])
+            frontier = engine.tree.plant(begin(engine, PROMPT))
             first = engine.draft.expand(engine.tree, frontier).float().clone()
             if tree is None:
                 frontier = engine.policy.grow(engine.tree, frontier, first, 0.2)

@@ -38,6 +38,7 @@ from subspec.memory.draft_memory import SizingInputs
 from subspec.memory.trace import META, MemoryTrace, TargetTrace, peak_bytes
 from subspec.planning.memory_layout import Decision, MemoryLayout
 from subspec.targets.planted import SHAPES
+from tests.helpers.drafts import begin, verified
 from tests.helpers.planning import settings
 
 TREES = {
@@ -141,26 +142,25 @@ def check_engine(shape, draft, tree, sampling, **decoding):
         sampling=layout.sampling,
         max_length=config.decoding.max_length,
         prefill_chunk=decision.chunk,
+        texts=layout.texts,
     )
     if proposer is not None:
         proposer.begin(engine.cache)  # a KV cache of the draft's own is an item of its own
     small = 64 * 1024  # token ids, and the prompt's own logits
     prompt = [0] * (config.decoding.max_length - layout.levels - 1)
-    assert peak_bytes(lambda: engine._prefill(prompt)) <= items["workspace"] + small
-    root = torch.zeros(1, dtype=torch.int64, device=META)
+    small *= layout.texts
+    assert peak_bytes(lambda: begin(engine, prompt, layout.texts)) <= items["workspace"] + small
     level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in UNCAPTURED)
-    assert peak_bytes(lambda: engine.draft_whole_tree(root)) <= max(level, 0) + small + noise(layout)
+    assert peak_bytes(lambda: engine._grow(engine.running, layout.levels, whole=True)) <= max(
+        level, 0
+    ) + small + noise(layout)
 
-    def verify():
-        _, logits = engine._score(engine.tree.size)
-        engine._judge(logits, engine.tree.levels)
-
-    assert peak_bytes(verify) <= items["workspace"] + small
+    assert peak_bytes(lambda: verified(engine)) <= items["workspace"] + small
 
 
 def noise(layout):
     """Rows of noise, which stay until they are used: the plan counts them with the logits of the tree."""
-    return 0 if layout.sampling.greedy else 4 * (layout.levels + 2) * layout.spec.vocab
+    return 0 if layout.sampling.greedy else 4 * layout.texts * (layout.levels + 2) * layout.spec.vocab
 
 
 def goes_with(draft, tree):
@@ -173,6 +173,9 @@ def goes_with(draft, tree):
     [
         ("none", "beam", "top_p", {}),
         ("subspec", "beam", "greedy", {"bitwise": False}),
+        ("subspec", "beam", "greedy", {"texts": 8}),
+        ("subspec", "adaptive", "top_p", {"texts": 3}),
+        ("none", "beam", "greedy", {"texts": 8}),
         ("eagle2", "eagle2", "top_p", {"max_length": 300}),
         ("eagle3", "eagle2", "greedy", {"max_length": 300}),
         ("eagle3", "beam", "top_p", {"bitwise": False}),

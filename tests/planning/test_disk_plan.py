@@ -89,3 +89,13 @@ def test_the_smaller_of_the_allowed_and_the_free_counts():
     assert planned(ram_gib=80, host_free=14 * GIB).budget == free.budget
     with pytest.raises(ConfigError, match=r"device=cpu needs .* 1\.50 GiB are free: free some memory, or "):
         planned(ram_gib=80, host_free=GIB)
+
+
+def test_texts_side_by_side_have_a_cache_each():
+    plans = [planned(ram_gib=12, decoding={"texts": texts}) for texts in (1, 8)]
+    one, eight = ({item.name: item.bytes for item in plan.items} for plan in plans)
+    assert (eight["KV cache"], eight["tree"]) == (8 * one["KV cache"], 8 * one["tree"])
+    assert eight["draft level"] == 8 * one["draft level"]
+    assert planned(ram_gib=12, decoding={"texts": "auto"}).texts == 8
+    with pytest.raises(ConfigError, match=r"set decoding\.texts=1"):
+        planned(ram_gib=8, decoding={"texts": 8})

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
+from subspec.config.defaults import MOST_TEXTS
 from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, MIB, headroom
 from subspec.planning.memory_layout import MemoryLayout
-from subspec.planning.plan import choose
+from subspec.planning.plan import choose, most_texts
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
@@ -248,8 +249,15 @@ def test_host_memory_is_checked_before_anything_swaps():
     assert "\n" not in text
     enough = float(text.split("vram_gib to ")[1].split()[0])
     planned(settings(enough), host_free=10 * GIB)
-    with pytest.raises(ConfigError, match=r"9\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"):
-        planned(settings(8.0, ram_gib=9.0), host_free=64 * GIB)
+    beyond = float(text.split("set offload.ram_gib=")[1].split()[0])
+    assert planned(settings(8.0, ram_gib=beyond), host_free=10 * GIB).disk_layers
+    with pytest.raises(
+        ConfigError, match=r"2\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"
+    ) as refusal:
+        planned(settings(8.0, ram_gib=2.0), host_free=64 * GIB)
+    least = float(str(refusal.value).split("at least ")[1].split()[0])
+    least = planned(settings(8.0, ram_gib=least), host_free=64 * GIB)
+    assert least.disk_layers == least.streamed_layers
     planned(settings(8.0, ram_gib=64.0, card="RTX 3090"), host_free=1 * GIB)  # another machine's memory
 
 
@@ -355,3 +363,37 @@ def test_residents_grow_with_the_budget_one_by_one():
     counts = [-1 if decision is None else decision.resident for decision in decisions]
     assert counts == sorted(counts)
     assert set(counts) >= {-1, 0, 1, 5, 20, 28}
+
+
+def test_texts_side_by_side_take_memory_from_resident_layers():
+    plans = [planned(settings(8.0, decoding={"texts": texts}), link_gb_per_s=25.0) for texts in (1, 4, 8)]
+    items = [{item.name: item.bytes for item in plan.items} for plan in plans]
+    for one, four, eight in zip(*(own.items() for own in items), strict=False):
+        if one[0] in ("substitute", "ring", "LM head"):
+            assert one == four == eight
+    rows = [own["KV cache"] / texts for own, texts in zip(items, (1, 4, 8), strict=True)]
+    assert rows[0] > rows[1] == rows[2]  # one text's cache has room for larger chunks of its prompt
+    residents = [len(plan.resident_layers) for plan in plans]
+    assert residents[0] > residents[1] > residents[2] > 0
+    assert [plan.texts for plan in plans] == [1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("draft", "gib", "texts"),
+    [("subspec", 8.0, 8), ("none", 4.0, 8), ("subspec", 24.0, 8), ("subspec", 5.9, None)],
+)
+def test_as_many_texts_as_pay(draft, gib, texts):
+    plan = planned(settings(gib, draft, decoding={"texts": "auto"}), link_gb_per_s=25.0)
+    assert plan.texts == texts or (texts is None and 1 <= plan.texts < 8)
+    assert f"decoding.texts=auto: {plan.texts}" in plan.notes
+
+
+def test_more_texts_do_not_pay_if_nearly_all_layers_leave_the_device():
+    assert most_texts({1: 0, 2: 0, 3: 2, 4: 6}.get) == 2
+    assert most_texts({1: 3, 2: 4}.get) == 2
+    assert most_texts(lambda texts: 10 + texts) == MOST_TEXTS
+
+
+def test_a_refusal_proposes_fewer_texts():
+    with pytest.raises(ConfigError, match=r"set decoding\.texts=[14]"):
+        planned(settings(5.9, decoding={"texts": 8}), link_gb_per_s=25.0)

@@ -224,6 +224,8 @@ def test_a_folder_of_before_counted_its_budget_in_the_allocator(tmp_path: Path) 
 
 def test_a_key_newer_than_the_folder_differs_only_if_it_is_used() -> None:
     assert config_differences({"a": {}}, {"a": {"new": None}}) == []
+    assert config_differences({"decoding": {}}, {"decoding": {"texts": 1}}) == []
+    assert config_differences({"decoding": {}}, {"decoding": {"texts": 2}}) != []
     (difference,) = config_differences({"a": {}}, {"a": {"new": 2}})
     assert difference.startswith("a.new: ")
 

@@ -1,6 +1,6 @@
 // Shared by the kernels for the few rows of a draft level (int4.cu, codebook.cu) and compiled in front of either:
-// loading x, the tensor-core instruction, and the sum over a block's warps. TILES, WARPS and SWIGLU are those of the
-// kernel behind. With HOST_TEST an emulation takes the place of device code.
+// loading x, the tensor-core instruction, and the sum over a block's warps. TILES, WARPS, EIGHTS and SWIGLU are those of
+// the kernel behind. With HOST_TEST an emulation takes the place of device code.
 
 struct __align__(16) Word4 { unsigned x, y, z, w; };
 
@@ -38,26 +38,42 @@ __device__ __forceinline__ void keep_sums(Sums& sums, const float (&acc)[TILES][
   }
 }
 
-// The sums of all warps, for one block of rows of the weight: their activation, or one slice of the output.
-__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int n, long long block, int slice) {
+// The sums of all warps over rows first .. first + 7 of x, for one block of rows of the weight: their activation, or one
+// slice of the output.
+__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int first, int rows, int n, long long block,
+                                           int slice) {
+  const int count = min(8, rows - first);
 #if SWIGLU
   // Tiles alternate gate, up: the activation needs no kernel of its own.
-  for (int e = threadIdx.x; e < TILES * 8 * rows; e += WARPS * 32) {
+  for (int e = threadIdx.x; e < TILES * 8 * count; e += WARPS * 32) {
     const int r = e / (TILES * 8), c = e % (TILES * 8);
     const int gate_row = (c / 16) * 32 + c % 16;
     float gate = 0.f, up = 0.f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
     const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)r * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
+    ((unsigned short*)out)[(long long)(first + r) * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
   }
 #else
-  for (int e = threadIdx.x; e < TILES * 16 * rows; e += WARPS * 32) {
+  for (int e = threadIdx.x; e < TILES * 16 * count; e += WARPS * 32) {
     const int r = e / (TILES * 16), c = e % (TILES * 16);
     float y = 0.f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) y += sums[k][c][r];
-    ((float*)out)[((long long)slice * rows + r) * n + block * TILES * 16 + c] = y;
+    ((float*)out)[((long long)slice * rows + first + r) * n + block * TILES * 16 + c] = y;
   }
 #endif
+}
+
+// The same for 8 * EIGHTS rows of x.
+__device__ __forceinline__ void write_all_sums(Sums* sums, const float (&acc)[EIGHTS][TILES][4], void* out, int first,
+                                               int rows, int n, long long block, int slice) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int e = 0; e < EIGHTS; ++e) {
+    if (e) __syncthreads();  // the eight rows before are written
+    keep_sums(sums[warp], acc[e], lane >> 2, lane & 3);
+    __syncthreads();
+    if (first + 8 * e < rows) write_sums(sums, out, first + 8 * e, rows, n, block, slice);
+  }
 }
