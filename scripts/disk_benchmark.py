@@ -44,9 +44,10 @@ METHODS = {
     "plain": ["draft=none"],
     "chain 4": ["draft=subspec", "tree=chain", "tree.depth=4"],
     "chain 6": ["draft=subspec", "tree=chain", "tree.depth=6"],
+    "adaptive 16x1": ["draft=subspec", "tree=adaptive", "tree.depth=16", "tree.width=1", "tree.min_depth=0"],
     "beam 8x4": ["draft=subspec", "tree=beam", "tree.depth=8", "tree.width=4"],
     "beam 16x4": ["draft=subspec", "tree=beam", "tree.depth=16", "tree.width=4"],
-    "adaptive 16x4": ["draft=subspec", "tree=adaptive", "tree.depth=16", "tree.width=4"],
+    "adaptive 16x4": ["draft=subspec", "tree=adaptive", "tree.depth=16", "tree.width=4", "tree.min_depth=0"],
 }
 
 PROMPTS = (

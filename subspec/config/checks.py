@@ -44,7 +44,11 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level yields the draft's probabilities"),
+    (
+        "tree.min_depth",
+        _NOT_NEGATIVE,
+        "must not be negative (0: nothing is drafted while plain decoding is faster)",
+    ),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     ("draft.proposed", lambda value: 1 <= value <= 64, "must lie in 1..64"),
@@ -148,10 +152,9 @@ def check_values(config: Config) -> None:
     if quantizes(config):
         check_quant(config.quant)
     tree = config.tree
-    if hasattr(tree, "min_depth") and config.draft.name != "none" and tree.min_depth > tree.depth:
-        raise ConfigError(
-            f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
-        )
+    least = getattr(tree, "min_depth", None) or 0
+    if config.draft.name != "none" and least > tree.depth:
+        raise ConfigError(f"tree.min_depth={least} exceeds tree.depth={tree.depth}: lower the former")
     _check_execution(config)
     _check_lengths(config)
     if config.benchmark.source is Source.file and not config.benchmark.path:

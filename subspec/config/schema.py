@@ -203,15 +203,16 @@ class BeamTreeConfig(TreeConfig):
 class AdaptiveTreeConfig(BeamTreeConfig):
     """A beam that stops when the expected gain of another level is below its cost.
 
-    ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_width`). ``level_cost``: time of a draft
+    ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_tree`). ``level_cost``: time of a draft
     level in units of a verification pass; null measures it while running. ``check_every``: levels between two checks of
-    the draft's probabilities. ``min_depth``: levels always drafted.
+    the draft's probabilities. ``min_depth``: levels always drafted; 0: none while plain decoding is faster, and a
+    level's price includes its rows in the pass; null: 0 on a CPU, 1 on a GPU.
     """
 
     width: int | None = None
     level_cost: float | None = None
     check_every: int = 1
-    min_depth: int = 1
+    min_depth: int | None = None
 
 
 @dataclass

@@ -42,7 +42,7 @@ POLICIES: dict[type[TreeConfig], Callable[[Any], TreePolicy]] = {
         tree.width,
         level_cost=tree.level_cost,
         check_every=tree.check_every,
-        min_depth=tree.min_depth,
+        min_depth=1 if tree.min_depth is None else tree.min_depth,
     ),
     Eagle2TreeConfig: lambda tree: Eagle2(tree.depth, tree.width, tree.total_tokens),
 }

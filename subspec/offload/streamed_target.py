@@ -86,6 +86,7 @@ class StreamedTarget(TargetModel):
 
     def facts(self) -> dict[str, Any]:
         return {
+            **super().facts(),
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "resident_layers": self.resident_layers,
             **({} if self.disk is None else {"disk": self.disk.facts()}),

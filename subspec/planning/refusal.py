@@ -170,7 +170,7 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
             if depth >= SHALLOWEST:
                 extra = (
                     {"min_depth": depth}
-                    if isinstance(tree, AdaptiveTreeConfig) and tree.min_depth > depth
+                    if isinstance(tree, AdaptiveTreeConfig) and (tree.min_depth or 0) > depth
                     else {}
                 )
                 yield changed("tree", depth=depth, **extra)

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
-from subspec.config.defaults import fill_width
+from subspec.config.defaults import fill_tree
 from subspec.config.enums import Codec
 from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig, to_config
 from subspec.drafts.check_config import check_against_target, check_config
@@ -66,7 +66,7 @@ def resolve(cfg: DictConfig, console: RunConsole) -> tuple[Config, torch.device,
     config = to_config(cfg)
     check_config(config)
     device = resolve_device(config.device)
-    fill_width(cfg, device.type)
+    fill_tree(cfg, device.type)
     config = to_config(cfg)
     with about("target"):
         model = load_target_config(config.target, note=console.note)

@@ -49,9 +49,11 @@ def over_plain(totals: Mapping[str, Any]) -> str:
     if not totals["speedup_over_plain"]:
         return ""
     passes, seconds = totals["plain_tokens"], totals["plain_s"]
+    alone = totals["iterations"] - (totals["drafted_by_depth"] or [0])[0]
+    paused = f"; {alone} of {totals['iterations']} passes drafted nothing" if alone else ""
     return (
         f"{totals['speedup_over_plain']:.2f} times as fast as plain decoding by the same target, timed behind the "
-        f"texts: {passes} tokens at {passes / seconds:.2f} tokens/s"
+        f"texts: {passes} tokens at {passes / seconds:.2f} tokens/s{paused}"
     )
 
 

@@ -98,7 +98,7 @@ CHECKS = {
         "tree=adaptive tree.min_depth=17",
         r"tree\.min_depth=17 exceeds tree\.depth=16: lower the former",
     ),
-    "no first level": ("tree=adaptive tree.min_depth=0", r"tree\.min_depth=0 must be at least 1"),
+    "negative least depth": ("tree=adaptive tree.min_depth=-1", r"tree\.min_depth=-1 must not be negative"),
     "unpacked and streamed": (
         "plan_only=true offload=stream draft.unpack=always",
         r"draft\.unpack=always is for single modules, .*leave draft\.unpack at auto",

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from subspec.benchmarks import TASKS
 from subspec.config.checks import RANGES, check_keys, quantizes
-from subspec.config.defaults import fill_width
+from subspec.config.defaults import fill_tree
 from subspec.config.effective import effective
 from subspec.config.help_text import (
     GROUPS,
@@ -118,7 +118,7 @@ def test_every_option_composes_and_validates(group, name):
 )
 def test_the_default_tree_depends_on_where_the_target_is(overrides, depth, width):
     cfg = composed(*overrides)
-    fill_width(cfg, to_plain(cfg)["device"])
+    fill_tree(cfg, to_plain(cfg)["device"])
     tree = to_config(cfg).tree
     assert (tree.depth, getattr(tree, "width", 1)) == (depth, width)
     assert tree.name == next((text[5:] for text in overrides if text.startswith("tree=")), "adaptive")
