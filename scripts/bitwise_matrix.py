@@ -10,6 +10,7 @@ found anything but equal bits.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -36,6 +37,8 @@ DECODING = {
     "greedy": ["decoding=greedy"],
     "sampling": ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_p=0.95"],
 }
+HEADS = {"eagle3": "eagle2", "block_head": "eagle2", "prompt_lookup": "chain"}
+"""Drafts that take one tree each, with the whole target."""
 BENCHMARKS = {"mt_bench": "mt_bench.jsonl", "gsm8k": "gsm8k_test.jsonl"}
 
 
@@ -49,33 +52,38 @@ class Job:
 
 
 def jobs(rows: int, slow_rows: int) -> list[Job]:
-    """Every draft and tree; drafts that run module by module take ``slow_rows`` rows and come first."""
+    """Every draft and tree; ``layer_skip`` and streamed modules take ``slow_rows`` rows."""
     found = []
     for decoding, how in DECODING.items():
         for benchmark in BENCHMARKS:
             plain = f"{decoding}/{benchmark}/none"
             common = (*how, f"benchmark={benchmark}")
             found.append(Job(plain, plain, (*common, "draft=none", f"benchmark.max_samples={rows}")))
-            for draft in ("subspec", "layer_skip", "small_model", "eagle2"):
-                for tree, shape in TREES.items():
-                    # Streamed, levels are captured graphs, and they take trees that grow whole levels.
-                    streamed = tree != "eagle2" or draft == "eagle2"
-                    place = (
-                        ["offload=stream", "offload.vram_gib=1.5", "offload.resident_layers=4"]
-                        if streamed
-                        else []
-                    )
-                    if streamed and draft != "subspec":
-                        place.append("offload.codec=none")
-                    if streamed and draft == "layer_skip":
-                        place[2] = "draft.keep=8"
-                    captured = streamed and draft in ("subspec", "layer_skip")
-                    count = rows if captured else min(rows, slow_rows)
-                    arguments = (*common, f"draft={draft}", *shape, *place, f"benchmark.max_samples={count}")
-                    found.append(Job(f"{decoding}/{benchmark}/{draft}-{tree}", plain, arguments))
-            whole = (*common, "draft=eagle2", "tree=eagle2", f"benchmark.max_samples={min(rows, slow_rows)}")
-            found.append(Job(f"{decoding}/{benchmark}/eagle2-whole", plain, whole))
-    return sorted(found, key=lambda job: f"benchmark.max_samples={slow_rows}" not in job.arguments)
+            for draft, tree in itertools.product(("subspec", "layer_skip", "small_model", "eagle2"), TREES):
+                # Half the layers of a model this small propose nothing: every token is a pass over the link.
+                count = min(rows, slow_rows) if draft == "layer_skip" else rows
+                found.append(_drafted(draft, tree, common, plain, count))
+                if draft == "eagle2" or (draft == "small_model" and tree != "eagle2"):
+                    found.append(_drafted(draft, tree, common, plain, slow_rows, streamed=True))
+            found += [_drafted(draft, tree, common, plain, rows) for draft, tree in HEADS.items()]
+    return sorted(found, key=lambda job: "layer_skip" not in job.name)  # the slowest first
+
+
+def _drafted(
+    draft: str, tree: str, common: tuple[str, ...], plain: str, rows: int, *, streamed: bool = False
+) -> Job:
+    """A run with a draft; its captured levels are streamed where the tree allows it."""
+    captured = draft in ("subspec", "layer_skip") and tree != "eagle2"
+    place: tuple[str, ...] = ()
+    if captured or streamed:
+        place = ("offload=stream", "offload.vram_gib=1.5", "offload.resident_layers=4")
+        if draft != "subspec":
+            place = (*place, "offload.codec=none")
+        if draft == "layer_skip":
+            place = (*place[:2], "draft.keep=8", *place[3:])
+    name = f"{plain.removesuffix('none')}{draft}-{tree}{'-streamed' if streamed else ''}"
+    arguments = (*common, f"draft={draft}", *TREES[tree], *place, f"benchmark.max_samples={rows}")
+    return Job(name, plain, arguments)
 
 
 def run(job: Job, options: argparse.Namespace) -> float:
@@ -123,7 +131,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--rows", type=int, default=15, help="of each of the two files")
     parser.add_argument(
-        "--slow-rows", type=int, default=3, help="of each, for drafts without captured levels"
+        "--slow-rows",
+        type=int,
+        default=2,
+        help="of each, for layer_skip and for streamed drafts without captured levels",
     )
     parser.add_argument("--jobs", type=int, default=4, help="processes side by side")
     parser.add_argument("--only", default="", help="runs whose name holds this, and plain decoding")

@@ -96,15 +96,16 @@ def settings(name: str, files: Iterable[str], **macros: Iterable[int]) -> list[C
 
 
 FEW_ROWS, RESTORE = "few_rows.cu", "restore.cu"
-TILES, WARPS, BITS, BOTH = (2, 4), (4, 8), (4, 3, 2), (0, 1)
+TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 
 CUDA = [
     *settings(
-        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, COLUMNS=(1, 2, 3), PLANES=(1, 2), SWIGLU=BOTH,
+        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2), SWIGLU=BOTH,
         OVERLAP=BOTH,
     ),
     *settings(
-        "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,), SWIGLU=BOTH
+        "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,),
+        EIGHTS=EIGHTS, SWIGLU=BOTH,
     ),
     *settings("restore_integers", [RESTORE, "restore_integers.cu"], WIDTH=(8, *BITS)),
     *settings("restore_codebook", [RESTORE, "restore_codebook.cu"]),

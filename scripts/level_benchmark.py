@@ -8,6 +8,7 @@ for some ten seconds per shape.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -15,7 +16,11 @@ from collections.abc import Mapping
 import torch
 from kernel_benchmark import DEVICE, SHAPES, levels, memory_bandwidth, random_model, role_shapes
 
-from subspec.levels.model import Attention
+from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.tree import Tree
+from subspec.kernels.timing import graph_time
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.levels.model import Attention, LevelModel
 from subspec.quant.codebook_linear import HiggsFormat
 from subspec.quant.gemlite import GemLite
 from subspec.quant.hqq import HqqFormat
@@ -58,11 +63,31 @@ def fastest(
     return best, times
 
 
+def pass_ms(model: LevelModel, layers: int, rows: int) -> float:
+    """Milliseconds of a captured pass over ``rows`` nodes behind a prefix of 512 tokens, logits included."""
+    cache = KVCache(
+        layers=layers, kv_heads=model.kv_heads, head_dim=model.head_dim, max_length=1024, draft_rows=rows + 1,
+        target_rows=0, dtype=torch.bfloat16, device=DEVICE,
+    )  # fmt: skip
+    cache.rows.normal_()
+    cache.extend(512)
+    draft, tree = CapturedDraft(model), Tree(rows + 1, DEVICE)
+    draft.begin(cache)
+    root = tree.plant(torch.tensor([17], device=DEVICE))
+    tokens = torch.arange(rows, device=DEVICE)
+    nodes = tree.append(tokens, root.expand(rows), torch.zeros(rows, device=DEVICE))
+    draft.expand(tree, nodes)
+    return graph_time(lambda: draft._level(tree, draft._place(tree, rows), None)) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2_5_7b")
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--width", type=int, default=6)
+    parser.add_argument(
+        "--rows", help="instead: passes over these numbers of rows, like 6,32,64, without growth"
+    )
     parser.add_argument("--gemlite", action="store_true")
     parser.add_argument("--json", help="rewritten after every format")
     options = parser.parse_args()
@@ -84,20 +109,29 @@ def main() -> None:
                 json.dump(result, file, indent=1)
 
     with torch.inference_mode():
-        for text in options.formats.split(","):
+        wide = [int(rows) for rows in (options.rows or str(options.width)).split(",")]
+        for text, width in itertools.product(options.formats.split(","), wide):
             started = time.perf_counter()
             own, head = parse(text)
             formats: dict[str, WeightFormat] = {role: own for role in shapes if role != "head"}
             if head is not None:
                 formats["head"] = head
-            variants, times = fastest(formats, shapes, options.width)
+            variants, times = fastest(formats, shapes, width)
             model = random_model(
                 hidden, inter, heads, kv, dim, vocab, layers,
-                shapes=shapes, formats=formats, width=options.width, variants=variants,
+                shapes=shapes, formats=formats, width=width, variants=variants,
             )  # fmt: skip
+            if options.rows:
+                ms, best = pass_ms(model, layers, width), {r: times[r][str(v)] for r, v in variants.items()}
+                result["formats"][f"{text} {width} rows"] = {"ms": ms, "us": best}
+                print(f"{text}, {width} rows: {ms:.3f} ms; {best}; {time.perf_counter() - started:.0f} s")
+                del model
+                torch.cuda.empty_cache()
+                keep()
+                continue
             bytes_ = sum(formats[role].device_bytes(*shapes[role]) for role in formats if role != "head")
             weights = sum(n * k for role, (n, k) in shapes.items() if role != "head")
-            measured = levels(model, layers, options.width, lengths=(512,), slices=(Attention().splits,))
+            measured = levels(model, layers, width, lengths=(512,), slices=(Attention().splits,))
             result["formats"][text] = {
                 "bits_per_weight": 8 * bytes_ / weights,
                 "kernels": {role: str(variant) for role, variant in variants.items()},

@@ -11,6 +11,7 @@ from subspec import __version__
 COMMANDS = {
     "run": "subspec.run",
     "chat": "subspec.cli.chat",
+    "serve": "subspec.cli.serve",
     "predict": "subspec.cli.predict",
     "report": "subspec.report.__main__",
 }
@@ -19,6 +20,7 @@ SubSpec {__version__}: lossless speculative decoding of models that do not fit i
 
   python -m subspec run       one run or a sweep (run --help lists groups and keys)
   python -m subspec chat      talk to a model, and see its speed
+  python -m subspec serve     a model behind the OpenAI API
   python -m subspec predict   tokens per second on a card, before anything is loaded
   python -m subspec report    tables and plots of runs; report compare: are two texts identical?
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
-from subspec.config.defaults import whole_width
+from subspec.config.defaults import least_depth, whole_width
 from subspec.config.enums import Cache
 from subspec.config.schema import (
     BlockHeadDraftConfig,
@@ -111,9 +111,9 @@ def build_engine(
             model; ``layer_skip``: half of the model's own layers; ``prompt_lookup``: continuations found in the text;
             ``none``: plain decoding, one pass per token.
         draft_path: folder or hub id of the small model or the head; None: the one that ships with the project for
-            SmolLM2-135M-Instruct (none for ``eagle3``, ``block_head`` and ``pard``).
+            SmolLM2-135M-Instruct (none for ``pard``).
         quantizer: of the substitute; None: HQQ, 4 bits, groups of 64.
-        tree_policy: the draft tree's shape; None: ``Adaptive(16, 4)``, on a CPU ``Adaptive(16, 1)``.
+        tree_policy: the draft tree's shape; None: ``Adaptive(16, 4)``, on a CPU ``Adaptive(16, 1, min_depth=0)``.
         draft_temperature: sharpens the draft tree; does not touch the output. None: 0.2 for the substitute, else 1.
         sampling: None: greedy. Settings in ``model.generation_config`` are not applied; a warning names those that
             would change the output.
@@ -171,7 +171,8 @@ def build_engine(
         offload=OffloadConfig(name="none"),
     )
     with _argument_names():
-        policy = tree_policy or Adaptive(16, whole_width(target.device.type))
+        kind = target.device.type
+        policy = tree_policy or Adaptive(16, whole_width(kind), min_depth=least_depth(kind))
         return assemble(config, target, policy=policy, sampling=sampling, quantizer=quantizer).engine
 
 

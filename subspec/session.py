@@ -161,14 +161,14 @@ def assemble_streamed(
     device: torch.device,
     note: Note = print_note,
     *,
-    stored: Sequence[StoredLayer] | None = None,
+    stored: Sequence[StoredLayer] = (),
 ) -> Assembly:
     """Load a target as ``plan`` says and build an engine around it.
 
     Args:
         source: of the exact weights.
         plan: of :func:`plan_for`.
-        stored: all layers in files, for a plan that streams them from there.
+        stored: layers of the plan's that stream from files as they are.
         note: as of :func:`assemble`.
     """
     # While the device is empty: the first run on a GPU measures kernels.
@@ -381,8 +381,9 @@ def free_device(device: torch.device) -> None:
     """Release the memory of an earlier run of this process, its cap and its peaks."""
     if device.type != "cuda":
         return
-    bytes_of_others(index_of(device))  # known only while this process holds nothing
+    index = index_of(device)  # the fraction needs a number
+    bytes_of_others(index)  # known only while this process holds nothing
     gc.collect()  # modules refer to each other
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    torch.cuda.set_per_process_memory_fraction(1.0, index)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -104,7 +104,10 @@ def test_half_of_the_layers_draft(model):
         ({"draft": "none", "draft_path": "{root}/eagle2"}, r"draft=none has no weights of its own"),
         ({"draft": "eagle2", "draft_path": "{root}/nowhere"}, r"draft_path=.*nowhere: no such folder"),
         ({"draft": "eagle2", "draft_path": "{root}/wide"}, r"hidden size 48, and LlamaForCausalLM has 64"),
-        ({"draft": "eagle2"}, r"the shipped EAGLE head is a head for targets of hidden size 576"),
+        (
+            {"draft": "eagle2"},
+            r"the shipped EAGLE-1 or EAGLE-2 head is a head for targets of hidden size 576",
+        ),
         ({"draft": "small_model"}, r"small model \(49152 tokens\) and target LlamaForCausalLM \(320"),
         (
             {"draft": "small_model", "draft_path": "{root}/other"},

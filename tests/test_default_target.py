@@ -124,6 +124,8 @@ DRAFTS = {
     "higgs": (["draft=subspec", "quant=higgs", *SHALLOW], 2.5),
     "eagle2": (["draft=eagle2", "tree=eagle2"], 1.8),
     "eagle2 beam": (["draft=eagle2", *SHALLOW], 1.5),
+    "eagle3": (["draft=eagle3", "tree=eagle2"], 1.5),
+    "block_head": (["draft=block_head", "tree=eagle2", "tree.depth=7"], 1.3),
     "small_model": (["draft=small_model", *SHALLOW], 1.5),
     "small_model adaptive": (["draft=small_model", "tree=adaptive", "tree.depth=8"], 1.3),
     "layer_skip": (["draft=layer_skip", "tree=chain", "tree.depth=2"], 1.0),
@@ -144,7 +146,7 @@ def test_every_draft_passes_the_audit_and_emits_what_plain_decoding_does(tmp_pat
     assert tau >= least_tau
 
 
-@pytest.mark.parametrize("draft", ["eagle2", "small_model"])
+@pytest.mark.parametrize("draft", ["eagle2", "eagle3", "block_head", "small_model"])
 def test_the_drafts_that_ship_need_no_further_settings(tmp_path, plainly, draft):
     texts, summary = run(tmp_path / "run", f"draft={draft}")
     assert texts == plainly["greedy"]

@@ -39,34 +39,35 @@ def plainly(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
+PARTS = "quant.skip_layers=[1] quant.modules=[mlp] tree=eagle2 tree.total_tokens=20"
+RUNS = [
+    ("draft=none", "greedy"),
+    ("draft=subspec tree=adaptive", "sampling"),
+    (f"draft=subspec {PARTS}", "greedy"),
+    ("draft=prompt_lookup", "sampling"),
+    ("draft=subspec draft.vocab=2000", "greedy"),
+    ("draft=eagle2 draft.path=planted", "sampling"),
+    ("draft=block_head draft.path=planted", "greedy"),
+]
+OTHERS = [(draft, "greedy" if decoding == "sampling" else "sampling") for draft, decoding in RUNS]
+
+
 @pytest.mark.parametrize(
-    "draft",
-    [
-        ["draft=none"],
-        ["draft=subspec", "tree=adaptive"],
-        [
-            "draft=subspec",
-            "quant.skip_layers=[1]",
-            "quant.modules=[mlp]",
-            "tree=eagle2",
-            "tree.total_tokens=20",
-        ],
-        ["draft=prompt_lookup"],
-        ["draft=subspec", "draft.vocab=2000"],
-        ["draft=eagle2", "draft.path=planted"],
-        ["draft=block_head", "draft.path=planted"],
-    ],
-    ids=lambda draft: " ".join(draft[:2]),
+    ("draft", "decoding"), RUNS + [pytest.param(*run, marks=pytest.mark.slow) for run in OTHERS]
 )
 def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, decoding):
-    ran = cli(*PLANTED, *STREAM, *draft, f"decoding={decoding}", "audit=true", f"run_dir={tmp_path / 'run'}")
+    options = [*draft.split(), f"decoding={decoding}", "audit=true", f"run_dir={tmp_path / 'run'}"]
+    ran = cli(*PLANTED, *STREAM, *options)
     assert ran.code == 0, ran.err
     assert [record["token_ids"] for record in records_of(tmp_path / "run")] == plainly[decoding]
     summary = summary_of(tmp_path / "run")
     totals, facts = summary["totals"], summary["run"]
     assert summary["audit"]["mismatch"] == 0
-    assert facts["disk"].keys() == {"direct", "file_system", "files", "file"}
+    assert facts["disk"].keys() == {
+        "layers", "bytes_per_pass", "gb_per_s", "direct", "file_system", "files", "file",
+    }  # fmt: skip
+    assert facts["disk"]["gb_per_s"] == facts["link_gb_per_s"]
+    assert facts["disk"]["bytes_per_pass"] == facts["streamed_bytes_per_pass"]
     assert (
         facts["streamed_bytes_per_pass"]
         == totals["bytes_per_pass"]
@@ -77,7 +78,7 @@ def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, deco
     assert "no link to hide behind" not in ran.out
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert "disk 30 GiB" in method_label(config, facts)
-    if draft[0] == "draft=subspec" and "vocab" not in draft[1]:
+    if "subspec" in draft and "vocab" not in draft:
         assert totals["tau"] > 2
 
 

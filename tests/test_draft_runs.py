@@ -56,12 +56,17 @@ KINDS = {
 
 
 def every_run():
-    """A greedy beam and a sampled EAGLE-2 tree for every draft; the other combinations are slow tests."""
+    """A greedy beam or a sampled EAGLE-2 tree for every draft, both for one; other combinations are slow tests."""
     for draft in KINDS:
         for tree in TREES:
             for decoding in ("greedy", "sampling"):
-                default = (tree, decoding) in [("beam", "greedy"), ("eagle2", "sampling")]
-                default = default or (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
+                default = (tree, decoding) == ("beam", "greedy") and draft in ("hqq", "small_model", "pard")
+                default |= (tree, decoding) == ("eagle2", "sampling") and draft in (
+                    "hqq",
+                    "higgs",
+                    "layer_skip",
+                )
+                default |= (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
                 yield pytest.param(draft, tree, decoding, marks=[] if default else [pytest.mark.slow])
 
 
@@ -213,7 +218,7 @@ def test_what_cannot_draft_is_refused_in_one_line(tmp_path, overrides, line):
 
 def test_a_draft_that_is_never_accepted_is_noted(tmp_path, monkeypatch):
     """A head of random weights, which proposes nothing that the target would say."""
-    monkeypatch.setattr("subspec.runs.runner.ENOUGH_PASSES", 5)
+    monkeypatch.setattr("subspec.runs.notes.ENOUGH_PASSES", 5)
     never = ["draft=eagle2", "draft.path=planted", "tree=chain"]
     out, _, summary = run(tmp_path / "never", *never)
     assert summary["totals"]["tau"] == 1

@@ -53,6 +53,23 @@ def test_a_row_per_draft_says_whether_its_tokens_are_plain_decodings(drafts, tmp
     assert "DIFFERENT in 1 of 2 turns" in capsys.readouterr().out
 
 
+def test_the_shelf_has_a_row_per_draft_over_all_benchmarks(tmp_path, capsys):
+    shelf = module_of(ROOT / "experiments" / "drafts" / "shelf.py")
+    for draft, tau in (("none", 1), ("eagle2", 3)):
+        for benchmark, count in (("gsm8k", 1), ("mt_bench", 2)):
+            records = same_text(turns([9.0] * count, draft=draft, tau=tau))
+            write_run(tmp_path / benchmark / draft, records, config_of(draft))
+    assert shelf.main(tmp_path, []) == 0
+    header, *_, line = capsys.readouterr().out.splitlines()
+    assert "tau, gsm8k (turns) | tau, mt_bench (turns) | tau, all" in header
+    cells = "| eagle2, beam 3x2 | 3.00 (1) | 3.00 (2) | 3.00 | 1.00, 0.81, 0.48 | identical, 9 of 9 |"
+    assert line == cells
+    records[1]["token_ids"] = [7, 8, 10]
+    write_run(tmp_path / "mt_bench" / "eagle2", records, config_of("eagle2"))
+    assert shelf.main(tmp_path, ["eagle2"]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_is_compared_as_far_as_it_came(drafts, tmp_path, capsys):
     plain = write_run(tmp_path / "plain", same_text(turns([9.0], draft="none", tau=1)), config_of("none"))
     records = same_text(turns([9.0, 9.0]))

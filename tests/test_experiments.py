@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from subspec.config.help_text import options
-from subspec.config.schema import HubTargetConfig, PlantedTargetConfig, Source, to_config
+from subspec.config.schema import HubTargetConfig, PlantedTargetConfig, Source
 from subspec.sweeps.command_line import is_table
 from subspec.utils.paths import conf_dir
-from tests.config.test_config import composed
+from tests.config.test_config import validated
 
 FOLDER = conf_dir() / "experiment"
 NAMES = [name for name, _ in options(conf_dir(), "experiment")]
@@ -39,7 +39,7 @@ PAPER = {
 
 @functools.cache
 def experiment(name):
-    return to_config(composed(f"experiment={name}"))
+    return validated(f"experiment={name}")
 
 
 def rows_of(table):
@@ -109,6 +109,7 @@ def test_planted_twins_are_twins(twin):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_name_rows_and_benchmarks_that_exist(name):
+    experiment(name)
     text = (FOLDER / f"{name}.yaml").read_text()
     assert f"# python -m subspec.run experiment={name}\n" in text
     params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]

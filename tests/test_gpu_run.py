@@ -7,12 +7,16 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from subspec.kernels import launch
+from subspec.offload import disk
+from subspec.planning import plan
 from subspec.report.compare import compare
+from subspec.runs import loading
 from tests.helpers.cli import cli, command, records_of, summary_of
 
 pytestmark = pytest.mark.gpu
@@ -166,6 +170,7 @@ def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
         "small_model": ["draft=small_model", "draft.path=planted:tiny_draft", *STREAM],
         "eagle2": ["draft=eagle2", "draft.path=planted", "tree=eagle2", *STREAM],
         "block_head": ["draft=block_head", "draft.path=planted", "tree=eagle2", *STREAM],
+        "prompt_lookup": ["draft=prompt_lookup", "tree=eagle2", *STREAM],
         "pard": ["draft=pard", "draft.path=planted:tiny_draft", *STREAM],
     }
     for name, extra in runs.items():
@@ -176,6 +181,69 @@ def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
         found = compare(plain, folder)
         assert len(found.turns["identical"]) == len(records_of(plain)), f"{name}: {found.differences}"
         assert not found.differences, name
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    """Every second streamed layer is read from the disk, as if host memory held no more of them."""
+
+    def tiers(layout, decision, limit):
+        return replace(decision, disk=(layout.spec.layers - decision.resident) // 2, in_files=True)
+
+    monkeypatch.setattr(plan, "_tiers", tiers)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["draft=none"],
+        ["draft=subspec", "offload.codec=none"],
+        ["draft=subspec", "offload.codec=substitute"],
+        ["draft=subspec", "offload.codec=substitute", "quant=higgs", "tree=adaptive", "decoding=sampling"],
+        ["draft=none", "offload.codec=substitute"],
+    ],
+    ids=lambda extra: " ".join(extra),
+)
+def test_layers_from_a_disk_change_no_token(tmp_path, monkeypatch, extra, on_disk):
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    tiered = tmp_path / "tiered"
+    for start in range(2):  # the second one finds the files
+        folder = tiered if start else tmp_path / "first"
+        ran = cli(*TINY, *STREAM, *extra, "offload.ram_gib=64", "audit=true", f"run_dir={folder}")
+        assert ran.code == 0, ran.err
+        summary = summary_of(folder)
+        passed_bit_for_bit(summary)
+        facts = summary["run"]
+        assert len(facts["disk"]["layers"]) == 3
+        assert facts["disk"]["gb_per_s"] > 0
+        assert facts["slower_link"] in ("disk", "link")
+        assert summary["totals"]["link_gb_per_s"] == facts["link_gb_per_s"]
+    monkeypatch.undo()
+    pinned = tmp_path / "pinned"
+    assert cli(*TINY, *STREAM, *extra, f"run_dir={pinned}").code == 0
+    found = compare(pinned, tiered)
+    assert not found.differences
+    assert len(found.turns["identical"]) == len(records_of(pinned)) > 0
+
+
+@pytest.mark.parametrize("codec", ["none", "substitute"])
+def test_a_file_cut_off_while_a_run_streams_it_ends_the_run_in_one_line(
+    tmp_path, monkeypatch, on_disk, codec
+):
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
+    read, calls = os.preadv, iter(range(10_000))
+
+    def cutting(fd, buffers, offset):
+        if next(calls) == 30:
+            for kind in ("*.bin", "*.coded"):
+                for file in (tmp_path / "cache").rglob(kind):
+                    os.truncate(file, 4096)
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(loading, "measure_disk", lambda layers, slots: 1.0)
+    monkeypatch.setattr(disk.os, "preadv", cutting)
+    ran = cli(*TINY, *STREAM, f"offload.codec={codec}", "offload.ram_gib=64", f"run_dir={tmp_path / 'run'}")
+    ran.refused(1, r"layer_\d+\.\w+ .*(cut off|changed)")
 
 
 def test_without_bitwise_the_devices_library_computes(tmp_path):

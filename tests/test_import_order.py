@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "subspec"
 ORDER = (
     *("errors", "utils", "config", "kernels", "quant", "store", "decoding", "targets", "levels", "codec"),
     *("offload", "memory", "drafts", "planning", "session", "api", "benchmarks", "records", "report", "runs"),
-    *("sweeps", "cli"),
+    *("sweeps", "serve", "cli"),
 )
 """A package imports from itself and from those before it."""
 
-ENTRANCES = {"__init__": "cli", "__main__": "cli", "run": "cli", "chat": "cli", "predict": "cli"}
+ENTRANCES = dict.fromkeys(("__init__", "__main__", "run", "chat", "serve.__main__", "predict"), "cli")
 """Modules that only start something: ``python -m subspec.run`` and the names of ``import subspec``."""
 
 

@@ -49,15 +49,6 @@ def test_plain_decoding_has_a_plan_too(tmp_path):
     assert written["link"] == {"gb_per_s": 25.0, "source": "offload.link_gb_per_s"}
 
 
-def test_plans_of_a_sweep_go_to_the_folders_of_its_jobs(tmp_path):
-    target = ["target=planted_qwen2_5_7b", "offload.card=RTX 4090", "offload.vram_gib=8,12"]
-    basic = [f"sweep_dir={tmp_path}", "hydra/launcher=basic"]
-    ran = cli("-m", "plan_only=true", "offload=stream", *target, *basic)
-    assert ran.code == 0, ran.err
-    budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
-    assert budgets == [8 * 2**30, 12 * 2**30]
-
-
 @pytest.mark.parametrize(
     ("row", "head", "kv_heads"),
     [

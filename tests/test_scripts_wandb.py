@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from subspec.config.checks import check_keys
 from subspec.config.schema import to_config
@@ -60,6 +59,8 @@ SWEEP = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text(encodin
 
 def agent_command(place: int) -> list[str]:
     """The command that ``wandb agent`` starts with the first (0) or last (-1) value of every parameter."""
+
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     def value(how):
         return (how.get("values") or ([how["value"]] if "value" in how else [how["min"], how["max"]]))[place]

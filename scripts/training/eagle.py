@@ -1,51 +1,76 @@
-"""Training of an EAGLE head against its target (EAGLE, arXiv 2401.15077, section 4.2), fed its own features.
+"""Training of an EAGLE-2 or EAGLE-3 head against its target, fed its own features.
 
 Row i of a text has the embedding of token i+1 and the target's feature of token i. The head predicts the
-feature of token i+1, and the target's LM head turns it into the distribution of token i+2. While drafting,
+feature of token i+1, and an LM head turns it into the distribution of token i+2. While drafting,
 deeper levels get predicted features instead of the target's. So the head is unrolled for several *passes*
-(harmonized context, HASS, arXiv 2408.15766): pass p feeds row i the prediction of pass p-1 in row i-1, and
-attends as a draft at that depth: to the keys of true features up to row i-p, to one key of each pass in
-between, and to its own.
+(harmonized context, HASS, arXiv 2408.15766; training-time test, EAGLE-3, arXiv 2503.01840): pass p feeds row i the
+prediction of pass p-1 in row i-1, and attends as a draft at that depth: to the keys of true features up to row i-p, to
+one key of each pass in between, and to its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subspec.decoding.hidden import Hidden, HiddenRequest
 from subspec.drafts.eagle_head import EagleHead, EagleShape
 from training.corpus import move
-from training.losses import soft_cross_entropy
+from training.losses import SampledVocabulary, soft_cross_entropy
 from training.measures import chain_tau, greedy_ranks
 
 
-def shape_for(model: PreTrainedModel, *, kv_heads: int | None, intermediate: int | None) -> EagleShape:
-    """The shape of a target's head: by default the target's attention shape, with a bias at ``fc``."""
+def shape_for(
+    model: PreTrainedModel,
+    kind: type[EagleShape] = EagleShape,
+    *,
+    kv_heads: int | None = None,
+    intermediate: int | None = None,
+    **own: Any,
+) -> EagleShape:
+    """The shape of a target's head: by default the target's attention shape.
+
+    Args:
+        own: the fields that the kind adds.
+    """
     config = model.config
-    return EagleShape(
+    return kind(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=kv_heads or config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         intermediate=intermediate or config.intermediate_size,
-        biases=frozenset({"fc.bias"}),
+        biases=frozenset({"fc.bias"} if kind is EagleShape else ()),
         eps=config.rms_norm_eps,
         rope=dict(config.rope_parameters),
         max_positions=config.max_position_embeddings,
+        **own,
     )
 
 
 @torch.no_grad()
-def balance_inputs(head: EagleHead, embedding: Tensor, features: Tensor) -> None:
-    """Scale the initial ``fc`` so that embedding and feature contribute equally, together with variance 1.
+def target_states(model: PreTrainedModel, ids: Tensor, wants: HiddenRequest) -> tuple[Tensor, Tensor]:
+    """The target's states after its final norm [rows, length, H], and those in ``wants`` [rows, length, width]."""
+    out = model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=bool(wants.layers))
+    layers = {layer: out.hidden_states[layer + 1] for layer in wants.layers}
+    wanted = wants.select(Hidden(out.last_hidden_state, layers))
+    assert wanted is not None
+    return out.last_hidden_state, wanted
+
+
+@torch.no_grad()
+def balance_inputs(head: EagleHead, inputs: Sequence[Tensor]) -> None:
+    """Scale the initial ``fc`` so that its inputs contribute equally, together with variance 1.
 
     Args:
-        embedding: the table [vocabulary, hidden]; features: some of the target's, [n, hidden].
+        inputs: samples [n, width] each of what is concatenated.
     """
-    for half, values in zip(head.fc.weight.chunk(2, dim=1), (embedding, features), strict=True):
-        scale = (2 * half.shape[1] * values.float().square().mean()).rsqrt()
-        half.mul_(scale / half.square().mean().sqrt())
+    for part, values in zip(head.fc.weight.chunk(len(inputs), dim=1), inputs, strict=True):
+        scale = (len(inputs) * part.shape[1] * values.float().square().mean()).rsqrt()
+        part.mul_(scale / part.square().mean().sqrt())
 
 
 def pass_mask(rows: int, number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -64,7 +89,7 @@ def unroll(
 
     Args:
         embeddings: [batch, n, hidden], of token i+1 in row i.
-        features: [batch, n, hidden], the target's, of token i.
+        features: [batch, n, hidden], the target's (:meth:`EagleHead.fuse`), of token i.
         passes: their number; pass p is meaningful from row p-1 on.
         noise: added to ``features`` in the first pass.
 
@@ -80,7 +105,7 @@ def unroll(
     predicted: list[Tensor] = []
     fed = features if noise is None else features + noise
     for number in range(1, passes + 1):
-        x = head.fc(torch.cat([embeddings, fed.to(embeddings.dtype)], dim=-1))
+        residual, x = head.combine(embeddings, fed.to(embeddings.dtype))
         cos, sin = head.rotary(x, positions)
         query, key, value = attention.project(x, cos, sin)
         keys.append(key.repeat_interleave(groups, dim=1))
@@ -95,7 +120,7 @@ def unroll(
                 torch.cat(values, dim=2),
                 attn_mask=pass_mask(rows, number, query.dtype, device)[None, None],
             )
-        x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
+        x = residual + attention.o_proj(attended.transpose(1, 2).flatten(2))
         out = x + layer.mlp(layer.post_attention_layernorm(x))
         predicted.append(out)
         fed = torch.cat([features[:, :1].to(out.dtype), out[:, :-1]], dim=1)
@@ -104,7 +129,7 @@ def unroll(
 
 @dataclass
 class EagleLesson:
-    """An EAGLE head learns its target's next distributions.
+    """An EAGLE-2 or EAGLE-3 head learns its target's next distributions.
 
     Attributes:
         target: in eval mode; its forward pass is part of every step.
@@ -113,6 +138,7 @@ class EagleLesson:
         decay: weight of each further pass against the one before.
         regression: weight of the smooth L1 distance of features beside the cross-entropy.
         noise: half-width of the uniform noise on the target's features.
+        vocabulary: of the losses; None: every id.
         dtype: of the head's arithmetic.
     """
 
@@ -122,24 +148,35 @@ class EagleLesson:
     decay: float = 0.9
     regression: float = 0.1
     noise: float = 0.0
+    vocabulary: SampledVocabulary | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.table = self.target.get_input_embeddings()
         self.head_weight = self.target.get_output_embeddings().weight
+        self.wants = self.module.shape.wants(self.target.config)
 
-    @torch.no_grad()
-    def features(self, ids: Tensor) -> Tensor:
-        """The target's hidden states after its final norm, [rows, length, hidden]."""
-        return self.target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-
-    def _predict(
-        self, ids: Tensor, features: Tensor, passes: int, noise: Tensor | None = None
-    ) -> list[Tensor]:
+    def _predict(self, ids: Tensor, states: Tensor, passes: int, noise: Tensor | None = None) -> list[Tensor]:
         bf16 = self.dtype is torch.bfloat16
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             embeddings = self.table(ids[:, 1:-1]).to(self.dtype)
-            return unroll(self.module, embeddings, features[:, :-2].to(self.dtype), passes, noise)
+            features = self.module.fuse(states[:, :-2].to(self.dtype))
+            return unroll(self.module, embeddings, features, passes, noise)
+
+    def _own_ids(self) -> Tensor | None:
+        """The target's ids in the head's own vocabulary; None: it uses the target's LM head."""
+        d2t = self.module.d2t
+        return None if d2t is None else d2t + torch.arange(len(d2t), device=d2t.device)
+
+    def _weights(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The LM heads of the draft and of the target for the ids of a loss, and the shift of their logits."""
+        if (own := self._own_ids()) is not None:
+            return self.module.lm_head.weight, self.head_weight[own], None
+        if self.vocabulary is None:
+            return self.head_weight, self.head_weight, None
+        ids, shift = self.vocabulary.draw(generator)
+        weight = self.head_weight[ids]
+        return weight, weight, shift
 
     def loss(
         self, ids: Tensor, learn: Tensor, generator: torch.Generator
@@ -151,21 +188,25 @@ class EagleLesson:
         judged[:, : self.passes - 1] = False
         batch, row = (move(index, self.head_weight.device) for index in judged.nonzero(as_tuple=True))
         ids = move(ids, self.head_weight.device)
-        features = self.features(ids)
+        final, states = target_states(self.target, ids, self.wants)
         noise = None
         if self.noise:
-            noise = torch.empty_like(features[:, :-2], dtype=self.dtype)
+            noise = torch.empty_like(self.table(ids[:, :-2]), dtype=self.dtype)
             noise.uniform_(-self.noise, self.noise, generator=generator)
-        predicted = self._predict(ids, features, self.passes, noise)
-        mine = torch.stack([out[batch, row] for out in predicted])
-        true = features[batch, row + 1]
-        cross, right = soft_cross_entropy(mine, self.head_weight, true, self.head_weight, self.dtype)
-        distance = torch.stack([nn.functional.smooth_l1_loss(out.float(), true.float()) for out in mine])
-        weights = self.decay ** torch.arange(self.passes, device=ids.device)
-        loss = ((cross + self.regression * distance) * weights).sum() / weights.sum()
-        figures = {"distance": distance.detach().mean()}
-        for index in range(self.passes):
-            figures[f"top1@{index + 1}"] = right[index]
+        predicted = self._predict(ids, states, self.passes, noise)
+        mine = torch.stack([self.module.finish(out[batch, row]) for out in predicted])
+        true = final[batch, row + 1]
+        mine_weight, true_weight, shift = self._weights(generator)
+        decays = self.decay ** torch.arange(self.passes, device=ids.device)
+        weights = decays[:, None].expand(mine.shape[:2])
+        cross = soft_cross_entropy(mine, mine_weight, true, true_weight, self.dtype, weights, shift)
+        loss, figures = cross.loss, {}
+        if self.regression:
+            distance = torch.stack([nn.functional.smooth_l1_loss(out.float(), true.float()) for out in mine])
+            loss = loss + self.regression * (distance * decays).sum() / decays.sum()
+            figures["distance"] = distance.detach().mean()
+        for index, right in enumerate(cross.right):
+            figures[f"top1@{index + 1}"] = right.float().mean()
         return loss, figures
 
     @torch.inference_mode()
@@ -177,16 +218,11 @@ class EagleLesson:
             part = move(ids[start : start + rows], self.head_weight.device)
             mask = learn[start : start + rows, 2:].clone()
             mask[:, : depth - 1] = False
-            features = self.features(part)
-            predicted = self._predict(part, features, depth)
-            ranks.append(
-                torch.stack(
-                    [
-                        greedy_ranks(out, self.head_weight, features[:, 1:-1], self.head_weight)
-                        for out in predicted
-                    ]
-                )
-            )
+            final, states = target_states(self.target, part, self.wants)
+            outs = [self.module.finish(out) for out in self._predict(part, states, depth)]
+            own, true = self._own_ids(), (final[:, 1:-1], self.head_weight)
+            weight = self.head_weight if own is None else self.module.lm_head.weight
+            ranks.append(torch.stack([greedy_ranks(out, weight, *true, own) for out in outs]))
             judged.append(mask)
         rank, mask = torch.cat(ranks, dim=1).cpu(), torch.cat(judged)
         figures = {}

@@ -6,15 +6,18 @@ from torch import Tensor
 CHUNK = 4096
 
 
-def greedy_ranks(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+def greedy_ranks(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Rank (0: first) that a draft gives to the target's greedy token.
 
     Args:
         hidden, weight: the draft's last states [..., h] and its LM head [vocabulary, h].
         teacher, teacher_weight: the target's [..., H] and [vocabulary, H].
+        ids: int64, the target's ids of a smaller vocabulary of the draft, ascending; None: it has the target's.
 
     Returns:
-        int64 [...].
+        int64 [...]; for a token that the draft does not know, the size of its vocabulary.
     """
     mine, true = hidden.flatten(0, -2), teacher.flatten(0, -2)
     head = weight.to(mine.dtype)
@@ -23,7 +26,12 @@ def greedy_ranks(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight
         part = slice(start, start + CHUNK)
         best = (true[part].to(teacher_weight.dtype) @ teacher_weight.T).argmax(dim=-1, keepdim=True)
         logits = mine[part] @ head.T
-        ranks.append((logits > logits.gather(1, best)).sum(dim=-1))
+        if ids is None:
+            ranks.append((logits > logits.gather(1, best)).sum(dim=-1))
+            continue
+        place = torch.searchsorted(ids, best).clamp(max=len(ids) - 1)
+        rank = (logits > logits.gather(1, place)).sum(dim=-1)
+        ranks.append(torch.where(ids[place[:, 0]] == best[:, 0], rank, len(ids)))
     return torch.cat(ranks).view(hidden.shape[:-1])
 
 

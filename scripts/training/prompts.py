@@ -175,6 +175,20 @@ MATHS = [
     "In a bag are {b} red and {c} blue marbles. What is the probability of drawing a red one?",
     "{p} had {a} {g}, gave away {b}, and then lost half of the rest. How many {g} are left?",
     "The numbers {b}, {c} and {a} are given. What are their sum, mean and largest difference?",
+    "{p} earns {b} dollars an hour and works {c} hours on each of five days. After paying {a} dollars of rent, how "
+    "much is left at the end of the week?",
+    "A shop opens with {a} {g}. It sells {b} in the morning and twice as many in the afternoon, and then gets {c} new "
+    "boxes of ten. How many {g} does it have now?",
+    "{p} saves {b} dollars a week. A bicycle costs {a} dollars, and an uncle gives {c} dollars. How many weeks does "
+    "{p} have to save?",
+    "A class of {b} children collects {c} {g} per child. A third of all is given away. How many {g} remain?",
+    "{p} walks {c} kilometres to school and back on every school day. How far is that in {b} weeks of five days?",
+    "Tickets cost {b} dollars for adults and half of that for children. What do {c} adults and twice as many children "
+    "pay together?",
+    "{p} bakes {a} cookies, eats {c}, and packs the others in bags of {b}. How many full bags are there, and what do "
+    "they bring at 3 dollars each?",
+    "A tank holds {a} litres. It loses {c} litres an hour and is refilled by {b} litres once a day. What is in it "
+    "after two days?",
 ]
 """Word problems: ``p`` a person, ``g`` goods, ``a`` > ``b``, ``c`` numbers."""
 

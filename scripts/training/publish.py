@@ -1,14 +1,45 @@
-"""The common end of both training scripts: train a lesson, write the weights and a model card."""
+"""The common end of the training scripts: train a lesson, write the weights and a model card."""
 
 import argparse
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from subspec.drafts.eagle3_head import D2T
+from subspec.drafts.eagle_head import EagleHead
 from subspec.targets import Target
 from training.corpus import Corpus
 from training.setup import WEIGHTS, card
 from training.trainer import Lesson, Schedule, Trainer
+
+
+def save_head(head: EagleHead, folder: Path, vocab_size: int) -> int:
+    """Write ``model.safetensors`` (bf16) and ``config.json`` of a head; bytes of the former.
+
+    Args:
+        vocab_size: of the target.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in tensors.items()}
+    config = head.shape.config() | {"vocab_size": vocab_size, "dtype": "bfloat16"}
+    if D2T in tensors:
+        own = torch.zeros(vocab_size, dtype=torch.bool)
+        own[tensors[D2T] + torch.arange(len(tensors[D2T]))] = True
+        tensors["t2d"] = own
+    elif "draft_vocab_size" in config:
+        config["draft_vocab_size"] = vocab_size
+    part = folder / "model.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors makes files that only their owner may read
+    os.replace(part, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return (folder / "model.safetensors").stat().st_size
 
 
 def train_and_publish(

@@ -46,7 +46,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser, *, lr: float, rows: int, decay: float) -> None:
-    """Options of both training scripts."""
+    """Options of all training scripts."""
     parser.add_argument("--text", type=Path, required=True, help="folder of scripts/generate_text.py")
     parser.add_argument("--out", type=Path, help="folder of the result (default: the shipped weights)")
     parser.add_argument("--checkpoint", type=Path, help="file to resume from (default: beside the text)")
@@ -59,6 +59,17 @@ def add_training_options(parser: argparse.ArgumentParser, *, lr: float, rows: in
     parser.add_argument(
         "--held-out", type=int, default=256, help="rows of the text kept for agreement figures"
     )
+
+
+def add_vocabulary_options(parser: argparse.ArgumentParser) -> None:
+    """Options of losses over a part of the vocabulary."""
+    parser.add_argument("--frequent", type=int, default=8192, help="most frequent ids, in every loss")
+    parser.add_argument("--sampled", type=int, default=2048, help="of the other ids, drawn for each step")
+
+
+def occurrences(corpus: Corpus, target: Target) -> torch.Tensor:
+    """How often the target chose each id as the assistant, int64 [vocabulary]; for an order, ties by number."""
+    return torch.bincount(corpus.ids[corpus.learn], minlength=target.model.config.vocab_size)
 
 
 def schedule_of(options: argparse.Namespace) -> Schedule:

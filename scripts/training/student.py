@@ -52,21 +52,21 @@ def build_student(
         student = LlamaForCausalLM(config).float()
     with torch.no_grad():
         student.get_input_embeddings().weight.copy_(
-            _projected(target.get_input_embeddings().weight, counts, hidden)
+            projected(target.get_input_embeddings().weight, counts, hidden)
         )
     return student.to(device).train()
 
 
-def _projected(table: Tensor, counts: Tensor, hidden: int) -> Tensor:
-    """[vocabulary, H] -> [vocabulary, hidden] with standard deviation 0.05, on the CPU in float32."""
+def projected(table: Tensor, counts: Tensor, hidden: int, std: float = 0.05) -> Tensor:
+    """[vocabulary, H] -> [vocabulary, hidden] with standard deviation ``std``, on the CPU in float32."""
     wide = table.detach().double().cpu()
     weights = (counts.double().cpu() + 1).sqrt()
     moments = (wide * weights[:, None]).T @ wide
     main = torch.linalg.eigh(moments).eigenvectors[:, -hidden:].flip(1)
     # eigh leaves signs open; fixing them makes the start the same everywhere.
     main = main * main.gather(0, main.abs().argmax(dim=0, keepdim=True)).sign()
-    projected = wide @ main
-    return (projected * (0.05 / projected.std())).float()
+    narrow = wide @ main
+    return (narrow * (std / narrow.std())).float()
 
 
 @dataclass
@@ -105,8 +105,8 @@ class StudentLesson:
         true = self._teacher(ids)[batch, row]
         mine = self._states(ids)[batch, row][None]
         weight = self.module.get_output_embeddings().weight
-        cross, right = soft_cross_entropy(mine, weight, true, self.head_weight, self.dtype)
-        return cross[0], {"top1": right[0]}
+        cross = soft_cross_entropy(mine, weight, true, self.head_weight, self.dtype)
+        return cross.loss, {"top1": cross.right.float().mean()}
 
     @torch.inference_mode()
     def evaluate(self, ids: Tensor, learn: Tensor, depth: int = 8, rows: int = 32) -> dict[str, float]:

@@ -45,24 +45,15 @@ def _main(arguments: list[str]) -> None:
         print(HELP, end="")
         return
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    from subspec.cli.compose import compose_config
+    from subspec.cli.compose import compose_config, loaded_target
 
     cfg = compose_config(arguments)
     from subspec.runs.console import RunConsole
-    from subspec.runs.loading import load, resolve
-    from subspec.session import check_draft, check_offload
 
     console = RunConsole()
-    config, device, model = resolve(cfg, console)
-    check_offload(config, device)
-    check_draft(config, model, console.note)
-    loaded = load(config, device, console)
-    try:
-        loaded.assembly.engine.prepare(loaded.target.chat_ids([{"role": "user", "content": "Hello"}]))
+    with loaded_target(cfg, console) as (config, loaded):
         console.note(f"{loaded.target.name}, {loaded.target.source}; /clear forgets, /exit or Ctrl-D leaves")
         _converse(loaded, console, config.decoding.max_new_tokens, config.seed)
-    finally:
-        loaded.assembly.close()
 
 
 def _converse(loaded: "Loaded", console: "Terminal", max_new_tokens: int | None, seed: int) -> None:

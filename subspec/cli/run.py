@@ -4,6 +4,7 @@ Hydra passes exceptions through (``HYDRA_FULL_ERROR``), so that :mod:`subspec.co
 Heavy modules are imported after the configuration has been composed, so that a typo is answered at once.
 """
 
+import gc
 import os
 import shlex
 import sys
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m subspec.run`` and of the console script ``subspec``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    gc.disable()  # until the configuration has been accepted: composing makes much that lives on and no cycles
     # Hydra makes the run folder before the runner could refuse it: an OSError here is about that folder.
-    sys.exit(guarded(lambda: _main(arguments), unwritable="choose another folder with run_dir="))
+    try:
+        sys.exit(guarded(lambda: _main(arguments), unwritable="choose another folder with run_dir="))
+    finally:
+        gc.enable()
 
 
 def _main(arguments: list[str]) -> None:
@@ -90,6 +95,7 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
                 # A worker of another project's launcher: the job runs in a process of its own there too.
                 return run_in_process(job_spec(settings, cfg))
         _begin(cfg)
+        gc.enable()
         from subspec.runs.runner import run
 
         figure = run(cfg, folder, overrides)

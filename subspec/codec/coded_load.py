@@ -3,7 +3,7 @@
 Layers that an earlier run coded are taken from the disk (:mod:`subspec.codec.coded_cache`), without the exact weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from subspec.codec.coded_cache import CodedCache, KeptLayer, codes_checksum
 from subspec.codec.coded_layer import CodedLayer, LayerRestorer, bits_per_weight, encode_layer
 from subspec.codec.restore import Restorer
+from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.model import LevelLayer
 from subspec.quant.quantized_weight import QuantizedWeight
@@ -29,15 +30,27 @@ class TargetCoding:
     Args:
         resident: layers that the plan keeps on the device.
         cache: of what earlier runs coded; None: nothing is kept.
+        on_disk: layers that stream from the cache's files.
+        in_files: whether all others, too, wait in their files until :meth:`place`.
 
     Attributes:
         layers: layouts of the coded layers' bytes.
-        streamed: pinned bytes of the coded layers that stream.
+        streamed: pinned bytes of the coded layers that stream from host memory.
     """
 
-    def __init__(self, resident: set[int], cache: CodedCache | None = None) -> None:
-        self._planned, self._cache = resident, cache
-        self._resident: dict[int, Tensor] = {}
+    def __init__(
+        self,
+        resident: set[int],
+        cache: CodedCache | None = None,
+        on_disk: Collection[int] = (),
+        in_files: bool = False,
+    ) -> None:
+        self._planned, self._cache, self.on_disk = resident, cache, on_disk
+        self._in_files = in_files
+        if in_files:
+            assert cache is not None  # as planned
+            cache.required = True
+        self._held: dict[int, Tensor] = {}  # resident ones, on the host for now
         self.layers: dict[int, CodedLayer] = {}
         self.streamed: dict[int, Tensor] = {}
 
@@ -52,9 +65,11 @@ class TargetCoding:
         """Code a layer with :func:`~subspec.codec.coded_layer.encode_layer`; its exact tensors may be freed then."""
         layer, flat = encode_layer(tensors, codes, substitute)
         self.layers[index] = layer
-        if index in self._planned:
+        if self._in_files:
+            host = flat.cpu()
+        elif index in self._planned:
             # To the host for now: the quantizer's temporaries and the resident layers need not fit at once.
-            self._resident[index] = host = flat.cpu()
+            self._held[index] = host = flat.cpu()
         else:
             self.streamed[index] = host = pinned(flat.numel())
             host.copy_(flat)
@@ -114,28 +129,49 @@ class TargetCoding:
         cache.read += 1
         cache.quantizer.store.read += modules
         self.layers[index] = kept.layer
+        if self._in_files:
+            return substitute
         if index in self._planned:
-            self._resident[index] = kept.buffer.tensor[: kept.layer.nbytes]
+            self._held[index] = kept.buffer.tensor[: kept.layer.nbytes]
         else:
             self.streamed[index] = locked(kept.buffer)[: kept.layer.nbytes]
         return substitute
 
-    def shrink(self, room: int, slots: int, pinned: Pinned) -> None:
-        """Stream resident layers, last ones first, until code that came out larger than planned fits.
+    def _take(self, index: int) -> Tensor:
+        """The bytes of a layer that is neither on the device nor pinned yet."""
+        if (held := self._held.pop(index, None)) is not None:
+            return held
+        assert self._cache is not None
+        self._cache.flush()
+        if (kept := self._cache.get(index, ahead=False)) is None:
+            raise SubspecError(
+                f"the coded layer {index} cannot be read from {self._cache.folder}, where it was before: "
+                "check the disk, and start again"
+            )
+        return kept.buffer.tensor[: kept.layer.nbytes]
+
+    def place(self, room: int, slots: int, pinned: Pinned) -> None:
+        """Pin the layers that stream from host memory, after loading.
+
+        Code that came out larger than planned streams instead of being resident, last layers first, until it fits.
 
         Args:
             room: device bytes that the plan has for resident coded layers and ring slots.
             slots: of the ring.
         """
+        resident = sorted(self._planned & self.layers.keys())
 
         def taken() -> int:
-            ring = max((flat.numel() for flat in self.streamed.values()), default=0)
-            return sum(flat.numel() for flat in self._resident.values()) + max(slots, 1) * ring
+            sizes = {index: layer.nbytes for index, layer in self.layers.items()}
+            kept = sum(sizes.pop(index) for index in resident)
+            return kept + max(slots, 1) * max(sizes.values(), default=0)
 
-        while self._resident and taken() > room:
-            index, flat = self._resident.popitem()
-            self.streamed[index] = pinned(flat.numel())
-            self.streamed[index].copy_(flat)
+        while resident and taken() > room:
+            resident.pop()
+        self._planned = set(resident)
+        for index in sorted(self.layers.keys() - {*resident, *self.on_disk, *self.streamed}):
+            self.streamed[index] = pinned(self.layers[index].nbytes)
+            self.streamed[index].copy_(self._take(index))
 
     def decoder(
         self, substitute: Sequence[LevelLayer], shapes: Mapping[str, torch.Size], device: torch.device
@@ -143,8 +179,9 @@ class TargetCoding:
         """Restores the coded layers; resident ones' bytes are moved to ``device``. None: no layer is coded."""
         if not self.layers:
             return None
-        resident = {index: flat.to(device) for index, flat in sorted(self._resident.items())}
-        self._resident.clear()
+        resident = {
+            index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())
+        }
         return LayerRestorer(self.layers, substitute, shapes, resident, device)
 
     @property

@@ -6,7 +6,7 @@ Each message names the keys and the remedy. Checks against the target, the draft
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +44,11 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    ("tree.min_depth", _AT_LEAST_1, "must be at least 1: the first level yields the draft's probabilities"),
+    (
+        "tree.min_depth",
+        _NOT_NEGATIVE,
+        "must not be negative (0: nothing is drafted while plain decoding is faster)",
+    ),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     ("draft.proposed", lambda value: 1 <= value <= 64, "must lie in 1..64"),
@@ -82,11 +86,15 @@ RANGES: list[Check] = [
     ("offload.ring_slots", _AT_LEAST_1, "must be at least 1 (2: a layer is copied while another computes)"),
     ("offload.link_gb_per_s", _POSITIVE, "must be positive (null: measured, or the card's)"),
     ("offload.ram_gib", _POSITIVE, "must be positive (null: what is free)"),
+    ("offload.disk_gb_per_s", _POSITIVE, "must be positive (null: measured)"),
     ("benchmark.max_samples", _AT_LEAST_1, "must be at least 1 (null: all)"),
     ("benchmark.per_category", _AT_LEAST_1, "must be at least 1 (null: no such limit)"),
     ("benchmark.categories", lambda value: value != [], "selects nothing: name categories (null: all)"),
     ("benchmark.max_prompt_tokens", _AT_LEAST_1, "must be at least 1 (null: what fits)"),
     ("logger.init_timeout_s", _POSITIVE, "must be positive"),
+    ("serve.port", lambda value: 0 <= value < 2**16, "must lie in 0..65535 (0: any free one)"),
+    ("serve.queue", _NOT_NEGATIVE, "must not be negative (0: requests never wait)"),
+    ("serve.api_key", lambda value: value is None or value.strip(), "is empty: give a key, or leave it out"),
 ]
 """(key, predicate, complaint); keys that the chosen option does not have are skipped."""
 
@@ -117,24 +125,36 @@ def check_keys(cfg: DictConfig, parent: str = "") -> None:
             raise ConfigError(f"{parent}{name}: {str(error).splitlines()[0]}") from error
 
 
-def check_values(config: Config) -> None:
-    """Check values of single keys and contradictions between keys.
+def check_ranges(groups: Mapping[str, Any]) -> None:
+    """Check values of single keys.
+
+    Args:
+        groups: by name; "": the keys outside groups.
 
     Raises:
         ConfigError: for the first problem found.
     """
     for key, fine, complaint in RANGES:
         group, _, name = key.rpartition(".")
-        node = getattr(config, group) if group else config
+        node = groups.get(group)
         if hasattr(node, name) and not fine(value := getattr(node, name)):
             raise ConfigError(f"{key}={value} {complaint}")
+
+
+def check_values(config: Config) -> None:
+    """Check values of single keys and contradictions between keys.
+
+    Raises:
+        ConfigError: for the first problem found.
+    """
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    check_ranges({"": config, **groups})
     if quantizes(config):
         check_quant(config.quant)
     tree = config.tree
-    if hasattr(tree, "min_depth") and config.draft.name != "none" and tree.min_depth > tree.depth:
-        raise ConfigError(
-            f"tree.min_depth={tree.min_depth} exceeds tree.depth={tree.depth}: lower the former"
-        )
+    least = getattr(tree, "min_depth", None) or 0
+    if config.draft.name != "none" and least > tree.depth:
+        raise ConfigError(f"tree.min_depth={least} exceeds tree.depth={tree.depth}: lower the former")
     _check_execution(config)
     _check_lengths(config)
     if config.benchmark.source is Source.file and not config.benchmark.path:

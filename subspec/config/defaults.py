@@ -41,10 +41,16 @@ def whole_width(device_type: str) -> int:
     return 1 if device_type == "cpu" else 4
 
 
-def fill_width(cfg: DictConfig, device_type: str) -> None:
-    """Set ``tree.width`` where it is null, so that the run's record has the number."""
-    if "width" in cfg.tree and cfg.tree.width is None:
-        cfg.tree.width = whole_width(device_type)
+def least_depth(device_type: str) -> int:
+    """Default least depth of an adaptive tree. 0 on a CPU, where drafting may take longer than plain decoding."""
+    return 0 if device_type == "cpu" else 1
+
+
+def fill_tree(cfg: DictConfig, device_type: str) -> None:
+    """Set ``tree.width`` and ``tree.min_depth`` where they are null, so that the run's record has the numbers."""
+    for key, default in (("width", whole_width), ("min_depth", least_depth)):
+        if key in cfg.tree and cfg.tree[key] is None:
+            cfg.tree[key] = default(device_type)
 
 
 def default_samples(otherwise: int, per_category: int | None) -> int | None:

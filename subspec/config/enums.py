@@ -52,6 +52,7 @@ class Objective(Enum):
 
     tokens_per_s = "tokens_per_s"
     tokens_per_s_total = "tokens_per_s_total"
+    tokens_per_s_together = "tokens_per_s_together"
     tau = "tau"
 
 

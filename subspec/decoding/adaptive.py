@@ -4,9 +4,15 @@ A further level is worth drafting while its expected tokens per second of cost e
 second (the marginal-value rule; for a ratio of sums it is Dinkelbach's condition for the optimum). The expectation is
 the draft's cumulative probability of the level, calibrated against the target's acceptance, since a draft sharpened
 with a low temperature is overconfident.
+
+With a least depth of 0 it also compares drafting with plain decoding, and drafts nothing while that is faster. What a
+plain pass takes less than one over a tree is the price of the tree's rows, which then counts as a part of a level's.
 """
 
 import math
+from collections import deque
+from dataclasses import replace
+from statistics import median
 
 from torch import Tensor
 
@@ -41,6 +47,61 @@ class Calibration:
         return self._accepted[self._bin(cost)] / self._seen[self._bin(cost)]
 
 
+class PlainComparison:
+    """Compares drafting with plain decoding by the tokens per second of whole iterations.
+
+    After every few trials a tree of the root alone tells what plain decoding takes. Where that is faster, a pause
+    follows, twice as long as the last one. Times are medians, because other processes stretch some of them.
+
+    Attributes:
+        drafting: whether the next tree has levels.
+        row_s: seconds that a further row adds to a verification pass.
+    """
+
+    TRIAL = 8  # iterations with a draft that are compared
+    PROBE = 2  # iterations without, between trials: about 2 % of all
+    TRIALS = 10  # between two probes
+    PAUSE, LONGEST = 8, 256  # iterations
+
+    def __init__(self) -> None:
+        self.drafting, self.row_s = True, 0.0
+        self._plain: deque[float] = deque(maxlen=self.TRIAL)
+        self._trial: deque[IterationOutcome] = deque(maxlen=self.TRIAL)
+        self._trials, self._pause, self._left = 0, self.PAUSE, self.PROBE
+
+    def learn(self, outcome: IterationOutcome) -> None:
+        """Take note of an iteration, whose times may have any unit."""
+        if outcome.levels:
+            self._trial.append(outcome)
+        else:
+            self._plain.append(outcome.verify_s)
+        pays = self._compare()
+        self._left -= outcome.levels == 0 or self.drafting
+        if self._left > 0:
+            return
+        if not self.drafting:
+            self.drafting, self._left = True, self.TRIAL
+        elif not pays:
+            self.drafting, self._left = False, self._pause
+            self._pause = min(2 * self._pause, self.LONGEST)
+        else:
+            self.drafting = self._trials % self.TRIALS > 0
+            self._left = self.TRIAL if self.drafting else self.PROBE
+            self._trials, self._pause = self._trials + 1, self.PAUSE
+
+    def _compare(self) -> bool:
+        """Whether drafting pays, as far as is known."""
+        if not self._plain or not self._trial:
+            return True
+        plain, verify = median(self._plain), median(own.verify_s for own in self._trial)
+        rows = sum(own.nodes - len(own.accepted) for own in self._trial) / len(self._trial)
+        self.row_s = max(0.0, verify - plain) / max(rows, 1)
+        level = median(own.draft_s / own.levels for own in self._trial)
+        seconds = sum(own.levels for own in self._trial) * level + len(self._trial) * verify
+        # Of a text: one more than its accepted level in a pass, or one in a plain pass.
+        return sum(1 + sum(own.accepted) / len(own.accepted) for own in self._trial) * plain > seconds
+
+
 class Adaptive(Beam):
     """Beam of at most ``depth`` levels.
 
@@ -48,7 +109,7 @@ class Adaptive(Beam):
         level_cost: time of a draft level in verification passes; None: both are measured while running (depths then
             depend on the machine's load, the output does not).
         check_every: levels between two checks of the level's probability, each of which reads one number back.
-        min_depth: levels drafted without a check.
+        min_depth: levels drafted without a check; 0: one, or none while plain decoding is faster.
     """
 
     DECAY = 0.9  # of the running averages, per iteration
@@ -76,6 +137,7 @@ class Adaptive(Beam):
         self._costs: dict[int, list[float]] = {}
         self._level_s = 0.0
         self._tokens, self._seconds = 0.0, 0.0
+        self._plain = PlainComparison() if min_depth == 0 else None
 
     def begin_tree(self) -> None:
         self._costs.clear()
@@ -86,7 +148,7 @@ class Adaptive(Beam):
 
     def wants_level(self, *trees: Tree) -> bool:
         level = max(tree.levels for tree in trees)
-        if level >= self.max_depth:
+        if level >= self.max_depth or (self._plain is not None and not self._plain.drafting):
             return False
         if level < max(self.min_depth, 1) or level % self.check_every:
             return True
@@ -100,7 +162,8 @@ class Adaptive(Beam):
             for cost in costs
             for step in range(1, self.check_every + 1)
         )
-        price = self._level_seconds() * self.check_every
+        row_s = 0.0 if self._plain is None else self._plain.row_s
+        price = (self._level_seconds() + len(trees) * self.width * row_s) * self.check_every
         return gain * self._seconds >= self._tokens * len(trees) * price
 
     def _level_seconds(self) -> float:
@@ -116,6 +179,10 @@ class Adaptive(Beam):
         else:
             level_s, verify_s = self.level_cost, 1.0
         seconds = outcome.levels * level_s + verify_s
+        if self._plain is not None:
+            self._plain.learn(replace(outcome, draft_s=outcome.levels * level_s, verify_s=verify_s))
+        if not outcome.levels:
+            return  # tells nothing of drafting
         # The first iterations compile and load kernels: a far faster one restarts the averages.
         first = self._seconds == 0 or seconds < self._seconds / self.SUDDEN
         keep = 0.0 if first else self.DECAY

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from subspec.decoding.arguments import finite_number
+from subspec.decoding.captured_pass import CapturedPasses
 from subspec.decoding.digest import digest_rows
+from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.result import FinishReason, audit_errors
 from subspec.decoding.sampling import PIECE_ROWS, Sampler, Sampling, keep_mask
 from subspec.decoding.stopping import OutputBuffer
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree import Tree
 from subspec.decoding.verify import NOT_FINITE, NotFiniteError, finite_choice
+from subspec.utils.rounding import round_up
 
 NEAR_TIE_MARGIN = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest logit gap that counts as a near-tie, by the target's dtype.
@@ -34,6 +38,9 @@ a few dozen layers of rounding add some units; a wrong token is typically off by
 
 PROMPT_CHUNK = 96
 """Tokens of the prompt per pass of an audit bit for bit: others than a run takes, so that prefill is audited too."""
+
+LENGTH_MULTIPLE = 512
+"""Captured passes are captured again for a text that is longer than all before, rounded up to this."""
 
 
 @dataclass
@@ -105,6 +112,7 @@ class Auditor:
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
         self.margin = NEAR_TIE_MARGIN[target.dtype] if margin is None else finite_number("margin", margin)
         self.chunk = chunk
+        self._passes: CapturedPasses | None = None
 
     @torch.inference_mode()
     def audit(
@@ -131,13 +139,11 @@ class Auditor:
         parts = fed.split(self.chunk)
         if bitwise:
             parts = (*(fed[:first].split(PROMPT_CHUNK) if first else ()), *fed[first:].split(1))
-        cache = self.target.new_cache(
-            max_length=fed.numel(), draft_rows=0, target_rows=max(part.numel() for part in parts)
-        )
+        cache = self._cache_for(fed.numel(), max(part.numel() for part in parts))
         judged = []
         for part in parts:
             past, count = cache.length, part.numel()
-            hidden = self.target.append(part, cache).final
+            hidden = self._pass(part, cache)
             begin = max(first - past, 0)
             if begin < count:
                 position = past + begin + 1  # of the token that the piece's first row chooses
@@ -152,6 +158,28 @@ class Auditor:
             exact &= found.digests == torch.tensor(digests, dtype=torch.int64, device=exact.device)
         ends = None if ending is None else _ends_alike(*ending, token_ids)
         return self._count(found, exact, bitwise=bitwise, ends=ends)
+
+    def _cache_for(self, length: int, rows: int) -> KVCache:
+        """An empty cache for a text; with captured passes, whose addresses are fixed, the last text's if it fits."""
+        if not self.target.captured:
+            return self.target.new_cache(max_length=length, draft_rows=0, target_rows=rows)
+        if self._passes is None or length > self._passes.caches[0].max_length:
+            tree = Tree(1, self.target.device)
+            longest = round_up(length, LENGTH_MULTIPLE)
+            most = max(PROMPT_CHUNK, self.chunk)
+            cache = self.target.new_cache(max_length=longest, draft_rows=0, target_rows=most)
+            self._passes = CapturedPasses(self.target, [tree], [cache], 0, ())
+        self._passes.caches[0].reset()
+        return self._passes.caches[0]
+
+    def _pass(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Run ``tokens`` behind the cache's prefix and commit them; their hidden states [n, hidden]."""
+        if self._passes is None or tokens.numel() > 1:
+            return self.target.append(tokens, cache).final
+        self._passes.trees[0].plant(tokens)
+        hidden = self._passes.run(1, 1).final
+        cache.extend(1)
+        return hidden
 
     def _judge(self, logits: Tensor, tokens: Tensor, position: int) -> _Judged:
         """Judge ``tokens``, the first of which is at ``position``, by the target's ``logits`` of them."""

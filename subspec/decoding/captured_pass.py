@@ -37,7 +37,7 @@ class CapturedPasses:
         levels: int,
         hidden_of: tuple[int, ...],
     ) -> None:
-        self._target, self._trees, self._caches = target, trees, caches
+        self._target, self.trees, self.caches = target, trees, caches
         self._levels, self._hidden_of = levels, hidden_of
         self._prefixes = [torch.zeros(1, dtype=torch.int64, device=target.device) for _ in trees]
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Hidden]] = {}
@@ -45,7 +45,7 @@ class CapturedPasses:
 
     def run(self, texts: int, rows: int) -> Hidden:
         """Hidden states of the first ``rows`` entries of the first ``texts`` trees, valid until the next pass."""
-        for cache, prefix in zip(self._caches[:texts], self._prefixes, strict=False):
+        for cache, prefix in zip(self.caches[:texts], self._prefixes, strict=False):
             prefix.fill_(cache.length)
         if self._target.device.type != "cuda":
             return self._forward(texts, rows)
@@ -68,6 +68,6 @@ class CapturedPasses:
                 tree.ancestors[:rows, :rows],
                 prefix=prefix,
             )
-            for tree, cache, prefix in zip(self._trees[:texts], self._caches, self._prefixes, strict=False)
+            for tree, cache, prefix in zip(self.trees[:texts], self.caches, self._prefixes, strict=False)
         ]
         return self._target.forward(join(batches), hidden_of=self._hidden_of)

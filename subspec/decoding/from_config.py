@@ -1,6 +1,7 @@
 """The target's distribution and the tree policy of a configuration, for sessions and the planner."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from subspec.config.schema import (
@@ -8,6 +9,7 @@ from subspec.config.schema import (
     BeamTreeConfig,
     ChainTreeConfig,
     Config,
+    DecodingConfig,
     Eagle2TreeConfig,
     SamplingConfig,
     TreeConfig,
@@ -26,6 +28,12 @@ def build_sampling(config: Config) -> Sampling:
     return Sampling()
 
 
+def for_any_sampling(config: Config) -> Config:
+    """``config`` with the distribution that takes the most memory, for a plan that holds whatever a text asks for."""
+    kept = {field.name: getattr(config.decoding, field.name) for field in fields(DecodingConfig)}
+    return replace(config, decoding=SamplingConfig(**kept, temperature=1.0, top_k=1, top_p=0.5))
+
+
 POLICIES: dict[type[TreeConfig], Callable[[Any], TreePolicy]] = {
     ChainTreeConfig: lambda tree: Beam(tree.depth, width=1),
     BeamTreeConfig: lambda tree: Beam(tree.depth, tree.width),
@@ -34,7 +42,7 @@ POLICIES: dict[type[TreeConfig], Callable[[Any], TreePolicy]] = {
         tree.width,
         level_cost=tree.level_cost,
         check_every=tree.check_every,
-        min_depth=tree.min_depth,
+        min_depth=1 if tree.min_depth is None else tree.min_depth,
     ),
     Eagle2TreeConfig: lambda tree: Eagle2(tree.depth, tree.width, tree.total_tokens),
 }

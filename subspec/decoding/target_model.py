@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from subspec.decoding.batch import JointBatch, TokenBatch
 from subspec.decoding.bitwise import BitwiseArithmetic, BitwisePass
+from subspec.decoding.cpu_pass import MOST_ROWS, ExactCpu, ExactCpuPass, kernels_for
 from subspec.decoding.hidden import Hidden
 from subspec.decoding.kv_cache import KVCache
 
 FEW_ROWS = 8
-"""On a CPU the LM head takes half the time for 2 to 8 rows if rows and outputs are exchanged: matrix libraries
-rearrange the weight for few rows as for many (``experiments/cpu``)."""
+"""On a CPU without our kernels the LM head takes half the time for 2 to 8 rows if rows and outputs are exchanged:
+matrix libraries rearrange the weight for few rows as for many (``experiments/cpu``)."""
 
 
 @functools.cache
@@ -74,6 +75,7 @@ class TargetModel:
 
     Attributes:
         bitwise: the batch-invariant arithmetic of passes and logits; None: the model's own modules.
+        cpu_reason: why passes over few rows do not run by our kernels for CPUs; empty if they do.
         whole: whether all layers stay where they are.
     """
 
@@ -96,6 +98,9 @@ class TargetModel:
         self.device: torch.device = embedding.device
         plain_head = type(self.head) is nn.Linear and self.head.bias is None
         self._exchanges = plain_head and self.device.type == "cpu" and self.dtype is torch.float32
+        kernels = kernels_for(model)
+        self.cpu_reason = kernels if isinstance(kernels, str) else ""
+        self._cpu = None if isinstance(kernels, str) else ExactCpu(model, kernels)
         # cuDNN's attention builds a plan for every new number of keys, tens of milliseconds on the host; the number of
         # keys grows with every pass over a tree, so each pass would pay (seen on an H200, see experiments/gpu).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -126,9 +131,11 @@ class TargetModel:
             hidden_of: decoder layers whose residual streams are returned besides the final hidden states.
         """
         self.begin_pass()
-        run: BitwisePass | ModulePass
+        run: BitwisePass | ModulePass | ExactCpuPass
         if self.bitwise is not None:
             run = BitwisePass(self.bitwise, batch, self.embed(batch.tokens))
+        elif self._cpu is not None and isinstance(batch, TokenBatch) and batch.tokens.numel() <= MOST_ROWS:
+            run = ExactCpuPass(self._cpu, batch, self.embed(batch.tokens))
         else:
             mask = self.additive_mask(batch.visible())
             run = ModulePass(batch, self.embed(batch.tokens), mask, self.base.rotary_emb)
@@ -149,6 +156,8 @@ class TargetModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head: [n, hidden] -> [n, vocabulary]."""
+        if self._cpu is not None and hidden.shape[0] <= MOST_ROWS:
+            return self._cpu.logits(self.head.weight, hidden)
         if self._exchanges and 1 < hidden.shape[0] <= FEW_ROWS:
             return torch.mm(self.head.weight, hidden.t()).t().contiguous()
         if self.bitwise is None:
@@ -181,5 +190,5 @@ class TargetModel:
         return 0, 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the placement of the weights for the run's record."""
-        return {}
+        """Facts about the placement of the weights, and on a CPU about the kernels, for the run's record."""
+        return {} if self.device.type != "cpu" else {"cpu_kernels": self.cpu_reason or "own"}

@@ -78,6 +78,13 @@ class Text:
         assert self.place is not None
         return self.place
 
+    def delay(self, seconds: float) -> None:
+        """Leave a pause of the engine out of the times."""
+        self.started += seconds
+        self.emitted_at += seconds
+        if self.first_token_at:
+            self.first_token_at += seconds
+
     def emit(self, block: list[int]) -> int:
         """Append emitted tokens up to the end of the text, and call ``on_tokens``; returns the number kept.
 

@@ -7,7 +7,8 @@ without a draft: its tree is the root alone.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,21 @@ class TextLoop:
                 hole = last
         running.pop()
         text.place = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work between two passes that is in no figure of the running texts: neither its time nor its transfers."""
+        began, transferred = time.perf_counter(), self._take_transfer()
+        try:
+            yield
+        finally:
+            self._take_transfer()
+            self._transferred = transferred
+            if self.running:
+                seconds = time.perf_counter() - began
+                self._stepped_at += seconds
+                for text in self.running:
+                    text.delay(seconds)
 
     def _move(self, number: int, hole: int) -> None:
         """Let a running text go on in the place of another one."""

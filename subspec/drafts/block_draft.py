@@ -37,7 +37,7 @@ class BlockDraft(BlockLevels, FeatureDraft):
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         for piece in states.split(SETTLE_ROWS):
-            self.head.write(self.head.fuse(piece), *self.append_rows(len(piece)))
+            self.head.write(self.head.fuse(piece)[None], *self.append_rows(len(piece)))
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         logits, tokens = super().expand(tree, frontier), tree.tokens.index_select(0, frontier)
@@ -56,7 +56,7 @@ class BlockDraft(BlockLevels, FeatureDraft):
         if shape.causal:
             visible[:, : shape.block].tril_()
         view = self.cache.draft_view(0, shape.block)
-        hidden = head.run(head.embed(tokens, target), positions, target.additive_mask(visible), view)
+        hidden = head.run(head.embed(tokens, target)[None], positions, target.additive_mask(visible), view)[0]
         self._hidden = hidden[-shape.levels :]
         logits = head.logits(self._hidden, target)[:, : target.vocab_size]
         return fit_vocabulary(logits, target.vocab_size)

@@ -22,7 +22,6 @@ from transformers import PretrainedConfig
 
 from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVView
-from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.eagle3_head import (
     EMBEDDING,
@@ -168,14 +167,22 @@ class BlockShape(Eagle3Shape):
         return {own: size for name, size in found.items() for own in _in_layers([name], self.decoder_layers)}
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {
-            "architectures": [f"{self.method}DraftModel"],
-            "num_hidden_layers": self.decoder_layers,
-            "num_target_layers": self.target_layers,
-            "block_size": self.block,
-            "mask_token_id": self.mask_id,
-            "causal_head": self.causal,
-        }
+        return (
+            super().config()
+            | {
+                "architectures": [f"{self.method}DraftModel"],
+                "num_hidden_layers": self.decoder_layers,
+                "num_target_layers": self.target_layers,
+                "block_size": self.block,
+                "mask_token_id": self.mask_id,
+                "causal_head": self.causal,
+            }
+            | (
+                {"markov_rank": self.markov[-1], "markov_head_type": "vanilla"}
+                if self.shifted and self.markov
+                else {}
+            )
+        )
 
 
 def _in_layers(names: Iterable[str], layers: int) -> tuple[str, ...]:
@@ -221,36 +228,35 @@ class BlockHead(Eagle3Head):
     def fuse(self, states: Tensor) -> Tensor:
         return self.hidden_norm(self.fc(states))
 
-    def logits(self, features: Tensor, target: TargetModel) -> Tensor:
-        return self.lm_head(features) if self.shape.draft_vocab else target.logits(features)
+    def finish(self, features: Tensor) -> Tensor:
+        return features  # normed by :meth:`run`
 
     def write(self, features: Tensor, positions: Tensor, view: KVView) -> None:
         """Write the keys and values of committed positions.
 
         Args:
-            features: [n, hidden], from :meth:`fuse`. positions: int64 [n].
+            features: [texts, n, hidden], from :meth:`fuse`. positions: int64 [n].
         """
-        x = features[None]
-        tables = self.rotary(x, positions[None])
+        tables = self.rotary(features, positions[None])
         for layer in self.layers:
-            layer.self_attn.store(x, *tables, view)
+            layer.self_attn.store(features, *tables, view)
 
     def run(self, embeddings: Tensor, positions: Tensor, mask: Tensor, view: KVView) -> Tensor:
         """Run a block behind the committed positions.
 
         Args:
-            embeddings: [block, hidden]. positions: int64 [block].
+            embeddings: [texts, block, hidden]. positions: int64 [block].
             mask: [1, 1, block, rows of ``view``], additive, in the parameters' dtype.
 
         Returns:
-            Normed hidden states [block, hidden].
+            Normed hidden states [texts, block, hidden].
         """
-        x = embeddings[None]
+        x = embeddings
         tables = self.rotary(x, positions[None])
         for layer in self.layers:
             x = x + layer.self_attn(layer.input_layernorm(x), tables, mask, past_key_values=view)[0]
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.norm(x)[0]
+        return self.norm(x)
 
     def branch(self, tokens: Tensor) -> Tensor | None:
         """What the Markov head adds to the logits behind ``tokens`` [n]: [n, its vocabulary]; None: there is none."""

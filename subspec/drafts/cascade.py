@@ -24,6 +24,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.drafts.ngram_index import NgramIndex
+from subspec.drafts.padded_levels import PaddedLevels
 
 LEAST = -7.0
 """Log-probability of a guess, given its parent, below which it is not worth a row."""
@@ -39,6 +40,10 @@ SHARE = 0.25
 
 SPARE = 4
 """Passes whose guesses may all be wrong, in rows of the cache; later ones guess less."""
+
+
+SCORED, GUESSED = 0, 1
+"""Kinds of rows that are kept of a node."""
 
 
 class GuessPolicy(Beam):
@@ -64,7 +69,7 @@ class CascadeDraft(Draft):
     needed if even its likeliest possible child would not be chosen.
 
     Args:
-        levels: the substitute; runs any nodes of a tree in one pass.
+        levels: the substitute; runs any nodes of a tree in one pass, and may overwrite the logits of the one before.
         proposer: built for the sizes of :class:`GuessPolicy`.
         policy: of the trees that will be drafted.
         proposed: most guesses of a pass.
@@ -74,7 +79,7 @@ class CascadeDraft(Draft):
 
     def __init__(
         self,
-        levels: LevelDraft,
+        levels: LevelDraft | PaddedLevels,
         proposer: Draft,
         policy: TreePolicy,
         proposed: int,
@@ -84,10 +89,12 @@ class CascadeDraft(Draft):
         self.levels, self.proposer, self.wants = levels, proposer, proposer.wants
         self.proposed, self._policy = proposed, policy
         sizes = GuessPolicy(policy, proposed)
-        self.extra_rows = sizes.draft_rows - policy.draft_rows
+        rows = levels.draft_rows if isinstance(levels, PaddedLevels) else sizes.draft_rows
+        self.extra_rows = rows - policy.draft_rows
         # The nodes that the substitute runs. Their numbers stay while the tree grows, and name them in both drafts.
         self._known = Tree(sizes.capacity, device)
         self._index = NgramIndex(CONTEXT)
+        self._rows: Tensor | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -95,8 +102,8 @@ class CascadeDraft(Draft):
         self._ends: list[tuple[int, ...]] = []  # the last tokens of their paths
         self._children: dict[tuple[int, int], int] = {}  # by parent and token
         self._number: dict[int, int] = {}  # of the drafted tree's nodes that were in a frontier
-        self._scored: dict[int, Tensor] = {}  # the substitute's logits
-        self._guessed: dict[int, Tensor] = {}  # the proposer's log-probabilities
+        self._scored: set[int] = set()  # nodes whose logits the substitute has computed
+        self._guessed: set[int] = set()  # nodes whose log-probabilities the proposer has
         self._due = self._policy.draft_rows  # rows that the policy may still ask for
         self._passes = 0
 
@@ -115,7 +122,19 @@ class CascadeDraft(Draft):
         nodes = self._locate(tree, frontier)
         if any(node not in self._scored for node in nodes):
             self._run(tree, frontier, nodes, None)
-        return torch.stack([self._scored[node] for node in nodes])
+        return self._kept(SCORED, nodes)
+
+    def _kept(self, kind: int, nodes: list[int]) -> Tensor:
+        """The rows of ``nodes``, [n, vocabulary]."""
+        assert self._rows is not None
+        return self._rows[kind].index_select(0, torch.tensor(nodes, device=self._rows.device))
+
+    def _keep(self, kind: int, nodes: list[int], rows: Tensor) -> None:
+        if self._rows is None:
+            shape = (2, self._known.capacity, rows.shape[1])
+            self._rows = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+        numbers = torch.tensor(nodes, device=rows.device)
+        self._rows[kind].index_copy_(0, numbers, rows.to(self._rows.dtype))
 
     def extend(
         self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
@@ -138,7 +157,7 @@ class CascadeDraft(Draft):
     ) -> Tensor:
         """Grow a level; nodes that were not scored have one child of probability 1."""
         scored = [row for row, node in enumerate(nodes) if node in self._scored]
-        logits = torch.stack([self._scored[nodes[row]] for row in scored])
+        logits = self._kept(SCORED, [nodes[row] for row in scored])
         if perturb is not None:
             logits = perturb(logits)
         if len(scored) < len(nodes):
@@ -208,14 +227,10 @@ class CascadeDraft(Draft):
         batch = [node for node in nodes if node not in self._scored]
         batch += self._guess(tree.levels, nodes, tree.scores.index_select(0, frontier), perturb)
         logits = self.levels.expand(self._known, torch.tensor(batch, device=frontier.device))
-        self._scored.update(zip(batch, logits, strict=True))
+        self._keep(SCORED, batch, logits)
+        self._scored.update(batch)
         for node, token in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
             self._index.count(self._ends[node], token)
-        # Rows of a large vocabulary: those of earlier levels are not needed again.
-        self._scored = {n: row for n, row in self._scored.items() if self._lineage[n][1] >= tree.levels}
-        for node in self._guessed:
-            if self._lineage[node][1] < tree.levels:
-                self._guessed[node] = self._guessed[node].new_empty(0)
         self._passes += 1
 
     def _guess(self, level: int, nodes: list[int], scores: Tensor, perturb: Perturb | None) -> list[int]:
@@ -263,11 +278,19 @@ class CascadeDraft(Draft):
             Which nodes are scored, bool [n], and [n, ``count``]: logits, tokens, and whether a token is worth a row.
         """
         self._ask([node for node in nodes if node not in self._scored])
-        plain = torch.stack([self._scored.get(node, self._guessed.get(node)) for node in nodes]).float()
+        plain = self._likelihoods(nodes)
         logits = plain if perturb is None else perturb(plain, ahead)
         best, tokens = logits.topk(min(count, logits.shape[1]), dim=-1)
         known = torch.tensor([node in self._scored for node in nodes], device=plain.device)
         return known, best, tokens, known[:, None] | (plain.gather(1, tokens) >= LEAST)
+
+    def _likelihoods(self, nodes: list[int]) -> Tensor:
+        """float32 [n, vocabulary]: the substitute's logits where it has scored a node, else the proposer's."""
+        assert self._rows is not None
+        rows = self._rows.flatten(0, 1)
+        kinds = [SCORED if node in self._scored else GUESSED for node in nodes]
+        places = [kind * self._known.capacity + node for kind, node in zip(kinds, nodes, strict=True)]
+        return rows.index_select(0, torch.tensor(places, device=rows.device)).float()
 
     def _ask(self, nodes: list[int]) -> None:
         """Let the proposer run ``nodes`` and those above them that it has not run, level by level."""
@@ -283,8 +306,13 @@ class CascadeDraft(Draft):
         for _, level in groupby(sorted(missing, key=depth), key=depth):
             group = list(level)
             logits = self.proposer.expand(self._known, torch.tensor(group, device=self._known.tokens.device))
-            for node, row in zip(group, logits.float().log_softmax(dim=-1), strict=True):
-                self._guessed[node] = self._mixed(row, self._index.candidates(self._ends[node], INDEXED))
+            rows = logits.float().log_softmax(dim=-1)
+            mixed = [
+                self._mixed(row, self._index.candidates(self._ends[node], INDEXED))
+                for node, row in zip(group, rows, strict=True)
+            ]
+            self._keep(GUESSED, group, torch.stack(mixed))
+            self._guessed.update(group)
 
     def _mixed(self, log_probs: Tensor, candidates: dict[int, float]) -> Tensor:
         """A proposer's log-probabilities [vocabulary], mixed with the index's probabilities."""

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from subspec.config.checks import streams_from_disk
 from subspec.config.enums import Proposer
 from subspec.config.schema import (
     Config,
@@ -21,14 +23,22 @@ from subspec.config.schema import (
 )
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
+from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.drafts.cascade import CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleSpec
+from subspec.drafts.padded_levels import PaddedLevels
 from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.drafts.substitute import SubstituteSpec
 from subspec.errors import ConfigError, SubspecError
+from subspec.levels.captured_draft import CapturedDraft
+from subspec.memory.allocator import Allocation
+from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.memory.trace import META
 from subspec.utils.console import Note
+from subspec.utils.rounding import round_up
 
 PROPOSERS: dict[Proposer, tuple[type[DraftSpec], type[DraftConfig]]] = {
     Proposer.prompt_lookup: (PromptLookupSpec, PromptLookupDraftConfig),
@@ -71,9 +81,11 @@ class CascadeSpec(SubstituteSpec):
             kind, config = found
             assert isinstance(context.config.draft, SubstituteDraftConfig)
             self._policy, self._proposed = context.policy, context.config.draft.proposed
+            sizes = GuessPolicy(context.policy, self._proposed)
+            self._proposer = kind(replace(context, policy=sizes, config=config, quantizer=None))
             # The substitute's kernels are chosen for the rows of a pass, too.
-            context = replace(context, policy=GuessPolicy(context.policy, self._proposed))
-            self._proposer = kind(replace(context, config=config, quantizer=None))
+            self._passes = passes_of(context.policy, self._proposed)
+            context = replace(context, policy=self._passes if context.device.type == "cuda" else sizes)
         super().__init__(context)
 
     @classmethod
@@ -91,10 +103,11 @@ class CascadeSpec(SubstituteSpec):
             )
         if found is None:
             return
-        if isinstance(config.offload, StreamOffloadConfig):
+        streamed = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
+        if streamed and draft.proposer is Proposer.small_model:
             raise ConfigError(
-                f"draft.proposer={draft.proposer.value}: offload=stream captures whole levels, and a proposer adds "
-                "single nodes: set draft.proposer=none, or offload=none"
+                "draft.proposer=small_model: beside a target that streams to a GPU a small model runs whole levels, "
+                "and a proposer single nodes: set draft.proposer=eagle2, eagle3, prompt_lookup or none, or offload=none"
             )
         with _about_proposer():
             found[0].check(found[1])
@@ -120,6 +133,21 @@ class CascadeSpec(SubstituteSpec):
                 own = "+".join(filter(None, (own, found[0].weights_identity(found[1], note)))) or None
         return own
 
+    @classmethod
+    def memory(cls, inputs: SizingInputs) -> DraftMemory:
+        found = proposer_of(inputs.config)
+        if found is None:
+            return super().memory(inputs)
+        assert isinstance(inputs.config.draft, SubstituteDraftConfig)
+        proposed, on_disk = inputs.config.draft.proposed, streams_from_disk(inputs.config)
+        sizes = GuessPolicy(inputs.policy, proposed)
+        passes = sizes if on_disk else passes_of(inputs.policy, proposed)
+        own = super().memory(replace(inputs, policy=passes))
+        with _about_proposer():
+            other = found[0].memory(replace(inputs, config=found[1], policy=sizes))
+        rows = passes.draft_rows if on_disk else passes.capacity
+        return CascadeMemory(own, other, rows, sizes.capacity * inputs.spec.vocab * inputs.itemsize)
+
     def prepare(self) -> None:
         super().prepare()
         if self._proposer is not None:
@@ -133,14 +161,41 @@ class CascadeSpec(SubstituteSpec):
         assert isinstance(built.draft, LevelDraft)
         with _about_proposer():
             proposer = self._proposer.build(target)
-        draft = CascadeDraft(built.draft, proposer.draft, self._policy, self._proposed, target.device)
+        levels: LevelDraft | PaddedLevels = built.draft
+        if isinstance(levels, CapturedDraft):
+            levels = PaddedLevels(levels, self._passes.width, self._passes.max_depth, target.device)
+        draft = CascadeDraft(levels, proposer.draft, self._policy, self._proposed, target.device)
         name = self._proposer.context.config.draft.name
         own = {"draft": name, "proposed": self._proposed, **proposer.facts}
         summary = f"up to {self._proposed} nodes a pass are proposed by {name}, {proposer.summary}"
         return replace(built, draft=draft, facts={**built.facts, "proposer": own}, summary=summary)
 
-    def _take_whole(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
-        """Captured levels are whole, and a proposer adds single nodes."""
-        if self._proposer is not None:
-            return f"draft.proposer={draft.proposer.value}"
-        return super()._take_whole(target, draft)
+
+class CascadeMemory(DraftMemory):
+    """A substitute and its proposer.
+
+    Args:
+        own, other: their memory.
+        rows: of the draft region.
+        kept: bytes of the logits that are kept of either.
+    """
+
+    def __init__(self, own: DraftMemory, other: DraftMemory, rows: int, kept: int) -> None:
+        tree = sum(value.nbytes for value in vars(Tree(rows, META)).values() if isinstance(value, Tensor))
+        self.allocations = (
+            *own.allocations,
+            *other.allocations,
+            Allocation(
+                "proposals", ((kept, 2), (tree, 1)), "logits of the substitute and its proposer, tree"
+            ),
+        )
+        self.required_resident, self.required_by = own.required_resident, own.required_by
+        self.shared_rows, self.captured = rows, own.captured
+        self.level, self.read = own.level + other.level, own.read + other.read
+        self.workspaces, self.states = {**own.workspaces, **other.workspaces}, other.states
+        self.prompt_bytes = other.prompt_bytes  # type: ignore[method-assign]
+
+
+def passes_of(policy: TreePolicy, proposed: int) -> Beam:
+    """A tree whose levels are the passes of a cascade: at most one per level, with rows for all that it may run."""
+    return Beam(policy.max_depth, round_up(policy.width + proposed, 8))

@@ -18,6 +18,7 @@ from subspec.config.schema import (
     HiggsConfig,
     HqqConfig,
     PardDraftConfig,
+    PromptLookupDraftConfig,
     StreamOffloadConfig,
 )
 from subspec.decoding.eagle2 import drafted_nodes
@@ -76,7 +77,7 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig)
+    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig | PromptLookupDraftConfig)
     uncaptured = uncaptured or streams_from_disk(config)
     if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
         raise ConfigError(

@@ -224,6 +224,9 @@ class Eagle3Head(EagleHead):
         x = torch.cat([layer.input_layernorm(embeddings), normed], dim=-1)
         return normed if self.shape.norm_before_residual else features, x
 
+    def finish(self, features: Tensor) -> Tensor:
+        return self.norm(features)
+
     def logits(self, features: Tensor, target: TargetModel) -> Tensor:
-        features = self.norm(features)
+        features = self.finish(features)
         return self.lm_head(features) if self.shape.draft_vocab else target.logits(features)

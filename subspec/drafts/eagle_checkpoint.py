@@ -63,9 +63,6 @@ UNUSED = ("embed_tokens.weight", "lm_head.weight", "t2d")
 WRAPPERS = ("model", "transformer_layer_config", "speculators_config")
 """Keys of a ``config.json`` under which vLLM and the speculators library nest the head's own configuration."""
 
-SHIPPED = shipped.EAGLE
-"""The head that ships with the project, for the embedded default target."""
-
 NAMED = 6
 """Most tensors of a kind that a message names."""
 
@@ -101,13 +98,17 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     if draft.path is not None:
         return locate_head(draft.path, note)
     check_default(draft, target)
-    if not SHIPPED.is_dir():
+    shape = kind_of(draft).shape_class
+    folder = shipped.HEADS[shape.draft]
+    if not folder.is_dir():
+        script = "train_block_head" if shape.draft == "block_head" else "train_eagle"
         raise ConfigError(
-            "draft=eagle2: the head for the default target is not in this installation (subspec/drafts/weights/eagle): "
-            "train one with scripts/train_eagle.py and set draft.path to its folder"
+            f"draft={shape.draft}: the head for the default target is not in this installation "
+            f"(subspec/drafts/weights/{folder.name}): train one with scripts/{script}.py and set draft.path to its "
+            "folder"
         )
-    source = shipped.shipped_source(SHIPPED / weight_files(SHIPPED, HEAD)[0])
-    return Located("the shipped EAGLE head", source, SHIPPED)
+    source = shipped.shipped_source(folder / weight_files(folder, HEAD)[0])
+    return Located(f"the shipped {shape.kind}", source, folder)
 
 
 KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
@@ -124,21 +125,16 @@ def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
 
 
 def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
-    """Refuse to draft with the shipped head, which is for EAGLE-2, for any target but the embedded default.
+    """Refuse to draft with a shipped head for any target but the embedded default.
 
     Raises:
         ConfigError: names ``draft.path``.
     """
-    if type(draft) is not Eagle2DraftConfig:
+    if not isinstance(target, EmbeddedTargetConfig):
         shape = kind_of(draft).shape_class
         raise ConfigError(
-            f"draft={shape.draft} ships no head: set draft.path to the folder or hub id of {with_article(shape.kind)} "
-            f"for target={target.name}"
-        )
-    if not isinstance(target, EmbeddedTargetConfig):
-        raise ConfigError(
-            f"draft=eagle2 ships a head for the embedded default target only: for target={target.name} set "
-            "draft.path to the folder or hub id of an EAGLE head that was trained for it"
+            f"draft={shape.draft} ships a head for the embedded default target only: for target={target.name} set "
+            f"draft.path to the folder or hub id of {with_article(shape.kind)} that was trained for it"
         )
 
 

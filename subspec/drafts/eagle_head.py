@@ -320,12 +320,12 @@ class EagleAttention(LlamaAttention):
         key, value = past_key_values.update(key, value, self.layer_idx)
         # The queries of a group become further rows of their KV head.
         attended = nn.functional.scaled_dot_product_attention(
-            query.reshape(1, key.shape[1], groups * count, self.head_dim),
+            query.reshape(*key.shape[:2], groups * count, self.head_dim),
             key,
             value,
             attn_mask=attention_mask.repeat(1, 1, groups, 1),
         )
-        attended = attended.reshape(1, -1, count, self.head_dim).transpose(1, 2).flatten(2)
+        attended = attended.reshape(len(key), -1, count, self.head_dim).transpose(1, 2).flatten(2)
         return self.o_proj(attended), None
 
 
@@ -402,9 +402,13 @@ class EagleHead(nn.Module):
         x = self.fc(torch.cat([embeddings, features], dim=-1))
         return x, x
 
+    def finish(self, features: Tensor) -> Tensor:
+        """The LM head's inputs [n, hidden] of predicted features [n, hidden]."""
+        return features
+
     def logits(self, features: Tensor, target: TargetModel) -> Tensor:
         """Logits [n, vocabulary of the head] of predicted features [n, hidden]."""
-        return target.logits(features)
+        return target.logits(self.finish(features))
 
     def forward(
         self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView

@@ -7,7 +7,9 @@ from subspec.utils.disk import sha256
 FOLDER = Path(__file__).parent / "weights"
 """A folder per draft: configuration, weights in bfloat16, and a model card that says how they were made."""
 
-EAGLE = FOLDER / "eagle"
+HEADS = {"eagle2": FOLDER / "eagle", "eagle3": FOLDER / "eagle3", "block_head": FOLDER / "block_head"}
+"""Folders of the heads, by the draft that reads them."""
+
 SMALL_MODEL = FOLDER / "small_model"
 
 

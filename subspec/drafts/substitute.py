@@ -26,7 +26,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization
+from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization, head_format
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
 from subspec.drafts.substitute_memory import SubstituteMemory
@@ -39,7 +39,7 @@ from subspec.levels.dense import layer_views
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.choose_kernels import KernelChoice, choose_kernels
-from subspec.quant.cpu_linear import CpuHeadFormat, Int8CpuLinear
+from subspec.quant.cpu_linear import CpuHeadFormat
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
@@ -354,13 +354,12 @@ class SubstituteSpec(DraftSpec):
         """Choose the kernels of fused levels, and open the builder."""
         self._started, self._quantization = time.perf_counter(), quantization
         context = self.context
-        only = Int8CpuLinear.kind if streams_from_disk(context.config) else None
         known = known_tokens(context.config.draft, context.model.vocab_size)
         self._cpu_kernels = kernels = choose_kernels(
             {"head": (known, context.model.hidden_size), **quantization.shapes},
             context.level_rows,
             context.device,
-            formats={"head": CpuHeadFormat(only=only), **quantization.formats},
+            formats={"head": head_format(context.config, context.model), **quantization.formats},
             bench=CpuBench(),
             note=context.note,
         )

@@ -3,7 +3,7 @@
     y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k / 2]][k % 2] * x[row, k]
 
 The kernel (``codebook.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA
-toolkit is needed. A block computes eight rows.
+toolkit is needed. It computes up to eight rows in one launch.
 """
 
 import functools
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.compile import compile_cuda, problem
+from subspec.kernels.int4 import eights_of
 
 STEP = 64
 """Inputs that a warp takes at once: four tensor-core instructions."""
@@ -149,12 +150,13 @@ def reference(weight: PackedCodebook, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel(bits: int, group_steps: int, tiles: int, swiglu: bool, device: int) -> Any:
+def _kernel(bits: int, group_steps: int, tiles: int, eights: int, swiglu: bool, device: int) -> Any:
     settings = {
         "BITS": bits,
         "GROUP_STEPS": group_steps,
         "TILES": tiles,
         "WARPS": WARPS,
+        "EIGHTS": eights,
         "SWIGLU": int(swiglu),
     }
     return compile_cuda(["few_rows.cu", "codebook.cu"], settings, "codebook_linear", device)
@@ -162,7 +164,7 @@ def _kernel(bits: int, group_steps: int, tiles: int, swiglu: bool, device: int) 
 
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
-    return problem(lambda: _kernel(4, 4, 2, False, torch.cuda.current_device()))
+    return problem(lambda: _kernel(4, 4, 2, 1, False, torch.cuda.current_device()))
 
 
 def splits_for(weight: PackedCodebook, multiprocessors: int) -> int:
@@ -174,7 +176,7 @@ def splits_for(weight: PackedCodebook, multiprocessors: int) -> int:
 
 
 def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel on a few rows.
+    """Run the kernel.
 
     Args:
         x: rotated inputs, bfloat16 [rows, inputs], contiguous.
@@ -182,9 +184,10 @@ def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -
             [rows, padded / 2] and ``splits`` 1.
     """
     steps, group_steps = weight.steps, weight.steps // weight.scale.shape[1]
-    kernel = _kernel(weight.bits, group_steps, weight.tiles, weight.swiglu, x.device.index or 0)
+    (eights, pieces), device = eights_of(x.shape[0]), x.device.index or 0
+    kernel = _kernel(weight.bits, group_steps, weight.tiles, eights, weight.swiglu, device)
     kernel(
-        grid=(weight.words.shape[0] * -(-x.shape[0] // 8), splits, 1),
+        grid=(weight.words.shape[0], splits, pieces),
         block=(WARPS * 32, 1, 1),
         args=[
             weight.words,

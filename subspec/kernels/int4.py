@@ -5,7 +5,7 @@ same kernel multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (h
 bfloat16, sums and the scales applied to them are float32.
 
 The kernel (``int4.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit
-is needed. A block computes eight rows, or, of more, up to :data:`COLUMNS` times eight, which share the loaded weight.
+is needed. A launch takes any number of rows, and reads the weights from memory once.
 """
 
 import functools
@@ -26,8 +26,17 @@ GROUP = 64
 PACKED_AT_ONCE = 1 << 24
 """Words' worth of weights whose widened copies exist at a time while a weight is packed."""
 
-COLUMNS = 3
 WARPS = 8
+
+MOST_EIGHTS = 4
+"""Eights of rows that a block of threads multiplies with: more take registers that cost more than reading again."""
+
+
+def eights_of(rows: int) -> tuple[int, int]:
+    """Eights of rows per block of threads, and such blocks side by side."""
+    eights = -(-rows // 8)
+    pieces = -(-eights // MOST_EIGHTS)
+    return -(-eights // pieces), pieces
 
 
 @dataclass(frozen=True)
@@ -178,12 +187,12 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(
-    tiles: int, warps: int, columns: int, planes: int, swiglu: bool, overlap: bool, device: int
+    tiles: int, warps: int, eights: int, planes: int, swiglu: bool, overlap: bool, device: int
 ) -> Any:
     settings = {
         "TILES": tiles,
         "WARPS": warps,
-        "COLUMNS": columns,
+        "EIGHTS": eights,
         "PLANES": planes,
         "SWIGLU": int(swiglu),
         "OVERLAP": int(overlap),
@@ -205,7 +214,7 @@ def splits_for(weight: PackedInt4, multiprocessors: int) -> int:
 
 
 def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
-    """Run the kernel on a few rows; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
+    """Run the kernel; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
         x: bfloat16 [rows, in_features], contiguous.
@@ -214,15 +223,7 @@ def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps
         warps: of a block, 4 or 8, which share the groups of its slice.
     """
     rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
-    columns = min(COLUMNS, -(-rows // 8))
-    kernel = _kernel(
-        weight.tiles,
-        warps,
-        columns,
-        weight.planes,
-        weight.swiglu,
-        launch.is_overlapping(),
-        x.device.index or 0,
-    )
+    device, (eights, pieces) = x.device.index or 0, eights_of(rows)
+    settings = weight.tiles, warps, eights, weight.planes, weight.swiglu, launch.is_overlapping(), device
     args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
-    launch.launch(kernel, (blocks * -(-rows // (8 * columns)), splits, 1), warps * 32, args)
+    launch.launch(_kernel(*settings), (blocks, splits, pieces), warps * 32, args)

@@ -177,6 +177,10 @@ class CapturedDraft(LevelDraft):
             )
         return self._run([(tree, self.cache)], frontier.numel(), None)
 
+    def read_length(self) -> None:
+        """Take note of the prefix's length, for levels of a tree whose root is not run."""
+        self._state.lengths[self.cache.place].fill_(self.cache.length)
+
     def captures(self, policy: TreePolicy) -> bool:
         return isinstance(policy, Beam)
 

@@ -1,8 +1,8 @@
-"""A substitute's forward pass on a CPU: the same :class:`~subspec.levels.model.LevelModel` as captured levels, run by
-plain torch operations in float32.
+"""A substitute's forward pass on a CPU in float32: the :class:`~subspec.levels.model.LevelModel` of captured levels.
 
-With a few rows a level's time goes to reading weights and to starting operations, so q/k/v and gate/up are one Linear
-each, rotary tables and the mask are made once per level, and no module is called.
+Our own kernels run a layer at a time (:mod:`subspec.decoding.cpu_pass`). Without them torch's operations do: with a few
+rows their time goes to reading weights and to starting operations, so q/k/v and gate/up are one Linear each, rotary
+tables and the mask are made once per level, and no module is called.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,16 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.decoding.batch import JointBatch, TokenBatch
+from subspec.decoding.cpu_pass import CpuPass, CpuShape, misfit
 from subspec.decoding.hidden import Hidden
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError
+from subspec.kernels.cpu import CpuKernels, Layer, Matrix, cpu_kernels, float_matrix
 from subspec.levels.build import ROLES, check_biases
 from subspec.levels.model import LevelLayer, LevelModel, spread
 from subspec.levels.quantization import TILE_ROWS
+from subspec.quant.cpu_linear import OwnCpuLinear, gate_then_up
+from subspec.quant.level_linear import Dense, LevelLinear
 from subspec.targets.meta_model import parameter_shapes
 
 
@@ -75,10 +79,27 @@ class CpuLevels(TargetModel):
         super().__init__(model)
         self.levels = levels
         self._least = torch.tensor(levels.eps).sqrt()
+        kernels = misfit(model.config) or cpu_kernels()
+        self._shape = CpuShape.of(model)
+        found = [_addresses(layer, self._shape) for layer in levels.layers]
+        self._layers = [layer for layer in found if layer is not None]
+        fit = self.dtype is torch.float32 and len(self._layers) == len(found)
+        self._kernels = kernels if fit and isinstance(kernels, CpuKernels) else None
+
+    @property
+    def own(self) -> bool:
+        """Whether our own kernels run the layers of a single text."""
+        return self._kernels is not None
 
     def forward(self, batch: TokenBatch | JointBatch, *, hidden_of: Sequence[int] = ()) -> Hidden:
         """Run the tokens of ``batch``; hidden states of single layers are not available."""
         levels = self.levels
+        if self._kernels is not None and isinstance(batch, TokenBatch):
+            embedded = functional.embedding(batch.tokens, levels.embedding)
+            run = CpuPass(self._kernels, self._shape, batch, embedded)
+            for place, (layer, own) in enumerate(zip(levels.layers, self._layers, strict=True)):
+                run.run(own, place if layer.cache_layer is None else layer.cache_layer)
+            return Hidden(run.normed(levels.final_norm), {})
         texts = [_TextRows(part, self) for part in batch.parts]
         counts = [text.rows for text in texts]
         rotary = self._rotary(batch.positions)
@@ -131,3 +152,38 @@ class CpuLevels(TargetModel):
         query, new = x[:, :heads], x[:, heads:]
         query = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3, 4).flatten(3)
         return query, new.unflatten(1, (2, kv_heads)).permute(1, 2, 0, 3, 4)
+
+
+def _addresses(layer: LevelLayer, shape: CpuShape) -> Layer | None:
+    """Where our kernels find a layer's weights; None: a Linear has another kernel."""
+    linears = [layer.qkv, layer.out, layer.gate_up, layer.down]
+    if not all(isinstance(linear, OwnCpuLinear | Dense) for linear in linears):
+        return None
+    if isinstance(layer.gate_up, Dense) and layer.gate_up.interleaved:
+        layer.gate_up = Dense(gate_then_up(layer.gate_up.weight), swiglu=True, interleaved=False)
+    keys, values = shape.q_heads * shape.dim, (shape.q_heads + shape.kv_heads) * shape.dim
+    norms = {
+        role: weight.data_ptr()
+        for role in ("input_norm", "post_norm", "q_norm", "k_norm")
+        if (weight := getattr(layer, role)) is not None
+    }
+    places = {} if layer.qkv_bias is None else {"q_bias": 0, "k_bias": keys, "v_bias": values}
+    biases = {role: layer.qkv_bias.data_ptr() + 4 * row for role, row in places.items()}
+    return Layer(
+        q=_matrix(layer.qkv),
+        k=_matrix(layer.qkv, keys),
+        v=_matrix(layer.qkv, values),
+        out=_matrix(layer.out),
+        gate=_matrix(layer.gate_up),
+        up=_matrix(layer.gate_up, shape.inner),
+        down=_matrix(layer.down),
+        **norms,
+        **biases,
+    )
+
+
+def _matrix(linear: LevelLinear, row: int = 0) -> Matrix:
+    if isinstance(linear, OwnCpuLinear):
+        return linear.tiles.matrix(row)
+    assert isinstance(linear, Dense)
+    return float_matrix(linear.weight[row:])

@@ -95,14 +95,20 @@ class Extent:
         return round_up(self.end, ALIGNMENT) - self.start
 
 
-def stored_layers(source: LayerSource, note: Note = print_note) -> list[StoredLayer]:
-    """The layers of a target in files: its own if they hold the layers as they are, else a copy that is made once.
+def stored_layers(
+    source: LayerSource, note: Note = print_note, layers: Sequence[int] | None = None
+) -> list[StoredLayer]:
+    """Layers of a target in files: its own if they hold the layers as they are, else a copy that is made once.
+
+    Args:
+        layers: numbers of those that are wanted; None: all.
 
     Raises:
         SubspecError: the copy does not fit on the disk.
     """
     found: list[StoredLayer] = []
-    layers = range(source.config.num_hidden_layers)
+    count = source.config.num_hidden_layers
+    layers = range(count) if layers is None else layers
     for index in layers:
         places = source.locations(index)
         if places is None:
@@ -110,9 +116,9 @@ def stored_layers(source: LayerSource, note: Note = print_note) -> list[StoredLa
         found.append(StoredLayer(index, places, source.layer_shapes(index), source.dtype))
     if len(found) == len(layers):
         return found
-    shapes = source.layer_shapes(0)
+    shapes = source.layer_shapes(layers[0])
     size = sum(shape.numel() for shape in shapes.values()) * source.dtype.itemsize
-    facts = {"target": source.identity, "dtype": str(source.dtype), "layers": len(layers)}
+    facts = {"target": source.identity, "dtype": str(source.dtype), "layers": count}
     found = []
     with ExactLayerStore(facts, expected_bytes=len(layers) * size, note=note) as store:
         for index in layers:
@@ -278,10 +284,13 @@ class DiskRing(LayerRing):
                 f"{first} is on {self.file_system}: every pass reads it from there; a local disk may be faster"
             )
 
+    def layer_in(self, slot: int) -> StoredLayer:
+        """The layer in ``slot``."""
+        return self.layers[self._holds[slot]]
+
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """The parameters of the layer in ``slot`` by name, as views."""
-        place = self._holds[slot]
-        layer, extents, views = self.layers[place], self._extents[place], {}
+        layer, extents, views = self.layer_in(slot), self._extents[self._holds[slot]], {}
         for name, shape in layer.shapes.items():
             file, offset = layer.places[name]
             extent = next(e for e in extents if e.file == file and e.begin <= offset < e.end)
@@ -293,7 +302,14 @@ class DiskRing(LayerRing):
     def facts(self) -> dict[str, object]:
         """For the record."""
         files = [str(name) for name in self._files]
-        return {"direct": self.direct, "file_system": self.file_system, "files": len(files), "file": files[0]}
+        return {
+            "layers": [layer.index for layer in self.layers],
+            "bytes_per_pass": self.bytes_per_pass,
+            "direct": self.direct,
+            "file_system": self.file_system,
+            "files": len(files),
+            "file": files[0],
+        }
 
     def _fill(self, slot: int, layer: int) -> None:
         self._holds[slot] = layer
@@ -325,14 +341,23 @@ class DiskRing(LayerRing):
         wait([piece for pieces in self._reading for piece in pieces])
         self._reading = [[] for _ in self._reading]
 
-    def _take_seconds(self) -> float:
-        busy, self._busy = self._busy, 0.0
-        return busy
+    def _seconds(self) -> float:
+        return self._busy
+
+    def lock(self) -> None:
+        """Page-lock the slots, for copies to a CUDA device.
+
+        Raises:
+            SubspecError: see :class:`~subspec.utils.pinned.PinnedBuffer`.
+        """
+        for buffer in self._buffers:
+            buffer.lock()
 
     def close(self) -> None:
-        """Wait for the readers and close the files. May be called twice."""
         self._threads.shutdown(cancel_futures=True)
         self._close_files()
+        for buffer in self._buffers:
+            buffer.close()
 
     def _close_files(self) -> None:
         for file in self._files.values():

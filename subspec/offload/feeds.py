@@ -5,18 +5,17 @@ A feed serves some of the layers, in the order of the model. A further tier (ano
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from subspec.codec.coded_layer import LayerRestorer
-from subspec.offload.disk import DiskRing, StoredLayer, check_first_read
+from subspec.offload.disk import DiskRing, check_first_read
 from subspec.offload.stream import LayerRing, LayerStreamer
 from subspec.targets.layer_bytes import parameter_views
 from subspec.targets.meta_model import fill
 from subspec.targets.source import LayerSource
-from subspec.utils.console import Note, print_note
 
 
 class LayerFeed(ABC):
@@ -39,8 +38,10 @@ class LayerFeed(ABC):
     def release(self, index: int) -> None:  # noqa: B027 (optional)
         """The kernels that read layer ``index`` are enqueued."""
 
-    def close(self) -> None:  # noqa: B027 (optional)
+    def close(self) -> None:
         """Close files; no layer is asked for any more."""
+        if self.streamer is not None:
+            self.streamer.close()
 
 
 class ResidentFeed(LayerFeed):
@@ -55,27 +56,22 @@ class ResidentFeed(LayerFeed):
 
 
 class RingFeed(LayerFeed):
-    """Layers whose parameters are copied from pinned host memory to ring slots.
+    """Layers whose parameters are copied to ring slots on the device.
 
     Args:
         template: a decoder layer, copied once per slot; the copies' parameters are views into their slot.
-        layers: flat pinned bytes (uint8) by layer number.
-        slots: ring slots; clamped to 1 .. number of layers.
+        layers: numbers of the layers.
+        streamer: copies them; their bytes are laid out by :func:`~subspec.targets.layer_bytes.parameter_views`.
     """
 
     def __init__(
-        self,
-        template: nn.Module,
-        layers: Mapping[int, Tensor],
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, template: nn.Module, layers: Collection[int], streamer: LayerStreamer, dtype: torch.dtype
     ) -> None:
         self.layers = sorted(layers)
-        self.streamer = self._streamer = _streamer(layers, slots, device)
+        self.streamer = self._streamer = streamer
         shapes = {name: parameter.shape for name, parameter in template.named_parameters()}
         self._modules: list[nn.Module] = []
-        for slot in self._streamer.slots:
+        for slot in streamer.slots:
             module = copy.deepcopy(template)
             fill(module, parameter_views(slot, shapes, dtype))
             self._modules.append(module)
@@ -92,27 +88,18 @@ class DiskFeed(LayerFeed):
 
     Args:
         template: a decoder layer, copied once; the copy's parameters are views into the slot of the layer in use.
-        layers: in files.
-        slots: ring slots; clamped to 1 .. number of layers.
+        ring: reads the layers.
         source: of the same layers, to compare each with when it is read first.
-        note: as of :class:`~subspec.offload.disk.DiskRing`.
 
     Raises:
-        SubspecError: the files cannot be read, and, where a layer is asked for, what has become of them since.
+        SubspecError: where a layer is asked for, what has become of its file.
     """
 
-    def __init__(
-        self,
-        template: nn.Module,
-        layers: Sequence[StoredLayer],
-        slots: int,
-        source: LayerSource,
-        note: Note = print_note,
-    ) -> None:
-        self.layers = [layer.index for layer in layers]
-        self.streamer = self.ring = DiskRing(layers, min(max(slots, 1), len(layers)), note)
+    def __init__(self, template: nn.Module, ring: DiskRing, source: LayerSource) -> None:
+        self.layers = [layer.index for layer in ring.layers]
+        self.streamer = self.ring = ring
         self._module, self._source = copy.deepcopy(template), source
-        self._unchecked = {layer.index: layer for layer in layers}
+        self._unchecked = {layer.index: layer for layer in ring.layers}
 
     def acquire(self, index: int) -> nn.Module:
         parameters = self.ring.parameters(self.ring.acquire())
@@ -125,9 +112,6 @@ class DiskFeed(LayerFeed):
     def release(self, index: int) -> None:
         self.ring.release()
 
-    def close(self) -> None:
-        self.ring.close()
-
 
 class CodedFeed(LayerFeed):
     """Coded layers, restored into one buffer from bytes on the device or in a ring slot.
@@ -135,21 +119,13 @@ class CodedFeed(LayerFeed):
     Args:
         template: a decoder layer; the copy's parameters are views into the buffer.
         restorer: restores a layer from its coded bytes; holds those of the resident layers.
-        streamed: flat pinned bytes (uint8) of the layers that are not resident, by layer number.
-        slots: ring slots; clamped to 1 .. number of streamed layers.
+        streamer: copies the bytes of the layers that are not resident; None: all are.
     """
 
-    def __init__(
-        self,
-        template: nn.Module,
-        restorer: LayerRestorer,
-        streamed: Mapping[int, Tensor],
-        slots: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, template: nn.Module, restorer: LayerRestorer, streamer: LayerStreamer | None) -> None:
         self.restorer = restorer
         self.layers, self.resident = sorted(restorer.layers), sorted(restorer.resident)
-        self.streamer = self._streamer = _streamer(streamed, slots, device) if streamed else None
+        self.streamer = self._streamer = streamer
         self._module = copy.deepcopy(template)
         fill(self._module, restorer.parameters)
 
@@ -164,8 +140,3 @@ class CodedFeed(LayerFeed):
         restorer.restore(index, slot[: restorer.layers[index].nbytes])
         streamer.release()  # the layer is in the buffer: its slot can be refilled at once
         return self._module
-
-
-def _streamer(layers: Mapping[int, Tensor], slots: int, device: torch.device) -> LayerStreamer:
-    slots = min(max(slots, 1), len(layers))
-    return LayerStreamer([layers[index] for index in sorted(layers)], slots, device)

@@ -8,6 +8,9 @@ earlier run coded is read straight into its buffer.
 To keep loading inside the budget, resident layers are fetched again at the end, when the quantizer's temporaries are
 gone, and the substitute's first layers are staged on the host if these need their room (``Plan.waiting_layers``). An LM
 head that is coded (:mod:`subspec.codec.coded_head`) is quantized and coded first, when most memory is free.
+
+Streamed layers lie in pinned host memory. Those that the plan leaves to a disk (``Plan.disk_layers``) are read from it
+in every pass: coded ones from the files of the cache of coded layers, others from the target's files or from a copy.
 """
 
 import ctypes
@@ -24,11 +27,14 @@ from subspec.codec.coded_head import CodedHead, HeadCode, encode_head
 from subspec.codec.coded_load import TargetCoding
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement
+from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder, compact, level_model
 from subspec.levels.model import LevelModel
-from subspec.offload.disk import StoredLayer
+from subspec.offload.disk import DiskRing, StoredLayer
 from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed, ResidentFeed, RingFeed
+from subspec.offload.stream import LayerStreamer
 from subspec.offload.streamed_target import StreamedTarget
+from subspec.offload.tiers import TieredStreamer
 from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import PlainCodec, flat_layer, write_layer
 from subspec.targets.meta_model import empty_model, fill
@@ -45,6 +51,12 @@ class LoadingPlan(Protocol):
 
     @property
     def resident_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def disk_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def coded_in_files(self) -> bool: ...
 
     @property
     def ring_slots(self) -> int: ...
@@ -117,12 +129,12 @@ class PlainStore:
         layers: flat bytes by layer number.
     """
 
-    def __init__(self, source: LayerSource, resident: set[int], memory: PinnedMemory) -> None:
-        self._source, self._resident, self._memory = source, resident, memory
+    def __init__(self, source: LayerSource, elsewhere: set[int], memory: PinnedMemory) -> None:
+        self._source, self._elsewhere, self._memory = source, elsewhere, memory
         self.layers: dict[int, Tensor] = {}
 
     def needs(self, index: int) -> bool:
-        return index not in self._resident
+        return index not in self._elsewhere
 
     def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
         source = self._source
@@ -201,10 +213,10 @@ class LoadedStream:
 
     def close(self) -> None:
         """Unlock the host memory; the target must not run any more."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize()
         for feed in self.target.feeds:
             feed.close()
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
         self.memory.close()
 
 
@@ -215,7 +227,7 @@ def load_streamed(
     *,
     builder: SubstituteBuilder | None = None,
     coded: CodedCache | None = None,
-    stored: Sequence[StoredLayer] | None = None,
+    stored: Sequence[StoredLayer] = (),
     note: Note = print_note,
 ) -> LoadedStream:
     """Load a target for streaming.
@@ -223,19 +235,18 @@ def load_streamed(
     Args:
         builder: builds the substitute; None: there is none.
         coded: layers that earlier runs coded with this substitute; None: they are not kept.
-        stored: all layers in files, where those that are not resident stay; None: they go to host memory.
+        stored: layers in files; those that are not resident stream from there, and all others from host memory. Coded
+            layers of ``plan.disk_layers`` stream from the files of ``coded``.
 
     Raises:
-        SubspecError: host memory cannot be locked, or a file cannot be read.
+        SubspecError: host memory cannot be locked, or a file cannot be written or read.
     """
     memory = PinnedMemory(device)
     model = empty_model(source.config, source.dtype, device)
     resident = set(plan.resident_layers)
-    disk: DiskFeed | None = None
-    if from_disk := [layer for layer in stored or () if layer.index not in resident]:
-        # Opened first: a file that changes while other weights are loaded from it is noticed.
-        template = model.get_decoder().layers[from_disk[0].index]
-        disk = DiskFeed(template, from_disk, plan.ring_slots, source, note)
+    assert plan.codec is not Codec.none or set(plan.disk_layers) <= {layer.index for layer in stored}
+    # Opened first: a file that changes while other weights are loaded from it is noticed.
+    disk = _ring([layer for layer in stored if layer.index not in resident], plan, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
@@ -249,9 +260,9 @@ def load_streamed(
 
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
-        coding = TargetCoding(resident, coded)
-    store = PlainStore(source, resident, memory)
-    consumers: list[LayerConsumer] = [store] if stored is None else []
+        coding = TargetCoding(resident, coded, plan.disk_layers, plan.coded_in_files)
+    store = PlainStore(source, resident.union(layer.index for layer in stored), memory)
+    consumers: list[LayerConsumer] = [store]
     if builder is not None:
         consumers.insert(0, builder)
         if coding is not None:
@@ -270,7 +281,7 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.shrink(room, plan.ring_slots, memory.allocate)
+        coding.place(room, plan.ring_slots, memory.allocate)
         restorer = coding.decoder(builder.layers, source.layer_shapes(0), device)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded
@@ -282,14 +293,16 @@ def load_streamed(
         # By way of the host: on the device, a layer on its way would need room beside its place.
         fill(module, flat_layer(source.layer(index, CPU), source.dtype, device))
     feeds: list[LayerFeed] = [ResidentFeed(exact)]
-    if store.layers:
-        template = modules[min(store.layers)]
-        feeds.append(RingFeed(template, store.layers, plan.ring_slots, source.dtype, device))
-    if disk is not None:
-        feeds.append(disk)
     if coding is not None and restorer is not None:
-        template = modules[min(coding.layers)]
-        feeds.append(CodedFeed(template, restorer, coding.streamed, plan.ring_slots, device))
+        if coding.on_disk:
+            disk = _ring(_stored_code(coding, coded), plan, note)
+        streamer = _streamer(coding.streamed, disk, source, plan.ring_slots, device)
+        feeds.append(CodedFeed(modules[min(coding.layers)], restorer, streamer))
+    elif disk is not None and not store.layers and device == CPU:  # which computes from the ring's slots
+        feeds.append(DiskFeed(modules[disk.layers[0].index], disk, source))
+    elif (streamer := _streamer(store.layers, disk, source, plan.ring_slots, device)) is not None:
+        streamed = set(range(len(modules))) - resident
+        feeds.append(RingFeed(modules[min(streamed)], streamed, streamer, source.dtype))
     return LoadedStream(
         StreamedTarget(model, feeds, device, coded_head),
         memory,
@@ -298,6 +311,42 @@ def load_streamed(
         None if head_code is None else head_code.bits_per_weight,
         None if coding is None else coded,
     )
+
+
+def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, note: Note) -> DiskRing | None:
+    """Reads layers from a disk; None: there are none."""
+    return DiskRing(stored, min(max(plan.ring_slots, 1), len(stored)), note) if stored else None
+
+
+def _stored_code(coding: TargetCoding, cache: CodedCache | None) -> list[StoredLayer]:
+    """The coded layers on the disk: a file's code, and the rest of it, which its checksum covers too.
+
+    Raises:
+        SubspecError: a file is gone.
+    """
+    assert cache is not None
+    found = []
+    for index in sorted(coding.on_disk):
+        kept, code = cache.file(index), coding.layers[index].nbytes
+        if kept is None:
+            raise SubspecError(
+                f"the file of the coded layer {index} in {cache.folder} is gone or cut off: start again, and leave the "
+                "folder alone meanwhile"
+            )
+        shapes = {"code": torch.Size([code]), "layout": torch.Size([kept[0].stat().st_size - code])}
+        places = {"code": (kept[0], 0), "layout": (kept[0], code)}
+        found.append(StoredLayer(index, places, shapes, torch.uint8, kept[1]))
+    return found
+
+
+def _streamer(
+    pinned: Mapping[int, Tensor], disk: DiskRing | None, source: LayerSource, slots: int, device: torch.device
+) -> LayerStreamer | None:
+    """Copies the layers of both tiers to the device; None: no layer is streamed."""
+    slots = min(max(slots, 1), len(pinned) + (0 if disk is None else len(disk.layers)))
+    if disk is not None:
+        return TieredStreamer(pinned, disk, source, slots, device)
+    return LayerStreamer([pinned[index] for index in sorted(pinned)], slots, device) if pinned else None
 
 
 def _load_shared(

@@ -2,10 +2,11 @@
 
 The order of layers is cyclic: the last layers of one pass are followed by the first of the next, so the ring fills up
 while the draft works. :class:`LayerStreamer` copies from pinned host memory to a device; a ring that reads from a disk
-is in :mod:`subspec.offload.disk`.
+is in :mod:`subspec.offload.disk`, and the two in a row are in :mod:`subspec.offload.tiers`.
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ class LayerRing(ABC):
 
     Attributes:
         bytes_per_pass: of all layers together.
-        bytes_copied: since the last :meth:`take`.
+        bytes_copied: of all copies begun so far.
     """
 
     def __init__(self, sizes: Sequence[int], count: int) -> None:
@@ -34,6 +35,7 @@ class LayerRing(ABC):
         self._copied_count = 0
         self._used_count = 0  # layers whose readers are done, or enqueued
         self.bytes_copied = 0
+        self._taken = (0, 0.0)
 
     def prefetch(self) -> None:
         """Begin every copy that has a free slot."""
@@ -63,17 +65,24 @@ class LayerRing(ABC):
 
     def rewind(self) -> None:
         """Make the first layer the next one, after a pass that was interrupted."""
-        if self.position == 0:
-            return
+        if self.position != 0:
+            self.restart()
+
+    def restart(self) -> None:
+        """Make the first layer the next one, and begin its copy anew."""
         self._settle()
         # Both counters go on from a common multiple, so that slot and layer numbering start afresh.
         period = len(self.sizes) * self.count
         self._used_count = self._copied_count = round_up(max(self._copied_count, self._used_count), period)
 
     def take(self) -> tuple[int, float]:
-        """(bytes of copies begun, seconds of finished copies) since the last call; never waits."""
-        copied, self.bytes_copied = self.bytes_copied, 0
-        return copied, self._take_seconds()
+        """(bytes of copies begun, seconds of finished copies) since the last call; never waits.
+
+        Another thread may use the ring meanwhile: it only adds to both sums.
+        """
+        now, before = (self.bytes_copied, self._seconds()), self._taken
+        self._taken = now
+        return now[0] - before[0], now[1] - before[1]
 
     @abstractmethod
     def _fill(self, slot: int, layer: int) -> None:
@@ -91,8 +100,11 @@ class LayerRing(ABC):
         """Wait for everything that was begun."""
 
     @abstractmethod
-    def _take_seconds(self) -> float:
-        """Seconds of copies that finished since the last call."""
+    def _seconds(self) -> float:
+        """Seconds of all copies that have finished so far."""
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Wait for everything that was begun; the ring must not be used any more. May be called twice."""
 
 
 class LayerStreamer(LayerRing):
@@ -118,11 +130,12 @@ class LayerStreamer(LayerRing):
         self.slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
         self._cuda = device.type == "cuda"
         self._guard = guard_refills
-        self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._finished = 0.0
         self.copy_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
-            self._copied = [torch.cuda.Event() for _ in range(slots)]
+            self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]
             self._released: list[torch.cuda.Event | None] = [None] * slots
             # The buffers were made on the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -144,9 +157,13 @@ class LayerStreamer(LayerRing):
 
     def _fill(self, slot: int, layer: int) -> None:
         source = self.layers[layer]
-        target = self.slots[slot][: source.numel()]
+        self._copy(slot, layer, [(self.slots[slot][: source.numel()], source)])
+
+    def _copy(self, slot: int, layer: int, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Begin to copy ``layer`` to ``slot``: (place in the slot, source) of each part."""
         if not self._cuda:
-            target.copy_(source)
+            for place, source in parts:
+                place.copy_(source)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
@@ -154,19 +171,16 @@ class LayerStreamer(LayerRing):
             if self._guard and released is not None:
                 self._stream.wait_event(released)
             begin.record()
-            target.copy_(source, non_blocking=True)
+            for place, source in parts:
+                place.copy_(source, non_blocking=True)
             end.record()
             self._copied[slot].record()
         self._timed.append((begin, end))
         if self.copy_log is not None:
             self.copy_log.append((layer, begin, end))
 
-    def _take_seconds(self) -> float:
-        seconds, pending = 0.0, []
-        for begin, end in self._timed:
-            if end.query():
-                seconds += begin.elapsed_time(end) / 1e3
-            else:
-                pending.append((begin, end))
-        self._timed = pending
-        return seconds
+    def _seconds(self) -> float:
+        while self._timed and self._timed[0][1].query():  # copies finish in their order
+            begin, end = self._timed.popleft()
+            self._finished += begin.elapsed_time(end) / 1e3
+        return self._finished

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from subspec.codec.coded_head import CodedHead
 from subspec.codec.coded_layer import LayerRestorer
 from subspec.decoding.target_model import TargetModel
-from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed
+from subspec.offload.disk import DiskRing
+from subspec.offload.feeds import CodedFeed, LayerFeed
 from subspec.offload.stream import LayerRing
+from subspec.offload.tiers import TieredStreamer
 from subspec.utils.rounding import next_power_of_two
 
 
@@ -28,6 +30,9 @@ class StreamedTarget(TargetModel):
         feeds: serve all layers together, each layer once.
         device: of everything else.
         coded_head: multiplies with the LM head; None: the model's own does.
+
+    Attributes:
+        recorded: the ring whose transfers :meth:`take_transfer` counts: the streamer, or the disk's ring.
     """
 
     whole = False
@@ -47,6 +52,7 @@ class StreamedTarget(TargetModel):
         )  # a coded head's weight is on the meta device, in the model's dtype
         self.table = model.get_input_embeddings().weight
         self.feeds = tuple(feeds)
+        self.recorded = self.streamer
         self._feed_of = {index: feed for feed in feeds for index in feed.layers}
         self.layer_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
 
@@ -54,6 +60,14 @@ class StreamedTarget(TargetModel):
     def streamer(self) -> LayerRing | None:
         """The copies over the link; None: no layer crosses it."""
         return next((feed.streamer for feed in self.feeds if feed.streamer is not None), None)
+
+    @property
+    def disk(self) -> DiskRing | None:
+        """The reads from a disk; None: no layer is there."""
+        streamer = self.streamer
+        if isinstance(streamer, TieredStreamer):
+            return streamer.disk
+        return streamer if isinstance(streamer, DiskRing) else None
 
     @property
     def restorer(self) -> LayerRestorer | None:
@@ -71,15 +85,15 @@ class StreamedTarget(TargetModel):
         return 0 if self.streamer is None else self.streamer.bytes_per_pass
 
     def facts(self) -> dict[str, Any]:
-        disk = next((feed.ring.facts() for feed in self.feeds if isinstance(feed, DiskFeed)), None)
         return {
+            **super().facts(),
             "streamed_bytes_per_pass": self.streamed_bytes_per_pass,
             "resident_layers": self.resident_layers,
-            **({} if disk is None else {"disk": disk}),
+            **({} if self.disk is None else {"disk": self.disk.facts()}),
         }
 
     def take_transfer(self) -> tuple[int, float]:
-        return (0, 0.0) if self.streamer is None else self.streamer.take()
+        return (0, 0.0) if self.recorded is None else self.recorded.take()
 
     def embed(self, tokens: Tensor) -> Tensor:
         if self.table.device == tokens.device:

@@ -22,7 +22,7 @@ from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
 from subspec.memory.trace import META, target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.budget import Budget
-from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, pass_peaks, spread
+from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, SLOT_PAGES, pass_peaks, spread
 from subspec.planning.plan import Bandwidth, Plan, most_texts, with_texts
 from subspec.planning.refusal import SHORTEST, arithmetic, ceil_gib
 from subspec.targets.model_spec import ModelSpec
@@ -110,7 +110,8 @@ def plan_disk(
     kept = spread(range(layers), resident)
     streamed = tuple(index for index in range(layers) if index not in kept)
     notes = () if streamed else ("every layer fits in memory: nothing is read from the disk while decoding",)
-    link = offload.link_gb_per_s
+    key = "link_gb_per_s" if offload.disk_gb_per_s is None else "disk_gb_per_s"
+    link = getattr(offload, key) and Bandwidth(getattr(offload, key), f"offload.{key}")
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -131,9 +132,11 @@ def plan_disk(
         plain_bytes_per_pass=None if plain is None else (layers - plain) * sizes.layer,
         plain_resident=plain,
         level_read_bytes=0,
-        link=None if link is None else Bandwidth(link, "offload.link_gb_per_s"),
+        link=link,
         notes=notes,
         texts=texts,
+        disk_layers=streamed,
+        disk=link,
     )
 
 
@@ -173,8 +176,8 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
     )
     assert isinstance(config.offload, StreamOffloadConfig)
     slots = config.offload.ring_slots
-    # A layer may lie in two files, each with a page cut at both ends.
-    return _Sizes(fixed, LOADING_LAYERS * layer, layer, layer + 4 * ALIGNMENT, spec.layers, slots)
+    slot = layer + SLOT_PAGES * ALIGNMENT
+    return _Sizes(fixed, LOADING_LAYERS * layer, layer, slot, spec.layers, slots)
 
 
 def _item(name: str, note: str, *tensors: tuple[int, int]) -> Allocation:

@@ -37,6 +37,7 @@ from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
 from subspec.memory.trace import META, TargetTrace, target_trace
+from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
@@ -59,6 +60,10 @@ LOADING_LAYERS = 3
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 
+SLOT_PAGES = 4
+"""Pages that a slot of a disk's ring holds beyond its layer, which may lie in two files, each with a page cut at both
+ends."""
+
 POST_LOAD = (
     "resident layers",
     "ring",
@@ -77,11 +82,16 @@ AUDIT_ROWS = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """Number of resident layers, tokens per prefill chunk, and place of the embedding table."""
+    """Number of resident layers, tokens per prefill chunk, and place of the embedding table.
+
+    ``disk``: number of streamed layers on a disk. ``in_files``: whether coded layers wait in files until loading ends.
+    """
 
     resident: int
     chunk: int
     embedding: Placement
+    disk: int = 0
+    in_files: bool = False
 
 
 class MemoryLayout:
@@ -228,9 +238,13 @@ class MemoryLayout:
         """Sum of the device allocations."""
         return sum(allocation.bytes for allocation in self._device(decision))
 
+    def host_bytes(self, decision: Decision) -> int:
+        """Sum of the host allocations."""
+        return sum(allocation.bytes for allocation in self.host_allocations(decision))
+
     def allocations(self, decision: Decision) -> list[Allocation]:
         """Every allocation on the device and on the host, without empty ones."""
-        return [one for one in [*self._device(decision), *self._host(decision)] if one.bytes]
+        return [one for one in [*self._device(decision), *self.host_allocations(decision)] if one.bytes]
 
     def _weight_allocations(self) -> list[Allocation]:
         """Substitute, norms and LM head, which do not depend on the decision."""
@@ -338,26 +352,30 @@ class MemoryLayout:
         logits = self.target.audit_bytes(judged, self.sampling)
         return ((kv_bytes(self.spec, length, 0, rows, self.itemsize), 1), (max(0, logits - workspace), 1))
 
-    def _host(self, decision: Decision) -> list[Allocation]:
-        host, resident = Placement.host, decision.resident
-        streamed, table = self.spec.layers - resident, int(decision.embedding is host)
-        staged = self.staged_layers(decision)
+    def host_allocations(self, decision: Decision) -> list[Allocation]:
+        """Every allocation on the host, empty ones included."""
+        host, resident, disk = Placement.host, decision.resident, decision.disk
+        pinned, table = self.spec.layers - resident - disk, int(decision.embedding is host)
+        staged, slots = self.staged_layers(decision), min(self.offload.ring_slots, disk)
         # Resident layers are coded to the host too, and copied to the device after quantization.
-        coded = (resident - len(self.required_resident)) * self.coded
-        loading = (
-            (self.exact_bytes, LOADING_LAYERS),
-            (self.packed_bytes, staged),
-            (PROCESS_BYTES, 1),
-            (self.layer_bytes, coded),
-        )
+        coded = (resident - len(self.required_resident)) * self.coded * (not decision.in_files)
+        ring = slots * (self.layer_bytes + SLOT_PAGES * ALIGNMENT)
+        behind = ring + self.layer_bytes * pinned * (
+            self.coded and decision.in_files
+        )  # made when loading has ended
+        loading = self.exact_bytes * LOADING_LAYERS + self.packed_bytes * staged + self.layer_bytes * coded
         parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]
         parts += [*[f"{staged} of the substitute"] * bool(staged), "1 GiB for CUDA"]
         return [
-            Allocation(
-                "streamed layers", ((self.layer_bytes, streamed),), f"{streamed} layers, pinned", host
-            ),
+            Allocation("streamed layers", ((self.layer_bytes, pinned),), f"{pinned} layers, pinned", host),
+            Allocation("disk ring", ((ring, 1),), f"{slots} layers in flight, pinned", host),
             Allocation("embedding table", ((self.table_bytes, table),), "pinned; only looked up", host),
-            Allocation("loading and process", loading, ", ".join(parts), host),
+            Allocation(
+                "loading and process",
+                ((max(0, loading - behind), 1), (PROCESS_BYTES, 1)),
+                ", ".join(parts),
+                host,
+            ),
         ]
 
     def spread(self, resident: int) -> tuple[int, ...]:

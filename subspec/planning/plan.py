@@ -8,10 +8,12 @@ aside (:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
    smaller one only if it must;
 3. keeps as many layers resident as still fit, or exactly ``offload.resident_layers``;
 4. puts the embedding table on the host if that frees a layer (or the chunk of step 2), else on the device;
-5. lets the prefill chunk grow into half of the rest.
+5. lets the prefill chunk grow into half of the rest;
+6. leaves as few of the streamed layers to a disk as ``offload.ram_gib`` requires, evenly among the others, so that the
+   disk is read while those are copied.
 
-If the budget cannot hold step 1, or host memory the streamed layers, the run is refused with the arithmetic and the
-change that would help.
+If the budget cannot hold step 1, or host memory the rest, the run is refused with the arithmetic and the change that
+would help.
 
 Example::
 
@@ -28,13 +30,13 @@ from transformers import PretrainedConfig
 
 from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
-from subspec.config.schema import Config, Placement, StreamOffloadConfig
+from subspec.config.schema import Cache, Config, Placement, StreamOffloadConfig
 from subspec.drafts.check_config import one_text_key
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom
 from subspec.planning.budget import Budget, DeviceMemory, budget_of
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
-from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
+from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout, spread
 from subspec.planning.refusal import least_decision, refuse_device, refuse_host
 
 TAUS = (1, 4, 12, 26)
@@ -59,7 +61,9 @@ class Plan:
         host_limit: host memory that the run may take; None: unknown and not checked.
         items: allocations, the device's first.
         resident_layers, streamed_layers: layer numbers.
-        ring_slots: layer buffers on the device; 0 if nothing is streamed.
+        disk_layers: those of the streamed layers that lie on a disk.
+        coded_in_files: whether coded layers are kept in the cache's files while loading, not in host memory.
+        ring_slots: layer buffers of each ring, on the device and for the disk; 0 if nothing is streamed.
         codec: whether exact layers are coded by their substitute (``layer_bytes`` is then an estimate).
         embedding: place of the embedding table.
         prefill_chunk: prompt tokens per sweep over the streamed layers.
@@ -68,7 +72,8 @@ class Plan:
         plain_bytes_per_pass: the same for plain decoding in this budget; None: it does not fit.
         plain_resident: resident layers of plain decoding in this budget.
         level_read_bytes: device memory that a draft level reads (weights and LM head); 0 without a draft.
-        link: bandwidth of the predictions; None: unknown.
+        plain_disk_bytes: of them, from the disk.
+        link, disk: bandwidths of the predictions; None: unknown. On a CPU the link is the disk's.
         notes: remarks for people, one line each.
         waiting_layers: first layers of the substitute that are staged on the host until loading has finished.
         coded_head_bytes: of the exact LM head coded by the draft's own (an estimate); 0: it is not coded.
@@ -97,6 +102,10 @@ class Plan:
     waiting_layers: int = 0
     coded_head_bytes: int = 0
     texts: int = 1
+    disk_layers: tuple[int, ...] = ()
+    coded_in_files: bool = False
+    plain_disk_bytes: int = 0
+    disk: Bandwidth | None = None
 
     def total(self, place: Placement) -> int:
         """Bytes of all items on ``place``."""
@@ -113,9 +122,28 @@ class Plan:
         return headroom(self.vram.allocator)
 
     @property
+    def disk_bytes_per_pass(self) -> int:
+        """Bytes that one pass reads from a disk."""
+        return len(self.disk_layers) * self.layer_bytes
+
+    @property
     def pass_seconds(self) -> float | None:
-        """Seconds the link needs for one target pass, its floor; None without a known link."""
-        return None if self.link is None else self.streamed_bytes_per_pass / (self.link.gb_per_s * 1e9)
+        """Seconds the slower link needs for one target pass, its floor; None without known bandwidths."""
+        return self._floor(self.streamed_bytes_per_pass, self.disk_bytes_per_pass)
+
+    @property
+    def slower_link(self) -> str | None:
+        """``disk`` if a pass takes longer over the disk's link than over the device's, else ``link``; None: unknown."""
+        if self.pass_seconds is None:
+            return None
+        return "disk" if self.pass_seconds > (self._floor(self.streamed_bytes_per_pass, 0) or 0) else "link"
+
+    def _floor(self, link_bytes: int, disk_bytes: int) -> float | None:
+        """Seconds that both links need at least, at the same time."""
+        if self.link is None or (disk_bytes and self.disk is None):
+            return None
+        seconds = link_bytes / (self.link.gb_per_s * 1e9)
+        return max(seconds, disk_bytes / (self.disk.gb_per_s * 1e9)) if self.disk else seconds
 
     @property
     def level_seconds(self) -> float | None:
@@ -123,15 +151,14 @@ class Plan:
         return None if self.card is None else self.level_read_bytes / (self.card.memory_gb_per_s * 1e9)
 
     def ceiling(self, tau: float) -> float | None:
-        """tau / pass_seconds, in tokens/s; None when the link is not what limits the run, or is not known."""
+        """tau / pass_seconds, in tokens/s; None when no link is what limits the run, or one is not known."""
         return tau / self.pass_seconds if self.pass_seconds else None
 
     @property
     def plain_ceiling(self) -> float | None:
         """Tokens/s that plain decoding cannot exceed in the same budget, which holds more resident layers then."""
-        if self.link is None or not self.plain_bytes_per_pass:
-            return None
-        return self.link.gb_per_s * 1e9 / self.plain_bytes_per_pass
+        seconds = self._floor(self.plain_bytes_per_pass or 0, self.plain_disk_bytes)
+        return 1 / seconds if seconds else None
 
     def to_dict(self) -> dict[str, Any]:
         """Builtin types, for ``plan.json``; predictions included."""
@@ -143,7 +170,7 @@ class Plan:
         ]
         plain["embedding"] = self.embedding.value
         plain["codec"] = self.codec.value
-        for name in ("resident_layers", "streamed_layers", "notes"):
+        for name in ("resident_layers", "streamed_layers", "disk_layers", "notes"):
             plain[name] = list(plain[name])
         if self.card is not None:
             plain["card"] = {**asdict(self.card), "link_gb_per_s": self.card.link_gb_per_s}
@@ -155,7 +182,9 @@ class Plan:
             "device_bytes": self.total(Placement.device),
             "headroom_bytes": self.headroom,
             "host_bytes": self.total(Placement.host),
+            "disk_bytes_per_pass": self.disk_bytes_per_pass,
             "pass_seconds": self.pass_seconds,
+            "slower_link": self.slower_link,
             "level_seconds": self.level_seconds,
             "ceiling_tokens_per_s": {str(tau): self.ceiling(tau) for tau in TAUS},
             "plain_ceiling_tokens_per_s": self.plain_ceiling,
@@ -212,12 +241,18 @@ def plan_run(
             layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_decision(tried)))
     if decision is None:
         raise refuse_device(layout, model, vram, lambda changed: choose(changed, budget))
-    items = (*vram.items, *layout.allocations(decision))
     resident = layout.spread(decision.resident)
     streamed = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
-    if host_limit is not None and sum(i.bytes for i in items if i.place is Placement.host) > host_limit:
-        raise refuse_host(layout, items, decision, host_limit, vram)
+    tiered = _tiers(layout, decision, host_limit)
+    if tiered is None:
+        raise refuse_host(layout, decision, host_limit or 0, vram)
+    decision = tiered
+    if decision.in_files and layout.coded and getattr(config.quant, "cache", None) is Cache.off:
+        raise ConfigError(
+            f"offload.ram_gib={offload.ram_gib} leaves coded layers to a disk, where the cache keeps them: set "
+            "quant.cache=auto, offload.codec=none, or a larger offload.ram_gib"
+        )
 
     if offload.vram_gib == AUTO:
         notes.append(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
@@ -228,13 +263,14 @@ def plan_run(
     plainly = layout.draft is None and not layout.coded
     plain_layout = layout if plainly else layout.without_draft(model)
     plain = decision if plainly else choose(plain_layout, budget)
+    plain = plain and _tiers(plain_layout, plain, host_limit)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
         card=card,
         vram=vram,
         host_limit=host_limit,
-        items=items,
+        items=(*vram.items, *layout.allocations(decision)),
         resident_layers=resident,
         streamed_layers=streamed,
         ring_slots=layout.ring_slots(decision.resident),
@@ -251,6 +287,10 @@ def plan_run(
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
         texts=texts,
+        disk_layers=spread(streamed, decision.disk),
+        coded_in_files=decision.in_files and layout.coded,
+        plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
+        disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
 
 
@@ -273,6 +313,18 @@ def most_texts(streamed: Callable[[int], int | None]) -> int:
 def with_texts(config: Config, texts: int) -> Config:
     """``config`` for that many texts side by side."""
     return replace(config, decoding=replace(config.decoding, texts=texts))
+
+
+def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decision | None:
+    """``decision`` with the fewest layers on a disk whose host allocations fit ``limit`` bytes; None: none fits.
+
+    Without ``offload.ram_gib`` no layer is left to a disk.
+    """
+    tried = [decision]
+    if layout.offload.ram_gib is not None:
+        most = layout.spec.layers - decision.resident
+        tried += [replace(decision, disk=disk, in_files=True) for disk in range(most + 1)]
+    return next((one for one in tried if limit is None or layout.host_bytes(one) <= limit), None)
 
 
 def choose(layout: MemoryLayout, budget: int) -> Decision | None:

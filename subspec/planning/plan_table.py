@@ -66,15 +66,22 @@ def fact_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.streamed_layers:
         size = plan.layer_bytes / GIB
         coded = ", coded by the substitute" if plan.codec is Codec.substitute else ""
-        yield "streamed layers", f"{len(plan.streamed_layers)} of {layers}, {size:.3f} GiB each{coded}"
+        disk = f"; {len(plan.disk_layers)} of them from a disk" if plan.disk_layers else ""
+        yield "streamed layers", f"{len(plan.streamed_layers)} of {layers}, {size:.3f} GiB each{coded}{disk}"
     if plan.total(Placement.device):
         yield "embedding table", f"on the {plan.embedding.value}"
     yield "prefill", f"{plan.prefill_chunk} tokens per sweep over the weights"
     if plan.link is not None:
         yield "link", f"{plan.link.gb_per_s:.1f} GB/s ({plan.link.source})"
+    two_links = bool(plan.disk_layers) and plan.disk is not plan.link
+    if two_links:
+        known = plan.disk and f"{plan.disk.gb_per_s:.1f} GB/s ({plan.disk.source})"
+        yield "disk", known or "measured when the run starts; offload.disk_gb_per_s=X plans with it"
     if plan.streamed_layers:
         floor = "" if plan.pass_seconds is None else f", at least {plan.pass_seconds:.3f} s"
-        yield "target pass", f"{plan.streamed_bytes_per_pass / 1e9:.2f} GB over the link{floor}"
+        slower = f" (the {plan.slower_link} is slower)" if floor and two_links else ""
+        disk = f", {plan.disk_bytes_per_pass / 1e9:.2f} GB from the disk" if two_links else ""
+        yield "target pass", f"{plan.streamed_bytes_per_pass / 1e9:.2f} GB over the link{disk}{floor}{slower}"
     if plan.level_read_bytes:
         read = f"{plan.level_read_bytes / 1e9:.2f} GB of device memory"
         if plan.card is not None and plan.level_seconds is not None:
@@ -131,7 +138,7 @@ def _facts(plan: Plan) -> Table:
 def _ceilings(plan: Plan) -> Table:
     """Ceilings of the link: tau / seconds per pass, and plain decoding in the same budget."""
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
-    table.add_column("ceiling of the link at", no_wrap=True)
+    table.add_column(f"ceiling of the {plan.slower_link} at", no_wrap=True)
     for tau in TAUS:
         table.add_column(f"tau {tau}", justify="right", no_wrap=True)
     table.add_column("plain decoding", justify="right", no_wrap=True)

@@ -103,6 +103,11 @@ def predict(
     configured = config.tree.depth
     weights = _weights(model, config)
     plan = _plan(config, model, machine, configured)
+    if plan.disk_layers:
+        raise ConfigError(
+            f"offload.ram_gib={config.offload.ram_gib} leaves {len(plan.disk_layers)} layers to a disk, which is not "
+            "predicted: raise it, or see the ceilings with plan_only=true and offload.disk_gb_per_s"
+        )
     found, too_deep = [], []
     for depth in sorted({configured, *depths}):
         one = _depth(config, model, machine, acceptance, weights, depth)

@@ -56,19 +56,21 @@ def refuse_device(
     )
 
 
-def refuse_host(
-    layout: MemoryLayout, items: Sequence[Allocation], decision: Decision, limit: int, vram: Budget
-) -> ConfigError:
-    """The refusal of a run whose host allocations exceed ``limit`` bytes; the machine would swap."""
-    host = [item for item in items if item.place is Placement.host]
-    needed = sum(item.bytes for item in host)
-    remedies = ["free some"]
-    asked = layout.offload.ram_gib
-    if asked is not None and asked * GIB <= limit:
+def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budget) -> ConfigError:
+    """The refusal of a run whose host allocations exceed ``limit`` bytes; the machine would swap.
+
+    With ``offload.ram_gib`` not even one whose streamed layers all lie on a disk fits.
+    """
+    streamed, asked = layout.spec.layers - decision.resident, layout.offload.ram_gib
+    on_disk = replace(decision, disk=streamed, in_files=True)
+    decision = decision if asked is None else on_disk
+    needed = layout.host_bytes(decision)
+    remedies, capped = ["free some"], asked is not None and int(asked * GIB) <= limit
+    if capped:
         remedies = [f"raise offload.ram_gib to at least {ceil_gib(needed)} if the machine has it"]
     more = math.ceil((needed - limit) / layout.layer_bytes)
-    streamed = layout.spec.layers - decision.resident
-    if more <= streamed and not layout.coded:  # all coded layers are on the host while loading
+    # All coded layers are on the host while loading.
+    if asked is None and more <= streamed and not layout.coded:
         wanted = vram.least(layout.device_bytes(replace(decision, resident=decision.resident + more)))
         if wanted > vram.bytes:
             remedies.append(
@@ -77,11 +79,15 @@ def refuse_host(
             )
         else:
             remedies.append(f"set offload.resident_layers={decision.resident + more}")
+    if asked is None and layout.host_bytes(on_disk) <= limit:
+        remedies.append(
+            f"set offload.ram_gib={_floor_gib(limit)} to read the layers beyond it from a disk (slower)"
+        )
     remedies.append("choose a smaller target")
-    source = "offload.ram_gib allows" if asked is not None and asked * GIB <= limit else "are free"
+    source = "offload.ram_gib allows" if capped else "are free"
     return ConfigError(
-        f"host memory cannot hold this run, which needs {ceil_gib(needed)} GiB: {arithmetic(host)}; "
-        f"{limit / GIB:.1f} GiB {source}: {_either(remedies)}"
+        f"host memory cannot hold this run, which needs {ceil_gib(needed)} GiB: "
+        f"{arithmetic(layout.host_allocations(decision))}; {limit / GIB:.1f} GiB {source}: {_either(remedies)}"
     )
 
 
@@ -103,6 +109,10 @@ def arithmetic(items: Sequence[Allocation]) -> str:
 def ceil_gib(size: int) -> str:
     """Bytes as GiB, rounded up to two decimals: a budget of this size suffices."""
     return f"{math.ceil(100 * size / GIB) / 100:g}"
+
+
+def _floor_gib(size: int) -> str:
+    return f"{math.floor(100 * size / GIB) / 100:g}"
 
 
 def _either(parts: list[str]) -> str:
@@ -160,7 +170,7 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
             if depth >= SHALLOWEST:
                 extra = (
                     {"min_depth": depth}
-                    if isinstance(tree, AdaptiveTreeConfig) and tree.min_depth > depth
+                    if isinstance(tree, AdaptiveTreeConfig) and (tree.min_depth or 0) > depth
                     else {}
                 )
                 yield changed("tree", depth=depth, **extra)

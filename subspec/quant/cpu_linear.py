@@ -1,9 +1,10 @@
-"""Linears of a draft level on a CPU: torch's own kernels behind :class:`~subspec.quant.level_linear.LevelLinear`.
+"""Linears of a draft level on a CPU behind :class:`~subspec.quant.level_linear.LevelLinear`: our own kernel or torch's.
 
-Which kernel is the fastest depends on the instructions of the CPU and on the rows of a level, so
-:func:`~subspec.quant.choose_kernels.choose_kernels` measures them. Rows of gate and up lie one after the other, because
-an activation over strided halves takes twice the time.
+Ours (:mod:`subspec.kernels.cpu`) is the fastest wherever it can be compiled. Which of torch's is the fastest depends on
+the instructions of the CPU and on the rows of a level, so :func:`~subspec.quant.choose_kernels.choose_kernels` measures
+them. Rows of gate and up lie one after the other, because an activation over strided halves takes twice the time.
 
+- ``own_cpu``: integers of 4 or 8 bits times inputs of 8 bits;
 - ``int4_cpu``: torch's weight-only kernel, HQQ's 4-bit integers times bfloat16 inputs (with float32 inputs the same
   operator is hundreds of times slower);
 - ``int8_cpu``: the quantized values rounded to 8 bits with a scale per output, times inputs of twice 7 bits. Products
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.kernels.cpu import BLOCK, CpuKernels, Tiles, cpu_kernels, misfit, tile_bytes
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import QuantizedIntegers
 from subspec.quant.level_linear import LevelLinear, Variant
@@ -28,6 +30,9 @@ INNER_TILES = 8
 """Argument of the packing operator, ignored on a CPU."""
 
 INT4_GROUPS = (32, 64, 128, 256)
+
+PIECE = 4096
+"""Outputs that are rounded at a time."""
 
 LEVELS = 127
 HALF = 63
@@ -57,6 +62,40 @@ class CpuLinear(LevelLinear):
             return y.unsqueeze(0)
         gate, up = y.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
+
+
+class OwnCpuLinear(CpuLinear):
+    """Tiles of our own kernel."""
+
+    kind = "own_cpu"
+
+    def __init__(self, tiles: Tiles, swiglu: bool) -> None:
+        kernels = cpu_kernels()
+        assert isinstance(kernels, CpuKernels)
+        self._kernels, self.tiles, self._matrix = kernels, tiles, tiles.matrix()
+        super().__init__(tiles.shape[0], tiles.nbytes, swiglu)
+
+    @classmethod
+    def of_integers(cls, weight: QuantizedIntegers, swiglu: bool) -> "OwnCpuLinear":
+        """HQQ's integers; those of 2 and 3 bits as 4."""
+        q, zero, bits = (weight.q, weight.zero, 4)
+        if weight.bits == 8:
+            q, zero, bits = (q.int() - 128).to(torch.int8), zero - 128, 8
+        return cls(Tiles(q, weight.scale, -zero * weight.scale, bits), swiglu)
+
+    @classmethod
+    def rounded(cls, weight: Tensor, swiglu: bool) -> "OwnCpuLinear":
+        """float32 values [n, k] rounded to 8 bits, symmetric, with a scale per 64 inputs."""
+        blocks = weight.unflatten(1, (-1, BLOCK))
+        scale = torch.linalg.vector_norm(blocks, torch.inf, dim=-1).clamp_(min=TINY).div_(LEVELS)
+        q = torch.empty(blocks.shape, dtype=torch.int8)
+        for part in range(0, len(q), PIECE):  # a float32 copy of an LM head would be the run's largest tensor
+            piece = slice(part, part + PIECE)
+            q[piece] = (blocks[piece] / scale[piece].unsqueeze(-1)).round_()
+        return cls(Tiles(q.flatten(1), scale, torch.zeros_like(scale), 8), swiglu)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self._kernels.linear(self._matrix, x.float().contiguous(), self.stride)
 
 
 class PlainLinear(CpuLinear):
@@ -143,7 +182,14 @@ class CpuFormat(HqqFormat):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return (self.only,) if self.only else (Int4CpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
+        if self.only:
+            return (self.only,)
+        return (OwnCpuLinear.kind, Int4CpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
+
+    def own(self, n: int, k: int) -> "CpuFormat | None":
+        """The same with our own kernel; None: it cannot run here."""
+        own = replace(self, only=OwnCpuLinear.kind)
+        return own if not own.unfit(own.only, n, k) and isinstance(cpu_kernels(), CpuKernels) else None
 
     def smallest(self, n: int, k: int) -> "CpuFormat":
         """The same with the kernel that takes the least memory of those that run here."""
@@ -152,6 +198,8 @@ class CpuFormat(HqqFormat):
         return replace(self, only=kernel if fits else Int8CpuLinear.kind)
 
     def device_bytes(self, n: int, k: int) -> int:
+        if self.only == OwnCpuLinear.kind:
+            return tile_bytes(n, k, 8 if self.bits == 8 else 4)
         if self.only == Int4CpuLinear.kind:
             return n * k // 2 + 4 * n * k // self.group
         return n * k + 4 * n
@@ -159,6 +207,10 @@ class CpuFormat(HqqFormat):
     def unfit(self, kernel: str, n: int, k: int) -> str | None:
         if kernel not in self.kernels:
             return "it is no kernel for CPUs"
+        if kernel == OwnCpuLinear.kind:
+            return (
+                f"groups of {self.group} are no multiple of {BLOCK}" if self.group % BLOCK else misfit(n, k)
+            )
         if kernel != Int4CpuLinear.kind:
             return None
         if self.bits != 4 or self.group not in INT4_GROUPS:
@@ -169,6 +221,9 @@ class CpuFormat(HqqFormat):
         """Tried on one small weight."""
         if device.type != "cpu":
             return "no CPU"
+        if kernel == OwnCpuLinear.kind:
+            found = cpu_kernels()
+            return found if isinstance(found, str) else None
         group = self.group if kernel == Int4CpuLinear.kind else 64
         try:
             linear = CpuFormat(4, group).random_linear(Variant(kernel), 16, group, device, swiglu=False)
@@ -182,7 +237,9 @@ class CpuFormat(HqqFormat):
 
     def linear(self, variant: Variant, weight: QuantizedIntegers, *, swiglu: bool) -> LevelLinear:
         if swiglu:
-            weight = weight.of_rows([_gate_then_up(rows) for rows in weight.row_tensors])
+            weight = weight.of_rows([gate_then_up(rows) for rows in weight.row_tensors])
+        if variant.kernel == OwnCpuLinear.kind:
+            return OwnCpuLinear.of_integers(weight, swiglu)
         if variant.kernel == Int4CpuLinear.kind:
             return Int4CpuLinear(weight, swiglu)
         return unpacked_linear(variant.kernel, weight.dequantize(), swiglu=swiglu)
@@ -194,7 +251,10 @@ class CpuHeadFormat(CpuFormat):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        return (self.only,) if self.only else (Int8CpuLinear.kind, *PLAIN)
+        return (self.only,) if self.only else (OwnCpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
+
+    def device_bytes(self, n: int, k: int) -> int:
+        return tile_bytes(n, k, 8) if self.only == OwnCpuLinear.kind else n * k + 4 * n
 
     @property
     def key(self) -> str:
@@ -217,6 +277,8 @@ def unpacked_linear(kernel: str, weight: Tensor, *, swiglu: bool) -> LevelLinear
     Raises:
         ValueError: there is no such kernel.
     """
+    if kernel == OwnCpuLinear.kind:
+        return OwnCpuLinear.rounded(weight, swiglu)
     if kernel == Int8CpuLinear.kind:
         return Int8CpuLinear(weight, swiglu)
     if kernel not in PLAIN:
@@ -224,6 +286,6 @@ def unpacked_linear(kernel: str, weight: Tensor, *, swiglu: bool) -> LevelLinear
     return PlainLinear(weight, PLAIN[kernel], swiglu)
 
 
-def _gate_then_up(rows: Tensor) -> Tensor:
+def gate_then_up(rows: Tensor) -> Tensor:
     """Undo the order of :func:`subspec.kernels.int4.interleave`."""
     return rows.unflatten(0, (-1, 2, 16)).transpose(0, 1).flatten(0, 2)

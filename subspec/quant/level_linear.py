@@ -82,7 +82,7 @@ class LevelLinear(ABC):
 
 
 class FewRowsLinear(LevelLinear):
-    """A Linear of one of our CUDA kernels; on a CPU its torch reference.
+    """A Linear of one of our CUDA kernels, which read the weights once for up to 32 rows; on a CPU its torch reference.
 
     Attributes:
         swiglu: rows of the weight are gate and up, interleaved 16 by 16; the result is their activation.
@@ -96,7 +96,7 @@ class FewRowsLinear(LevelLinear):
 
     @abstractmethod
     def launch(self, x: Tensor, out: Tensor) -> None:
-        """Write the result for a few rows."""
+        """Write the result."""
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride

@@ -8,7 +8,7 @@ QUANTIZED_DRAFTS = ("subspec",)
 
 
 def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> str:
-    """Draft, quantizer, tree and offloading: ``subspec hqq4, beam 48x6, stream 8 GiB``.
+    """Draft, quantizer, tree, offloading and texts at a time: ``subspec hqq4, beam 48x6, stream 8 GiB, 8 texts``.
 
     Args:
         config: the resolved configuration, as in ``config.yaml``; missing parts are left out.
@@ -24,6 +24,9 @@ def method_label(config: Mapping[str, Any], facts: Mapping[str, Any] | None = No
     parts.append(_offload(config, facts))
     if config_group(config, "decoding").get("name") == "sampling":
         parts.append(f"sampling T={_number(config_group(config, 'decoding').get('temperature'))}")
+    # The facts hold the number that auto resolved to.
+    texts = (facts or {}).get("texts", config_group(config, "decoding").get("texts", 1))
+    parts.append(f"{texts} texts" if texts != 1 else "")
     return ", ".join(part for part in parts if part)
 
 
@@ -66,7 +69,8 @@ def _tree(tree: Mapping[str, Any]) -> str:
 
 
 def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
-    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, or ``disk 8 GiB``."""
+    """``stream 8 GiB``, ``stream coded 8 GiB`` if the exact weights were streamed coded, ``disk 8 GiB`` on a CPU, or
+    ``stream 8 GiB, disk beyond 4 GiB of RAM``."""
     offload = config_group(config, "offload")
     name = offload.get("name")
     if name in (None, "none"):
@@ -76,7 +80,10 @@ def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
     elif "codec" in offload:
         codec = (facts or {}).get("codec", offload["codec"])  # the facts hold the value that auto resolved to
         name = "stream coded" if codec == "substitute" else "stream"
-    return f"{name} {budget_text(config, facts)}".rstrip()
+    beyond = ""
+    if name != "disk" and (facts or {}).get("disk"):
+        beyond = f", disk beyond {_number(offload.get('ram_gib'))} GiB of RAM"
+    return f"{name} {budget_text(config, facts)}".rstrip() + beyond
 
 
 def _from_disk(config: Mapping[str, Any]) -> bool:

@@ -45,11 +45,12 @@ PER_TURN_FIGURES = (
     "block_p99_s",
     "roofline_share",
     "link_busy_share",
+    "texts_beside",
 )
 """Figures of a turn that are summarised by mean, standard deviation and median."""
 
-CONTEXT_FIELDS = ("benchmark", "source", "target", "draft", "device", "planted", "seed")
-"""Record fields that are constant over a run and part of its summary."""
+CONTEXT_FIELDS = ("benchmark", "source", "target", "draft", "device", "planted", "seed", "texts")
+"""Record fields that are constant over a run and part of its summary. Records of earlier versions are of one text."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def turn_metrics(
     result: GenerationResult,
     *,
+    beside: float = 0.0,
+    loop_s: float | None = None,
     link: LinkInfo | None = None,
     plain: tuple[int, float] | None = None,
     peak_vram_gib: float | None = None,
@@ -91,6 +94,8 @@ def turn_metrics(
 
     Args:
         result: the finished generation.
+        beside: mean number of other texts in its passes.
+        loop_s: its share of the seconds of the loop over passes; the shares of all turns add up to those seconds.
         link: the link the weights cross, or None without offloading: the link figures are then None.
         plain: timed passes of plain decoding and their seconds (:meth:`~subspec.decoding.engine.Engine.time_plain`).
         peak_vram_gib: peak of PyTorch's device allocations so far (GiB), None without a GPU.
@@ -126,6 +131,8 @@ def turn_metrics(
         **_percentiles(stats.block_s),
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_total": ratio(len(result.token_ids), stats.prefill_s + stats.decode_s),
+        "texts_beside": beside,
+        "loop_s": loop_s,
         "plain_tokens": passes,
         "plain_s": plain_s,
         "speedup_over_plain": ratio(tokens_per_s, ratio(passes, plain_s)),
@@ -155,9 +162,10 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
         - ``totals``: sums of the raw values, and the figures of :func:`turn_metrics` computed from the sums (all
           tokens / all seconds). ``tau_published`` counts one prefill per turn. The roofline is all verified tokens
           over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
-          ``speedup_over_plain`` is of the turns behind which plain passes were timed. Percentiles are over the blocks
-          of all turns. Figures of a field that earlier versions did not record are
-          None unless all turns have it.
+          ``speedup_over_plain`` is of the turns behind which plain passes were timed. ``tokens_per_s_together`` is all
+          new tokens over ``loop_s``, the seconds of the loop over passes: of all texts at a time together. Percentiles
+          are over the blocks of all turns. Figures of a field that earlier versions did not record are None unless all
+          turns have it.
         - ``categories``: by category (:func:`~subspec.records.categories.category_group`) ``samples``, ``turns``,
           ``tau``, ``tokens_per_s`` and ``accuracy``; empty if the data set has none.
         - ``per_turn``: ``n``, ``mean``, ``sd`` (of a sample, n - 1) and ``median`` of :data:`PER_TURN_FIGURES`.
@@ -168,7 +176,7 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
           None when nothing was audited.
         - ``peak_vram_gib``, ``device_vram_gib``, ``peak_ram_gib``: the largest of all turns.
     """
-    records = list(records)
+    records = [{"texts": 1, **record} for record in records]
     turns = [record for record in records if not record.get("skipped")]
     skipped = [record["skipped"] for record in records if record.get("skipped")]
     return {
@@ -192,18 +200,23 @@ def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
     """How many times faster a run is than the baseline run ``name``, by totals.
 
     Returns:
-        ``baseline`` (its name), ``tokens_per_s`` and ``tokens_per_s_total`` (ratios of the two runs' totals), and
-        ``differences`` between the runs besides the method.
+        ``baseline`` (its name), ``tokens_per_s``, ``tokens_per_s_total`` and ``tokens_per_s_together`` (ratios of the
+        two runs' totals), and ``differences`` between the runs besides the method. The first two are speeds of a text:
+        None if the runs differ in the number of texts at a time.
     """
     ours, theirs = summary["totals"], baseline["totals"]
     pairs = {
         key: (summary["context"][key], baseline["context"][key]) for key in CONTEXT_FIELDS if key != "draft"
     }
     pairs |= {key: (summary["counts"][key], baseline["counts"][key]) for key in ("samples", "turns")}
+    alike = pairs["texts"][0] == pairs["texts"][1]
     return {
         "baseline": name,
-        "tokens_per_s": ratio(ours["tokens_per_s"], theirs["tokens_per_s"]),
-        "tokens_per_s_total": ratio(ours["tokens_per_s_total"], theirs["tokens_per_s_total"]),
+        "tokens_per_s": ratio(ours["tokens_per_s"], theirs["tokens_per_s"]) if alike else None,
+        "tokens_per_s_total": ratio(ours["tokens_per_s_total"], theirs["tokens_per_s_total"])
+        if alike
+        else None,
+        "tokens_per_s_together": ratio(ours["tokens_per_s_together"], theirs["tokens_per_s_together"]),
         "differences": [
             f"{key}: {mine} against {other}" for key, (mine, other) in pairs.items() if mine != other
         ],
@@ -229,6 +242,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     accepted = _sum_by_depth(turns, "accepted_by_depth")
     reached = _sum_by_depth(turns, "reached_by_depth") if _all_have(turns, "reached_by_depth") else None
     passes = sum(record["draft_passes"] for record in turns) if _all_have(turns, "draft_passes") else None
+    shares = [_loop_s(record) for record in turns]
+    loop_s = None if None in shares else fsum(shares)
     blocks = [seconds for record in turns for seconds in record.get("block_s") or []]
     wall = sums["prefill_s"] + sums["decode_s"]
 
@@ -244,6 +259,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     return sums | {
         "tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
         "tokens_per_s_total": ratio(sums["new_tokens"], wall),
+        "loop_s": loop_s,
+        "tokens_per_s_together": ratio(sums["new_tokens"], loop_s),
         **plain,
         "speedup_over_plain": ratio(drafted_speed, ratio(plain["plain_tokens"], plain["plain_s"])),
         "tau": ratio(sums["verified_tokens"], sums["iterations"]),
@@ -257,6 +274,12 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
         "roofline_share": ratio(linked_speed, roofline),
         "link_busy_share": busy,
     }
+
+
+def _loop_s(record: Record) -> float | None:
+    """A turn's share of the loop's seconds. Records of earlier versions lack it, whose texts had the loop alone."""
+    alone = record["prefill_s"] + record["decode_s"] if record.get("texts", 1) == 1 else None
+    return alone if record.get("loop_s") is None else record["loop_s"]
 
 
 def _tau_published(prefills: int, verified: int, iterations: int) -> float | None:

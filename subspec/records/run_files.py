@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 RECORDS = "records.jsonl"
 DAMAGED = "records.jsonl.damaged"
@@ -26,12 +27,14 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def take_lock(folder: Path, wait_s: float = 0.0) -> filelock.BaseFileLock | None:
+def take_lock(folder: Path, wait_s: float = 0.0) -> "BaseFileLock | None":
     """Acquire the folder's lock, which ends with its process; None if another process holds it.
 
     Raises:
         OSError: the lock file cannot be made.
     """
+    import filelock  # a refused run does without
+
     lock = filelock.FileLock(folder / LOCK, thread_local=False)
     try:
         lock.acquire(timeout=wait_s, poll_interval=0.2)

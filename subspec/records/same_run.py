@@ -28,7 +28,12 @@ FREE_KEYS = frozenset(
 All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
 """
 
-CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise"}
+CHOSEN = {
+    "source": "benchmark.source",
+    "device": "device",
+    "bitwise": "decoding.bitwise",
+    "texts": "decoding.texts",
+}
 """Keys that may be ``auto``, by the record field that holds the resolved value.
 
 A hub that answers again or a missing GPU changes the resolved value under the same configuration. The value resolved
@@ -41,7 +46,7 @@ GONE = {"tree.ahead": 0}
 NEW = {"decoding.texts": 1}
 """Keys that older folders lack, with the value of their runs."""
 
-BEFORE = {"bitwise": False}
+BEFORE = {"bitwise": False, "texts": 1}
 """Resolved value in records older than the field."""
 
 _ABSENT = object()

@@ -105,6 +105,10 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     """Labels and texts of the lower table, without figures that were not measured."""
     counts, totals = summary["counts"], summary["totals"]
     facts = [("samples", _samples(counts))]
+    if several := _several(summary):
+        others, together = summary["per_turn"]["texts_beside"]["mean"], totals["tokens_per_s_together"]
+        beside = f"{_text(summary['context']['texts'])}, each beside {decimals(others, 1)} others on average"
+        facts.append(("texts at a time", f"{beside}; {_figure(together)} tokens/s together"))
     facts.append(("finished by", _counts(counts["finish_reasons"]) or "-"))
     if summary["accuracy"]:
         found = summary["accuracy"]
@@ -126,7 +130,7 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
     if passes and passes < levels:
         facts.append(("draft passes", f"{passes} for {levels} levels ({100 * passes / levels:.0f} %)"))
     if totals["roofline_tokens_per_s"] is not None:
-        facts.append(("link", _link(totals)))
+        facts.append(((summary.get("run") or {}).get("slower_link", "link"), _link(totals, several)))
     facts.append(("peak memory", _memory(summary)))
     facts.append(("data source", _text(summary["context"]["source"])))
     if speedup:
@@ -143,7 +147,9 @@ def _figures(summary: Summary, sign: str, narrow: bool) -> Table:
     table.add_column("figure", no_wrap=True)
     for heading in ("total",) if narrow else ("total", f"per turn: mean {sign} sd", "median"):
         table.add_column(heading, justify="right", no_wrap=True)
+    several = _several(summary)
     for label, name, digits in FIGURES:
+        label = label.replace(" speed ", " speed of a text ") if several else label
         spread, total = summary["per_turn"][name], summary["totals"].get(name)
         if not spread["n"] and total is None:
             continue
@@ -154,6 +160,11 @@ def _figures(summary: Summary, sign: str, narrow: bool) -> Table:
             label, _figure(total, digits), *(() if narrow else (mean, _figure(spread["median"], digits)))
         )
     return table
+
+
+def _several(summary: Summary) -> bool:
+    """Whether several texts ran at a time."""
+    return summary["context"]["texts"] not in (None, 1)
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> Table:
@@ -198,11 +209,11 @@ def _split(totals: Summary) -> str:
     return ", ".join(f"{words[name]} {100 * share:.0f} %" for name, share in shares if share is not None)
 
 
-def _link(totals: Summary) -> str:
-    return (
-        f"{totals['bytes_streamed'] / 1e9:.1f} GB at {_text(totals['link_gb_per_s'])} GB/s, "
-        f"roofline {totals['roofline_tokens_per_s']:.2f} tokens/s"
-    )
+def _link(totals: Summary, several: bool) -> str:
+    # Bytes of a pass count for each of its texts.
+    streamed = "" if several else f"{totals['bytes_streamed'] / 1e9:.1f} GB at "
+    roofline = f"roofline {'of a text ' * several}{totals['roofline_tokens_per_s']:.2f} tokens/s"
+    return f"{streamed}{_text(totals['link_gb_per_s'])} GB/s, {roofline}"
 
 
 def _memory(summary: Summary) -> str:
@@ -220,6 +231,8 @@ def _memory(summary: Summary) -> str:
 
 def _speedup(speedup: Summary) -> str:
     decode, overall = speedup["tokens_per_s"], speedup["tokens_per_s_total"]
+    if decode is None and speedup["tokens_per_s_together"] is not None:
+        return f"{_figure(speedup['tokens_per_s_together'])}x all texts together"
     return f"{_figure(decode)}x decode, {_figure(overall)}x overall"
 
 

@@ -64,7 +64,15 @@ def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
     if row in candidates:
         return [row]
     found, ours = list(candidates), _settings(row)
-    for name in ("device", "decoding", "streamed", "offloading", "quantizer of coded weights", "experiment"):
+    for name in (
+        "device",
+        "texts",
+        "decoding",
+        "streamed",
+        "offloading",
+        "quantizer of coded weights",
+        "experiment",
+    ):
         found = [other for other in found if _settings(other, row)[name] == ours[name]] or found
     return found
 
@@ -72,12 +80,14 @@ def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
 def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
     """Settings besides the method. Of a candidate for ``compared``, the quantizer counts if its weights are coded."""
     config = row.runs[0].config
+    decoding = {key: value for key, value in config_group(config, "decoding").items() if key != "texts"}
     offload = config_group(config, "offload")
     quantized = compared if compared is not None and not is_coded(row.runs[0]) else row
     return {
         "device": row.device,
         "seed": text_of(row.summary["context"]["seed"]),
-        "decoding": repr(config.get("decoding")),
+        "texts": row.texts,
+        "decoding": repr(decoding),
         "samples": row.summary["counts"]["samples"],
         "prompts": frozenset(row.by_sample),
         "weights": config_group(row.runs[0].facts, "weights").get("target"),
@@ -95,13 +105,14 @@ def _compared(row: Row, other: Row) -> Baseline:
     def own(one: Row, category: str) -> dict[str, Speed]:
         return {key: speed for key, speed in one.by_sample.items() if one.category_of.get(key) == category}
 
-    categories = row.summary["categories"]
+    alike = row.texts == other.texts  # the speed of a text depends on those beside it
+    categories = row.summary["categories"] if alike else ()
     ours, theirs = _texts(row), _texts(other)
     outcomes = {key: turn_outcome(ours[key], theirs[key]) for key in ours if key in theirs}
     return Baseline(
         other,
         False,
-        speedup_interval(row.by_sample, other.by_sample),
+        speedup_interval(row.by_sample, other.by_sample) if alike else None,
         {name: speedup_interval(own(row, name), own(other, name)) for name in categories},
         _differences(row, other),
         sum(outcome == "identical" for outcome in outcomes.values()),
@@ -127,6 +138,7 @@ def _differences(row: Row, other: Row) -> tuple[str, ...]:
     if "samples" not in found:
         named["prompts"] = "prompts"
     shown = {
-        name: f"{name}: {ours[name]} against {theirs[name]}" for name in ("device", "seed", "samples")
+        name: f"{name}: {ours[name]} against {theirs[name]}"
+        for name in ("device", "seed", "texts", "samples")
     } | named
     return tuple(shown[name] for name in ours if name in found and name in shown)

@@ -212,7 +212,7 @@ def _settings(run: RunData) -> dict[str, Any]:
     return {
         **{key: value for key, value in known.items() if value is not None},
         **{f"target.{key}": value for key, value in target.items() if key not in ("name", "dtype")},
-        **{f"decoding.{key}": value for key, value in decoding.items()},
+        **{f"decoding.{key}": value for key, value in decoding.items() if key != "texts"},
     }
 
 

@@ -15,7 +15,7 @@ from subspec.records.categories import by_category
 from subspec.records.method import config_group, group_name, is_quantized, method_label
 from subspec.records.metrics import distinct_values, summarise
 from subspec.records.run_folder import Key
-from subspec.records.same_run import FREE_KEYS
+from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, Speed, speed_interval
 from subspec.report.collect import RunData
 
@@ -38,7 +38,8 @@ class Baseline:
 
     Attributes:
         row: the baseline; it has none itself. is_self: whether the compared row is the baseline.
-        speedup: of decoding; None of the baseline itself. by_category: the same by category.
+        speedup: of decoding; None of the baseline itself, and if they differ in the number of texts at a time.
+        by_category: the same by category.
         differences: besides the method.
         same_texts: number of turns with equal prompts and equal texts.
         other_texts: turns with equal prompts and different texts, as (sample, turn).
@@ -101,6 +102,11 @@ class Row:
     def totals(self) -> Mapping[str, Any]:
         """The pooled figures."""
         return self.summary["totals"]
+
+    @property
+    def texts(self) -> str:
+        """Number of texts at a time; speeds are of one text among them."""
+        return text_of(self.summary["context"]["texts"])
 
     @property
     def on_cpu(self) -> bool:
@@ -212,7 +218,7 @@ def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
         path = f"{key}.{name}" if key else str(name)
-        if path in NOT_COMPARED:
+        if path in NOT_COMPARED or (path in NEW and value == NEW[path]):
             continue
         if isinstance(value, Mapping):
             flat |= _kept(value, path)
@@ -270,12 +276,13 @@ def _by_sample(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Speed], 
 
 
 def _plain_bytes(run: RunData) -> float | None:
-    """Uncoded bytes of the streamed layers, from the plan; None without one."""
+    """Uncoded bytes of the layers that cross the slower link, from the plan; None without one."""
     plan = run.plan
     try:
         layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
         plain_layer = plan["plain_bytes_per_pass"] / (layers - plan["plain_resident"])
-        return plain_layer * len(plan["streamed_layers"])
+        crossing = "disk_layers" if plan.get("slower_link") == "disk" else "streamed_layers"
+        return plain_layer * len(plan[crossing])
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 

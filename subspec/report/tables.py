@@ -33,6 +33,7 @@ METHODS = {
     "method": "method",
     "speed": "tokens/s (95 %)",
     "mean": "per turn: mean ± sd",
+    "together": "texts at a time: tokens/s together",
     "tau": "tau",
     "speedup": "speed-up (95 %)",
     "accuracy": "correct",
@@ -49,7 +50,9 @@ METHODS = {
 
 def methods_table(rows: Sequence[Row]) -> str:
     """The main table in Markdown."""
-    return measured_table(METHODS, [_method_text(row) for row in rows], left=("method", "audit", "data"))
+    several = any(row.texts != "1" for row in rows)
+    headings = {key: name for key, name in METHODS.items() if several or key != "together"}
+    return measured_table(headings, [_method_text(row) for row in rows], left=("method", "audit", "data"))
 
 
 def _method_text(row: Row) -> dict[str, str]:
@@ -66,6 +69,7 @@ def _method_text(row: Row) -> dict[str, str]:
         "method": row.method + marks,
         "speed": interval_text(row.speed),
         "mean": number(mean) + (f" ± {number(sd)}" if sd is not None else ""),
+        "together": f"{row.texts}: {number(totals['tokens_per_s_together'])}",
         "tau": number(totals["tau"]),
         "speedup": _speedup(row),
         "accuracy": accuracy_text(summary["accuracy"]),
@@ -223,8 +227,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def _speedup(row: Row) -> str:
     if row.baseline is None:
         return "-"
-    if row.baseline.speedup is None:
-        return "baseline" if row.baseline.is_self else "-"
+    if row.baseline.is_self:
+        return "baseline"
     text = interval_text(row.baseline.speedup, "x")
     return (
         text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"

@@ -144,8 +144,9 @@ bootstrap over samples (2000 draws, seed 0). *tau*: tokens per target pass, the 
 the row marked "baseline"; samples that both have are resampled together, and then it is of those alone. *correct*: of
 the answers that were checked; "cut" texts reached the length limit before an answer. *first token*: mean time to it.
 *between blocks*: time from one emitted block of tokens to the next, all turns together. *share of roofline*: of the
-speed at this tau of a run that did nothing but stream. Full precision, and more columns: [methods.csv](methods.csv),
-[acceptance.csv](acceptance.csv), [runs.csv](runs.csv)."""
+speed at this tau of a run that did nothing but stream. *texts at a time*: other speeds and times are of one text beside
+the others, *tokens/s together* is of all, prefill included; a speed-up needs a baseline of the same number. Full
+precision, and more columns: [methods.csv](methods.csv), [acceptance.csv](acceptance.csv), [runs.csv](runs.csv)."""
 
 
 def _title(rows: Sequence[Row]) -> str:

@@ -34,9 +34,13 @@ class RunConsole(Terminal):
     """Console of one run. All output goes through it, so that no line breaks the bar."""
 
     @contextmanager
-    def progress(self, total: int, done: int = 0) -> Iterator["RunProgress"]:
-        """Show progress over ``total`` samples, of which earlier sessions finished ``done``."""
-        progress = _Bar(self, total, done) if self.live else RunProgress(self, total, done)
+    def progress(self, total: int, done: int = 0, texts: int = 1) -> Iterator["RunProgress"]:
+        """Show progress over ``total`` samples, of which earlier sessions finished ``done``.
+
+        Args:
+            texts: most texts at a time.
+        """
+        progress = (_Bar if self.live else RunProgress)(self, total, done, texts)
         try:
             progress.open()
             yield progress
@@ -56,16 +60,22 @@ class RunConsole(Terminal):
 
 
 class RunProgress:
-    """Progress as plain lines, one per finished sample. Base class of the bar."""
+    """Progress as plain lines, one per finished sample. Base class of the bar.
 
-    def __init__(self, console: RunConsole, total: int, done: int = 0) -> None:
+    Attributes:
+        running: number of samples on their way.
+    """
+
+    def __init__(self, console: RunConsole, total: int, done: int = 0, texts: int = 1) -> None:
         self.console = console
         self.total = total
         self.done = done
+        self.texts = texts
+        self.running = 0
         self._first = done
         self._started = time.monotonic()
-        self._seconds = 0.0
-        self._verified = 0
+        self._seconds = self._loop_s = 0.0
+        self._verified = self._new = 0
         self._iterations = 0
         self._checked = self._correct = 0
 
@@ -82,8 +92,8 @@ class RunProgress:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decode speed of this session so far."""
-        return ratio(self._verified, self._seconds)
+        """Decode speed of this session so far; with several texts at a time, all tokens over the loop's seconds."""
+        return ratio(self._verified, self._seconds) if self.texts == 1 else ratio(self._new, self._loop_s)
 
     @property
     def tau(self) -> float | None:
@@ -92,7 +102,8 @@ class RunProgress:
 
     def rates(self) -> str:
         """Speed, acceptance and answers of this session so far."""
-        text = f"{decimals(self.tokens_per_s)} tokens/s, tau {decimals(self.tau)}"
+        together = " together" if self.texts > 1 else ""
+        text = f"{decimals(self.tokens_per_s)} tokens/s{together}, tau {decimals(self.tau)}"
         return text + (f", correct {self._correct}/{self._checked}" if self._checked else "")
 
     def open(self) -> None:
@@ -104,6 +115,8 @@ class RunProgress:
     def turn(self, record: Mapping[str, Any]) -> None:
         """Count a finished turn; nothing is printed."""
         self._verified += record.get("verified_tokens") or 0
+        self._new += record.get("new_tokens") or 0
+        self._loop_s += record.get("loop_s") or 0.0
         self._iterations += record.get("iterations") or 0
         self._seconds += record.get("decode_s") or 0.0
         right = record.get("correct")
@@ -149,8 +162,8 @@ class RunProgress:
 class _Bar(RunProgress):
     """Progress as a bar with the running figures."""
 
-    def __init__(self, console: RunConsole, total: int, done: int = 0) -> None:
-        super().__init__(console, total, done)
+    def __init__(self, console: RunConsole, total: int, done: int = 0, texts: int = 1) -> None:
+        super().__init__(console, total, done, texts)
         bar = self
 
         class Figures(TextColumn):
@@ -174,7 +187,8 @@ class _Bar(RunProgress):
         left = f"left {clock(self.remaining_s)}"
         if self.console.rich.width < WIDE:
             return f"{self.done}/{self.total}  {decimals(self.tokens_per_s)} tok/s  tau {decimals(self.tau)}  {left}"
-        return f"{self.done}/{self.total} samples  {self.rates()}  {clock(self.elapsed_s)}, {left}"
+        running = f", {self.running} running" if self.texts > 1 else ""
+        return f"{self.done}/{self.total} samples{running}  {self.rates()}  {clock(self.elapsed_s)}, {left}"
 
     def open(self) -> None:
         self._progress.start()

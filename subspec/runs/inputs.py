@@ -65,6 +65,13 @@ def with_first_budget(config: Config, run_dir: Path, device: torch.device) -> Co
     return replace(config, offload=offload)
 
 
+def with_first_texts(config: Config, records: Sequence[Mapping[str, Any]]) -> Config:
+    """The configuration with ``decoding.texts=auto`` resolved as for the folder's records, if there are any."""
+    if not records or config.decoding.texts != AUTO:
+        return config
+    return replace(config, decoding=replace(config.decoding, texts=records[0].get("texts", 1)))
+
+
 def check_prompts(run_dir: Path, records: Sequence[Mapping[str, Any]], benchmark: Benchmark) -> None:
     """Compare today's prompts and reference answers with those of the records.
 

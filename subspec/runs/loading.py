@@ -1,6 +1,7 @@
 """Check a run's configuration, load its target in the way that ``offload`` configures, and print the plan."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +10,12 @@ import torch
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
-from subspec.config.checks import streams_from_disk
-from subspec.config.defaults import fill_width
+from subspec.config.defaults import fill_tree
+from subspec.config.enums import Codec
 from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig, to_config
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import SubspecError
-from subspec.offload.disk import measure_disk, stored_layers
+from subspec.offload.disk import StoredLayer, measure_disk, stored_layers
 from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.plan_table import plan_table
 from subspec.records.metrics import LinkInfo
@@ -65,7 +66,7 @@ def resolve(cfg: DictConfig, console: RunConsole) -> tuple[Config, torch.device,
     config = to_config(cfg)
     check_config(config)
     device = resolve_device(config.device)
-    fill_width(cfg, device.type)
+    fill_tree(cfg, device.type)
     config = to_config(cfg)
     with about("target"):
         model = load_target_config(config.target, note=console.note)
@@ -94,6 +95,9 @@ class Loaded:
         facts = self.assembly.facts()
         if self.plan is not None:
             facts["link_gb_per_s"] = self.link.gb_per_s if self.link else None
+            if self.plan.disk is not None and "disk" in facts:
+                facts["disk"]["gb_per_s"] = self.plan.disk.gb_per_s
+                facts["slower_link"] = self.plan.slower_link
         return facts
 
 
@@ -121,11 +125,10 @@ def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
 def _load_streamed(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     # Planned before the cap: the link's probe is not part of the run, and it must not fail before the plan is refused.
     source = open_source(config.target, resolve_dtype(config.target.dtype, device), device, note=console.note)
-    plan, stored = plan_for(config, source.config, device), None
-    if streams_from_disk(config) and plan.streamed_layers:
-        stored = stored_layers(source, console.note)
-        if plan.link is None:
-            plan = replace(plan, link=Bandwidth(measure_disk(stored, plan.ring_slots), "disk, measured"))
+    plan, stored = plan_for(config, source.config, device), list[StoredLayer]()
+    if plan.disk_layers and plan.codec is Codec.none:
+        stored = stored_layers(source, console.note, plan.disk_layers)
+        plan = _with_disk(plan, stored)
     print_plan(plan, console)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -137,7 +140,28 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
         bits = streamed.head_bits_per_weight
         head = "" if bits is None else f"; LM head coded, {bits:.2f} bits per weight"
         console.note(f"exact weights: {streamed.coded.summary()}{head}")
+    target = streamed.target
+    if target.disk is not None and plan.disk is None:  # the files of coded layers were not there before
+        if streamed.coded is not None and streamed.coded.made:
+            os.sync()  # or what this run has written would reach the disk while it is measured
+        plan = assembly.plan = _with_disk(plan, target.disk.layers)
+        assert plan.disk is not None
+        console.note(
+            f"disk: {plan.disk.gb_per_s:.2f} GB/s, measured; a pass takes at least {plan.pass_seconds or 0:.3f} s "
+            f"(the {plan.slower_link} is slower)"
+        )
     link = None
-    if streamed.target.streamer is not None and plan.link is not None:
-        link = LinkInfo(plan.link.gb_per_s, streamed.target.streamed_bytes_per_pass)
+    if target.streamer is not None and plan.link is not None:
+        link = LinkInfo(plan.link.gb_per_s, target.streamer.bytes_per_pass)
+        if target.disk is not None and plan.disk is not None and plan.slower_link == "disk":
+            target.recorded = target.disk
+            link = LinkInfo(plan.disk.gb_per_s, target.disk.bytes_per_pass)
     return Loaded(Target.of(source, streamed.target.model, device), assembly, plan, link)
+
+
+def _with_disk(plan: Plan, layers: Sequence[StoredLayer]) -> Plan:
+    """The plan with the measured bandwidth of the disk, unless it has one; on a CPU that is the link."""
+    if plan.disk is not None:
+        return plan
+    disk = Bandwidth(measure_disk(layers, plan.ring_slots), "disk, measured")
+    return replace(plan, disk=disk, link=plan.link or disk)

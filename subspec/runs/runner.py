@@ -1,10 +1,9 @@
 """One run, from its composed configuration to its records.
 
 Steps that can fail early (configuration, prompts, the run folder) come before steps that take minutes (the target's
-weights, quantization). Every finished turn is on disk before the next starts.
+weights, quantization). The loop over samples stands in :mod:`subspec.runs.generation`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,53 +13,44 @@ import torch
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
-from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer, load_benchmark
+from subspec.benchmarks import Benchmark, Sample, load_benchmark
 from subspec.config.checks import check_keys, prompt_limit
-from subspec.config.enums import VramCounts
-from subspec.config.schema import (
-    AccelerateOffloadConfig,
-    Config,
-    Profile,
-    StreamOffloadConfig,
-    to_plain,
-)
-from subspec.decoding.audit import Auditor
+from subspec.config.enums import AUTO
+from subspec.config.schema import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_plain
 from subspec.decoding.bitwise_choice import why_not
-from subspec.decoding.result import FinishReason
+from subspec.decoding.scheduler import Scheduler
 from subspec.errors import AuditError, SubspecError
-from subspec.memory.allocator import GIB
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
 from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
-from subspec.runs.console import RunConsole, RunProgress
+from subspec.runs import notes
+from subspec.runs.console import RunConsole
 from subspec.runs.environment import (
     cuda_vram_gib,
     device_vram_gib,
     environment,
-    peak_ram_gib,
     peak_vram_gib,
     reserved_vram_gib,
 )
-from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget
+from subspec.runs.generation import Generation
+from subspec.runs.inputs import (
+    WEIGHTS,
+    check_prompts,
+    check_weights,
+    with_first_budget,
+    with_first_texts,
+)
 from subspec.runs.loading import Loaded, about, load, print_plan, resolve
 from subspec.runs.logger import SafeLogger, make_logger
-from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
+from subspec.runs.turn import RunContext, chat_messages
 from subspec.session import check_draft, check_offload, plan_for, weights_identity
 from subspec.targets import resolve_dtype
 from subspec.utils.files import write_error, write_json
 
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: a few iterations of every kind of pass."""
-
-PLAIN_TOKENS, PLAIN_TURNS = 4, 5
-"""Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
-texts of a session that have them: spread over the run, because the machine's load changes, and few, because a streamed
-pass may take a second."""
-
-ENOUGH_PASSES = 20
-"""Passes without an accepted token that indicate a draft for another target."""
 
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float | None:
@@ -94,9 +84,11 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
     baseline = _read_baseline(config.baseline)
     benchmark = load_benchmark(config.benchmark, config.seed)
     # Printed before the folder is opened, which is refused if it holds other prompts.
-    console.note(_describe_prompts(benchmark))
+    console.note(notes.prompts(benchmark))
     facts = environment()
     chosen = {"source": benchmark.source.value, "device": device.type, "bitwise": str(bitwise).lower()}
+    if config.decoding.texts != AUTO:
+        chosen["texts"] = str(config.decoding.texts)
 
     def check(records: Sequence[Mapping[str, Any]]) -> None:
         check_chosen(run_dir, records, chosen)
@@ -114,15 +106,15 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         summary, exit_code = None, 1
         try:
             summary = _Run(config, device, benchmark, folder, logger, console).execute()
-            compared = baseline and speedup(summary, baseline, _shortened(config.baseline))
+            compared = baseline and speedup(summary, baseline, notes.shortened(config.baseline))
             if compared:
-                summary = {**summary, "speedup": compared}
+                summary["speedup"] = compared
             folder.write_summary(summary)
             logger.log_table(folder.records())
             console.table(summary, compared)
             console.note(f"records and summary: {folder.path}")
-            console.note(_over_plain(summary["totals"]))
-            console.note(_never_accepted(summary["totals"]))
+            console.note(notes.over_plain(summary["totals"]))
+            console.note(notes.never_accepted(summary["totals"]))
             errors = (summary["audit"] or {}).get("errors", 0)
             exit_code = AuditError.exit_code if errors else 0
         finally:
@@ -155,7 +147,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 class _Run:
-    """The loop over samples and turns."""
+    """Preparation, generation and summary."""
 
     def __init__(
         self,
@@ -174,17 +166,19 @@ class _Run:
         self.console = console
         self.facts: dict[str, Any] = {}
         self.loading_peaks: dict[str, float | None] = {}
-        self.plain_turns = 0
 
     def execute(self) -> dict[str, Any]:
         """Generate the missing turns; returns the summary of all records in the folder."""
         samples = self.benchmark.samples
         pending = [(index, sample) for index, sample in enumerate(samples) if not self._is_finished(sample)]
         if pending:
-            self._prepare(pending[0][1])
-            with self.console.progress(len(samples), done=len(samples) - len(pending)) as progress:
-                for index, sample in pending:
-                    progress.sample_finished(*self._sample(index, sample, progress))
+            context = self._prepare(pending[0][1])
+            generation = Generation(
+                self.config, context, self.benchmark, self.loaded, self.folder, self.logger
+            )
+            done = len(samples) - len(pending)
+            with self.console.progress(len(samples), done, context.texts) as progress:
+                generation.run(pending, progress)
             self._keep_reserved()
         else:
             self.facts = read_json(self.folder.path / FACTS) or {}
@@ -202,8 +196,10 @@ class _Run:
 
     # ------------------------------------------------------------------------------------- preparation
 
-    def _prepare(self, first: Sample) -> None:
+    def _prepare(self, first: Sample) -> RunContext:
+        """Load, warm up, and write the run's facts; returns the fields that every record repeats."""
         config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
+        config = with_first_texts(config, self.folder.records())
         with about("target"):
             self.weights = weights_identity(config, console.note)
             if self.folder.resumed:
@@ -211,25 +207,21 @@ class _Run:
             self.loaded: Loaded = load(config, self.device, console)
         self.target, self.assembly = self.loaded.target, self.loaded.assembly
         console.note(
-            f"target {self.target.name} ({self.target.source}), {_short(self.target.dtype)} on {self.device}"
+            f"target {self.target.name} ({self.target.source}), {notes.dtype_name(self.target.dtype)} on {self.device}"
         )
         if self.loaded.plan is not None:
             _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
         if self.assembly.draft_summary:
             console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
-        quant = self.assembly.quant
-        if quant is not None:
-            console.note(
-                f"draft {config.draft.name}: {quant.modules} Linears at {quant.bits_per_weight:.2f} bits per weight "
-                f"({quant.quantizer}), {quant.backend}, {_origin(quant.details)} in {quant.seconds:.1f} s"
-            )
-        self.auditor = (
-            Auditor(self.assembly.target, self.assembly.sampling, margin=config.audit_margin)
-            if config.audit
-            else None
-        )
-        self.assembly.engine.keeps_digests = config.audit and self.assembly.target.bitwise is not None
-        self.context = RunContext(
+        if self.assembly.quant is not None:
+            console.note(f"draft {config.draft.name}: {notes.quantized(self.assembly.quant)}")
+        self._warm_up(first)
+        self._end_loading()
+        if config.profile is Profile.timeline:
+            self._profile(first)
+        self.facts = self._facts()
+        _write(self.folder.path / FACTS, self.facts)
+        return RunContext(
             benchmark=self.benchmark.name,
             source=self.benchmark.source.value,
             target=self.target.name,
@@ -238,13 +230,8 @@ class _Run:
             planted=self.target.planted,
             seed=config.seed,
             bitwise=self.assembly.target.bitwise is not None,
+            texts=self.assembly.engine.texts,
         )
-        self._warm_up(first)
-        self._end_loading()
-        if config.profile is Profile.timeline:
-            self._profile(first)
-        self.facts = self._facts()
-        _write(self.folder.path / FACTS, self.facts)
 
     def _facts(self) -> dict[str, Any]:
         """Resolved settings of the run, written before the first record so that a kill keeps them."""
@@ -252,8 +239,9 @@ class _Run:
         return {
             "target_source": self.target.source,
             WEIGHTS: self.weights,
-            "dtype": _short(self.target.dtype),
+            "dtype": notes.dtype_name(self.target.dtype),
             "device": str(self.device),
+            "texts": self.assembly.engine.texts,
             "torch_threads": torch.get_num_threads(),
             "substitute": None
             if quant is None
@@ -275,13 +263,20 @@ class _Run:
         }
 
     def _warm_up(self, sample: Sample) -> None:
-        """Run untimed generations, so that lazy initialisation, kernel selection and caches are done."""
+        """Run untimed generations of all texts at a time, so that lazy initialisation, kernel selection and caches are
+        done."""
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
+        engine = self.assembly.engine
         if self.config.warmup:
-            self.assembly.engine.prepare(prompt)
+            engine.prepare(prompt)
         tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
-        for _ in range(self.config.warmup):
-            self.assembly.engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
+        scheduler = Scheduler(engine, engine.texts)
+        for _ in range(self.config.warmup * engine.texts):
+            scheduler.add(prompt, max_new_tokens=tokens, ignore_eos=True)
+        while not scheduler.idle:
+            for text in scheduler.step():
+                if text.error is not None:
+                    raise text.error
 
     def _end_loading(self) -> None:
         """Keep the memory peaks of loading, which a budget bounds too, and reset them for the records."""
@@ -293,12 +288,8 @@ class _Run:
             "loading_device_vram_gib": device_vram_gib(),
             "loading_cuda_vram_gib": cuda_vram_gib(),
         }
-        vram, held = self.assembly.vram, device_vram_gib() or 0.0
-        if vram is not None and vram.counts is VramCounts.device and held * GIB > vram.bytes:
-            self.console.warn(
-                f"this run holds {held:.2f} GiB of the device, more than its budget of {vram.bytes / GIB:g}: CUDA took "
-                "more than planned; lower offload.vram_gib by the difference"
-            )
+        if over := notes.over_budget(self.assembly.vram, device_vram_gib()):
+            self.console.warn(over)
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _keep_reserved(self) -> None:
@@ -318,129 +309,8 @@ class _Run:
         for file in record_timeline(self.assembly.engine, prompt, self.folder.path):
             self.console.note(f"timeline: {file}")
 
-    # -------------------------------------------------------------------------------------- generation
-
-    def _sample(self, index: int, sample: Sample, progress: RunProgress) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
-        said: list[str] = []  # user and assistant messages, alternating
-        for turn, question in enumerate(sample.turns):
-            said.append(question)
-            record = self.folder.finished(sample.id, turn)
-            if record is None:
-                record = self._turn(index, sample, turn, said)
-                self.folder.append(record)
-                self.logger.log_turn(record, len(self.folder) - 1)
-                progress.turn(record)
-            records.append(record)
-            if record.get("skipped"):
-                break
-            said.append(record["text"])
-        return records
-
-    def _turn(self, index: int, sample: Sample, turn: int, said: Sequence[str]) -> dict[str, Any]:
-        config, decoding = self.config, self.config.decoding
-        messages = chat_messages(said)
-        prompt = self._prompt_ids(said)
-        place = {
-            "sample_id": sample.id,
-            "sample_index": index,
-            "turn": turn,
-            "category": sample.category,
-        }
-        if len(prompt) > prompt_limit(config):
-            return skipped_record(
-                self.context,
-                **place,
-                messages=messages,
-                reason=PROMPT_TOO_LONG,
-                prompt_tokens=len(prompt),
-                limit=prompt_limit(config),
-            )
-        seed = turn_seed(config.seed, sample.id, turn)
-        rules = {
-            "max_new_tokens": decoding.max_new_tokens,
-            "stop": decoding.stop,
-            "ignore_eos": decoding.ignore_eos,
-        }
-        engine = self.assembly.engine
-        result = engine.generate(prompt, seed=seed, **rules)
-        last = turn == len(sample.turns) - 1
-        text = result.text or ""
-        cut = result.finish_reason is FinishReason.length
-        reference = sample.answer if last else None
-        plain = None
-        if engine.draft is not None and self.plain_turns < PLAIN_TURNS and result.stats.iterations:
-            plain = engine.time_plain(min(PLAIN_TOKENS, max(1, result.stats.iterations // 5)))
-            self.plain_turns += 1
-        audit = None
-        if self.auditor is not None:
-            replay = engine.output_buffer(prompt, **rules)
-            ending = (replay, result.finish_reason)
-            audited = self.auditor.audit(
-                prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
-            )
-            audit = audited.as_dict()
-        return turn_record(
-            self.context,
-            result,
-            **place,
-            messages=messages,
-            link=self.loaded.link,
-            plain=plain,
-            peak_vram_gib=peak_vram_gib(),
-            device_vram_gib=device_vram_gib(),
-            peak_ram_gib=peak_ram_gib(),
-            correct=check_answer(self.benchmark.name, text, reference, cut),
-            extracted=extract_answer(self.benchmark.name, text, cut) if reference is not None else None,
-            reference=reference,
-            audit=audit,
-        )
-
     def _prompt_ids(self, said: Sequence[str]) -> list[int]:
         return self.target.chat_ids(chat_messages(said))
-
-
-def turn_seed(seed: int, sample_id: str, turn: int) -> int:
-    """Seed of a turn: independent of other samples and of a resume."""
-    digest = hashlib.blake2b(f"{seed}/{sample_id}/{turn}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _over_plain(totals: Mapping[str, Any]) -> str:
-    """The speed-up over plain decoding; empty if none was timed."""
-    passes, seconds = totals["plain_tokens"], totals["plain_s"]
-    if not totals["speedup_over_plain"]:
-        return ""
-    return (
-        f"{totals['speedup_over_plain']:.2f} times as fast as plain decoding by the same target, timed behind the "
-        f"texts: {passes} tokens at {passes / seconds:.2f} tokens/s"
-    )
-
-
-def _never_accepted(totals: Mapping[str, Any]) -> str:
-    """A note if no drafted token was accepted; empty otherwise."""
-    passes = totals["iterations"]
-    if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
-        return ""
-    return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _origin(details: dict[str, Any]) -> str:
-    """Whether a substitute was quantized in this run or read from a cache."""
-    cache = details.get("cache", {})
-    if not cache.get("read"):
-        return "quantized"
-    return f"{cache['read']} read from {cache['folder']} and {cache['quantized']} quantized"
-
-
-def _describe_prompts(benchmark: Benchmark) -> str:
-    rows = f"{len(benchmark.samples)} of {benchmark.available} rows"
-    text = f"benchmark {benchmark.name}: {rows}, {benchmark.source_detail}"
-    return f"{text}; {benchmark.note}" if benchmark.note else text
 
 
 def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
@@ -452,8 +322,3 @@ def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:
     if not records:
         raise SubspecError(f"baseline={run_dir} holds no records: give the folder of a finished run")
     return summarise(records)
-
-
-def _shortened(path: str, length: int = 40) -> str:
-    """The end of a long path, for a table."""
-    return path if len(path) <= length else f"...{path[3 - length :]}"

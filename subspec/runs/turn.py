@@ -31,6 +31,7 @@ class RunContext:
         planted: whether the target's weights are planted.
         seed: seed of the run.
         bitwise: whether the target's passes were batch-invariant (``decoding.bitwise``).
+        texts: most texts at a time (``decoding.texts``), never ``auto``.
     """
 
     benchmark: str
@@ -41,6 +42,7 @@ class RunContext:
     planted: bool = False
     seed: int = 0
     bitwise: bool = False
+    texts: int = 1
 
 
 def turn_record(
@@ -52,6 +54,8 @@ def turn_record(
     turn: int = 0,
     category: str | None = None,
     messages: Sequence[Mapping[str, str]] | str | None = None,
+    beside: float = 0.0,
+    loop_s: float | None = None,
     link: LinkInfo | None = None,
     plain: tuple[int, float] | None = None,
     peak_vram_gib: float | None = None,
@@ -70,7 +74,7 @@ def turn_record(
         turn: 0, or the number of the turn in a conversation.
         category: the sample's category; None if its data set has none.
         messages: the prompt, of which only a digest is kept.
-        link, plain, peak_vram_gib, device_vram_gib, peak_ram_gib: see
+        beside, loop_s, link, plain, peak_vram_gib, device_vram_gib, peak_ram_gib: see
             :func:`~subspec.records.metrics.turn_metrics`.
         correct: whether the answer was right; None when it was not checked.
         extracted, reference: the answer found in the text, and the benchmark's.
@@ -78,6 +82,8 @@ def turn_record(
     """
     metrics = turn_metrics(
         result,
+        beside=beside,
+        loop_s=loop_s,
         link=link,
         plain=plain,
         peak_vram_gib=peak_vram_gib,

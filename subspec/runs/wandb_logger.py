@@ -90,6 +90,7 @@ class WandbLogger(Logger):
             "new_tokens": 0,
             "decode_s": 0.0,
             "prefill_s": 0.0,
+            "loop_s": 0.0,
         }
 
     def start(
@@ -272,6 +273,7 @@ class WandbLogger(Logger):
         values |= {
             "total/tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
             "total/tokens_per_s_total": ratio(sums["new_tokens"], sums["prefill_s"] + sums["decode_s"]),
+            "total/tokens_per_s_together": ratio(sums["new_tokens"], sums["loop_s"]),
             "total/tau": ratio(sums["verified_tokens"], sums["iterations"]),
             "total/new_tokens": sums["new_tokens"],
         }

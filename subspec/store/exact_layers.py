@@ -4,14 +4,12 @@ For targets whose own files cannot be read in place: other dtypes, and weights t
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from subspec.errors import SubspecError
 from subspec.store.store import Store
 from subspec.utils.files import Content
 from subspec.utils.pinned import PinnedBuffer
@@ -22,21 +20,10 @@ class ExactLayerStore(Store[PinnedBuffer]):
 
     name, making, made_as, suffix = "copy of the target's layers", "writing", "written", ".bin"
     format = 1
+    required = True
 
     def parse(self, content: PinnedBuffer) -> PinnedBuffer:
         return content
-
-    def file(self, index: int) -> tuple[Path, str] | None:
-        """A layer's file and its SHA-256; None if it is not kept whole. The content is not read."""
-        if not self.has(index):
-            return None
-        name = self._file(index)
-        expected = self._files[name]
-        try:
-            whole = self._path(name).stat().st_size == expected["bytes"]
-        except OSError:
-            whole = False
-        return (self._path(name), expected["sha256"]) if whole else None
 
     def write(self, index: int, layer: Mapping[str, Tensor]) -> tuple[Path, str]:
         """Write the parameters of a layer; returns its file and its SHA-256.
@@ -45,18 +32,10 @@ class ExactLayerStore(Store[PinnedBuffer]):
             SubspecError: the disk is full or forbidden.
         """
         self.put(index, lambda: [parameter_bytes(tensor) for tensor in layer.values()])
-        self._flush()
         self.made += 1
-        name = self._file(index)
-        with self._path(name).open("rb") as stream:
-            os.fsync(stream.fileno())  # or the first reads past the page cache would wait for it
-        return self._path(name), self._files[name]["sha256"]
-
-    def _give_up(self, why: str) -> None:
-        raise SubspecError(
-            f"offload=stream with device=cpu keeps a copy of the target's layers on disk: {why}; make room, or set "
-            "SUBSPEC_CACHE to a folder on a larger disk"
-        )
+        kept = self.file(index)
+        assert kept is not None  # or it has raised
+        return kept
 
 
 def parameter_bytes(tensor: Tensor) -> Content:

@@ -74,6 +74,8 @@ class Store(ABC, Generic[T]):
     """Version of the files' format; another one makes another folder."""
     waits: ClassVar[bool] = True
     """Wait for another process that writes to the folder; otherwise write nothing."""
+    required: bool = False
+    """Whether the run reads its weights from these files: a result that cannot be kept then ends it."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Store(ABC, Generic[T]):
     def close(self) -> None:
         """Finish writing, release the lock, and evict old results if the cache is over its limit."""
         try:
-            self._flush()
+            self.flush()
         finally:
             self._thread.shutdown(cancel_futures=True)
             self._ahead.clear()
@@ -146,15 +148,37 @@ class Store(ABC, Generic[T]):
                 self._acquire()
         return name in self._files
 
-    def get(self, index: Index) -> T | None:
-        """A result; None if it is not kept, or damaged. The result of the next number is read ahead."""
+    def get(self, index: Index, *, ahead: bool = True) -> T | None:
+        """A result; None if it is not kept, or damaged.
+
+        Args:
+            ahead: read the result of the next number ahead.
+        """
         if not self.has(index):
             return None
-        ahead = self._ahead.pop(index, None)
-        found = self._load(index) if ahead is None else ahead.result()
-        if isinstance(index, int) and self._file(following := index + 1) in self._files:
+        begun = self._ahead.pop(index, None)
+        found = self._load(index) if begun is None else begun.result()
+        if ahead and isinstance(index, int) and self._file(following := index + 1) in self._files:
             self._ahead = {following: self._thread.submit(self._load, following)}
         return found
+
+    def file(self, index: Index) -> tuple[Path, str] | None:
+        """A result's file, on the disk and not only in the page cache, and its SHA-256; None if it is not kept whole.
+
+        The content is not read.
+        """
+        self.flush()
+        if not self.has(index):
+            return None
+        name = self._file(index)
+        expected = self._files[name]
+        try:
+            with self._path(name).open("rb") as stream:
+                os.fsync(stream.fileno())  # or the first reads past the page cache would wait for it
+                whole = os.fstat(stream.fileno()).st_size == expected["bytes"]
+        except OSError:
+            whole = False
+        return (self._path(name), expected["sha256"]) if whole else None
 
     def _load(self, index: Index) -> T | None:
         name = self._file(index)
@@ -196,7 +220,7 @@ class Store(ABC, Generic[T]):
         Args:
             content: pieces of the file in their order; called in the thread.
         """
-        self._flush()
+        self.flush()
         if self.trouble is None and not self._locked:
             self._acquire()
         if self.trouble is None:
@@ -245,7 +269,8 @@ class Store(ABC, Generic[T]):
                 self._files = {}
             self._give_up(why)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Wait until what was put is written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -274,6 +299,11 @@ class Store(ABC, Generic[T]):
 
     def _give_up(self, why: str) -> None:
         self.trouble = why
+        if self.required:
+            raise SubspecError(
+                f"offload=stream keeps a {self.name} on disk: {why}; make room, or set SUBSPEC_CACHE to a folder on a "
+                "larger disk"
+            )
         if self.owned:
             raise SubspecError(f"quant.folder={self.folder}: the {self.name} cannot be kept there: {why}")
         self.note(f"the {self.name} is not cached: {why}")

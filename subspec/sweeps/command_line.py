@@ -8,7 +8,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from subspec.errors import ConfigError
-from subspec.records.sweep_folder import unfinished_sweep
 from subspec.utils.paths import conf_dir
 
 SWEEP_DIR = "sweep_dir"
@@ -55,6 +54,8 @@ def place(overrides: Sequence[str], resume: bool) -> list[str]:
     given = _for_jobs_only([_as_hydra_key(text) for text in overrides])
     if any(text.startswith(f"{HYDRA_SWEEP_DIR}=") for text in given):
         return given
+    from subspec.records.sweep_folder import unfinished_sweep
+
     # The manifest holds the overrides that Hydra's sweepers see: those of the run.
     command = [text for text in given if not text.startswith(("resume=", "hydra.", "hydra/", "+hydra"))]
     found = unfinished_sweep(command)

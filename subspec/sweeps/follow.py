@@ -59,7 +59,7 @@ class FollowedJob:
         """Estimated duration, from the samples so far; None before the first."""
         if not self.done or not self.total:
             return None
-        a_sample = sum(self._sums.get(name, 0.0) for name in ("prefill_s", "decode_s")) / self.done
+        a_sample = self._sums.get("loop_s", 0.0) / self.done
         return self._at_done + a_sample * (self.total - self.done)
 
     def follow(self) -> None:
@@ -87,7 +87,7 @@ class FollowedJob:
 
     def _count(self, record: Mapping[str, Any]) -> None:
         self._samples.add(str(record.get("sample_id")))
-        for name in ("verified_tokens", "iterations", "prefill_s", "decode_s"):
+        for name in ("verified_tokens", "iterations", "decode_s", "loop_s"):
             self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
         self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
         self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])

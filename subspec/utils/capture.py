@@ -31,12 +31,13 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     """``torch.cuda.graph(graph, **options)`` on one lasting stream, with Python's cyclic garbage collector disabled.
 
     A collection in the middle of a capture may destroy an older graph (or an event, or page-locked memory) that lay in
-    a reference cycle; CUDA does not permit that while any stream captures, and the capture fails.
+    a reference cycle; CUDA does not permit that while any stream captures, and the capture fails. Other threads, which
+    copy layers meanwhile (:mod:`subspec.offload.tiers`), may make any call.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, stream=capture_stream(), **options):
+        with torch.cuda.graph(graph, stream=capture_stream(), capture_error_mode="thread_local", **options):
             yield
     finally:
         if collects:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from subspec.utils import network
-from tests.benchmarks.stub_hub import StubHub, running
+from tests.helpers.fake_hub import FakeHub
 
 SETTINGS = ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"]
 PROXIES = [f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")]
@@ -22,7 +22,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHub]:
+def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     """The hub's libraries, pointed at a hub on localhost and at caches of their own.
 
     One address per module: the libraries keep a file system object per process that remembers it.
@@ -31,7 +31,7 @@ def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHub]:
     from huggingface_hub import constants
 
     cache: Path = tmp_path_factory.mktemp("hub")
-    with running() as hub, pytest.MonkeyPatch.context() as patch:
+    with FakeHub().serving() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -45,9 +45,9 @@ def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHub]:
 
 
 @pytest.fixture
-def hub(_served: StubHub) -> StubHub:
+def hub(_served: FakeHub) -> FakeHub:
     """An empty hub that works. Use a name of its own for each data set: what was loaded stays cached."""
-    _served.datasets.clear()
+    _served.repositories.clear()
     _served.gated.clear()
     _served.requests.clear()
     _served.broken = False

@@ -19,7 +19,7 @@ from subspec.config.schema import BenchmarkConfig, HubData, Source
 from subspec.errors import ConfigError, SubspecError
 from subspec.utils import network
 from tests.benchmarks.rows import ROWS, jsonl
-from tests.benchmarks.stub_hub import StubHub
+from tests.helpers.fake_hub import FakeHub
 
 CARD = """---
 configs:
@@ -44,12 +44,12 @@ def from_file(path: Path, name: str, **keys: object) -> list[Sample]:
     return load_benchmark(config, seed=0).samples
 
 
-def publish(hub: StubHub, path: str, rows: list, **files: str) -> None:
-    hub.add(path, {"README.md": CARD, "rows.jsonl": jsonl(rows)} | files)
+def publish(hub: FakeHub, path: str, rows: list, **files: str) -> None:
+    hub.repositories[path] = {"README.md": CARD, "rows.jsonl": jsonl(rows)} | files
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_benchmark_loads_from_the_hub_as_from_a_file(hub: StubHub, name: str, tmp_path: Path):
+def test_every_benchmark_loads_from_the_hub_as_from_a_file(hub: FakeHub, name: str, tmp_path: Path):
     path = f"org/all-{name.replace('_', '-')}"
     publish(hub, path, [{k: str(v) if name == "aime" else v for k, v in row.items()} for row in ROWS[name]])
     benchmark = load_benchmark(config(path, name), seed=0)
@@ -60,7 +60,7 @@ def test_every_benchmark_loads_from_the_hub_as_from_a_file(hub: StubHub, name: s
     assert benchmark.available == len(ROWS[name])
 
 
-def test_selection(hub: StubHub, tmp_path: Path):
+def test_selection(hub: FakeHub, tmp_path: Path):
     """As from a file; rows that are not selected are not converted."""
     rows = [
         {"question_id": i, "category": one, "turns": [f"{i}?"]}
@@ -76,7 +76,7 @@ def test_selection(hub: StubHub, tmp_path: Path):
         assert len(loaded.samples) == {"max_samples": 4, "per_category": 6, "categories": 6}[next(iter(keys))]
 
 
-def test_unusable_rows_are_replaced(hub: StubHub):
+def test_unusable_rows_are_replaced(hub: FakeHub):
     rows = [{"id": str(i), "article": "" if i < 15 else "It rained."} for i in range(20)]
     publish(hub, "org/odd", rows)
     benchmark = load_benchmark(replace(config("org/odd", "cnn_dm"), max_samples=5), seed=0)
@@ -85,7 +85,7 @@ def test_unusable_rows_are_replaced(hub: StubHub):
     assert benchmark.skipped[0].startswith("row 0: field 'article'")
 
 
-def test_placeholders_are_refused_and_auto_takes_samples(hub: StubHub):
+def test_placeholders_are_refused_and_auto_takes_samples(hub: FakeHub):
     publish(hub, "org/masked", [{"question_id": "a", "category": "qa", "turns": [PLACEHOLDER]}])
     with pytest.raises(
         DataUnavailableError, match=r"org/masked@main/test row 0 .*placeholder.*preparation script"
@@ -96,13 +96,13 @@ def test_placeholders_are_refused_and_auto_takes_samples(hub: StubHub):
     assert "placeholder" in benchmark.note
 
 
-def test_a_broken_schema_is_an_error_even_for_auto(hub: StubHub):
+def test_a_broken_schema_is_an_error_even_for_auto(hub: FakeHub):
     publish(hub, "org/schema", [{"prompt": "What?", "answer": "#### 1"}])
     with pytest.raises(ConfigError, match=r"org/schema@main/test row 0: .*'question'.*found: answer, prompt"):
         load_benchmark(config("org/schema", source=Source.auto), seed=0)
 
 
-def test_auto_takes_the_hub_and_says_so(hub: StubHub):
+def test_auto_takes_the_hub_and_says_so(hub: FakeHub):
     publish(hub, "org/auto", ROWS["gsm8k"])
     benchmark = load_benchmark(config("org/auto", source=Source.auto), seed=0)
     assert benchmark.source is Source.hub
@@ -122,32 +122,36 @@ def test_auto_takes_the_hub_and_says_so(hub: StubHub):
     ],
 )
 @pytest.mark.parametrize("source", [Source.hub, Source.auto])
-def test_wrong_coordinates_name_the_key(hub: StubHub, source: Source, hub_keys: dict, message: str):
+def test_wrong_coordinates_name_the_key(hub: FakeHub, source: Source, hub_keys: dict, message: str):
     publish(hub, "org/keys", ROWS["gsm8k"])
     with pytest.raises(ConfigError, match=message) as caught:
         load_benchmark(config(**{"path": "org/keys", "source": source} | hub_keys), seed=0)
     assert "\n" not in str(caught.value)
 
 
-def test_script_data_set_asks_for_its_files(hub: StubHub):
-    hub.add("org/script", {"README.md": "# x", "script.py": "pass", "rows.jsonl": "{}"})
+def test_script_data_set_asks_for_its_files(hub: FakeHub):
+    hub.repositories["org/script"] = {"README.md": "# x", "script.py": "pass", "rows.jsonl": "{}"}
     with pytest.raises(ConfigError, match=r"script data set.*benchmark\.hub\.files"):
         load_benchmark(config("org/script", config=None), seed=0)
 
 
-def test_files_of_a_script_data_set(hub: StubHub):
+def test_files_of_a_script_data_set(hub: FakeHub):
     first, second = ROWS["livecodebench"]
-    hub.add("org/code", {"code.py": "pass", "test4.jsonl": jsonl([first]), "test5.jsonl": jsonl([second])})
+    hub.repositories["org/code"] = {
+        "code.py": "pass",
+        "test4.jsonl": jsonl([first]),
+        "test5.jsonl": jsonl([second]),
+    }
     keys = {"name": "livecodebench", "config": None, "files": ["test4.jsonl", "test5.jsonl"]}
     benchmark = load_benchmark(config("org/code", **keys), seed=0)
     assert {sample.id for sample in benchmark.samples} == {"livecodebench/900_a", "livecodebench/901"}
     assert benchmark.source_detail == "org/code/test (test4.jsonl, test5.jsonl)"
-    hub.add("org/code2", {"test5.jsonl": "<html>\n"})
+    hub.repositories["org/code2"] = {"test5.jsonl": "<html>\n"}
     with pytest.raises(ConfigError, match=r"test5\.jsonl of benchmark\.hub\.path=org/code2 is an HTML"):
         load_benchmark(config("org/code2", **keys | {"files": ["test5.jsonl"]}), seed=0)
 
 
-def test_gated(hub: StubHub):
+def test_gated(hub: FakeHub):
     hub.gated.add("org/gated")
     with pytest.raises(DataUnavailableError, match=r"gated.*accept its terms.*HF_TOKEN.*source=file"):
         load_benchmark(config("org/gated"), seed=0)
@@ -160,7 +164,7 @@ def test_gated(hub: StubHub):
     assert "org/gated is gated" in benchmark.note
 
 
-def test_broken_service_is_noticed_at_once_and_the_cache_is_used(hub: StubHub):
+def test_broken_service_is_noticed_at_once_and_the_cache_is_used(hub: FakeHub):
     publish(hub, "org/cached", ROWS["gsm8k"])
     before = load_benchmark(config("org/cached"), seed=0)
     hub.broken = True
@@ -175,9 +179,9 @@ def test_broken_service_is_noticed_at_once_and_the_cache_is_used(hub: StubHub):
     assert time.monotonic() - start < 5
 
 
-def test_offline_variable_set_after_import(hub: StubHub, monkeypatch: pytest.MonkeyPatch):
+def test_offline_variable_set_after_import(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     publish(hub, "org/offline", ROWS["gsm8k"])
-    hub.add("org/offline-files", {"rows.jsonl": jsonl(ROWS["gsm8k"])})
+    hub.repositories["org/offline-files"] = {"rows.jsonl": jsonl(ROWS["gsm8k"])}
     before = load_benchmark(config("org/offline"), seed=0)
     load_benchmark(config("org/offline-files", files=["rows.jsonl"]), seed=0)
     hub.requests.clear()
@@ -196,7 +200,7 @@ def test_offline_variable_set_after_import(hub: StubHub, monkeypatch: pytest.Mon
     assert hub.requests == []
 
 
-def test_data_fetched_with_hf_download(hub: StubHub, monkeypatch: pytest.MonkeyPatch):
+def test_data_fetched_with_hf_download(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """``hf download`` fills the hub library's cache, which ``datasets`` does not read offline."""
     from huggingface_hub import snapshot_download
 
@@ -210,7 +214,7 @@ def test_data_fetched_with_hf_download(hub: StubHub, monkeypatch: pytest.MonkeyP
         load_benchmark(config("org/downloaded", config="other"), seed=0)
 
 
-def test_libraries_get_their_settings_back(hub: StubHub, monkeypatch: pytest.MonkeyPatch):
+def test_libraries_get_their_settings_back(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled
@@ -225,7 +229,7 @@ def test_libraries_get_their_settings_back(hub: StubHub, monkeypatch: pytest.Mon
     assert state() == before
 
 
-def test_nothing_is_printed(hub: StubHub, capfd: pytest.CaptureFixture):
+def test_nothing_is_printed(hub: FakeHub, capfd: pytest.CaptureFixture):
     publish(hub, "org/quiet", ROWS["gsm8k"])
     load_benchmark(config("org/quiet"), seed=0)
     assert capfd.readouterr() == ("", "")

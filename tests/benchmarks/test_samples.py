@@ -6,15 +6,12 @@ import re
 from collections import Counter
 from fractions import Fraction
 from importlib.resources import files
-from itertools import product
-from math import comb
 
 import pytest
 
 from subspec.benchmarks import TASKS, check_answer, extract_answer, load_benchmark
 from subspec.benchmarks.prompts import MT_BENCH
 from subspec.config.schema import BenchmarkConfig, Source
-from tests.benchmarks.reference_programs import PROGRAMS
 
 FOLDER = files("subspec.benchmarks") / "samples"
 
@@ -99,39 +96,6 @@ def test_boxed_result_is_the_answer(row: dict):
     assert row.keys() >= ({"subject", "level"} if name == "math_500" else {"id"})
 
 
-def test_aime_answers_by_brute_force():
-    lanterns = sum(
-        all(not (s[i] == s[i - 1] == s[i - 2]) for i in range(12)) for s in product((0, 1), repeat=12)
-    )
-    triples = sum(a * b * (40 - a - b) % 7 == 0 for a in range(1, 39) for b in range(1, 40 - a))
-    powers = sum(k * 3**k for k in range(1, 101)) % 1000
-    first = Fraction(5 * 12, 5 + 13)
-    second = first * (12 - 2 * first) / 12
-    spheres = second.numerator + second.denominator
-    # Walks of six steps on a cube that return: every direction is used an even number of times.
-    returning = sum(
-        all(walk.count(axis) % 2 == 0 for axis in range(3)) for walk in product(range(3), repeat=6)
-    )
-    beetle = Fraction(returning, 3**6)
-    divisible = sum((n * n + 7 * n) % 12 == 0 for n in range(1, 2027))
-    subsets = sum(sum(i + 1 for i in range(12) if mask >> i & 1) % 5 == 0 for mask in range(1 << 12))
-    expected = [lanterns, triples, powers, spheres, beetle.numerator + beetle.denominator, divisible, subsets]
-    assert [int(row["answer"]) for row in rows("aime")] == expected
-
-
-def test_math_500_answers_by_computation():
-    answers = [row["answer"] for row in rows("math_500")]
-    root = Fraction(10, 9)
-    assert answers[0] == f"\\frac{{{(6 * root**2).numerator}}}{{{(6 * root**2).denominator}}}"
-    assert answers[1] == str(24 * comb(5, 3))
-    for end in (Fraction(-5, 3), Fraction(13, 3)):
-        assert abs(2 * end - 5) + abs(end + 1) == 9
-    assert answers[4] == str(7**123 % 45)
-    largest = sum(max(dice) == 5 for dice in product(range(1, 7), repeat=3))
-    assert answers[5] == f"\\frac{{{largest}}}{{216}}"
-    assert all(abs(z**7 - 2 * z**4 + 5 - (3 - z)) < 1e-12 for z in (1j, -1j))
-
-
 @pytest.mark.parametrize("row", rows("gpqa"), ids=lambda row: row["Record ID"])
 def test_gpqa_has_four_options(row: dict):
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
@@ -146,7 +110,6 @@ def test_livecodebench_examples(row: dict):
     cases = json.loads(row["public_test_cases"])
     assert len(cases) >= 2
     for case in cases:
-        assert PROGRAMS[row["question_title"]](case["input"]) == case["output"]
         assert case["input"] in row["question_content"]
         assert case["output"].strip() in row["question_content"]
     for heading in ("Input", "Output", "Constraints", "Sample Input 1"):

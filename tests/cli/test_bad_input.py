@@ -98,7 +98,7 @@ CHECKS = {
         "tree=adaptive tree.min_depth=17",
         r"tree\.min_depth=17 exceeds tree\.depth=16: lower the former",
     ),
-    "no first level": ("tree=adaptive tree.min_depth=0", r"tree\.min_depth=0 must be at least 1"),
+    "negative least depth": ("tree=adaptive tree.min_depth=-1", r"tree\.min_depth=-1 must not be negative"),
     "unpacked and streamed": (
         "plan_only=true offload=stream draft.unpack=always",
         r"draft\.unpack=always is for single modules, .*leave draft\.unpack at auto",
@@ -121,12 +121,8 @@ CHECKS = {
         r"draft\.proposer_path=HERE: draft\.proposer=none has",
     ),
     "a proposer and whole levels": (
-        "plan_only=true offload=stream draft.proposer=prompt_lookup",
-        r"draft\.proposer=prompt_lookup: offload=stream .*set draft\.proposer=none, or offload=none",
-    ),
-    "a proposer that ships no head": (
-        "draft.proposer=eagle3",
-        r"draft\.proposer=eagle3 ships no head: set draft\.proposer_path to",
+        "plan_only=true offload=stream draft.proposer=small_model offload.card=rtx4090",
+        r"draft\.proposer=small_model: .*set draft\.proposer=eagle2, .*or offload=none",
     ),
     "negative seed": ("seed=-1", r"seed=-1 must not be negative"),
     "negative warm-up": ("warmup=-1", r"warmup=-1 must not be negative"),

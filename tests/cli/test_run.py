@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import subspec.decoding.engine
+import subspec.runs.generation
 import subspec.runs.runner
 from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
@@ -240,9 +241,10 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     monkeypatch.setattr(
         subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console)
     )
-    monkeypatch.setattr(subspec.runs.runner, "peak_vram_gib", lambda: peaks["allocated"])
+    for room in (subspec.runs.runner, subspec.runs.generation):
+        monkeypatch.setattr(room, "peak_vram_gib", lambda: peaks["allocated"])
+        monkeypatch.setattr(room, "device_vram_gib", lambda: peaks["device"])
     monkeypatch.setattr(subspec.runs.runner, "reserved_vram_gib", lambda: peaks["reserved"])
-    monkeypatch.setattr(subspec.runs.runner, "device_vram_gib", lambda: peaks["device"])
     monkeypatch.setattr(subspec.runs.runner, "cuda_vram_gib", lambda: 0.7)
     reset = lambda device: peaks.update(allocated=2.0, reserved=later, device=6.8)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
@@ -280,41 +282,6 @@ def test_the_logger_and_the_summary_get_the_speed_up(run, plain, monkeypatch):
     assert summary["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
     assert summary_of(folder)["speedup"] == summary["speedup"]
     assert "speedup" not in summary_of(plain[1])
-
-
-@pytest.mark.usefixtures("no_report")
-def test_a_sweep_makes_a_folder_per_job(checkpoint, tmp_path):
-    """The flag may stand anywhere, and one job that cannot run keeps no other from running."""
-    sweep = tmp_path / "sweep"
-    options = [a for a in tiny_run(checkpoint, sweep) if not a.startswith("run_dir")]
-    options += [
-        "-m",
-        "quant=hqq,none",
-        "draft=none,subspec",
-        f"hydra.sweep.dir={sweep}",
-        "hydra/launcher=basic",
-    ]
-    ran = cli(*options)
-    assert ran.code == 2
-    assert [records_of(sweep / name)[0]["draft"] for name in "01"] == ["none", "subspec"]
-    assert texts(sweep / "1") == texts(sweep / "0")
-    assert yaml.safe_load((sweep / "1" / "config.yaml").read_text())["run_dir"] == f"{sweep}/1"
-    errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert re.match(
-        r"error: job 2 \(.*quant=none draft=subspec .*\): draft=subspec without a quantizer", errors[0]
-    )
-    assert re.match(
-        r"error: 1 of 3 jobs did not end well.* sweep_dir=\S+ runs only what is missing", errors[1]
-    )
-    assert "Traceback" not in ran.err
-
-    before = records_of(sweep / "1")
-    (sweep / "0" / "records.jsonl").unlink()
-    again = cli(*options)
-    assert "1 of 3 job(s) had been finished before" in again.out
-    assert records_of(sweep / "1") == before
-    assert len(records_of(sweep / "0")) == 2
 
 
 # ------------------------------------------------------------------------------------ loggers and folders

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from subspec.benchmarks import TASKS
 from subspec.config.checks import RANGES, check_keys, quantizes
-from subspec.config.defaults import fill_width
+from subspec.config.defaults import fill_tree
 from subspec.config.effective import effective
 from subspec.config.help_text import (
     GROUPS,
@@ -27,6 +27,7 @@ from subspec.config.help_text import (
 from subspec.config.schema import (
     SCHEMAS,
     Config,
+    ServeConfig,
     SmallModelDraftConfig,
     register_schemas,
     to_config,
@@ -75,15 +76,22 @@ def test_the_groups_are_the_folders_of_conf():
     assert set(GROUPS) <= {field.name for field in dataclasses.fields(Config)}
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda part: part)
-def test_every_option_composes_and_validates(group, name):
-    cfg = composed(f"{group}={name}", *NEEDS.get((group, name), []))
+def validated(*overrides):
+    """The configuration, which passes every check."""
+    cfg = composed(*overrides)
     check_keys(cfg)
     config = to_config(cfg)
     check_config(config)
     if not (isinstance(config.draft, SmallModelDraftConfig) and "/" in (config.draft.path or "")):
         check_against_target(config, large_model())  # a small model's own configuration lies on the hub
     json.dumps(to_plain(cfg))
+    return config
+
+
+@pytest.mark.parametrize(("group", "name"), [one for one in OPTIONS if one[0] != "experiment"], ids=str)
+def test_every_option_composes_and_validates(group, name):
+    """Experiments: tests/test_experiments.py."""
+    config = validated(f"{group}={name}", *NEEDS.get((group, name), []))
     if (group, name) != ("target", "hub") and group not in FILES:
         assert getattr(config, group).name == name
 
@@ -110,7 +118,7 @@ def test_every_option_composes_and_validates(group, name):
 )
 def test_the_default_tree_depends_on_where_the_target_is(overrides, depth, width):
     cfg = composed(*overrides)
-    fill_width(cfg, to_plain(cfg)["device"])
+    fill_tree(cfg, to_plain(cfg)["device"])
     tree = to_config(cfg).tree
     assert (tree.depth, getattr(tree, "width", 1)) == (depth, width)
     assert tree.name == next((text[5:] for text in overrides if text.startswith("tree=")), "adaptive")
@@ -307,11 +315,10 @@ def test_every_file_has_a_schema():
 
 
 def test_every_range_is_of_a_key_that_exists():
+    schemas = SCHEMAS | {"/run": Config, "serve/serve": ServeConfig}
     for key, _, _ in RANGES:
         group, _, name = key.rpartition(".")
-        nodes = (
-            [node for path, node in SCHEMAS.items() if path.startswith(f"{group}/")] if group else [Config]
-        )
+        nodes = [node for path, node in schemas.items() if path.startswith(f"{group}/")]
         assert any(name in {field.name for field in dataclasses.fields(node)} for node in nodes), key
 
 

@@ -69,6 +69,18 @@ def test_the_first_tree_is_drafted_whole_to_learn_from():
     assert grow_until_it_stops(adaptive(), 0.5).levels == 20
 
 
+@pytest.mark.parametrize(("accepted", "least", "most"), [(1, 0.7, 1), (4, 0, 0.06)])
+def test_nothing_is_drafted_while_plain_decoding_is_faster(accepted, least, most):
+    policy, alone = Adaptive(6, 1, level_cost=0.5, min_depth=0), 0
+    for _ in range(400):
+        policy.begin_tree()
+        drafting = policy.wants_level(Tree(policy.capacity, torch.device("cpu")))
+        alone += not drafting
+        levels, got = (6, (accepted,)) if drafting else (0, (0,))
+        policy.learn(IterationOutcome(levels, levels + 1, got, 0.0, 1.0))
+    assert least <= alone / 400 <= most
+
+
 def test_calibration_learns_an_overconfident_draft():
     calibration = Calibration()
     trusting = calibration.probability(0.1)

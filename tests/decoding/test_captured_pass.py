@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from subspec.decoding.audit import Auditor
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.scheduler import Scheduler
@@ -30,22 +31,34 @@ def engine_of(model, policy, *, whole, **options):
 def test_texts_have_the_bits_of_passes_that_are_launched_one_by_one(policy):
     device = device_of_tests()
     model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
-    length = 40 if device.type == "cuda" else 6
+    length = 40 if device.type == "cuda" else 4
     captured, launched = (
         engine_of(model, policy, whole=whole, sampling=Sampling(0.8, top_p=0.9)) for whole in (True, False)
     )
     assert captured.target.captured
     assert not launched.target.captured
-    for prompt in ([5, 17, 33], [2, 3, 5, 7, 11, 13, 17]):  # a graph serves every prefix
+    auditors = [Auditor(engine.target, engine.sampler.sampling) for engine in (captured, launched)]
+    prompts = [[5, 17, 33], [2, 3, 5, 7, 11, 13, 17]]  # a graph serves every prefix
+    for prompt in prompts if device.type == "cuda" else prompts[:1]:
         texts = [engine.generate(prompt, max_new_tokens=length, seed=3) for engine in (captured, launched)]
         assert texts[0].token_ids == texts[1].token_ids
         assert texts[0].digests == texts[1].digests
+        for auditor in auditors:
+            found = auditor.audit(prompt, texts[0].token_ids, seed=3, digests=texts[0].digests)
+            assert found.exact == len(texts[0].token_ids)
     if device.type == "cuda":
         assert len(captured._pass.captured._graphs) == 1
 
 
-@pytest.mark.parametrize("policy", [None, Beam(3, 2)], ids=["plain", "beam"])
-@pytest.mark.parametrize("whole", [True, False], ids=["captured", "launched"])
+@pytest.mark.parametrize(
+    ("policy", "whole"),
+    [
+        pytest.param(None, True, id="plain captured"),
+        pytest.param(Beam(3, 2), False, id="beam launched"),
+        pytest.param(None, False, id="plain launched", marks=pytest.mark.slow),
+        pytest.param(Beam(3, 2), True, id="beam captured", marks=pytest.mark.slow),
+    ],
+)
 def test_texts_side_by_side_have_the_bits_that_each_has_alone(policy, whole):
     device = device_of_tests()
     model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
@@ -55,7 +68,7 @@ def test_texts_side_by_side_have_the_bits_that_each_has_alone(policy, whole):
         ([2, 3, 5, 7, 11, 13, 17, 9, 1], 3, Sampling(0.8, top_p=0.9)),
         ([9], 1, None),
     ]
-    engine, count = engine_of(model, policy, whole=whole), 30 if on_gpu else 4
+    engine, count = engine_of(model, policy, whole=whole), 30 if on_gpu else 3
     scheduler = Scheduler(engine, 2)  # the last one joins a running one, and takes over a place
     added = [
         scheduler.add(prompt, seed=seed, sampling=sampling, max_new_tokens=count - number)

@@ -121,7 +121,7 @@ def behind_last_layer(model, text):
     ("shape", "policy"),
     [*((shape, "eagle2") for shape in SHAPES3), ("official", "beam"), ("deepspec", "chain")],
 )
-@torch.no_grad()
+@torch.inference_mode()
 def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, shape, policy):
     engine, _ = taught(model, POLICIES[policy](), 30, shape, std=0.08)
     head = engine.draft.head
@@ -154,7 +154,10 @@ def test_choosing_among_the_heads_own_ids_gives_the_tree_of_the_targets_ids(mode
 
 @pytest.mark.parametrize(
     ("shape", "policy"),
-    [*(("official", policy) for policy in POLICIES), *((shape, "eagle2") for shape in SHAPES3)],
+    [
+        *(("official", policy) for policy in POLICIES if policy != "eagle2"),
+        *((shape, "eagle2") for shape in SHAPES3),
+    ],
 )
 def test_greedy_and_sampled_text_is_plain_decodings(model, shape, policy):
     engine, text = taught(model, POLICIES[policy](), 24, shape)

@@ -11,11 +11,17 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from subspec.config.schema import Eagle2DraftConfig, EmbeddedTargetConfig, HubTargetConfig
+from subspec.config.schema import (
+    BlockHeadDraftConfig,
+    Eagle2DraftConfig,
+    Eagle3DraftConfig,
+    EmbeddedTargetConfig,
+    HubTargetConfig,
+)
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts import eagle_checkpoint
+from subspec.drafts import shipped
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for, locate_head
 from subspec.errors import ConfigError, SubspecError
@@ -230,17 +236,29 @@ def test_paths_that_are_no_heads_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------------- shipped
 
 
-def test_without_a_path_the_shipped_head_is_taken_for_the_default_target_alone(tmp_path, monkeypatch):
-    draft = Eagle2DraftConfig(name="eagle2")
-    monkeypatch.setattr(eagle_checkpoint, "SHIPPED", tmp_path / "eagle")
-    with pytest.raises(ConfigError, match=r"train one with scripts/train_eagle\.py and set draft\.path"):
+@pytest.mark.parametrize(
+    ("draft", "script"),
+    [
+        (Eagle2DraftConfig("eagle2"), "train_eagle"),
+        (Eagle3DraftConfig("eagle3"), "train_eagle"),
+        (BlockHeadDraftConfig("block_head"), "train_block_head"),
+    ],
+)
+def test_without_a_path_a_head_ships_for_the_default_target_alone(tmp_path, monkeypatch, draft, script):
+    monkeypatch.setitem(shipped.HEADS, draft.name, tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=rf"train one with scripts/{script}\.py and set draft\.path"):
         locate_for(draft, EmbeddedTargetConfig(name="smollm2_135m"), print)
+    with pytest.raises(ConfigError, match=rf"draft={draft.name} .* target=qwen2_5_7b set draft\.path"):
+        locate_for(draft, HubTargetConfig(name="qwen2_5_7b", path="ORG/NAME"), print)
+
+
+def test_the_source_of_a_shipped_head_has_its_digest(tmp_path, monkeypatch):
+    monkeypatch.setitem(shipped.HEADS, "eagle2", tmp_path / "eagle")
     published(tmp_path / "eagle", SHAPES["llama3"])
+    draft = Eagle2DraftConfig("eagle2")
     files = locate_for(draft, EmbeddedTargetConfig(name="smollm2_135m"), print)
     assert re.fullmatch(r"shipped with subspec \(sha256 [0-9a-f]{12}\)", files.source)
     assert head_shape(files, 64, "the target") == SHAPES["llama3"]
-    with pytest.raises(ConfigError, match=r"target=qwen2_5_7b set draft\.path"):
-        locate_for(draft, HubTargetConfig(name="qwen2_5_7b", path="ORG/NAME"), print)
 
 
 # ------------------------------------------------------------------------------------------------- hub

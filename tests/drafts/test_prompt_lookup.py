@@ -1,11 +1,13 @@
 """Drafts from n-grams of the text: their probabilities, and runs that emit plain decoding's tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspec.config.schema import Config, PromptLookupDraftConfig
+from subspec.config.schema import Config, Eagle2TreeConfig, PromptLookupDraftConfig
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
@@ -13,9 +15,11 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam
+from subspec.drafts.check_config import check_config
 from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.prompt_lookup import PromptLookupDraft, PromptLookupSpec
 from subspec.errors import ConfigError
+from tests.helpers.planning import planned, settings
 from tests.helpers.tiny import tiny_model
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=3)
@@ -91,23 +95,21 @@ def test_a_level_has_only_tokens_that_followed():
     assert tree.scores[1:3].exp().sum() < 1
 
 
-@pytest.mark.parametrize(
-    "policy", [Beam(6, 1), Beam(5, 3), Eagle2(4, 3, 10), Adaptive(6, 3, level_cost=0.1, check_every=2, min_depth=1)]
-)  # fmt: skip
 @pytest.mark.parametrize(("sampling", "earlier"), [(Sampling(), True), (Sampling(0.7, top_k=8), False)])
-def test_text_is_plain_decodings_with_fewer_passes(policy, sampling, earlier):
-    target = TargetModel(tiny_model("llama", vocab_size=64))
-    draft = PromptLookupDraft(NgramIndex(3, 1), 64, earlier_texts=earlier)
-    lookup = Engine(target, draft, policy, sampling=sampling, max_length=128)
+def test_text_is_plain_decodings_with_fewer_passes(sampling, earlier):
+    target, prompts = TargetModel(tiny_model("llama", vocab_size=64)), [[3, 4, 5, 3, 4, 5, 3], [7, 7, 7]]
     plain = Engine(target, sampling=sampling, max_length=128)
-    for seed, prompt in enumerate([[3, 4, 5, 3, 4, 5, 3], [7, 7, 7]] * 2):
-        ours = lookup.generate(prompt, max_new_tokens=60, seed=seed % 2)
-        theirs = plain.generate(prompt, max_new_tokens=60, seed=seed % 2)
-        assert ours.token_ids == theirs.token_ids
-        passes = ours.stats.iterations
-        assert passes < theirs.stats.iterations
-    if earlier:  # the last text was an earlier one
-        assert passes < 30
+    expected = [plain.generate(prompt, max_new_tokens=60, seed=seed) for seed, prompt in enumerate(prompts)]
+    adaptive = Adaptive(6, 3, level_cost=0.1, check_every=2, min_depth=1)
+    for policy in (Beam(6, 1), Beam(5, 3), Eagle2(4, 3, 10), adaptive):
+        draft = PromptLookupDraft(NgramIndex(3, 1), 64, earlier_texts=earlier)
+        lookup = Engine(target, draft, policy, sampling=sampling, max_length=128)
+        for seed in (0, 1, 0, 1) if earlier else (0, 1):
+            ours, theirs = lookup.generate(prompts[seed], max_new_tokens=60, seed=seed), expected[seed]
+            assert ours.token_ids == theirs.token_ids
+            assert ours.stats.iterations < theirs.stats.iterations
+        if earlier:  # the last text was an earlier one
+            assert ours.stats.iterations < 30
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(2, 3), (3, 0)])
@@ -115,3 +117,11 @@ def test_lengths_out_of_order_are_refused(longest, shortest):
     config = Config(draft=PromptLookupDraftConfig(name="prompt_lookup", longest=longest, shortest=shortest))
     with pytest.raises(ConfigError, match=r"^draft\.shortest=. and draft\.longest="):
         PromptLookupSpec.check(config)
+
+
+def test_a_streamed_target_takes_any_tree():
+    """It drafts without captured levels, so a tree may expand parts of one."""
+    tree = Eagle2TreeConfig(name="eagle2", depth=4, width=3, total_tokens=20)
+    config = replace(settings(8.0, "prompt_lookup"), tree=tree)
+    check_config(config)
+    assert planned(config).streamed_layers

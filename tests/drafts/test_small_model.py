@@ -289,6 +289,7 @@ def test_streamed_layers_draft_where_they_lie(chosen):
 def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     pytest.importorskip("triton")
     from subspec.decoding.audit import Auditor
+    from subspec.levels.model import Attention
 
     settings = config(draft, depth=2, width=2, resident_layers=3)
     if sampling:
@@ -296,6 +297,8 @@ def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
     plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
     assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
+    levels = getattr(assembly.engine.draft, "levels", assembly.engine.draft)
+    levels.attention = Attention(splits=2)  # the interpreter runs one slice after the other
     result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=3, seed=3)
     audit = Auditor(assembly.target, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
     assert audit.mismatch == 0

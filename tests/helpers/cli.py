@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 TIMES = {"timestamp", "prefill_s", "decode_s", "draft_s", "verify_s", "tokens_per_s", "tokens_per_s_total"}
 TIMES |= {"peak_ram_gib", "ttft_s", "block_s", "block_p50_s", "block_p95_s", "block_p99_s"}
-TIMES |= {"plain_s", "speedup_over_plain"}
+TIMES |= {"plain_s", "speedup_over_plain", "loop_s"}
 """Fields of a record that differ between two runs of the same configuration."""
 
 
@@ -145,6 +146,7 @@ class Forked:
                 code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
+            threading._shutdown()  # waits for threads as the interpreter does
             atexit._run_exitfuncs()
         except BaseException:
             traceback.print_exc()

@@ -1,5 +1,7 @@
 """Drafts that know nothing, everything, or lie: the engine's output must not depend on them."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -132,8 +134,16 @@ def verified(engine: Engine) -> _Judged:
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
-    """transformers' own greedy text: the independent reference."""
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0
-    )
-    return output[0, len(prompt) :].tolist()
+    """transformers' own greedy text: the independent reference, generated once for each prompt."""
+    known = GREEDY.setdefault(model, {})
+    text = known.get((*prompt, eos), [])
+    if len(text) < count and (not text or text[-1] != eos):
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0
+        )
+        text = known[*prompt, eos] = output[0, len(prompt) :].tolist()
+    return text[:count]
+
+
+GREEDY: WeakKeyDictionary[PreTrainedModel, dict[tuple[int | None, ...], list[int]]] = WeakKeyDictionary()
+"""Longest greedy text of each model by prompt and end of text."""

@@ -109,7 +109,7 @@ def test_shapes_the_kernel_has_not_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 6, 8, 13, 48])
+@pytest.mark.parametrize("rows", [1, 6, 8, 38, 64])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "tiles"), [(37888, 3584, 4), (3584, 18944, 2), (960, 576, 2)])
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -148,14 +148,16 @@ static Word4 load_once(const Word4* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
 extern "C" const char* go(const Word4* weight, const Word4* meta, const Word4* x, void* out, int rows, int n,
                           int groups, int split, int blocks, int slices, unsigned seed) {{
-  gridDim = {{blocks, slices, 1}};
+  const int pieces = (rows + 8 * EIGHTS - 1) / (8 * EIGHTS);
+  gridDim = {{blocks, slices, pieces}};
   emulated::body = [=] {{ int4_linear(weight, meta, x, out, rows, n, groups, split); }};
-  for (int y = 0; y < slices; ++y)
-    for (int b = 0; b < blocks; ++b) {{
-      blockIdx = {{b, y, 0}};
-      emulated::run_block(32 * WARPS, seed + 7 * b);
-      if (emulated::problem) return emulated::problem;
-    }}
+  for (int z = 0; z < pieces; ++z)
+    for (int y = 0; y < slices; ++y)
+      for (int b = 0; b < blocks; ++b) {{
+        blockIdx = {{b, y, z}};
+        emulated::run_block(32 * WARPS, seed + 7 * b);
+        if (emulated::problem) return emulated::problem;
+      }}
   return nullptr;
 }}
 """
@@ -167,11 +169,10 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int4")
 
     @functools.cache
-    def build(tiles, columns, planes, swiglu, warps):
+    def build(tiles, planes, swiglu, warps, eights):
         source = EMULATED.format(emulation=Path(__file__).parents[1] / "helpers" / "emulate_cuda.h")
-        settings = {"TILES": tiles, "WARPS": warps, "COLUMNS": columns, "PLANES": planes}
-        settings |= {"SWIGLU": int(swiglu), "OVERLAP": 1}
-        go = compile_host(folder, source, settings).go
+        settings = {"TILES": tiles, "WARPS": warps, "EIGHTS": eights, "PLANES": planes, "SWIGLU": int(swiglu)}
+        go = compile_host(folder, source, settings | {"OVERLAP": 1}).go
         go.restype = ctypes.c_char_p
         return go
 
@@ -188,8 +189,8 @@ def pointer(tensor):
         (70, 11 * 64, 4, 4, False, 3, 2, 8),
         (40, 7 * 64, 8, 2, False, 6, 3, 4),
         (64, 5 * 64, 8, 2, True, 8, 1, 4),
-        (40, 5 * 64, 4, 2, False, 29, 2, 4),  # two blocks of three columns, the last one in part
-        (64, 3 * 64, 4, 4, True, 13, 1, 4),
+        (40, 6 * 64, 4, 2, False, 21, 2, 4),
+        (64, 3 * 64, 4, 2, True, 38, 1, 4),
         pytest.param(64, 9 * 64, 2, 2, True, 8, 1, 4, marks=pytest.mark.slow),
         pytest.param(96, 9 * 64, 3, 4, True, 5, 1, 4, marks=pytest.mark.slow),
         pytest.param(40, 3 * 64, 8, 4, False, 6, 1, 8, marks=pytest.mark.slow),
@@ -200,9 +201,7 @@ def test_the_source_computes_the_reference(emulated, n, k, bits, tiles, swiglu, 
     out = empty_output(weight, rows, splits)
     parts = [pointer(tensor) for tensor in (weight.words, weight.meta, x, out)]
     blocks, groups = weight.words.shape[:2]
-    columns = min(int4.COLUMNS, -(-rows // 8))
-    go = emulated(tiles, columns, weight.planes, swiglu, warps)
-    blocks *= -(-rows // (8 * columns))
+    go = emulated(tiles, weight.planes, swiglu, warps, int4.eights_of(rows)[0])
     problem = go(*parts, rows, weight.padded, groups, -(-groups // splits), blocks, splits, 0)
     assert problem is None, problem
     check(weight, x, out, 1e-5)

@@ -7,6 +7,7 @@ from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
+from subspec.kernels.cpu import cpu_kernels
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
 from subspec.levels.cpu_levels import CpuLevels, why_modules
 from subspec.levels.dense import layer_views
@@ -15,6 +16,8 @@ from subspec.quant.hqq import hqq_quantizer
 from subspec.quant.level_linear import Variant
 from tests.helpers.drafts import begin
 from tests.helpers.tiny import FAMILIES, tiny_model
+
+compiled = pytest.mark.skipif(isinstance(cpu_kernels(), str), reason="no CPU kernels here")
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
 
@@ -47,6 +50,7 @@ def module_draft(model):
     ("family", "kernel", "tolerance"),
     [
         *((family, "float32", 1e-4) for family in FAMILIES),
+        *(pytest.param(family, "own_cpu", 0.1, marks=compiled) for family in FAMILIES),
         ("qwen3", "int4_cpu", 0.1),
         ("qwen2", "int8_cpu", 0.1),
     ],
@@ -54,6 +58,7 @@ def module_draft(model):
 def test_a_tree_is_the_module_by_module_substitutes(family, kernel, tolerance):
     model = tiny_model(family, hidden_size=128, layers=2, kv_heads=2, heads=4, intermediate_size=192)
     policy, drafts = Beam(3, 3), [module_draft(model), level_draft(model, kernel)]
+    assert drafts[1].model.own == (kernel == "own_cpu")
     reference, *_ = engines = [
         Engine(TargetModel(model), draft, policy, max_length=64, prefill_chunk=16) for draft in drafts
     ]

@@ -171,8 +171,8 @@ def test_a_head_of_some_ids_gives_their_logits_and_lets_no_other_grow(device):
     model, policy = model_of("qwen2", device), Beam(2, 3)
     found = []
     for known in (None, ids):
-        levels = fused_model(model, device, range(3))
-        draft = CapturedDraft(level_model(model, levels.layers, None, known))
+        levels = fused_model(model, device, (0,))
+        draft = CapturedDraft(level_model(model, levels.layers, None, known), attention=Attention(splits=2))
         cache = TargetModel(model).new_cache(max_length=32, draft_rows=policy.draft_rows, target_rows=9)
         draft.begin(cache)
         tree = Tree(policy.capacity, device)

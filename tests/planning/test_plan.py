@@ -249,8 +249,15 @@ def test_host_memory_is_checked_before_anything_swaps():
     assert "\n" not in text
     enough = float(text.split("vram_gib to ")[1].split()[0])
     planned(settings(enough), host_free=10 * GIB)
-    with pytest.raises(ConfigError, match=r"9\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"):
-        planned(settings(8.0, ram_gib=9.0), host_free=64 * GIB)
+    beyond = float(text.split("set offload.ram_gib=")[1].split()[0])
+    assert planned(settings(8.0, ram_gib=beyond), host_free=10 * GIB).disk_layers
+    with pytest.raises(
+        ConfigError, match=r"2\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"
+    ) as refusal:
+        planned(settings(8.0, ram_gib=2.0), host_free=64 * GIB)
+    least = float(str(refusal.value).split("at least ")[1].split()[0])
+    least = planned(settings(8.0, ram_gib=least), host_free=64 * GIB)
+    assert least.disk_layers == least.streamed_layers
     planned(settings(8.0, ram_gib=64.0, card="RTX 3090"), host_free=1 * GIB)  # another machine's memory
 
 

@@ -241,7 +241,7 @@ def test_an_interrupted_sweep_names_its_folder(arguments, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     options = [a for a in arguments if not a.startswith("run_dir")]
-    options += ["-m", "draft=none,subspec", f"sweep_dir={tmp_path / 'my sweep'}", "hydra/launcher=basic"]
+    options += ["-m", "draft=none", "seed=0,1", f"sweep_dir={tmp_path / 'my sweep'}", "hydra/launcher=basic"]
     monkeypatch.setattr(subspec.runs.runner, "load", stop)
     ran = cli(*options)
     assert ran.code == 130

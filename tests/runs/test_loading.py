@@ -12,6 +12,7 @@ from subspec.config.schema import (
     AccelerateOffloadConfig,
     NoDraftConfig,
     OffloadConfig,
+    Placement,
     PlantedTargetConfig,
     StreamOffloadConfig,
 )
@@ -19,7 +20,9 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.memory.allocator import Allocation
 from subspec.offload.accelerate import host_bytes
 from subspec.planning.budget import Budget
+from subspec.records.method import method_label
 from subspec.runs import loading, runner
+from subspec.runs.console import RunConsole
 from subspec.runs.inputs import with_first_budget
 from subspec.session import GIB, assemble_accelerate, cap_device, check_offload, plan_for
 from subspec.targets import device as device_module
@@ -162,3 +165,39 @@ def test_every_way_of_loading_begins_with_a_free_device(monkeypatch, way):
     config = SimpleNamespace(target=None, offload=offload)
     loading.load(config, torch.device("cuda"), SimpleNamespace(note=None))
     assert done == ["freed", *expected]
+
+
+@pytest.mark.parametrize(("disk_gb_per_s", "slower"), [(0.5, "disk"), (5000.0, "link")])
+def test_shares_are_of_the_slower_of_two_links(tmp_path, monkeypatch, disk_gb_per_s, slower):
+    """Layers beyond ``offload.ram_gib``, with the CPU in place of a GPU."""
+    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "measure_disk", lambda layers, slots: disk_gb_per_s)
+    target = PlantedTargetConfig(name="planted_tiny", shape="tiny")
+    options = {"resident_layers": 2, "link_gb_per_s": 50.0, "decoding": {"max_length": 128}}
+
+    def config(**memory):
+        return replace(settings(8.0, "none", **options, **memory), target=target)
+
+    pinned = loading.load(config(), torch.device("cpu"), RunConsole())
+    plan = pinned.plan
+    ram = (
+        sum(item.bytes for item in plan.items if item.place is Placement.host) - 2 * plan.layer_bytes
+    ) / GIB
+    tiered = loading.load(config(ram_gib=ram), torch.device("cpu"), RunConsole())
+    on_disk = tiered.plan.disk_layers
+    assert 0 < len(on_disk) < len(tiered.plan.streamed_layers) == 6
+    streamer = tiered.assembly.streamed.target.streamer
+    assert tiered.link.gb_per_s == {"disk": disk_gb_per_s, "link": 50.0}[slower]
+    assert tiered.link.bytes_per_pass == {"disk": streamer.disk, "link": streamer}[slower].bytes_per_pass
+    facts = tiered.facts()
+    assert (facts["slower_link"], facts["link_gb_per_s"]) == (slower, tiered.link.gb_per_s)
+    assert facts["disk"]["gb_per_s"] == facts["plan"]["disk"]["gb_per_s"] == disk_gb_per_s
+    assert facts["disk"]["layers"] == facts["plan"]["disk_layers"] == list(on_disk)
+    assert method_label(
+        {"offload": {"name": "stream", "ram_gib": 4}, "draft": {"name": "none"}}, facts
+    ).endswith("disk beyond 4 GiB of RAM")
+    texts = [run.assembly.engine.generate([1, 2, 3], max_new_tokens=6) for run in (pinned, tiered)]
+    assert texts[0].token_ids == texts[1].token_ids
+    assert pinned.assembly.streamed.target.disk is None
+    for run in (pinned, tiered):
+        run.assembly.close()

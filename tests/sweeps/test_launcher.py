@@ -114,7 +114,7 @@ def test_what_is_left_is_told_by_the_jobs_most_alike(tmp_path):
     progress.update([], waiting)
     assert progress.remaining_s == pytest.approx(10 + 40 + 25 + 25)  # one more is unknown
     job = FollowedJob(tmp_path, "draft=subspec quant.bits=3", done=1, total=4)
-    job._sums, job._at_done = {"prefill_s": 1.0, "decode_s": 9.0}, 15.0  # 5 s of start, 10 s a sample
+    job._sums, job._at_done = {"loop_s": 10.0}, 15.0  # 5 s of start, 10 s a sample
     job._started = time.monotonic() - 20
     progress.update([job], waiting)
     assert job.expected_s == 45.0

@@ -1,16 +1,18 @@
 """Unrolled passes against a draft that really is fed its own features, one token at a time."""
 
 import torch
-from training.eagle import EagleLesson, balance_inputs, pass_mask, shape_for, unroll
+from training.eagle import EagleLesson, balance_inputs, pass_mask, shape_for, target_states, unroll
 
 from subspec.decoding.kv_cache import KVCache
+from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle_head import EagleHead
-from tests.helpers.eagle import causal
+from tests.drafts.test_eagle3 import plain_head
+from tests.helpers.eagle import SHAPES3, causal, random_head
 from tests.helpers.tiny import tiny_model
 
 
 def head_of(model, seed=0):
-    head = EagleHead(shape_for(model, kv_heads=None, intermediate=None), seed=seed)
+    head = EagleHead(shape_for(model), seed=seed)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(8)  # strong enough that a wrong input shows
@@ -62,12 +64,27 @@ def test_passes_are_what_a_draft_computes_level_by_level():
             start, fed = start + count, out[-1:]
 
 
+@torch.no_grad()
+def test_passes_of_an_eagle3_head_are_the_papers():
+    model, head = tiny_model("qwen3", layers=8), random_head(SHAPES3["official"])
+    lesson = EagleLesson(model, head)
+    ids = torch.randint(3, 319, (1, 9), generator=torch.Generator().manual_seed(0))
+    passes = lesson._predict(ids, target_states(model, ids, lesson.wants)[1], 3)
+    text, own, target = ids[0].tolist(), lesson._own_ids(), TargetModel(model)
+    for number, out in enumerate(passes):
+        for row in (2, 6):
+            start = row + 1 - number
+            expected = plain_head(head.state_dict(), head.shape, model, text[:start], text[start : row + 2])
+            found = head.logits(out[0, row : row + 1], target)[0]
+            torch.testing.assert_close(found, expected[own], rtol=1e-3, atol=1e-4)
+
+
 def test_inputs_are_balanced():
     model = tiny_model(seed=1)
-    head = EagleHead(shape_for(model, kv_heads=None, intermediate=None))
+    head = EagleHead(shape_for(model))
     torch.manual_seed(0)
     table, features = 0.1 * torch.randn(5000, 64), 7 * torch.randn(5000, 64)
-    balance_inputs(head, table, features)
+    balance_inputs(head, (table, features))
     by_embedding, by_feature = (
         (half @ x.T).var() for half, x in zip(head.fc.weight.chunk(2, 1), (table, features), strict=True)
     )

@@ -3,45 +3,42 @@
 import pytest
 import torch
 from training import losses, measures
-from training.losses import soft_cross_entropy
+from training.losses import SampledVocabulary, soft_cross_entropy
 from training.measures import chain_tau, greedy_ranks
 
 from tests.helpers.tiny import tiny_model
 
 
-def plain(hidden, weight, teacher, teacher_weight):
-    wanted = torch.softmax(teacher @ teacher_weight.T, -1)
-    return torch.stack([-(wanted * torch.log_softmax(h @ weight.T, -1)).sum(-1).mean() for h in hidden])
-
-
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_gradients_are_those_of_autograd(chunk, monkeypatch):
+@pytest.mark.parametrize("head", [False, True])
+def test_gradients_are_those_of_autograd(chunk, head, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     torch.manual_seed(0)
-    weight, teacher, table = torch.randn(20, 6), torch.randn(8, 5), torch.randn(20, 5)
-    hidden = torch.randn(3, 8, 6, requires_grad=True)
-    scale = torch.tensor([1.0, 0.5, 0.25])
-    (plain(hidden, weight, teacher, table) * scale).sum().backward()
-    expected, hidden.grad = hidden.grad, None
-    loss, right = soft_cross_entropy(hidden, weight, teacher, table, torch.float32)
-    (loss * scale).sum().backward()
-    torch.testing.assert_close(loss, plain(hidden, weight, teacher, table))
-    torch.testing.assert_close(hidden.grad, expected)
-    best = (teacher @ table.T).argmax(-1)
-    torch.testing.assert_close(right, ((hidden @ weight.T).argmax(-1) == best).float().mean(-1))
-
-
-def test_a_single_pass_trains_the_head_too():
-    torch.manual_seed(0)
-    teacher, table = torch.randn(8, 5), torch.randn(20, 5)
-    weight, hidden = torch.randn(20, 6, requires_grad=True), torch.randn(1, 8, 6, requires_grad=True)
-    (3 * plain(hidden, weight, teacher, table)[0]).backward()
-    expected = hidden.grad, weight.grad
-    hidden.grad = weight.grad = None
-    (3 * soft_cross_entropy(hidden, weight, teacher, table, torch.float32)[0][0]).backward()
+    teacher, table, shift = torch.randn(8, 5), torch.randn(20, 5), torch.rand(20)
+    weight, hidden = torch.randn(20, 6, requires_grad=head), torch.randn(3, 8, 6, requires_grad=True)
+    weights = torch.rand(3, 8)
+    wanted = torch.softmax(teacher @ table.T + shift, -1)
+    logp = torch.log_softmax(hidden @ weight.T + shift, -1)
+    entropy = -(wanted * logp).sum(-1)
+    (2 * (entropy * weights).sum() / weights.sum()).backward()
+    expected, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
+    found = soft_cross_entropy(hidden, weight, teacher, table, torch.float32, weights, shift)
+    (2 * found.loss).backward()
     torch.testing.assert_close((hidden.grad, weight.grad), expected)
-    with pytest.raises(ValueError, match="one pass"):
-        soft_cross_entropy(hidden.expand(2, -1, -1), weight, teacher, table, torch.float32)
+    torch.testing.assert_close(found.entropy, entropy.detach())
+    assert torch.equal(found.right, logp.argmax(-1) == wanted.argmax(-1))
+    torch.testing.assert_close(found.overlap, torch.minimum(logp.exp(), wanted).sum(-1).detach())
+
+
+def test_sampled_ids_stand_for_all_others():
+    counts = torch.tensor([5, 0, 9, 1, 0, 7, 0, 0, 0, 0])
+    assert SampledVocabulary.of(counts, 8, 2).draw(torch.Generator())[1] is None
+    vocabulary, logits = SampledVocabulary.of(counts, 3, 2), torch.randn(10)
+    assert vocabulary.frequent.tolist() == [0, 2, 5]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [vocabulary.draw(generator) for _ in range(4000)]
+    sums = torch.stack([(logits[ids] + shift).exp().sum() for ids, shift in drawn])
+    assert float(sums.mean()) == pytest.approx(float(logits.exp().sum()), rel=0.05)
 
 
 def test_ranks(monkeypatch):
@@ -50,6 +47,8 @@ def test_ranks(monkeypatch):
     mine = torch.tensor([[[4.0, 3, 2, 1], [1, 2, 3, 4], [1, 4, 3, 2]]])
     true = torch.tensor([[[9.0, 0, 0, 0], [0, 9, 0, 0], [9, 0, 0, 0]]])
     assert greedy_ranks(mine, table, true, table).tolist() == [[0, 2, 3]]
+    ids = torch.tensor([0, 3])  # the second token is not among them
+    assert greedy_ranks(mine, table[ids], true, table, ids).tolist() == [[0, 2, 1]]
 
 
 def test_a_chain_ends_at_its_first_wrong_token_and_at_the_end_of_the_text():
@@ -60,12 +59,12 @@ def test_a_chain_ends_at_its_first_wrong_token_and_at_the_end_of_the_text():
 
 
 def test_bf16_arithmetic_gives_nearly_the_same_loss():
-    from tests.training.test_trainer import eagle, student
+    from tests.training.test_trainer import LESSONS
 
     target = tiny_model(seed=4, std=0.2)
     ids = torch.randint(3, 320, (6, 24), generator=torch.Generator().manual_seed(0))
     learn = torch.ones(6, 24, dtype=torch.bool)
-    for make in (eagle, student):
+    for make in LESSONS.values():
         losses_ = []
         for dtype in (torch.float32, torch.bfloat16):
             lesson = make(target, dtype=dtype)

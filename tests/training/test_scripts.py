@@ -1,4 +1,4 @@
-"""The three scripts one after another on a tiny target, as a user runs them."""
+"""The scripts one after another on a tiny target, as a user runs them."""
 
 import contextlib
 import io
@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.corpus import shard_path, write_shard
 from transformers import AutoModelForCausalLM
 
+from subspec import build_engine
+from subspec.decoding.tree_policy import Beam
+from subspec.drafts.block_head import BlockHead
+from subspec.drafts.eagle3_head import Eagle3Head
 from subspec.drafts.eagle_checkpoint import load_head, locate_head
+from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +81,40 @@ def test_the_trained_head_is_an_eagle_checkpoint(made, tmp_path):
     script("train_eagle", *common, "--out", tmp_path / "again", "--steps", 4, "--resume")
     again, first = (folder / "model.safetensors" for folder in (tmp_path / "again", files.folder))
     assert again.read_bytes() == first.read_bytes()
+
+
+DSPARK = ("--markov-rank", 8, "--mask-id", 2, "--block", 5, "--features", 2, "--anchors", 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "draft", "kind", "options"),
+    [
+        ("train_eagle", "eagle3", Eagle3Head, ("--kind", "eagle3")),
+        ("train_eagle", "eagle3", Eagle3Head, ("--kind", "eagle3", "--draft-vocab", 200)),
+        ("train_block_head", "block_head", BlockHead, DSPARK),
+    ],
+)
+def test_trained_heads_draft_for_their_target(made, tmp_path, name, draft, kind, options):
+    """Losses, features and positions are those of drafting: a head that has learnt a text by heart drafts it."""
+    root, target = made
+    model = AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32).eval()
+    prompts = torch.randint(3, 320, (6, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.tensor([prompt + hf_greedy(model, prompt, 26) for prompt in prompts])
+    learn = torch.ones(ids.shape, dtype=torch.bool)
+    learn[:, :6] = False
+    facts = {"seed": 0, "self_asked": 0, "greedy": 1, "temperature": 0}
+    write_shard(shard_path(tmp_path, 0), ids, learn, facts)
+    common = (*target, "--text", tmp_path, "--held-out", 1, "--rows", 5, "--lr", 1e-2, "--steps", 80)
+    script(name, *common, *options, "--out", tmp_path / "head")
+    files, place = locate_head(str(tmp_path / "head"), print), torch.device("cpu")
+    loaded = load_head(files, hidden=64, target="tiny", dtype=torch.float32, device=place, kind=kind)
+    assert loaded.dropped == ([] if loaded.head.d2t is None else ["t2d"])
+    if draft == "block_head":
+        assert (loaded.head.shape.method, loaded.head.shape.levels) == ("DSpark", 5)
+    engine = build_engine(model, draft=draft, draft_path=files.folder, tree_policy=Beam(4, 1))
+    found = [engine.generate(prompt, max_new_tokens=26) for prompt in prompts[1:]]
+    assert [result.token_ids for result in found] == ids[1:, 6:].tolist()
+    assert sum(r.stats.verified_tokens for r in found) > 1.3 * sum(r.stats.iterations for r in found)
 
 
 def test_the_distilled_model_is_a_transformers_folder(made, tmp_path):

@@ -1,5 +1,5 @@
-// y[row, n] = sum_k x[row, k] * scale[n, k/group] * table[code[n, k/2]][k%2] for the rows of bfloat16 x, 8 a block, and codes
-// of 4, 6 or 8 bits per pair of weights: the Linear layers of a draft, whose width is a tree level's few rows.
+// y[row, n] = sum_k x[row, k] * scale[n, k/group] * table[code[n, k/2]][k%2] for up to 8 * EIGHTS rows of bfloat16
+// x and codes of 4, 6 or 8 bits per pair of weights: the Linear layers of a draft, whose width is a tree level's few rows.
 //
 // Built like int4.cu: one tensor-core instruction, mma.m16n8k16, takes 16 weight rows x 16 weights as its A operand and
 // up to 8 rows of x as B, the words lie in memory in the order the threads want them (see kernels/codebook.py), and
@@ -8,8 +8,8 @@
 // memory replaces all arithmetic. The table is kept 32 times, once for each bank: entry e of lane l lies at word 32 e +
 // l, and no two lanes of a warp ever wait for each other.
 //
-// BITS (per weight), GROUP_STEPS (steps of 64 inputs that share a scale), TILES (16-row tiles per block), WARPS, and
-// SWIGLU are set by the host. Each block covers TILES * 16 rows; its warps share the steps of the block's slice of k
+// BITS (per weight), GROUP_STEPS (steps of 64 inputs that share a scale), TILES (16-row tiles per block), WARPS, EIGHTS
+// and SWIGLU are set by the host. Each block covers TILES * 16 rows; its warps share the steps of the block's slice of k
 // and add up in shared memory. A grid with gridDim.y > 1 splits k further; the slices' sums are then added by the
 // kernel that reads the output (deterministic, unlike atomics).
 
@@ -56,10 +56,21 @@ __device__ __forceinline__ unsigned pair(const unsigned (&w)[BITS], int j, const
 struct Step {
   unsigned w[TILES][BITS];
   unsigned s[TILES];  // 2 * TILES halves
-  Word4 xa, xb;
+  Word4 xa[EIGHTS], xb[EIGHTS];
 };
 
-__device__ __forceinline__ void fetch(Step& to, const unsigned* w, const unsigned* s, const Word4* x, bool row) {
+// One step of x, rows g, g + 8, ...
+__device__ __forceinline__ void fetch_x(Step& to, const Word4* x, long long eight_rows, int g, int rows) {
+#pragma unroll
+  for (int e = 0; e < EIGHTS; ++e) {
+    if (g + 8 * e < rows) {
+      to.xa[e] = load(x + e * eight_rows);
+      to.xb[e] = load(x + e * eight_rows + 1);
+    }
+  }
+}
+
+__device__ __forceinline__ void fetch(Step& to, const unsigned* w, const unsigned* s) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
 #if BITS == 4
@@ -71,7 +82,6 @@ __device__ __forceinline__ void fetch(Step& to, const unsigned* w, const unsigne
 #endif
     to.s[i] = s[i];
   }
-  if (row) { to.xa = load(x); to.xb = load(x + 1); }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
@@ -80,15 +90,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
     const unsigned* __restrict__ pairs,   // [ENTRIES] of two bfloat16
     const Word4* __restrict__ x,          // bfloat16 [rows][steps * 64]
     void* __restrict__ out,               // float [splits][rows][n], or bfloat16 [rows][n / 2] with SWIGLU
-    int rows, int n, int steps, int steps_per_split) {
+    int all_rows, int n, int steps, int steps_per_split) {
+  const int first_row = blockIdx.z * 8 * EIGHTS, rows = min(all_rows - first_row, 8 * EIGHTS);
   // The table and, after it is no longer needed, the warps' sums.
   constexpr int TABLE = ENTRIES * 32, SUMS = WARPS * sizeof(Sums) / 4;
   __shared__ __align__(128) unsigned shared[TABLE > SUMS ? TABLE : SUMS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int g = lane >> 2, t = lane & 3;
-  const int parts = (rows + 7) / 8;  // of x
-  const long long block = parts == 1 ? blockIdx.x : blockIdx.x / parts;
-  const int first_row = parts == 1 ? 0 : blockIdx.x % parts * 8;
+  const long long block = blockIdx.x;
   const int first = blockIdx.y * steps_per_split;
   const int last = min(first + steps_per_split, steps);
   const int groups = steps / GROUP_STEPS;
@@ -98,15 +107,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   const unsigned* w_block = weight + block * steps * (TILES * BITS * 32) + lane;
 #endif
   const unsigned* s_block = scale + (block * groups * 8 + g) * TILES;
-  const Word4* x_row = x + (long long)(first_row + g) * steps * 8 + t * 2;
-  const bool row = first_row + g < rows;
+  const long long x_stride = (long long)steps * 8;  // of a row, in words
+  const Word4* x_row = x + (first_row + g) * x_stride + t * 2;
 
   Step now, next;
-  now.xa = now.xb = next.xa = next.xb = Word4{0u, 0u, 0u, 0u};
+#pragma unroll
+  for (int e = 0; e < EIGHTS; ++e) now.xa[e] = now.xb[e] = next.xa[e] = next.xb[e] = Word4{0u, 0u, 0u, 0u};
   int step = first + warp;
-  if (step < last)
-    fetch(now, w_block + (long long)step * (TILES * BITS * 32), s_block + step / GROUP_STEPS * (8 * TILES),
-          x_row + step * 8, row);
+  if (step < last) {
+    fetch(now, w_block + (long long)step * (TILES * BITS * 32), s_block + step / GROUP_STEPS * (8 * TILES));
+    fetch_x(now, x_row + step * 8, 8 * x_stride, g, rows);
+  }
   for (int e = threadIdx.x; e < ENTRIES * 8; e += WARPS * 32) {  // four of an entry's 32 copies at a time
     const unsigned v = pairs[e / 8];
     ((Word4*)shared)[e] = Word4{v, v, v, v};
@@ -114,38 +125,49 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) codebook_linear(
   __syncthreads();
   const char* table = (const char*)(shared + lane);
 
-  float acc[TILES][4];
+  float acc[EIGHTS][TILES][4];
 #pragma unroll
-  for (int i = 0; i < TILES; ++i)
+  for (int e = 0; e < EIGHTS; ++e)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[e][i][j] = 0.f;
 
   while (step < last) {
     const int following = step + WARPS;
-    if (following < last)  // the next step's loads fly while this one is computed
+    if (following < last) {  // the next step's loads fly while this one is computed
       fetch(next, w_block + (long long)following * (TILES * BITS * 32),
-            s_block + following / GROUP_STEPS * (8 * TILES), x_row + following * 8, row);
+            s_block + following / GROUP_STEPS * (8 * TILES));
+#if EIGHTS == 1  // two steps of more rows would not fit into the registers
+      fetch_x(next, x_row + following * 8, 8 * x_stride, g, rows);
+#endif
+    }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-      float d[4] = {0.f, 0.f, 0.f, 0.f};
-      const unsigned b[8] = {now.xa.x, now.xa.y, now.xa.z, now.xa.w, now.xb.x, now.xb.y, now.xb.z, now.xb.w};
+      unsigned a[16];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        mma(d, pair(now.w[i], 4 * k, table), pair(now.w[i], 4 * k + 1, table), pair(now.w[i], 4 * k + 2, table),
-            pair(now.w[i], 4 * k + 3, table), b[2 * k], b[2 * k + 1]);
+      for (int j = 0; j < 16; ++j) a[j] = pair(now.w[i], j, table);
       const float low = half_at(now.s, 2 * i), high = half_at(now.s, 2 * i + 1);
-      acc[i][0] += low * d[0];
-      acc[i][1] += low * d[1];
-      acc[i][2] += high * d[2];
-      acc[i][3] += high * d[3];
+#pragma unroll
+      for (int e = 0; e < EIGHTS; ++e) {
+        float d[4] = {0.f, 0.f, 0.f, 0.f};
+        const Word4 xa = now.xa[e], xb = now.xb[e];
+        const unsigned b[8] = {xa.x, xa.y, xa.z, xa.w, xb.x, xb.y, xb.z, xb.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) mma(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b[2 * k], b[2 * k + 1]);
+        acc[e][i][0] += low * d[0];
+        acc[e][i][1] += low * d[1];
+        acc[e][i][2] += high * d[2];
+        acc[e][i][3] += high * d[3];
+      }
     }
+#if EIGHTS > 1
+    if (following < last) fetch_x(next, x_row + following * 8, 8 * x_stride, g, rows);
+#endif
     now = next;
     step = following;
   }
 
   __syncthreads();  // every warp is done with the table
-  Sums* sums = (Sums*)shared;
-  keep_sums(sums[warp], acc, g, t);
-  __syncthreads();
-  write_sums(sums, out, rows, first_row, n, block, blockIdx.y);
+  write_all_sums((Sums*)shared, acc, out, first_row, all_rows, n, block, blockIdx.y);
 }

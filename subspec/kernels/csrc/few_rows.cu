@@ -1,7 +1,6 @@
 // Shared by the kernels for the few rows of a draft level (int4.cu, codebook.cu) and compiled in front of either:
-// loading x, the tensor-core instruction, and the sum over a block's warps. Blocks that multiply the same weight with
-// other rows of x are neighbours in the grid, so that all but one find it in the L2 cache. TILES, WARPS and SWIGLU are those of the
-// kernel behind. With HOST_TEST an emulation takes the place of device code.
+// loading x, the tensor-core instruction, and the sum over a block's warps. TILES, WARPS, EIGHTS and SWIGLU are those of
+// the kernel behind. With HOST_TEST an emulation takes the place of device code.
 
 struct __align__(16) Word4 { unsigned x, y, z, w; };
 
@@ -39,9 +38,9 @@ __device__ __forceinline__ void keep_sums(Sums& sums, const float (&acc)[TILES][
   }
 }
 
-// The sums of all warps for up to eight rows from ``first`` on, of one block of rows of the weight: their activation, or
-// one slice of the output.
-__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows, int first, int n, long long block,
+// The sums of all warps over rows first .. first + 7 of x, for one block of rows of the weight: their activation, or one
+// slice of the output.
+__device__ __forceinline__ void write_sums(const Sums* sums, void* out, int first, int rows, int n, long long block,
                                            int slice) {
   const int count = min(8, rows - first);
 #if SWIGLU
@@ -64,4 +63,17 @@ __device__ __forceinline__ void write_sums(const Sums* sums, void* out, int rows
     ((float*)out)[((long long)slice * rows + first + r) * n + block * TILES * 16 + c] = y;
   }
 #endif
+}
+
+// The same for 8 * EIGHTS rows of x.
+__device__ __forceinline__ void write_all_sums(Sums* sums, const float (&acc)[EIGHTS][TILES][4], void* out, int first,
+                                               int rows, int n, long long block, int slice) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int e = 0; e < EIGHTS; ++e) {
+    if (e) __syncthreads();  // the eight rows before are written
+    keep_sums(sums[warp], acc[e], lane >> 2, lane & 3);
+    __syncthreads();
+    if (first + 8 * e < rows) write_sums(sums, out, first + 8 * e, rows, n, block, slice);
+  }
 }
