@@ -186,7 +186,7 @@ def cpu_kernels() -> CpuKernels | str:
         return f"{SWITCH}=off"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"they are for x86-64, not {platform.machine()}"
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return "the CPU has no AVX2"
     compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
     if compiler is None:
