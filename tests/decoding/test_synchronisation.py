@@ -32,12 +32,13 @@ def model():
 
 
 def fake_engine(model, sampling, own_cache=False):
-    draft = SubstituteDraft(share_parameters(model))
+    target, draft = TargetModel(model), SubstituteDraft(share_parameters(model))
+    target._cpu = draft.model._cpu = None  # fake tensors have no addresses
     policy = Beam(4, 3)
     if own_cache:
         size = {"max_length": 64, "draft_rows": policy.draft_rows, "vocab_size": model.config.vocab_size}
         draft = SeparateCacheDraft(draft, draft.model, **size)
-    return Engine(TargetModel(model), draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
+    return Engine(target, draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
 
 
 @pytest.mark.parametrize(
