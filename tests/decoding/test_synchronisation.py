@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subspec.decoding import target_model
 from subspec.decoding.bitwise import ROLES, BitwiseArithmetic
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
@@ -26,19 +27,23 @@ from tests.helpers.tiny import tiny_model
 SAMPLINGS = [Sampling(), Sampling(0.8, 5, 0.9)]
 
 
+@pytest.fixture(autouse=True)
+def _modules(monkeypatch):
+    monkeypatch.setattr(target_model, "kernels_for", lambda model: "fake tensors have no addresses")
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", layers=1)  # real weights: only what the engine makes itself has to be fake
 
 
 def fake_engine(model, sampling, own_cache=False):
-    target, draft = TargetModel(model), SubstituteDraft(share_parameters(model))
-    target._cpu = draft.model._cpu = None  # fake tensors have no addresses
+    draft = SubstituteDraft(share_parameters(model))
     policy = Beam(4, 3)
     if own_cache:
         size = {"max_length": 64, "draft_rows": policy.draft_rows, "vocab_size": model.config.vocab_size}
         draft = SeparateCacheDraft(draft, draft.model, **size)
-    return Engine(target, draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
+    return Engine(TargetModel(model), draft, policy, sampling=sampling, max_length=64, prefill_chunk=8)
 
 
 @pytest.mark.parametrize(
