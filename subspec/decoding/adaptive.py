@@ -139,7 +139,8 @@ class Adaptive(Beam):
         self._tokens, self._seconds = 0.0, 0.0
         self._plain = PlainComparison() if min_depth == 0 else None
 
-    def begin_tree(self) -> None:
+    def begin_tree(self, texts: int = 1) -> None:
+        super().begin_tree(texts)
         self._costs.clear()
 
     def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -163,7 +164,7 @@ class Adaptive(Beam):
             for step in range(1, self.check_every + 1)
         )
         row_s = 0.0 if self._plain is None else self._plain.row_s
-        price = (self._level_seconds() + len(trees) * self.width * row_s) * self.check_every
+        price = (self._level_seconds() + len(trees) * self.breadth * row_s) * self.check_every
         return gain * self._seconds >= self._tokens * len(trees) * price
 
     def _level_seconds(self) -> float:

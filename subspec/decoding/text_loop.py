@@ -236,7 +236,7 @@ class TextLoop:
         frontiers = [tree.plant(text.root) for text, tree in zip(texts, trees, strict=True)]
         if self.policy is None:
             return
-        self.policy.begin_tree()
+        self.policy.begin_tree(len(texts))
         growing = list(zip(texts, frontiers, strict=True))
         for _ in range(most_levels):
             growing = [(text, frontier) for text, frontier in growing if frontier.numel()]

@@ -65,8 +65,8 @@ class TreePolicy(ABC):
             The next frontier, int64 node numbers.
         """
 
-    def begin_tree(self) -> None:  # noqa: B027 (optional)
-        """Called before new trees."""
+    def begin_tree(self, texts: int = 1) -> None:  # noqa: B027 (optional)
+        """Called before new trees, one for each of ``texts`` texts."""
 
     def wants_level(self, *trees: Tree) -> bool:
         """Whether to draft another level of all ``trees`` (the engine also stops at the length limit)."""
@@ -79,28 +79,39 @@ class TreePolicy(ABC):
         """Take note of the last tree's outcome. Static shapes ignore it."""
 
 
+LEVEL_ROWS = 32
+"""Nodes of a draft level of several texts together, at most: from there on the level's time grows with its nodes
+(``experiments/rows``), and the last ones of a wide level are rarely accepted."""
+
+
 class Beam(TreePolicy):
     """The paper's tree (SubSpec, section 3): every level keeps the best ``width`` of all children of the last.
 
-    ``width=1`` is a chain.
+    ``width=1`` is a chain. Trees that grow beside many others are narrower (:data:`LEVEL_ROWS`).
+
+    Attributes:
+        breadth: nodes of a level of the current trees.
     """
 
     def __init__(self, depth: int, width: int) -> None:
         if depth < 1 or width < 1:
             raise ValueError(f"tree.depth and tree.width must be at least 1, not {depth} and {width}")
         self.max_depth = depth
-        self.width = width
+        self.width = self.breadth = width
         self.capacity = self.pass_nodes = 1 + depth * width
         self.draft_rows = 1 + (depth - 1) * width
+
+    def begin_tree(self, texts: int = 1) -> None:
+        self.breadth = self.width if texts == 1 else max(1, min(self.width, LEVEL_ROWS // texts))
 
     def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
         scaled = logits.float() / temperature
         # The best `width` overall are among the best `width` of each row, so the wide top-k is done row by row.
-        best, tokens = scaled.topk(self.width, dim=-1)
+        best, tokens = scaled.topk(self.breadth, dim=-1)
         log_probs = best - scaled.logsumexp(dim=-1, keepdim=True)
         joint = tree.scores.index_select(0, frontier)[:, None] + log_probs
-        scores, chosen = joint.flatten().topk(self.width)
-        return tree.append(tokens.flatten()[chosen], frontier[chosen // self.width], scores)
+        scores, chosen = joint.flatten().topk(self.breadth)
+        return tree.append(tokens.flatten()[chosen], frontier[chosen // self.breadth], scores)
 
 
 def level_mass(tree: Tree) -> Tensor:

@@ -16,7 +16,7 @@ from subspec.config.enums import AUTO
 from subspec.config.schema import Config, StreamOffloadConfig
 from subspec.decoding.draft import Draft
 from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree_policy import TreePolicy
+from subspec.decoding.tree_policy import LEVEL_ROWS, TreePolicy
 from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.dense import check_level_support
@@ -71,7 +71,8 @@ class DraftContext:
     def level_rows(self) -> int:
         """Rows of a draft level of all texts that run side by side."""
         texts = self.plan.texts if self.plan is not None else self.config.decoding.texts
-        return self.policy.width * (1 if texts == AUTO else texts)
+        width = self.policy.width
+        return width if texts in (1, AUTO) else min(width * texts, max(width, LEVEL_ROWS))
 
 
 class DraftSpec(ABC):

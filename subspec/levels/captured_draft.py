@@ -60,12 +60,12 @@ class _OnBuffer:
     Attributes:
         lengths: int64 [texts], tokens of the prefixes.
         node_of_row: int64 [draft rows], the same for every text.
-        graphs: with their logits, by (tree, number of texts, level, whether the tree grows).
+        graphs: with their logits, by (tree, number of texts, level, nodes of the level, new nodes of each tree).
     """
 
     lengths: Tensor
     node_of_row: Tensor
-    graphs: dict[tuple[int, int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = field(
+    graphs: dict[tuple[int, int, int, int, int | None], tuple[torch.cuda.CUDAGraph, Tensor]] = field(
         default_factory=dict
     )
 
@@ -190,8 +190,9 @@ class CapturedDraft(LevelDraft):
         """One level; of a greedy beam, the tree's new nodes are part of the captured graph."""
         if perturb is not None or not self.captures(policy):
             return super().extend(tree, frontier, policy, perturb)
-        self._run([(tree, self.cache)], self._place(tree, policy.width).rows, policy.width)
-        tree.adopt_level(policy.width)
+        assert isinstance(policy, Beam)
+        self._run([(tree, self.cache)], self._place(tree, policy.breadth).rows, policy.breadth)
+        tree.adopt_level(policy.breadth)
         return tree.last_level
 
     def extend_together(self, levels: Sequence[NextLevel], policy: TreePolicy) -> list[Tensor]:
@@ -205,9 +206,10 @@ class CapturedDraft(LevelDraft):
         if any(own.perturb is not None for own in levels) or not self.captures(policy):
             logits = self._run(texts, rows, None).split(rows)
             return [own.grow(policy, part) for own, part in zip(levels, logits, strict=True)]
-        self._run(texts, rows, policy.width)
+        assert isinstance(policy, Beam)
+        self._run(texts, rows, policy.breadth)
         for tree, _ in texts:
-            tree.adopt_level(policy.width)
+            tree.adopt_level(policy.breadth)
         return [tree.last_level for tree, _ in texts]
 
     # --------------------------------------------------------------------------------------- one level
@@ -231,7 +233,7 @@ class CapturedDraft(LevelDraft):
         place = self._place(tree, rows)
         if self.device.type != "cuda":
             return self._level(tree, count, place, width)
-        key = (id(tree), count, tree.levels, width is not None)  # a graph holds its trees' addresses
+        key = (id(tree), count, tree.levels, rows, width)  # a graph holds its trees' addresses
         if key not in state.graphs:
             shared = self._shared
             state.graphs[key] = captured(lambda: self._level(tree, count, place, width), shared.pool)

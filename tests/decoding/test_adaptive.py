@@ -109,6 +109,20 @@ def test_several_texts_draft_on_while_their_levels_pay_together():
     assert alone._tokens == pytest.approx(together._tokens)  # of a text
 
 
+@pytest.mark.parametrize(
+    ("width", "texts", "breadth"),
+    [(6, 1, 6), (6, 5, 6), (6, 8, 4), (2, 8, 2), (40, 1, 40), (40, 2, 16), (6, 64, 1)],
+)
+def test_trees_beside_many_others_are_narrower(width, texts, breadth):
+    policy = Adaptive(3, width)
+    policy.begin_tree(texts)
+    tree = Tree(policy.capacity, torch.device("cpu"))
+    frontier = policy.grow(tree, tree.plant(torch.tensor([0])), torch.randn(1, 50), 1.0)
+    assert policy.grow(tree, frontier, torch.randn(breadth, 50), 1.0).numel() == frontier.numel() == breadth
+    policy.begin_tree()
+    assert policy.breadth == width
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match=r"min_depth in 0\.\.20"):
         adaptive(min_depth=21)
