@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
 
@@ -121,8 +122,8 @@ def float_matrix(weight: Tensor) -> Matrix:
     return Matrix(weight.data_ptr(), None, 0)
 
 
-class Scratch:
-    """Memory for intermediate results, as large as the largest pass so far."""
+class Scratch(threading.local):
+    """Memory for intermediate results, as large as the largest pass of this thread so far."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -185,9 +186,7 @@ def cpu_kernels() -> CpuKernels | str:
         return f"{SWITCH}=off"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"they are for x86-64, not {platform.machine()}"
-    if "AVX2" not in torch.backends.cpu.get_cpu_capability() and "AVX512" not in (
-        torch.backends.cpu.get_cpu_capability()
-    ):
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return "the CPU has no AVX2"
     compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
     if compiler is None:

@@ -18,7 +18,6 @@ from subspec.config.checks import check_keys, prompt_limit
 from subspec.config.enums import AUTO
 from subspec.config.schema import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_plain
 from subspec.decoding.bitwise_choice import why_not
-from subspec.decoding.scheduler import Scheduler
 from subspec.errors import AuditError, SubspecError
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
@@ -172,13 +171,10 @@ class _Run:
         samples = self.benchmark.samples
         pending = [(index, sample) for index, sample in enumerate(samples) if not self._is_finished(sample)]
         if pending:
-            context = self._prepare(pending[0][1])
-            generation = Generation(
-                self.config, context, self.benchmark, self.loaded, self.folder, self.logger
-            )
-            done = len(samples) - len(pending)
-            with self.console.progress(len(samples), done, context.texts) as progress:
-                generation.run(pending, progress)
+            self._prepare(pending[0][1])
+            done, texts = len(samples) - len(pending), self.assembly.engine.texts
+            with self.console.progress(len(samples), done, texts) as progress:
+                self.generation.run(pending, progress)
             self._keep_reserved()
         else:
             self.facts = read_json(self.folder.path / FACTS) or {}
@@ -196,8 +192,8 @@ class _Run:
 
     # ------------------------------------------------------------------------------------- preparation
 
-    def _prepare(self, first: Sample) -> RunContext:
-        """Load, warm up, and write the run's facts; returns the fields that every record repeats."""
+    def _prepare(self, first: Sample) -> None:
+        """Load, warm up, and write the run's facts."""
         config, console = with_first_budget(self.config, self.folder.path, self.device), self.console
         config = with_first_texts(config, self.folder.records())
         with about("target"):
@@ -215,13 +211,7 @@ class _Run:
             console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
         if self.assembly.quant is not None:
             console.note(f"draft {config.draft.name}: {notes.quantized(self.assembly.quant)}")
-        self._warm_up(first)
-        self._end_loading()
-        if config.profile is Profile.timeline:
-            self._profile(first)
-        self.facts = self._facts()
-        _write(self.folder.path / FACTS, self.facts)
-        return RunContext(
+        context = RunContext(
             benchmark=self.benchmark.name,
             source=self.benchmark.source.value,
             target=self.target.name,
@@ -232,6 +222,13 @@ class _Run:
             bitwise=self.assembly.target.bitwise is not None,
             texts=self.assembly.engine.texts,
         )
+        self.generation = Generation(config, context, self.benchmark, self.loaded, self.folder, self.logger)
+        self._warm_up(first)
+        self._end_loading()
+        if config.profile is Profile.timeline:
+            self._profile(first)
+        self.facts = self._facts()
+        _write(self.folder.path / FACTS, self.facts)
 
     def _facts(self) -> dict[str, Any]:
         """Resolved settings of the run, written before the first record so that a kill keeps them."""
@@ -263,14 +260,13 @@ class _Run:
         }
 
     def _warm_up(self, sample: Sample) -> None:
-        """Run untimed generations of all texts at a time, so that lazy initialisation, kernel selection and caches are
-        done."""
+        """Run untimed generations, as many at a time as texts, so that lazy initialisation, kernel selection and caches
+        are done."""
         prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
-        engine = self.assembly.engine
+        engine, scheduler = self.assembly.engine, self.generation.scheduler
         if self.config.warmup:
             engine.prepare(prompt)
         tokens = min(WARMUP_TOKENS, self.config.decoding.max_new_tokens or WARMUP_TOKENS)
-        scheduler = Scheduler(engine, engine.texts)
         for _ in range(self.config.warmup * engine.texts):
             scheduler.add(prompt, max_new_tokens=tokens, ignore_eos=True)
         while not scheduler.idle:

@@ -223,6 +223,26 @@ def test_a_failing_text_ends_alone(model):
     assert fine.result.token_ids == engine.generate([3], max_new_tokens=8).token_ids
 
 
+def test_a_pause_is_in_no_figure(model, monkeypatch):
+    """Every look at the link finds that another 100 bytes have crossed it."""
+    engine = engine_of(model, None, None)
+    scheduler, clock = Scheduler(engine, 2), [0.0]
+    monkeypatch.setattr("subspec.decoding.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(engine.target, "take_transfer", lambda: (100, 1.0), raising=False)
+    running, joining = scheduler.add([1], max_new_tokens=5), scheduler.add([1] * 20, max_new_tokens=5)
+    scheduler.step()
+    assert joining.root is None
+    with engine.paused():
+        clock[0] += 50.0
+    run(scheduler)
+    for text in (running, joining):
+        stats = text.result.stats
+        assert (stats.prefill_s, stats.decode_s, max(stats.block_s)) == (0.0, 0.0, 0.0)
+    assert (
+        running.result.stats.bytes_streamed == 300
+    )  # its end, the other's start, and the look before the pause
+
+
 def test_texts_are_checked_when_they_are_added(model):
     scheduler = Scheduler(engine_of(model, None, None), 2)
     for prompt, options, message in (

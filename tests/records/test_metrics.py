@@ -297,6 +297,23 @@ def test_speedup_over_a_named_baseline() -> None:
     assert gain["differences"] == [], "the draft is what is being compared"
 
 
+def test_texts_together_are_measured_by_the_loop() -> None:
+    """The shares of texts side by side add up to the loop's seconds; those of earlier records are the text's own."""
+    side = [record(n, texts=2, texts_beside=0.75, loop_s=1.5) for n in range(3)]
+    many, one = summarise(side), summarise([record(n) for n in range(3)])
+    tokens = sum(one["new_tokens"] for one in side)
+    assert (many["totals"]["loop_s"], many["totals"]["tokens_per_s_together"]) == (4.5, tokens / 4.5)
+    assert many["per_turn"]["texts_beside"]["mean"] == 0.75
+    assert one["totals"]["tokens_per_s_together"] == one["totals"]["tokens_per_s_total"]
+    assert (many["context"]["texts"], one["context"]["texts"]) == (2, 1)
+    gain = speedup(many, one, "one")
+    assert (gain["tokens_per_s"], gain["tokens_per_s_total"]) == (None, None)
+    expected = many["totals"]["tokens_per_s_together"] / one["totals"]["tokens_per_s_total"]
+    assert gain["tokens_per_s_together"] == pytest.approx(expected)
+    assert gain["differences"] == ["texts: 2 against 1"]
+    assert summarise([record(0, texts=2)])["totals"]["tokens_per_s_together"] is None
+
+
 def test_speedup_says_what_else_differs() -> None:
     ours = summarise([record(0), record(1)])
     other = summarise([record(0, benchmark="mt_bench")])

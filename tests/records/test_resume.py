@@ -188,8 +188,8 @@ def test_stopped_around_any_record(arguments, undisturbed, tmp_path, monkeypatch
     assert kept == done + (when == "after")
 
     generated = []
-    generate = Engine.generate
-    monkeypatch.setattr(Engine, "generate", lambda *a, **k: generated.append(0) or generate(*a, **k))
+    admit = Engine.admit
+    monkeypatch.setattr(Engine, "admit", lambda *text: generated.append(0) or admit(*text))
     resume(tmp_path / "run", "warmup=1")
     assert len(generated) == (TURNS - kept + 1 if kept < TURNS else 0)  # and the warm-up
     assert_whole(tmp_path / "run", undisturbed)

@@ -5,6 +5,7 @@ from subspec.records.metrics import LinkInfo
 from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
 from subspec.report.rows import audit_text
+from subspec.report.tables import methods_table, number
 
 from .runs import config_of, plain_run, turns, write_run
 
@@ -171,6 +172,41 @@ def test_what_else_differs_from_the_baseline_is_said(tmp_path):
     rows, _ = rows_of(tmp_path)
     said = rows["subspec hqq4, beam 3x2"].baseline.differences
     assert said == ("device: H200 against a CPU, 2 thread(s)", "decoding settings", "samples: 3 against 2")
+
+
+def test_figures_of_several_texts_at_a_time_stay_apart(tmp_path):
+    """A row of their own, marked; a speed-up needs a baseline of the same number, and prefers it to the machine's."""
+    company = {"texts": 4, "texts_beside": 2.5, "loop_s": 0.5}
+    decoding = {"name": "greedy", "texts": 4}
+    plain_run(tmp_path / "plain", PLAIN)
+    write_run(tmp_path / "old", turns(OURS))  # of a version without the key
+    write_run(tmp_path / "one", turns(OURS, texts=1), config_of(decoding={"name": "greedy", "texts": 1}))
+    write_run(tmp_path / "four", turns(OURS, **company), config_of(decoding=decoding))
+    rows, notes = rows_of(tmp_path)
+    assert notes == []
+    one, four = rows["subspec hqq4, beam 3x2"], rows["subspec hqq4, beam 3x2, 4 texts"]
+    assert (one.texts, len(one.runs), four.texts, len(four.runs)) == ("1", 2, "4", 1)
+    assert one.baseline.speedup is not None
+    assert one.baseline.differences == ()
+    assert four.baseline.speedup is None
+    assert four.baseline.differences == ("texts: 4 against 1",)
+    assert four.baseline.same_texts + len(four.baseline.other_texts) == 3
+    tokens = four.totals["new_tokens"]
+    assert four.totals["tokens_per_s_together"] == pytest.approx(tokens / 1.5)
+    page = methods_table([one, four])
+    assert "| texts at a time: tokens/s together |" in page
+    assert f"| 4: {number(tokens / 1.5)} |" in page
+    assert "| - [differs: texts: 4 against 1] |" in page
+    assert "texts at a time" not in methods_table([one])
+    write_run(
+        tmp_path / "plain4",
+        turns(PLAIN, draft="none", tau=1, **company),
+        config_of("none", decoding=decoding),
+        gpu="another",
+    )
+    four = rows_of(tmp_path)[0]["subspec hqq4, beam 3x2, 4 texts"]
+    assert four.baseline.label == "plain decoding, 4 texts"
+    assert four.baseline.speedup is not None
 
 
 def test_planted_and_sample_are_flagged(tmp_path):

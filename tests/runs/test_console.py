@@ -133,6 +133,20 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
     assert f"so far {record(1)['tokens_per_s']:.2f} tokens/s, tau 2.75, correct 0/2" in lines[3]
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_progress_of_several_texts(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    console = RunConsole(FakeTerminal() if live else io.StringIO(), width=120)
+    with console.progress(total=9, texts=3) as progress:
+        progress.running = 3
+        progress.turn(record(0, loop_s=2.0))
+        progress.turn(record(1, loop_s=1.0))
+        tokens = record(0)["new_tokens"] + record(1)["new_tokens"]
+        assert progress.rates().startswith(f"{tokens / 3:.2f} tokens/s together, tau")
+        if live:
+            assert progress.figures().startswith("0/9 samples, 3 running  ")
+
+
 def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
