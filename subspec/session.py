@@ -240,9 +240,7 @@ def _whole_texts(config: Config, target: Target, built: BuiltDraft | None, polic
     shares = built is not None and built.draft.shares_cache and policy is not None
     rows = policy.draft_rows if shares and policy is not None else 0
     spec, tree = ModelSpec.of(target.model.config), policy.pass_nodes if policy is not None else 1
-    cache = kv_bytes(
-        spec, decoding.max_length, rows, max(tree, decoding.prefill_chunk), target.dtype.itemsize
-    )
+    cache = kv_bytes(spec, decoding.max_length, rows, tree, target.dtype.itemsize)
     return max(1, min(MOST_TEXTS, torch.cuda.mem_get_info(target.device)[0] // 2 // cache))
 
 

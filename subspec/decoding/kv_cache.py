@@ -68,7 +68,7 @@ class KVCache:
         layers, kv_heads, head_dim: shape of the model's cache.
         max_length: most tokens the committed prefix can hold.
         draft_rows: rows of the draft region (0 for drafts with a cache of their own).
-        target_rows: rows of the target region: the largest tree or prefill chunk.
+        target_rows: rows of the target region: the largest tree.
         texts: number of caches in one buffer, for texts that run side by side; this is the first one.
 
     Attributes:
@@ -125,10 +125,13 @@ class KVCache:
         self.rows[:, :, :, prefix] = other.rows[:, :, :, prefix]
 
     def target_view(self, new: int) -> KVView:
-        """Rows for a target pass over ``new`` tokens: written behind the prefix."""
-        if new > self.target_rows:
-            raise ValueError(f"{new} rows do not fit into the target region of {self.target_rows}")
+        """Rows for a target pass over ``new`` tokens: written behind the prefix.
+
+        A piece of a prompt may have more rows than the target region: its tokens become the prefix as they lie.
+        """
         end = self.draft_rows + self.length
+        if end + new > self.rows.shape[3]:
+            raise ValueError(f"{new} rows do not fit behind a prefix of {self.length} tokens")
         return KVView(self.rows, write=(end, end + new), read=(self.draft_rows, end + new))
 
     def draft_view(self, used: int, new: int) -> KVView:

@@ -87,10 +87,7 @@ class TextLoop:
         caches = target.new_cache(
             max_length=self.max_length,
             draft_rows=policy.draft_rows + draft.extra_rows if policy and draft and draft.shares_cache else 0,
-            target_rows=max(
-                round_up(policy.pass_nodes, multiple) if policy else 1,
-                min(self.prefill_chunk, self.max_length),
-            ),
+            target_rows=round_up(policy.pass_nodes, multiple) if policy else 1,
             texts=texts,
         ).all()
         self._places = [Place(*own) for own in zip(trees, caches, drafts, strict=True)]

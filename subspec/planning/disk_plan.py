@@ -152,9 +152,8 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
         )
         nodes, rows, levels = policy.capacity, policy.pass_nodes, policy.max_depth
     shared = sum(shape.numel() for shape in spec.shared.values()) * itemsize
-    pass_rows = max(rows, chunk)
     tree = sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))
-    cache = kv_bytes(spec, length, draft.shared_rows, pass_rows, itemsize, texts)
+    cache = kv_bytes(spec, length, draft.shared_rows, rows, itemsize, texts)
     peaks = pass_peaks(
         target, draft, sampling, texts=texts, rows=rows, levels=levels, chunk=chunk, length=length
     )
@@ -168,7 +167,7 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
         _item("process", "interpreter and libraries, now", (process, 1)),
         *(replace(own, place=Placement.host) for own in draft.allocations),
         _item("embedding, norm, LM head", "tied" if spec.tied else "", (shared, 1)),
-        _item("KV cache", f"{draft.shared_rows} + {length} + {pass_rows} rows", (cache, 1)),
+        _item("KV cache", f"{draft.shared_rows} + {length} + {rows} rows", (cache, 1)),
         _item("tree", f"{nodes} nodes", (tree, texts)),
         _item("workspace", f"largest: {largest}", (peaks[largest], 1)),
         _item("draft level", "", (draft.level, 1)),

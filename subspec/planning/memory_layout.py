@@ -168,8 +168,6 @@ class MemoryLayout:
         self.most_chunk = length = config.decoding.max_length
         self.least_chunk = min(config.decoding.prefill_chunk, length)
         self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
-        if self.texts > 1:  # every text's KV cache has the rows of a chunk or a tree, whichever are more
-            self.goal = self.most_chunk = max(self.least_chunk, min(self.goal, self.pass_rows))
         self._check()
 
         # A substitute that restores the exact layers exists even if it does not draft.
@@ -282,9 +280,8 @@ class MemoryLayout:
         spec, resident, chunk = self.spec, decision.resident, decision.chunk
         required, length = len(self.required_resident), self.config.decoding.max_length
         slots, streamed = self.ring_slots(resident), spec.layers - resident
-        target_rows = max(self.pass_rows, chunk)
-        cache = kv_bytes(spec, length, self.draft_rows, target_rows, self.itemsize, self.texts)
-        cache_note = f"{self.draft_rows} + {length} + {target_rows} rows{self._each}"
+        cache = kv_bytes(spec, length, self.draft_rows, self.pass_rows, self.itemsize, self.texts)
+        cache_note = f"{self.draft_rows} + {length} + {self.pass_rows} rows{self._each}"
         largest, workspace = self._workspace(chunk)
         restores = streamed > 0 or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)

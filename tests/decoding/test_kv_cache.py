@@ -73,8 +73,9 @@ def test_draft_and_target_never_touch_each_others_rows(draft, tree, prompt, data
 
 def test_regions_refuse_what_does_not_fit():
     cache = make(draft_rows=2, max_length=3, target_rows=4)
-    with pytest.raises(ValueError, match="target region"):
-        cache.target_view(5)
+    assert cache.target_view(7).read == (2, 9)  # a prompt
+    with pytest.raises(ValueError, match="behind a prefix of 0 tokens"):
+        cache.target_view(8)
     with pytest.raises(ValueError, match="draft region"):
         cache.draft_view(1, 2)
     with pytest.raises(ValueError, match="max_length"):

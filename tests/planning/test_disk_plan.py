@@ -99,4 +99,4 @@ def test_texts_side_by_side_have_a_cache_each():
     assert eight["draft level"] == 8 * one["draft level"]
     assert planned(ram_gib=12, decoding={"texts": "auto"}).texts == 8
     with pytest.raises(ConfigError, match=r"set decoding\.texts=1"):
-        planned(ram_gib=8, decoding={"texts": 8})
+        planned(ram_gib=11, decoding={"texts": 8})

@@ -38,24 +38,24 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     # 48 levels of 6 nodes and the root, 289, in 5 x 64 rows; the last level's nodes are never run through the draft.
     drafted = 1 + 47 * 6
     row = 28 * 2 * 4 * 128 * 2  # 56 KiB
-    assert plan.prefill_chunk == 512
-    assert found["KV cache"] == (drafted + 2048 + 512) * row
+    assert plan.prefill_chunk == 640
+    assert found["KV cache"] == (drafted + 2048 + 320) * row
     assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
     logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
     attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
     level = logits + 6 * (attention + 2 * 14 * 3584)  # and rows of hidden states, queries and outputs
     assert found["draft level"] == pytest.approx(level + 32 * MIB, rel=0.01)
-    prefill = 512 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
+    prefill = 640 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
     assert found["workspace"] == 320 * (152064 + 3584) * 2 > prefill  # logits of the padded tree, 0.09 GiB
     # To even MiB: 28 substitute layers of 125.02, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
     # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
     rounded = 28 * 126 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
-    rounded += 1040 * MIB - found["LM head"] + 156 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
+    rounded += 1040 * MIB - found["LM head"] + 146 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
     rounded += 20 * MIB // 3 + 1 - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
     assert found["allocator"] == 64 * MIB + rounded
-    # 0.08 GiB stay free whatever happens; beside them 0.002 are left, less than the KV rows of a longer chunk.
+    # 0.08 GiB stay free whatever happens; beside them 0.01 are left, half of which a longer chunk would exceed.
     assert plan.headroom == -(-8 * GIB // 100)
-    assert 0 < 8 * GIB - plan.headroom - plan.total(Placement.device) < 64 * row
+    assert 0 < 8 * GIB - plan.headroom - plan.total(Placement.device) < 2 * 64 * (prefill // 640)
     assert plan.embedding is Placement.host
     assert found["embedding table"] == found["LM head"]
     assert found["streamed layers"] == 23 * plan.layer_bytes
@@ -79,7 +79,7 @@ def test_without_a_draft_more_layers_are_resident():
     assert len(plan.resident_layers) == 13
     assert plan.plain_bytes_per_pass == plan.streamed_bytes_per_pass
     notes = {item.name: item.note for item in plan.items}
-    assert notes["KV cache"] == f"0 + 2048 + {plan.prefill_chunk} rows"
+    assert notes["KV cache"] == "0 + 2048 + 1 rows"
     assert notes["tree"] == "the root alone"
     assert by_name(plan)["tree"] < 50
 
@@ -95,7 +95,7 @@ def test_a_small_model_of_its_own_by_hand():
     drafted = 1 + 31 * 6
     assert found["small model's KV"] == (drafted + 2048 + 256) * 28 * 2 * 2 * 128 * 2
     # No draft region:
-    assert found["KV cache"] == (2048 + max(256, plan.prefill_chunk)) * 28 * 2 * 4 * 128 * 2
+    assert found["KV cache"] == (2048 + 256) * 28 * 2 * 4 * 128 * 2
     assert plan.level_read_bytes == 28 * layer + 151936 * 1536 * 2
     assert "substitute" not in found
     assert len(plan.resident_layers) == 6
@@ -197,13 +197,13 @@ def test_the_prefill_chunk_is_a_multiple_of_64_and_shrinks_before_the_run_is_ref
         chunk = planned(settings(vram)).prefill_chunk
         assert 256 <= chunk <= 2048
         assert chunk % 64 == 0
-    assert planned(settings(5.80)).prefill_chunk < 512 <= planned(settings(7.0)).prefill_chunk
+    assert planned(settings(2.26, "none")).prefill_chunk < 512 <= planned(settings(7.0)).prefill_chunk
     assert planned(settings(8.0, decoding={"max_length": 200})).prefill_chunk == 200
 
 
 def test_sampling_and_the_audit_take_more():
     greedy, sampled = planned(settings(12.0)), planned(settings(12.0, sampling={"top_p": 0.9}))
-    assert by_name(sampled)["workspace"] > 4 * by_name(greedy)["workspace"]
+    assert by_name(sampled)["workspace"] > 3 * by_name(greedy)["workspace"]
     audited = replace(settings(12.0), audit=True)
     assert by_name(planned(audited))["audit"] > by_name(greedy)["KV cache"] / 2
 
@@ -372,7 +372,7 @@ def test_texts_side_by_side_take_memory_from_resident_layers():
         if one[0] in ("substitute", "ring", "LM head"):
             assert one == four == eight
     rows = [own["KV cache"] / texts for own, texts in zip(items, (1, 4, 8), strict=True)]
-    assert rows[0] > rows[1] == rows[2]  # one text's cache has room for larger chunks of its prompt
+    assert rows[0] == rows[1] == rows[2]
     residents = [len(plan.resident_layers) for plan in plans]
     assert residents[0] > residents[1] > residents[2] > 0
     assert [plan.texts for plan in plans] == [1, 4, 8]
