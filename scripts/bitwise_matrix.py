@@ -28,12 +28,7 @@ from rich.table import Table
 from subspec.errors import SubspecError
 from subspec.report.compare import compare
 
-TREES = {
-    "beam": ["tree=beam"],
-    "chain": ["tree=chain"],
-    "adaptive": ["tree=adaptive"],
-    "eagle2": ["tree=eagle2"],
-}
+TREES = {"beam": ["tree=beam"], "chain": ["tree=chain"], "adaptive": ["tree=adaptive"], "eagle2": ["tree=eagle2"]}
 DECODING = {
     "greedy": ["decoding=greedy"],
     "sampling": ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_p=0.95"],
@@ -70,9 +65,7 @@ def jobs(rows: int, slow_rows: int) -> list[Job]:
     return sorted(found, key=lambda job: "layer_skip" not in job.name)  # the slowest first
 
 
-def _drafted(
-    draft: str, tree: str, common: tuple[str, ...], plain: str, rows: int, *, streamed: bool = False
-) -> Job:
+def _drafted(draft: str, tree: str, common: tuple[str, ...], plain: str, rows: int, *, streamed: bool = False) -> Job:
     """A run with a draft; its captured levels are streamed where the tree allows it."""
     captured = draft in ("subspec", "layer_skip") and tree != "eagle2"
     place: tuple[str, ...] = ()
@@ -138,9 +131,7 @@ def main() -> None:
         help="of each, for layer_skip and for streamed drafts without captured levels",
     )
     parser.add_argument("--jobs", type=int, default=4, help="processes side by side")
-    parser.add_argument(
-        "--only", default="", help="runs whose name this expression finds, and plain decoding"
-    )
+    parser.add_argument("--only", default="", help="runs whose name this expression finds, and plain decoding")
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
@@ -174,9 +165,7 @@ def main() -> None:
     print(json.dumps({"sums": sums, "rows": rows}))
     if options.json:
         Path(options.json).write_text(json.dumps({"sums": sums, "rows": rows}, indent=1), encoding="utf-8")
-    wrong = (
-        sums["different"] or sums["near_tie"] or sums["mismatch"] or any(row.get("failed") for row in rows)
-    )
+    wrong = sums["different"] or sums["near_tie"] or sums["mismatch"] or any(row.get("failed") for row in rows)
     sys.exit(1 if wrong else 0)
 
 

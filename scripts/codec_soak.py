@@ -144,9 +144,7 @@ def main() -> None:
         left = options.passes - passes
         engine.generate(prompt, max_new_tokens=min(options.text, left), ignore_eos=True)
         passes = watch.decoded // len(watch.expected)  # prefill included
-        print(
-            f"{passes} passes, {watch.decoded} layers decoded, {int(watch.wrong)} blocks differed", flush=True
-        )
+        print(f"{passes} passes, {watch.decoded} layers decoded, {int(watch.wrong)} blocks differed", flush=True)
     seconds = time.perf_counter() - started
     wrong = int(watch.wrong)
     print(

@@ -60,24 +60,18 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None, *, share_
         name: tensor.to(tensor.dtype if name == D2T else dtype or tensor.dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    rounded = [
-        name for name, tensor in tensors.items() if not torch.equal(written[name].to(tensor.dtype), tensor)
-    ]
+    rounded = [name for name, tensor in tensors.items() if not torch.equal(written[name].to(tensor.dtype), tensor)]
 
     try:
         destination.mkdir(parents=True, exist_ok=True)
         partial = destination / f"{CONVERTED}.{os.getpid()}.part"
         # Copies: tensors of a .bin may share their storage, which safetensors refuses.
-        save_file(
-            {name: tensor.clone() for name, tensor in written.items()}, partial, {"source": files.source}
-        )
+        save_file({name: tensor.clone() for name, tensor in written.items()}, partial, {"source": files.source})
         partial.replace(destination / CONVERTED)
         kept = shape.config() | {key: config[key] for key in ("vocab_size",) if key in config}
         (destination / CONFIG).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise SubspecError(
-            f"{destination} cannot be written ({error.strerror}): choose another folder"
-        ) from error
+        raise SubspecError(f"{destination} cannot be written ({error.strerror}): choose another folder") from error
     verify(destination, written, kept, kind)
 
     size = (destination / CONVERTED).stat().st_size
@@ -86,8 +80,7 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None, *, share_
     before = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     print(f"source:  {files.source}, {before / 1e6:.1f} MB of tensors")
     print(
-        f"head:    hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}, ",
-        end="",
+        f"head:    hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}, ", end=""
     )
     print(f"MLP {shape.intermediate}; biases: {biases}")
     print(f"dropped: {', '.join(dropped) or 'nothing'}")
@@ -95,9 +88,7 @@ def convert(source: str, destination: Path, dtype: torch.dtype | None, *, share_
     print(f"written: {destination / CONVERTED}, {kinds}, {size / 1e6:.1f} MB, read back bit for bit")
 
 
-def verify(
-    folder: Path, expected: dict[str, Tensor], config: dict[str, object], kind: type[EagleHead]
-) -> None:
+def verify(folder: Path, expected: dict[str, Tensor], config: dict[str, object], kind: type[EagleHead]) -> None:
     """Read the folder back as a run would.
 
     Raises:
@@ -109,9 +100,7 @@ def verify(
         there = found.get(name)
         same = there is not None and there.dtype == tensor.dtype and there.shape == tensor.shape
         if not same or not torch.equal(there.view(torch.uint8), tensor.view(torch.uint8)):
-            raise SubspecError(
-                f"{folder / CONVERTED}: {name} was not read back as written; check the disk, try again"
-            )
+            raise SubspecError(f"{folder / CONVERTED}: {name} was not read back as written; check the disk, try again")
     if found.keys() != expected.keys() or json.loads((folder / CONFIG).read_text()) != config:
         raise SubspecError(f"{folder} was not read back as written; check the disk, try again")
     kind.from_tensors(found, config)
@@ -123,10 +112,7 @@ def main() -> int:
     parser.add_argument("source", metavar="SRC", help="folder or hub id of a published EAGLE head")
     parser.add_argument("destination", metavar="DST", type=Path, help="new folder for the converted head")
     parser.add_argument(
-        "--dtype",
-        choices=("keep", "bfloat16"),
-        default="keep",
-        help="of the weights written (default: as they are)",
+        "--dtype", choices=("keep", "bfloat16"), default="keep", help="of the weights written (default: as they are)"
     )
     parser.add_argument(
         "--share-tables", action="store_true", help="drop an EAGLE-3 head's tables that the target has, too"

@@ -49,9 +49,7 @@ DEPTH = 6
 def draft_of(target: Target, kernel: str, width: int) -> SubstituteDraft:
     """The substitute with measured kernels (``auto``), or as modules."""
     config = Config(
-        draft=SubstituteDraftConfig(
-            name="subspec", unpack=Unpack.auto if kernel == "auto" else Unpack.always
-        ),
+        draft=SubstituteDraftConfig(name="subspec", unpack=Unpack.auto if kernel == "auto" else Unpack.always),
         quant=HqqConfig(name="hqq"),
         decoding=DecodingConfig(name="greedy"),
         offload=OffloadConfig(name="none"),
@@ -169,10 +167,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, call in calls.items():
                 times[name].append(timed(call))
-        rows = {
-            name: [round(median(column), 1) for column in zip(*own, strict=True)]
-            for name, own in times.items()
-        }
+        rows = {name: [round(median(column), 1) for column in zip(*own, strict=True)] for name, own in times.items()}
         result["widths"][width] = rows
         print(f"width {width}: (wall, CPU) ms, medians of {options.rounds}")
         for name, (wall, own) in rows.items():

@@ -104,9 +104,7 @@ def memory_for(share: float, overrides: list[str], device: torch.device) -> floa
     ram = plan_for(config, model, device).total(Placement.host) / GIB
     while True:
         ram = round(ram - 0.05, 2)
-        plan = plan_for(
-            configured([*overrides, f"offload.ram_gib={ram}", "offload.link_gb_per_s=1"]), model, device
-        )
+        plan = plan_for(configured([*overrides, f"offload.ram_gib={ram}", "offload.link_gb_per_s=1"]), model, device)
         if len(plan.disk_layers) >= share * len(plan.streamed_layers):
             return ram
 
@@ -132,11 +130,7 @@ def run_on_gpu(overrides: list[str], options: argparse.Namespace) -> dict[str, A
     rows, texts = [], []
     for prompt in prompts:
         by_disk = target.recorded is target.disk
-        speed = (
-            measure_disk(target.disk.layers, run.plan.ring_slots)
-            if target.disk and by_disk
-            else link.gb_per_s
-        )
+        speed = measure_disk(target.disk.layers, run.plan.ring_slots) if target.disk and by_disk else link.gb_per_s
         text = engine.generate(prompt, max_new_tokens=options.tokens, ignore_eos=True)
         row = figures(text, speed, link.bytes_per_pass)
         row["busy_share"] = text.stats.transfer_s / (text.stats.prefill_s + text.stats.decode_s)
@@ -211,9 +205,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--readers", type=int, help="threads that read from the disk")
     parser.add_argument("--on-disk", type=float, default=0.5, help="share of the streamed layers (--gpu)")
-    parser.add_argument(
-        "--disk-only", action="store_true", help="not with all layers in pinned memory (--gpu)"
-    )
+    parser.add_argument("--disk-only", action="store_true", help="not with all layers in pinned memory (--gpu)")
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -247,8 +239,7 @@ def main() -> None:
 
     over = {
         name: median(
-            ours["tokens_per_s"] / plain["tokens_per_s"]
-            for ours, plain in zip(own, rows["plain"], strict=True)
+            ours["tokens_per_s"] / plain["tokens_per_s"] for ours, plain in zip(own, rows["plain"], strict=True)
         )
         for name, own in rows.items()
     }

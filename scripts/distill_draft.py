@@ -14,14 +14,7 @@ from pathlib import Path
 import torch
 from training.corpus import load_corpus
 from training.publish import train_and_publish
-from training.setup import (
-    add_target_options,
-    add_training_options,
-    arithmetic,
-    open_target,
-    report,
-    schedule_of,
-)
+from training.setup import add_target_options, add_training_options, arithmetic, open_target, report, schedule_of
 from training.student import StudentLesson, build_student
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -35,9 +28,7 @@ verification pass of a single chain of eight."""
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_target_options(parser)
     add_training_options(parser, lr=3e-3, rows=32, decay=0.05)
     parser.add_argument("--hidden", type=int, default=128)

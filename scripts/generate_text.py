@@ -22,21 +22,15 @@ from subspec.targets import Target
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_target_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--minutes", type=float, help="start no shard that would end later than this")
     parser.add_argument("--shards", type=int, default=16, help="most shards, those already there included")
-    parser.add_argument(
-        "--rows", type=int, default=4096, help="conversations per shard, written side by side"
-    )
+    parser.add_argument("--rows", type=int, default=4096, help="conversations per shard, written side by side")
     parser.add_argument("--length", type=int, default=578, help="tokens per conversation")
     parser.add_argument("--max-answer", type=int, default=256, help="tokens after which an answer is cut")
-    parser.add_argument(
-        "--self-asked", type=float, default=0.5, help="share with a first message by the target"
-    )
+    parser.add_argument("--self-asked", type=float, default=0.5, help="share with a first message by the target")
     parser.add_argument("--greedy", type=float, default=0.8, help="share with greedy answers")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the other answers")
     return parser.parse_args()
@@ -69,10 +63,7 @@ def main() -> None:
             f"--length {options.length} is too short: the chat template alone takes {len(frame.opening)}"
         )
     kept = ("seed", "rows", "length", "max_answer", "self_asked", "greedy", "temperature")
-    facts = {key: getattr(options, key) for key in kept} | {
-        "target": target.source,
-        "dtype": str(target.dtype),
-    }
+    facts = {key: getattr(options, key) for key in kept} | {"target": target.source, "dtype": str(target.dtype)}
     writer = None
     slowest = 0.0
     for shard in range(options.shards):

@@ -89,23 +89,17 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
             bits_by=BitsByModule(lm_head=options.head_bits),
         ),
         tree=tree,
-        decoding=DecodingConfig(
-            name="greedy", max_new_tokens=options.new_tokens, max_length=options.max_length
-        ),
+        decoding=DecodingConfig(name="greedy", max_new_tokens=options.new_tokens, max_length=options.max_length),
         offload=AccelerateOffloadConfig(name="accelerate", **budget)
         if mode == "accelerate"
-        else StreamOffloadConfig(
-            name="stream", **budget, ring_slots=options.slots, codec=Codec(options.codec)
-        ),
+        else StreamOffloadConfig(name="stream", **budget, ring_slots=options.slots, codec=Codec(options.codec)),
         benchmark=BenchmarkConfig(name="gsm8k"),
         logger=NoLoggerConfig(name="none"),
         run_dir="",
     )
 
 
-def run_mode(
-    options: argparse.Namespace, mode: str, source: PlantedSource, link: float
-) -> list[dict[str, Any]]:
+def run_mode(options: argparse.Namespace, mode: str, source: PlantedSource, link: float) -> list[dict[str, Any]]:
     """One or, for ``subspec``, several measurements (one per tree) of one loaded target."""
     device = torch.device("cuda")
     config = configuration(options, mode)
@@ -168,8 +162,7 @@ def run_mode(
         results.append(measure(options, engine, source, link, facts | name, tokens))
         if options.contexts:
             results[-1]["contexts"] = [
-                at_context(engine, source, int(length), options.seed)
-                for length in options.contexts.split(",")
+                at_context(engine, source, int(length), options.seed) for length in options.contexts.split(",")
             ]
         print(json.dumps(results[-1]), flush=True)
     assembly.close()
@@ -277,9 +270,7 @@ def measure(
         # Everything is measured: the audit's own workspace is not the run's.
         torch.cuda.set_per_process_memory_fraction(1.0)
         auditor = Auditor(decoder)
-        audits = [
-            auditor.audit(p, t.token_ids, digests=t.digests) for p, t in zip(prompts, texts, strict=True)
-        ]
+        audits = [auditor.audit(p, t.token_ids, digests=t.digests) for p, t in zip(prompts, texts, strict=True)]
         result["audit"] = {
             "exact": sum(a.exact for a in audits),
             "near_tie": sum(a.near_tie for a in audits),
@@ -318,16 +309,12 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="none", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
-    parser.add_argument(
-        "--head-bits", type=int, help="of an LM head of the draft's own; default: the target's"
-    )
+    parser.add_argument("--head-bits", type=int, help="of an LM head of the draft's own; default: the target's")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")
     parser.add_argument(
-        "--bitwise",
-        default="on,off",
-        help="batch-invariant passes of the target: on, off or both, one after the other",
+        "--bitwise", default="on,off", help="batch-invariant passes of the target: on, off or both, one after the other"
     )
     parser.add_argument("--contexts", help="prompt lengths whose prefill and passes are measured besides")
     parser.add_argument("--audit", action="store_true")
@@ -354,10 +341,7 @@ def main() -> None:
         "results": results,
     }
     console.print(
-        table(
-            results,
-            f"planted {options.target} in {options.vram:g} GiB, link {link:.1f} GB/s (no language model)",
-        )
+        table(results, f"planted {options.target} in {options.vram:g} GiB, link {link:.1f} GB/s (no language model)")
     )
     print(json.dumps(summary))
     if options.json:

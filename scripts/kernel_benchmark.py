@@ -59,9 +59,7 @@ def memory_bandwidth() -> float:
     return 2 * a.numel() / graph_time(lambda: b.copy_(a))
 
 
-def kernels(
-    shapes: dict[str, tuple[int, int]], formats: dict[str, HqqFormat], bandwidth: float
-) -> list[dict]:
+def kernels(shapes: dict[str, tuple[int, int]], formats: dict[str, HqqFormat], bandwidth: float) -> list[dict]:
     rows_list = [1, 2, 4, 6, 8]
     results = []
     for role, (n, k) in shapes.items():
@@ -127,9 +125,7 @@ def random_model(
         """One with memory of its own; packing is done once per role."""
         if role not in patterns:
             n, k = shapes[role]
-            patterns[role] = formats[role].random_linear(
-                variants[role], n, k, DEVICE, swiglu=role == "gate_up"
-            )
+            patterns[role] = formats[role].random_linear(variants[role], n, k, DEVICE, swiglu=role == "gate_up")
         made = copy.copy(patterns[role])
         made.adopt([tensor.clone() for tensor in made.tensors])
         return made
@@ -207,9 +203,7 @@ def levels(
             host = (time.perf_counter() - host) / 5
             torch.cuda.synchronize()
             level = start.elapsed_time(end) / 5 / 48
-            results.append(
-                {"length": length, "splits": splits, "ms_per_level": level, "host_ms": host * 1e3 / 48}
-            )
+            results.append({"length": length, "splits": splits, "ms_per_level": level, "host_ms": host * 1e3 / 48})
             print(
                 f"level at width {width}, prefix {length}, {splits} attention slices: {level:.3f} ms "
                 f"(host {host * 1e3 / 48:.3f} ms; 48 captures with warm-up {captured:.1f} s)",
@@ -237,9 +231,7 @@ def main() -> None:
         if role != "head" or options.head_bits
     }
     bandwidth = memory_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device memory {bandwidth / 1e12:.2f} TB/s"
-    )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device memory {bandwidth / 1e12:.2f} TB/s")
     print("our kernel:", int4.unavailable() or "available", flush=True)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
     with torch.inference_mode():

@@ -124,17 +124,7 @@ def compile_cuda(kernel: CudaKernel, capability: int) -> Use:
         source = Path(folder) / "kernel.cu"
         source.write_text(header + "".join((CSRC / file).read_text() for file in kernel.files))
         arch = f"-arch=sm_{capability}"
-        command = [
-            "nvcc",
-            arch,
-            "-cubin",
-            "-std=c++17",
-            "-Xptxas",
-            "-v",
-            "-o",
-            f"{folder}/kernel.cubin",
-            source,
-        ]
+        command = ["nvcc", arch, "-cubin", "-std=c++17", "-Xptxas", "-v", "-o", f"{folder}/kernel.cubin", source]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"{kernel.name} ({kernel}) does not compile for {arch}:\n{ran.stderr}")
@@ -217,9 +207,7 @@ def recorded() -> list[Launch]:
                 level = LevelShape.of(spec, linears, own_head=own_head)
                 captured_level_bytes(level, width, Sampling(), texts)
         for inputs in (spec.hidden, spec.intermediate):
-            rotate_triton(
-                torch.empty(6, inputs, dtype=torch.bfloat16, device="meta"), Rotation.of(inputs, 512)
-            )
+            rotate_triton(torch.empty(6, inputs, dtype=torch.bfloat16, device="meta"), Rotation.of(inputs, 512))
     return list(recorder.launches)
 
 
@@ -267,14 +255,7 @@ def assemble(ptx: str, shared: int, capability: int) -> Use:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [
-            program,
-            "-v",
-            f"--gpu-name=sm_{capability}{suffix}",
-            source,
-            "-o",
-            f"{folder}/kernel.cubin",
-        ]
+        command = [program, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o", f"{folder}/kernel.cubin"]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"ptxas refuses a kernel for sm_{capability}{suffix}:\n{ran.stderr}")
@@ -346,16 +327,12 @@ def unfit(found: Found) -> list[str]:
         f"{kernel} on {CARDS[cc][0]}"
         for kernel, uses in found.items()
         for cc in CARDS
-        if not (any if kernel == "linear" else all)(
-            fits(by_card[cc], cc) for by_card in uses.values() if cc in by_card
-        )
+        if not (any if kernel == "linear" else all)(fits(by_card[cc], cc) for by_card in uses.values() if cc in by_card)
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file whose part below the mark is replaced")
     parser.add_argument("--only", choices=("cuda", "triton"))
     arguments = parser.parse_args()

@@ -85,9 +85,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2_5_7b")
     parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--width", type=int, default=6)
-    parser.add_argument(
-        "--rows", help="instead: passes over these numbers of rows, like 6,32,64, without growth"
-    )
+    parser.add_argument("--rows", help="instead: passes over these numbers of rows, like 6,32,64, without growth")
     parser.add_argument("--gemlite", action="store_true")
     parser.add_argument("--json", help="rewritten after every format")
     options = parser.parse_args()
@@ -149,13 +147,7 @@ def main() -> None:
             for role, (n, k) in shapes.items():
                 if role != "head":
                     seconds = variant_time(
-                        Variant(GemLite.kind),
-                        HqqFormat(),
-                        n,
-                        k,
-                        options.width,
-                        DEVICE,
-                        swiglu=role == "gate_up",
+                        Variant(GemLite.kind), HqqFormat(), n, k, options.width, DEVICE, swiglu=role == "gate_up"
                     )
                     result["gemlite_us"][role] = seconds * 1e6
                     print(f"gemlite, hqq 4 bit, {role}: {seconds * 1e6:.1f} us", flush=True)

@@ -54,13 +54,7 @@ def _cell_moments(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lloyd_plane(
-    bits: int,
-    *,
-    seed: int = 0,
-    steps: int = 1000,
-    tolerance: float = 1e-6,
-    nodes: int = PLANE,
-    samples: int = 1 << 16,
+    bits: int, *, seed: int = 0, steps: int = 1000, tolerance: float = 1e-6, nodes: int = PLANE, samples: int = 1 << 16
 ) -> tuple[Tensor, float]:
     """A locally optimal quantizer of the standard normal plane with ``4 ** bits`` points, and its error.
 
@@ -118,9 +112,7 @@ def _lloyd_step(points: Tensor, nodes: Tensor, weights: Tensor) -> tuple[Tensor,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="starts per grid of the plane; thrice that below 4 bits"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="starts per grid of the plane; thrice that below 4 bits")
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     stored = {}

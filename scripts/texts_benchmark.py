@@ -68,10 +68,7 @@ def load(
 def prompts_of(source: PlantedSource, count: int, length: int, seed: int) -> list[list[int]]:
     """Prompts of random tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(0, source.config.vocab_size, (length,), generator=generator).tolist()
-        for _ in range(count)
-    ]
+    return [torch.randint(0, source.config.vocab_size, (length,), generator=generator).tolist() for _ in range(count)]
 
 
 def timed_steps(scheduler: Scheduler, until: Any) -> list[float]:
@@ -147,9 +144,7 @@ def same_alone(engine: Engine, texts: list[Text]) -> dict[str, int]:
     return {"same_tokens": tokens, "same_bits": bits, "compared": len(texts)}
 
 
-def measure(
-    options: argparse.Namespace, source: PlantedSource, link: float, mode: str, texts: int
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, source: PlantedSource, link: float, mode: str, texts: int) -> dict[str, Any]:
     """All figures of one number of texts."""
     assembly, facts = load(options, source, link, mode, texts)
     engine, prompts = assembly.engine, prompts_of(source, texts, PROMPT, options.seed)
@@ -188,9 +183,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="substitute", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
-    parser.add_argument(
-        "--head-bits", type=int, help="of an LM head of the draft's own; default: the target's"
-    )
+    parser.add_argument("--head-bits", type=int, help="of an LM head of the draft's own; default: the target's")
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")
     parser.add_argument("--no-plain", action="store_true", help="leave plain streaming out")

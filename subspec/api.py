@@ -77,11 +77,7 @@ Bitwise = bool | Literal["auto"]
 MAX_LENGTH = 2048
 """Most tokens of prompt and output together, unless the model has fewer positions."""
 
-ARGUMENTS = {
-    "draft.path": "draft_path",
-    "decoding.max_length": "max_length",
-    "decoding.bitwise": "bitwise",
-}
+ARGUMENTS = {"draft.path": "draft_path", "decoding.max_length": "max_length", "decoding.bitwise": "bitwise"}
 """Names of arguments, by the keys of configurations that messages name."""
 
 
@@ -165,9 +161,7 @@ def build_engine(
         target=EmbeddedTargetConfig(name=target.name),
         draft=drafted,
         quant=HqqConfig(name="hqq", cache=Cache.off),
-        decoding=DecodingConfig(
-            name="library", max_length=max_length, prefill_chunk=prefill_chunk, bitwise=bitwise
-        ),
+        decoding=DecodingConfig(name="library", max_length=max_length, prefill_chunk=prefill_chunk, bitwise=bitwise),
         offload=OffloadConfig(name="none"),
     )
     with _argument_names():
@@ -223,13 +217,9 @@ def _check_options(
     if draft_path is not None and not str(draft_path).strip():
         raise ArgumentError("draft_path is empty: pass a folder or hub id, or leave it out")
     if quantizer is not None and not hasattr(quantizer, "quantize"):
-        raise ArgumentError(
-            f"quantizer is a {type(quantizer).__name__}: pass a HqqQuantizer, or None for 4 bits"
-        )
+        raise ArgumentError(f"quantizer is a {type(quantizer).__name__}: pass a HqqQuantizer, or None for 4 bits")
     if tree_policy is not None and not isinstance(tree_policy, TreePolicy):
-        raise ArgumentError(
-            f"tree_policy is a {type(tree_policy).__name__}: pass Beam(depth=16, width=4) for instance"
-        )
+        raise ArgumentError(f"tree_policy is a {type(tree_policy).__name__}: pass Beam(depth=16, width=4) for instance")
     vocabulary = model.config.vocab_size
     if tree_policy is not None and tree_policy.width > vocabulary:
         raise ArgumentError(

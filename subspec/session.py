@@ -136,12 +136,7 @@ def assemble(
     """
     model, device = TargetModel(target.model), target.device
     bitwise = choose_bitwise(
-        config.decoding.bitwise,
-        target.model.config,
-        target.dtype,
-        device,
-        note,
-        loaded=target.model,
+        config.decoding.bitwise, target.model.config, target.dtype, device, note, loaded=target.model
     )
     bitwise.apply(model)
     built = None
@@ -190,21 +185,11 @@ def assemble_streamed(
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
     return _assembly(
-        config,
-        source,
-        streamed.target,
-        bitwise,
-        built,
-        policy,
-        texts=plan.texts,
-        streamed=streamed,
-        plan=plan,
+        config, source, streamed.target, bitwise, built, policy, texts=plan.texts, streamed=streamed, plan=plan
     )
 
 
-def assemble_accelerate(
-    config: Config, device: torch.device, note: Note = print_note
-) -> tuple[Assembly, Target]:
+def assemble_accelerate(config: Config, device: torch.device, note: Note = print_note) -> tuple[Assembly, Target]:
     """Load a target that accelerate offloads and build an engine around it, for plain decoding."""
     offload = config.offload
     assert isinstance(offload, AccelerateOffloadConfig)
@@ -222,9 +207,7 @@ def assemble_accelerate(
     what = f"offload=accelerate keeps {source.name} in host memory"
     check_memory(host_bytes(source, weight_bytes), CPU, what)
     target = AccelerateTarget(source, device, weight_bytes)
-    bitwise = choose_bitwise(
-        config.decoding.bitwise, source.config, source.dtype, device, note, accelerate=True
-    )
+    bitwise = choose_bitwise(config.decoding.bitwise, source.config, source.dtype, device, note, accelerate=True)
     assembly = _assembly(config, source, target, bitwise, None, None)
     assembly.budget = vram
     return assembly, Target.of(source, target.model, device)
@@ -245,11 +228,7 @@ def _whole_texts(config: Config, target: Target, built: BuiltDraft | None, polic
 
 
 def _draft_context(
-    config: Config,
-    policy: TreePolicy,
-    target: Target | LayerSource,
-    model: PretrainedConfig,
-    device: torch.device,
+    config: Config, policy: TreePolicy, target: Target | LayerSource, model: PretrainedConfig, device: torch.device
 ) -> DraftContext:
     """The inputs of a draft's construction that are known of any target."""
     tokenizer = target.tokenizer if isinstance(target.tokenizer, PreTrainedTokenizerBase) else None
@@ -313,9 +292,7 @@ def plan_for(config: Config, model: PretrainedConfig, device: torch.device | Non
         memory = DeviceMemory.measured(device)
         if config.offload.link_gb_per_s is None:
             link = measure_link(device)
-    return plan_run(
-        config, model, link_gb_per_s=link, host_free=psutil.virtual_memory().available, device=memory
-    )
+    return plan_run(config, model, link_gb_per_s=link, host_free=psutil.virtual_memory().available, device=memory)
 
 
 def check_offload(config: Config, device: torch.device) -> None:

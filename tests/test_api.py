@@ -96,23 +96,14 @@ def test_half_of_the_layers_draft(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"draft": "medusa"},
-            r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, block_head, pard",
-        ),
+        ({"draft": "medusa"}, r"draft=medusa: .* use none, subspec, small_model, eagle2, eagle3, block_head, pard"),
         ({"draft": "subspec", "draft_path": "{root}/eagle2"}, r"draft=subspec has no weights of its own"),
         ({"draft": "none", "draft_path": "{root}/eagle2"}, r"draft=none has no weights of its own"),
         ({"draft": "eagle2", "draft_path": "{root}/nowhere"}, r"draft_path=.*nowhere: no such folder"),
         ({"draft": "eagle2", "draft_path": "{root}/wide"}, r"hidden size 48, and LlamaForCausalLM has 64"),
-        (
-            {"draft": "eagle2"},
-            r"the shipped EAGLE-1 or EAGLE-2 head is a head for targets of hidden size 576",
-        ),
+        ({"draft": "eagle2"}, r"the shipped EAGLE-1 or EAGLE-2 head is a head for targets of hidden size 576"),
         ({"draft": "small_model"}, r"small model \(49152 tokens\) and target LlamaForCausalLM \(320"),
-        (
-            {"draft": "small_model", "draft_path": "{root}/other"},
-            r"different vocabularies|number their tokens",
-        ),
+        ({"draft": "small_model", "draft_path": "{root}/other"}, r"different vocabularies|number their tokens"),
         ({"draft": "small_model", "draft_path": "nowhere"}, r"nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else "",
@@ -163,12 +154,7 @@ def test_a_small_model_of_fewer_positions_is_refused(model, tmp_path):
         *[("draft_temperature", value) for value in (0, -1.0, float("nan"), float("inf"), "1", True)],
         ("tree_policy", (4, 2)),
         ("tree_policy", Beam(2, 321)),
-        *(
-            ("sampling", 0.7),
-            ("sampling", {"temperature": 0.7}),
-            ("tokenizer", "ORG/NAME"),
-            ("quantizer", "hqq"),
-        ),
+        *(("sampling", 0.7), ("sampling", {"temperature": 0.7}), ("tokenizer", "ORG/NAME"), ("quantizer", "hqq")),
         *(("draft_path", ""), ("draft", "Subspec"), ("draft", None)),
     ],
 )

@@ -37,9 +37,7 @@ def prompts(default_target):
 
 
 def engine(target, policy=None, bits=4):
-    draft = (
-        SubstituteDraft(substitute_of(target.model, bits=bits, group_size=64)) if policy is not None else None
-    )
+    draft = SubstituteDraft(substitute_of(target.model, bits=bits, group_size=64)) if policy is not None else None
     options = {"eos_token_ids": target.eos_token_ids, "tokenizer": target.tokenizer}
     return Engine(TargetModel(target.model), draft, policy, **options)
 
@@ -52,10 +50,7 @@ def plain(default_target, prompts):
 def test_plain_decoding_is_transformers_own(default_target, prompts, plain):
     for prompt, ours in zip(prompts[:3], plain[:3], strict=True):
         output = default_target.model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=TOKENS,
-            do_sample=False,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=TOKENS, do_sample=False
         )
         assert output[0, len(prompt) :].tolist() == ours
 
@@ -113,8 +108,7 @@ def plainly(default_target, tmp_path_factory):
     """Plain decoding's tokens, greedy and sampled."""
     root = tmp_path_factory.mktemp("plain")
     return {
-        decoding: run(root / decoding, "draft=none", f"decoding={decoding}")[0]
-        for decoding in ("greedy", "sampling")
+        decoding: run(root / decoding, "draft=none", f"decoding={decoding}")[0] for decoding in ("greedy", "sampling")
     }
 
 

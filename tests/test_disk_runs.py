@@ -17,13 +17,7 @@ from subspec.session import check_offload
 from tests.helpers.cli import cli, records_of, summary_of, tiny_run
 from tests.helpers.tiny import tiny_checkpoint
 
-PLANTED = [
-    "target=planted_tiny",
-    "benchmark.source=sample",
-    "benchmark.max_samples=1",
-    "warmup=0",
-    "logger=none",
-]
+PLANTED = ["target=planted_tiny", "benchmark.source=sample", "benchmark.max_samples=1", "warmup=0", "logger=none"]
 PLANTED += ["decoding.max_new_tokens=12", "decoding.max_length=1024", "tree.depth=4", "device=cpu"]
 STREAM = ["offload=stream", "offload.resident_layers=3", "offload.ram_gib=30"]
 
@@ -52,9 +46,7 @@ RUNS = [
 OTHERS = [(draft, "greedy" if decoding == "sampling" else "sampling") for draft, decoding in RUNS]
 
 
-@pytest.mark.parametrize(
-    ("draft", "decoding"), RUNS + [pytest.param(*run, marks=pytest.mark.slow) for run in OTHERS]
-)
+@pytest.mark.parametrize(("draft", "decoding"), RUNS + [pytest.param(*run, marks=pytest.mark.slow) for run in OTHERS])
 def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, decoding):
     options = [*draft.split(), f"decoding={decoding}", "audit=true", f"run_dir={tmp_path / 'run'}"]
     ran = cli(*PLANTED, *STREAM, *options)
@@ -68,11 +60,7 @@ def test_every_draft_emits_plain_decodings_tokens(tmp_path, plainly, draft, deco
     }  # fmt: skip
     assert facts["disk"]["gb_per_s"] == facts["link_gb_per_s"]
     assert facts["disk"]["bytes_per_pass"] == facts["streamed_bytes_per_pass"]
-    assert (
-        facts["streamed_bytes_per_pass"]
-        == totals["bytes_per_pass"]
-        == facts["plan"]["streamed_bytes_per_pass"]
-    )
+    assert facts["streamed_bytes_per_pass"] == totals["bytes_per_pass"] == facts["plan"]["streamed_bytes_per_pass"]
     assert totals["link_gb_per_s"] == facts["link_gb_per_s"] > 0
     assert totals["roofline_share"] > 0
     assert "no link to hide behind" not in ran.out
@@ -118,19 +106,14 @@ def test_a_file_cut_off_while_a_run_reads_it_ends_the_run_in_one_line(tmp_path, 
         return read(fd, buffers, offset)
 
     monkeypatch.setattr(disk.os, "preadv", cutting)
-    ran = cli(
-        *tiny_run(folder, tmp_path / "run"), "draft=none", "offload=stream", "offload.resident_layers=0"
-    )
+    ran = cli(*tiny_run(folder, tmp_path / "run"), "draft=none", "offload=stream", "offload.resident_layers=0")
     ran.refused(1, r"model\.safetensors .*(cut off|changed)")
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (
-            ["offload.ram_gib=0.1"],
-            r"offload\.ram_gib=0\.1 cannot hold this run, which needs \d\.\d+ GiB: process",
-        ),
+        (["offload.ram_gib=0.1"], r"offload\.ram_gib=0\.1 cannot hold this run, which needs \d\.\d+ GiB: process"),
         (["offload.resident_layers=9"], r"offload\.resident_layers=9: the target has 8 layers"),
         (["offload.codec=substitute"], r"offload\.codec=substitute is for a GPU"),
         (["quant=higgs"], r"draft=subspec with offload=stream and device=cpu .* quant=hqq"),
@@ -160,8 +143,6 @@ def test_a_plan_alone_loads_nothing(tmp_path):
 def test_without_a_gpu_streaming_wants_to_be_asked_for():
     """A missing driver must not turn a GPU run into a slow one."""
     config = Config(offload=StreamOffloadConfig(name="stream"), draft=NoDraftConfig(name="none"))
-    with pytest.raises(
-        ConfigError, match=r"offload=stream needs a CUDA device, .* on the cpu: .* device=cpu"
-    ):
+    with pytest.raises(ConfigError, match=r"offload=stream needs a CUDA device, .* on the cpu: .* device=cpu"):
         check_offload(config, torch.device("cpu"))
     check_offload(replace(config, device=Device.cpu), torch.device("cpu"))

@@ -102,13 +102,7 @@ def test_extensions_work_as_written(tmp_path):
     for option in ("qwen2_5_3b", "lookup", "confident", "round", "boolq"):
         assert re.search(rf"\b{option}\b", ran.out), option
     assert records_of(tmp_path / "target")[0]["target"] == "qwen2_5_3b"
-    drafts = {
-        "target": "subspec",
-        "lookup": "lookup",
-        "confident": "subspec",
-        "round": "subspec",
-        "boolq": "none",
-    }
+    drafts = {"target": "subspec", "lookup": "lookup", "confident": "subspec", "round": "subspec", "boolq": "none"}
     for name, draft in drafts.items():
         (record,) = records_of(tmp_path / name)
         assert record["draft"] == draft
@@ -146,9 +140,7 @@ def templates() -> list[str]:
     found = []
     for file in sorted((ROOT / "subspec").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        inside = {
-            id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
-        }
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)
@@ -200,9 +192,7 @@ def test_the_record_is_described_field_by_field(tmp_path):
     table = re.findall(r"^\| (`.+?) \| ", section, re.MULTILINE)
     described = {name for row in table for name in re.findall(r"`(\w+)`", row)}
     assert described == set(record)
-    assert set(re.findall(r"`(\w+)`", section[section.index("| `audit`") :].split("\n")[0])) >= set(
-        record["audit"]
-    )
+    assert set(re.findall(r"`(\w+)`", section[section.index("| `audit`") :].split("\n")[0])) >= set(record["audit"])
     assert f"`skipped` with a `reason` (`{PROMPT_TOO_LONG}`)" in section
     files = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     named = set(re.findall(r"`([\w.]+)`", page[: page.index("## A record")]))

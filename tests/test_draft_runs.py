@@ -41,11 +41,7 @@ def plainly(tmp_path_factory, plain):
     return {"greedy": plain, "sampling": sampled}
 
 
-TREES = {
-    "beam": ["tree=beam"],
-    "adaptive": ["tree=adaptive"],
-    "eagle2": ["tree=eagle2", "tree.total_tokens=30"],
-}
+TREES = {"beam": ["tree=beam"], "adaptive": ["tree=adaptive"], "eagle2": ["tree=eagle2", "tree.total_tokens=30"]}
 KINDS = {
     "hqq": ["draft=subspec", "quant=hqq"],
     "higgs": ["draft=subspec", "quant=higgs"],
@@ -61,11 +57,7 @@ def every_run():
         for tree in TREES:
             for decoding in ("greedy", "sampling"):
                 default = (tree, decoding) == ("beam", "greedy") and draft in ("hqq", "small_model", "pard")
-                default |= (tree, decoding) == ("eagle2", "sampling") and draft in (
-                    "hqq",
-                    "higgs",
-                    "layer_skip",
-                )
+                default |= (tree, decoding) == ("eagle2", "sampling") and draft in ("hqq", "higgs", "layer_skip")
                 default |= (draft, tree, decoding) == ("hqq", "adaptive", "greedy")
                 yield pytest.param(draft, tree, decoding, marks=[] if default else [pytest.mark.slow])
 
@@ -128,13 +120,7 @@ def test_a_proposer_saves_passes_of_the_substitute(tmp_path, plainly, decoding):
 def test_a_quantized_small_model_is_kept_and_found_again(tmp_path, plain, monkeypatch, where):
     """In the cache by itself, in ``quant.folder`` when asked; the second start quantizes nothing."""
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
-    options = [
-        *SMALL,
-        "tree=beam",
-        "draft.quantize=true",
-        "quant.modules=[attention,mlp,lm_head]",
-        "quant.bits=8",
-    ]
+    options = [*SMALL, "tree=beam", "draft.quantize=true", "quant.modules=[attention,mlp,lm_head]", "quant.bits=8"]
     options += [f"quant.folder={tmp_path / 'kept'}", "quant.cache=off"] if where == "folder" else []
     _, first, summary = run(tmp_path / "first", *options)
     made = summary["run"]["substitute"]["details"]["cache"]
@@ -160,9 +146,7 @@ def test_a_folder_of_another_quantized_model_is_refused(tmp_path):
     """Of another seed, and of the target itself: what lies there is never drafted with."""
     kept = f"quant.folder={tmp_path / 'kept'}"
     run(tmp_path / "first", *SMALL, "draft.quantize=true", kept)
-    line = (
-        r"quant\.folder=.*kept cannot be used: its layer 0, .* was made from other weights; name a new folder"
-    )
+    line = r"quant\.folder=.*kept cannot be used: its layer 0, .* was made from other weights; name a new folder"
     for name, other in (
         ("seed", [*SMALL, "draft.quantize=true", "target.seed=1"]),
         ("own", ["draft=subspec", "draft.unpack=always"]),
@@ -196,16 +180,10 @@ def test_a_checkpoint_on_disk_drafts_for_another(tmp_path):
             ["draft=small_model", "draft.path=planted:tiny_tied"],
             r"draft\.path=planted:tiny_tied \(1003 tokens\) and target planted_tiny \(4096 tokens\) have different",
         ),
-        (
-            ["draft=small_model", "draft.path=planted:none"],
-            r"draft\.path=planted:none: no such planted shape",
-        ),
+        (["draft=small_model", "draft.path=planted:none"], r"draft\.path=planted:none: no such planted shape"),
         (["draft=small_model", "draft.path=nowhere"], r"draft\.path=nowhere: no such folder"),
         ([*SMALL, "draft.temperature=0"], r"draft\.temperature"),
-        (
-            ["draft=layer_skip", "draft.layers=[0,8]"],
-            r"draft\.layers: no layer 8 in a target with layers 0\.\.7",
-        ),
+        (["draft=layer_skip", "draft.layers=[0,8]"], r"draft\.layers: no layer 8 in a target with layers 0\.\.7"),
         (["draft=layer_skip", "draft.keep=9"], r"draft\.keep=9: the target has 8 layers"),
         ([*SMALL, "draft.quantize=true", *PLAN], r"draft\.quantize=true is not built for offload=stream"),
         ([*SMALL, "draft.dtype=float32", *PLAN], r"draft\.dtype=float32: offload=stream runs .* bfloat16"),
@@ -232,8 +210,5 @@ def test_logits_that_are_not_finite_end_the_run_in_one_line(tmp_path):
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     folder = tiny_checkpoint(tmp_path / "ck", "llama", max_positions=4096)
     model.save_pretrained(folder)
-    for draft, line in (
-        ("none", r"not finite.*target\.dtype=float32"),
-        ("subspec", r"target: .* not finite"),
-    ):
+    for draft, line in (("none", r"not finite.*target\.dtype=float32"), ("subspec", r"target: .* not finite")):
         cli(*tiny_run(folder, tmp_path / draft), f"draft={draft}").refused(1, line)

@@ -43,8 +43,7 @@ def test_a_row_per_draft_says_whether_its_tokens_are_plain_decodings(drafts, tmp
     assert drafts.main([plain, run]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert line == (
-        "| eagle2, beam 3x2 | 2 | 3.00 | 3.00 | 1.00, 0.81 | identical, 6 of 6 | "
-        "60 exact, 0 near-ties, 0 mismatches |"
+        "| eagle2, beam 3x2 | 2 | 3.00 | 3.00 | 1.00, 0.81 | identical, 6 of 6 | 60 exact, 0 near-ties, 0 mismatches |"
     )
     other = same_text(turns([9.0, 9.0], draft="eagle2"))
     other[1]["token_ids"] = [7, 8, 10]

@@ -148,13 +148,7 @@ STREAM = ["offload=stream", "offload.vram_gib=0.5", "offload.resident_layers=2"]
                          ids=["greedy", "sampling"])  # fmt: skip
 def test_every_draft_and_tree_emits_plain_decodings_texts(tmp_path, decoding):
     plain = tmp_path / "plain"
-    common = [
-        *TINY,
-        *decoding,
-        "decoding.bitwise=true",
-        "decoding.max_new_tokens=60",
-        "decoding.max_length=1024",
-    ]
+    common = [*TINY, *decoding, "decoding.bitwise=true", "decoding.max_new_tokens=60", "decoding.max_length=1024"]
     assert cli(*common, "draft=none", f"run_dir={plain}").code == 0
     runs = {
         "plain streamed": ["draft=none", *STREAM],
@@ -227,9 +221,7 @@ def test_layers_from_a_disk_change_no_token(tmp_path, monkeypatch, extra, on_dis
 
 
 @pytest.mark.parametrize("codec", ["none", "substitute"])
-def test_a_file_cut_off_while_a_run_streams_it_ends_the_run_in_one_line(
-    tmp_path, monkeypatch, on_disk, codec
-):
+def test_a_file_cut_off_while_a_run_streams_it_ends_the_run_in_one_line(tmp_path, monkeypatch, on_disk, codec):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path / "cache"))
     read, calls = os.preadv, iter(range(10_000))
 

@@ -114,7 +114,5 @@ def test_the_pins_leave_rays_launcher_a_boto3():
 
 def pinned():
     """Versions in ``constraints.txt`` by canonical name."""
-    lines = [
-        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
-    ]
+    lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"]
     return {canonicalize_name(line.name): next(iter(line.specifier)).version for line in lines}

@@ -51,10 +51,7 @@ def test_plain_decoding_has_a_plan_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "head", "kv_heads"),
-    [
-        ("qwen2_5_7b_eagle2", 2 * (3584 * (6 * 3584 + 3 * 18944) + 4 * 3584), 28),
-        ("llama3_1_8b_eagle2", None, 8),
-    ],
+    [("qwen2_5_7b_eagle2", 2 * (3584 * (6 * 3584 + 3 * 18944) + 4 * 3584), 28), ("llama3_1_8b_eagle2", None, 8)],
 )
 def test_a_planted_head_is_planned_without_a_file(tmp_path, row, head, kv_heads):
     """fc, q, k, v and o, the MLP; three biases and the norm: by hand for the head with as many KV heads as heads."""

@@ -13,9 +13,7 @@ from tests.helpers.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [
-    file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md") if file.stem != "extending"
-]
+PAGES = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md") if file.stem != "extending"]
 SHOWN = "\n".join([README, *PAGES])
 COMMANDS = re.findall(r"python -m subspec\.run([^\n#`&]*)", SHOWN)
 assert len(COMMANDS) >= 10

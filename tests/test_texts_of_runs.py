@@ -33,13 +33,7 @@ SMALL = ["draft.path=planted:tiny_draft", "quant=none"]
 )
 def test_a_text_is_what_it_is_alone(overrides):
     register_schemas()
-    shape = [
-        "target=planted_tiny",
-        "device=cpu",
-        "decoding.max_length=160",
-        "decoding.texts=3",
-        "tree.depth=4",
-    ]
+    shape = ["target=planted_tiny", "device=cpu", "decoding.max_length=160", "decoding.texts=3", "tree.depth=4"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [*shape, "logger=none", "run_dir=none", *overrides])
     console = RunConsole(io.StringIO())

@@ -24,16 +24,10 @@ def main() -> None:
     ceilings = {
         "bf16, everything streamed": (2 * WEIGHTS, "#888888", "--"),
         f"coded ({bits:.2f} bits), everything streamed": (bits / 8 * WEIGHTS, "#b07aa1", "--"),
-        "coded, with the resident layers of 8 GiB": (
-            coded["results"][0]["gb_per_pass"] * 1e9,
-            "#7b5aa6",
-            ":",
-        ),
+        "coded, with the resident layers of 8 GiB": (coded["results"][0]["gb_per_pass"] * 1e9, "#7b5aa6", ":"),
     }
     for name, (streamed, colour, style) in ceilings.items():
-        axes.plot(
-            taus, [tau * link / streamed for tau in taus], style, color=colour, label=f"ceiling: {name}"
-        )
+        axes.plot(taus, [tau * link / streamed for tau in taus], style, color=colour, label=f"ceiling: {name}")
     markers = {
         "plain": "D",
         "beam:48:6:0": "^",
@@ -60,9 +54,7 @@ def main() -> None:
             if tree not in names:
                 continue  # accelerate, which knows no link; widths of 8 and the adaptive tree ahead lie on the others
             label = f"weights {how}: {names[tree]}, {result['tokens_per_s']:.0f} tokens/s"
-            axes.plot(
-                result["tau"], result["tokens_per_s"], markers[tree], color=colour, label=label, alpha=0.85
-            )
+            axes.plot(result["tau"], result["tokens_per_s"], markers[tree], color=colour, label=label, alpha=0.85)
     axes.set(
         xscale="log", yscale="log", xlabel="tau (tokens per target pass)", ylabel="tokens per second",
         title="planted Qwen2.5-7B (no language model) in 8 GiB, one H200, PCIe 5 x16",

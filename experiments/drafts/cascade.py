@@ -74,9 +74,7 @@ def engine_of(target: Target, tree: str, draft: str) -> Engine:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--trees", default="6x1,6x4,16x4")
     parser.add_argument("--drafts", default="none,prompt_lookup,small_model")
@@ -114,9 +112,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        options.json.write_text(
-            json.dumps({t: {d: asdict(s) for d, s in own.items()} for t, own in found.items()})
-        )
+        options.json.write_text(json.dumps({t: {d: asdict(s) for d, s in own.items()} for t, own in found.items()}))
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def row(run: RunData, folder: Path, plain: Mapping[tuple[str, int], list[int]]) 
     rates = run.summary["totals"]["accept_rate_by_depth"]
     audit = run.summary["audit"] or {}
     audited = (
-        f"{audit['exact']} exact, {audit['near_tie']} near-ties, {audit['mismatch']} mismatches"
-        if audit
-        else "not run"
+        f"{audit['exact']} exact, {audit['near_tie']} near-ties, {audit['mismatch']} mismatches" if audit else "not run"
     )
     cells = (
         method_label(run.config, run.facts),

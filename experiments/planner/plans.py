@@ -52,9 +52,7 @@ def plan(shape: str, draft: DraftConfig, codec: Codec = Codec.none) -> Plan:
         quant=HqqConfig(name="hqq"),
         tree=BeamTreeConfig(name="beam", depth=48, width=6),
         decoding=DecodingConfig(name="greedy"),
-        offload=StreamOffloadConfig(
-            name="stream", vram_gib=BUDGETS[shape], link_gb_per_s=LINK_GB_PER_S, codec=codec
-        ),
+        offload=StreamOffloadConfig(name="stream", vram_gib=BUDGETS[shape], link_gb_per_s=LINK_GB_PER_S, codec=codec),
         benchmark=BenchmarkConfig(name="mt_bench"),
         logger=NoLoggerConfig(name="none"),
     )
@@ -77,10 +75,7 @@ def comparison() -> list[str]:
         lines.append(
             f"{shape:<12} {budget:>2.0f} GiB {plain:>15} {published[0]:>10} {exact:>24} {coded:>6} {published[1]:>10}"
         )
-    lines += [
-        "",
-        "a target pass          as they are: GB   tokens/s at tau 26    coded: GB   tokens/s at tau 26",
-    ]
+    lines += ["", "a target pass          as they are: GB   tokens/s at tau 26    coded: GB   tokens/s at tau 26"]
     for shape, budget in BUDGETS.items():
         exact, coded = (plans[shape][codec] for codec in CODECS)
         cells = [(each.streamed_bytes_per_pass / 1e9, each.ceiling(26)) for each in (exact, coded)]

@@ -40,10 +40,7 @@ FILES = (
 )
 """Runs with the kernels of today; ``NOTES`` names the one that is older."""
 NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms, now 6.7"}
-LEVELS = (
-    ("qwen2_5_7b", "../quantizers/level_times_h200.json"),
-    ("qwen2_5_32b", "level_32b_h200.json"),
-)
+LEVELS = (("qwen2_5_7b", "../quantizers/level_times_h200.json"), ("qwen2_5_32b", "level_32b_h200.json"))
 """Targets and times of single levels (``scripts/level_benchmark.py``) that the constants of a level come from. No whole
 run went into the fit."""
 
@@ -75,9 +72,7 @@ def config(
     """A run of ``scripts/gpu_benchmark.py``."""
     quant = HqqConfig(name="hqq")
     if head_bits:
-        quant = replace(
-            quant, modules=[*quant.modules, "lm_head"], bits_by=replace(quant.bits_by, lm_head=head_bits)
-        )
+        quant = replace(quant, modules=[*quant.modules, "lm_head"], bits_by=replace(quant.bits_by, lm_head=head_bits))
     return Config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
         draft=SubstituteDraftConfig(name="subspec"),

@@ -47,9 +47,7 @@ def key_of(run: RunData) -> Key:
     return quant["name"].upper(), quant["bits"], quant["group_size"], quant.get("vector_dim", 0)
 
 
-def row(
-    run: RunData, errors: Mapping[Key, Mapping[str, Any]], levels: Mapping[Key, Mapping[str, Any]]
-) -> str:
+def row(run: RunData, errors: Mapping[Key, Mapping[str, Any]], levels: Mapping[Key, Mapping[str, Any]]) -> str:
     """A line of the table."""
     key = key_of(run)
     name, bits, group, dim = key

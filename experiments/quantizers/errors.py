@@ -85,9 +85,7 @@ def as_linear(weight: Tensor) -> nn.Linear:
 
 def target_linears(name: str, layers: list[int]) -> list[nn.Linear]:
     """The decoder Linears of some layers of the default target or of a checkpoint's folder."""
-    config = (
-        HubTargetConfig(name="hub", path=name) if Path(name).is_dir() else EmbeddedTargetConfig(name=name)
-    )
+    config = HubTargetConfig(name="hub", path=name) if Path(name).is_dir() else EmbeddedTargetConfig(name=name)
     decoder = load_target(config, CPU).model.get_decoder()
     return [
         as_linear(module.weight)
@@ -111,9 +109,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for source, linears in sources.items():
-            print(
-                f"\n{source}\n| quantizer | bits | group, at most | dimension | bits per weight | relative error |"
-            )
+            print(f"\n{source}\n| quantizer | bits | group, at most | dimension | bits per weight | relative error |")
             print("|---|---|---|---|---|---|")
             for setting in SETTINGS:
                 found = measure(linears, setting)

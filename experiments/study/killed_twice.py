@@ -30,9 +30,7 @@ def records(sweep: Path) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for file in sorted(sweep.glob("*/records.jsonl")):
         lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        found[file.parent.name] = [
-            {key: value for key, value in line.items() if key not in TIMES} for line in lines
-        ]
+        found[file.parent.name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
     return found
 
 
@@ -56,9 +54,7 @@ def wait_for(sweep: Path, count: int, process: subprocess.Popen) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("undisturbed", type=Path)
     parser.add_argument("killed", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -80,9 +76,7 @@ def main() -> None:
     sweep = start(command)
     wait_for(options.killed, second, sweep)
     time.sleep(chance.uniform(0, 5))
-    jobs = [
-        child for child in psutil.Process(sweep.pid).children() if "subspec.sweeps.job" in child.cmdline()
-    ]
+    jobs = [child for child in psutil.Process(sweep.pid).children() if "subspec.sweeps.job" in child.cmdline()]
     jobs[0].kill()
     print(f"-- SIGKILL to a job, with {written(options.killed)} of {turns} records written", flush=True)
     print(f"-- the sweep ended with status {sweep.wait()}", flush=True)
@@ -94,9 +88,7 @@ def main() -> None:
             break
     found = records(options.killed)
     same = found == expected
-    print(
-        f"-- {sum(map(len, found.values()))} records, {turns} undisturbed: {'equal' if same else 'DIFFERENT'}"
-    )
+    print(f"-- {sum(map(len, found.values()))} records, {turns} undisturbed: {'equal' if same else 'DIFFERENT'}")
     sys.exit(0 if same else 1)
 
 

@@ -105,9 +105,7 @@ class BlockLesson:
         parts = [self.head_weight, self.module.markov_head["markov_w2"].weight[: len(self.head_weight)]]
         return torch.cat([(part if ids is None else part[ids]).to(self.dtype) for part in parts], dim=-1)
 
-    def loss(
-        self, ids: Tensor, learn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, ids: Tensor, learn: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`training.trainer.Lesson`."""
         device, head = self.head_weight.device, self.module
         # Drawn on the CPU, so that the host does not wait for the device.

@@ -43,9 +43,7 @@ class ChatFrame:
             SubspecError: there is no template, or one whose turns do not end with a special token.
         """
         if not tokenizer.chat_template:
-            raise SubspecError(
-                "--target: its tokenizer has no chat template, so it cannot write conversations"
-            )
+            raise SubspecError("--target: its tokenizer has no chat template, so it cannot write conversations")
         roles = ("user", "assistant", "user")
         text = tokenizer.apply_chat_template(
             [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)],
@@ -67,9 +65,7 @@ class ChatFrame:
                 "text cannot be written with it"
             )
         end = answer[0]
-        return cls(
-            tuple(ids(opening)), tuple(answer[1:]), tuple(question[1:]), end, tuple(sorted(special - {end}))
-        )
+        return cls(tuple(ids(opening)), tuple(answer[1:]), tuple(question[1:]), end, tuple(sorted(special - {end})))
 
 
 @dataclass(frozen=True)
@@ -92,9 +88,7 @@ class BatchCache:
         self.rows = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0
 
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store one token's rows [rows, heads, 1, dim]; all keys and values so far."""
         keys, values = self.rows[layer_idx]
         keys[:, :, self.length] = key[:, :, 0]
@@ -178,9 +172,7 @@ class ChatWriter:
         for step in range(self.length):
             forced = at < size
             cut = ~forced & (spoken >= most[assistant.long()])
-            token = torch.where(
-                forced, given.gather(1, at.clamp(max=given.shape[1] - 1)[:, None])[:, 0], chosen
-            )
+            token = torch.where(forced, given.gather(1, at.clamp(max=given.shape[1] - 1)[:, None])[:, 0], chosen)
             token = torch.where(cut, frame.end, token)
             ids[:, step] = token
             learn[:, step] = assistant & ~forced & ~cut

@@ -24,9 +24,7 @@ def shard_path(folder: Path, index: int) -> Path:
 def write_shard(path: Path, ids: Tensor, learn: Tensor, facts: Mapping[str, Any]) -> None:
     """Write ids [rows, length] (below 65536) and the mask [rows, length], atomically, with ``facts`` beside them."""
     if int(ids.max()) >= 2**16:
-        raise SubspecError(
-            f"{path.name}: token id {int(ids.max())} does not fit 16 bits; vocabularies end at 65536"
-        )
+        raise SubspecError(f"{path.name}: token id {int(ids.max())} does not fit 16 bits; vocabularies end at 65536")
     part = path.with_suffix(".part")
     arrays = {"ids": ids.cpu().numpy().astype(np.uint16), "learn": learn.cpu().numpy().astype(np.uint8)}
     save_file(arrays, part, metadata={"facts": json.dumps(dict(facts), sort_keys=True)})
@@ -77,17 +75,11 @@ def load_corpus(folder: Path, *, held_out: int) -> Corpus:
             settings.append(json.loads(file.metadata()["facts"]))
     for path, facts in zip(paths, settings, strict=True):
         if facts != settings[0]:
-            raise SubspecError(
-                f"--text {folder}: {path.name} was written with other settings than {paths[0].name}"
-            )
+            raise SubspecError(f"--text {folder}: {path.name} was written with other settings than {paths[0].name}")
     all_ids, all_learn = torch.cat(ids), torch.cat(learn)
     if len(all_ids) <= held_out:
-        raise SubspecError(
-            f"--text {folder}: {len(all_ids)} rows, of which --held-out takes {held_out}: write more"
-        )
-    return Corpus(
-        all_ids[held_out:], all_learn[held_out:], all_ids[:held_out], all_learn[:held_out], settings[0]
-    )
+        raise SubspecError(f"--text {folder}: {len(all_ids)} rows, of which --held-out takes {held_out}: write more")
+    return Corpus(all_ids[held_out:], all_learn[held_out:], all_ids[:held_out], all_learn[:held_out], settings[0])
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -178,9 +178,7 @@ class EagleLesson:
         weight = self.head_weight[ids]
         return weight, weight, shift
 
-    def loss(
-        self, ids: Tensor, learn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, ids: Tensor, learn: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`training.trainer.Lesson`."""
         # Row i is judged by token i+2; the first rows have no input for the later passes. Rows are chosen on the
         # CPU, so that the host does not wait for the device.

@@ -70,9 +70,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            (slope * grads[0]).to(kind) for slope, kind in zip(ctx.saved_tensors, ctx.types, strict=False)
-        ]
+        scaled = [(slope * grads[0]).to(kind) for slope, kind in zip(ctx.saved_tensors, ctx.types, strict=False)]
         return scaled[0], scaled[1] if len(scaled) > 1 else None, None, None, None, None, None
 
 

@@ -148,18 +148,7 @@ CODE_WISHES = [
 """What else to ask for."""
 
 PEOPLE = ["Maria", "Tom", "Aisha", "Ben", "Yuki", "Carlos", "Nina", "Omar", "Lena", "Raj", "Sofia", "Paul"]
-GOODS = [
-    "apples",
-    "pencils",
-    "stickers",
-    "marbles",
-    "tickets",
-    "cookies",
-    "books",
-    "eggs",
-    "flowers",
-    "coins",
-]
+GOODS = ["apples", "pencils", "stickers", "marbles", "tickets", "cookies", "books", "eggs", "flowers", "coins"]
 MATHS = [
     "{p} has {a} {g} and buys {b} more every day for {c} days. How many {g} does {p} have then?",
     "{p} shares {a} {g} equally among {c} friends and keeps the rest. How many are left over?",

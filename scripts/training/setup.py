@@ -56,9 +56,7 @@ def add_training_options(parser: argparse.ArgumentParser, *, lr: float, rows: in
     parser.add_argument("--rows", type=int, default=rows, help="conversations per step")
     parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=decay)
-    parser.add_argument(
-        "--held-out", type=int, default=256, help="rows of the text kept for agreement figures"
-    )
+    parser.add_argument("--held-out", type=int, default=256, help="rows of the text kept for agreement figures")
 
 
 def add_vocabulary_options(parser: argparse.ArgumentParser) -> None:

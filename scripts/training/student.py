@@ -51,9 +51,7 @@ def build_student(
         torch.manual_seed(seed)
         student = LlamaForCausalLM(config).float()
     with torch.no_grad():
-        student.get_input_embeddings().weight.copy_(
-            projected(target.get_input_embeddings().weight, counts, hidden)
-        )
+        student.get_input_embeddings().weight.copy_(projected(target.get_input_embeddings().weight, counts, hidden))
     return student.to(device).train()
 
 
@@ -95,9 +93,7 @@ class StudentLesson:
     def _teacher(self, ids: Tensor) -> Tensor:
         return self.target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
-    def loss(
-        self, ids: Tensor, learn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, ids: Tensor, learn: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`training.trainer.Lesson`."""
         # Rows are chosen on the CPU, so that the host does not wait for the device.
         batch, row = (move(index, self.head_weight.device) for index in learn[:, 1:].nonzero(as_tuple=True))

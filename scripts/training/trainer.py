@@ -33,9 +33,7 @@ class Lesson(Protocol):
 
     module: nn.Module
 
-    def loss(
-        self, ids: Tensor, learn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, ids: Tensor, learn: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (int64 and bool [rows, length], on the CPU), and figures for the progress line."""
 
     def evaluate(self, ids: Tensor, learn: Tensor) -> dict[str, float]:

@@ -33,9 +33,7 @@ _MARKER = re.compile(
     r"|(?P<sentence>\b(?:answer|result|correct (?:option|choice))\b[\s*_]*is\b[\s*_]*:?)",
     re.IGNORECASE,
 )
-_REMARK_ON_ANSWER = re.compile(
-    r"\W*(?:(?:in)?correct|right|wrong|not|(?:help|use)ful|clear)\b", re.IGNORECASE
-)
+_REMARK_ON_ANSWER = re.compile(r"\W*(?:(?:in)?correct|right|wrong|not|(?:help|use)ful|clear)\b", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 
 
@@ -94,9 +92,7 @@ def _boxes(text: str) -> list[tuple[int, str]]:
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?(?!\d)")
 # A number inside a fraction, root, power, product or sum is not the answer.
 _PART_BEFORE = re.compile(r"\\[dtc]?frac|\\sqrt|(?:\d\s*/|\^|±|\\pm)\s*$")
-_PART_AFTER = re.compile(
-    r"\s*(?:/|\^|×|·|\\times|\\cdot)\s*[\d({\\-]|\s*[-+]\s*[\d(\\]|\s*[½¼¾⅓⅔]|\s+\d+\s*/\s*\d"
-)
+_PART_AFTER = re.compile(r"\s*(?:/|\^|×|·|\\times|\\cdot)\s*[\d({\\-]|\s*[-+]\s*[\d(\\]|\s*[½¼¾⅓⅔]|\s+\d+\s*/\s*\d")
 _ANOTHER_NUMBER = re.compile(r"\s*(?:,|;|&|and\b|or\b)\s*-?\d[\d,./]*\W*$")
 _REMARK = re.compile(r"(?<=\d)[^\d()]*\s\([^()]*\)[\s.*]*$")
 
@@ -144,9 +140,7 @@ _LETTER = re.compile(
     r"(?!(?<=A)\s+(?!because\b|since\b|as\b|is\b|and\b|or\b)[a-z])"
 )
 _BARE_LETTER = re.compile(r"[\s*_$(\[]*(?:option\s+)?([A-Z])[\s*_$)\].:]*$", re.IGNORECASE)
-_ANOTHER_LETTER = re.compile(
-    r"[\s*_$)\]}.]*(?:,|;|/|&|\band\b|\bor\b)[\s*_$(\[{]*(?:option\s+)?[A-D](?![\w'’])"
-)
+_ANOTHER_LETTER = re.compile(r"[\s*_$)\]}.]*(?:,|;|/|&|\band\b|\bor\b)[\s*_$(\[{]*(?:option\s+)?[A-D](?![\w'’])")
 
 
 def _letter(text: str) -> str | None:
@@ -176,8 +170,6 @@ def _expression(text: str) -> str | None:
 
 
 INTEGER = Checker(_extractor(_integer, lambda line, _: _integer(line, last=True)), _same_integer)
-INTEGER_TO_999 = Checker(
-    _extractor(_integer_to_999, lambda line, _: _integer_to_999(line, last=True)), _same_integer
-)
+INTEGER_TO_999 = Checker(_extractor(_integer_to_999, lambda line, _: _integer_to_999(line, last=True)), _same_integer)
 CHOICE = Checker(_extractor(_letter, _bare_letter), lambda found, answer: found == answer.strip().upper())
 MATH = Checker(_extractor(_expression, lambda _, found: next(iter(found), None)), equivalent)

@@ -79,9 +79,7 @@ def _builder(hub: HubData, cached: bool) -> Sequence[dict[str, Any]]:
         if not cached or Path(hub.path).is_dir():
             raise
         try:
-            folder = snapshot_download(
-                hub.path, repo_type="dataset", revision=hub.revision, local_files_only=True
-            )
+            folder = snapshot_download(hub.path, repo_type="dataset", revision=hub.revision, local_files_only=True)
             return load_dataset(folder, name=hub.config, split=hub.split)
         except FileNotFoundError:
             pass
@@ -173,25 +171,17 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
         missing = missing if isinstance(error, ValueError) else f"{data} is not in the local cache"
         return DataUnavailableError(f"{problem} and {missing}", f"fetch it once with a network, {elsewhere}")
     if caused_by(errors.RevisionNotFoundError) or message.startswith("Revision "):
-        return ConfigError(
-            f"benchmark.hub.revision={hub.revision} does not exist in {hub.path}; correct or drop it"
-        )
+        return ConfigError(f"benchmark.hub.revision={hub.revision} does not exist in {hub.path}; correct or drop it")
     if caused_by(errors.EntryNotFoundError) and hub.files:
-        return ConfigError(
-            f"benchmark.hub.files={hub.files}: not all of these files are in {hub.path}; correct them"
-        )
+        return ConfigError(f"benchmark.hub.files={hub.files}: not all of these files are in {hub.path}; correct them")
     if caused_by(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in message:
         return ConfigError(
             f"{data} is not on the hub, or is private; correct the name, or check HF_TOKEN if it is private"
         )
     if caused_by(errors.HFValidationError) or isinstance(error, FileNotFoundError):
-        return ConfigError(
-            f"{data} is neither a data set name (ORG/NAME) nor a folder with data files; correct it"
-        )
+        return ConfigError(f"{data} is neither a data set name (ORG/NAME) nor a folder with data files; correct it")
     if isinstance(error, ValueError) and "onfig" in message:
-        return ConfigError(
-            f"benchmark.hub.config={hub.config} is not a configuration of {hub.path} ({message})"
-        )
+        return ConfigError(f"benchmark.hub.config={hub.config} is not a configuration of {hub.path} ({message})")
     if "scripts are no longer supported" in message:
         return ConfigError(f"{data} is a script data set; name its .jsonl files in benchmark.hub.files")
     refused = next((status for e in chain if (status := _status(e)) in (401, 403)), None)
@@ -221,6 +211,4 @@ def _is_network(error: BaseException) -> bool:
     if status is not None:
         return status == 429 or status >= 500  # an overloaded or broken service
     # The HTTP library differs between releases of the hub's client, so its errors are recognized by module.
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[
-        0
-    ].startswith("httpx")
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith("httpx")

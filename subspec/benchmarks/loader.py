@@ -112,9 +112,7 @@ def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
             "download the file and use benchmark.source=file benchmark.path=FILE",
         )
     if unset:
-        raise ConfigError(
-            f"benchmark.hub.{unset} is not set; benchmark.source={config.source.value} needs it"
-        )
+        raise ConfigError(f"benchmark.hub.{unset} is not set; benchmark.source={config.source.value} needs it")
     detail, note = describe(config.hub), None
     data, cached_because = load_rows(config.hub, (*task.columns, task.category))
     if Source(config.source) is Source.auto:
@@ -129,9 +127,7 @@ def _build(
     config: BenchmarkConfig, task: Task, seed: int, data: Table, source: Source, detail: str, note: str | None
 ) -> Benchmark:
     if not len(data.rows):
-        raise ConfigError(
-            f"{data.shown} holds no rows; correct the file, benchmark.hub.split or benchmark.hub.files"
-        )
+        raise ConfigError(f"{data.shown} holds no rows; correct the file, benchmark.hub.split or benchmark.hub.files")
     # Row numbers of packaged prompts must not be mistaken for rows of the real data set.
     prefix = "sample-" if source is Source.sample else ""
     own = zip(*(data.column(name) for name in task.id_columns), strict=True)
@@ -159,11 +155,7 @@ def _build(
 
 
 def _select(
-    order: list[int],
-    groups: list[str | None],
-    convert: Callable[[int], Sample],
-    limit: int | None,
-    check_all: bool,
+    order: list[int], groups: list[str | None], convert: Callable[[int], Sample], limit: int | None, check_all: bool
 ) -> tuple[list[Sample], dict[int, RowError]]:
     """The first ``limit`` usable rows of each group, one of each group first, so that fewer are a prefix of more.
 

@@ -187,11 +187,7 @@ TASKS: dict[str, Task] = {
         category="High-level domain",
     ),
     "math_500": Task(
-        _math_500,
-        ("unique_id", "problem", "answer"),
-        id_columns=("unique_id", "id"),
-        checker=MATH,
-        category="subject",
+        _math_500, ("unique_id", "problem", "answer"), id_columns=("unique_id", "id"), checker=MATH, category="subject"
     ),
     "livecodebench": Task(
         _livecodebench,

@@ -153,11 +153,7 @@ class Table:
 # --------------------------------------------------------------------------------------------------- files
 
 _PARQUET = b"PAR1"
-_COMPRESSED: dict[bytes, Callable[..., TextIO]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
+_COMPRESSED: dict[bytes, Callable[..., TextIO]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive or spreadsheet: unpack or export it",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
@@ -171,9 +167,7 @@ _FOREIGN = {
 """Contents that are recognized by their first bytes and not read."""
 
 
-def read_rows(
-    path: Path, shown: str, columns: tuple[str, ...] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, shown: str, columns: tuple[str, ...] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``line N`` or ``row N`` (from 1) and the row, for every row of a file in one of :data:`FORMATS`.
 
     Args:
@@ -236,10 +230,7 @@ def _text(path: Path, head: bytes, shown: str) -> Iterator[tuple[str, dict[str, 
                 for place, row in enumerate(_parse(line + "".join(lines), shown), start=1):
                     yield f"row {place}", _object(row, f"{shown} row {place}")
             elif line.strip():
-                yield (
-                    f"line {number}",
-                    _object(_parse(line, f"{shown} line {number}"), f"{shown} line {number}"),
-                )
+                yield (f"line {number}", _object(_parse(line, f"{shown} line {number}"), f"{shown} line {number}"))
             first = first and not line.strip()
 
 

@@ -88,11 +88,7 @@ def _questions() -> Iterator[str]:
 
 
 def _answer(
-    loaded: "Loaded",
-    console: "Terminal",
-    messages: Sequence[dict[str, str]],
-    max_new_tokens: int | None,
-    seed: int,
+    loaded: "Loaded", console: "Terminal", messages: Sequence[dict[str, str]], max_new_tokens: int | None, seed: int
 ) -> str:
     """Print the answer as it is generated; returns it, or what there is of it after Ctrl-C."""
     pieces: list[str] = []

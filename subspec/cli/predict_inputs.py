@@ -98,9 +98,7 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
     ]
     config = to_config(compose_config(command.overrides, added))
     if not isinstance(config.offload, StreamOffloadConfig):
-        raise ConfigError(
-            f"offload={config.offload.name}: predictions are for offload=stream; leave offload out"
-        )
+        raise ConfigError(f"offload={config.offload.name}: predictions are for offload=stream; leave offload out")
     if config.draft.name == "none":
         raise ConfigError("draft=none: plain streaming is predicted in any case; leave draft out")
     from subspec.planning.budget import DeviceMemory, budget_of

@@ -62,10 +62,7 @@ class Measured:
         now = config.tree.name
         if "adaptive" in (self.tree, now):  # of the others, levels survive alike
             found |= {"tree": (self.tree, now)} if self.tree != now else {}
-        return [
-            f"acceptance was measured with {key}={a}, and this prediction has {b}"
-            for key, (a, b) in found.items()
-        ]
+        return [f"acceptance was measured with {key}={a}, and this prediction has {b}" for key, (a, b) in found.items()]
 
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
         """Whether ``level_s`` holds for ``config`` on ``card``; planted and real targets take the same time."""
@@ -102,10 +99,7 @@ def read_measured(place: Path) -> Measured:
     source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
     return Measured(
         Acceptance.from_counts(
-            totals["drafted_by_depth"],
-            totals["accepted_by_depth"],
-            source,
-            adaptive=tree.get("name") == "adaptive",
+            totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree.get("name") == "adaptive"
         ),
         totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
         _target(first),

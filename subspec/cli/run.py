@@ -131,9 +131,7 @@ def _begin(cfg: "DictConfig") -> None:
     check_keys(cfg)
     config = to_config(cfg)
     check_values(config)
-    chosen = {
-        group: getattr(cfg[group], "name", None) or cfg[group] for group in GROUPS if cfg[group] is not None
-    }
+    chosen = {group: getattr(cfg[group], "name", None) or cfg[group] for group in GROUPS if cfg[group] is not None}
     words = [f"{group}={name}" for group, name in chosen.items()]
     _say(f"subspec {__version__}: {' '.join(words)} run_dir={cfg.run_dir}")
 

@@ -45,9 +45,7 @@ class Rotated:
         """All fields of ``Rotated`` but the last one."""
         packed, rotation = self.linear.weight, self.linear.rotation
         signs = rotation.signs(self.out.device, torch.float32)
-        sources = [
-            tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)
-        ]
+        sources = [tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)]
         group_steps = packed.steps // packed.scale.shape[1]
         return [
             *sources,

@@ -95,12 +95,10 @@ class CodedHead:
     def __init__(self, code: HeadCode, substitute: LevelLinear, buffer: Tensor) -> None:
         self.code = code
         self._weights = [
-            buffer[: ITEMSIZE * part.shape.numel()].view(torch.bfloat16).view(part.shape)
-            for part in code.parts
+            buffer[: ITEMSIZE * part.shape.numel()].view(torch.bfloat16).view(part.shape) for part in code.parts
         ]
         self._restorers = [
-            Restorer([part.piece(weight, substitute)])
-            for part, weight in zip(code.parts, self._weights, strict=True)
+            Restorer([part.piece(weight, substitute)]) for part, weight in zip(code.parts, self._weights, strict=True)
         ]
 
     def restore(self, number: int) -> Tensor:

@@ -192,10 +192,7 @@ class LayerRestorer:
         self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
         self._restorers = {
             index: Restorer(
-                [
-                    part.piece(self.parameters[part.name], getattr(substitute[index], part.role))
-                    for part in layer.parts
-                ]
+                [part.piece(self.parameters[part.name], getattr(substitute[index], part.role)) for part in layer.parts]
             )
             for index, layer in layers.items()
         }

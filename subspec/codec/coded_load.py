@@ -39,11 +39,7 @@ class TargetCoding:
     """
 
     def __init__(
-        self,
-        resident: set[int],
-        cache: CodedCache | None = None,
-        on_disk: Collection[int] = (),
-        in_files: bool = False,
+        self, resident: set[int], cache: CodedCache | None = None, on_disk: Collection[int] = (), in_files: bool = False
     ) -> None:
         self._planned, self._cache, self.on_disk = resident, cache, on_disk
         self._in_files = in_files
@@ -179,9 +175,7 @@ class TargetCoding:
         """Restores the coded layers; resident ones' bytes are moved to ``device``. None: no layer is coded."""
         if not self.layers:
             return None
-        resident = {
-            index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())
-        }
+        resident = {index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())}
         return LayerRestorer(self.layers, substitute, shapes, resident, device)
 
     @property
@@ -190,9 +184,7 @@ class TargetCoding:
         return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
 
-def _problem(
-    kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device
-) -> str | None:
+def _problem(kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device) -> str | None:
     """How a layer from the disk differs from the one that was coded; None: bit for bit the same.
 
     Args:
@@ -200,9 +192,7 @@ def _problem(
         sample: of the target's weights as they are now.
     """
     exact = parameter_views(kept.buffer.tensor, kept.layer.exact, torch.bfloat16)
-    if not all(
-        _same(tensor[:1] if tensor.dim() > 1 else tensor, sample.get(name)) for name, tensor in exact.items()
-    ):
+    if not all(_same(tensor[:1] if tensor.dim() > 1 else tensor, sample.get(name)) for name, tensor in exact.items()):
         return "is of other weights"
     flat = kept.buffer.tensor[: kept.layer.nbytes].to(device)
     for part in kept.layer.parts:

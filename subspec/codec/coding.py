@@ -54,18 +54,14 @@ def _problem(config: Config) -> str | None:
         return f"needs the quantized target on the device, and draft={draft.name} has none there: set draft=subspec"
     if not isinstance(quant, HqqConfig | HiggsConfig):
         return f"requires a quantizer that bounds each weight (hqq, higgs), not quant={quant.name}: set quant=hqq"
-    exact = frozenset(name for names in MODULE_CLASSES.values() for name in names) - linear_names(
-        quant.modules
-    )
+    exact = frozenset(name for names in MODULE_CLASSES.values() for name in names) - linear_names(quant.modules)
     if all(is_kept(role, exact) for role in ROLES):
         return (
             f"codes the Linears of a layer that are quantized, and quant.modules=[{','.join(quant.modules)}] quantizes "
             "none (q, k and v are one, so are gate and up): set quant.modules=[attention,mlp]"
         )
     if config.target.dtype in (Dtype.float32, Dtype.float16):
-        return (
-            f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"
-        )
+        return f"codes bfloat16 weights, not target.dtype={config.target.dtype.value}: set target.dtype=bfloat16"
     kernel = getattr(draft, "kernel", None)
     if kernel is not None and kernel is not Kernel.auto and kernel.value not in KERNELS:
         return (

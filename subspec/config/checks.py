@@ -44,19 +44,11 @@ RANGES: list[Check] = [
     ("tree.width", _AT_LEAST_1, "must be at least 1"),
     ("tree.total_tokens", lambda value: value >= 2, "must be at least 2: the root and a node below it"),
     ("tree.check_every", _AT_LEAST_1, "must be at least 1"),
-    (
-        "tree.min_depth",
-        _NOT_NEGATIVE,
-        "must not be negative (0: nothing is drafted while plain decoding is faster)",
-    ),
+    ("tree.min_depth", _NOT_NEGATIVE, "must not be negative (0: nothing is drafted while plain decoding is faster)"),
     ("tree.level_cost", _POSITIVE, "must be positive (null: measured while running)"),
     ("draft.temperature", _POSITIVE, "must be positive"),
     ("draft.proposed", lambda value: 1 <= value <= 64, "must lie in 1..64"),
-    (
-        "decoding.max_length",
-        lambda value: value >= 2,
-        "must be at least 2: one token of prompt, one of answer",
-    ),
+    ("decoding.max_length", lambda value: value >= 2, "must be at least 2: one token of prompt, one of answer"),
     ("decoding.max_new_tokens", _AT_LEAST_1, "must be at least 1 (null: until max_length)"),
     ("decoding.prefill_chunk", _AT_LEAST_1, "must be at least 1"),
     (
@@ -66,11 +58,7 @@ RANGES: list[Check] = [
     ),
     ("decoding.top_k", _NOT_NEGATIVE, "must not be negative (0: off)"),
     ("decoding.top_p", lambda value: 0 < value <= 1, "must lie in (0, 1] (1: off)"),
-    (
-        "decoding.bitwise",
-        lambda value: value == AUTO or isinstance(value, bool),
-        "must be auto, true or false",
-    ),
+    ("decoding.bitwise", lambda value: value == AUTO or isinstance(value, bool), "must be auto, true or false"),
     (
         "decoding.texts",
         lambda value: value == AUTO or (type(value) is int and value >= 1),
@@ -194,8 +182,7 @@ def _check_execution(config: Config) -> None:
     kernel = getattr(draft, "kernel", Kernel.auto)
     if kernel is not Kernel.auto and not captured:
         raise ConfigError(
-            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel "
-            "at auto"
+            f"draft.kernel={kernel.value} chooses the kernel of offload=stream: set that, or leave draft.kernel at auto"
         )
     if not getattr(draft, "overlap_launches", True) and not captured:
         raise ConfigError(

@@ -86,9 +86,7 @@ def _unreadable_override(text: str) -> str:
         return f"{text}: give it a value, {text}=VALUE"
     key, _, value = text.partition("=")
     again = shlex.quote(f'{key}="{value}"')
-    return (
-        f"{text}: not readable as KEY=VALUE; a value with special characters is quoted twice, as in {again}"
-    )
+    return f"{text}: not readable as KEY=VALUE; a value with special characters is quoted twice, as in {again}"
 
 
 def _broken_yaml(error: yaml.YAMLError) -> str:

@@ -64,8 +64,7 @@ def expected(error: Exception) -> tuple[str, int] | None:
 
 
 _ALLOCATION = re.compile(
-    "can't allocate memory|not enough memory|out of memory|calculation overflowed|overflow when unpacking",
-    re.I,
+    "can't allocate memory|not enough memory|out of memory|calculation overflowed|overflow when unpacking", re.I
 )
 """PyTorch's host allocator, and sizes beyond 64 bits, raise plain RuntimeErrors and TypeErrors."""
 

@@ -158,9 +158,7 @@ def option_keys(conf: Path, group: str, option: str) -> list[tuple[str, str]]:
     rows = []
     for key in keys:
         value, text = given.get(key, (declared.get(key, ""), ""))
-        if key != "name" and not (
-            key in given and value == "" and any(k.startswith(f"{key}.") for k in given)
-        ):
+        if key != "name" and not (key in given and value == "" and any(k.startswith(f"{key}.") for k in given)):
             rows.append((f"{key}={value}", text or others.get(key) or _documented(schema, key)))
     return rows
 
@@ -252,9 +250,7 @@ def _entry(key: str, text: str, indent: int, column: int = 28) -> list[str]:
 
 def unknown_option(group: str, option: str, known: Sequence[str]) -> str:
     """Message about an option that a group does not have."""
-    listed = (
-        f"`--help {group}` lists them" if len(known) > 20 else f"{group} has {', '.join(known) or 'none'}"
-    )
+    listed = f"`--help {group}` lists them" if len(known) > 20 else f"{group} has {', '.join(known) or 'none'}"
     return f"{group}={option}: no such option{suggestion(option, known)}; {listed}"
 
 

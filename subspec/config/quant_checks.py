@@ -86,9 +86,7 @@ def linear_names(modules: list[str]) -> set[str]:
             raise ConfigError(f"quant.modules: unknown module {entry!r}; use {', '.join(names)}")
         chosen.update(MODULE_CLASSES.get(entry, (entry,)))
     if not chosen:
-        raise ConfigError(
-            "quant.modules is empty: a substitute needs at least one quantized module, e.g. [mlp]"
-        )
+        raise ConfigError("quant.modules is empty: a substitute needs at least one quantized module, e.g. [mlp]")
     return chosen
 
 

@@ -116,13 +116,7 @@ class Adaptive(Beam):
     SUDDEN = 4.0  # where drafting pays, a deep tree and a pass take less than this many times a pass alone
 
     def __init__(
-        self,
-        depth: int,
-        width: int,
-        *,
-        level_cost: float | None = None,
-        check_every: int = 1,
-        min_depth: int = 1,
+        self, depth: int, width: int, *, level_cost: float | None = None, check_every: int = 1, min_depth: int = 1
     ) -> None:
         super().__init__(depth, width)
         if check_every < 1 or not 0 <= min_depth <= depth:

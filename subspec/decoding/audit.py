@@ -101,12 +101,7 @@ class Auditor:
     """
 
     def __init__(
-        self,
-        target: TargetModel,
-        sampling: Sampling | None = None,
-        *,
-        margin: float | None = None,
-        chunk: int = 256,
+        self, target: TargetModel, sampling: Sampling | None = None, *, margin: float | None = None, chunk: int = 256
     ) -> None:
         self.target = target
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)

@@ -180,9 +180,7 @@ class BitwisePass:
         residual: [n, hidden], embedding rows of the batch's tokens; overwritten.
     """
 
-    def __init__(
-        self, arithmetic: "BitwiseArithmetic", batch: TokenBatch | JointBatch, residual: Tensor
-    ) -> None:
+    def __init__(self, arithmetic: "BitwiseArithmetic", batch: TokenBatch | JointBatch, residual: Tensor) -> None:
         self._arithmetic = arithmetic
         shapes = arithmetic.shapes
         self.residual = residual
@@ -356,9 +354,7 @@ class BitwiseArithmetic:
                 length=batch.length,
                 heads=heads,
                 scale=attention.scaling,
-                partial=state.buffer(
-                    "wide", heads.partial_floats(text.rows, batch.length), dtype=torch.float32
-                ),
+                partial=state.buffer("wide", heads.partial_floats(text.rows, batch.length), dtype=torch.float32),
                 out=attended[text.part],
             )
         return attended

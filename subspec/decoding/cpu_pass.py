@@ -144,10 +144,7 @@ class CpuPass:
             masked=mask.shape[1],
         )
         kernels.begin(run)
-        self._keys, self._of_layer, self._of_part = (
-            view.rows.data_ptr(),
-            *(4 * s for s in view.rows.stride()[:2]),
-        )
+        self._keys, self._of_layer, self._of_part = (view.rows.data_ptr(), *(4 * s for s in view.rows.stride()[:2]))
 
     def run(self, layer: Layer, index: int) -> None:
         """Run a layer whose keys and values are those of ``index`` in the cache."""
@@ -211,8 +208,6 @@ def _places(layer: nn.Module, found: Layer) -> list[Place]:
             places.append((found, f"{role}_bias", parameters, "bias"))
     names = {name for name, _ in layer.named_modules()}
     places += [
-        (found, role, layer.get_submodule(path)._parameters, "weight")
-        for role, path in NORMS.items()
-        if path in names
+        (found, role, layer.get_submodule(path)._parameters, "weight") for role, path in NORMS.items() if path in names
     ]
     return places

@@ -64,9 +64,7 @@ class Draft(ABC):
         The frontier is the last level or, unless ``TreePolicy.whole_levels``, a part of it in any order.
         """
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         """Draft one level below ``frontier`` (int64 [f]); returns the next frontier, empty if nothing follows.
 
         A draft with an estimate of its own of the level's acceptance writes it to ``Tree.confidence``.

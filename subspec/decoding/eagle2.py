@@ -33,9 +33,7 @@ class Eagle2(TreePolicy):
         if depth < 1 or width < 1:
             raise ValueError(f"tree.depth and tree.width must be at least 1, not {depth} and {width}")
         if total_tokens < 2:
-            raise ValueError(
-                f"tree.total_tokens must be at least 2 (the root and a node), not {total_tokens}"
-            )
+            raise ValueError(f"tree.total_tokens must be at least 2 (the root and a node), not {total_tokens}")
         self.max_depth = depth
         self.width = width
         self.total_tokens = total_tokens

@@ -55,12 +55,8 @@ class Engine(TextLoop):
         if (draft is None) != (policy is None):
             raise ValueError("a draft and a tree policy go together")
         if policy is not None and policy.width > target.vocab_size:
-            raise ValueError(
-                f"a tree of width {policy.width} is wider than the vocabulary of {target.vocab_size}"
-            )
-        super().__init__(
-            target, draft, policy, max_length=max_length, prefill_chunk=prefill_chunk, texts=texts
-        )
+            raise ValueError(f"a tree of width {policy.width} is wider than the vocabulary of {target.vocab_size}")
+        super().__init__(target, draft, policy, max_length=max_length, prefill_chunk=prefill_chunk, texts=texts)
         self.eos_token_ids = tuple(eos_token_ids)
         self.tokenizer = tokenizer
         self.sampler = Sampler(sampling or Sampling(), target.vocab_size, target.device)
@@ -139,9 +135,7 @@ class Engine(TextLoop):
                 are not finite, or texts of a scheduler are running.
         """
         self.check_idle()
-        text = self.text(
-            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, seed=seed
-        )
+        text = self.text(prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, seed=seed)
         text.on_tokens, text.sampler = on_tokens, self.sampler
         self.sampler.reseed(seed)
         self.admit(text)
@@ -170,9 +164,7 @@ class Engine(TextLoop):
         root, times = place.tree.tokens[:1].clone(), []
         for _ in range(tokens + 1 if tokens else 0):
             path = place.tree.plant(root)
-            logits = self.target.logits(
-                self._pass.trees([place], 1).final
-            )  # not rounded up, as a tree's rows are
+            logits = self.target.logits(self._pass.trees([place], 1).final)  # not rounded up, as a tree's rows are
             chosen = self.sampler.choose(logits, place.cache.length + 1, place.tree.depths[:1], 1)
             root = verify(place.tree, chosen, 0, finite_choice(logits, chosen)).bonus
             place.cache.accept(path)
@@ -201,9 +193,7 @@ class Engine(TextLoop):
         """
         prompt_ids = prompt_list(prompt_ids)
         whole_number("seed", seed, least=0)
-        output = self.output_buffer(
-            prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos
-        )
+        output = self.output_buffer(prompt_ids, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos)
         sampler = Sampler(sampling or self.sampler.sampling, self.target.vocab_size, self.target.device)
         sampler.reseed(seed)
         return Text(prompt_ids, output, sampler, on_tokens, GenerationStats(prompt_tokens=len(prompt_ids)))

@@ -50,10 +50,7 @@ def decoding_rule(tokenizer: TextDecoder) -> DecodingRule:
     kind = type(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or "decode" in vars(tokenizer):
         return DecodingRule.whole
-    if (
-        kind.decode is not PreTrainedTokenizerBase.decode
-        or kind._decode is not PreTrainedTokenizerFast._decode
-    ):
+    if kind.decode is not PreTrainedTokenizerBase.decode or kind._decode is not PreTrainedTokenizerFast._decode:
         return DecodingRule.whole
     if _cleans_up(tokenizer):
         return DecodingRule.whole
@@ -74,9 +71,7 @@ def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether transformers removes spaces from the decoded text; it never does with BPE, unless told twice."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
-    insists = getattr(
-        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True
-    )
+    insists = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
     return insists or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
 
 
@@ -88,13 +83,7 @@ def _decodes_tokens(steps: list[dict[str, Any]]) -> bool:
     if (
         not kinds
         or kinds[0] != "Replace"
-        or kinds[1:]
-        not in (
-            ["ByteFallback", "Fuse"],
-            ["ByteFallback", "Fuse", "Strip"],
-            ["Fuse"],
-            ["Fuse", "Strip"],
-        )
+        or kinds[1:] not in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"], ["Fuse"], ["Fuse", "Strip"])
     ):
         return False
     marks = steps[0].get("pattern") == {"String": _SPACE_MARK} and steps[0].get("content") == " "

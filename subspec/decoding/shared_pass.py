@@ -141,9 +141,7 @@ class SharedPass:
         piece, text.unread = text.unread[: share.rows], text.unread[share.rows :]
         text.own.cache.extend(share.rows)
         if text.own.draft is not None:
-            states = self.wants.select(
-                share.hidden if share.rows == len(share.hidden.final) else share.own_hidden
-            )
+            states = self.wants.select(share.hidden if share.rows == len(share.hidden.final) else share.own_hidden)
             text.own.draft.observe(piece, states)
 
 

@@ -40,9 +40,7 @@ class ModulePass:
         mask: additive, [1, 1, n, rows of the view].
     """
 
-    def __init__(
-        self, batch: TokenBatch | JointBatch, embedded: Tensor, mask: Tensor, rotary: nn.Module
-    ) -> None:
+    def __init__(self, batch: TokenBatch | JointBatch, embedded: Tensor, mask: Tensor, rotary: nn.Module) -> None:
         positions = batch.positions.unsqueeze(0)
         self._hidden = embedded.unsqueeze(0)
         self._arguments: dict[str, Any] = {
@@ -89,9 +87,7 @@ class TargetModel:
         config = model.config
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = self.head.out_features
         embedding = model.get_input_embeddings().weight
         self.dtype: torch.dtype = embedding.dtype

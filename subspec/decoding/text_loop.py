@@ -74,11 +74,7 @@ class TextLoop:
         target, policy = self.target, self.policy
         # Rounded rows let trees of nearly the same size use the same kernels, or the same graph; on a CPU rows cost
         # time. Batch-invariant arithmetic that is not captured has one kernel for any number of rows.
-        rounds = (
-            policy is not None
-            and target.device.type == "cuda"
-            and (target.bitwise is None or target.captured)
-        )
+        rounds = policy is not None and target.device.type == "cuda" and (target.bitwise is None or target.captured)
         multiple = ROW_MULTIPLE if rounds else 1
         drafts = [draft, *(draft and draft.fork() for _ in range(texts - 1))]
         # Trees that lie behind each other begin at aligned addresses.
@@ -252,9 +248,7 @@ class TextLoop:
         if len(growing) == 1:
             text, frontier = growing[0]
             return [(text, draft.extend(text.own.tree, frontier, policy, _perturb(text)))]
-        levels = [
-            NextLevel(text.own.draft, text.own.tree, frontier, _perturb(text)) for text, frontier in growing
-        ]
+        levels = [NextLevel(text.own.draft, text.own.tree, frontier, _perturb(text)) for text, frontier in growing]
         grown = draft.extend_together(levels, policy)
         return [(text, frontier) for (text, _), frontier in zip(growing, grown, strict=True)]
 
@@ -336,9 +330,7 @@ class TextLoop:
             own.share.text.count_times(phases)
         if self.policy is not None:
             draft_s = phases.get("draft", 0.0)
-            accepted = [
-                0 if isinstance(result, NotFiniteError) else len(result[0]) - 1 for _, result in verified
-            ]
+            accepted = [0 if isinstance(result, NotFiniteError) else len(result[0]) - 1 for _, result in verified]
             shares = [own.share for own, _ in verified]
             self.policy.learn(
                 IterationOutcome(

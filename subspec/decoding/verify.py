@@ -57,11 +57,7 @@ class Acceptance:
         if values[-2]:
             raise NotFiniteError(NOT_FINITE)
         count = values[0]
-        return (
-            values[1 : 1 + count],
-            values[1 + self.path_room : 1 + self.path_room + count],
-            values[-1],
-        )
+        return (values[1 : 1 + count], values[1 + self.path_room : 1 + self.path_room + count], values[-1])
 
     def path(self, count: int) -> Tensor:
         """Accepted node numbers with the root, int64 [count], still on the device."""

@@ -177,11 +177,7 @@ class BlockShape(Eagle3Shape):
                 "mask_token_id": self.mask_id,
                 "causal_head": self.causal,
             }
-            | (
-                {"markov_rank": self.markov[-1], "markov_head_type": "vanilla"}
-                if self.shifted and self.markov
-                else {}
-            )
+            | ({"markov_rank": self.markov[-1], "markov_head_type": "vanilla"} if self.shifted and self.markov else {})
         )
 
 

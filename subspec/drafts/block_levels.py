@@ -23,9 +23,7 @@ class BlockLevels(Draft):
             self._logits = self.run_block(tree.tokens[:1])
         return self._logits[tree.levels].expand(len(frontier), -1)
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         if tree.levels == self.levels:
             return frontier[:0]
         return super().extend(tree, frontier, policy, perturb)

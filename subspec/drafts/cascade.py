@@ -136,13 +136,9 @@ class CascadeDraft(Draft):
         numbers = torch.tensor(nodes, device=rows.device)
         self._rows[kind].index_copy_(0, numbers, rows.to(self._rows.dtype))
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         nodes, before = self._locate(tree, frontier), (tree.size, tree.levels, tree.level_size)
-        unscored = {
-            number for number, node in zip(frontier.tolist(), nodes, strict=True) if node not in self._scored
-        }
+        unscored = {number for number, node in zip(frontier.tolist(), nodes, strict=True) if node not in self._scored}
         if unscored:
             if len(unscored) < len(nodes):
                 grown = self._grow(tree, frontier, nodes, policy, perturb)
@@ -195,9 +191,7 @@ class CascadeDraft(Draft):
         if not self._lineage:
             self._plant(tree)
         if tree.levels:
-            pairs = torch.stack(
-                [tree.parents.index_select(0, frontier), tree.tokens.index_select(0, frontier)]
-            )
+            pairs = torch.stack([tree.parents.index_select(0, frontier), tree.tokens.index_select(0, frontier)])
             nodes = self._nodes([(self._number[parent], token) for parent, token in pairs.t().tolist()])
             self._number.update(zip(frontier.tolist(), nodes, strict=True))
         else:

@@ -185,9 +185,7 @@ class CascadeMemory(DraftMemory):
         self.allocations = (
             *own.allocations,
             *other.allocations,
-            Allocation(
-                "proposals", ((kept, 2), (tree, 1)), "logits of the substitute and its proposer, tree"
-            ),
+            Allocation("proposals", ((kept, 2), (tree, 1)), "logits of the substitute and its proposer, tree"),
         )
         self.required_resident, self.required_by = own.required_resident, own.required_by
         self.shared_rows, self.captured = rows, own.captured

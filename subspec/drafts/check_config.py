@@ -98,14 +98,10 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
     spec, width = spec_of(config.draft), getattr(config.tree, "width", None) or 1
     if spec is not None and width > model.vocab_size:
         raise ConfigError(
-            f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: "
-            f"lower tree.width"
+            f"tree.width={width} is wider than the target's vocabulary of {model.vocab_size} tokens: lower tree.width"
         )
     check_model_config(
-        model,
-        name=f"target {config.target.name}",
-        max_length=config.decoding.max_length,
-        key="decoding.max_length",
+        model, name=f"target {config.target.name}", max_length=config.decoding.max_length, key="decoding.max_length"
     )
     quantized = model
     if spec is not None:

@@ -35,10 +35,7 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
         return "fused levels on a CPU take quant=hqq with quant.axis=1"
     if (why := why_modules(model)) is not None:
         return why
-    layer, head = (
-        parameter_shapes(model)[0],
-        (known_tokens(config.draft, model.vocab_size), model.hidden_size),
-    )
+    layer, head = (parameter_shapes(model)[0], (known_tokens(config.draft, model.vocab_size), model.hidden_size))
     found = hqq_quantization(quant, layer, head, AUTO, CpuFormat)
     known = {role: own for role, own in found.formats.items() if isinstance(own, CpuFormat)}
     own = {role: format_.own(*found.shapes[role]) for role, format_ in known.items()}

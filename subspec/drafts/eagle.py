@@ -94,9 +94,7 @@ class EagleDraft(FeatureDraft):
         ids = d2t + torch.arange(len(d2t), device=d2t.device)
         return logits.new_full((len(logits), vocab_size), -torch.inf).index_copy_(1, ids, logits)
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         """One level. A greedy one is chosen among the head's own ids, which become the target's afterwards."""
         d2t, first = self.head.d2t, tree.size
         if perturb is not None or d2t is None or policy.width > len(d2t):
@@ -149,12 +147,8 @@ class EagleMemory(DraftMemory):
         features = nodes * shape.hidden * inputs.itemsize
         self.allocations = (
             Allocation(f"{self.name} head", tuple((weight.nbytes, 1) for weight in weights.values()), note),
-            Allocation(
-                f"{self.name} KV cache", ((cache, inputs.texts),), f"{rows} + {length} rows, {_layers(shape)}"
-            ),
-            Allocation(
-                f"{self.name} features", ((features, inputs.texts * int(nodes > 0)),), f"{nodes} nodes"
-            ),
+            Allocation(f"{self.name} KV cache", ((cache, inputs.texts),), f"{rows} + {length} rows, {_layers(shape)}"),
+            Allocation(f"{self.name} features", ((features, inputs.texts * int(nodes > 0)),), f"{nodes} nodes"),
         )
         self.read = sum(weight.nbytes for name, weight in weights.items() if name not in (EMBEDDING, D2T))
         if LM_HEAD not in weights:
@@ -288,7 +282,5 @@ class EagleSpec(DraftSpec):
             facts["feature_layers"] = list(draft.wants.layers)
             facts["draft_vocab"] = target.vocab_size if loaded.head.d2t is None else len(loaded.head.d2t)
         return BuiltDraft(
-            draft,
-            facts=facts,
-            summary=f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}",
+            draft, facts=facts, summary=f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
         )

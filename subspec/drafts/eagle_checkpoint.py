@@ -263,8 +263,7 @@ def sort_tensors(
         if other := _other_kind(plain, config, kind):
             raise ConfigError(f"{name} is {other}")
         parts = [
-            f"{what} {', '.join(keys[:NAMED])}"
-            + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+            f"{what} {', '.join(keys[:NAMED])}" + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
             for what, keys in (("missing", missing), ("surplus", surplus))
             if keys
         ]
@@ -274,9 +273,7 @@ def sort_tensors(
     kept = {own: plain[own] for own in (*required, *optional) if own in plain}
     for key, tensor in kept.items():
         if key != D2T and (not tensor.is_floating_point() or tensor.itemsize < 2):
-            raise ConfigError(
-                f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original"
-            )
+            raise ConfigError(f"{name} holds {key} as {tensor.dtype}: quantized heads are not read; take the original")
     return kept, sorted(dropped)
 
 
@@ -345,16 +342,12 @@ def load_head(
         drawn, config = files.tensors(dtype, device), files.shape().config()
         return LoadedHead(files.kind.from_tensors(drawn, config), files.source, planted=True)
     tensors, dropped, shape = _read(files, hidden, target, kind)
-    moved = {
-        name: tensor.to(device, torch.int64 if name == D2T else dtype) for name, tensor in tensors.items()
-    }
+    moved = {name: tensor.to(device, torch.int64 if name == D2T else dtype) for name, tensor in tensors.items()}
     return LoadedHead(kind.from_tensors(moved, shape.config()), files.source, dropped)
 
 
 @functools.lru_cache(maxsize=8)
-def head_shape(
-    files: Located | PlantedHead, hidden: int, target: str, kind: type[EagleHead] = EagleHead
-) -> EagleShape:
+def head_shape(files: Located | PlantedHead, hidden: int, target: str, kind: type[EagleHead] = EagleHead) -> EagleShape:
     """Sizes of a head without its weights, for planning; arguments as of :func:`load_head`.
 
     Raises:
@@ -375,9 +368,7 @@ def _read(
     return tensors, dropped, shape_of(tensors, config, kind)
 
 
-def shape_of(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead
-) -> EagleShape:
+def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead) -> EagleShape:
     """Sizes of a head, read off its tensors and its ``config.json``.
 
     Raises:
@@ -389,7 +380,5 @@ def shape_of(
     except SubspecError:
         raise
     except Exception as error:
-        raise ConfigError(
-            f"the {kind.shape_class.kind}'s config.json is not valid ({one_line(error)})"
-        ) from error
+        raise ConfigError(f"the {kind.shape_class.kind}'s config.json is not valid ({one_line(error)})") from error
     return shape

@@ -111,9 +111,7 @@ class EagleShape:
         head_dim = q // heads
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
-            raise ConfigError(
-                f"the {cls.kind}'s config.json says hidden_act={activation}: only silu is built"
-            )
+            raise ConfigError(f"the {cls.kind}'s config.json says hidden_act={activation}: only silu is built")
         if q % heads or head_dim % 2 or k % head_dim or heads % (k // head_dim or 1):
             raise ConfigError(
                 f"the {cls.kind}'s q_proj and k_proj have {q} and {k} outputs, which {heads} heads "
@@ -348,9 +346,7 @@ class EagleHead(nn.Module):
         with torch.random.fork_rng(devices=[]):  # Linears draw initial weights of their own
             self.fc = nn.Linear(shape.inputs[0], shape.hidden, bias="fc.bias" in shape.biases)
             config = shape.layer_config()
-            self.layers = nn.ModuleList(
-                LlamaDecoderLayer(config, index) for index in range(shape.decoder_layers)
-            )
+            self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(shape.decoder_layers))
             for index, layer in enumerate(self.layers):
                 layer.self_attn = EagleAttention(config, shape, index)
             self.register_buffer("d2t", None)
@@ -410,9 +406,7 @@ class EagleHead(nn.Module):
         """Logits [n, vocabulary of the head] of predicted features [n, hidden]."""
         return target.logits(self.finish(features))
 
-    def forward(
-        self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, features: Tensor, positions: Tensor, mask: Tensor, view: KVView) -> Tensor:
         """Predicted features on a cache.
 
         Args:

@@ -134,11 +134,7 @@ class LayerSkipSpec(DraftSpec):
 
     def prepare(self) -> None:
         """Choose the layers."""
-        draft, count, plan = (
-            self.context.config.draft,
-            self.context.model.num_hidden_layers,
-            self.context.plan,
-        )
+        draft, count, plan = (self.context.config.draft, self.context.model.num_hidden_layers, self.context.plan)
         assert isinstance(draft, LayerSkipDraftConfig)
         if plan is None:
             self._layers = chosen_layers(draft, count) or usual_layers(count)
@@ -154,9 +150,7 @@ class LayerSkipSpec(DraftSpec):
             draft = SubstituteDraft(skip_layers(target.model, layers), config.temperature)
         else:
             levels = "fused, bfloat16"
-            parts = [
-                dense_layer(layer_views(target.base.layers[index]), cache_layer=index) for index in layers
-            ]
+            parts = [dense_layer(layer_views(target.base.layers[index]), cache_layer=index) for index in layers]
             overlap = None if config.overlap_launches else False
             draft = CapturedDraft(level_model(target.model, parts), config.temperature, overlap=overlap)
         listed = ", ".join(map(str, layers))

@@ -156,9 +156,7 @@ class PardDraft(BlockLevels):
     ) -> None:
         super().__init__(temperature)
         self.model, self.levels, self.vocab_size, self.wants = model, levels, vocab_size, shape.wants
-        self.cache = model.new_cache(
-            max_length=max_length, draft_rows=0, target_rows=cache_rows(max_length, levels)
-        )
+        self.cache = model.new_cache(max_length=max_length, draft_rows=0, target_rows=cache_rows(max_length, levels))
         self._prompt_rows = prompt_rows(max_length)
         self._block = torch.full((levels - 1,), shape.token, device=model.device)
 
@@ -330,9 +328,7 @@ class PardSpec(SmallModelSpec):
         depth = context.policy.max_depth
         levels = min(draft.block, depth)
         if depth > levels:
-            context.note(
-                f"tree.depth={depth}: a pass drafts draft.block={levels} levels, and no tree is deeper"
-            )
+            context.note(f"tree.depth={depth}: a pass drafts draft.block={levels} levels, and no tree is deeper")
         made = PardDraft(
             self._pard,
             self._shape,

@@ -83,9 +83,7 @@ class PlantedHead:
                 drawn[name] = own * self._target().vocab_size // len(own) - own
                 continue
             tensor = torch.empty(size, dtype=dtype, device=device)
-            drawn[name] = (
-                tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, STD, generator=generator)
-            )
+            drawn[name] = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, STD, generator=generator)
         return drawn
 
 

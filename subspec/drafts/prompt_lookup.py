@@ -56,9 +56,7 @@ class PromptLookupDraft(Draft):
 
     def fork(self) -> "PromptLookupDraft":
         index = NgramIndex(self.index.longest, self.index.shortest)
-        return PromptLookupDraft(
-            index, self.vocab_size, earlier_texts=self.earlier_texts, temperature=self.temperature
-        )
+        return PromptLookupDraft(index, self.vocab_size, earlier_texts=self.earlier_texts, temperature=self.temperature)
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
         self.index.add(tokens.tolist())
@@ -71,9 +69,7 @@ class PromptLookupDraft(Draft):
         """Log-probabilities [f, vocabulary], float32; tokens that never followed share the rest."""
         return self._logits(self._candidates(tree, frontier, self.vocab_size), frontier.device)
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         """One level of tokens that followed before; an empty frontier when there are none."""
         found = self._candidates(tree, frontier, policy.width if perturb is None else self.vocab_size)
         count = sum(map(len, found))
@@ -166,10 +162,6 @@ class PromptLookupSpec(DraftSpec):
         where = "this text and the run's earlier ones" if draft.earlier_texts else "this text"
         return BuiltDraft(
             lookup,
-            facts={
-                "longest": draft.longest,
-                "shortest": draft.shortest,
-                "earlier_texts": draft.earlier_texts,
-            },
+            facts={"longest": draft.longest, "shortest": draft.shortest, "earlier_texts": draft.earlier_texts},
             summary=f"contexts of {draft.shortest} to {draft.longest} tokens in {where}",
         )

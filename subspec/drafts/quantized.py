@@ -53,12 +53,7 @@ def quantize_draft(
 
 
 def _cached_modules(
-    quantizer: Quantizer,
-    model: PreTrainedModel,
-    quant: QuantConfig,
-    identity: str,
-    dtype: torch.dtype,
-    note: Note,
+    quantizer: Quantizer, model: PreTrainedModel, quant: QuantConfig, identity: str, dtype: torch.dtype, note: Note
 ) -> CachedModules | None:
     """``quantizer`` with its results of earlier runs; None if its results cannot be stored."""
     if not isinstance(quantizer, StorableQuantizer):

@@ -54,9 +54,7 @@ class SeparateCacheDraft(Draft):
         self.levels = levels
         self.model = model
         self.vocab_size = vocab_size
-        self.cache = model.new_cache(
-            max_length=max_length, draft_rows=draft_rows, target_rows=prompt_rows(max_length)
-        )
+        self.cache = model.new_cache(max_length=max_length, draft_rows=draft_rows, target_rows=prompt_rows(max_length))
         self._width = width
         self._is_warm = False
 
@@ -92,9 +90,7 @@ class SeparateCacheDraft(Draft):
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         return fit_vocabulary(self.levels.expand(tree, frontier), self.vocab_size)
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         # Beyond the draft's vocabulary nothing is drafted; a greedy level needs no padding to the target's.
         if perturb is None and self.levels.captures(policy):
             return self.levels.extend(tree, frontier, policy)

@@ -22,12 +22,7 @@ from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.quantized import quantize_draft
 from subspec.drafts.separate_cache import SeparateCacheDraft
-from subspec.drafts.small_checkpoint import (
-    load_small_config,
-    open_small_model,
-    small_identity,
-    small_model_config,
-)
+from subspec.drafts.small_checkpoint import load_small_config, open_small_model, small_identity, small_model_config
 from subspec.drafts.small_model_memory import SmallModelMemory
 from subspec.drafts.spec import BuiltDraft, DraftSpec, why_not_captured
 from subspec.drafts.substitute import SubstituteDraft
@@ -221,9 +216,7 @@ class SmallModelSpec(DraftSpec):
             Vocabulary(context.name, vocab_size, context.tokenizer),
         )
         if not streamed:  # else the plan has counted it
-            check_memory(
-                count_parameters(source.config) * dtype.itemsize, device, f"small model {source.name}"
-            )
+            check_memory(count_parameters(source.config) * dtype.itemsize, device, f"small model {source.name}")
         self._model = load_small_model(source, vocab_size, device, flat=not draft.quantize)
         self._report: QuantReport | None = None
         if draft.quantize:

@@ -27,17 +27,10 @@ class OwnModelMemory(DraftMemory):
         self.allocations = (
             Allocation(
                 "small model",
-                (
-                    (layer, model.layers),
-                    (table, 1),
-                    (head, int(not model.tied)),
-                    (model.hidden * CAPTURED_ITEMSIZE, 1),
-                ),
+                ((layer, model.layers), (table, 1), (head, int(not model.tied)), (model.hidden * CAPTURED_ITEMSIZE, 1)),
                 f"{model.layers} layers, {model.vocab} tokens, bfloat16",
             ),
-            Allocation(
-                "small model's KV", ((cache, inputs.texts),), f"{draft_rows} + {length} + {rows} rows"
-            ),
+            Allocation("small model's KV", ((cache, inputs.texts),), f"{draft_rows} + {length} + {rows} rows"),
         )
         self.read = layer * model.layers + head
 
@@ -50,10 +43,6 @@ class SmallModelMemory(OwnModelMemory):
         length = inputs.config.decoding.max_length
         rows, known = prompt_rows(length), min(model.vocab, target.vocab)
         super().__init__(inputs, policy.draft_rows, rows)
-        shape = LevelShape.of(
-            replace(model, vocab=known), fused_linears(role_shapes(model.layer), exact=True)
-        )
-        self.level = captured_level_bytes(
-            replace(shape, target_vocab=target.vocab), policy.width, inputs.sampling
-        )
+        shape = LevelShape.of(replace(model, vocab=known), fused_linears(role_shapes(model.layer), exact=True))
+        self.level = captured_level_bytes(replace(shape, target_vocab=target.vocab), policy.width, inputs.sampling)
         self.workspaces = {f"the small model's prompt, {rows} tokens": self.trace.prefill_bytes(rows, length)}

@@ -136,9 +136,7 @@ class DraftSpec(ABC):
         Raises:
             SubspecError: the draft has no plan, or its settings contradict the target.
         """
-        raise ConfigError(
-            f"offload=stream has no plan for draft={inputs.config.draft.name}: set offload=none"
-        )
+        raise ConfigError(f"offload=stream has no plan for draft={inputs.config.draft.name}: set offload=none")
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:

@@ -65,9 +65,7 @@ class SubstituteDraft(LevelDraft):
     shares_cache = True
 
     def __init__(
-        self,
-        substitute: PreTrainedModel | TargetModel,
-        temperature: float = SubstituteDraftConfig.temperature,
+        self, substitute: PreTrainedModel | TargetModel, temperature: float = SubstituteDraftConfig.temperature
     ) -> None:
         super().__init__(temperature)
         self.model = substitute if isinstance(substitute, TargetModel) else TargetModel(substitute)
@@ -229,11 +227,7 @@ class SubstituteSpec(DraftSpec):
         quant = context.config.quant
         skip_layers = frozenset(getattr(quant, "skip_layers", ()))
         self._layers = context.model.num_hidden_layers - len(skip_layers)
-        self._facts = {
-            "target": context.identity,
-            "dtype": str(context.dtype),
-            **quantization.quantizer.facts,
-        }
+        self._facts = {"target": context.identity, "dtype": str(context.dtype), **quantization.quantizer.facts}
         if self._ids is not None and "head" in quantization.shapes:
             self._facts["head_ids"] = ids_digest(self._ids.tolist())
         self._cache = getattr(quant, "cache", Cache.off)
@@ -384,10 +378,7 @@ class SubstituteSpec(DraftSpec):
             for role, (n, k) in quantization.shapes.items()
         }
         levels = CpuLevels(target.model, level_model(target.model, builder.layers, own, self._ids))
-        facts = {
-            "levels": "fused, CPU",
-            "kernel": {role: variant.kernel for role, variant in kernels.items()},
-        }
+        facts = {"levels": "fused, CPU", "kernel": {role: variant.kernel for role, variant in kernels.items()}}
         return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
 
     def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:

@@ -24,9 +24,7 @@ class SubstituteMemory(DraftMemory):
         if known < spec.vocab and not own_head:
             rows = (known * spec.hidden * CAPTURED_ITEMSIZE, 1)
             self.allocations += (Allocation("draft's LM head", (rows,), f"{known} of {spec.vocab} ids"),)
-        linears = fused_linears(quantization.exact, exact=True) + fused_linears(
-            quantization.shapes, exact=False
-        )
+        linears = fused_linears(quantization.exact, exact=True) + fused_linears(quantization.shapes, exact=False)
         self.level = captured_level_bytes(
             LevelShape.of(spec, linears, own_head=own_head, known=known),
             inputs.policy.width,

@@ -39,9 +39,7 @@ def draft_ids(vocab: int | str | None, vocab_size: int, width: int = 1) -> tuple
         wrong = ids[0] if ids[0] < 0 else ids[-1]
         raise ConfigError(f"{KEY}={vocab} names id {wrong}, and the target's ids are 0..{vocab_size - 1}")
     if len(ids) < width:
-        raise ConfigError(
-            f"{KEY}={vocab} holds {len(ids)} ids, fewer than the tree is wide: give at least {width}"
-        )
+        raise ConfigError(f"{KEY}={vocab} holds {len(ids)} ids, fewer than the tree is wide: give at least {width}")
     return ids if len(ids) < vocab_size else None
 
 
@@ -75,6 +73,4 @@ def _read(name: str) -> tuple[int, ...]:
     except OSError as error:
         raise ConfigError(f"{KEY}={name}: {error.strerror or error}: give a file that can be read") from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ConfigError(
-            f"{KEY}={name} is no list of token ids: give one id per line, or a JSON list"
-        ) from error
+        raise ConfigError(f"{KEY}={name} is no list of token ids: give one id per line, or a JSON list") from error

@@ -66,9 +66,7 @@ class PackedCodebook:
         return self.words.numel() * 4 + self.scale.numel() * 2
 
 
-def pack(
-    pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, swiglu: bool = False
-) -> PackedCodebook:
+def pack(pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, swiglu: bool = False) -> PackedCodebook:
     """Bring a quantized weight into the kernel's order.
 
     Args:
@@ -189,15 +187,5 @@ def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -
     kernel(
         grid=(weight.words.shape[0], splits, pieces),
         block=(WARPS * 32, 1, 1),
-        args=[
-            weight.words,
-            weight.scale,
-            weight.table,
-            x,
-            out,
-            x.shape[0],
-            weight.padded,
-            steps,
-            -(-steps // splits),
-        ],
+        args=[weight.words, weight.scale, weight.table, x, out, x.shape[0], weight.padded, steps, -(-steps // splits)],
     )

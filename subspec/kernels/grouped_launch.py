@@ -18,9 +18,7 @@ class GroupedLaunch:
         device: of the table.
     """
 
-    def __init__(
-        self, kernel: Any, parts: Sequence[tuple[list[int], int]], threads: int, device: torch.device
-    ) -> None:
+    def __init__(self, kernel: Any, parts: Sequence[tuple[list[int], int]], threads: int, device: torch.device) -> None:
         rows: list[list[int]] = []
         blocks = 0
         for fields, own in parts:
@@ -32,9 +30,7 @@ class GroupedLaunch:
     def __call__(self, *arguments: Tensor) -> None:
         """Launch on the current stream, with ``arguments`` between the table and its length."""
         self._kernel(
-            grid=(self._blocks, 1, 1),
-            block=(self._threads, 1, 1),
-            args=[self._table, *arguments, len(self._table)],
+            grid=(self._blocks, 1, 1), block=(self._threads, 1, 1), args=[self._table, *arguments, len(self._table)]
         )
 
 

@@ -102,9 +102,7 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return pair.flatten(0, 2)
 
 
-def pack(
-    q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, swiglu: bool = False
-) -> PackedInt4:
+def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, swiglu: bool = False) -> PackedInt4:
     """Bring a quantized weight w = scale * (q - zero) into the kernel's order.
 
     Args:
@@ -138,9 +136,7 @@ def pack(
         word = (part << shifts).sum(-1)
         words[start : start + step] = torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
     meta = torch.stack([scale.float(), zero.float()], dim=-1).repeat_interleave(groups // scale.shape[1], 1)
-    if (
-        planes == 2
-    ):  # 16 * scale is exact in float16, so is the sum of both planes in float32 up to its rounding
+    if planes == 2:  # 16 * scale is exact in float16, so is the sum of both planes in float32 up to its rounding
         high = torch.stack([16 * meta[..., 0].half().float(), torch.zeros_like(meta[..., 0])], dim=-1)
         meta = torch.stack([meta, high], dim=2).flatten(1, 2)
     meta = functional.pad(meta.to(torch.float16), (0, 0, 0, 0, 0, -n % rows))
@@ -186,9 +182,7 @@ def reference(weight: PackedInt4, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel(
-    tiles: int, warps: int, eights: int, planes: int, swiglu: bool, overlap: bool, device: int
-) -> Any:
+def _kernel(tiles: int, warps: int, eights: int, planes: int, swiglu: bool, overlap: bool, device: int) -> Any:
     settings = {
         "TILES": tiles,
         "WARPS": warps,

@@ -109,11 +109,7 @@ def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | c
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    block: int,
-    args: Sequence[Tensor | int | float],
-    shared: int = 0,
+    kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int | float], shared: int = 0
 ) -> None:
     """Launch a kernel of PyTorch's run-time compiler on the current stream.
 

@@ -190,9 +190,7 @@ def tree_attention(
         value = tl.load(v_head + memory_row[:, None] + dims[None, :], mask=exists[:, None], other=0.0)
         score = tl.dot(query.to(OPERAND), tl.trans(key).to(OPERAND)) * scale
         if MASKS_PREFIX:
-            visible = visible_keys(
-                ancestors, node, valid, node_of_row + start_row, column, exists, drafted, capacity
-            )
+            visible = visible_keys(ancestors, node, valid, node_of_row + start_row, column, exists, drafted, capacity)
         else:
             visible = tl.broadcast_to(exists[None, :], (M, BLOCK))
             if at < drafted:
@@ -236,9 +234,7 @@ def merge_attention(
 
 
 @triton.jit
-def sum_slices(
-    partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
-):
+def sum_slices(partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False):
     """out[row, :n] = sum of the partial sums of a Linear. Grid: (rows, blocks of n).
 
     partial: any floating dtype [SLICES, rows, stride]; out: bfloat16 [rows, n].
@@ -274,9 +270,7 @@ def block_candidates(
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocab
-    value = tl.load(logits + row.to(tl.int64) * vocab + column, mask=inside, other=-float("inf")).to(
-        tl.float32
-    )
+    value = tl.load(logits + row.to(tl.int64) * vocab + column, mask=inside, other=-float("inf")).to(tl.float32)
     value = value * inverse_temperature
     # No number is no candidate: a row of them has no maximum, and would name a token outside the vocabulary.
     value = tl.where(value == value, value, -1e30)

@@ -42,9 +42,7 @@ def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
 
 def slug(text: str) -> str:
     """Part of a file name: lower case, with a dash for everything but letters, digits, dots and pluses."""
-    return "-".join(
-        "".join(c if c.isascii() and (c.isalnum() or c in ".+") else " " for c in text.lower()).split()
-    )
+    return "-".join("".join(c if c.isascii() and (c.isalnum() or c in ".+") else " " for c in text.lower()).split())
 
 
 def source_hash(packages: Iterable[str]) -> str:
@@ -75,9 +73,7 @@ class TimesFile:
     def __init__(
         self, card: str, packages: Iterable[str], note: Note, folder: Path | None = None, subject: str = ""
     ) -> None:
-        name = "-".join(
-            [slug(card), slug(torch.__version__), *filter(None, [subject]), source_hash(packages)]
-        )
+        name = "-".join([slug(card), slug(torch.__version__), *filter(None, [subject]), source_hash(packages)])
         self.path = (folder or cache_root() / "kernels") / f"{name}.json"
         self._note = note
         self.times = self._read(note)

@@ -101,9 +101,7 @@ class SubstituteBuilder:
         self.codes = {}
         device = next(iter(layer.values())).device
         keep = self.codes if self.keeps_codes else None
-        self.layers.append(
-            self.build_layer(layer, device, exact=index in self.skip_layers, index=index, keep=keep)
-        )
+        self.layers.append(self.build_layer(layer, device, exact=index in self.skip_layers, index=index, keep=keep))
 
     def build_layer(
         self,
@@ -247,20 +245,14 @@ def role_shapes(
         keep_exact: names of Linears that are not quantized.
     """
     return {
-        role: (
-            sum(layer[f"{name}.weight"][0] for name in names),
-            layer[f"{names[0]}.weight"][1],
-        )
+        role: (sum(layer[f"{name}.weight"][0] for name in names), layer[f"{names[0]}.weight"][1])
         for role, names in ROLES.items()
         if not is_kept(role, keep_exact)
     }
 
 
 def level_model(
-    model: PreTrainedModel,
-    layers: list[LevelLayer],
-    draft_head: LevelLinear | None = None,
-    ids: Tensor | None = None,
+    model: PreTrainedModel, layers: list[LevelLayer], draft_head: LevelLinear | None = None, ids: Tensor | None = None
 ) -> LevelModel:
     """Combine fused layers with a model's embedding, final norm, LM head and rotary frequencies.
 

@@ -99,9 +99,7 @@ class CapturedDraft(LevelDraft):
         self.launches = launch.how(self.device, overlap)
         self.overlap = self.launches == launch.OVERLAPPING
         self._overlapped: dict[str, bool] = (
-            {"OVERLAP": True, "launch_pdl": True}
-            if self.overlap
-            else {}  # the interpreter knows no launch_pdl
+            {"OVERLAP": True, "launch_pdl": True} if self.overlap else {}  # the interpreter knows no launch_pdl
         )
         self._cache: KVCache | None = None
         self._shared = _Shared()
@@ -184,9 +182,7 @@ class CapturedDraft(LevelDraft):
     def captures(self, policy: TreePolicy) -> bool:
         return isinstance(policy, Beam)
 
-    def extend(
-        self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None
-    ) -> Tensor:
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         """One level; of a greedy beam, the tree's new nodes are part of the captured graph."""
         if perturb is not None or not self.captures(policy):
             return super().extend(tree, frontier, policy, perturb)
@@ -256,9 +252,7 @@ class CapturedDraft(LevelDraft):
         level = slice(place.first_frontier, place.first_frontier + place.rows)
         nodes, tokens, depths = tree._slots[level], tree.tokens[level], tree.depths[level]
         if texts > 1:
-            tokens, depths = (
-                tree.stack[name][:texts, level].flatten().contiguous() for name in ("tokens", "depths")
-            )
+            tokens, depths = (tree.stack[name][:texts, level].flatten().contiguous() for name in ("tokens", "depths"))
         residual = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device=self.device)
         block = next_power_of_two(model.hidden)
         self._remember(self.cache.draft_rows - place.used - place.rows, nodes)
@@ -428,16 +422,7 @@ class CapturedDraft(LevelDraft):
         )
         attended = torch.empty(rows, heads * dim, dtype=torch.bfloat16, device=self.device)
         self.kernels.merge_attention[(rows, heads)](
-            outs,
-            sums[0],
-            sums[1],
-            attended,
-            rows,
-            heads,
-            SPLITS=splits,
-            D=dim,
-            num_warps=1,
-            **self._overlapped,
+            outs, sums[0], sums[1], attended, rows, heads, SPLITS=splits, D=dim, num_warps=1, **self._overlapped
         )
         return attended
 

@@ -56,8 +56,7 @@ class LevelQuantization:
     def stored_bytes(self, layers: int) -> int:
         """Bytes on disk of ``layers`` layers and the head."""
         return sum(
-            (1 if role == "head" else layers)
-            * self.quantizer.format_of(_linears(role)[0]).stored_bytes(*shape)
+            (1 if role == "head" else layers) * self.quantizer.format_of(_linears(role)[0]).stored_bytes(*shape)
             for role, shape in self.shapes.items()
         )
 
@@ -78,11 +77,7 @@ class LevelQuantization:
 
 
 def level_quantization(
-    quant: QuantConfig,
-    layer: Mapping[str, torch.Size],
-    head: tuple[int, int],
-    *,
-    kernel: str = AUTO,
+    quant: QuantConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], *, kernel: str = AUTO
 ) -> LevelQuantization:
     """The quantization of a target of these shapes that ``quant`` configures.
 
@@ -95,9 +90,7 @@ def level_quantization(
         ConfigError: captured levels do not support the method, or its settings do not fit the target.
     """
     if type(quant) not in METHODS:
-        raise ConfigError(
-            f"quant={quant.name} is not supported by offload=stream: set quant=hqq or quant=higgs"
-        )
+        raise ConfigError(f"quant={quant.name} is not supported by offload=stream: set quant=hqq or quant=higgs")
     check_biases(layer, "the quantized model")
     outputs = layer[f"{ROLES['gate_up'][0]}.weight"][0]
     if outputs % TILE_ROWS:
@@ -158,9 +151,7 @@ def higgs_quantization(
     """HIGGS: one grid for all roles."""
     check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
     shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
-    format_ = HiggsFormat(
-        quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value
-    )
+    format_ = HiggsFormat(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value)
     for role, (n, k) in shapes.items():
         if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
             raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
@@ -169,8 +160,7 @@ def higgs_quantization(
 
 
 METHODS: dict[
-    type[QuantConfig],
-    Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int], str], LevelQuantization],
+    type[QuantConfig], Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int], str], LevelQuantization]
 ] = {HqqConfig: hqq_quantization, HiggsConfig: higgs_quantization}
 """By the class of ``quant``'s configuration."""
 

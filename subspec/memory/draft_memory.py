@@ -83,9 +83,7 @@ class DraftMemory:
         return ((self.level, 1), (GRAPH_BYTES, int(self.captured)))
 
 
-def kv_bytes(
-    spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int, itemsize: int, texts: int = 1
-) -> int:
+def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int, itemsize: int, texts: int = 1) -> int:
     """Bytes of a KV cache of all layers, for each of ``texts`` texts."""
     return KVCache(
         layers=spec.layers,

@@ -45,15 +45,11 @@ class AccelerateTarget(TargetModel):
         super().__init__(model)
         index = device.index or 0
         placement = infer_auto_device_map(
-            model,
-            max_memory={index: weight_bytes, "cpu": 1 << 60},
-            no_split_module_classes=model._no_split_modules,
+            model, max_memory={index: weight_bytes, "cpu": 1 << 60}, no_split_module_classes=model._no_split_modules
         )
         placed = set(placement.values())
         if "disk" in placed:
-            raise SubspecError(
-                "offload=accelerate would put weights on disk: this machine has too little memory"
-            )
+            raise SubspecError("offload=accelerate would put weights on disk: this machine has too little memory")
         self.modules_on_device = sum(place == index for place in placement.values())
         self.modules_offloaded = len(placement) - self.modules_on_device
         # Parameters of dispatched modules are on the meta device between uses.
@@ -61,7 +57,4 @@ class AccelerateTarget(TargetModel):
         self.model = dispatch_model(model, placement, main_device=index)
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "modules_on_device": self.modules_on_device,
-            "modules_offloaded": self.modules_offloaded,
-        }
+        return {"modules_on_device": self.modules_on_device, "modules_offloaded": self.modules_offloaded}

@@ -223,9 +223,7 @@ class DirectFile:
 
     def _failure(self, error: OSError) -> SubspecError:
         remedy = "copy it to another disk" if error.errno == errno.EIO else "check its disk or mount"
-        return SubspecError(
-            f"{self.path} cannot be read: {error.strerror or error}; {remedy}, and start again"
-        )
+        return SubspecError(f"{self.path} cannot be read: {error.strerror or error}; {remedy}, and start again")
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -280,9 +278,7 @@ class DiskRing(LayerRing):
                 "cache, and may come from memory instead of the disk"
             )
         if any(kind.startswith(NETWORKS) for kind in kinds):
-            note(
-                f"{first} is on {self.file_system}: every pass reads it from there; a local disk may be faster"
-            )
+            note(f"{first} is on {self.file_system}: every pass reads it from there; a local disk may be faster")
 
     def layer_in(self, slot: int) -> StoredLayer:
         """The layer in ``slot``."""

@@ -196,11 +196,7 @@ class LoadedStream:
     def substitute(self) -> LevelModel | None:
         """The substitute's levels; None without one."""
         builder = self.builder
-        return (
-            None
-            if builder is None
-            else level_model(self.target.model, builder.layers, builder.head, builder.ids)
-        )
+        return None if builder is None else level_model(self.target.model, builder.layers, builder.head, builder.ids)
 
     def facts(self) -> dict[str, Any]:
         """Facts about coded weights for the run's record."""
@@ -250,9 +246,7 @@ def load_streamed(
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
-        head_code = _code_head(
-            shared, builder, PlainCodec(source.dtype.itemsize).layer_bytes(source.layer_shapes(0))
-        )
+        head_code = _code_head(shared, builder, PlainCodec(source.dtype.itemsize).layer_bytes(source.layer_shapes(0)))
         _release_temporaries(device)
     fill(model, shared)
     if source.config.tie_word_embeddings:

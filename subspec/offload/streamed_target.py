@@ -47,9 +47,7 @@ class StreamedTarget(TargetModel):
         super().__init__(model)
         self.device = device
         self.coded_head = coded_head
-        self.dtype = (
-            self.head.weight.dtype
-        )  # a coded head's weight is on the meta device, in the model's dtype
+        self.dtype = self.head.weight.dtype  # a coded head's weight is on the meta device, in the model's dtype
         self.table = model.get_input_embeddings().weight
         self.feeds = tuple(feeds)
         self.recorded = self.streamer

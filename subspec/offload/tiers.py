@@ -37,12 +37,7 @@ class TieredStreamer(LayerStreamer):
     """
 
     def __init__(
-        self,
-        pinned: Mapping[int, Tensor],
-        disk: DiskRing,
-        source: LayerSource,
-        slots: int,
-        device: torch.device,
+        self, pinned: Mapping[int, Tensor], disk: DiskRing, source: LayerSource, slots: int, device: torch.device
     ) -> None:
         layers = dict(pinned)
         for stored in disk.layers:

@@ -50,9 +50,7 @@ class Acceptance:
             ConfigError: no tree of this depth has such a tau.
         """
         p = constant_survival(tau, depth)
-        return cls(
-            (), p, depth, source or f"tau {tau:g} at depth {depth}, the same survival {p:.4f} at every level"
-        )
+        return cls((), p, depth, source or f"tau {tau:g} at depth {depth}, the same survival {p:.4f} at every level")
 
     @classmethod
     def from_counts(

@@ -63,9 +63,7 @@ class _Sizes:
         return next((n for n in range(self.layers, -1, -1) if self.needed(n) <= room), None)
 
 
-def plan_disk(
-    config: Config, model: PretrainedConfig, *, itemsize: int, process_bytes: int, host_free: int
-) -> Plan:
+def plan_disk(config: Config, model: PretrainedConfig, *, itemsize: int, process_bytes: int, host_free: int) -> Plan:
     """Plan a run whose layers stream from a disk; nothing is loaded.
 
     Args:
@@ -84,9 +82,7 @@ def plan_disk(
         )
     layers = model.num_hidden_layers
     if offload.resident_layers is not None and offload.resident_layers > layers:
-        raise ConfigError(
-            f"offload.resident_layers={offload.resident_layers}: the target has {layers} layers"
-        )
+        raise ConfigError(f"offload.resident_layers={offload.resident_layers}: the target has {layers} layers")
     free = host_free + process_bytes
     budget = free if offload.ram_gib is None else min(free, int(offload.ram_gib * GIB))
     least, texts = _least_chunk(config), config.decoding.texts
@@ -116,9 +112,7 @@ def plan_disk(
         target=config.target.name,
         draft=config.draft.name,
         card=None,
-        vram=Budget(
-            budget, VramCounts.allocator, Allocation("CUDA", ())
-        ),  # none: the budget is of host memory
+        vram=Budget(budget, VramCounts.allocator, Allocation("CUDA", ())),  # none: the budget is of host memory
         host_limit=budget,
         items=tuple(sizes.items(resident)),
         resident_layers=kept,
@@ -147,16 +141,12 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
     draft, nodes, rows, levels, texts = DraftMemory(), 1, 1, 0, config.decoding.texts
     if (kind := spec_of(config.draft)) is not None:
         policy = build_tree_policy(config.tree)
-        draft = kind.memory(
-            SizingInputs(config, model, spec, target, itemsize, policy, sampling, texts=texts)
-        )
+        draft = kind.memory(SizingInputs(config, model, spec, target, itemsize, policy, sampling, texts=texts))
         nodes, rows, levels = policy.capacity, policy.pass_nodes, policy.max_depth
     shared = sum(shape.numel() for shape in spec.shared.values()) * itemsize
     tree = sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))
     cache = kv_bytes(spec, length, draft.shared_rows, rows, itemsize, texts)
-    peaks = pass_peaks(
-        target, draft, sampling, texts=texts, rows=rows, levels=levels, chunk=chunk, length=length
-    )
+    peaks = pass_peaks(target, draft, sampling, texts=texts, rows=rows, levels=levels, chunk=chunk, length=length)
     largest = max(peaks, key=lambda name: peaks[name])
     audit = 0
     if config.audit:
@@ -230,10 +220,7 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
     offload, decoding = config.offload, config.decoding
     assert isinstance(offload, StreamOffloadConfig)
     if offload.resident_layers:
-        yield (
-            "set offload.resident_layers=null",
-            replace(config, offload=replace(offload, resident_layers=None)),
-        )
+        yield ("set offload.resident_layers=null", replace(config, offload=replace(offload, resident_layers=None)))
     if decoding.texts > 1:
         yield "set decoding.texts=1", with_texts(config, 1)
     for length in (decoding.max_length // 2, decoding.max_length // 4):

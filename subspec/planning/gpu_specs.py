@@ -99,9 +99,7 @@ def find_gpu(name: str) -> GpuSpec:
     if len(begins) == 1:
         return begins[0]
     if begins:
-        raise ConfigError(
-            f"offload.card={name} could be any of {', '.join(card.name for card in begins)}: say which"
-        )
+        raise ConfigError(f"offload.card={name} could be any of {', '.join(card.name for card in begins)}: say which")
     raise ConfigError(
         f"offload.card={name}: unknown card; known are {', '.join(card.name for card in GPU_SPECS)}. "
         "For another one leave offload.card out and set offload.vram_gib and offload.link_gb_per_s"

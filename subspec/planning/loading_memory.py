@@ -65,9 +65,7 @@ def loading_bytes(
     return peak
 
 
-def head_loading_bytes(
-    quantization: LevelQuantization, head: tuple[int, int], room: int, coded_bytes: int
-) -> int:
+def head_loading_bytes(quantization: LevelQuantization, head: tuple[int, int], room: int, coded_bytes: int) -> int:
     """Peak of making the draft's LM head and coding the exact one, beside the packed one: the first step of loading.
 
     Args:

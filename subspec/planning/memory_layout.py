@@ -64,16 +64,7 @@ SLOT_PAGES = 4
 """Pages that a slot of a disk's ring holds beyond its layer, which may lie in two files, each with a page cut at both
 ends."""
 
-POST_LOAD = (
-    "resident layers",
-    "ring",
-    "decoded layer",
-    "KV cache",
-    "tree",
-    "workspace",
-    "draft level",
-    "audit",
-)
+POST_LOAD = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
 """Device allocations made after weight loading has finished."""
 
 AUDIT_ROWS = 256
@@ -149,15 +140,7 @@ class MemoryLayout:
             assert kind is not None
             self.draft = draft = kind.memory(
                 SizingInputs(
-                    config,
-                    model,
-                    spec,
-                    self.target,
-                    self.itemsize,
-                    policy,
-                    self.sampling,
-                    quantization,
-                    self.texts,
+                    config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization, self.texts
                 )
             )
             self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
@@ -203,9 +186,7 @@ class MemoryLayout:
                 raise ConfigError(f"offload.{key}={value} must be positive")
         wrong = [index for index in self.required_resident if not 0 <= index < layers]
         if wrong:
-            raise ConfigError(
-                f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}"
-            )
+            raise ConfigError(f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}")
         resident, required = offload.resident_layers, len(self.required_resident)
         if resident is not None and not 0 <= resident <= layers:
             raise ConfigError(f"offload.resident_layers={resident}: the target has {layers} layers")
@@ -268,9 +249,7 @@ class MemoryLayout:
         draft = self.draft
         if draft is None:
             return Allocation("draft level", ())
-        return Allocation(
-            "draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}"
-        )
+        return Allocation("draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}")
 
     @property
     def _each(self) -> str:
@@ -357,9 +336,7 @@ class MemoryLayout:
         # Resident layers are coded to the host too, and copied to the device after quantization.
         coded = (resident - len(self.required_resident)) * self.coded * (not decision.in_files)
         ring = slots * (self.layer_bytes + SLOT_PAGES * ALIGNMENT)
-        behind = ring + self.layer_bytes * pinned * (
-            self.coded and decision.in_files
-        )  # made when loading has ended
+        behind = ring + self.layer_bytes * pinned * (self.coded and decision.in_files)  # made when loading has ended
         loading = self.exact_bytes * LOADING_LAYERS + self.packed_bytes * staged + self.layer_bytes * coded
         parts = [f"{LOADING_LAYERS} layers", *[f"{coded} coded"] * bool(coded)]
         parts += [*[f"{staged} of the substitute"] * bool(staged), "1 GiB for CUDA"]
@@ -368,10 +345,7 @@ class MemoryLayout:
             Allocation("disk ring", ((ring, 1),), f"{slots} layers in flight, pinned", host),
             Allocation("embedding table", ((self.table_bytes, table),), "pinned; only looked up", host),
             Allocation(
-                "loading and process",
-                ((max(0, loading - behind), 1), (PROCESS_BYTES, 1)),
-                ", ".join(parts),
-                host,
+                "loading and process", ((max(0, loading - behind), 1), (PROCESS_BYTES, 1)), ", ".join(parts), host
             ),
         ]
 
@@ -418,9 +392,7 @@ def pass_peaks(
     several = f"{texts} x " * (texts > 1)
     return {
         f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
-        f"pass over {several}{rows} rows": target.tree_pass_bytes(
-            rows, levels, length, states, texts, beside
-        ),
+        f"pass over {several}{rows} rows": target.tree_pass_bytes(rows, levels, length, states, texts, beside),
         f"logits of {together} rows": target.verify_bytes(together, levels, sampling) + kept + noise,
         f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk) + kept * (texts > 1),
         **draft.workspaces,

@@ -80,11 +80,7 @@ class Prediction:
 
 
 def predict(
-    config: Config,
-    model: PretrainedConfig,
-    machine: Machine,
-    acceptance: Acceptance,
-    depths: Sequence[int] = DEPTHS,
+    config: Config, model: PretrainedConfig, machine: Machine, acceptance: Acceptance, depths: Sequence[int] = DEPTHS
 ) -> Prediction:
     """Predict speeds; nothing is loaded.
 
@@ -166,9 +162,7 @@ def _weights(model: PretrainedConfig, config: Config) -> tuple[int, int]:
     """Bytes of all exact layers, and of the LM head."""
     shapes = ModelSpec.of(model)
     itemsize = 4 if config.target.dtype.value == "float32" else 2
-    return shapes.layers * PlainCodec(itemsize).layer_bytes(
-        shapes.layer
-    ), shapes.vocab * shapes.hidden * itemsize
+    return shapes.layers * PlainCodec(itemsize).layer_bytes(shapes.layer), shapes.vocab * shapes.hidden * itemsize
 
 
 def _plain(plan: Plan, weights: tuple[int, int], machine: Machine, slots: int) -> Iteration | None:

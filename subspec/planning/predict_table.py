@@ -9,9 +9,7 @@ from rich.text import Text
 from subspec.planning.predict import Prediction
 from subspec.planning.predict_timing import Iteration
 
-PLANTED = (
-    "planted weights: the speed is real, but they are no language model and their acceptance is not a text's"
-)
+PLANTED = "planted weights: the speed is real, but they are no language model and their acceptance is not a text's"
 
 
 def depth_table(prediction: Prediction) -> Table:
@@ -60,9 +58,7 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
     lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
     lines.append("share: of the link's ceiling at that tau")
     if any(one.extrapolated for one in prediction.depths):
-        lines.append(
-            f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated"
-        )
+        lines.append(f"* deeper than acceptance was measured for ({prediction.acceptance.depth}): extrapolated")
     if prediction.too_deep:
         lines.append(f"depths that do not fit the budget: {', '.join(map(str, prediction.too_deep))}")
     lines += prediction.acceptance.notes

@@ -8,12 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from subspec.config.enums import AUTO, Codec
-from subspec.config.schema import (
-    AdaptiveTreeConfig,
-    Config,
-    NoDraftConfig,
-    Placement,
-)
+from subspec.config.schema import AdaptiveTreeConfig, Config, NoDraftConfig, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, least_budget
 from subspec.planning.budget import Budget
@@ -30,10 +25,7 @@ SHALLOWEST = 4
 
 
 def refuse_device(
-    layout: MemoryLayout,
-    model: PretrainedConfig,
-    vram: Budget,
-    choose: Callable[[MemoryLayout], Decision | None],
+    layout: MemoryLayout, model: PretrainedConfig, vram: Budget, choose: Callable[[MemoryLayout], Decision | None]
 ) -> ConfigError:
     """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk.
 
@@ -80,9 +72,7 @@ def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budg
         else:
             remedies.append(f"set offload.resident_layers={decision.resident + more}")
     if asked is None and layout.host_bytes(on_disk) <= limit:
-        remedies.append(
-            f"set offload.ram_gib={_floor_gib(limit)} to read the layers beyond it from a disk (slower)"
-        )
+        remedies.append(f"set offload.ram_gib={_floor_gib(limit)} to read the layers beyond it from a disk (slower)")
     remedies.append("choose a smaller target")
     source = "offload.ram_gib allows" if capped else "are free"
     return ConfigError(
@@ -120,10 +110,7 @@ def _either(parts: list[str]) -> str:
 
 
 def _fits(
-    layout: MemoryLayout,
-    config: Config,
-    model: PretrainedConfig,
-    choose: Callable[[MemoryLayout], Decision | None],
+    layout: MemoryLayout, config: Config, model: PretrainedConfig, choose: Callable[[MemoryLayout], Decision | None]
 ) -> bool:
     try:
         return choose(MemoryLayout(config, model)) is not None
@@ -136,12 +123,7 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
 
     Fewer bits are not proposed: their cost in acceptance depends on the target.
     """
-    config, offload, decoding, tree = (
-        layout.config,
-        layout.offload,
-        layout.config.decoding,
-        layout.config.tree,
-    )
+    config, offload, decoding, tree = (layout.config, layout.offload, layout.config.decoding, layout.config.tree)
 
     def changed(group: str, **values: Any) -> tuple[str, Config]:
         text = ", ".join(f"{group}.{key}={_yaml(value)}" for key, value in values.items())
@@ -157,9 +139,7 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
         yield changed("decoding", prefill_chunk=256)
     for texts in sorted({decoding.texts // 2, 1}, reverse=True) if decoding.texts > 1 else ():
         yield changed("decoding", texts=texts)
-    shortest = max(
-        SHORTEST, (decoding.max_new_tokens or 0) + max(CHUNK_STEP, config.benchmark.max_prompt_tokens or 0)
-    )
+    shortest = max(SHORTEST, (decoding.max_new_tokens or 0) + max(CHUNK_STEP, config.benchmark.max_prompt_tokens or 0))
     for share in (0.75, 0.5, 0.25, 0.125):
         length = int(decoding.max_length * share) // CHUNK_STEP * CHUNK_STEP
         if length >= shortest:

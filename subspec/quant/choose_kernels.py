@@ -166,13 +166,9 @@ def choose_kernels(
         raise _refusal(kernel, problems)
     file = TimesFile(bench.name, ["kernels", "quant"], note, folder)
     bench.begin(taking_part, file.path.parent, note)
-    wanted = {
-        role: candidates(formats[role], role, *shape, taking_part, problems) for role, shape in shapes.items()
-    }
+    wanted = {role: candidates(formats[role], role, *shape, taking_part, problems) for role, shape in shapes.items()}
     keys = {role: _key(formats[role], role, shape, rows, bench.launches) for role, shape in shapes.items()}
-    missing = {
-        role for role, own in wanted.items() if not own.keys() <= file.times.get(keys[role], {}).keys()
-    }
+    missing = {role for role, own in wanted.items() if not own.keys() <= file.times.get(keys[role], {}).keys()}
     if missing:
         slow = ", and gemlite tunes itself for about 10 s per shape" if GemLite.kind in taking_part else ""
         note(f"measuring kernels here for {rows} rows, once: a few seconds{slow}")
@@ -189,12 +185,8 @@ def choose_kernels(
             raise _refusal(kernel, problems)
         best = fastest(times, variants)
         rounded = {name: round(times[name], 3) for name in variants if name in times}
-        picked[role] = Picked(
-            variants[best], shapes[role], str(formats[role]), times[best], role in missing, rounded
-        )
-    won = {
-        role: (formats[role], own.shape) for role, own in picked.items() if own.variant.kernel == GemLite.kind
-    }
+        picked[role] = Picked(variants[best], shapes[role], str(formats[role]), times[best], role in missing, rounded)
+    won = {role: (formats[role], own.shape) for role, own in picked.items() if own.variant.kernel == GemLite.kind}
     bench.finish(won, rows, bool(missing), file.path.parent, note)
     if missing:
         file.write()

@@ -168,9 +168,7 @@ class HiggsFormat(WeightFormat):
         if not fitting(stored, sizes):
             return None
         pairs = unpack_pairs(stored["pairs"].to(device), self.bits)
-        return QuantizedPairs(
-            pairs, stored["scale"].to(device), load_grid(self.bits, self.dim), group, rotation
-        )
+        return QuantizedPairs(pairs, stored["scale"].to(device), load_grid(self.bits, self.dim), group, rotation)
 
     def stored_bytes(self, n: int, k: int) -> int:
         return self.device_bytes(n, k)
@@ -217,9 +215,7 @@ class HiggsFormat(WeightFormat):
         return QuantizedPairs(pairs, scale.half(), load_grid(self.bits, self.dim), group, rotation)
 
 
-def higgs_quantizer(
-    bits: int = 4, dim: int = 2, group_size: int = 256, hadamard_size: int = 512
-) -> FormatQuantizer:
+def higgs_quantizer(bits: int = 4, dim: int = 2, group_size: int = 256, hadamard_size: int = 512) -> FormatQuantizer:
     """HIGGS for a draft level."""
     return FormatQuantizer(HiggsFormat(bits, dim, group_size, hadamard_size))
 

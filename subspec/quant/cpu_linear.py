@@ -141,9 +141,7 @@ class Int8CpuLinear(CpuLinear):
     def __init__(self, weight: Tensor, swiglu: bool) -> None:
         n = weight.shape[0]
         scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp_(min=TINY).div_(127)
-        with (
-            warnings.catch_warnings()
-        ):  # torch announces the end of quantized tensors; `unavailable` will tell
+        with warnings.catch_warnings():  # torch announces the end of quantized tensors; `unavailable` will tell
             warnings.simplefilter("ignore", UserWarning)
             quantized = torch.quantize_per_channel(
                 weight, scale.double(), torch.zeros(n, dtype=torch.int64), 0, torch.qint8
@@ -208,9 +206,7 @@ class CpuFormat(HqqFormat):
         if kernel not in self.kernels:
             return "it is no kernel for CPUs"
         if kernel == OwnCpuLinear.kind:
-            return (
-                f"groups of {self.group} are no multiple of {BLOCK}" if self.group % BLOCK else misfit(n, k)
-            )
+            return f"groups of {self.group} are no multiple of {BLOCK}" if self.group % BLOCK else misfit(n, k)
         if kernel != Int4CpuLinear.kind:
             return None
         if self.bits != 4 or self.group not in INT4_GROUPS:

@@ -56,13 +56,7 @@ class FluteLinear(LevelLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._product(
-            self._rotate(x, self.rotation),
-            self.words,
-            self.scale,
-            self.table,
-            self.pairs,
-            self._workspace,
-            self._tuned,
+            self._rotate(x, self.rotation), self.words, self.scale, self.table, self.pairs, self._workspace, self._tuned
         )
         return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
 

@@ -40,12 +40,7 @@ class GemLite(LevelLinear):
 
         n, k = q.shape
         packed = GemLiteLinearTriton(
-            bits,
-            group_size=group,
-            in_features=k,
-            out_features=n,
-            input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
+            bits, group_size=group, in_features=k, out_features=n, input_dtype=DType.BF16, output_dtype=DType.BF16
         )
         packed.pack(q.to(torch.uint8).contiguous(), scale.to(torch.bfloat16), zero.to(torch.bfloat16))
         self.swiglu, self.stride = swiglu, n

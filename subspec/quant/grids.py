@@ -98,9 +98,7 @@ def load_grid(bits: int, dim: int) -> Grid:
         ValueError: there is none with these ``bits`` and ``dim``.
     """
     if bits not in HIGGS_BITS or dim not in HIGGS_DIMS:
-        raise ValueError(
-            f"no grid of dimension {dim} with {bits} bits: dimensions {HIGGS_DIMS}, bits {HIGGS_BITS}"
-        )
+        raise ValueError(f"no grid of dimension {dim} with {bits} bits: dimensions {HIGGS_DIMS}, bits {HIGGS_BITS}")
     stored = load_tensors(resources.files("subspec.quant").joinpath(FILE).read_bytes())
     points = stored[f"{dim}x{bits}"]
     return Grid(points.to(torch.bfloat16).float(), bits, float(stored[f"{dim}x{bits}:mse"]))

@@ -57,9 +57,7 @@ def walsh_hadamard(x: Tensor, size: int) -> Tensor:
         ValueError: ``size`` is no power of two or does not divide the last dimension.
     """
     if not is_power_of_two(size) or x.shape[-1] % size:
-        raise ValueError(
-            f"no Hadamard blocks of {size} in {x.shape[-1]} values: use a power of two that divides it"
-        )
+        raise ValueError(f"no Hadamard blocks of {size} in {x.shape[-1]} values: use a power of two that divides it")
     inner = 1 << (size.bit_length() // 2)
     outer = size // inner
     table = x.reshape(-1, outer, inner) @ hadamard_matrix(inner, x.device, x.dtype)
@@ -185,9 +183,7 @@ def rotate_by(name: str, device: torch.device) -> Rotate:
         return rotate
     problem = "no CUDA device" if device.type != "cuda" else library_problem()
     if problem is not None:
-        raise ConfigError(
-            f"quant.hadamard=library cannot run here: {problem}; quant.hadamard=auto needs no library"
-        )
+        raise ConfigError(f"quant.hadamard=library cannot run here: {problem}; quant.hadamard=auto needs no library")
     return rotate_library
 
 

@@ -116,18 +116,12 @@ def check_group_size(
     if along % group_size == 0 and weights // group_size % packed == 0:
         return
     fitting = [
-        size
-        for size in range(8, min(along, group_size) + 1, 8)
-        if along % size == 0 and weights // size % packed == 0
+        size for size in range(8, min(along, group_size) + 1, 8) if along % size == 0 and weights // size % packed == 0
     ]
     if along % group_size:
         remedy = f"choose a divisor, for instance {fitting[-1] if fitting else along}"
-        raise ConfigError(
-            f"quant.group_size={group_size} does not divide the {along} {what} of {name}: {remedy}"
-        )
-    remedy = (
-        f"quant.group_size={fitting[-1]}" if fitting else f"quant.bits_by.{name.rpartition('.')[2]}=8 or 3"
-    )
+        raise ConfigError(f"quant.group_size={group_size} does not divide the {along} {what} of {name}: {remedy}")
+    remedy = f"quant.group_size={fitting[-1]}" if fitting else f"quant.bits_by.{name.rpartition('.')[2]}=8 or 3"
     raise ConfigError(
         f"quant.group_size={group_size} makes {weights // group_size} groups of {name}, and {bits} bits take a "
         f"multiple of {packed}: set {remedy}"
@@ -234,11 +228,7 @@ class HqqQuantizer:
         bits, shape = self.bits_of(name), linear.weight.shape
         packed, scales = self._sizes(shape, name)
         packing = Quantizer.bit_to_packing[bits]
-        types = {
-            "W_q": Quantizer.unpack_view_dtype[packing],
-            "scale": self.compute_dtype,
-            "zero": self.compute_dtype,
-        }
+        types = {"W_q": Quantizer.unpack_view_dtype[packing], "scale": self.compute_dtype, "zero": self.compute_dtype}
         if any(part not in stored or stored[part].dtype is not dtype for part, dtype in types.items()):
             return None
         if stored["W_q"].nbytes != packed or stored["scale"].nbytes + stored["zero"].nbytes != scales:
@@ -270,9 +260,7 @@ class HqqQuantizer:
     def finish(self, packed: Any, linear: nn.Linear) -> nn.Module:
         """The packed module itself, or a plain Linear of its values."""
         if not self.unpack:
-            packed.linear_layer = (
-                None  # the target keeps its Linear; two owners would double the bytes counted
-            )
+            packed.linear_layer = None  # the target keeps its Linear; two owners would double the bytes counted
             return packed
         return plain_linear(packed.dequantize(), linear.bias)
 

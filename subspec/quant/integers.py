@@ -56,11 +56,7 @@ class QuantizedIntegers(QuantizedWeight):
 
     def tensors(self) -> dict[str, Tensor]:
         """``q`` (uint8, :mod:`~subspec.quant.bit_planes`), ``scale`` and ``zero`` (float16 if that is exact)."""
-        return {
-            "q": pack_bits(self.q, self.bits).cpu(),
-            "scale": _narrow(self.scale),
-            "zero": _narrow(self.zero),
-        }
+        return {"q": pack_bits(self.q, self.bits).cpu(), "scale": _narrow(self.scale), "zero": _narrow(self.zero)}
 
     @property
     def margin(self) -> float:
@@ -206,9 +202,7 @@ class IntegerFormat(WeightFormat):
             return GemLite(*parts, weight.group_size, bits=bits, swiglu=swiglu)
         raise ValueError(f"no kernel {variant.kernel!r} for integers: use {', '.join(self.kernels)}")
 
-    def random_linear(
-        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
-    ) -> LevelLinear:
+    def random_linear(self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool) -> LevelLinear:
         if variant.kernel != Int4Linear.kind:
             return super().random_linear(variant, n, k, device, swiglu=swiglu)
         packed = int4.random_packed(n, k, tiles=variant.tiles, bits=self.bits, swiglu=swiglu, device=device)

@@ -142,9 +142,7 @@ def packed_sizes(out_features: int, in_features: int, *, bits: int, group_size: 
     return weights * bits // 8, weights // group_of(padded, group_size) * 2
 
 
-def quantize_pairs(
-    weight: Tensor, *, bits: int, dim: int, group_size: int, hadamard_size: int
-) -> QuantizedPairs:
+def quantize_pairs(weight: Tensor, *, bits: int, dim: int, group_size: int, hadamard_size: int) -> QuantizedPairs:
     """Quantize a weight.
 
     The scale of a group starts at the root mean square of its weights and is then fitted to the points that were
@@ -219,9 +217,7 @@ def unpack_pairs(packed: Tensor, bits: int) -> Tensor:
         return packed.clone()
     n = packed.shape[0]
     runs = packed.view(n, -1, bits, 8)
-    quarters = torch.stack(
-        [runs[:, :, 0] & 15, runs[:, :, 0] >> 4, runs[:, :, 1] & 15, runs[:, :, 1] >> 4], dim=2
-    )
+    quarters = torch.stack([runs[:, :, 0] & 15, runs[:, :, 0] >> 4, runs[:, :, 1] & 15, runs[:, :, 1] >> 4], dim=2)
     if bits == 3:
         shifts = torch.tensor([0, 2, 4, 6], device=packed.device, dtype=torch.uint8)[:, None]
         quarters |= (runs[:, :, 2:] >> shifts & 3) << 4

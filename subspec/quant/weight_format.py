@@ -126,9 +126,7 @@ class WeightFormat(ABC):
     def random_weight(self, n: int, k: int, device: torch.device) -> Any:
         """What :meth:`linear` takes, with random contents and scales of a real weight's size."""
 
-    def random_linear(
-        self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool
-    ) -> LevelLinear:
+    def random_linear(self, variant: Variant, n: int, k: int, device: torch.device, *, swiglu: bool) -> LevelLinear:
         """A Linear with random contents, to be timed."""
         return self.linear(variant, self.random_weight(n, k, device), swiglu=swiglu)
 

@@ -88,9 +88,7 @@ def _offload(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
 
 def _from_disk(config: Mapping[str, Any]) -> bool:
     """Whether the target streams from a disk to a CPU."""
-    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith(
-        "stream"
-    )
+    return config.get("device") == "cpu" and str(config_group(config, "offload").get("name")).startswith("stream")
 
 
 def budget_text(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> str:
@@ -102,9 +100,7 @@ def budget_text(config: Mapping[str, Any], facts: Mapping[str, Any] | None) -> s
     if _from_disk(config):
         ram = offload.get("ram_gib")
         return "" if ram is None else f"{_number(ram)} GiB"
-    vram = (facts or {}).get(
-        "vram_gib", offload.get("vram_gib")
-    )  # the facts hold the value that auto resolved to
+    vram = (facts or {}).get("vram_gib", offload.get("vram_gib"))  # the facts hold the value that auto resolved to
     if vram is None:
         return ""
     return f"{_number(vram)} GiB" + " with CUDA" * (offload.get("vram_counts") == "device")

@@ -205,21 +205,15 @@ def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
         None if the runs differ in the number of texts at a time.
     """
     ours, theirs = summary["totals"], baseline["totals"]
-    pairs = {
-        key: (summary["context"][key], baseline["context"][key]) for key in CONTEXT_FIELDS if key != "draft"
-    }
+    pairs = {key: (summary["context"][key], baseline["context"][key]) for key in CONTEXT_FIELDS if key != "draft"}
     pairs |= {key: (summary["counts"][key], baseline["counts"][key]) for key in ("samples", "turns")}
     alike = pairs["texts"][0] == pairs["texts"][1]
     return {
         "baseline": name,
         "tokens_per_s": ratio(ours["tokens_per_s"], theirs["tokens_per_s"]) if alike else None,
-        "tokens_per_s_total": ratio(ours["tokens_per_s_total"], theirs["tokens_per_s_total"])
-        if alike
-        else None,
+        "tokens_per_s_total": ratio(ours["tokens_per_s_total"], theirs["tokens_per_s_total"]) if alike else None,
         "tokens_per_s_together": ratio(ours["tokens_per_s_together"], theirs["tokens_per_s_together"]),
-        "differences": [
-            f"{key}: {mine} against {other}" for key, (mine, other) in pairs.items() if mine != other
-        ],
+        "differences": [f"{key}: {mine} against {other}" for key, (mine, other) in pairs.items() if mine != other],
     }
 
 
@@ -227,14 +221,7 @@ def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
 
 
 def _totals(turns: Sequence[Record]) -> dict[str, Any]:
-    counts = (
-        "prompt_tokens",
-        "new_tokens",
-        "verified_tokens",
-        "iterations",
-        "drafted_nodes",
-        "bytes_streamed",
-    )
+    counts = ("prompt_tokens", "new_tokens", "verified_tokens", "iterations", "drafted_nodes", "bytes_streamed")
     seconds = ("prefill_s", "decode_s", "draft_s", "verify_s", "transfer_s")
     sums: dict[str, Any] = {name: sum(record.get(name) or 0 for record in turns) for name in counts}
     sums |= {name: fsum(record.get(name) or 0.0 for record in turns) for name in seconds}
@@ -370,17 +357,14 @@ def _audit(turns: Sequence[Record]) -> dict[str, Any] | None:
     audits = [record["audit"] for record in turns if record.get("audit")]
     if not audits:
         return None
-    sums: dict[str, Any] = {
-        key: sum(a.get(key) or 0 for a in audits) for key in ("exact", "near_tie", "mismatch")
-    }
+    sums: dict[str, Any] = {key: sum(a.get(key) or 0 for a in audits) for key in ("exact", "near_tie", "mismatch")}
     return sums | {
         "max_gap": _largest(audits, "max_gap"),
         "margin": _largest(audits, "margin"),
         "turns": len(audits),
         "bitwise": sum(bool(a.get("bitwise")) for a in audits),
         "errors": sum(
-            audit_errors(a.get("mismatch") or 0, a.get("near_tie") or 0, bool(a.get("bitwise")))
-            for a in audits
+            audit_errors(a.get("mismatch") or 0, a.get("near_tie") or 0, bool(a.get("bitwise"))) for a in audits
         ),
     }
 

@@ -18,9 +18,7 @@ def is_resumed(given: Mapping[str, str]) -> bool:
     return given.get("resume", "").lower() in ("true", "yes", "on", "1")
 
 
-def with_stored_overrides(
-    overrides: Sequence[str], given: Mapping[str, str], *, must_exist: bool = True
-) -> list[str]:
+def with_stored_overrides(overrides: Sequence[str], given: Mapping[str, str], *, must_exist: bool = True) -> list[str]:
     """The overrides of a resumed run, completed with those stored in its folder.
 
     Overrides of the new command line take precedence. Without ``resume=true`` they are returned unchanged.

@@ -29,15 +29,7 @@ from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import CONFIG, DAMAGED, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
 from subspec.records.same_run import config_differences
-from subspec.utils.files import (
-    RESUME_HINT,
-    json_line,
-    plain,
-    sync_folder,
-    write_atomic,
-    write_error,
-    write_json,
-)
+from subspec.utils.files import RESUME_HINT, json_line, plain, sync_folder, write_atomic, write_error, write_json
 
 Key = tuple[str, int]
 
@@ -247,9 +239,7 @@ class RunFolder:
             for line in config_differences({part: first.get(part)}, {part: environment.get(part)})
         ]
         if changed:
-            self.notes.append(
-                f"resumed in another environment, so times may not compare: {'; '.join(changed)}"
-            )
+            self.notes.append(f"resumed in another environment, so times may not compare: {'; '.join(changed)}")
         sessions = [*first.get("resumed", []), environment]
         write_json(self.path / ENVIRONMENT, {**first, "resumed": sessions})
 
@@ -264,9 +254,7 @@ def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
     try:
         data = (path / RECORDS).read_bytes()
     except OSError as error:
-        raise SubspecError(
-            f"cannot read {path / RECORDS}: {error.strerror}; give the folder of a run"
-        ) from error
+        raise SubspecError(f"cannot read {path / RECORDS}: {error.strerror}; give the folder of a run") from error
     scan = _scan(data)
     return list(scan.records.values()), scan.notes(path, repaired=False)
 
@@ -291,9 +279,7 @@ class _Scan:
             what = "half-written last line" if number == self.last else "damaged line"
             notes.append(f"{path / RECORDS}: {what} {number} ({len(fragment)} bytes) {done}")
         if self.duplicates:
-            notes.append(
-                f"{path / RECORDS}: {self.duplicates} repeated record(s) ignored, the first one counts"
-            )
+            notes.append(f"{path / RECORDS}: {self.duplicates} repeated record(s) ignored, the first one counts")
         return notes
 
 

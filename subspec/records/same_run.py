@@ -28,12 +28,7 @@ FREE_KEYS = frozenset(
 All other keys must match: ``audit`` changes records, ``device`` and ``warmup`` change times.
 """
 
-CHOSEN = {
-    "source": "benchmark.source",
-    "device": "device",
-    "bitwise": "decoding.bitwise",
-    "texts": "decoding.texts",
-}
+CHOSEN = {"source": "benchmark.source", "device": "device", "bitwise": "decoding.bitwise", "texts": "decoding.texts"}
 """Keys that may be ``auto``, by the record field that holds the resolved value.
 
 A hub that answers again or a missing GPU changes the resolved value under the same configuration. The value resolved

@@ -16,9 +16,7 @@ from subspec.utils.rounding import is_power_of_two
 Summary = Mapping[str, Any]
 
 SAMPLE_PROMPTS = "note: packaged sample prompts, not the benchmark: compare no figure with published ones"
-PLANTED_WEIGHTS = (
-    "planted weights: real speed, but no language model; acceptance comes from quantization noise"
-)
+PLANTED_WEIGHTS = "planted weights: real speed, but no language model; acceptance comes from quantization noise"
 PLANTED_DRAFT = (
     "planted weights: real speed, but no language model; how much of this draft is accepted is planted too and "
     "means nothing"
@@ -62,9 +60,7 @@ def banners(summary: Summary) -> list[str]:
         lines.append(ON_CPU)
     audit = summary["audit"]
     if audit and audit["mismatch"]:
-        lines.append(
-            f"AUDIT FAILED: {audit['mismatch']} token(s) that the target itself would not have emitted"
-        )
+        lines.append(f"AUDIT FAILED: {audit['mismatch']} token(s) that the target itself would not have emitted")
     return lines
 
 
@@ -88,9 +84,7 @@ def title(summary: Summary) -> str:
     """Target, draft, benchmark, device and seed on one line."""
     context = summary["context"]
     target = _text(context["target"]) + (" (planted)" if True in distinct_values(context["planted"]) else "")
-    benchmark = _text(context["benchmark"]) + (
-        " (sample)" if "sample" in distinct_values(context["source"]) else ""
-    )
+    benchmark = _text(context["benchmark"]) + (" (sample)" if "sample" in distinct_values(context["source"]) else "")
     parts = (
         f"target {target}",
         f"draft {_text(context['draft'])}",
@@ -156,9 +150,7 @@ def _figures(summary: Summary, sign: str, narrow: bool) -> Table:
         mean = _figure(spread["mean"], max(digits, 1))
         if spread["sd"] is not None:
             mean += f" {sign} {_figure(spread['sd'], max(digits, 1))}"
-        table.add_row(
-            label, _figure(total, digits), *(() if narrow else (mean, _figure(spread["median"], digits)))
-        )
+        table.add_row(label, _figure(total, digits), *(() if narrow else (mean, _figure(spread["median"], digits))))
     return table
 
 
@@ -243,9 +235,7 @@ def _counts(counts: Summary) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return ", ".join(
-        f"{item:.4g}" if isinstance(item, float) else str(item) for item in distinct_values(value)
-    )
+    return ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in distinct_values(value))
 
 
 def decimals(value: float | None, digits: int = 2, separator: str = "") -> str:

@@ -76,9 +76,7 @@ class SweepFolder:
         except OSError as error:
             raise write_error(error, path, REMEDY) from error
         if lock is None:
-            raise SubspecError(
-                f"sweep_dir={path} is in use by another process: wait for it, or {REMEDY}FOLDER"
-            )
+            raise SubspecError(f"sweep_dir={path} is in use by another process: wait for it, or {REMEDY}FOLDER")
         folder = cls(path, lock, command, made)
         try:
             if (path / RECORDS).exists():
@@ -126,11 +124,7 @@ class SweepFolder:
             SubspecError: it cannot be written.
         """
         self.finished = finished
-        content = {
-            "command": self.command,
-            "finished": finished,
-            "jobs": [asdict(job) for job in self.jobs.values()],
-        }
+        content = {"command": self.command, "finished": finished, "jobs": [asdict(job) for job in self.jobs.values()]}
         try:
             write_json(self.path / MANIFEST, content)
         except OSError as error:

@@ -66,12 +66,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.add_argument("folders", metavar=name, type=Path, action="append", help="a run folder")
         parser.add_argument("--json", metavar="FILE", type=Path, help="everything, for a program")
         return parser.parse_args(list(arguments))
-    parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", type=Path, help="run folders, or anything above them"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to write (default: FOLDER/report, of the first)"
-    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="run folders, or anything above them")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: FOLDER/report, of the first)")
     parser.add_argument(
         "--baseline",
         metavar="NAME|FOLDER",

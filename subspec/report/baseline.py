@@ -64,15 +64,7 @@ def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
     if row in candidates:
         return [row]
     found, ours = list(candidates), _settings(row)
-    for name in (
-        "device",
-        "texts",
-        "decoding",
-        "streamed",
-        "offloading",
-        "quantizer of coded weights",
-        "experiment",
-    ):
+    for name in ("device", "texts", "decoding", "streamed", "offloading", "quantizer of coded weights", "experiment"):
         found = [other for other in found if _settings(other, row)[name] == ours[name]] or found
     return found
 
@@ -138,7 +130,6 @@ def _differences(row: Row, other: Row) -> tuple[str, ...]:
     if "samples" not in found:
         named["prompts"] = "prompts"
     shown = {
-        name: f"{name}: {ours[name]} against {theirs[name]}"
-        for name in ("device", "seed", "texts", "samples")
+        name: f"{name}: {ours[name]} against {theirs[name]}" for name in ("device", "seed", "texts", "samples")
     } | named
     return tuple(shown[name] for name in ours if name in found and name in shown)

@@ -39,9 +39,7 @@ class Interval:
     paired: bool = False
 
 
-def speed_interval(
-    samples: Mapping[str, Speed], *, level: float = LEVEL, seed: int = SEED
-) -> Interval | None:
+def speed_interval(samples: Mapping[str, Speed], *, level: float = LEVEL, seed: int = SEED) -> Interval | None:
     """Tokens per second, all tokens over all seconds; None without samples.
 
     Args:

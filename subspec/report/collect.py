@@ -78,9 +78,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     found: dict[Path, RunData] = {}
     for root in map(Path, folders):
         if not root.is_dir():
-            raise SubspecError(
-                f"{root}: no such folder; give run folders, sweep folders, or any folder above them"
-            )
+            raise SubspecError(f"{root}: no such folder; give run folders, sweep folders, or any folder above them")
         for folder in run_folders(root):
             resolved = folder.resolve()
             if resolved not in found:

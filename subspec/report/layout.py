@@ -112,10 +112,7 @@ def bar_figure(
 
 
 def panel_figure(
-    rows: Sequence[Row],
-    panels: Mapping[str, Sequence[Row]],
-    title: str,
-    draw: Callable[[Axes, Sequence[Row]], None],
+    rows: Sequence[Row], panels: Mapping[str, Sequence[Row]], title: str, draw: Callable[[Axes, Sequence[Row]], None]
 ) -> Figure | None:
     """Panels in two columns with a common legend; a single panel takes the whole width. None without rows."""
     if not panels:

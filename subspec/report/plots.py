@@ -142,9 +142,7 @@ def speedup_by_category(rows: Sequence[Row]) -> Figure | None:
     return _categories(shown, rows, "Speed-up by category", "speed-up over the baseline", "speedup")
 
 
-def _categories(
-    shown: Sequence[Row], rows: Sequence[Row], title: str, label: str, field: str
-) -> Figure | None:
+def _categories(shown: Sequence[Row], rows: Sequence[Row], title: str, label: str, field: str) -> Figure | None:
     shown = [row for row in shown if row.categories]
     styles = styles_of(sorted({row.method for row in rows}))
 
@@ -153,9 +151,7 @@ def _categories(
         width = 0.8 / len(members)
         for number_of, row in enumerate(members):
             found = {name: row.categories[name][field] for name in names if name in row.categories}
-            heights = {
-                name: one if field == "tau" else one.value for name, one in found.items() if one is not None
-            }
+            heights = {name: one if field == "tau" else one.value for name, one in found.items() if one is not None}
             places = [names.index(name) + (number_of - (len(members) - 1) / 2) * width for name in heights]
             axis.bar(places, heights.values(), width, color=styles[row.method][0], label=row.method)
         axis.set_axisbelow(True)
@@ -184,9 +180,7 @@ def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
         axis.margins(0.12)
         axis.set_ylim(bottom=0)
 
-    return panel_figure(
-        shown, grouped(shown, target_label), "Acceptance length by bits of the substitute", draw
-    )
+    return panel_figure(shown, grouped(shown, target_label), "Acceptance length by bits of the substitute", draw)
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
@@ -215,9 +209,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         axis.set_xlim(0, most)
         axis.set_ylim(0, 1.25 * max(row.totals["roofline_tokens_per_s"] for row in members))
 
-    return panel_figure(
-        shown, grouped(shown, target_label), "Speed under the link's ceiling (roofline)", draw
-    )
+    return panel_figure(shown, grouped(shown, target_label), "Speed under the link's ceiling (roofline)", draw)
 
 
 DRAWINGS: dict[str, Drawing] = {

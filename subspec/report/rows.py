@@ -128,11 +128,7 @@ class Row:
         if not count:
             return None
         draft, target = totals["draft_s"] / count, totals["verify_s"] / count
-        return {
-            "draft": draft,
-            "target": target,
-            "other": max(totals["decode_s"] / count - draft - target, 0.0),
-        }
+        return {"draft": draft, "target": target, "other": max(totals["decode_s"] / count - draft - target, 0.0)}
 
     @property
     def ceilings(self) -> list[tuple[str, float]]:

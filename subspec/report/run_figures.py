@@ -16,10 +16,7 @@ FIGURES = (acceptance, tau_by_category, time_split, roofline)
 
 
 def run_figures(
-    run_dir: Path,
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
+    run_dir: Path, config: Mapping[str, Any], environment: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Figure]:
     """Figures of one run by name; those without data are left out.
 

@@ -11,9 +11,7 @@ from subspec.report.collect import RunData, State
 from subspec.report.rows import OVERALL, Row, audit_text
 
 
-def markdown_table(
-    headings: Mapping[str, str], cells: Sequence[Mapping[str, Any]], right: Sequence[str] = ()
-) -> str:
+def markdown_table(headings: Mapping[str, str], cells: Sequence[Mapping[str, Any]], right: Sequence[str] = ()) -> str:
     """A Markdown table of the named cells; ``right``: right-aligned columns."""
     head = "| " + " | ".join(headings.values()) + " |"
     rule = "|" + "|".join("---:" if key in right else "---" for key in headings) + "|"
@@ -21,9 +19,7 @@ def markdown_table(
     return "\n".join([head, rule, *lines])
 
 
-def measured_table(
-    headings: Mapping[str, str], cells: Sequence[Mapping[str, str]], left: Sequence[str]
-) -> str:
+def measured_table(headings: Mapping[str, str], cells: Sequence[Mapping[str, str]], left: Sequence[str]) -> str:
     """A Markdown table without columns that no row has; ``left``: left-aligned columns."""
     shown = {key: name for key, name in headings.items() if any(one.get(key, "-") != "-" for one in cells)}
     return markdown_table(shown, cells, [key for key in shown if key not in left])
@@ -121,9 +117,7 @@ def acceptance_tables(rows: Sequence[Row]) -> list[str]:
     rates, lengths = [], []
     for row in drafted:
         every, given = (row.totals[f"{kind}accept_rate_by_depth"] or [] for kind in ("", "conditional_"))
-        rates.append(
-            {"depth": f"`{row.method}`"} | {str(d): f"{_at(every, d)} / {_at(given, d)}" for d in depths}
-        )
+        rates.append({"depth": f"`{row.method}`"} | {str(d): f"{_at(every, d)} / {_at(given, d)}" for d in depths})
         passes, histogram = row.totals["iterations"], row.totals["accepted_histogram"]
         shares = {_range(low, high): sum(histogram[low : high + 1]) / passes for low, high in ends}
         lengths.append(
@@ -187,9 +181,7 @@ def setup_text(run: RunData) -> str:
         why = f" ({bitwise['reason']})" if bitwise.get("reason") else ""
         parts.append("batch-invariant kernels" if bitwise.get("on") else f"no batch-invariant kernels{why}")
     if str(facts.get("device")).startswith("cuda"):
-        parts.append(
-            "passes captured" if facts.get("captured_passes") else "passes launched kernel by kernel"
-        )
+        parts.append("passes captured" if facts.get("captured_passes") else "passes launched kernel by kernel")
     if "modules_offloaded" in facts:
         modules = facts.get("modules_on_device"), facts["modules_offloaded"]
         parts.append("accelerate with {} modules on the device and {} on the host".format(*modules))
@@ -230,9 +222,7 @@ def _speedup(row: Row) -> str:
     if row.baseline.is_self:
         return "baseline"
     text = interval_text(row.baseline.speedup, "x")
-    return (
-        text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"
-    )
+    return text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"
 
 
 def _escaped(value: Any) -> str:

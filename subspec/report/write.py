@@ -105,9 +105,7 @@ def _run_notes(runs: Sequence[RunData]) -> list[str]:
     if states[State.unfinished]:
         notes.append(f"{states[State.unfinished]} of {len(runs)} runs are unfinished: their rows may change")
     if states[State.empty]:
-        notes.append(
-            f"{states[State.empty]} of {len(runs)} runs have generated nothing yet, and are in no table"
-        )
+        notes.append(f"{states[State.empty]} of {len(runs)} runs have generated nothing yet, and are in no table")
     damaged = sum(run.damaged for run in runs)
     if damaged:
         notes.append(f"{damaged} damaged record line(s) are left out")
@@ -206,10 +204,7 @@ def _under(heading: str, blocks: list[str]) -> list[str]:
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a table needs beside it: the baselines, whether texts are equal, and repeats."""
     bases = {row.baseline.label: row.baseline.row for row in rows if row.baseline}
-    lines = [
-        f"Baseline {label}: {setup_text(base.runs[0]) or 'no facts recorded'}."
-        for label, base in bases.items()
-    ]
+    lines = [f"Baseline {label}: {setup_text(base.runs[0]) or 'no facts recorded'}." for label, base in bases.items()]
     lines += [note for row in rows if (note := texts_note(row))]
     lines += [
         f"Repeats of {row.method}: {len(row.runs)} runs, {number(row.repeats[0])} to {number(row.repeats[1])} tokens/s."

@@ -217,9 +217,7 @@ class Generation:
             return None
         seed = turn_seed(self.config.seed, one.sample.id, len(one.records))
         ending = (self.engine.output_buffer(one.prompt, **self._rules), result.finish_reason)
-        found = self.auditor.audit(
-            one.prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending
-        )
+        found = self.auditor.audit(one.prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending)
         return found.as_dict()
 
 

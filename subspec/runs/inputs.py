@@ -112,10 +112,6 @@ def _problem(
 
 
 def _data_key(benchmark: Benchmark) -> str:
-    keys = {
-        Source.file: "benchmark.path",
-        Source.hub: "benchmark.hub.path",
-        Source.sample: "benchmark.source",
-    }
+    keys = {Source.file: "benchmark.path", Source.hub: "benchmark.hub.path", Source.sample: "benchmark.source"}
     detail = benchmark.source.value if benchmark.source is Source.sample else benchmark.source_detail
     return f"{keys[benchmark.source]}={detail}"

@@ -30,14 +30,7 @@ from subspec.session import (
     free_device,
     plan_for,
 )
-from subspec.targets import (
-    Target,
-    load_target,
-    load_target_config,
-    open_source,
-    resolve_device,
-    resolve_dtype,
-)
+from subspec.targets import Target, load_target, load_target_config, open_source, resolve_device, resolve_dtype
 
 
 @contextmanager

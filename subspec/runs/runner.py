@@ -26,21 +26,9 @@ from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
 from subspec.runs import notes
 from subspec.runs.console import RunConsole
-from subspec.runs.environment import (
-    cuda_vram_gib,
-    device_vram_gib,
-    environment,
-    peak_vram_gib,
-    reserved_vram_gib,
-)
+from subspec.runs.environment import cuda_vram_gib, device_vram_gib, environment, peak_vram_gib, reserved_vram_gib
 from subspec.runs.generation import Generation
-from subspec.runs.inputs import (
-    WEIGHTS,
-    check_prompts,
-    check_weights,
-    with_first_budget,
-    with_first_texts,
-)
+from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget, with_first_texts
 from subspec.runs.loading import Loaded, about, load, print_plan, resolve
 from subspec.runs.logger import SafeLogger, make_logger
 from subspec.runs.turn import RunContext, chat_messages
@@ -93,9 +81,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
         check_chosen(run_dir, records, chosen)
         check_prompts(run_dir, records, benchmark)
 
-    with RunFolder.open(
-        run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, check=check
-    ) as folder:
+    with RunFolder.open(run_dir, resume=config.resume, config=to_plain(cfg), environment=facts, check=check) as folder:
         store_overrides(folder.path, overrides)
         for note in folder.notes:
             console.note(note)

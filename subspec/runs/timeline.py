@@ -136,8 +136,7 @@ def last_iterations(intervals: list[Interval], count: int = ITERATIONS) -> list[
 def chrome_trace(intervals: Sequence[Interval]) -> dict[str, Any]:
     """The intervals in the Trace Event format (complete events, microseconds)."""
     events: list[dict[str, Any]] = [
-        {"name": "thread_name", "ph": "M", "pid": 1, "tid": LANES.index(lane), "args": {"name": lane}}
-        for lane in LANES
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
     ]
     events += [
         {
@@ -190,9 +189,7 @@ def draw(intervals: Sequence[Interval], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
     axes.set_xlim(left=0)
-    axes.set_title(
-        "Activity during the last iterations of a text (shades tell neighbours apart)", fontsize=10
-    )
+    axes.set_title("Activity during the last iterations of a text (shades tell neighbours apart)", fontsize=10)
     entries = {MEANINGS[lane]: COLOURS[lane] for lane in lanes} | {"host waiting for the device": WAITING}
     patches = [Patch(color=colour, label=meaning) for meaning, colour in entries.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9)

@@ -140,9 +140,7 @@ def prompt_digest(messages: Sequence[Mapping[str, str]] | str | None) -> str | N
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-def _head(
-    context: RunContext, sample_id: str, sample_index: int, turn: int, category: str | None
-) -> dict[str, Any]:
+def _head(context: RunContext, sample_id: str, sample_index: int, turn: int, category: str | None) -> dict[str, Any]:
     return {
         "sample_id": str(sample_id),
         "sample_index": sample_index,

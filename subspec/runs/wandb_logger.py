@@ -135,9 +135,7 @@ class WandbLogger(Logger):
             if position >= sent:  # the service holds the others
                 self._log(record, position)
         if known and finished:
-            again = (
-                "continued" if self.mode == "online" else f"with the {len(finished)} earlier turn(s) again"
-            )
+            again = "continued" if self.mode == "online" else f"with the {len(finished)} earlier turn(s) again"
             self.note += f"; run {run_id} {again}"
 
     def log_turn(self, record: Mapping[str, Any], step: int) -> None:

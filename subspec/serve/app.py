@@ -70,9 +70,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
     return app
 
 
-async def respond(
-    service: Service, request: Request, body: ChatRequest | CompletionRequest, reply: Reply
-) -> Response:
+async def respond(service: Service, request: Request, body: ChatRequest | CompletionRequest, reply: Reply) -> Response:
     """Generate, and answer as a whole or as a stream."""
     service.check_model(body.model)
     with ExitStack() as stack:

@@ -46,9 +46,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 def _has_no_effect(name: str, value: Any) -> bool:
     # True == 1 and False == 0 in Python; `logprobs` 0 asks for something, false does not.
-    return any(
-        value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in WITHOUT_EFFECT[name]
-    )
+    return any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in WITHOUT_EFFECT[name])
 
 
 MAX_STOPS, MAX_STOP_LENGTH = 32, 1000
@@ -121,9 +119,7 @@ class GenerationRequest(_Model):
     def _refuse_unsupported(cls, body: Any) -> Any:
         for name in WITHOUT_EFFECT if isinstance(body, dict) else ():
             if (value := body.get(name)) is not None and not _has_no_effect(name, value):
-                raise ApiError(
-                    400, f"{name} is not supported: leave it out", param=name, code="unsupported_value"
-                )
+                raise ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_value")
         return body
 
     @property
@@ -143,9 +139,7 @@ class GenerationRequest(_Model):
             default: for parameters that are left out.
         """
         named = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
-        return Sampling(
-            **{name: getattr(default, name) if value is None else value for name, value in named.items()}
-        )
+        return Sampling(**{name: getattr(default, name) if value is None else value for name, value in named.items()})
 
 
 class ChatRequest(GenerationRequest):

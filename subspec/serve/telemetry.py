@@ -43,10 +43,7 @@ class Telemetry:
             registry=registry,
         )
         self._whole = Histogram(
-            "subspec_e2e_request_latency_seconds",
-            "From a request to its end",
-            buckets=SECONDS,
-            registry=registry,
+            "subspec_e2e_request_latency_seconds", "From a request to its end", buckets=SECONDS, registry=registry
         )
 
     def first_token(self, seconds: float) -> None:

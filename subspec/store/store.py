@@ -326,9 +326,7 @@ class Store(ABC, Generic[T]):
         # The weights' checksums tell the target, whose checkpoint may have moved.
         for key in sorted((kept.keys() | self.facts.keys()) - {"target"}):
             if kept.get(key) != self.facts.get(key):
-                raise self._refusal(
-                    f"it was made with {key} {kept.get(key)}, this run has {self.facts.get(key)}"
-                )
+                raise self._refusal(f"it was made with {key} {kept.get(key)}, this run has {self.facts.get(key)}")
 
     def _refusal(self, why: str) -> ConfigError:
         return ConfigError(

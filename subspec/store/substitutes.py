@@ -84,9 +84,7 @@ class SubstituteStore(Store[Layer]):
                 return found
             if self.owned:
                 raise self._refusal(f"its layer {self._layer}, {module} was made from other weights")
-            self.note(
-                f"layer {self._layer}, {module} of the cached {self.name} is of other weights: quantizing it"
-            )
+            self.note(f"layer {self._layer}, {module} of the cached {self.name} is of other weights: quantizing it")
         self.made += 1
         result = make()
         if self.trouble is None:
@@ -109,9 +107,7 @@ class SubstituteStore(Store[Layer]):
 
 
 def _serialized(layer: Layer) -> bytes:
-    return save_tensors(
-        {f"{module}:{part}": t for module, parts in layer.items() for part, t in parts.items()}
-    )
+    return save_tensors({f"{module}:{part}": t for module, parts in layer.items() for part, t in parts.items()})
 
 
 class CachedQuantizer:

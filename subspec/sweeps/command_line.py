@@ -87,9 +87,7 @@ def _for_jobs_only(overrides: Sequence[str]) -> list[str]:
     texts = []
     for text in overrides:
         key, _, value = text.partition("=")
-        kept = (
-            key in ("experiment", "resume") or key.lstrip("+").startswith(("hydra.", "hydra/")) or not value
-        )
+        kept = key in ("experiment", "resume") or key.lstrip("+").startswith(("hydra.", "hydra/")) or not value
         choice = f"{key}=choice({value})"
         try:
             (plain,) = reader.parse_overrides([text])

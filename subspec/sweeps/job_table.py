@@ -58,9 +58,7 @@ def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[in
     if keys is not None:
         kept = sorted(key for key in known if key in keys)  # a search proposes them in no fixed order
     else:
-        kept = [
-            key for key in known if len(jobs) == 1 or len({values.get(key) for values in parsed.values()}) > 1
-        ]
+        kept = [key for key in known if len(jobs) == 1 or len({values.get(key) for values in parsed.values()}) > 1]
     return {
         number: {key.lstrip("+"): _bare(values[key]) for key in kept if key in values}
         for number, values in parsed.items()
@@ -73,8 +71,7 @@ def job_rows(
     """Rows of all jobs, read from their folders. ``keys``: as for :func:`varying`."""
     named, parameters = labels(jobs, keys), varying(jobs, keys)
     return [
-        _row(folder.job_folder(job), job.number, named[job.number], parameters[job.number], optimise)
-        for job in jobs
+        _row(folder.job_folder(job), job.number, named[job.number], parameters[job.number], optimise) for job in jobs
     ]
 
 

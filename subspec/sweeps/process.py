@@ -141,9 +141,7 @@ class JobProcess(FollowedJob):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._wait_for_folder()
-            self.outcome = Outcome(
-                RUNNING, attempts=1 + (before.attempts if before else 0), samples=self.spec.samples
-            )
+            self.outcome = Outcome(RUNNING, attempts=1 + (before.attempts if before else 0), samples=self.spec.samples)
             write_outcome(self.folder, self.outcome)
             with (self.folder / LOG).open("ab") as log:
                 self._log_start = self._log_read = log.tell()
@@ -214,9 +212,7 @@ class JobProcess(FollowedJob):
             status, reason = INTERRUPTED, "interrupted; it continues when the sweep is run again"
         else:
             status, reason = FAILED, end_reason(code, self._log_text())
-        self.outcome = replace(
-            self.outcome, status=status, exit_code=code, reason=reason, seconds=self.seconds
-        )
+        self.outcome = replace(self.outcome, status=status, exit_code=code, reason=reason, seconds=self.seconds)
         try:
             write_outcome(self.folder, self.outcome)
         except OSError as error:  # the records are kept; without job.json the job is checked again
@@ -270,11 +266,7 @@ class QuietReturn(JobReturn):
 
 
 def job_result(
-    overrides: Sequence[str],
-    outcome: Outcome | None,
-    folder: Path,
-    optimise: str | None,
-    error: object = None,
+    overrides: Sequence[str], outcome: Outcome | None, folder: Path, optimise: str | None, error: object = None
 ) -> QuietReturn:
     """Hydra's result of a job. ``error``: of its launcher, if the folder tells no outcome."""
     result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd())
@@ -283,9 +275,7 @@ def job_result(
     else:
         known = outcome is not None and outcome.reason
         result.status = JobStatus.FAILED
-        result.return_value = (
-            failure(outcome, folder) if known else JobFailed(f"its worker ended: {error}", 1)
-        )
+        result.return_value = failure(outcome, folder) if known else JobFailed(f"its worker ended: {error}", 1)
     return result
 
 

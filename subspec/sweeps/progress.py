@@ -52,9 +52,7 @@ class SweepProgress:
         if not self.console.live:
             yield self
             return
-        with Live(
-            console=self.console.rich, get_renderable=self._block, refresh_per_second=2, transient=True
-        ) as live:
+        with Live(console=self.console.rich, get_renderable=self._block, refresh_per_second=2, transient=True) as live:
             self._live = live
             try:
                 yield self
@@ -67,13 +65,9 @@ class SweepProgress:
         known = [*self._took, *((job.label, job.expected_s) for job in self._running if job.expected_s)]
         if not known:
             return None
-        others = max(
-            self.total - self.finished_before - self.ended - len(self._running) - len(self._waiting), 0
-        )
+        others = max(self.total - self.finished_before - self.ended - len(self._running) - len(self._waiting), 0)
         left = sum(_alike(label, known) for label in self._waiting) + others * _alike("", known)
-        left += sum(
-            max((job.expected_s or _alike(job.label, known)) - job.seconds, 0.0) for job in self._running
-        )
+        left += sum(max((job.expected_s or _alike(job.label, known)) - job.seconds, 0.0) for job in self._running)
         return left / max(len(self._running), 1)
 
     def started(self, job: FollowedJob) -> None:

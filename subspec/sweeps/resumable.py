@@ -22,15 +22,7 @@ from subspec.config.effective import effective
 from subspec.config.errors import CONFIG_EXCEPTIONS, explain
 from subspec.config.schema import to_plain
 from subspec.errors import ConfigError, SubspecError
-from subspec.records.outcome import (
-    FAILED,
-    OK,
-    RUNNING,
-    Outcome,
-    is_finished,
-    read_outcome,
-    write_outcome,
-)
+from subspec.records.outcome import FAILED, OK, RUNNING, Outcome, is_finished, read_outcome, write_outcome
 from subspec.records.same_run import FREE_KEYS
 from subspec.records.sweep_folder import Job, SweepFolder, config_digest
 from subspec.runs.console import RunConsole
@@ -63,9 +55,7 @@ def _work(configs: Sequence[Mapping[str, Any]]) -> str:
     """The amount of work of some jobs, in one line."""
     samples = [config["benchmark"]["max_samples"] for config in configs]
     tokens = [config["decoding"]["max_new_tokens"] for config in configs]
-    total = (
-        "" if None in samples + tokens else f", up to {sum(map(mul, samples, tokens)):,} tokens a turn each"
-    )
+    total = "" if None in samples + tokens else f", up to {sum(map(mul, samples, tokens)):,} tokens a turn each"
     known = "" if None in samples else f", {sum(samples)} samples"
     return f"{len(configs)} jobs{known}{total}; each loads its models anew, and the first sample tells the time left"
 
@@ -117,9 +107,7 @@ class ResumableLauncher:
         missing = [
             (job, texts, config)
             for job, texts, config in wanted.values()
-            if not is_finished(
-                self.folder.job_folder(job), config["benchmark"]["max_samples"], config["plan_only"]
-            )
+            if not is_finished(self.folder.job_folder(job), config["benchmark"]["max_samples"], config["plan_only"])
         ]
         self.finished_before += len(wanted) - len(missing)
         if hasattr(self.inner, "expect"):
@@ -182,12 +170,7 @@ class ResumableLauncher:
         )
 
     def _keep(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        result: JobReturn,
-        seconds: float,
-        before: Outcome | None,
+        self, folder: Path, config: Mapping[str, Any], result: JobReturn, seconds: float, before: Outcome | None
     ) -> None:
         """Write the outcome of a job that ran in this process.
 
@@ -205,9 +188,7 @@ class ResumableLauncher:
             outcome = Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, attempts, samples)
         write_outcome(folder, outcome)
 
-    def _result(
-        self, job: Job, config: Mapping[str, Any] | None, error: Exception | None = None
-    ) -> JobReturn:
+    def _result(self, job: Job, config: Mapping[str, Any] | None, error: Exception | None = None) -> JobReturn:
         """The result of a job, read from its folder."""
         folder = self.folder.job_folder(job)
         return job_result(job.overrides, read_outcome(folder), folder, (config or {}).get("optimise"), error)

@@ -69,8 +69,7 @@ class GridSweeper(Sweeper):
             SweepFailed: a job failed.
         """
         jobs = combinations(
-            [*(f"{k}={v}" for k, v in self.params.items()), *task_arguments(arguments, self.params)],
-            self.hydra_context,
+            [*(f"{k}={v}" for k, v in self.params.items()), *task_arguments(arguments, self.params)], self.hydra_context
         )
         self._check_tables(jobs)
         console = RunConsole()
@@ -90,13 +89,9 @@ class GridSweeper(Sweeper):
     def _check_tables(self, jobs: Sequence[Sequence[str]]) -> None:
         sources = self.config.hydra.runtime.config_sources
         own = next((source.path for source in sources if source.provider == "command-line"), None)
-        for name in {
-            text.partition("=")[2] for texts in jobs for text in texts if text.startswith("experiment=")
-        }:
+        for name in {text.partition("=")[2] for texts in jobs for text in texts if text.startswith("experiment=")}:
             if is_table(name, own):
-                raise ConfigError(
-                    f"experiment={name} is a table, a sweep of its own: give one table at a time"
-                )
+                raise ConfigError(f"experiment={name} is a table, a sweep of its own: give one table at a time")
 
 
 def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[str]]:
@@ -107,15 +102,11 @@ def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[s
     """
     parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(list(overrides))
     for override in parsed:
-        problem = (
-            "an interval is for a search (hparams_search=NAME)" if override.is_interval_sweep() else None
-        )
+        problem = "an interval is for a search (hparams_search=NAME)" if override.is_interval_sweep() else None
         if override.is_discrete_sweep() and not list(override.sweep_iterator()):
             problem = "matches nothing (a glob sees no subfolders)"
         if problem:
-            raise ConfigError(
-                f"{override.input_line}: {problem}; list the values, {override.key_or_group}=A,B"
-            )
+            raise ConfigError(f"{override.input_line}: {problem}; list the values, {override.key_or_group}=A,B")
     batches = BasicSweeper.split_arguments(parsed, None)
     return list(itertools.chain.from_iterable(batches))
 
@@ -177,10 +168,6 @@ def raise_failures(folder: SweepFolder, rows: Sequence[Row]) -> None:
     outcomes = [read_outcome(folder.path / str(row.job)) for row in failed]
     codes = [o.exit_code if o is not None and o.exit_code is not None else 1 for o in outcomes]
     stopped = sum(row.status == INTERRUPTED for row in failed)
-    what = f"{len(failed)} of {len(rows)} jobs did not end well" + (
-        f" ({stopped} interrupted)" if stopped else ""
-    )
+    what = f"{len(failed)} of {len(rows)} jobs did not end well" + (f" ({stopped} interrupted)" if stopped else "")
     again = shlex.quote(f"sweep_dir={folder.path}")
-    raise SweepFailed(
-        f"{what}: see the table above; the same command with {again} runs only what is missing", codes
-    )
+    raise SweepFailed(f"{what}: see the table above; the same command with {again} runs only what is missing", codes)

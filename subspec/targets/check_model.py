@@ -98,13 +98,9 @@ def check_architecture(model: PretrainedConfig, name: str) -> None:
         raise ConfigError(f"{name} has num_hidden_layers={model.num_hidden_layers}; take another model")
     kinds = set(getattr(model, "layer_types", None) or ())
     if others := sorted(kinds - LAYER_TYPES):
-        raise ConfigError(
-            f"{name} has layers of type {', '.join(others)}, which are not built; take another model"
-        )
+        raise ConfigError(f"{name} has layers of type {', '.join(others)}, which are not built; take another model")
     if "sliding_attention" in kinds and getattr(model, "sliding_window", None) is None:
-        raise ConfigError(
-            f"{name} has layers of type sliding_attention, but no sliding_window; mend config.json"
-        )
+        raise ConfigError(f"{name} has layers of type sliding_attention, but no sliding_window; mend config.json")
     kind = rope_kind(model)
     if kind in MOVING_ROPE:
         raise ConfigError(
@@ -132,9 +128,7 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
     check_architecture(model, name)
     positions = getattr(model, "max_position_embeddings", None)
     if positions and max_length > positions:
-        raise ConfigError(
-            f"{key}={max_length} exceeds the {positions} positions of {name}: lower {key} to {positions}"
-        )
+        raise ConfigError(f"{key}={max_length} exceeds the {positions} positions of {name}: lower {key} to {positions}")
     window = shortest_window(model)
     if window is not None and max_length > window:
         raise ConfigError(
@@ -160,9 +154,7 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
             "returns"
         )
     check_family(model.config.model_type, f"{argument} ({kind})")
-    if not isinstance(
-        model, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type])
-    ):
+    if not isinstance(model, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type])):
         raise ConfigError(
             f"{argument} is a {kind}, not a causal language model with its LM head; pass what "
             "AutoModelForCausalLM.from_pretrained returns"
@@ -183,9 +175,7 @@ def check_loaded_model(model: Any, argument: str = "model") -> None:
         )
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     dtype = next(model.parameters()).dtype
-    if (
-        len(dtypes) != 1 or not dtype.is_floating_point or dtype.itemsize == 1
-    ):  # floats of a byte are for storage
+    if len(dtypes) != 1 or not dtype.is_floating_point or dtype.itemsize == 1:  # floats of a byte are for storage
         raise ConfigError(
             f"{argument} ({kind}) holds weights as {', '.join(dtypes)}: load it in one type (dtype=torch.bfloat16, "
             "float16 or float32)"

@@ -150,9 +150,7 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
             that were added to it.
     """
     if not has_tokenizer(folder):
-        raise ConfigError(
-            f"{name} has no tokenizer (tokenizer.json); save the model's own beside its weights"
-        )
+        raise ConfigError(f"{name} has no tokenizer (tokenizer.json); save the model's own beside its weights")
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

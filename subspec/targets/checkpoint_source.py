@@ -87,9 +87,7 @@ class CheckpointSource:
         """Embedding, final norm and, unless tied, the LM head, read now."""
         return self._read({name: name for name in self._shared_shapes}, device)
 
-    def _read(
-        self, names: Mapping[str, str], device: torch.device, rows: int | None = None
-    ) -> dict[str, Tensor]:
+    def _read(self, names: Mapping[str, str], device: torch.device, rows: int | None = None) -> dict[str, Tensor]:
         """Tensors by name; of matrices only the first ``rows``."""
         by_file: dict[str, list[str]] = {}
         keys = {name: self._key(full) for name, full in names.items()}

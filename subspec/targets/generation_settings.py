@@ -59,13 +59,7 @@ CHANGES_BEAMS: dict[str, Any] = {
 }
 """Settings that count with several beams only."""
 
-CHANGES_SAMPLES: dict[str, Any] = {
-    "min_p": 0,
-    "top_h": None,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-}
+CHANGES_SAMPLES: dict[str, Any] = {"min_p": 0, "top_h": None, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 """Settings that count with ``do_sample`` only and that :class:`~subspec.decoding.sampling.Sampling` does not have."""
 
 OWN_SAMPLING: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 50}
@@ -94,9 +88,7 @@ class GenerationSettings:
             ConfigError: the settings hold something other than ids.
         """
         ids = self.values.get("eos_token_id")
-        return (
-            eos_ids(*others) if ids is None or ids == [] else eos_tuple(ids, f"eos_token_id in {self.file}")
-        )
+        return eos_ids(*others) if ids is None or ids == [] else eos_tuple(ids, f"eos_token_id in {self.file}")
 
 
 def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
@@ -141,9 +133,7 @@ def not_applied(
         parts.append(f"{_listed(named)} (transformers' generate applies them and emits other tokens)")
     if samples and sampling is None:
         theirs = _named(settings, OWN_SAMPLING)
-        parts.append(
-            f"do_sample=true{' with ' if theirs else ''}{_listed(theirs)} ({own} says how a run samples)"
-        )
+        parts.append(f"do_sample=true{' with ' if theirs else ''}{_listed(theirs)} ({own} says how a run samples)")
     return "; ".join(parts) or None
 
 

@@ -17,15 +17,7 @@ from huggingface_hub import constants, errors
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.checkpoint import TOKENIZER_FILES, check_folder_config, has_tokenizer
-from subspec.targets.weight_files import (
-    CONFIG,
-    INDEX,
-    TARGET,
-    Wanted,
-    main_file,
-    missing_weights,
-    weight_files,
-)
+from subspec.targets.weight_files import CONFIG, INDEX, TARGET, Wanted, main_file, missing_weights, weight_files
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.disk import is_full_disk, require_space
 from subspec.utils.network import hub_problem
@@ -117,9 +109,7 @@ def _fetch(config: HubTargetConfig, note: Note, wanted: Wanted, weights: bool) -
         check_folder_config(folder, path, wanted)
     if weights:
         main = main_file(sizes, path, wanted)
-        names = [
-            name for name in sizes if "/" not in name and any(fnmatch(name, text) for text in wanted.texts)
-        ]
+        names = [name for name in sizes if "/" not in name and any(fnmatch(name, text) for text in wanted.texts)]
         if wanted.tokenizer and not any(file in sizes for file in TOKENIZER_FILES):
             raise ConfigError(f"{path} holds no tokenizer; a target needs its own")
         names += [main] if main != INDEX else [main, *weight_files(fetch(INDEX))]

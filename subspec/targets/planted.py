@@ -93,23 +93,14 @@ def _shape(
 
 
 def _qwen2(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    *,
-    vocab: int = 152064,
-    tied: bool = False,
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, vocab: int = 152064, tied: bool = False
 ) -> PretrainedConfig:
     """A published Qwen2.5 configuration (7B and larger: untied, padded vocabulary of 152064)."""
     sizes = vocab, hidden, intermediate, layers, heads, kv_heads
     return _shape(Qwen2Config, *sizes, positions=32768, theta=1e6, tied=tied, use_sliding_window=False)
 
 
-def _llama3(
-    hidden: int, intermediate: int, layers: int, *, rope_factor: float, tied: bool = False
-) -> PretrainedConfig:
+def _llama3(hidden: int, intermediate: int, layers: int, *, rope_factor: float, tied: bool = False) -> PretrainedConfig:
     """Llama-3.1 and 3.2, Instruct."""
     rope = {"rope_type": "llama3", "factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192}
@@ -134,9 +125,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, rope_factor=32.0),
     "tiny": _tiny,
     "tiny_draft": lambda: _tiny(hidden=128, intermediate=256, layers=2, heads=4),
-    "tiny_tied": lambda: _shape(
-        LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15
-    ),
+    "tiny_tied": lambda: _shape(LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15),
 }
 """Configurations by name: the published ``config.json`` of Instruct models, and tiny ones for tests.
 
@@ -229,8 +218,7 @@ class PlantedSource:
         if not 0 <= index < self.config.num_hidden_layers:
             raise IndexError(f"no layer {index} in a model of {self.config.num_hidden_layers}")
         return {
-            name: self._draw(layer_name(index, name), shape).to(device)
-            for name, shape in self._layer_shapes.items()
+            name: self._draw(layer_name(index, name), shape).to(device) for name, shape in self._layer_shapes.items()
         }
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
@@ -240,9 +228,7 @@ class PlantedSource:
         GPU of the same name.
         """
         shapes = self._layer_shapes
-        smallest = min(
-            (name for name in shapes if len(shapes[name]) > 1), key=lambda name: shapes[name].numel()
-        )
+        smallest = min((name for name in shapes if len(shapes[name]) > 1), key=lambda name: shapes[name].numel())
         sample = {}
         for name, shape in shapes.items():
             if len(shape) == 1 or name == smallest:
@@ -279,9 +265,7 @@ class PlantedSource:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         if "norm" in name:
             return tensor.fill_(1.0)
-        return tensor.normal_(
-            0.0, std or self.config.initializer_range, generator=self._generator(name, self.device)
-        )
+        return tensor.normal_(0.0, std or self.config.initializer_range, generator=self._generator(name, self.device))
 
     def _generator(self, name: str, device: torch.device) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()

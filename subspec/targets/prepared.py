@@ -71,14 +71,10 @@ class PreparedCheckpoint:
                 f"{str(dtype).removeprefix('torch.')}; the target of this run is the rounded model"
             )
         if (self.folder / SINGLE).is_file() and next(self.folder.glob("*-of-*.safetensors"), None):
-            lines.append(
-                f"{self.name}: {SINGLE} is read, as transformers does, and the shards beside it are not"
-            )
+            lines.append(f"{self.name}: {SINGLE} is read, as transformers does, and the shards beside it are not")
         if self.tokenizer is not None:
             if not self.tokenizer.chat_template:
-                lines.append(
-                    f"{self.name} has no chat template: prompts are given as plain text, without roles"
-                )
+                lines.append(f"{self.name} has no chat template: prompts are given as plain text, without roles")
             if beyond := tokens_beyond(self.tokenizer, self.config.vocab_size):
                 lines.append(
                     f"{self.name}: no prompt may hold {', '.join(beyond[:NAMED])}: the model's vocabulary ends at "
@@ -87,9 +83,7 @@ class PreparedCheckpoint:
         if not self.eos_token_ids:
             lines.append(f"{self.name} names no end-of-text token: texts end at their length limit only")
         if self.not_applied:
-            lines.append(
-                f"{self.name}: generation settings of the checkpoint are not applied: {self.not_applied}"
-            )
+            lines.append(f"{self.name}: generation settings of the checkpoint are not applied: {self.not_applied}")
         return lines
 
 

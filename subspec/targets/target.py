@@ -79,9 +79,7 @@ class Target:
         return template_ids(self.tokenizer, messages, self.name)
 
 
-def template_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str
-) -> list[int]:
+def template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
     """Ids of ``messages`` in the tokenizer's chat template, ready for the assistant's answer.
 
     Args:

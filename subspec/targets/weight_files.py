@@ -32,9 +32,7 @@ TEXTS = (
 )
 """Files beside a model's weights that its output depends on."""
 
-CONVERT = (
-    "load it once with transformers and `save_pretrained(FOLDER)` it with its tokenizer, then {key}=FOLDER"
-)
+CONVERT = "load it once with transformers and `save_pretrained(FOLDER)` it with its tokenizer, then {key}=FOLDER"
 
 _OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5"}
 
@@ -147,9 +145,7 @@ def data_offsets(path: Path) -> dict[str, int]:
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
-    return {
-        name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
-    }
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -181,9 +177,7 @@ def check_pointer(file: Path) -> None:
     """
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(len(_LFS)) == _LFS:
-            raise ConfigError(
-                f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in its folder"
-            )
+            raise ConfigError(f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in its folder")
 
 
 def one_line(error: BaseException) -> str:

@@ -44,9 +44,7 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
             gc.enable()
 
 
-def captured(
-    run: Callable[[], Result], pool: tuple[int, int] | None = None
-) -> tuple[torch.cuda.CUDAGraph, Result]:
+def captured(run: Callable[[], Result], pool: tuple[int, int] | None = None) -> tuple[torch.cuda.CUDAGraph, Result]:
     """``run`` as a CUDA graph, and the result that every replay writes.
 
     Args:

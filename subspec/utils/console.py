@@ -7,14 +7,7 @@ from contextlib import contextmanager
 
 import huggingface_hub.utils as hub_utils
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers.utils import logging as transformers_logging
 
 Note = Callable[[str], None]

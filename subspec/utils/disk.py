@@ -134,9 +134,7 @@ def folder_lock(folder: Path, note: Note, *, wait: bool = True) -> Iterator[None
 
 def write_manifest(folder: Path, **facts: object) -> None:
     """Record every file of ``folder`` (size in bytes, SHA-256) and ``facts`` in its manifest."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
-    }
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     text = json.dumps({**facts, "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

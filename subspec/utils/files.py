@@ -100,9 +100,7 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(
-            OSError
-        ):  # some network file systems cannot sync a folder; the data itself is already synced
+        with suppress(OSError):  # some network file systems cannot sync a folder; the data itself is already synced
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -206,9 +206,7 @@ DIFFERENT = [
 # fmt: on
 
 
-@pytest.mark.parametrize(
-    ("answer", "found"), [(a, found) for a, several in EQUAL.items() for found in several]
-)
+@pytest.mark.parametrize(("answer", "found"), [(a, found) for a, several in EQUAL.items() for found in several])
 def test_equal_answers(answer: str, found: str):
     assert equivalent(answer, found)
     assert check_answer("math_500", f"Answer: \\boxed{{{found}}}", answer) is True
@@ -241,15 +239,7 @@ def test_any_text_is_handled(text: str):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "(" * 5000 + ")" * 5000,
-        "\\frac{" * 30,
-        "9" * 5000 + "!",
-        "999!",
-        "9^{9^{9}}",
-        "9^9^9^9",
-        "\\sum_{k=1}^{9} k",
-    ],
+    ["(" * 5000 + ")" * 5000, "\\frac{" * 30, "9" * 5000 + "!", "999!", "9^{9^{9}}", "9^9^9^9", "\\sum_{k=1}^{9} k"],
     ids=lambda text: text[:12],
 )
 def test_costly_expressions_are_compared_as_texts(text: str):

@@ -62,10 +62,7 @@ def test_every_benchmark_loads_from_the_hub_as_from_a_file(hub: FakeHub, name: s
 
 def test_selection(hub: FakeHub, tmp_path: Path):
     """As from a file; rows that are not selected are not converted."""
-    rows = [
-        {"question_id": i, "category": one, "turns": [f"{i}?"]}
-        for i, one in enumerate(["qa", "math", "rag"] * 9)
-    ]
+    rows = [{"question_id": i, "category": one, "turns": [f"{i}?"]} for i, one in enumerate(["qa", "math", "rag"] * 9)]
     publish(hub, "org/selection", rows)
     (tmp_path / "rows.jsonl").write_text(jsonl(rows))
     for keys in ({"max_samples": 4}, {"per_category": 2}, {"categories": ["qa", "rag"], "per_category": 3}):
@@ -87,9 +84,7 @@ def test_unusable_rows_are_replaced(hub: FakeHub):
 
 def test_placeholders_are_refused_and_auto_takes_samples(hub: FakeHub):
     publish(hub, "org/masked", [{"question_id": "a", "category": "qa", "turns": [PLACEHOLDER]}])
-    with pytest.raises(
-        DataUnavailableError, match=r"org/masked@main/test row 0 .*placeholder.*preparation script"
-    ):
+    with pytest.raises(DataUnavailableError, match=r"org/masked@main/test row 0 .*placeholder.*preparation script"):
         load_benchmark(config("org/masked", "speed_bench"), seed=0)
     benchmark = load_benchmark(config("org/masked", "speed_bench", Source.auto), seed=0)
     assert benchmark.source is Source.sample
@@ -137,11 +132,7 @@ def test_script_data_set_asks_for_its_files(hub: FakeHub):
 
 def test_files_of_a_script_data_set(hub: FakeHub):
     first, second = ROWS["livecodebench"]
-    hub.repositories["org/code"] = {
-        "code.py": "pass",
-        "test4.jsonl": jsonl([first]),
-        "test5.jsonl": jsonl([second]),
-    }
+    hub.repositories["org/code"] = {"code.py": "pass", "test4.jsonl": jsonl([first]), "test5.jsonl": jsonl([second])}
     keys = {"name": "livecodebench", "config": None, "files": ["test4.jsonl", "test5.jsonl"]}
     benchmark = load_benchmark(config("org/code", **keys), seed=0)
     assert {sample.id for sample in benchmark.samples} == {"livecodebench/900_a", "livecodebench/901"}

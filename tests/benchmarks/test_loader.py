@@ -30,9 +30,7 @@ def file_config(name: str, path: Path | str, **keys: object) -> BenchmarkConfig:
     return BenchmarkConfig(name=name, source=Source.file, path=str(path), **{"max_samples": None} | keys)
 
 
-def load_text(
-    folder: Path, name: str, text: str | bytes, file: str = "rows.jsonl", **keys: object
-) -> Benchmark:
+def load_text(folder: Path, name: str, text: str | bytes, file: str = "rows.jsonl", **keys: object) -> Benchmark:
     (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_benchmark(file_config(name, folder / file, **keys), seed=0)
 
@@ -156,9 +154,7 @@ GOOD = '{"question": "?", "answer": "#### 1"}\n'
 
 
 def gzipped(content: bytes) -> bytes:
-    return gzip.compress(
-        content, mtime=0
-    )  # the same bytes, and so the same name of the test, in every process
+    return gzip.compress(content, mtime=0)  # the same bytes, and so the same name of the test, in every process
 
 
 CSV = 'question,answer,id\n"How many, and\nwhy?","1 + 1 = 2\n#### 2",17\n'
@@ -384,9 +380,7 @@ def test_ids_become_distinct_and_first_ones_stay(ids: list[str], seed: int):
 
 
 @given(ids=IDS.map(_distinct), seed=st.integers(0, 1000), data=st.data())
-def test_order_does_not_depend_on_the_order_of_rows_or_on_other_rows(
-    ids: list[str], seed: int, data: st.DataObject
-):
+def test_order_does_not_depend_on_the_order_of_rows_or_on_other_rows(ids: list[str], seed: int, data: st.DataObject):
     ordered = [ids[i] for i in _order(ids, seed)]
     mixed = data.draw(st.permutations(ids))
     assert [mixed[i] for i in _order(mixed, seed)] == ordered

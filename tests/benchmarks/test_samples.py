@@ -87,9 +87,7 @@ def test_gsm8k_arithmetic(row: dict):
     assert extract_answer("gsm8k", row["answer"]) in {shown for _, _, shown in steps}
 
 
-@pytest.mark.parametrize(
-    "row", rows("math_500") + rows("aime"), ids=lambda row: row.get("unique_id", row.get("id"))
-)
+@pytest.mark.parametrize("row", rows("math_500") + rows("aime"), ids=lambda row: row.get("unique_id", row.get("id")))
 def test_boxed_result_is_the_answer(row: dict):
     name = "math_500" if "unique_id" in row else "aime"
     assert check_answer(name, row["solution"], row["answer"]) is True

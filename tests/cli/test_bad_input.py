@@ -55,14 +55,8 @@ def places(tmp_path_factory):
 
 
 CHECKS = {
-    "nothing to quantize with": (
-        "quant=none",
-        r"draft=subspec without a quantizer .* quant=hqq, or draft=none",
-    ),
-    "tree wider than the vocabulary": (
-        "tree.width=321",
-        r"tree\.width=321 .* vocabulary of 320 .*lower tree\.width",
-    ),
+    "nothing to quantize with": ("quant=none", r"draft=subspec without a quantizer .* quant=hqq, or draft=none"),
+    "tree wider than the vocabulary": ("tree.width=321", r"tree\.width=321 .* vocabulary of 320 .*lower tree\.width"),
     "prompt budget larger than the cache": (
         "benchmark.max_prompt_tokens=2037",
         r"benchmark\.max_prompt_tokens=2037 \+ decoding\.max_new_tokens=12 exceed .* raise decoding\.max_length to at "
@@ -72,20 +66,14 @@ CHECKS = {
         "decoding.max_new_tokens=2048",
         r"decoding\.max_new_tokens=2048 leaves no room for a prompt .*lower the former or raise the latter",
     ),
-    "more than the positions": (
-        "decoding.max_length=4097",
-        r"decoding\.max_length=4097 exceeds the 4096 positions",
-    ),
+    "more than the positions": ("decoding.max_length=4097", r"decoding\.max_length=4097 exceeds the 4096 positions"),
     "sliding window": (
         "target.path={root}/window",
         r"decoding\.max_length=2048 exceeds the attention window of 64 .*lower decoding\.max_length to 64",
     ),
     "bits": ("quant.bits=5", r"quant\.bits=5: HQQ here has 8, 4, 3, 2 bits"),
     "bits of a class": ("quant.bits_by.mlp=7", r"quant\.bits_by\.mlp=7: use 8, 4, 3, 2 bits"),
-    "bits of no class": (
-        "quant.bits_by.mpl=3",
-        r"quant\.bits_by\.mpl: no such key; quant\.bits_by has attention",
-    ),
+    "bits of no class": ("quant.bits_by.mpl=3", r"quant\.bits_by\.mpl: no such key; quant\.bits_by has attention"),
     "bits of what stays exact": ("quant.bits_by.lm_head=8", r"lm_head stays exact: add it to quant\.modules"),
     "axis": ("quant.axis=2", r"quant\.axis=2: use 1"),
     "group size": ("quant.group_size=7", r"quant\.group_size=7: use a multiple of 8"),
@@ -116,24 +104,15 @@ CHECKS = {
         "draft.proposer=prompt_lookup draft.proposer_path=HERE",
         r"draft\.proposer_path=HERE: draft\.proposer=prompt_lookup has no weights: leave it at null",
     ),
-    "weights of no proposer": (
-        "draft.proposer_path=HERE",
-        r"draft\.proposer_path=HERE: draft\.proposer=none has",
-    ),
+    "weights of no proposer": ("draft.proposer_path=HERE", r"draft\.proposer_path=HERE: draft\.proposer=none has"),
     "a proposer and whole levels": (
         "plan_only=true offload=stream draft.proposer=small_model offload.card=rtx4090",
         r"draft\.proposer=small_model: .*set draft\.proposer=eagle2, .*or offload=none",
     ),
     "negative seed": ("seed=-1", r"seed=-1 must not be negative"),
     "negative warm-up": ("warmup=-1", r"warmup=-1 must not be negative"),
-    "probability above one": (
-        "decoding=sampling decoding.top_p=2",
-        r"decoding\.top_p=2\.0 must lie in \(0, 1\]",
-    ),
-    "zero temperature": (
-        "decoding=sampling decoding.temperature=0",
-        r"decoding\.temperature=0\.0 .*decoding=greedy",
-    ),
+    "probability above one": ("decoding=sampling decoding.top_p=2", r"decoding\.top_p=2\.0 must lie in \(0, 1\]"),
+    "zero temperature": ("decoding=sampling decoding.temperature=0", r"decoding\.temperature=0\.0 .*decoding=greedy"),
     "no number": ("draft.temperature=nan", r"draft\.temperature=nan must be positive"),
     "no samples": ("benchmark.max_samples=0", r"benchmark\.max_samples=0 must be at least 1 \(null: all\)"),
     "empty stop string": ("decoding.stop=['']", r"decoding\.stop=\[''\] holds an empty string: leave it out"),
@@ -175,18 +154,12 @@ CHECKS = {
         "plan_only=true offload=stream offload.card=RTX_4090 offload.ram_gib=0.5",
         r"host memory cannot hold this run, .* raise offload\.ram_gib to at least",
     ),
-    "no budget": (
-        "plan_only=true offload=stream offload.vram_gib=nan",
-        r"offload\.vram_gib=nan must be positive",
-    ),
+    "no budget": ("plan_only=true offload=stream offload.vram_gib=nan", r"offload\.vram_gib=nan must be positive"),
     "budget that is no number": (
         "plan_only=true offload=stream offload.vram_gib=8GB",
         r"offload\.vram_gib=8GB must be positive, or auto",
     ),
-    "no ring": (
-        "plan_only=true offload=stream offload.ring_slots=0",
-        r"offload\.ring_slots=0 must be at least 1",
-    ),
+    "no ring": ("plan_only=true offload=stream offload.ring_slots=0", r"offload\.ring_slots=0 must be at least 1"),
     "fewer layers than none": (
         "plan_only=true offload=stream offload.resident_layers=-1",
         r"offload\.resident_layers=-1 must not be negative",
@@ -200,10 +173,7 @@ CHECKS = {
         r"offload\.link_gb_per_s=0\.0 must be positive",
     ),
     "unknown profile": ("profile=flame", r"profile=flame: choose one of none, timeline"),
-    "resume without folder": (
-        "resume=true run_dir=",
-        r"resume=true needs the folder to continue: run_dir=FOLDER",
-    ),
+    "resume without folder": ("resume=true run_dir=", r"resume=true needs the folder to continue: run_dir=FOLDER"),
 }
 """Refused by the run before anything is loaded."""
 
@@ -219,39 +189,22 @@ THROUGH_THE_COMMAND_LINE = (
 """Cases of which the command line has a part, and one of each kind."""
 
 FILES = {
-    "missing": (
-        "benchmark.path={root}/none.jsonl",
-        r"benchmark\.path=.*none\.jsonl does not exist; give the path",
-    ),
+    "missing": ("benchmark.path={root}/none.jsonl", r"benchmark\.path=.*none\.jsonl does not exist; give the path"),
     "folder": ("benchmark.path={root}/nothing", r"benchmark\.path=.*nothing is a folder; give a file"),
-    "field": (
-        "benchmark.path={root}/field.jsonl",
-        r"line 1: the row has no field 'answer'; rename the column",
-    ),
+    "field": ("benchmark.path={root}/field.jsonl", r"line 1: the row has no field 'answer'; rename the column"),
     "broken": ("benchmark.path={root}/broken.jsonl", r"line 1 is not JSON .*readable: JSON Lines"),
     "list": ("benchmark.path={root}/list.jsonl", r"row 1 is not a JSON object"),
     "empty": ("benchmark.path={root}/empty.jsonl", r"empty\.jsonl holds no rows"),
-    "blank": (
-        "benchmark=mt_bench benchmark.path={root}/blank.jsonl",
-        r"field 'turns' must be a list of non-empty",
-    ),
+    "blank": ("benchmark=mt_bench benchmark.path={root}/blank.jsonl", r"field 'turns' must be a list of non-empty"),
 }
 """Files of ``benchmark.source=file``."""
 
 TARGETS = {
-    "no such folder": (
-        "target.path={root}/none",
-        2,
-        r"target\.path=.*none: no such folder, and not a hub id",
-    ),
+    "no such folder": ("target.path={root}/none", 2, r"target\.path=.*none: no such folder, and not a hub id"),
     "a file": ("target.path={root}/file", 2, r"target\.path=.*file is a file; pass the checkpoint folder"),
     "no checkpoint": ("target.path={root}/nothing", 2, r"target: .*nothing has no config\.json"),
     "no weights": ("target.path={root}/no_weights", 2, r"target: .*holds no weights: .*target\.path=FOLDER"),
-    "cut weights": (
-        "target.path={root}/cut",
-        1,
-        r"target: .*model\.safetensors is (cut off|damaged).*copy it again",
-    ),
+    "cut weights": ("target.path={root}/cut", 1, r"target: .*model\.safetensors is (cut off|damaged).*copy it again"),
     "cut GGUF": (
         "target=smollm2_135m target.path={root}/cut.gguf",
         2,
@@ -352,9 +305,7 @@ def test_a_folder_without_a_run_is_not_resumed(places):
     for folder in (places / "nothing", places / "none"):
         ran = cli(f"run_dir={folder}", "resume=true")
         assert ran.code == 2
-        assert re.search(
-            r"run_dir=\S+ holds no run to continue: correct the folder, or leave resume out", ran.error
-        )
+        assert re.search(r"run_dir=\S+ holds no run to continue: correct the folder, or leave resume out", ran.error)
     assert not (places / "none").exists()
 
 
@@ -377,10 +328,7 @@ def test_memory_that_does_not_suffice(places, tmp_path, monkeypatch):
         (
             (MemoryError(), "host"),
             (torch.OutOfMemoryError(), "device"),
-            (
-                RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-                "host",
-            ),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "host"),
             (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "host"),
             (TypeError("zeros(): ... Overflow when unpacking long long"), "host"),
             (RuntimeError("CUDA error: out of memory"), "device"),
@@ -399,9 +347,7 @@ def test_prompts_longer_than_the_cache_are_skipped_and_counted(places, tmp_path)
     rows = tmp_path / "rows.jsonl"
     long = "How many? " * 200
     rows.write_text(
-        "".join(
-            f'{{"question": "{text}", "answer": "#### 7"}}\n' for text in ("How many?", long, "Why?", long)
-        )
+        "".join(f'{{"question": "{text}", "answer": "#### 7"}}\n' for text in ("How many?", long, "Why?", long))
     )
     file = ["benchmark.source=file", f"benchmark.path={rows}", "benchmark.max_samples=null"]
     arguments = [*tiny_run(places / "tiny", tmp_path / "run"), *file, "decoding.max_length=400"]

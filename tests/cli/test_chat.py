@@ -22,9 +22,7 @@ def chat(monkeypatch, capsys, text, *arguments):
 
 def answers(lines):
     """The answers, each in front of its figures."""
-    figures = [
-        place for place, line in enumerate(lines) if re.search(r"tokens/s, tau \d+\.\d\d, \d+ passes", line)
-    ]
+    figures = [place for place, line in enumerate(lines) if re.search(r"tokens/s, tau \d+\.\d\d, \d+ passes", line)]
     return [lines[place - 1] for place in figures]
 
 

@@ -55,10 +55,7 @@ COMMAND_LINE = {
     "key without its group": ("temperature=1", r"did you mean draft\.temperature or decoding\.temperature\?"),
     "show in two ways": ("--cfg job --info all", r"give one of them"),
     "flag without its other": ("--resolve", r"--resolve is for --cfg"),
-    "misspelt length": (
-        "decoding.max_newtokens=3",
-        r"decoding\.max_newtokens: .*did you mean max_new_tokens\?",
-    ),
+    "misspelt length": ("decoding.max_newtokens=3", r"decoding\.max_newtokens: .*did you mean max_new_tokens\?"),
     "misspelt top-level key": ("sed=1", r"sed: no such key or group \(did you mean seed\?\)"),
     "key below a key": ("+benchmark.hub.x=1", r"benchmark\.hub\.x: no such key; benchmark\.hub has config"),
     "text for a number": ("tree.depth=x", r"tree\.depth=x: expected an integer"),
@@ -68,18 +65,12 @@ COMMAND_LINE = {
     "one for a list": ("decoding.stop=a", r"decoding\.stop=a: expected a list, \[A,B\]"),
     "unknown device": ("device=gpu", r"device=gpu: choose one of auto, cpu, cuda"),
     "unknown dtype": ("target.dtype=fp16", r"target\.dtype=fp16: choose one of auto, float32"),
-    "unknown source": (
-        "benchmark.source=web",
-        r"benchmark\.source=web: choose one of auto, hub, file, sample",
-    ),
+    "unknown source": ("benchmark.source=web", r"benchmark\.source=web: choose one of auto, hub, file, sample"),
     "neither true nor false": ("resume=maybe", r"resume=maybe: expected true or false"),
     "no value": ("tree.depth", r"tree\.depth: give it a value, tree\.depth=VALUE"),
     "no key": ("=3", r"=3: there is no key before the equals sign; give KEY=VALUE"),
     "open bracket": ("tree.depth=[", r"tree\.depth=\[: not readable as KEY=VALUE; .* 'tree\.depth=\"\[\"'"),
-    "group without option": (
-        "tree=null",
-        r"tree=null: choose one of adaptive, beam, chain, eagle2, or leave tree out",
-    ),
+    "group without option": ("tree=null", r"tree=null: choose one of adaptive, beam, chain, eagle2, or leave tree out"),
     "number for a group": ("tree=3", r"tree=3: choose one of adaptive, beam, chain, eagle2"),
     "removed key": ("~tree.depth", r"~tree\.depth: a key cannot be removed; .* tree\.depth=VALUE"),
     "removed group": ("~tree", r"tree is not set: give it as tree=VALUE"),
@@ -94,10 +85,7 @@ COMMAND_LINE = {
     "own file: typo": ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
     "own file: package": ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
     "own file: YAML": ("--config-dir={own}/yaml", r"local/default\.yaml, line 3: not valid YAML .*correct"),
-    "own file: group": (
-        "--config-dir={own}/group experiment=e",
-        r"tre: no such group \(did you mean tree\?\)",
-    ),
+    "own file: group": ("--config-dir={own}/group experiment=e", r"tre: no such group \(did you mean tree\?\)"),
     "own file: option": (
         "--config-dir={own}/option experiment=e",
         r"tree=chains: no such option \(did you mean chain\?\)",
@@ -112,10 +100,7 @@ def test_refused_in_one_line(own, tmp_path, case):
     arguments, line = COMMAND_LINE[case]
     run_dir = tmp_path / "run"
     ran = cli(
-        "target=hub",
-        f"target.path={tmp_path}",
-        f"run_dir={run_dir}",
-        *arguments.replace("{own}", str(own)).split(" "),
+        "target=hub", f"target.path={tmp_path}", f"run_dir={run_dir}", *arguments.replace("{own}", str(own)).split(" ")
     )
     ran.refused(2, line)
     assert not (run_dir / "records.jsonl").exists()
@@ -156,21 +141,10 @@ except ImportError: pass
     assert process.returncode == 0, process.stderr
     assert f"subspec {__version__}\n" in process.stdout
     assert "python -m subspec predict" in process.stdout
-    assert re.search(
-        rf"^subspec {__version__}: target=smollm2_135m .*run_dir=run$", process.stdout, re.MULTILINE
-    )
+    assert re.search(rf"^subspec {__version__}: target=smollm2_135m .*run_dir=run$", process.stdout, re.MULTILINE)
     refused = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    keys = (
-        "draft.nosuch",
-        "tree.depth=0",
-        "quant.bits=5",
-        "card is not set",
-        "tau is not set",
-        "tree.depth=0",
-    )
-    assert [
-        line.removeprefix("error: ").startswith(key) for line, key in zip(refused, keys, strict=True)
-    ] == [True] * 6
+    keys = ("draft.nosuch", "tree.depth=0", "quant.bits=5", "card is not set", "tau is not set", "tree.depth=0")
+    assert [line.removeprefix("error: ").startswith(key) for line, key in zip(refused, keys, strict=True)] == [True] * 6
 
 
 def test_a_process_ends_with_the_line_and_the_status():

@@ -14,15 +14,7 @@ from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
 from subspec.runs.logger import NoLogger
 from subspec.runs.turn import prompt_digest
-from tests.helpers.cli import (  # noqa: F401
-    Forked,
-    cli,
-    no_report,
-    records_of,
-    summary_of,
-    timeless,
-    tiny_run,
-)
+from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
 from tests.helpers.tiny import tiny_checkpoint
 
 
@@ -95,17 +87,13 @@ def test_another_seed_draws_something_else(run):
 def test_a_broken_verifier_is_found_by_the_audit(run, plain, monkeypatch):
     verify = subspec.decoding.engine.verify
     monkeypatch.setattr(
-        subspec.decoding.engine,
-        "verify",
-        lambda tree, chosen, *levels: verify(tree, (chosen + 1) % 320, *levels),
+        subspec.decoding.engine, "verify", lambda tree, chosen, *levels: verify(tree, (chosen + 1) % 320, *levels)
     )
     ran, folder = run("audit=true", code=3)
     summary = summary_of(folder)
     wrong = summary["audit"]["mismatch"]
     assert wrong > 0
-    assert re.search(
-        rf"audit found {wrong} token\(s\) .*largest gap [\d.]+ logits.*{folder}/records\.jsonl", ran.error
-    )
+    assert re.search(rf"audit found {wrong} token\(s\) .*largest gap [\d.]+ logits.*{folder}/records\.jsonl", ran.error)
     assert f"AUDIT FAILED: {wrong} token(s)" in ran.out
     assert len(records_of(folder)) == summary["counts"]["turns"] == 2
     assert sum(record["audit"]["mismatch"] for record in records_of(folder)) == wrong
@@ -179,9 +167,7 @@ def test_the_summary_says_what_ran(drafted, checkpoint):
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
     overrides = ["tree=adaptive", "tree.width=2", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
     _, folder = run(*overrides)
-    shown = cli(
-        *tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve"
-    )
+    shown = cli(*tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve")
     assert yaml.safe_load(shown.out) == yaml.safe_load((folder / "config.yaml").read_text())
 
 
@@ -238,9 +224,7 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     load = subspec.runs.runner.load
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: cuda)
     monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "this is no GPU")
-    monkeypatch.setattr(
-        subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console)
-    )
+    monkeypatch.setattr(subspec.runs.runner, "load", lambda config, device, console: load(config, cpu, console))
     for room in (subspec.runs.runner, subspec.runs.generation):
         monkeypatch.setattr(room, "peak_vram_gib", lambda: peaks["allocated"])
         monkeypatch.setattr(room, "device_vram_gib", lambda: peaks["device"])

@@ -8,16 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.codec.format import CHUNK, encode, restore
-from subspec.codec.restore import (
-    Restoration,
-    Rows,
-    Source,
-    Spans,
-    blocks_of,
-    describe,
-    quantized_rows,
-    restore_into,
-)
+from subspec.codec.restore import Restoration, Rows, Source, Spans, blocks_of, describe, quantized_rows, restore_into
 from subspec.errors import SubspecError
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import QuantizedIntegers

@@ -150,12 +150,7 @@ CASES = [  # bits, block, tiles, gate and up, inputs: chunks of 512 begin within
     (4, 64, 4, False, 37),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in [
-            (4, 1024, 4, True, 1024),
-            (4, 128, 2, True, 384),
-            (3, 256, 2, False, 256),
-            (2, 64, 2, False, 100),
-        ]
+        for case in [(4, 1024, 4, True, 1024), (4, 128, 2, True, 384), (3, 256, 2, False, 256), (2, 64, 2, False, 100)]
     ),
 ]
 
@@ -163,9 +158,7 @@ CASES = [  # bits, block, tiles, gate and up, inputs: chunks of 512 begin within
 def fused(parts, bits, block, tiles, swiglu):
     """Several weights quantized and fused as a draft level has them: the Linear, and each weight's codes and rows."""
     codes = [higgs(part, bits, block=block) for part in parts]
-    linear = make_codebook_linear(
-        codes[0].stacked(codes[1:], swiglu=swiglu), Variant("lut_mma", tiles), swiglu=swiglu
-    )
+    linear = make_codebook_linear(codes[0].stacked(codes[1:], swiglu=swiglu), Variant("lut_mma", tiles), swiglu=swiglu)
     return linear, members_of(parts, codes, swiglu)
 
 
@@ -197,9 +190,7 @@ def test_other_kernels_orders_are_not_guessed():
 
 def made_up_linear(count, k, bits, block, tiles, swiglu, every_scale, device="cpu"):
     """A fused Linear of two weights of ``count`` rows; each one's codes and rows."""
-    codes = [
-        made_up(count, k, bits=bits, block=block, seed=seed, every_scale=every_scale) for seed in range(2)
-    ]
+    codes = [made_up(count, k, bits=bits, block=block, seed=seed, every_scale=every_scale) for seed in range(2)]
     stacked = codes[0].stacked(codes[1:], swiglu=swiglu)
     there = replace(stacked, pairs=stacked.pairs.to(device), scale=stacked.scale.to(device))
     linear = make_codebook_linear(there, Variant("lut_mma", tiles), swiglu=swiglu)
@@ -274,9 +265,7 @@ def dequantize_on_host(library, parts):
 
 @pytest.mark.parametrize("every_scale", [False, True])
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
-def test_the_cuda_source_rebuilds_what_torch_rebuilds(
-    dequantizing, bits, block, tiles, swiglu, k, every_scale
-):
+def test_the_cuda_source_rebuilds_what_torch_rebuilds(dequantizing, bits, block, tiles, swiglu, k, every_scale):
     """All weights of a fused Linear in one launch."""
     count = 64 if swiglu else 3 * ROWS + 5
     linear, members = made_up_linear(count, k, bits, block, tiles, swiglu, every_scale)

@@ -54,9 +54,7 @@ def builder_of(model, quant="hqq 4"):
     return SubstituteBuilder(model.config, quantizer, kernel=name, keep_exact=frozenset(), formats=formats)
 
 
-def load_coded(
-    model, *, resident=(1,), slots=2, quant="hqq 4", planned=ROOM, layer_bytes=ROOM, place="device"
-):
+def load_coded(model, *, resident=(1,), slots=2, quant="hqq 4", planned=ROOM, layer_bytes=ROOM, place="device"):
     """With the LM head coded."""
     plan = plan_for(resident, slots, Placement(place), Codec.substitute, layer_bytes)
     object.__setattr__(plan, "coded_head_bytes", planned)
@@ -87,8 +85,7 @@ def test_slices_are_all_rows_and_fit(vocabulary, hidden, rows):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("quant", "rows"),
-    [("hqq 4", 64), ("hqq 4", 331), ("hqq 4", 1000), ("hqq 8", 64), ("hqq 3", 64), ("higgs", 331)],
+    ("quant", "rows"), [("hqq 4", 64), ("hqq 4", 331), ("hqq 4", 1000), ("hqq 8", 64), ("hqq 3", 64), ("higgs", 331)]
 )
 def test_the_head_is_rebuilt_bit_for_bit(quant, rows, device):
     model = tiny(device, vocab_size=SMALLER)
@@ -179,10 +176,7 @@ def test_a_head_that_is_not_to_be_coded_stays_as_it_is(tie):
     assert torch.equal(loaded.substitute.head, model.lm_head.weight)
     substitute = loaded.substitute
     assert (substitute.head.data_ptr() == substitute.embedding.data_ptr()) == tie
-    texts = [
-        Engine(one.target, max_length=64).generate(PROMPT, max_new_tokens=6).token_ids
-        for one in (loaded, plain)
-    ]
+    texts = [Engine(one.target, max_length=64).generate(PROMPT, max_new_tokens=6).token_ids for one in (loaded, plain)]
     assert texts[0] == texts[1]
     if not tie:  # the draft is the same whether its head codes or not: only made at another time
         drafts = [own.substitute.draft_head.tensors for own in (loaded, load_coded(model))]
@@ -235,9 +229,7 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
     """From the configuration to the record; a tied table is needed as it is."""
     pytest.importorskip("triton")
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        format, "CHUNK", 32
-    )  # shorter ones end in more padding than the estimate has room for
+    monkeypatch.setattr(format, "CHUNK", 32)  # shorter ones end in more padding than the estimate has room for
     fewer_layers(monkeypatch, shape, 2, vocab_size=VOCABULARY)
     planted = PlantedTargetConfig(name=f"planted_{shape}", shape=shape)
     options = {"quant": {"modules": ["attention", "mlp", "lm_head"]}, "decoding": {"max_length": 128}}

@@ -34,9 +34,7 @@ def builder_of(model, keep_exact=(), quant="hqq", skip=()):
     options = {"keep_exact": frozenset(keep_exact), "skip_layers": frozenset(skip), "kernel": "int4_mma"}
     if quant == "higgs":
         options |= {"kernel": "lut_mma", "formats": dict.fromkeys(ROLES, HiggsFormat())}
-    return SubstituteBuilder(
-        model.config, higgs_quantizer() if quant == "higgs" else hqq_quantizer(), **options
-    )
+    return SubstituteBuilder(model.config, higgs_quantizer() if quant == "higgs" else hqq_quantizer(), **options)
 
 
 def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), keep_exact=(), quant="hqq"):
@@ -179,9 +177,7 @@ def test_layers_of_the_real_default_model_are_rebuilt_bit_for_bit(default_target
     model = default_target.model
     builder = builder_of(model, quant=quant)
     for index, layer in list(enumerate(model.model.layers))[:: 10 if device == "cpu" else 1]:
-        tensors = {
-            name: p.detach().to(torch.device(device), torch.bfloat16) for name, p in layer.named_parameters()
-        }
+        tensors = {name: p.detach().to(torch.device(device), torch.bfloat16) for name, p in layer.named_parameters()}
         codes = {}
         fused = builder.build_layer(tensors, torch.device(device), index=index, keep=codes)
         coded, flat = encode_layer(tensors, codes, fused)

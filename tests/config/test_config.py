@@ -60,9 +60,7 @@ def composed(*overrides):
 
 def large_model(**changes):
     """A configuration that rules nothing out."""
-    return LlamaConfig(
-        **{"vocab_size": 150_000, "max_position_embeddings": 131_072, "num_hidden_layers": 80} | changes
-    )
+    return LlamaConfig(**{"vocab_size": 150_000, "max_position_embeddings": 131_072, "num_hidden_layers": 80} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +151,7 @@ def test_a_selection_of_nothing_is_refused(override):
         (["decoding.texts=0"], r"decoding\.texts=0 must be"),
         (["decoding.texts=many"], r"decoding\.texts=many must be"),
         (["decoding.texts=2", "offload=accelerate", "draft=none"], "but offload=accelerate"),
-        (
-            ["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"],
-            r"but draft\.proposer=prompt_lookup",
-        ),
+        (["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"], r"but draft\.proposer=prompt_lookup"),
     ],
 )
 def test_texts_side_by_side_that_cannot_be_are_refused(overrides, message):
@@ -199,11 +194,7 @@ def test_every_key_of_every_option_is_explained():
         (["draft"], ["draft: the draft", r"draft=none: Plain", r"    draft\.temperature=0\.2 +sharpens"]),
         (
             ["tree=adaptive"],
-            [
-                r"tree=adaptive \(default\): ",
-                r"    tree\.depth=16",
-                r"    tree\.width=null +4, or 1 on a CPU",
-            ],
+            [r"tree=adaptive \(default\): ", r"    tree\.depth=16", r"    tree\.width=null +4, or 1 on a CPU"],
         ),
         (["tree.width=3"], [r"tree=adaptive \(default\)", r"    tree\.width=10 +children"]),
         (["quant.bits_by.mlp"], [r"    quant\.bits_by\.mlp=null +Bits of"]),
@@ -261,9 +252,7 @@ def test_groups_without_effect(first, second, same):
     assert (found[0] == found[1]) == same
 
 
-@pytest.mark.parametrize(
-    "draft", sorted(key.partition("/")[2] for key in SCHEMAS if key.startswith("draft/"))
-)
+@pytest.mark.parametrize("draft", sorted(key.partition("/")[2] for key in SCHEMAS if key.startswith("draft/")))
 def test_quant_has_an_effect_where_it_is_checked(draft):
     config = composed(f"draft={draft}", *NEEDS.get(("draft", draft), []))
     assert ("quant" in effective(to_plain(config))) == quantizes(to_config(config))

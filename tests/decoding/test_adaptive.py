@@ -110,8 +110,7 @@ def test_several_texts_draft_on_while_their_levels_pay_together():
 
 
 @pytest.mark.parametrize(
-    ("width", "texts", "breadth"),
-    [(6, 1, 6), (6, 5, 6), (6, 8, 4), (2, 8, 2), (40, 1, 40), (40, 2, 16), (6, 64, 1)],
+    ("width", "texts", "breadth"), [(6, 1, 6), (6, 5, 6), (6, 8, 4), (2, 8, 2), (40, 1, 40), (40, 2, 16), (6, 64, 1)]
 )
 def test_trees_beside_many_others_are_narrower(width, texts, breadth):
     policy = Adaptive(3, width)

@@ -32,12 +32,7 @@ def test_one_prompt_is_taken_in_every_form(prompt):
     [
         *([], [5.0, 6], [5, NAN], [True, False], [np.bool_(True)], [5, None], ["5"], [[5, 6]], [[5, 6], [7]]),
         *(torch.tensor([], dtype=torch.int64), torch.tensor([[]], dtype=torch.int64), [torch.tensor(5)]),
-        *(
-            torch.tensor([[5, 6], [7, 8]]),
-            torch.tensor([[5], [6]]),
-            torch.tensor([[[5, 6]]]),
-            torch.tensor(5),
-        ),
+        *(torch.tensor([[5, 6], [7, 8]]), torch.tensor([[5], [6]]), torch.tensor([[[5, 6]]]), torch.tensor(5)),
         *(torch.tensor([5.0, 6.0]), torch.tensor([True, False]), np.array([5.0, 6.0]), np.array([True])),
         *(np.array([[5, 6], [7, 8]]), np.array(["5"]), "the", b"the", 5, None, {5, 6}, {"input_ids": [5, 6]}),
     ],
@@ -63,9 +58,7 @@ def test_stop_strings(stop, expected):
     assert stop_list(stop) == expected
 
 
-@pytest.mark.parametrize(
-    "stop", ["", [""], ["a", ""], [5], 5, [b"a"], b"a", {"a": 1}, [None], [["a"]], True], ids=repr
-)
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [5], 5, [b"a"], b"a", {"a": 1}, [None], [["a"]], True], ids=repr)
 def test_what_is_no_stop_string_is_refused(stop):
     with pytest.raises(ArgumentError, match="stop "):
         stop_list(stop)

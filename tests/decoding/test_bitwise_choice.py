@@ -112,10 +112,7 @@ def test_the_library(monkeypatch):
         (lambda model: model.model.layers[1].register_forward_hook(lambda *_: None), "hooks"),
         (lambda model: model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: None), "hooks"),
         (lambda model: setattr(model.model.layers[1].mlp, "up_proj", Adapted(64, 128, bias=False)), "Linear"),
-        (
-            lambda model: setattr(model.model.layers[0], "mlp", Own(model.model.layers[0].mlp)),
-            "decoder layer",
-        ),
+        (lambda model: setattr(model.model.layers[0], "mlp", Own(model.model.layers[0].mlp)), "decoder layer"),
         (lambda model: setattr(model, "lm_head", nn.Linear(64, 320)), "bias"),
         (lambda model: transpose(model.model.layers[0].self_attn.q_proj), "order"),
     ],

@@ -63,11 +63,7 @@ def test_texts_side_by_side_have_the_bits_that_each_has_alone(policy, whole):
     device = device_of_tests()
     model = tiny_model("llama", **SHAPE).to(device, torch.bfloat16)
     on_gpu = device.type == "cuda"
-    texts = [
-        ([5, 17, 33], 0, None),
-        ([2, 3, 5, 7, 11, 13, 17, 9, 1], 3, Sampling(0.8, top_p=0.9)),
-        ([9], 1, None),
-    ]
+    texts = [([5, 17, 33], 0, None), ([2, 3, 5, 7, 11, 13, 17, 9, 1], 3, Sampling(0.8, top_p=0.9)), ([9], 1, None)]
     engine, count = engine_of(model, policy, whole=whole), 30 if on_gpu else 3
     scheduler = Scheduler(engine, 2)  # the last one joins a running one, and takes over a place
     added = [

@@ -40,8 +40,7 @@ def described(tree):
     parents = tree.parents[: tree.size].tolist()
     tokens = tree.tokens[: tree.size].tolist()
     return {
-        tuple(tokens[step] for step in path_to(parents, node)): float(tree.scores[node])
-        for node in range(tree.size)
+        tuple(tokens[step] for step in path_to(parents, node)): float(tree.scores[node]) for node in range(tree.size)
     }
 
 
@@ -98,9 +97,7 @@ def test_re_ranking_keeps_the_best_nodes_and_renumbers_them(made):
     assert [kept[parent] for parent in tree.parents[: tree.size].tolist()] == [parents[node] for node in kept]
     after = described(tree)
     assert after.items() <= before.items()
-    rows = tree.ancestors[
-        : tree.size
-    ]  # leftovers behind the kept nodes, which padded passes take along, are not seen
+    rows = tree.ancestors[: tree.size]  # leftovers behind the kept nodes, which padded passes take along, are not seen
     for node in range(tree.size):
         path = path_to(tree.parents.tolist(), node)
         assert rows[node].nonzero()[:, 0].tolist() == path

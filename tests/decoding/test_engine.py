@@ -39,13 +39,7 @@ def reference(model):
     return hf_greedy(model, PROMPT, 60)
 
 
-@pytest.mark.parametrize(
-    ("family", "policy"),
-    [
-        *zip(FAMILIES, POLICIES, strict=True),
-        ("llama", "beam"),
-    ],
-)
+@pytest.mark.parametrize(("family", "policy"), [*zip(FAMILIES, POLICIES, strict=True), ("llama", "beam")])
 def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, policy):
     model = tiny_model(family, layers=3)
     result = engine_for(model, POLICIES[policy](), prefill_chunk=4).generate(PROMPT, max_new_tokens=50)
@@ -58,8 +52,7 @@ def test_greedy_text_is_transformers_own_for_every_family_and_tree(family, polic
     counts = zip(stats.accepted_by_depth, stats.reached_by_depth, stats.drafted_by_depth, strict=True)
     assert all(accepted <= reached <= drafted for accepted, reached, drafted in counts)
     assert all(
-        reached <= before
-        for reached, before in zip(stats.reached_by_depth[1:], stats.accepted_by_depth, strict=False)
+        reached <= before for reached, before in zip(stats.reached_by_depth[1:], stats.accepted_by_depth, strict=False)
     )
 
 
@@ -83,10 +76,7 @@ def test_any_draft_and_tree_yield_what_plain_decoding_is_defined_to_be(model, da
     """Draw a setting, take the target's own tokens, look after each of them whether the text ends, compare."""
     draw, tokenizer = data.draw, tiny_tokenizer()
     prompt = draw(st.lists(st.integers(0, 319), min_size=1, max_size=12))
-    options = {
-        "sampling": draw(st.sampled_from(SAMPLINGS)),
-        "max_length": len(prompt) + draw(st.integers(1, 30)),
-    }
+    options = {"sampling": draw(st.sampled_from(SAMPLINGS)), "max_length": len(prompt) + draw(st.integers(1, 30))}
     seed, most = draw(st.integers(0, 9)), draw(st.one_of(st.none(), st.integers(1, 34)))
     free = engine_for(model, **options).generate(prompt, seed=seed).token_ids
     text = tokenizer.decode(free, skip_special_tokens=True) or "x"
@@ -142,9 +132,7 @@ def test_timed_plain_passes_change_no_text(model, reference, monkeypatch):
     length, rows, forward = engine.cache.length, [], engine.target.forward
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine.target,
-            "forward",
-            lambda batch, **kept: rows.append(len(batch.tokens)) or forward(batch, **kept),
+            engine.target, "forward", lambda batch, **kept: rows.append(len(batch.tokens)) or forward(batch, **kept)
         )
         passes, seconds = engine.time_plain(4)
     assert (passes, engine.cache.length) == (4, length + 5)
@@ -163,9 +151,7 @@ def test_the_last_tree_is_no_deeper_than_the_tokens_still_wanted(model, referenc
 
 def test_tokens_are_streamed_as_they_are_emitted(model, reference):
     seen = []
-    engine_for(model, Beam(6, 3)).generate(
-        PROMPT, max_new_tokens=40, on_tokens=lambda ids, _: seen.append(ids)
-    )
+    engine_for(model, Beam(6, 3)).generate(PROMPT, max_new_tokens=40, on_tokens=lambda ids, _: seen.append(ids))
     assert seen[0] == reference[:1]
     assert len(seen) > 2
 

@@ -42,12 +42,7 @@ def test_update_returns_what_the_view_reads():
     assert torch.equal(value, -key)
 
 
-@given(
-    draft=st.lists(st.integers(1, 3), max_size=2),
-    tree=st.integers(1, 8),
-    prompt=st.integers(1, 4),
-    data=st.data(),
-)
+@given(draft=st.lists(st.integers(1, 3), max_size=2), tree=st.integers(1, 8), prompt=st.integers(1, 4), data=st.data())
 def test_draft_and_target_never_touch_each_others_rows(draft, tree, prompt, data):
     cache = make()
     write(cache.target_view(prompt), 100)

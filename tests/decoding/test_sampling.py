@@ -19,10 +19,7 @@ CPU = torch.device("cpu")
 
 
 @given(
-    seed=st.integers(0, 2**31),
-    top_k=st.integers(0, 12),
-    top_p=st.floats(0.05, 1.0),
-    scale=st.sampled_from([0.5, 2, 6]),
+    seed=st.integers(0, 2**31), top_k=st.integers(0, 12), top_p=st.floats(0.05, 1.0), scale=st.sampled_from([0.5, 2, 6])
 )
 def test_filters_match_transformers(seed, top_k, top_p, scale):
     logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) * scale
@@ -75,10 +72,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(
-            ("temperature", value)
-            for value in (-1, 1e-9, NAN, INF, -INF, True, "0.7", None, torch.tensor(0.7))
-        ),
+        *(("temperature", value) for value in (-1, 1e-9, NAN, INF, -INF, True, "0.7", None, torch.tensor(0.7))),
         *(("top_k", value) for value in (-1, 2.0, NAN, True, "5", None)),
         *(("top_p", value) for value in (0, 0.0, -0.1, 1.5, NAN, INF, True, "0.9", None)),
     ],

@@ -238,9 +238,7 @@ def test_a_pause_is_in_no_figure(model, monkeypatch):
     for text in (running, joining):
         stats = text.result.stats
         assert (stats.prefill_s, stats.decode_s, max(stats.block_s)) == (0.0, 0.0, 0.0)
-    assert (
-        running.result.stats.bytes_streamed == 300
-    )  # its end, the other's start, and the look before the pause
+    assert running.result.stats.bytes_streamed == 300  # its end, the other's start, and the look before the pause
 
 
 def test_texts_are_checked_when_they_are_added(model):

@@ -47,9 +47,7 @@ def fake_engine(model, sampling, own_cache=False):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "own_cache"),
-    zip(SAMPLINGS, (False, True), strict=True),
-    ids=["greedy", "sampling, own cache"],
+    ("sampling", "own_cache"), zip(SAMPLINGS, (False, True), strict=True), ids=["greedy", "sampling, own cache"]
 )
 def test_an_iteration_reads_nothing_back_but_the_acceptance(model, sampling, own_cache, monkeypatch):
     # Fake tensors cannot draw with a generator; the real noise is covered by the test on a GPU below.

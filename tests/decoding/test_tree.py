@@ -24,9 +24,7 @@ def trees(draw, vocab=6):
         if not children:
             break
         slots = tree.append(
-            torch.tensor([t for _, t in children]),
-            torch.tensor([p for p, _ in children]),
-            torch.zeros(len(children)),
+            torch.tensor([t for _, t in children]), torch.tensor([p for p, _ in children]), torch.zeros(len(children))
         )
         level = slots.tolist()
         parents += [p for p, _ in children]
@@ -98,10 +96,7 @@ def test_planting_again_leaves_nothing_of_the_old_tree():
 
 @settings(max_examples=30)
 @given(
-    seed=st.integers(0, 2**31),
-    width=st.integers(1, 5),
-    depth=st.integers(1, 4),
-    temperature=st.sampled_from([0.2, 1]),
+    seed=st.integers(0, 2**31), width=st.integers(1, 5), depth=st.integers(1, 4), temperature=st.sampled_from([0.2, 1])
 )
 def test_beam_keeps_the_best_of_all_children(seed, width, depth, temperature):
     generator = torch.Generator().manual_seed(seed)

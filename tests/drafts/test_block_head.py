@@ -149,12 +149,7 @@ def test_the_confidence_heads_estimate_stops_an_adaptive_tree(model):
 
 @pytest.mark.parametrize(
     ("shape", "policy"),
-    [
-        *(("dspark", policy) for policy in POLICIES),
-        ("dflash", "eagle2"),
-        ("jetspec", "beam"),
-        ("bare dspark", "beam"),
-    ],
+    [*(("dspark", policy) for policy in POLICIES), ("dflash", "eagle2"), ("jetspec", "beam"), ("bare dspark", "beam")],
 )
 def test_greedy_and_sampled_text_is_plain_decodings(model, text, shape, policy):
     engine = block_engine(model, POLICIES[policy](), shape, Taught, future=text)
@@ -179,9 +174,7 @@ def read(folder):
     return load_head(files, dtype=torch.float32, device=torch.device("cpu"), **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), zip(BLOCKS, ("DFlash", "JetSpec", "DSpark", "DSpark"), strict=True)
-)
+@pytest.mark.parametrize(("name", "method"), zip(BLOCKS, ("DFlash", "JetSpec", "DSpark", "DSpark"), strict=True))
 def test_published_heads_are_told_apart_load_and_run(tmp_path, capsys, model, text, name, method):
     folder = published_block(tmp_path, name)
     loaded = read(folder)
@@ -192,9 +185,7 @@ def test_published_heads_are_told_apart_load_and_run(tmp_path, capsys, model, te
     # Its own config.json and tensors are read back as the same head.
     again = BlockHead.from_tensors(loaded.head.state_dict(), loaded.head.shape.config())
     assert again.shape == loaded.head.shape
-    engine = build_engine(
-        model, draft="block_head", draft_path=folder, tree_policy=Eagle2(9, 3, 12), max_length=40
-    )
+    engine = build_engine(model, draft="block_head", draft_path=folder, tree_policy=Eagle2(9, 3, 12), max_length=40)
     assert engine.draft.wants.layers == (1, 4, 6)
     assert f"tree.depth=9: the {method} head drafts {BLOCKS[name].levels} levels" in capsys.readouterr().err
     assert engine.generate(PROMPT, max_new_tokens=12).token_ids == text[len(PROMPT) :][:12]
@@ -203,28 +194,15 @@ def test_published_heads_are_told_apart_load_and_run(tmp_path, capsys, model, te
 @pytest.mark.parametrize(
     ("sizes", "own"),
     [
-        (
-            (4096, 32, 8, 128, 12288, 151936, 36),
-            {"dflash_config": {"mask_token_id": 151669}, "block_size": 16},
-        ),
-        (
-            (4096, 32, 8, 128, 14336, 128256, 32),
-            {"dflash_config": {"mask_token_id": 128255}, "block_size": 10},
-        ),
-        (
-            (4096, 32, 8, 128, 12288, 151936, 36),
-            {"markov_rank": 256, "mask_token_id": 151669, "block_size": 7},
-        ),
+        ((4096, 32, 8, 128, 12288, 151936, 36), {"dflash_config": {"mask_token_id": 151669}, "block_size": 16}),
+        ((4096, 32, 8, 128, 14336, 128256, 32), {"dflash_config": {"mask_token_id": 128255}, "block_size": 10}),
+        ((4096, 32, 8, 128, 12288, 151936, 36), {"markov_rank": 256, "mask_token_id": 151669, "block_size": 7}),
     ],
     ids=["DFlash for Qwen3-8B", "DFlash for Llama-3.1-8B", "DSpark for Qwen3-8B"],
 )
 def test_heads_of_published_sizes_are_built(sizes, own):
     hidden, heads, kv_heads, head_dim, intermediate, vocab, layers = sizes
-    linears = {
-        "q": (heads * head_dim, hidden),
-        "k": (kv_heads * head_dim, hidden),
-        "o": (hidden, heads * head_dim),
-    }
+    linears = {"q": (heads * head_dim, hidden), "k": (kv_heads * head_dim, hidden), "o": (hidden, heads * head_dim)}
     linears["v"] = linears["k"]
     shapes = {"fc.weight": (hidden, 5 * hidden), "hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
     for layer in (f"layers.{index}." for index in range(5)):

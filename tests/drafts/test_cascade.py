@@ -48,9 +48,7 @@ def substitute(model):
 def own_cache(small, model, sizes):
     levels = SubstituteDraft(small, 1.0)
     vocab = model.config.vocab_size
-    return SeparateCacheDraft(
-        levels, levels.model, max_length=128, draft_rows=sizes.draft_rows, vocab_size=vocab
-    )
+    return SeparateCacheDraft(levels, levels.model, max_length=128, draft_rows=sizes.draft_rows, vocab_size=vocab)
 
 
 PROPOSERS = {
@@ -89,9 +87,7 @@ def generated(engine, count=24):
 def alone(model, substitute):
     """What the substitute generates without a proposer, once for each policy and way of sampling."""
     return cache(
-        lambda policy, sampling: generated(
-            engine_with(model, substitute, None, POLICIES[policy](), sampling=sampling)
-        )
+        lambda policy, sampling: generated(engine_with(model, substitute, None, POLICIES[policy](), sampling=sampling))
     )
 
 
@@ -106,9 +102,7 @@ def test_trees_and_texts_are_the_substitutes_own(model, substitute, alone, propo
     expected, own = alone(policy, sampling)
     found, trees = generated(engine_with(model, substitute, proposer, POLICIES[policy](), sampling=sampling))
     assert found.token_ids == expected.token_ids
-    for (tokens, parents, scores, _), (own_tokens, own_parents, own_scores, _) in zip(
-        trees, own, strict=True
-    ):
+    for (tokens, parents, scores, _), (own_tokens, own_parents, own_scores, _) in zip(trees, own, strict=True):
         assert (tokens, parents) == (own_tokens, own_parents)
         assert scores == pytest.approx(own_scores, abs=1e-3)
     passes, most = (result.stats.draft_passes for result in (found, expected))

@@ -109,9 +109,7 @@ def test_samples_are_those_of_plain_decoding(model, policy):
     count=st.integers(1, 25),
     ends=st.booleans(),
 )
-def test_any_prompt_chunk_and_length_and_one_engine_for_many(
-    model, prompts, chunk, depth, width, total, count, ends
-):
+def test_any_prompt_chunk_and_length_and_one_engine_for_many(model, prompts, chunk, depth, width, total, count, ends):
     """Prompts of one token, prompts longer than a chunk, texts that stop inside a block, one after another."""
     eos = (hf_greedy(model, prompts[0], count)[count // 2],) if ends else ()
     options = {"prefill_chunk": chunk, "eos_token_ids": eos, "max_length": 64}
@@ -172,10 +170,7 @@ def branch_logits(model, draft, text, branch):
 
 @pytest.mark.parametrize(
     ("policy", "shape"),
-    [
-        *((policy, "qwen2") for policy in POLICIES),
-        *(("eagle2", shape) for shape in SHAPES if shape != "qwen2"),
-    ],
+    [*((policy, "qwen2") for policy in POLICIES), *(("eagle2", shape) for shape in SHAPES if shape != "qwen2")],
 )
 def test_every_level_is_fed_its_own_parents_features(model, policy, shape):
     """Each node's logits against its branch from scratch, before and after tokens were accepted."""

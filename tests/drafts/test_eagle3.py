@@ -68,9 +68,7 @@ def plain_head(w, shape, model, text, branch):
     entered = ENTERED.get(name) or (8, 1)
     states = [behind_last_layer(model, text) if layer == 8 else hidden[layer][0] for layer in entered]
     table = w.get("embed_tokens.weight", model.get_input_embeddings().weight)
-    features = [
-        w["fc.weight"] @ torch.cat([s[i] for s in states]) + w.get("fc.bias", 0) for i in range(len(text))
-    ]
+    features = [w["fc.weight"] @ torch.cat([s[i] for s in states]) + w.get("fc.bias", 0) for i in range(len(text))]
     keys, values = [], []
     for position, token in enumerate((text + branch)[1:]):
         feature = features[position]
@@ -118,8 +116,7 @@ def behind_last_layer(model, text):
 
 
 @pytest.mark.parametrize(
-    ("shape", "policy"),
-    [*((shape, "eagle2") for shape in SHAPES3), ("official", "beam"), ("deepspec", "chain")],
+    ("shape", "policy"), [*((shape, "eagle2") for shape in SHAPES3), ("official", "beam"), ("deepspec", "chain")]
 )
 @torch.inference_mode()
 def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, shape, policy):
@@ -154,10 +151,7 @@ def test_choosing_among_the_heads_own_ids_gives_the_tree_of_the_targets_ids(mode
 
 @pytest.mark.parametrize(
     ("shape", "policy"),
-    [
-        *(("official", policy) for policy in POLICIES if policy != "eagle2"),
-        *((shape, "eagle2") for shape in SHAPES3),
-    ],
+    [*(("official", policy) for policy in POLICIES if policy != "eagle2"), *((shape, "eagle2") for shape in SHAPES3)],
 )
 def test_greedy_and_sampled_text_is_plain_decodings(model, shape, policy):
     engine, text = taught(model, POLICIES[policy](), 24, shape)

@@ -55,9 +55,7 @@ def test_published_heads_load_and_run(tmp_path, family, name, layout, dropped, l
     assert head.head.shape == SHAPES3[name]
     for key, tensor in random_head(SHAPES3[name]).state_dict().items():
         assert torch.equal(head.head.state_dict()[key], tensor if key == "d2t" else tensor.bfloat16().float())
-    engine = build_engine(
-        model, draft="eagle3", draft_path=folder, tree_policy=Eagle2(3, 3, 8), max_length=40
-    )
+    engine = build_engine(model, draft="eagle3", draft_path=folder, tree_policy=Eagle2(3, 3, 8), max_length=40)
     assert engine.draft.wants.layers == layers
     assert engine.generate(PROMPT, max_new_tokens=12).token_ids == hf_greedy(model, PROMPT, 12)
 
@@ -67,10 +65,7 @@ def test_published_heads_load_and_run(tmp_path, family, name, layout, dropped, l
     [
         ({}, (1, 3, 4)),
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 8]}, (1, 3, 7)),  # vLLM: the layer that is entered
-        (
-            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 7]}},
-            (0, 3, 7),
-        ),  # SGLang: that is left
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 7]}}, (0, 3, 7)),  # SGLang: that is left
         ({"target_layer_ids": [0, 3, 7]}, (0, 3, 7)),  # DeepSpec: that is left
     ],
 )
@@ -108,11 +103,7 @@ def test_a_configuration_may_be_nested_twice(tmp_path, wrapped):
         ("official", {"eagle_aux_hidden_state_layer_ids": [0, 4, 6]}, r"\[-1, 3, 5\] .* layers 0\.\.7"),
         ("official", {"target_layer_ids": [1, 4, 8]}, r"\[1, 4, 8\]"),
         ("speculators", {"norm_before_fc": True}, "norm_before_fc=true"),
-        (
-            "official",
-            {"extra": {"fc.weight": torch.ones(64, 192).to(torch.int8)}},
-            r"fc\.weight as torch\.int8",
-        ),
+        ("official", {"extra": {"fc.weight": torch.ones(64, 192).to(torch.int8)}}, r"fc\.weight as torch\.int8"),
         ("official", {"eagle_config": 3}, r"config\.json is not valid"),
     ],
 )

@@ -106,16 +106,8 @@ def test_a_head_of_several_layers_is_refused(tmp_path):
     ("extra", "config", "words"),
     [
         ({"d2t": torch.zeros(9), "midlayer.mlp.up_proj.weight": torch.zeros(2, 2)}, {}, "is an EAGLE-3 head"),
-        (
-            {"norm.weight": torch.ones(64)},
-            {"architectures": ["LlamaForCausalLMEagle3"]},
-            "is an EAGLE-3 head",
-        ),
-        (
-            {"norm.weight": torch.ones(64)},
-            {"speculators_model_type": "eagle"},
-            "layout of the speculators library",
-        ),
+        ({"norm.weight": torch.ones(64)}, {"architectures": ["LlamaForCausalLMEagle3"]}, "is an EAGLE-3 head"),
+        ({"norm.weight": torch.ones(64)}, {"speculators_model_type": "eagle"}, "layout of the speculators library"),
         ({"0.0.linear.weight": torch.ones(4, 4)}, {}, "Medusa"),
         ({"fc.weight": torch.zeros(64, 192)}, {}, "EAGLE-3"),
     ],
@@ -302,9 +294,7 @@ def test_what_the_hub_does_not_have_is_refused(hub, monkeypatch):
     refused("has no config.json: pass the folder or hub id of a draft head", "someone/else")
     refused("draft.path=someone/nobody: no such folder, and no such model", "someone/nobody")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(
-        "no complete copy in the hub cache, and the model hub is not used", "some/body", error=SubspecError
-    )
+    refused("no complete copy in the hub cache, and the model hub is not used", "some/body", error=SubspecError)
 
 
 # --------------------------------------------------------------------------------------------- convert
@@ -330,9 +320,7 @@ def convert_here(capsys, monkeypatch):
 
 
 def test_the_script_converts_and_a_run_reads_the_same_head(tmp_path, convert_here):
-    source = published(
-        tmp_path / "source", SHAPES["qwen2"], binary=True, prefix="model.", dtype=torch.float32
-    )
+    source = published(tmp_path / "source", SHAPES["qwen2"], binary=True, prefix="model.", dtype=torch.float32)
     status, said, complaints = convert_here(source, tmp_path / "out")
     assert status == 0, complaints
     assert "dropped: model.embed_tokens.weight" in said

@@ -65,13 +65,9 @@ def test_a_cache_in_pieces_gives_what_one_causal_pass_gives(name):
     with torch.no_grad():
         for start, end in ((0, 1), (1, 6), (6, 12)):
             visible = torch.ones(end - start, end, dtype=torch.bool).tril(start)
-            mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[
-                None, None
-            ]
+            mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
             view = cache.target_view(end - start)
-            pieces.append(
-                head(embeddings[0, start:end], features[0, start:end], torch.arange(start, end), mask, view)
-            )
+            pieces.append(head(embeddings[0, start:end], features[0, start:end], torch.arange(start, end), mask, view))
             cache.extend(end - start)
         expected = causal(head, embeddings, features)[0]
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-4, atol=1e-5)
@@ -154,7 +150,5 @@ def test_configurations_that_do_not_fit_the_weights_are_refused(config, message)
 def test_a_tensor_of_the_wrong_shape_is_named():
     tensors = dict(EagleHead(SHAPES["qwen2"]).state_dict())
     tensors["layers.0.mlp.up_proj.weight"] = torch.zeros(127, 64)
-    with pytest.raises(
-        ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight as \[127, 64\] where \[128, 64\]"
-    ):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight as \[127, 64\] where \[128, 64\]"):
         EagleHead.from_tensors(tensors, SHAPES["qwen2"].config())

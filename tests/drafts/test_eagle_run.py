@@ -54,9 +54,7 @@ def plain(places, tmp_path_factory):
         ("subspec", "eagle2", "sampling"),
     ],
 )
-def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(
-    places, plain, tmp_path, draft, tree, decoding
-):
+def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(places, plain, tmp_path, draft, tree, decoding):
     options = [f"decoding={decoding}", f"draft={draft}", f"tree={tree}", "audit=true"]
     if draft == "eagle2":
         options.append(f"draft.path={places / 'head'}")
@@ -78,15 +76,9 @@ def test_a_run_passes_the_audit_and_emits_what_plain_decoding_does(
             r"embedded default target only: for target=.*target set draft\.path to the folder or hub id",
         ),
         (["draft=eagle2", "draft.path=' '"], r"draft\.path is empty"),
-        (
-            ["draft=eagle2", "draft.path=planted"],
-            r"for planted targets only: for target=.*target set draft\.path",
-        ),
+        (["draft=eagle2", "draft.path=planted"], r"for planted targets only: for target=.*target set draft\.path"),
         (["draft=eagle2", "draft.path={root}/nowhere"], r"draft\.path=.*nowhere: no such folder"),
-        (
-            ["draft=eagle2", "draft.path={root}/narrow"],
-            r"hidden size 48, and .*/target has 64: set draft\.path",
-        ),
+        (["draft=eagle2", "draft.path={root}/narrow"], r"hidden size 48, and .*/target has 64: set draft\.path"),
         (["draft=eagle2", "draft.path={root}/other"], r"surplus norm\.weight: set draft\.path"),
         (["tree=eagle2", "tree.total_tokens=1"], r"tree\.total_tokens=1 must be at least 2"),
         (
@@ -107,9 +99,7 @@ def test_what_cannot_be_is_refused_in_one_line(places, tmp_path, options, line):
 @pytest.mark.parametrize("draft", ["subspec", "layer_skip"])
 def test_captured_levels_do_not_grow_eagle2s_tree(draft):
     config = to_config(composed("tree=eagle2", "offload=stream", f"draft={draft}"))
-    with pytest.raises(
-        ConfigError, match=rf"draft={draft} with offload=stream drafts whole levels .* tree=beam"
-    ):
+    with pytest.raises(ConfigError, match=rf"draft={draft} with offload=stream drafts whole levels .* tree=beam"):
         check_config(config)
     check_config(to_config(composed("tree=eagle2", "offload=stream", "draft=eagle2")))
     check_config(to_config(composed("tree=eagle2", f"draft={draft}")))
@@ -146,20 +136,8 @@ def test_on_a_gpu_a_run_passes_the_audit_within_its_budget(tmp_path, offload, tr
     streaming = ["offload.vram_gib=0.5", "offload.resident_layers=2"] if offload == "stream" else []
     torch.cuda.set_per_process_memory_fraction(1.0)
     ran = cli(
-        *[
-            "target=planted_tiny",
-            "device=cuda",
-            "logger=none",
-            "benchmark.source=sample",
-            "benchmark.max_samples=2",
-        ],
-        *[
-            "draft=eagle2",
-            f"draft.path={tmp_path / 'head'}",
-            f"tree={tree}",
-            f"decoding={decoding}",
-            "audit=true",
-        ],
+        *["target=planted_tiny", "device=cuda", "logger=none", "benchmark.source=sample", "benchmark.max_samples=2"],
+        *["draft=eagle2", f"draft.path={tmp_path / 'head'}", f"tree={tree}", f"decoding={decoding}", "audit=true"],
         *["decoding.max_new_tokens=40", "decoding.max_length=1024", f"offload={offload}", *streaming],
         f"run_dir={folder}",
     )

@@ -101,8 +101,7 @@ def test_layers_are_spread_with_the_first_and_the_last():
 
 
 @pytest.mark.parametrize(
-    ("settings", "chosen"),
-    [({}, None), ({"layers": [3, 0]}, (0, 3)), ({"keep": 3}, (0, 2, 4)), ({"keep": 1}, (0,))],
+    ("settings", "chosen"), [({}, None), ({"layers": [3, 0]}, (0, 3)), ({"keep": 3}, (0, 2, 4)), ({"keep": 1}, (0,))]
 )
 def test_what_the_configuration_chooses(settings, chosen):
     assert chosen_layers(LayerSkipDraftConfig(name="layer_skip", **settings), 5) == chosen

@@ -31,10 +31,7 @@ CPU = torch.device("cpu")
 PARD_TOKEN, LEVELS = 317, 5
 PARD2 = {"pard2": True, "pard2_target_layers": [-1, -4, 2], "pard2_target_dim": 192, "pard2_scale": 0.5}
 """The final hidden states, those behind layer 4 of eight, and those behind layer 1."""
-KINDS = {
-    "pard": PardShape(PARD_TOKEN),
-    "pard2": PardShape(PARD_TOKEN, HiddenRequest(True, (4, 1)), 0.5),
-}
+KINDS = {"pard": PardShape(PARD_TOKEN), "pard2": PardShape(PARD_TOKEN, HiddenRequest(True, (4, 1)), 0.5)}
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +94,7 @@ def test_every_block_is_one_causal_pass_over_the_whole_text(model, small, text, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "policy"),
-    [*(("pard", policy) for policy in POLICIES), ("pard2", "eagle2"), ("pard2", "adaptive")],
+    ("kind", "policy"), [*(("pard", policy) for policy in POLICIES), ("pard2", "eagle2"), ("pard2", "adaptive")]
 )
 def test_greedy_and_sampled_text_is_plain_decodings(model, small, text, kind, policy):
     engine = pard_engine(model, small, POLICIES[policy](), kind, Taught, future=text)
@@ -135,9 +131,7 @@ def published(folder, warp=None, **config):
 @pytest.mark.parametrize("warp", [None, {"target_proj.weight": projection()}], ids=["PARD", "PARD-2"])
 def test_published_models_load_and_run(tmp_path, capsys, model, text, warp):
     folder = published(tmp_path, warp)
-    engine = build_engine(
-        model, draft="pard", draft_path=folder, tree_policy=Eagle2(14, 3, 12), max_length=40
-    )
+    engine = build_engine(model, draft="pard", draft_path=folder, tree_policy=Eagle2(14, 3, 12), max_length=40)
     assert (engine.draft.levels, engine.draft.wants) == (12, KINDS["pard2" if warp else "pard"].wants)
     assert "tree.depth=14: a pass drafts draft.block=12 levels" in capsys.readouterr().err
     if warp:
@@ -164,11 +158,7 @@ def test_the_identity_covers_the_projection(tmp_path):
         ({"target_proj.weight": torch.ones(32, 64)}, {}, r"target_proj\.weight of \[32, 192\]"),
         ({"target_proj.weight": projection(), "a": torch.ones(1)}, {}, r"target_proj\.weight of"),
         ({}, {"pard2_target_layers": [-1, -9, 2]}, r"192 features .*\[-1, -9, 2\] \(pard2_target_layers\)"),
-        (
-            {},
-            {"pard2_target_layers": [2, -1, -4]},
-            r"pard2_target_layers",
-        ),  # the final states are not the first
+        ({}, {"pard2_target_layers": [2, -1, -4]}, r"pard2_target_layers"),  # the final states are not the first
         ({}, {"pard2_target_layers": None}, r"pard2_target_layers"),
         ({}, {"pard2_target_dim": 16384}, r"projects 16384 features .* hidden size 64"),
     ],

@@ -58,21 +58,10 @@ def loaded(seed=0, dtype=torch.float32):
         (
             "qwen2_5_7b",
             EagleShape(
-                3584,
-                28,
-                28,
-                128,
-                18944,
-                QWEN2_BIASES,
-                1e-6,
-                {"rope_type": "default", "rope_theta": 1e6},
-                32768,
+                3584, 28, 28, 128, 18944, QWEN2_BIASES, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32768
             ),
         ),
-        (
-            "llama3_1_8b",
-            EagleShape(4096, 32, 8, 128, 14336, frozenset(), 1e-5, LLAMA3_ROPE, 131072),
-        ),
+        ("llama3_1_8b", EagleShape(4096, 32, 8, 128, 14336, frozenset(), 1e-5, LLAMA3_ROPE, 131072)),
     ],
 )
 def test_it_has_the_shape_of_the_published_head_of_the_family(target, expected):
@@ -119,9 +108,7 @@ def test_its_numbers_follow_from_the_targets_seed():
     "target", [EmbeddedTargetConfig(name="smollm2_135m"), HubTargetConfig(name="qwen2_5_7b", path="a/b")]
 )
 def test_a_real_target_is_not_drafted_for_by_noise(target):
-    line = (
-        rf"^draft\.path=planted is .* planted targets only: for target={target.name} set draft\.path[^\n]*$"
-    )
+    line = rf"^draft\.path=planted is .* planted targets only: for target={target.name} set draft\.path[^\n]*$"
     with pytest.raises(ConfigError, match=line):
         locate_for(PATH, target, pytest.fail)
     with pytest.raises(ConfigError, match=line):  # and at once, before the target is looked for
@@ -168,9 +155,7 @@ def plain(tmp_path_factory):
         (2, "adaptive", "greedy"),
     ],
 )
-def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
-    plain, tmp_path, kind, tree, decoding
-):
+def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(plain, tmp_path, kind, tree, decoding):
     small = ["tree.depth=3", "tree.width=4"] + (["tree.total_tokens=10"] if tree == "eagle2" else [])
     draft = ("eagle2", "eagle3", "block_head")[kind]
     options = [f"draft={draft}", "draft.path=planted", f"tree={tree}", *small, "audit=true"]

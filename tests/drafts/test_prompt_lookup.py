@@ -39,9 +39,7 @@ def defined(texts, context, longest, shortest):
     found, left = {}, 1.0
     for length in range(min(longest, len(context)), shortest - 1, -1):
         end = tuple(context[len(context) - length :])
-        followers = [
-            text[i] for text in texts for i in range(length, len(text)) if tuple(text[i - length : i]) == end
-        ]
+        followers = [text[i] for text in texts for i in range(length, len(text)) if tuple(text[i - length : i]) == end]
         if followers:
             kinds = set(followers)
             for token in kinds:

@@ -77,9 +77,7 @@ def engine_with(model, small, policy, *, sampling=None, **options):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_greedy_text_is_transformers_own_for_every_tree(model, relative, reference, policy):
-    result = engine_with(model, relative, POLICIES[policy](), prefill_chunk=4).generate(
-        PROMPT, max_new_tokens=40
-    )
+    result = engine_with(model, relative, POLICIES[policy](), prefill_chunk=4).generate(PROMPT, max_new_tokens=40)
     assert result.token_ids == reference[:40]
     assert result.stats.iterations < 36  # something was accepted
 

@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from subspec.config.schema import (
-    BlockHeadDraftConfig,
-    Eagle2DraftConfig,
-    Eagle3DraftConfig,
-    EmbeddedTargetConfig,
-)
+from subspec.config.schema import BlockHeadDraftConfig, Eagle2DraftConfig, Eagle3DraftConfig, EmbeddedTargetConfig
 from subspec.drafts import shipped
 from subspec.drafts.eagle_checkpoint import kind_of, load_head, locate_for
 

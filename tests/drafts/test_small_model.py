@@ -88,9 +88,7 @@ def test_other_vocabularies_are_refused_with_both_names_sizes_and_the_remedy():
     assert str(refusal.value).endswith("set draft.path to a model with the target's tokenizer")
     with pytest.raises(ConfigError, match=r"different vocabularies \(\d+ tokens that only one has\)"):
         check_vocabularies(Vocabulary("small", 300, tiny_tokenizer(300)), large)
-    with pytest.raises(
-        ConfigError, match=r"small \(320 tokens\) and target large \(384 tokens\) have different"
-    ):
+    with pytest.raises(ConfigError, match=r"small \(320 tokens\) and target large \(384 tokens\) have different"):
         check_vocabularies(Vocabulary("small", 320, None), large)
 
 
@@ -113,9 +111,7 @@ def test_a_loaded_small_model_knows_every_token_of_the_target(tmp_path, tie, voc
     decoder = TargetModel(model)
     cache = decoder.new_cache(max_length=8, draft_rows=0, target_rows=8)
     logits = decoder.logits(decoder.append(tokens, cache).final)
-    torch.testing.assert_close(
-        logits, reference(tokens[None]).logits[0, :, :target_vocab], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(logits, reference(tokens[None]).logits[0, :, :target_vocab], rtol=1e-4, atol=1e-5)
     if target_vocab > vocab:
         decoder.append(torch.tensor([target_vocab - 1]), cache)
 
@@ -157,13 +153,7 @@ def test_a_quantized_head_that_the_target_cuts_is_kept_for_that_vocabulary_alone
         source = open_small_model(small(folder), torch.float32, CPU, SILENT)
         model = load_small_model(source, vocab, CPU, flat=False)
         report = quantize_draft(
-            model,
-            quant,
-            identity=source.identity,
-            dtype=source.dtype,
-            device=CPU,
-            unpack=True,
-            note=pytest.fail,
+            model, quant, identity=source.identity, dtype=source.dtype, device=CPU, unpack=True, note=pytest.fail
         )
         found.append(report.details["cache"])
     count = found[0]["quantized"]
@@ -214,10 +204,7 @@ def test_the_plan_counts_what_a_streamed_small_model_takes(path):
     assert found["small model's KV"].bytes == draft.cache.nbytes
     assert assembly.engine.cache.draft_rows == 0
     assert found["KV cache"].note.startswith("0 + 128 + ")
-    looked_up = {
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-    }  # the table is untied: a level reads a few rows
+    looked_up = {"model.embed_tokens.weight", "model.norm.weight"}  # the table is untied: a level reads a few rows
     others = sum(p.nbytes for n, p in draft.model.model.named_parameters() if n in looked_up)
     assert plan.level_read_bytes == found["small model"].bytes - others
     # The fused levels read the very bytes that the prompt pass reads.
@@ -268,9 +255,7 @@ def test_streamed_layers_draft_where_they_lie(chosen):
     for layer in fused.layers:
         module = assembly.target.base.layers[layer.cache_layer]
         assert layer.qkv.weight.data_ptr() == module.self_attn.q_proj.weight.data_ptr()
-        assert torch.equal(
-            layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"])
-        )
+        assert torch.equal(layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"]))
         assert layer.gate_up.weight.data_ptr() == module.mlp.gate_proj.weight.data_ptr()
         assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
     assert fused.embedding.data_ptr() == assembly.target.table.data_ptr()

@@ -172,9 +172,7 @@ def test_the_record_names_the_kernels_or_why_modules_run(draft, quant, reason):
     assert built.quant.modules > 0
     if reason is None:
         assert facts["levels"] == "fused, CPU"
-        quantized = (
-            {"gate_up", "down", "head"} if "lm_head" in quant.modules else {"qkv", "out", "gate_up", "down"}
-        )
+        quantized = {"gate_up", "down", "head"} if "lm_head" in quant.modules else {"qkv", "out", "gate_up", "down"}
         assert facts["kernel"].keys() == quantized | {"head"}
         assert "fused" in built.quant.backend
     else:
@@ -190,14 +188,10 @@ def test_the_record_names_the_kernels_or_why_modules_run(draft, quant, reason):
     ("draft", "policy", "captured"),
     [("subspec", "beam", True), ("subspec", "adaptive", True), ("subspec", "eagle2", False)],
 )
-def test_beside_a_whole_target_on_a_gpu_levels_are_captured_and_change_no_token(
-    draft, policy, captured, sampling
-):
+def test_beside_a_whole_target_on_a_gpu_levels_are_captured_and_change_no_token(draft, policy, captured, sampling):
     shape = {"hidden_size": 128, "intermediate_size": 256, "heads": 4, "kv_heads": 2}
     model = tiny_model("qwen2", **shape).to("cuda", torch.bfloat16)
-    engine = build_engine(
-        model, draft=draft, tree_policy=POLICIES[policy](), sampling=sampling, max_length=96
-    )
+    engine = build_engine(model, draft=draft, tree_policy=POLICIES[policy](), sampling=sampling, max_length=96)
     plain = build_engine(model, draft="none", sampling=sampling, max_length=96)
     assert isinstance(engine.draft, CapturedDraft) is captured
     for prompt in (PROMPT, PROMPT[:3]):

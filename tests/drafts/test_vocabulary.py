@@ -3,14 +3,7 @@
 import pytest
 import torch
 
-from subspec.config.schema import (
-    Cache,
-    Config,
-    DecodingConfig,
-    HqqConfig,
-    OffloadConfig,
-    SubstituteDraftConfig,
-)
+from subspec.config.schema import Cache, Config, DecodingConfig, HqqConfig, OffloadConfig, SubstituteDraftConfig
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.vocabulary import draft_ids, file_digest
 from subspec.errors import ConfigError

@@ -39,11 +39,7 @@ BLOCKS = {
 
 
 def block_engine(
-    model: PreTrainedModel,
-    policy: TreePolicy,
-    shape: str,
-    draft: type[BlockDraft] = BlockDraft,
-    **options: object,
+    model: PreTrainedModel, policy: TreePolicy, shape: str, draft: type[BlockDraft] = BlockDraft, **options: object
 ) -> Engine:
     """An engine that drafts with a random head."""
     target = TargetModel(model)
@@ -53,12 +49,7 @@ def block_engine(
 
 
 def published_block(
-    folder: Path,
-    name: str,
-    *,
-    drop: tuple[str, ...] = (),
-    extra: dict[str, Tensor] | None = None,
-    **config: object,
+    folder: Path, name: str, *, drop: tuple[str, ...] = (), extra: dict[str, Tensor] | None = None, **config: object
 ) -> Path:
     """Write ``BLOCKS[name]`` in bfloat16 as its authors publish such heads.
 
@@ -71,9 +62,7 @@ def published_block(
     tensors = {key: tensor.bfloat16() for key, tensor in random_head(shape, std=0.1).state_dict().items()} | (
         extra or {}
     )
-    save_file(
-        {key: tensor for key, tensor in tensors.items() if key not in drop}, folder / "model.safetensors"
-    )
+    save_file({key: tensor for key, tensor in tensors.items() if key not in drop}, folder / "model.safetensors")
     own = {"target_layer_ids": list(shape.layers), "mask_token_id": shape.mask_id}
     if shape.shifted:
         own |= {"markov_rank": shape.markov[1], "markov_head_type": "vanilla", "num_anchors": 512}

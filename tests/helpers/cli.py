@@ -81,9 +81,7 @@ def cli(*arguments: object) -> Ran:
     raise AssertionError("main() came back without an exit status")
 
 
-def command(
-    *arguments: object, env: dict[str, str | None] | None = None, **options: object
-) -> subprocess.Popen:
+def command(*arguments: object, env: dict[str, str | None] | None = None, **options: object) -> subprocess.Popen:
     """``python -m subspec.run ARGUMENTS`` as a process, its output in pipes. ``env``: None removes a variable."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     changed = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **(env or {})}

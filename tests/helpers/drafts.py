@@ -78,9 +78,7 @@ def substitute_of(
 ) -> PreTrainedModel:
     """A quantized substitute sharing ``model``'s parameters."""
     substitute = share_parameters(model)
-    quantizer = HqqQuantizer(
-        bits=bits, group_size=group_size, compute_dtype=torch.float32, device=CPU, unpack=unpack
-    )
+    quantizer = HqqQuantizer(bits=bits, group_size=group_size, compute_dtype=torch.float32, device=CPU, unpack=unpack)
     quantize_model(substitute, quantizer, modules=["attention", "mlp"], skip_layers=[])
     return substitute
 

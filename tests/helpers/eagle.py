@@ -180,8 +180,7 @@ def published3(
     folder.mkdir(parents=True, exist_ok=True)
     shape, layout = SHAPES3[name], layout or name
     tensors = {
-        key: tensor if key == "d2t" else tensor.bfloat16()
-        for key, tensor in random_head(shape).state_dict().items()
+        key: tensor if key == "d2t" else tensor.bfloat16() for key, tensor in random_head(shape).state_dict().items()
     }
     if shape.mapped:
         tensors["t2d"] = torch.zeros(320, dtype=torch.bool)

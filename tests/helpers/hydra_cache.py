@@ -72,9 +72,7 @@ def install() -> None:
         return ConfigResult("begun", "", pickle.loads(default.config_path), {}, is_schema_source=True)
 
     def interpolation_map(overrides, children, self_added):
-        return (
-            choices(overrides, children, self_added) if any(d.is_interpolation() for d in children) else None
-        )
+        return choices(overrides, children, self_added) if any(d.is_interpolation() for d in children) else None
 
     class Begun(ResultDefault):
         """Stands for several: ``config_path`` is what they come to, pickled."""

@@ -25,9 +25,7 @@ def tiny_packaged(folder: Path) -> Packaged:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, f"subspec_tiny_target/{GGUF}")
         archive.writestr("subspec_tiny_target/__init__.py", "raise ImportError('never import the wheel')\n")
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: subspec-tiny-target\nVersion: 1.0\n"
-        )
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: subspec-tiny-target\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return Packaged(

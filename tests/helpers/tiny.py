@@ -156,9 +156,7 @@ def tiny_tokenizer(vocab_size: int = 320, *, chat_template: bool = True) -> PreT
     return tokenizer
 
 
-def tiny_checkpoint(
-    path: Path, family: str = "llama", *, chat_template: bool = True, **model: object
-) -> Path:
+def tiny_checkpoint(path: Path, family: str = "llama", *, chat_template: bool = True, **model: object) -> Path:
     """Write :func:`tiny_model` and :func:`tiny_tokenizer` into the folder ``path`` and return it.
 
     ``model`` goes to :func:`tiny_model` (``vocab_size``, ``layers``, ``seed``, ...).

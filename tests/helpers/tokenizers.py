@@ -25,14 +25,7 @@ def with_decoder(decoder: decoders.Decoder | None, *, words: bool = False) -> Pr
     Args:
         words: a word-level model instead of BPE.
     """
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *map(chr, range(33, 127)),
-        *WORDS,
-    ]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127)), *WORDS]
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
     if words:
         model = models.WordLevel(vocabulary, unk_token="<unk>")
@@ -41,9 +34,7 @@ def with_decoder(decoder: decoders.Decoder | None, *, words: bool = False) -> Pr
     backend = Tokenizer(model)
     if decoder is not None:
         backend.decoder = decoder
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.add_tokens([AddedToken("<shown✅>", special=False)])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     return tokenizer
@@ -87,9 +78,7 @@ def cleaning() -> PreTrainedTokenizerFast:
 KNOWN: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level": byte_level,
     "byte fallback": byte_fallback,
-    "byte fallback, space kept": lambda: with_decoder(
-        sentencepiece(decoders.ByteFallback(), decoders.Fuse())
-    ),
+    "byte fallback, space kept": lambda: with_decoder(sentencepiece(decoders.ByteFallback(), decoders.Fuse())),
     "no byte fallback": lambda: with_decoder(sentencepiece(decoders.Fuse(), decoders.Strip(" ", 1, 0))),
     "metaspace": lambda: with_decoder(decoders.Metaspace()),
     "metaspace, space kept": lambda: with_decoder(decoders.Metaspace(prepend_scheme="never")),

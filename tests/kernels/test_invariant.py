@@ -158,9 +158,7 @@ def test_a_run_of_text_attends_as_its_tokens_do(past):
     device, heads, count = torch.device("cuda"), Heads(28, 4, 128), 700
     generator = torch.Generator().manual_seed(past)
     query = torch.randn(count, heads.query, heads.dim, generator=generator).to(device, torch.bfloat16)
-    keys, values = torch.randn(2, heads.kv, past + count, heads.dim, generator=generator).to(
-        device, torch.bfloat16
-    )
+    keys, values = torch.randn(2, heads.kv, past + count, heads.dim, generator=generator).to(device, torch.bfloat16)
     depths = torch.arange(count, device=device)
     out = attend_tree(query, keys, values, past, None, depths, heads)
     for row in range(0, count, 23):
@@ -226,9 +224,7 @@ def test_a_row_of_a_product_is_the_same_in_any_company(sizes, k, rows, bias, par
 @gpu
 @settings(max_examples=15, deadline=None)
 @given(
-    sizes=st.sampled_from(
-        [(3584, 512, 512), (576, 192, 192), (3584,), (1536, 1536), (331,), (1000, 7), (49152,)]
-    ),
+    sizes=st.sampled_from([(3584, 512, 512), (576, 192, 192), (3584,), (1536, 1536), (331,), (1000, 7), (49152,)]),
     k=st.sampled_from([3584, 576, 1536, 18944, 100, 72]),
     rows=st.one_of(st.integers(1, 400), st.sampled_from([1, 6, 64, 65, 128, 320, 512, 1280])),
     bias=st.booleans(),
@@ -264,17 +260,7 @@ def test_the_cut_of_a_sum_is_decided_by_the_matrix():
 SHAPES = [
     ("llama", {"hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 40, "vocab_size": 61}),
     ("qwen2", {"hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 64, "vocab_size": 64}),
-    (
-        "qwen3",
-        {
-            "hidden_size": 40,
-            "heads": 2,
-            "kv_heads": 2,
-            "intermediate_size": 32,
-            "vocab_size": 33,
-            "tie": True,
-        },
-    ),
+    ("qwen3", {"hidden_size": 40, "heads": 2, "kv_heads": 2, "intermediate_size": 32, "vocab_size": 33, "tie": True}),
 ]
 GPU_SHAPES = [
     *SHAPES,
@@ -355,14 +341,7 @@ def test_a_tile_shape_names_itself():
 
 def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
     device = device_of_tests()
-    shape = {
-        "hidden_size": 16,
-        "heads": 2,
-        "kv_heads": 1,
-        "intermediate_size": 24,
-        "layers": 1,
-        "vocab_size": 33,
-    }
+    shape = {"hidden_size": 16, "heads": 2, "kv_heads": 1, "intermediate_size": 24, "layers": 1, "vocab_size": 33}
     model = tiny_model("llama", **shape).to(device, torch.bfloat16)
     decoder, text = arithmetic(model), torch.arange(17, device=device)
     found = []
@@ -401,20 +380,11 @@ def test_shorter_texts_need_no_more_than_longer_ones(heads):
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(0.8, top_p=0.9)],
-    ids=["greedy", "sampling"],
+    "sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(0.8, top_p=0.9)], ids=["greedy", "sampling"]
 )
 def test_a_drafted_text_is_plain_decodings_and_its_audit_compares_bits(sampling):
     device = device_of_tests()
-    shape = {
-        "hidden_size": 32,
-        "heads": 2,
-        "kv_heads": 1,
-        "intermediate_size": 32,
-        "layers": 1,
-        "vocab_size": 64,
-    }
+    shape = {"hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "layers": 1, "vocab_size": 64}
     model = tiny_model("llama", **shape).to(device, torch.bfloat16)
     prompt, count = [5, 17, 33], 5
     texts = []

@@ -30,9 +30,7 @@ def test_an_overlapping_launch_says_so_to_the_driver(monkeypatch):
         config = config._obj
         seen["grid"], seen["block"], seen["shared"] = tuple(config.grid), tuple(config.block), config.shared
         seen["stream"], seen["function"] = config.stream, function
-        seen["attributes"] = [
-            (config.attributes[i].id, config.attributes[i].value[0]) for i in range(config.count)
-        ]
+        seen["attributes"] = [(config.attributes[i].id, config.attributes[i].value[0]) for i in range(config.count)]
         seen["pointer"] = ctypes.cast(pointers[0], ctypes.POINTER(ctypes.c_void_p))[0]
         seen["integer"] = ctypes.cast(pointers[1], ctypes.POINTER(ctypes.c_int))[0]
         return 0

@@ -172,9 +172,7 @@ def test_trees_that_grow_together_are_those_that_grow_alone(sampling, device):
         for name in ("tokens", "parents", "depths"):
             assert torch.equal(getattr(together.tree, name)[:size], getattr(alone.tree, name)[:size]), name
         assert torch.equal(together.tree.ancestors[:size, :size], alone.tree.ancestors[:size, :size])
-        torch.testing.assert_close(
-            together.tree.scores[:size], alone.tree.scores[:size], rtol=1e-2, atol=2e-2
-        )
+        torch.testing.assert_close(together.tree.scores[:size], alone.tree.scores[:size], rtol=1e-2, atol=2e-2)
         rows = [own.cache.rows[:, :, :, : own.cache.draft_rows].float() for own in (together, alone)]
         torch.testing.assert_close(*rows, rtol=2e-2, atol=2e-2)
 

@@ -68,9 +68,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, kernel, tolerance):
             logits = [e.draft.expand(e.tree, f) for e, f in zip(engines, frontiers, strict=True)]
             assert (logits[1] - logits[0]).norm() / logits[0].norm() < tolerance
             # The reference's tree for both, so that a near-tie does not end the comparison.
-            frontiers = [
-                policy.grow(e.tree, f, logits[0], 0.2) for e, f in zip(engines, frontiers, strict=True)
-            ]
+            frontiers = [policy.grow(e.tree, f, logits[0], 0.2) for e, f in zip(engines, frontiers, strict=True)]
     rows = [engine.cache.rows[:, :, :, : reference.cache.draft_rows] for engine in engines]
     assert rows[0].any()
     assert (rows[1] - rows[0]).norm() / rows[0].norm() < tolerance
@@ -83,10 +81,7 @@ def test_a_tree_is_the_module_by_module_substitutes(family, kernel, tolerance):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"intermediate_size": 72}, "72"),
         ({"attention_bias": True}, "bias"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial",
-        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     ],
 )
 def test_models_that_run_as_modules_are_told_apart(changes, why):

@@ -31,11 +31,7 @@ def model_of(family, device):
 
 
 def fused_draft(model, device, kernel, bits=4):
-    options = {
-        "kernel": kernel,
-        "keep_exact": frozenset(),
-        "formats": dict.fromkeys(ROLES, HiggsFormat(bits)),
-    }
+    options = {"kernel": kernel, "keep_exact": frozenset(), "formats": dict.fromkeys(ROLES, HiggsFormat(bits))}
     builder = SubstituteBuilder(model.config, higgs_quantizer(bits), **options)
     layers = [builder.build_layer(dict(layer.named_parameters()), device) for layer in model.model.layers]
     return CapturedDraft(level_model(model, layers), attention=Attention(splits=4)), builder
@@ -54,12 +50,7 @@ def module_draft(model, bits=4):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("family", "kernel", "bits"),
-    [
-        ("qwen2", "lut_mma", 4),
-        ("llama", "lut_mma", 3),
-        ("qwen3", "lut_mma", 2),
-    ],
+    ("family", "kernel", "bits"), [("qwen2", "lut_mma", 4), ("llama", "lut_mma", 3), ("qwen3", "lut_mma", 2)]
 )
 def test_two_levels_are_the_module_by_module_substitutes(family, kernel, bits, device):
     device = torch.device(device)

@@ -119,9 +119,7 @@ def meta_draft(layout, model, draft, target):
         return PardDraft(own, PardShape(0), levels=levels, max_length=length, vocab_size=vocab)
     if draft == "prompt_lookup":
         return TracedLookup(NgramIndex(1), target.vocab_size)
-    return captured_draft(
-        LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=draft != "subspec"))
-    )
+    return captured_draft(LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=draft != "subspec")))
 
 
 def check_engine(shape, draft, tree, sampling, **decoding):
@@ -151,9 +149,9 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     small *= layout.texts
     assert peak_bytes(lambda: begin(engine, prompt, layout.texts)) <= items["workspace"] + small
     level = items.get("draft level", 0) - GRAPH_BYTES * (draft not in UNCAPTURED)
-    assert peak_bytes(lambda: engine._grow(engine.running, layout.levels, whole=True)) <= max(
-        level, 0
-    ) + small + noise(layout)
+    assert peak_bytes(lambda: engine._grow(engine.running, layout.levels, whole=True)) <= max(level, 0) + small + noise(
+        layout
+    )
 
     assert peak_bytes(lambda: verified(engine)) <= items["workspace"] + small
 

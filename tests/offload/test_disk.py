@@ -170,9 +170,7 @@ def test_other_layers_are_copied_once(checkpoint, tmp_path, monkeypatch, dtype):
 # ---------------------------------------------------------------------------------------------- texts
 
 
-@pytest.mark.parametrize(
-    ("resident", "slots"), [((), 2), ((), 1), ((), 4), ((1,), 2), ((0, 3), 2), (range(4), 0)]
-)
+@pytest.mark.parametrize(("resident", "slots"), [((), 2), ((), 1), ((), 4), ((1,), 2), ((0, 3), 2), (range(4), 0)])
 def test_streamed_text_is_the_whole_models(checkpoint, resident, slots):
     whole = text_of(TargetModel(load_target(checkpoint, CPU, note=quiet).model))
     loaded = streamed(opened(checkpoint), resident, slots)
@@ -273,8 +271,7 @@ def test_a_removed_file_that_is_open_stays_readable(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"),
-    [(errno.EIO, "copy it to another disk"), (errno.ESTALE, "mount"), (errno.ETIMEDOUT, "mount")],
+    ("number", "remedy"), [(errno.EIO, "copy it to another disk"), (errno.ESTALE, "mount"), (errno.ETIMEDOUT, "mount")]
 )
 def test_a_failing_disk_ends_the_text_in_one_line(checkpoint, monkeypatch, number, remedy):
     loaded, read, emitted = streamed(opened(checkpoint)), os.preadv, []
@@ -340,8 +337,6 @@ def test_a_full_disk_ends_the_copy_in_one_line(tmp_path, monkeypatch, full):
 
 def test_missing_and_forbidden_files_are_named(checkpoint, monkeypatch):
     layers = stored_layers(opened(checkpoint), quiet)
-    monkeypatch.setattr(
-        disk.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    )
+    monkeypatch.setattr(disk.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(SubspecError, match=r"model\.safetensors cannot be read: Permission denied"):
         DiskRing(layers, 2, quiet)

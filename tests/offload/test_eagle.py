@@ -6,13 +6,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from subspec.config.schema import (
-    BeamTreeConfig,
-    Eagle2DraftConfig,
-    Eagle2TreeConfig,
-    Eagle3DraftConfig,
-    Placement,
-)
+from subspec.config.schema import BeamTreeConfig, Eagle2DraftConfig, Eagle2TreeConfig, Eagle3DraftConfig, Placement
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle import EagleDraft

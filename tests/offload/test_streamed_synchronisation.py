@@ -43,10 +43,7 @@ def tiny_assembly(draft: str, codec: Codec, sampled: bool, texts: int) -> Assemb
     return assemble_streamed(config, source, plan, device, note=lambda text: None)
 
 
-KINDS = [
-    *((draft, Codec.none) for draft in ("subspec", "small_model", "layer_skip")),
-    ("subspec", Codec.substitute),
-]
+KINDS = [*((draft, Codec.none) for draft in ("subspec", "small_model", "layer_skip")), ("subspec", Codec.substitute)]
 
 
 @pytest.mark.gpu

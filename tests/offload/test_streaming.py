@@ -149,9 +149,7 @@ def test_layers_come_in_order_through_any_ring():
 
 
 def test_flat_bytes_hold_every_parameter_exactly():
-    tensors = {
-        name: torch.randn(size).bfloat16() for name, size in (("a", (3, 5)), ("b", 7), ("c", (2, 200)))
-    }
+    tensors = {name: torch.randn(size).bfloat16() for name, size in (("a", (3, 5)), ("b", 7), ("c", (2, 200)))}
     shapes = {n: t.shape for n, t in tensors.items()}
     flat = torch.zeros(PlainCodec(2).layer_bytes(shapes), dtype=torch.uint8)
     write_layer(flat, tensors, torch.bfloat16)

@@ -42,10 +42,7 @@ class Anything:
     """A source of layers that are their number, as bytes."""
 
     def layer(self, index, device):
-        return {
-            "a": torch.full((300,), index, dtype=torch.uint8),
-            "b": torch.full((5,), index, dtype=torch.uint8),
-        }
+        return {"a": torch.full((300,), index, dtype=torch.uint8), "b": torch.full((5,), index, dtype=torch.uint8)}
 
 
 def numbered(folder, index):
@@ -137,8 +134,7 @@ def test_neither_ring_overtakes_its_readers(tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("on_disk", "resident", "slots"),
-    [((0, 2), (), 2), ((1, 3), (2,), 1), ((3,), (0,), 4), ((0, 1, 2), (), 2)],
+    ("on_disk", "resident", "slots"), [((0, 2), (), 2), ((1, 3), (2,), 1), ((3,), (0,), 4), ((0, 1, 2), (), 2)]
 )
 def test_the_text_is_that_of_the_whole_model(checkpoint, on_disk, resident, slots, device):  # noqa: F811
     device = torch.device(device)

@@ -71,18 +71,8 @@ def test_a_budget_in_both_ways_of_counting(monkeypatch, counts, asked, vram, all
 @pytest.mark.parametrize(
     ("counts", "asked", "others", "line"),
     [
-        (
-            "allocator",
-            6.2,
-            1.0,
-            r"=6\.2 and the 0\.9 GiB .* more than the 7 GiB free .* at most 6\.1, or to auto$",
-        ),
-        (
-            "device",
-            7.1,
-            1.0,
-            r"=7\.1 is more than the 7 GiB free on this machine's GPU: .* at most 7, or to auto$",
-        ),
+        ("allocator", 6.2, 1.0, r"=6\.2 and the 0\.9 GiB .* more than the 7 GiB free .* at most 6\.1, or to auto$"),
+        ("device", 7.1, 1.0, r"=7\.1 is more than the 7 GiB free on this machine's GPU: .* at most 7, or to auto$"),
         ("allocator", 1.0, 7.3, r"=1 and .*: free device memory$"),
         ("allocator", "auto", 7.3, r"=auto and .*: free device memory$"),
     ],
@@ -126,7 +116,5 @@ def test_a_refused_plan_counts_cudas_share():
 
 def test_a_card_too_small_for_the_run_is_not_asked_for_more(monkeypatch):
     fake_device(monkeypatch, total=4.0)
-    with pytest.raises(
-        ConfigError, match=r"=auto \(3 GiB\) cannot hold .*; free device memory, or set draft=none"
-    ):
+    with pytest.raises(ConfigError, match=r"=auto \(3 GiB\) cannot hold .*; free device memory, or set draft=none"):
         planned(settings("auto"), device=DeviceMemory.measured(CUDA))

@@ -15,9 +15,7 @@ from tests.helpers.planning import settings
 PROCESS = GIB // 2
 
 
-def planned(
-    draft="subspec", shape="qwen2_5_7b", host_free=1 << 50, tree=(16, 4), itemsize=2, decoding=None, **offload
-):
+def planned(draft="subspec", shape="qwen2_5_7b", host_free=1 << 50, tree=(16, 4), itemsize=2, decoding=None, **offload):
     config = replace(settings(draft=draft, tree=tree, decoding=decoding, **offload), device=Device.cpu)
     return plan_disk(config, SHAPES[shape](), itemsize=itemsize, process_bytes=PROCESS, host_free=host_free)
 
@@ -56,8 +54,8 @@ def test_rows_name_what_takes_memory():
     assert rows["resident layers"] == 3 * layer
     assert 2 * layer <= rows["ring"] <= 2 * layer + 2**16
     weights = 28 * (layer // 2)
-    # 4 bits a weight, a scale and a zero of 16 bits per 64 weights; the head in 8 bits, with our own kernels a factor of
-    # 32 bits per 64 weights.
+    # 4 bits a weight, a scale and a zero of 16 bits per 64 weights; the head in 8 bits, with our own kernels and a
+    # factor of 32 bits per 64 weights.
     assert 0.97 * weights < (rows["substitute"] - 152064 * 3584 * 17 / 16) * 16 / 9 < weights
     assert rows["embedding, norm, LM head"] == (2 * 152064 * 3584 + 3584) * 2
     exact = planned(ram_gib=12, itemsize=4, resident_layers=0)

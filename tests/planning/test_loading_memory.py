@@ -98,9 +98,7 @@ def test_coding_a_layer_holds_what_the_formula_says(monkeypatch):
     model = tiny(layers=1)
     tensors = {name: p.data for name, p in model.model.layers[0].named_parameters()}
     # The torch decoder's own temporaries are a CPU's affair.
-    monkeypatch.setattr(
-        coded_layer, "restore_into", lambda out, coded, linear, rows: out.copy_(exact[out.shape])
-    )
+    monkeypatch.setattr(coded_layer, "restore_into", lambda out, coded, linear, rows: out.copy_(exact[out.shape]))
     exact = {tensor.shape: tensor for tensor in tensors.values()}
     quantized = {}
     substitute = builder_of(model).build_layer(tensors, CPU, keep=quantized)
@@ -120,9 +118,7 @@ def test_coding_a_layer_holds_what_the_formula_says(monkeypatch):
     assert formula < 1.4 * (peak + stays)
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "kind"), [("hqq", Codec.none), ("hqq", Codec.substitute), ("higgs", Codec.none)]
-)
+@pytest.mark.parametrize(("quantizer", "kind"), [("hqq", Codec.none), ("hqq", Codec.substitute), ("higgs", Codec.none)])
 @pytest.mark.parametrize("shape", ["qwen2_5_7b", "qwen2_5_32b"])
 def test_a_layer_in_the_making_fits_every_budget_that_is_planned(shape, quantizer, kind):
     config = settings(8.0, codec=kind)

@@ -30,9 +30,7 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert found["substitute"] == 28 * linears * 4.5 / 8  # 3.42 GiB
     assert found["LM head"] == 152064 * 3584 * 2  # 1.02 GiB
     assert found["norms and biases"] == (28 * vectors + 3584) * 2
-    assert (
-        plan.layer_bytes == (linears + vectors) * 2
-    )  # 0.434 GiB; every parameter is a multiple of 256 bytes
+    assert plan.layer_bytes == (linears + vectors) * 2  # 0.434 GiB; every parameter is a multiple of 256 bytes
     assert found["ring"] == 2 * plan.layer_bytes
     assert found["resident layers"] == 5 * plan.layer_bytes
     # 48 levels of 6 nodes and the root, 289, in 5 x 64 rows; the last level's nodes are never run through the draft.
@@ -233,9 +231,7 @@ def test_the_link_is_the_configured_the_measured_or_the_cards(offload, machine, 
 
 
 def test_a_budget_beyond_the_card_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"vram_gib=24.* more than the 12 GiB .* RTX 3060 12GB.*at most 11\.1"
-    ):
+    with pytest.raises(ConfigError, match=r"vram_gib=24.* more than the 12 GiB .* RTX 3060 12GB.*at most 11\.1"):
         planned(settings(24.0, card="RTX 3060"))
     planned(settings(11.1, card="RTX 3060"))
 
@@ -251,9 +247,7 @@ def test_host_memory_is_checked_before_anything_swaps():
     planned(settings(enough), host_free=10 * GIB)
     beyond = float(text.split("set offload.ram_gib=")[1].split()[0])
     assert planned(settings(8.0, ram_gib=beyond), host_free=10 * GIB).disk_layers
-    with pytest.raises(
-        ConfigError, match=r"2\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib"
-    ) as refusal:
+    with pytest.raises(ConfigError, match=r"2\.0 GiB offload\.ram_gib allows: raise offload\.ram_gib") as refusal:
         planned(settings(8.0, ram_gib=2.0), host_free=64 * GIB)
     least = float(str(refusal.value).split("at least ")[1].split()[0])
     least = planned(settings(8.0, ram_gib=least), host_free=64 * GIB)
@@ -296,9 +290,7 @@ def test_a_budget_that_nothing_saves_says_so():
 
 
 def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"quant\.group_size=104 does not divide the 3584 inputs of self_attn"
-    ):
+    with pytest.raises(ConfigError, match=r"quant\.group_size=104 does not divide the 3584 inputs of self_attn"):
         planned(settings(8.0, quant={"group_size": 104}))
     with pytest.raises(ConfigError, match=r"offload\.ring_slots=0 must be positive"):
         planned(settings(8.0, ring_slots=0))
@@ -379,8 +371,7 @@ def test_texts_side_by_side_take_memory_from_resident_layers():
 
 
 @pytest.mark.parametrize(
-    ("draft", "gib", "texts"),
-    [("subspec", 8.0, 8), ("none", 4.0, 8), ("subspec", 24.0, 8), ("subspec", 5.9, None)],
+    ("draft", "gib", "texts"), [("subspec", 8.0, 8), ("none", 4.0, 8), ("subspec", 24.0, 8), ("subspec", 5.9, None)]
 )
 def test_as_many_texts_as_pay(draft, gib, texts):
     plan = planned(settings(gib, draft, decoding={"texts": "auto"}), link_gb_per_s=25.0)

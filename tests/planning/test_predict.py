@@ -162,9 +162,7 @@ def test_acceptance_of_a_run(tmp_path):
     folder = write_run(tmp_path / "run", turns([30.0, 20.0, 24.0]))
     for place in (folder, folder / "records.jsonl", tmp_path):
         found = read_measured(place)
-        assert [found.acceptance.survival(depth) for depth in (1, 2, 3)] == pytest.approx(
-            [1.0, 27 / 33, 16 / 33]
-        )
+        assert [found.acceptance.survival(depth) for depth in (1, 2, 3)] == pytest.approx([1.0, 27 / 33, 16 / 33])
         assert found.level_s is None, "a CPU's levels say nothing about a GPU's"
         assert "of subspec hqq4, beam 3x2 of some_target: 1 run(s)" in found.acceptance.source
 
@@ -238,9 +236,7 @@ def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):
     found = read_measured(write_run(tmp_path / "run", records, run, facts={"substitute": None}, gpu="H200"))
     same = predicted(draft=SmallModelDraftConfig(name="small_model", path="a/b"), quant=NoQuantConfig("none"))
     assert found.fits(same, find_gpu("H200"))
-    assert not found.fits(
-        replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_gpu("H200")
-    )
+    assert not found.fits(replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_gpu("H200"))
 
 
 def test_runs_that_cannot_tell(tmp_path):

@@ -48,11 +48,7 @@ def test_the_plans_bytes_are_those_of_the_tensors(quant, kernel):
     model, quant = model_of(), HqqConfig(name="hqq", **quant)
     quantization = quantization_of(model, quant, kernel)
     choice = choose_kernels(quantization.shapes, 3, CPU, formats=quantization.formats, kernel=kernel)
-    options = {
-        "formats": quantization.formats,
-        "kernel": choice.variants,
-        "keep_exact": quantization.keep_exact,
-    }
+    options = {"formats": quantization.formats, "kernel": choice.variants, "keep_exact": quantization.keep_exact}
     builder = SubstituteBuilder(model.config, quantization.quantizer, **options)
     for index, layer in enumerate(model.model.layers):
         skipped = index in quant.skip_layers
@@ -107,9 +103,7 @@ def test_what_has_no_kernel_is_refused(quant, kernel, message):
 
 def test_inputs_that_fill_no_word_are_refused():
     model = tiny_model("llama", hidden_size=72, intermediate_size=192, heads=9, kv_heads=3)
-    with pytest.raises(
-        ConfigError, match=r"no kernel of offload=stream takes 2 bits for the 72 inputs of self_attn"
-    ):
+    with pytest.raises(ConfigError, match=r"no kernel of offload=stream takes 2 bits for the 72 inputs of self_attn"):
         quantization_of(model, HqqConfig(name="hqq", bits=2, group_size=8))
 
 

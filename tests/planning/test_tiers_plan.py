@@ -59,9 +59,7 @@ def test_as_few_layers_as_possible_go_to_the_disk(draft, codec):
 
 
 def test_free_memory_alone_leaves_no_layer_to_a_disk():
-    with pytest.raises(
-        ConfigError, match=r"set offload\.ram_gib=10 to read the layers beyond it from a disk"
-    ):
+    with pytest.raises(ConfigError, match=r"set offload\.ram_gib=10 to read the layers beyond it from a disk"):
         planned(settings(8.0), host_free=10 * GIB)
     assert planned(settings(8.0, ram_gib=64.0), host_free=10 * GIB).disk_layers
 

@@ -176,9 +176,7 @@ def test_the_kernel_that_was_asked_for_is_used(choose):
     assert {variant.kernel for _, variant in bench.asked} == {"gemlite"}
 
 
-@pytest.mark.parametrize(
-    ("kernel", "reason"), [("gemlite", "gemlite is not installed"), ("int4_mma", "too old")]
-)
+@pytest.mark.parametrize(("kernel", "reason"), [("gemlite", "gemlite is not installed"), ("int4_mma", "too old")])
 def test_a_kernel_that_is_not_there_stops_the_run(choose, kernel, reason):
     with pytest.raises(ConfigError) as error:
         choose(FakeBench(mma_wins, {kernel: reason}), kernel=kernel)
@@ -187,9 +185,7 @@ def test_a_kernel_that_is_not_there_stops_the_run(choose, kernel, reason):
 
 def test_a_kernel_that_does_not_take_the_shape_stops_the_run(choose):
     with pytest.raises(ConfigError, match=r"draft\.kernel=int4_mma cannot run here: 3616 inputs"):
-        choose(
-            FakeBench(mma_wins), {"out": (3584, 3616)}, kernel="int4_mma", formats={"out": HqqFormat(4, 32)}
-        )
+        choose(FakeBench(mma_wins), {"out": (3584, 3616)}, kernel="int4_mma", formats={"out": HqqFormat(4, 32)})
 
 
 def test_no_kernel_at_all_stops_the_run(choose):
@@ -251,9 +247,7 @@ def test_slices_leave_work_for_every_warp():
 def test_times_of_overlapping_launches_are_kept_apart(choose):
     """What is fastest one after the other need not be fastest overlapping, and a file holds both."""
     fewest = FakeBench(lambda variant, role: variant.splits + 1.0 if variant.tiles else 50.0)
-    most = FakeBench(
-        lambda variant, role: 20.0 - variant.splits if variant.tiles else 50.0, None, "overlapping"
-    )
+    most = FakeBench(lambda variant, role: 20.0 - variant.splits if variant.tiles else 50.0, None, "overlapping")
     in_order, overlapping = choose(fewest, {"out": SHAPES["out"]}), choose(most, {"out": SHAPES["out"]})
     assert in_order.measured == overlapping.measured == 1
     assert in_order.variants["out"].splits == 1

@@ -253,9 +253,7 @@ def test_flute_is_handed_what_it_expects(dim, monkeypatch):
         assert pairs.dtype == torch.float32
         return (x.float() @ weight.t()).to(x.dtype)
 
-    modules = {
-        name: types.ModuleType(name) for name in ("flute", "flute.integrations", "flute.utils", "flute.tune")
-    }
+    modules = {name: types.ModuleType(name) for name in ("flute", "flute.integrations", "flute.utils", "flute.tune")}
     modules["flute.integrations.higgs"] = types.ModuleType("flute.integrations.higgs")
     modules["flute.integrations.higgs"].prepare_data_transposed = prepare
     modules["flute.tune"].qgemm_v2 = product

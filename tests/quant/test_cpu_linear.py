@@ -70,10 +70,7 @@ def test_other_bits_and_groups_are_not_for_the_4_bit_kernel(format_):
     weight = quantized(32, 64, format_.group, format_.bits)
     x = torch.randn(2, 64)
     expected = x @ weight.dequantize().T
-    for kernel in [
-        "int8_cpu",
-        *(["own_cpu"] if "own_cpu" in ERRORS and not format_.unfit("own_cpu", 32, 64) else []),
-    ]:
+    for kernel in ["int8_cpu", *(["own_cpu"] if "own_cpu" in ERRORS and not format_.unfit("own_cpu", 32, 64) else [])]:
         assert error(format_.linear(Variant(kernel), weight, swiglu=False)(x)[0], expected) < 0.02
 
 
@@ -81,12 +78,7 @@ def test_the_fastest_kernel_is_measured_once_and_a_missing_one_is_named(tmp_path
     def missing(*_):
         raise RuntimeError("no such operator")
 
-    options = {
-        "formats": {"out": CpuFormat()},
-        "bench": CpuBench(),
-        "folder": tmp_path,
-        "note": lambda text: None,
-    }
+    options = {"formats": {"out": CpuFormat()}, "bench": CpuBench(), "folder": tmp_path, "note": lambda text: None}
     first = choose_kernels({"out": (32, 64)}, 2, CPU, **options)
     again = choose_kernels({"out": (32, 64)}, 2, CPU, **options)
     assert first.measured == 1

@@ -54,10 +54,7 @@ def test_the_shipped_points_are_a_fixed_point():
     weight = torch.exp(-lattice.square().sum(1) / 2)
     owner = torch.cdist(lattice, points).argmin(1)
     mass = torch.zeros(64, dtype=torch.float64).index_add_(0, owner, weight)
-    mean = (
-        torch.zeros(64, 2, dtype=torch.float64).index_add_(0, owner, lattice * weight[:, None])
-        / mass[:, None]
-    )
+    mean = torch.zeros(64, 2, dtype=torch.float64).index_add_(0, owner, lattice * weight[:, None]) / mass[:, None]
     assert float((mean - points).norm(dim=1).max()) < 0.03
     assert float(((mean - points).square().sum(1) * mass / mass.sum()).sum()) < 1e-4
 

@@ -42,9 +42,7 @@ def weight():
     return torch.randn(96, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-@given(
-    rows=st.integers(1, 9), chunks=st.integers(1, 7), bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99)
-)
+@given(rows=st.integers(1, 9), chunks=st.integers(1, 7), bits=st.sampled_from([2, 3, 4]), seed=st.integers(0, 99))
 def test_packing_loses_nothing_and_takes_the_bits_it_should(rows, chunks, bits, seed):
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.randint(0, 4**bits, (rows, chunks * 32), generator=generator, dtype=torch.uint8)
@@ -60,9 +58,7 @@ def test_rows_that_are_no_whole_chunks_are_refused():
 
 
 @settings(max_examples=10)
-@given(
-    n=st.integers(1, 40), k=st.integers(2, 500), grid=st.sampled_from(GRIDS), group=st.sampled_from([64, 256])
-)
+@given(n=st.integers(1, 40), k=st.integers(2, 500), grid=st.sampled_from(GRIDS), group=st.sampled_from([64, 256]))
 def test_any_shape_is_quantized_within_the_grids_error(n, k, grid, group):
     bits, dim = grid
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * 1000 + k))
@@ -119,8 +115,7 @@ def test_the_error_is_below_hqqs_at_no_more_bits(weight, bits, outliers):
 
 
 @pytest.mark.parametrize(
-    ("padded", "size", "group"),
-    [(3584, 256, 256), (576, 256, 192), (896, 256, 128), (64, 256, 64), (192, 64, 64)],
+    ("padded", "size", "group"), [(3584, 256, 256), (576, 256, 192), (896, 256, 128), (64, 256, 64), (192, 64, 64)]
 )
 def test_groups_are_the_largest_that_divide(padded, size, group):
     assert group_of(padded, size) == group
@@ -170,9 +165,7 @@ def test_rows_stack_like_those_of_one_weight(weight):
     expected = [*range(16), *range(32, 48), *range(16, 32), *range(48, 64)]
     assert torch.equal(both.dequantize(), whole.dequantize()[expected])
     with pytest.raises(ValueError, match="not one weight"):
-        whole.stacked(
-            [quantize_pairs(weight, bits=3, dim=2, group_size=256, hadamard_size=512)], swiglu=False
-        )
+        whole.stacked([quantize_pairs(weight, bits=3, dim=2, group_size=256, hadamard_size=512)], swiglu=False)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +197,7 @@ def test_settings_it_does_not_have_are_refused(options, message):
 def test_greedy_text_in_fp32_is_plain_decodings(family, unpack):
     model = tiny_model(family, layers=2)
     substitute = share_parameters(model)
-    report = quantize_model(
-        substitute, quantizer(unpack=unpack), modules=["attention", "mlp"], skip_layers=[]
-    )
+    report = quantize_model(substitute, quantizer(unpack=unpack), modules=["attention", "mlp"], skip_layers=[])
     assert report.modules == 14
     assert 4 < report.bits_per_weight < 5
     prompt = [5, 17, 33, 99, 4, 8, 77]

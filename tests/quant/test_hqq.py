@@ -97,10 +97,7 @@ BY_WEIGHT = {
     "hqq": lambda weight: hqq_quantizer().quantize(weight, "0.q_proj"),
     "higgs": lambda weight: higgs_quantizer().quantize(weight, "0.q_proj"),
 }
-BY_LINEAR = {
-    "hqq": quantizer,
-    "higgs": lambda: HiggsQuantizer(compute_dtype=torch.float32, device=CPU, unpack=True),
-}
+BY_LINEAR = {"hqq": quantizer, "higgs": lambda: HiggsQuantizer(compute_dtype=torch.float32, device=CPU, unpack=True)}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -15,15 +15,7 @@ OPTIONS = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "unpac
 
 def test_a_linears_bits_are_its_own_then_its_classs_then_everybodys():
     bits = bits_by_linear(4, BitsByModule(mlp=3, down_proj=8), LAYER)
-    assert bits == {
-        "q_proj": 4,
-        "k_proj": 4,
-        "v_proj": 4,
-        "o_proj": 4,
-        "gate_proj": 3,
-        "up_proj": 3,
-        "down_proj": 8,
-    }
+    assert bits == {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 3, "up_proj": 3, "down_proj": 8}
 
 
 def test_only_what_is_quantized_has_bits():
@@ -72,6 +64,4 @@ def test_modules_and_layers_are_chosen_by_name():
 
 def test_layers_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match=r"quant\.skip_layers: no layer 7 in a target with layers 0\.\.1"):
-        quantize_model(
-            share_parameters(tiny_model()), HqqQuantizer(**OPTIONS), modules=["mlp"], skip_layers=[7]
-        )
+        quantize_model(share_parameters(tiny_model()), HqqQuantizer(**OPTIONS), modules=["mlp"], skip_layers=[7])

@@ -81,9 +81,7 @@ def test_percentiles_and_histograms_are_pooled_and_old_records_have_no_new_figur
     new = ("block_s", "reached_by_depth", "draft_passes")
     old = {key: value for key, value in slow.items() if key not in new}
     mixed = summarise([quick, old])["totals"]
-    assert [mixed[name] for name in ("block_p50_s", "conditional_accept_rate_by_depth", "draft_passes")] == [
-        None
-    ] * 3
+    assert [mixed[name] for name in ("block_p50_s", "conditional_accept_rate_by_depth", "draft_passes")] == [None] * 3
     assert mixed["accepted_histogram"] == totals["accepted_histogram"], "follows from older fields"
 
 
@@ -146,12 +144,7 @@ def test_a_record_is_strict_json_and_keeps_no_prompt() -> None:
     assert "question" not in json_line(made).decode()
     assert len(made["prompt_sha256"]) == 64
     assert made["audit"]["max_gap"] == 0.001
-    assert (made["benchmark"], made["source"], made["target"], made["draft"]) == (
-        "gsm8k",
-        "file",
-        "tiny",
-        "subspec",
-    )
+    assert (made["benchmark"], made["source"], made["target"], made["draft"]) == ("gsm8k", "file", "tiny", "subspec")
 
 
 def test_the_prompt_digest_tells_prompts_apart() -> None:
@@ -181,12 +174,7 @@ def test_totals_are_all_tokens_over_all_seconds() -> None:
     assert totals["prefill_s"] == 3.0
     assert per_turn["tau"]["mean"] == (2 + 9) / 2, "a mean of ratios is not the ratio of sums"
     assert per_turn["tau"]["sd"] == pytest.approx(statistics.stdev([2, 9]))
-    assert per_turn["tokens_per_s"] == {
-        "n": 2,
-        "mean": 5.0,
-        "sd": pytest.approx(math.sqrt(32)),
-        "median": 5.0,
-    }
+    assert per_turn["tokens_per_s"] == {"n": 2, "mean": 5.0, "sd": pytest.approx(math.sqrt(32)), "median": 5.0}
 
 
 def test_acceptance_is_pooled_over_iterations_not_averaged_over_turns() -> None:
@@ -198,15 +186,11 @@ def test_acceptance_is_pooled_over_iterations_not_averaged_over_turns() -> None:
 
 
 def test_counts_skips_answers_and_audit() -> None:
-    records = [record(index) for index in range(4)] + [
-        record(3, turn=1, correct=None, finish_reason="length")
-    ]
+    records = [record(index) for index in range(4)] + [record(3, turn=1, correct=None, finish_reason="length")]
     records[2]["audit"] = None
     records[1]["audit"]["mismatch"] = 2
     records += [
-        skipped_record(
-            CONTEXT, sample_id=f"long{n}", sample_index=9 + n, reason="prompt_too_long", prompt_tokens=5000
-        )
+        skipped_record(CONTEXT, sample_id=f"long{n}", sample_index=9 + n, reason="prompt_too_long", prompt_tokens=5000)
         for n in range(2)
     ]
     summary = summarise(records)
@@ -257,13 +241,7 @@ def test_the_pooled_roofline_is_that_of_one_long_turn() -> None:
         result(verified=100, iterations=15, prefill_s=1.0, decode_s=12.0, transfer_s=2.0), link=link
     )
     totals = summarise(turns)["totals"]
-    for name in (
-        "roofline_tokens_per_s",
-        "roofline_share",
-        "link_busy_share",
-        "link_gb_per_s",
-        "bytes_per_pass",
-    ):
+    for name in ("roofline_tokens_per_s", "roofline_share", "link_busy_share", "link_gb_per_s", "bytes_per_pass"):
         assert totals[name] == pytest.approx(together[name]), name
 
 
@@ -287,9 +265,7 @@ def test_the_summary_depends_on_the_records_only(shuffler: random.Random, indice
 
 def test_speedup_over_a_named_baseline() -> None:
     ours = summarise([record(0) | turn_metrics(result(verified=60, decode_s=2.0, prefill_s=1.0))])
-    plain = summarise(
-        [record(0, draft="none") | turn_metrics(result(verified=20, decode_s=2.0, prefill_s=1.0))]
-    )
+    plain = summarise([record(0, draft="none") | turn_metrics(result(verified=20, decode_s=2.0, prefill_s=1.0))])
     gain = speedup(ours, plain, "plain offloading")
     assert gain["baseline"] == "plain offloading"
     assert gain["tokens_per_s"] == pytest.approx(3.0)

@@ -16,15 +16,7 @@ import subspec.runs.runner
 from subspec.benchmarks.rows import DataUnavailableError, Table
 from subspec.decoding.engine import Engine
 from subspec.records.run_folder import RunFolder
-from tests.helpers.cli import (  # noqa: F401
-    Forked,
-    cli,
-    no_report,
-    records_of,
-    summary_of,
-    timeless,
-    tiny_run,
-)
+from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
 from tests.helpers.tiny import tiny_checkpoint
 
 TURNS = 4  # two samples of two turns
@@ -131,11 +123,7 @@ def wait_for(folder, count, process):
 def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
     """Killed between the turns of a sample, resumed, interrupted, and resumed as the message says."""
     folder = tmp_path / "my run"
-    long = [
-        *tiny_run(checkpoint, folder, tokens=60, samples=2),
-        "benchmark=mt_bench",
-        "decoding.ignore_eos=true",
-    ]
+    long = [*tiny_run(checkpoint, folder, tokens=60, samples=2), "benchmark=mt_bench", "decoding.ignore_eos=true"]
     long += ["warmup=0", "draft=none"]
     process = Forked(*long)
     wait_for(folder, 1, process)
@@ -286,10 +274,7 @@ def test_more_samples_extend_a_run(arguments, undisturbed, tmp_path):
 
 def test_another_configuration_is_refused_and_spoils_nothing(arguments, finished, undisturbed):
     for changed, line in (
-        (
-            "tree.width=2",
-            r"differs from .*config\.yaml: tree\.width: 3 -> 2\. Use the same values, or .*run_dir=",
-        ),
+        ("tree.width=2", r"differs from .*config\.yaml: tree\.width: 3 -> 2\. Use the same values, or .*run_dir="),
         ("audit=true", r"audit: false -> true"),
         ("decoding=sampling", r"decoding\.name: \"greedy\" -> \"sampling\""),
     ):
@@ -301,9 +286,7 @@ def test_another_configuration_is_refused_and_spoils_nothing(arguments, finished
 
 
 @pytest.mark.parametrize(("first", "then"), [("sample", "hub"), ("hub", "sample")])
-def test_other_prompts_under_the_same_configuration_are_refused(
-    arguments, tmp_path, monkeypatch, first, then
-):
+def test_other_prompts_under_the_same_configuration_are_refused(arguments, tmp_path, monkeypatch, first, then):
     """``benchmark.source=auto`` takes what the hub's state at that moment leaves it."""
     folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
     serve(monkeypatch, first)
@@ -327,9 +310,7 @@ def test_other_prompts_under_the_same_configuration_are_refused(
 
 def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_path, monkeypatch):
     """``device=auto`` on a machine whose GPU comes or goes: the dtype would be another, too."""
-    monkeypatch.setattr(
-        subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask"
-    )
+    monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask")
     folder = tmp_path / "run"
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
     stop_after(monkeypatch, 1, *arguments, "device=auto")
@@ -362,9 +343,7 @@ def test_other_data_and_other_weights_under_the_same_configuration_are_refused(
     before = contents(folder)
     write_rows("another", "other")
     more = f"run_dir={folder}", "resume=true", "benchmark.max_samples=2"
-    cli(*more).refused(
-        2, r"benchmark\.path=\S+rows\.jsonl now holds other data: it changed the prompt of sample"
-    )
+    cli(*more).refused(2, r"benchmark\.path=\S+rows\.jsonl now holds other data: it changed the prompt of sample")
     assert contents(folder) == before
     write_rows("one", "two", "three")
     shutil.rmtree(model)
@@ -407,9 +386,7 @@ def test_skipped_prompts_are_not_tried_again(arguments, tmp_path):
 
 def test_overrides_that_cannot_be_read(finished):
     (finished / "overrides.yaml").write_text("tree: [")
-    cli(f"run_dir={finished}", "resume=true").refused(
-        2, r"overrides\.yaml cannot be read: mend it, or delete it"
-    )
+    cli(f"run_dir={finished}", "resume=true").refused(2, r"overrides\.yaml cannot be read: mend it, or delete it")
 
 
 def test_a_second_process_is_kept_out(arguments, tmp_path):

@@ -70,9 +70,7 @@ def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: py
     synced: list[int] = []
     write = os.write
     with open_folder(tmp_path) as folder:
-        monkeypatch.setattr(
-            os, "write", lambda handle, data: writes.append(bytes(data)) or write(handle, data)
-        )
+        monkeypatch.setattr(os, "write", lambda handle, data: writes.append(bytes(data)) or write(handle, data))
         monkeypatch.setattr(os, "fsync", synced.append)
         folder.append(record(0))
         assert (tmp_path / RECORDS).read_bytes() == writes[0]
@@ -130,9 +128,7 @@ def test_scalars_of_numpy_and_torch_are_taken() -> None:
     import numpy
     import torch
 
-    made = plain(
-        {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": numpy.int64(3), "d": numpy.float32("nan")}
-    )
+    made = plain({"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), "c": numpy.int64(3), "d": numpy.float32("nan")})
     assert made == {"a": 0.5, "b": [1, 2], "c": 3, "d": None}
     with pytest.raises(TypeError, match="object"):
         plain(object())
@@ -190,11 +186,7 @@ def test_records_without_their_configuration_are_refused(tmp_path: Path) -> None
         open_folder(tmp_path, resume=True)
 
 
-@given(
-    st.dictionaries(
-        st.text(), st.floats() | st.text() | st.booleans() | st.none() | st.integers(), max_size=5
-    )
-)
+@given(st.dictionaries(st.text(), st.floats() | st.text() | st.booleans() | st.none() | st.integers(), max_size=5))
 def test_a_configuration_equals_itself_after_the_disk(tmp_path: Path, values: dict[str, object]) -> None:
     """Stop strings may hold anything, line separators too."""
     for leftover in tmp_path.iterdir():
@@ -246,9 +238,7 @@ def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> N
         folder.append(record(0))
     torn = (tmp_path / RECORDS).read_bytes() + b'{"sample_id'
     (tmp_path / RECORDS).write_bytes(torn)
-    with pytest.raises(
-        ConfigError, match=r"device comes to cuda now, .* are of cpu: set device=cpu, or choose"
-    ):
+    with pytest.raises(ConfigError, match=r"device comes to cuda now, .* are of cpu: set device=cpu, or choose"):
         again({**here, "device": "cuda"}, device="cuda")
     assert (tmp_path / RECORDS).read_bytes() == torn, "nothing is touched, not even to repair it"
     assert not (tmp_path / DAMAGED).exists()
@@ -353,14 +343,7 @@ def test_reading_changes_nothing_and_names_what_is_missing(tmp_path: Path) -> No
 
 
 def run_appender(path: Path, count: int, resume: bool) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.runs.appender",
-        str(path),
-        str(count),
-        "resume" if resume else "new",
-    ]
+    command = [sys.executable, "-m", "tests.runs.appender", str(path), str(count), "resume" if resume else "new"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -377,9 +360,7 @@ def test_kill_9_loses_nothing_that_was_announced(tmp_path: Path, real_fsync: Non
                 process.send_signal(signal.SIGKILL)
                 break
         # What it announced between our decision and its death counts as well.
-        announced |= {
-            f"s{line.strip()}" for line in process.stdout.read().splitlines() if line.strip().isdigit()
-        }
+        announced |= {f"s{line.strip()}" for line in process.stdout.read().splitlines() if line.strip().isdigit()}
         process.stdout.close()
         assert process.wait(timeout=20) == -signal.SIGKILL
         records, _ = read_records(tmp_path)

@@ -22,9 +22,7 @@ def config(**changes):
 
 
 def test_a_job_is_known_by_what_it_computes():
-    same = config(
-        run_dir="b", resume=True, experiment="x", benchmark={"name": "gsm8k", "max_samples": 9}, logger={}
-    )
+    same = config(run_dir="b", resume=True, experiment="x", benchmark={"name": "gsm8k", "max_samples": 9}, logger={})
     assert config_digest(config()) == config_digest(same)
     assert config_digest(config()) == config_digest(dict(reversed(CONFIG.items())))
     assert config_digest(config()) != config_digest(config(seed=1))
@@ -52,9 +50,7 @@ def test_equal_configurations_are_one_job(tmp_path):
 def test_two_sweeps_in_one_folder_are_refused(tmp_path):
     with (
         SweepFolder.open(tmp_path, []),
-        pytest.raises(
-            SubspecError, match=r"sweep_dir=\S+ is in use by another process: wait for it, or choose"
-        ),
+        pytest.raises(SubspecError, match=r"sweep_dir=\S+ is in use by another process: wait for it, or choose"),
     ):
         SweepFolder.open(tmp_path, [])
     SweepFolder.open(tmp_path, []).close()

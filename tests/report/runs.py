@@ -95,11 +95,7 @@ def write_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config or config_of()))
     (folder / "overrides.yaml").write_text(yaml.safe_dump(["draft=subspec", "quant.bits=4"]))
     hardware = {"cpu": "a CPU", "torch_threads": 2, "gpu": gpu and {"name": gpu}}
-    environment = {
-        "hardware": hardware,
-        "versions": {"torch": "2.0"},
-        "git": {"commit": "f" * 40, "dirty": False},
-    }
+    environment = {"hardware": hardware, "versions": {"torch": "2.0"}, "git": {"commit": "f" * 40, "dirty": False}}
     (folder / "environment.json").write_text(json.dumps(environment))
     if finished:
         (folder / "summary.json").write_text(json.dumps(summarise(records)))

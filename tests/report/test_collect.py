@@ -70,12 +70,7 @@ def test_missing_and_broken_files_are_said(tmp_path):
     assert run.config["benchmark"] == {"name": "aime"}
     assert run.overrides is None
     said = " ".join(run.notes)
-    for expected in (
-        "config.yaml cannot be read",
-        "no environment.json",
-        "facts.json cannot be read",
-        "records alone",
-    ):
+    for expected in ("config.yaml cannot be read", "no environment.json", "facts.json cannot be read", "records alone"):
         assert expected in said
 
 
@@ -104,7 +99,5 @@ def test_nothing_to_report(tmp_path):
 
 
 def test_config_is_not_needed_to_be_ours(tmp_path):
-    folder = write_run(
-        tmp_path / "run", turns([10.0]), config_of() | {"draft": None, "tree": "beam", "quant": 3}
-    )
+    folder = write_run(tmp_path / "run", turns([10.0]), config_of() | {"draft": None, "tree": "beam", "quant": 3})
     assert read_run(folder).state is State.finished

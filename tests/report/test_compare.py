@@ -34,8 +34,7 @@ def compared(tmp_path):
 
     def write(a, b, **options):
         return compare(
-            write_run(tmp_path / "a", a, config_of("none"), **options),
-            write_run(tmp_path / "b", b, **options),
+            write_run(tmp_path / "a", a, config_of("none"), **options), write_run(tmp_path / "b", b, **options)
         )
 
     return write
@@ -163,25 +162,19 @@ def test_runs_that_are_not_twins(tmp_path, key, config, facts, fields):
     base = {"target": {"name": "t", "path": "here"}, "decoding": {"name": "greedy", "max_new_tokens": 8}}
     bitwise = {"bitwise": {"on": True, "reason": "as asked", "kernels": "own"}}
     a = write_run(tmp_path / "a", [text(0, [1])], config_of("none", **base), facts=FACTS | bitwise)
-    b = write_run(
-        tmp_path / "b", [text(0, [1], **fields)], config_of(**(base | config)), facts=FACTS | bitwise | facts
-    )
+    b = write_run(tmp_path / "b", [text(0, [1], **fields)], config_of(**(base | config)), facts=FACTS | bitwise | facts)
     said = compare(a, b).not_twins
     assert [line.partition(": ")[0] for line in said] == [key]
 
 
 def test_another_gpu_is_said(tmp_path):
-    folders = [
-        write_run(tmp_path / gpu, [text(0, [1], device="cuda")], facts=FACTS, gpu=gpu) for gpu in ("x", "y")
-    ]
+    folders = [write_run(tmp_path / gpu, [text(0, [1], device="cuda")], facts=FACTS, gpu=gpu) for gpu in ("x", "y")]
     assert [line.partition(": ")[0] for line in compare(*folders).not_twins] == ["hardware"]
 
 
 def test_what_a_folder_does_not_say_is_no_difference(tmp_path):
     a = write_run(tmp_path / "a", [text(0, [1])], facts=FACTS | {"bitwise": "nonsense"})
-    b = write_run(
-        tmp_path / "b", [text(0, [2], audit=None)], facts={"device": "cuda", "bitwise": {"on": False}}
-    )
+    b = write_run(tmp_path / "b", [text(0, [2], audit=None)], facts={"device": "cuda", "bitwise": {"on": False}})
     (b / "config.yaml").unlink()
     (b / "environment.json").unlink()
     found = compare(a, b)

@@ -62,9 +62,7 @@ def test_a_draft_of_one_method_has_one_colour_in_all_pictures(tmp_path):
     for draft in drafts:
         write_run(tmp_path / draft, turns([30.0, 20.0], draft=draft, link=link), config_of(draft))
     rows = make_rows(collect([tmp_path]))[0]
-    bars = {
-        row.draft: bar.get_facecolor() for row, bar in zip(rows, speed(rows).axes[0].patches, strict=True)
-    }
+    bars = {row.draft: bar.get_facecolor() for row, bar in zip(rows, speed(rows).axes[0].patches, strict=True)}
     for picture in (acceptance(rows), roofline(rows)):
         handles, labels = picture.axes[0].get_legend_handles_labels()
         drawn = {
@@ -107,9 +105,7 @@ def test_bars_are_as_long_as_speeds_with_whiskers_to_the_interval(rows):
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([row.speed.value for row in rows])
     assert [label.get_text() for label in axis.get_yticklabels()] == [row.method for row in rows]
     ends = [segment for lines in axis.collections for segment in lines.get_segments()]
-    assert [(low[0], high[0]) for low, high in ends] == [
-        pytest.approx((row.speed.low, row.speed.high)) for row in rows
-    ]
+    assert [(low[0], high[0]) for low, high in ends] == [pytest.approx((row.speed.low, row.speed.high)) for row in rows]
 
 
 def test_the_phases_of_an_iteration_add_up(rows):
@@ -192,10 +188,7 @@ def test_passes_that_differ_by_the_links_measurement_share_a_ceiling(tmp_path):
         write_run(tmp_path / str(seed), turns([10.0], link=link), config_of(draft))
     (axis,) = roofline(make_rows(collect([tmp_path]))[0]).axes
     labels = [label for label in axis.get_legend_handles_labels()[1] if label.startswith("ceiling")]
-    assert labels == [
-        "ceiling, plain weights: 99.0 to 100 ms a pass",
-        "ceiling, plain weights: 120 ms a pass",
-    ]
+    assert labels == ["ceiling, plain weights: 99.0 to 100 ms a pass", "ceiling, plain weights: 120 ms a pass"]
 
 
 def test_eight_methods_look_different():
@@ -249,7 +242,5 @@ def test_a_cpu_says_what_its_speeds_are_not(tmp_path):
     write_run(tmp_path / "gpu", turns([30.0, 20.0], device="cuda"), config_of())
     plain_run(tmp_path / "plain")
     rows = make_rows(collect([tmp_path]))[0]
-    said = {
-        (row.draft, row.on_cpu): ON_CPU.removeprefix("note: ").lower() in texts(speed([row])) for row in rows
-    }
+    said = {(row.draft, row.on_cpu): ON_CPU.removeprefix("note: ").lower() in texts(speed([row])) for row in rows}
     assert said == {("subspec", True): True, ("subspec", False): False, ("none", True): False}

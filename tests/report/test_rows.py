@@ -42,11 +42,7 @@ def test_figures_recomputed_from_the_records(pair):
     assert ours.baseline.differences == ()
     assert rows["plain decoding"].baseline.speedup is None
     assert ours.iteration == pytest.approx(
-        {
-            "draft": 0.25 * sum(seconds) / 33,
-            "target": 0.5 * sum(seconds) / 33,
-            "other": 0.25 * sum(seconds) / 33,
-        }
+        {"draft": 0.25 * sum(seconds) / 33, "target": 0.5 * sum(seconds) / 33, "other": 0.25 * sum(seconds) / 33}
     )
     assert (ours.bits, ours.nominal_bits) == (4.5, 4)
     assert (ours.planted, ours.sample) == (False, False)
@@ -96,10 +92,7 @@ def test_plain_decoding_of_coded_weights_depends_on_the_quantizer_that_codes_the
     write_run(tmp_path / "again", records, again, facts={"codec": "substitute"})
     rows, notes = rows_of(tmp_path)
     plain = {bits: f"plain decoding, stream coded 8 GiB (quant.bits={bits})" for bits in (4, 8)}
-    assert {name: len(row.runs) for name, row in rows.items() if row.draft == "none"} == {
-        plain[4]: 2,
-        plain[8]: 1,
-    }
+    assert {name: len(row.runs) for name, row in rows.items() if row.draft == "none"} == {plain[4]: 2, plain[8]: 1}
     assert {row.nominal_bits: row.baseline.label for row in rows.values() if row.draft == "subspec"} == plain
     assert notes == []
 
@@ -217,22 +210,14 @@ def test_planted_and_sample_are_flagged(tmp_path):
 
 def test_ceilings_of_plain_and_of_coded_weights(tmp_path):
     link = LinkInfo(50.0, 5_000_000_000)
-    plan = {
-        "resident_layers": [1],
-        "streamed_layers": [0, 2],
-        "plain_bytes_per_pass": 12e9,
-        "plain_resident": 0,
-    }
+    plan = {"resident_layers": [1], "streamed_layers": [0, 2], "plain_bytes_per_pass": 12e9, "plain_resident": 0}
     write_run(tmp_path / "coded", turns([10.0], link=link), plan=plan)
     write_run(tmp_path / "plain", turns([10.0], link=link), config_of(seed=1))
     rows, _ = make_rows(collect([tmp_path]))
     ceilings = {row.runs[0].folder.name: row.ceilings for row in rows}
     assert ceilings["plain"] == [("plain weights", pytest.approx(0.1))]
     # Two of three layers stream, each 4 GB uncoded.
-    assert ceilings["coded"] == [
-        ("coded weights", pytest.approx(0.1)),
-        ("plain weights", pytest.approx(8 / 50)),
-    ]
+    assert ceilings["coded"] == [("coded weights", pytest.approx(0.1)), ("plain weights", pytest.approx(8 / 50))]
 
 
 def test_audits(tmp_path):
@@ -255,10 +240,7 @@ def test_an_edited_configuration_does_not_end_the_report(tmp_path):
 
 def test_categories_have_their_own_speed_ups(tmp_path):
     """Two samples of one category and one of another, which gains less."""
-    plain, ours = (
-        turns(PLAIN, draft="none", tau=1, benchmark="spec_bench"),
-        turns(OURS, benchmark="spec_bench"),
-    )
+    plain, ours = (turns(PLAIN, draft="none", tau=1, benchmark="spec_bench"), turns(OURS, benchmark="spec_bench"))
     for records in (plain, ours):
         for one, category in zip(records, ("writing", "rag", "stem"), strict=True):
             one["category"] = category

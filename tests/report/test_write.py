@@ -38,9 +38,7 @@ def sweep(tmp_path):
     plain_run(tmp_path / "sweep" / "0", **options)
     write_run(tmp_path / "sweep" / "1", turns([30.0, 20.0, 24.0], **options))
     tree = {"name": "chain", "depth": 8}
-    unfinished = write_run(
-        tmp_path / "sweep" / "2", turns([5.0], **options), config_of(tree=tree), finished=False
-    )
+    unfinished = write_run(tmp_path / "sweep" / "2", turns([5.0], **options), config_of(tree=tree), finished=False)
     with (unfinished / "records.jsonl").open("a") as file:
         file.write('{"sample_id": "s1", "tu')
     return tmp_path / "sweep"
@@ -67,25 +65,16 @@ def test_a_partial_sweep(sweep, tmp_path):
     assert len(rows) == 3
     assert all("**PLANTED**" in row and "*sample prompts*" in row for row in rows)
     assert sum("(1 unfinished)" in row for row in rows) == 1
-    assert all(
-        mark in page for mark in ("`draft=subspec quant.bits=4`", "torch=2.0", "a CPU, 2 thread(s)", "f" * 12)
-    )
+    assert all(mark in page for mark in ("`draft=subspec quant.bits=4`", "torch=2.0", "a CPU, 2 thread(s)", "f" * 12))
 
 
 def test_a_planted_draft_that_is_no_substitute_is_not_called_noise(sweep, tmp_path):
     options = {"planted": True, "source": "sample"}
     page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
     assert "means nothing" not in page
-    write_run(
-        sweep / "3",
-        turns([30.0, 20.0], draft="small_model", **options),
-        config_of("small_model"),
-        finished=True,
-    )
+    write_run(sweep / "3", turns([30.0, 20.0], draft="small_model", **options), config_of("small_model"), finished=True)
     page = write_report([sweep], tmp_path / "out").page.read_text(encoding="utf-8")
-    assert re.search(
-        r"> \*\*Planted weights: .*means nothing\.\*\* Rows: some_target with draft small_model\.", page
-    )
+    assert re.search(r"> \*\*Planted weights: .*means nothing\.\*\* Rows: some_target with draft small_model\.", page)
 
 
 def test_jobs_that_left_no_run_are_named(sweep, tmp_path):
@@ -150,13 +139,8 @@ def test_accuracy_texts_and_the_baseline_are_told(tmp_path):
         in page
     )
     assert "1.00 GiB of plain weights streamed per pass." in page
-    assert (
-        "subspec hqq4, beam 3x2: the same text as plain decoding in all 3 turns, and so the same accuracy."
-        in page
-    )
-    assert re.search(
-        r"eagle2, .*another text than plain decoding in 1 of 3 turns\*\*: s2 turn 0 \(`.*compare ", page
-    )
+    assert "subspec hqq4, beam 3x2: the same text as plain decoding in all 3 turns, and so the same accuracy." in page
+    assert re.search(r"eagle2, .*another text than plain decoding in 1 of 3 turns\*\*: s2 turn 0 \(`.*compare ", page)
     assert "#### By category" not in page
     assert "share of roofline |" not in page, "a column without figures"
     (row,) = (one for one in cells(tmp_path / "out" / "methods.csv") if one["draft"] == "eagle2")
@@ -175,8 +159,7 @@ def test_categories_and_accepted_lengths_have_tables(tmp_path):
     page = report.page.read_text()
     assert "| tau | multi-turn | rag | Overall |" in page
     assert (
-        "| speed-up | multi-turn | rag | Overall |\n|---|---:|---:|---:|\n| `subspec hqq4, beam 3x2` | 1.00x |"
-        in page
+        "| speed-up | multi-turn | rag | Overall |\n|---|---:|---:|---:|\n| `subspec hqq4, beam 3x2` | 1.00x |" in page
     )
     assert "| correct |" not in page
     assert "| `subspec hqq4, beam 3x2` | 1.00 / 1.00 | 0.818 / 0.818 | 0.485 / 0.593 |" in page
@@ -193,11 +176,7 @@ def test_categories_and_accepted_lengths_have_tables(tmp_path):
 def test_folders_are_named_from_where_one_stands(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_report([sweep], tmp_path / "out")
-    assert [row["folder"] for row in cells(tmp_path / "out" / "runs.csv")] == [
-        "sweep/0",
-        "sweep/1",
-        "sweep/2",
-    ]
+    assert [row["folder"] for row in cells(tmp_path / "out" / "runs.csv")] == ["sweep/0", "sweep/1", "sweep/2"]
     assert str(tmp_path) not in (tmp_path / "out" / "REPORT.md").read_text()
 
 
@@ -230,9 +209,7 @@ def test_a_sweep_that_has_only_begun(tmp_path):
 def test_rows_of_real_weights_and_prompts_carry_no_mark(tmp_path):
     write_run(tmp_path / "real", turns([10.0, 12.0]))
     write_run(
-        tmp_path / "planted",
-        turns([10.0], planted=True, target="planted_x"),
-        config_of(target={"name": "planted_x"}),
+        tmp_path / "planted", turns([10.0], planted=True, target="planted_x"), config_of(target={"name": "planted_x"})
     )
     page = write_report([tmp_path], tmp_path / "out").page.read_text()
     assert page.startswith("# Report (in part planted weights)")

@@ -73,9 +73,7 @@ def test_what_would_mislead_is_said() -> None:
     assert "means nothing" in PLANTED_DRAFT
     assert lines(device="cpu") == [ON_CPU]
     assert lines(device="cpu", draft="none") == []
-    failed = lines(
-        device="cuda", audit={"exact": 1, "near_tie": 0, "mismatch": 3, "max_gap": 2.0, "margin": 0.1}
-    )
+    failed = lines(device="cuda", audit={"exact": 1, "near_tie": 0, "mismatch": 3, "max_gap": 2.0, "margin": 0.1})
     assert "AUDIT FAILED: 3 token(s)" in failed[0]
 
 
@@ -115,9 +113,7 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
             progress.turn(record(1, turn))
         progress.sample_finished(record(1, 0), record(1, 1))
         console.note("a note [bold]not markup[/bold] :smile: " + "long " * 60)
-        progress.sample_finished(
-            skipped_record(CONTEXT, sample_id="s2", sample_index=2, reason="prompt_too_long")
-        )
+        progress.sample_finished(skipped_record(CONTEXT, sample_id="s2", sample_index=2, reason="prompt_too_long"))
         mismatch = {"exact": 1, "near_tie": 0, "mismatch": 1, "max_gap": 9.0, "margin": 0.1}
         progress.sample_finished(record(3, audit=mismatch))
     lines = stream.getvalue().splitlines()
@@ -195,9 +191,7 @@ class FakeTerminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(
-    ("width", "kind", "colour"), [(50, "xterm", False), (100, "xterm", True), (50, "dumb", None)]
-)
+@pytest.mark.parametrize(("width", "kind", "colour"), [(50, "xterm", False), (100, "xterm", True), (50, "dumb", None)])
 def test_progress_on_other_terminals(width, kind, colour, monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow: the figures stay on one line. NO_COLOR: no colours. Dumb: no control codes at all."""
     monkeypatch.setenv("TERM", kind)
@@ -229,9 +223,7 @@ def test_a_terminal_gets_a_bar() -> None:
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=child, stderr=child
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=child, stderr=child)
     os.close(child)
     output = b""
     try:

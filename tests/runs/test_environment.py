@@ -41,9 +41,7 @@ def test_packages_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(
-        sys, "orig_argv", [f"{tmp_path}/bin/python", "-m", "subspec.run", f"run_dir={tmp_path}/x"]
-    )
+    monkeypatch.setattr(sys, "orig_argv", [f"{tmp_path}/bin/python", "-m", "subspec.run", f"run_dir={tmp_path}/x"])
     made = environment()
     assert made["command"] == ["~/bin/python", "-m", "subspec.run", "run_dir=~/x"]
     assert str(tmp_path) not in json.dumps(made)
@@ -56,9 +54,7 @@ def test_revision_of_a_checkout(tmp_path: Path) -> None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     assert git_state(package) is None
     git("init", "-q")
@@ -107,10 +103,5 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="A Card", total_memory=8 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     gpu = module.hardware()["gpu"]
-    assert (gpu["name"], gpu["memory_gib"], gpu["compute_capability"], gpu["count"]) == (
-        "A Card",
-        8.0,
-        "9.0",
-        2,
-    )
+    assert (gpu["name"], gpu["memory_gib"], gpu["compute_capability"], gpu["count"]) == ("A Card", 8.0, "9.0", 2)
     assert set(gpu) >= {"driver", "cuda"}

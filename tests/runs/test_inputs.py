@@ -79,10 +79,7 @@ def test_a_turn_behind_a_damaged_one_and_an_old_record_are_not_judged(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "detail", "key"),
-    [
-        (Source.hub, "org/set", r"benchmark\.hub\.path=org/set"),
-        (Source.sample, "x", r"benchmark\.source=sample"),
-    ],
+    [(Source.hub, "org/set", r"benchmark\.hub\.path=org/set"), (Source.sample, "x", r"benchmark\.source=sample")],
 )
 def test_the_key_of_other_data_is_named(tmp_path, source, detail, key):
     today = data(*SAMPLES[:2], available=2, source=source, source_detail=detail)
@@ -97,10 +94,7 @@ def test_other_weights_are_refused_and_folders_without_identities_are_not(tmp_pa
     for before in ({}, {"weights": weights}, {"weights": {"target": "1"}}, {"weights": None}):
         (tmp_path / "facts.json").write_text(json.dumps(before))
         check_weights(tmp_path, config, weights)
-    for name, line in (
-        ("target", r"target\.path=a now holds other"),
-        ("draft", "draft=eagle2 now holds other"),
-    ):
+    for name, line in (("target", r"target\.path=a now holds other"), ("draft", "draft=eagle2 now holds other")):
         (tmp_path / "facts.json").write_text(json.dumps({"weights": {**weights, name: "3"}}))
         with pytest.raises(ConfigError, match=line):
             check_weights(tmp_path, config, weights)

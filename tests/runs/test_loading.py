@@ -74,9 +74,7 @@ def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs
     monkeypatch.setattr(device_module, "free_memory", lambda device: 50 * GIB)
     offload = AccelerateOffloadConfig(name="accelerate", vram_gib=8.0)
     config = SimpleNamespace(target=PlantedTargetConfig(name="x"), offload=offload)
-    line = (
-        rf"offload=accelerate .* host memory: the weights need {needs} GiB of memory and 50\.0 GiB are free"
-    )
+    line = rf"offload=accelerate .* host memory: the weights need {needs} GiB of memory and 50\.0 GiB are free"
     with pytest.raises(SubspecError, match=line):
         assemble_accelerate(config, torch.device("cuda"))
     monkeypatch.setattr(device_module, "free_memory", lambda device: 62 * GIB)
@@ -113,9 +111,7 @@ def test_a_streamed_run_is_planned_for_what_is_free(monkeypatch):
     assert "0.50 measured" in plan.vram.cuda.note
 
 
-@pytest.mark.parametrize(
-    ("counts", "held", "warned"), [("device", 8.1, 1), ("device", 7.9, 0), ("allocator", 8.9, 0)]
-)
+@pytest.mark.parametrize(("counts", "held", "warned"), [("device", 8.1, 1), ("device", 7.9, 0), ("allocator", 8.9, 0)])
 def test_a_run_that_holds_more_than_its_budget_warns(monkeypatch, counts, held, warned):
     """CUDA's share is in part an estimate."""
     monkeypatch.setattr(runner, "device_vram_gib", lambda: held)
@@ -123,9 +119,7 @@ def test_a_run_that_holds_more_than_its_budget_warns(monkeypatch, counts, held, 
     warnings = []
     vram = Budget(8 * GIB, VramCounts(counts), Allocation("CUDA itself", ()))
     running = SimpleNamespace(
-        device=torch.device("cuda"),
-        assembly=SimpleNamespace(vram=vram),
-        console=SimpleNamespace(warn=warnings.append),
+        device=torch.device("cuda"), assembly=SimpleNamespace(vram=vram), console=SimpleNamespace(warn=warnings.append)
     )
     runner._Run._end_loading(running)
     assert len(warnings) == warned
@@ -180,9 +174,7 @@ def test_shares_are_of_the_slower_of_two_links(tmp_path, monkeypatch, disk_gb_pe
 
     pinned = loading.load(config(), torch.device("cpu"), RunConsole())
     plan = pinned.plan
-    ram = (
-        sum(item.bytes for item in plan.items if item.place is Placement.host) - 2 * plan.layer_bytes
-    ) / GIB
+    ram = (sum(item.bytes for item in plan.items if item.place is Placement.host) - 2 * plan.layer_bytes) / GIB
     tiered = loading.load(config(ram_gib=ram), torch.device("cpu"), RunConsole())
     on_disk = tiered.plan.disk_layers
     assert 0 < len(on_disk) < len(tiered.plan.streamed_layers) == 6
@@ -193,9 +185,9 @@ def test_shares_are_of_the_slower_of_two_links(tmp_path, monkeypatch, disk_gb_pe
     assert (facts["slower_link"], facts["link_gb_per_s"]) == (slower, tiered.link.gb_per_s)
     assert facts["disk"]["gb_per_s"] == facts["plan"]["disk"]["gb_per_s"] == disk_gb_per_s
     assert facts["disk"]["layers"] == facts["plan"]["disk_layers"] == list(on_disk)
-    assert method_label(
-        {"offload": {"name": "stream", "ram_gib": 4}, "draft": {"name": "none"}}, facts
-    ).endswith("disk beyond 4 GiB of RAM")
+    assert method_label({"offload": {"name": "stream", "ram_gib": 4}, "draft": {"name": "none"}}, facts).endswith(
+        "disk beyond 4 GiB of RAM"
+    )
     texts = [run.assembly.engine.generate([1, 2, 3], max_new_tokens=6) for run in (pinned, tiered)]
     assert texts[0].token_ids == texts[1].token_ids
     assert pinned.assembly.streamed.target.disk is None

@@ -142,9 +142,7 @@ def test_an_audit_is_in_no_time_of_the_texts_beside(options, tmp_path, monkeypat
         assert max(record["prefill_s"], record["decode_s"], *record["block_s"], record["loop_s"]) < 1
 
 
-def test_a_text_that_cannot_go_on_ends_the_run_and_those_that_ended_with_it_are_kept(
-    options, tmp_path, monkeypatch
-):
+def test_a_text_that_cannot_go_on_ends_the_run_and_those_that_ended_with_it_are_kept(options, tmp_path, monkeypatch):
     step = Scheduler.step
 
     def fail(self):

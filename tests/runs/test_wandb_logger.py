@@ -213,9 +213,7 @@ def test_a_streamed_run_of_a_sweeps_agent_has_its_name_and_a_roofline(sessions: 
     link = LinkInfo(50.0, 2_000_000_000)
     expected = [record(index, link=link) for index in range(3)]
     rows = [row for row in wandb_file.history(records) if "tau" in row]
-    assert [row["roofline_share"] for row in rows] == pytest.approx(
-        [made["roofline_share"] for made in expected]
-    )
+    assert [row["roofline_share"] for row in rows] == pytest.approx([made["roofline_share"] for made in expected])
     total = summarise(expected)["totals"]
     summary = wandb_file.summary(records)
     for name in ("roofline_share", "roofline_tokens_per_s", "bytes_per_pass", "link_gb_per_s"):

@@ -37,9 +37,7 @@ class FakeWandb:
         self.api = SimpleNamespace(api_key=KEY)
         self.summary: dict[str, Any] = {}
         fields = {"silent": None, "console": None, "init_timeout": None}
-        self.Settings = type(
-            "Settings", (SimpleNamespace,), {"model_fields": fields, "base_url": "http://127.0.0.1:9"}
-        )
+        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": fields, "base_url": "http://127.0.0.1:9"})
         self.plot = SimpleNamespace(line=lambda table, x, y, title: ("plot", table))
 
     def setup(self, settings: Any = None) -> Any:
@@ -92,13 +90,9 @@ def test_online_a_resumed_run_continues_where_the_service_stands(fake: FakeWandb
     logger.finish(summarise([record(0)]), 7)
     assert fake.inits[0]["id"] == "abc123"
     assert fake.inits[0]["resume"] == "allow"
-    assert [step for step, row in fake.rows if "tau" in row] == [2, 3, 4], (
-        "what the service lacks is sent again"
-    )
+    assert [step for step, row in fake.rows if "tau" in row] == [2, 3, 4], "what the service lacks is sent again"
     assert "run abc123 continued" in logger.note
-    assert [step for step, _ in fake.rows] == sorted({step for step, _ in fake.rows}), (
-        "no row goes back or clashes"
-    )
+    assert [step for step, _ in fake.rows] == sorted({step for step, _ in fake.rows}), "no row goes back or clashes"
     assert fake.exit_codes == [7]
     assert logger.mode == "online"
 

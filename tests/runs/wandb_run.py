@@ -40,10 +40,5 @@ def log_run(arguments: list[str]) -> None:
     except SubspecError as refused:
         error = str(refused)
         logger.finish(None, refused.exit_code)
-    said = {
-        "note": logger.note,
-        "warnings": warnings,
-        "error": error,
-        "seconds": time.monotonic() - started,
-    }
+    said = {"note": logger.note, "warnings": warnings, "error": error, "seconds": time.monotonic() - started}
     print(json.dumps(said), flush=True)

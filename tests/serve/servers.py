@@ -45,10 +45,7 @@ def serving(tiny, *, texts=4, queue=64, api_key=None):
     worker = Worker(Scheduler(tiny.engine, texts))
     server = Server(tiny.loaded.target, worker, replace(tiny.config.decoding), serve)
     listening = listen(serve)
-    threads = [
-        threading.Thread(target=worker.run),
-        threading.Thread(target=server.serve_http, args=[listening]),
-    ]
+    threads = [threading.Thread(target=worker.run), threading.Thread(target=server.serve_http, args=[listening])]
     for thread in threads:
         thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -32,9 +32,7 @@ def chats(client):
     return client.chat.completions
 
 
-@pytest.mark.parametrize(
-    "body", [GREEDY, SAMPLED, GREEDY | {"stop": ["ed", "qzx"]}], ids=["greedy", "sampled", "stop"]
-)
+@pytest.mark.parametrize("body", [GREEDY, SAMPLED, GREEDY | {"stop": ["ed", "qzx"]}], ids=["greedy", "sampled", "stop"])
 def test_a_completion_is_the_engines_own(tiny, served, body):
     body = {"prompt": "The quick brown fox", "max_tokens": 40} | body
     own = tiny.single(body)

@@ -86,10 +86,7 @@ def test_the_plan_has_room_for_any_sampling(monkeypatch):
     planned = []
     load = loading.load
     monkeypatch.setattr(loading, "load", lambda config, *rest: planned.append(config) or load(config, *rest))
-    with loaded_target(compose_config(["target=planted_tiny", *SMALL]), RunConsole(), any_sampling=True) as (
-        _,
-        loaded,
-    ):
+    with loaded_target(compose_config(["target=planted_tiny", *SMALL]), RunConsole(), any_sampling=True) as (_, loaded):
         assert loaded.assembly.engine.sampler.sampling == Sampling()
     most = build_sampling(planned[0])
     assert most.temperature > 0

@@ -96,15 +96,7 @@ def test_so_does_one_of_a_completion(served, param, value):
 
 
 def test_values_without_effect_are_accepted(served):
-    idle = {
-        "user": "me",
-        "n": 1,
-        "stop": None,
-        "seed": None,
-        "logit_bias": {},
-        "tools": [],
-        "presence_penalty": 0.0,
-    }
+    idle = {"user": "me", "n": 1, "stop": None, "seed": None, "logit_bias": {}, "tools": [], "presence_penalty": 0.0}
     idle |= {"logprobs": False, "response_format": {"type": "text"}, "metadata": {"a": "b"}, "stream": False}
     answer = post(served, CHAT, SAID | {"max_tokens": 1} | idle)
     assert answer.status_code == 200, answer.text
@@ -140,12 +132,7 @@ def test_bodies_that_are_none(served):
 def test_an_api_key(tiny):
     with serving(tiny, api_key="sécret") as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
-        wrong = [
-            {},
-            {"Authorization": "Bearer sécre"},
-            {"Authorization": "sécret"},
-            {"Authorization": "Basic sécret"},
-        ]
+        wrong = [{}, {"Authorization": "Bearer sécre"}, {"Authorization": "sécret"}, {"Authorization": "Basic sécret"}]
         for headers in wrong:
             headers = {name: value.encode() for name, value in headers.items()}
             for path in (CHAT, COMPLETION):

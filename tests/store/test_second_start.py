@@ -124,9 +124,7 @@ def test_bits_of_every_kind_are_kept_and_recorded(start, device, nothing_new, tm
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("draft", [True, False])
-def test_a_second_coded_start_reads_and_codes_nothing(
-    start, device, draft, nothing_new, monkeypatch, tmp_path
-):
+def test_a_second_coded_start_reads_and_codes_nothing(start, device, draft, nothing_new, monkeypatch, tmp_path):
     """The bytes that cross the link are the same, and so is the text; no exact layer is read."""
     _, facts, loaded = start(device, offload=CODED, draft=draft)
     assert (facts["coded_cache"]["read"], facts["coded_cache"]["coded"]) == (0, LAYERS)
@@ -177,9 +175,7 @@ def test_a_refusal_names_what_can_do_without_the_codec(start, monkeypatch):
             start(offload=offload)
 
 
-@pytest.mark.parametrize(
-    "quant", [HqqConfig(name="hqq", skip_layers=[0]), HiggsConfig(name="higgs", skip_layers=[0])]
-)
+@pytest.mark.parametrize("quant", [HqqConfig(name="hqq", skip_layers=[0]), HiggsConfig(name="higgs", skip_layers=[0])])
 def test_plain_decoding_of_a_coded_target_codes_every_layer(start, quant):
     """Layers that a draft would keep exact cannot be coded; without a draft there is nothing to keep them for."""
     start(offload=CODED, draft=False, quant=replace(quant))

@@ -272,9 +272,7 @@ def test_a_new_or_empty_folder_is_filled_read_ever_after_and_may_move(run, tmp_p
 )
 def test_a_folder_of_other_facts_is_refused(run, tmp_path, change, message):
     run(folder=tmp_path / "mine")
-    with pytest.raises(
-        ConfigError, match=rf"^quant\.folder=.*mine cannot be used: {message}; name a new folder"
-    ):
+    with pytest.raises(ConfigError, match=rf"^quant\.folder=.*mine cannot be used: {message}; name a new folder"):
         run(folder=tmp_path / "mine", facts={**FACTS, **change})
 
 

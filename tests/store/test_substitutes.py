@@ -175,8 +175,7 @@ def quantize(model, *, folder=None, **options):
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(
-    ("axis", "unpack", "dtype"),
-    [(0, True, torch.float32), (1, False, torch.float32), (1, False, torch.bfloat16)],
+    ("axis", "unpack", "dtype"), [(0, True, torch.float32), (1, False, torch.float32), (1, False, torch.bfloat16)]
 )
 def test_a_second_start_has_the_same_modules(model, tmp_path, no_hqq, axis, unpack, dtype, own):
     model, options = model.to(dtype), {"axis": axis, "unpack": unpack, "dtype": dtype}

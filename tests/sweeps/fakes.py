@@ -35,9 +35,7 @@ elif ending == "killed":
 """
 
 
-def fake_job(
-    folder: Path, ending: str = "ok", samples: int = 2, seconds: float = 0.0, device="cpu"
-) -> JobSpec:
+def fake_job(folder: Path, ending: str = "ok", samples: int = 2, seconds: float = 0.0, device="cpu") -> JobSpec:
     """A job that does ``samples`` samples, waits, and ends: ``ok``, ``refused``, ``bug`` or ``killed``."""
     command = (sys.executable, "-c", SCRIPT, str(folder), str(samples), str(seconds), ending)
     return JobSpec(folder, command, samples, "tau", device)

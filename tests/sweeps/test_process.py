@@ -197,9 +197,7 @@ time.sleep(60)
 
 
 def test_a_job_does_not_outlive_a_sweep_that_is_killed():
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True
-    )
+    sweep = subprocess.Popen([sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True)
     child = int(sweep.stdout.readline())
     assert _state(child) != "Z"
     sweep.send_signal(signal.SIGKILL)
@@ -238,19 +236,14 @@ class Foreign:
 
 def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "WATCH_S", 0.02)
-    specs = [
-        fake_job(tmp_path / "0", samples=2, seconds=0.5),
-        fake_job(tmp_path / "1", "refused", seconds=0.2),
-    ]
+    specs = [fake_job(tmp_path / "0", samples=2, seconds=0.5), fake_job(tmp_path / "1", "refused", seconds=0.2)]
     old = JobProcess(specs[1])  # an earlier session's: its outcome is not this one's
     old.start()
     old.wait()
     out = io.StringIO()
     progress = SweepProgress(3, finished=1, console=RunConsole(file=out))
     seen = []
-    monkeypatch.setattr(
-        progress, "update", lambda jobs, waiting: seen.extend((job.label, job.done) for job in jobs)
-    )
+    monkeypatch.setattr(progress, "update", lambda jobs, waiting: seen.extend((job.label, job.done) for job in jobs))
     jobs = [follow.ForeignJob(spec.folder, f"number {spec.folder.name}") for spec in specs]
     with follow.watched(progress, jobs):
         assert not out.getvalue()
@@ -258,9 +251,7 @@ def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
     lines = [line.split("  (elapsed")[0] for line in out.getvalue().splitlines()]
     log = tmp_path / "0" / "job.log"
     assert lines[0] == f"[1/3] start    job 0: number 0, log: {log}"
-    assert lines[1].startswith(
-        "[2/3] ok       job 0: number 0  2/2 samples  15.00 tokens/s  tau 10.00  0:00:0"
-    )
+    assert lines[1].startswith("[2/3] ok       job 0: number 0  2/2 samples  15.00 tokens/s  tau 10.00  0:00:0")
     assert lines[2].startswith("[2/3] start    job 1: number 1")
     assert lines[3] == "[3/3] failed   job 1: number 1  offload.vram_gib=1 cannot hold this run"
     assert len(lines) == 4
@@ -272,10 +263,7 @@ def test_watching_ends_with_what_it_watches(tmp_path):
     """An interrupt of the launcher is passed on, and a job that nobody started is no line."""
     out = io.StringIO()
     progress = SweepProgress(1, console=RunConsole(file=out))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        follow.watched(progress, [follow.ForeignJob(tmp_path / "0", "never")]),
-    ):
+    with pytest.raises(KeyboardInterrupt), follow.watched(progress, [follow.ForeignJob(tmp_path / "0", "never")]):
         raise KeyboardInterrupt
     assert not out.getvalue()
     assert not any(thread.name.startswith("watch") for thread in threading.enumerate())

@@ -29,17 +29,13 @@ def ranking(sweep):
     return list(csv.DictReader((sweep / "search.csv").open()))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is not None, reason="tells what happens without optuna"
-)
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is not None, reason="tells what happens without optuna")
 def test_without_the_extra_a_search_says_what_to_install(tmp_path):
     ran = cli("hparams_search=tree", *TINY, f"sweep_dir={tmp_path / 's'}")
     ran.refused(1, r"a search needs packages that are not here .*pip install 'subspec\[sweep\]'")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("submitit") is not None, reason="tells what happens without submitit"
-)
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is not None, reason="tells what happens without submitit")
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_here", "ray_cluster"])
 def test_without_the_extra_a_cluster_says_what_to_install(launcher):
     ran = cli("-m", *TINY, f"hydra/launcher={launcher}")

@@ -50,9 +50,7 @@ def statuses(sweep):
 
 def sweep_records(sweep):
     """Records without times, by job number."""
-    return {
-        folder.parent.name: timeless(records_of(folder.parent)) for folder in sweep.glob("*/records.jsonl")
-    }
+    return {folder.parent.name: timeless(records_of(folder.parent)) for folder in sweep.glob("*/records.jsonl")}
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -71,10 +69,7 @@ def sweep_records(sweep):
         (["-m", "seed=interval(0,1)"], r"seed=interval\(0,1\): an interval is for a search"),
         (["-m", "experiment=smoke,planted/table_tiny"], r"planted/table_tiny is a table, a sweep of its own"),
         (["-m", "experiment=choice(planted/table_tiny)"], r"planted/table_tiny is a table"),
-        (
-            ["-m", "benchmark.max_samples=1,2"],
-            r"benchmark\.max_samples=1,2: jobs that differ in this key alone",
-        ),
+        (["-m", "benchmark.max_samples=1,2"], r"benchmark\.max_samples=1,2: jobs that differ in this key alone"),
         (["-m", "seed=0,1", "logger=none,wandb"], r"logger: jobs that differ in this key alone are one job"),
         (["hparams_search=nope"], r"hparams_search=nope: no such option"),
     ],
@@ -282,9 +277,7 @@ def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
     ran = cli(*options)
     ran.refused(1, r"error: 1 of 2 jobs did not end well: .*sweep_dir=.* runs only what is missing")
     assert statuses(sweep) == ["ok", "failed"]
-    assert re.search(
-        r"\[1/2\] ok       job 0: benchmark\.source=sample  2/2 samples  [\d.]+ tokens/s  tau", ran.out
-    )
+    assert re.search(r"\[1/2\] ok       job 0: benchmark\.source=sample  2/2 samples  [\d.]+ tokens/s  tau", ran.out)
     assert re.search(r"\[2/2\] failed   job 1: benchmark\.source=hub  \S.*\(elapsed", ran.out)
     assert re.search(r"warning: job 1 failed: .*\(log: 1/job\.log\)", ran.out)
     assert "error: " in (sweep / "1" / "job.log").read_text()
@@ -346,9 +339,7 @@ def test_interrupted_and_continued_by_the_same_command(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert re.fullmatch(
-        r"error: interrupted: finished samples are kept; continue with the same command.*\n", err
-    )
+    assert re.fullmatch(r"error: interrupted: finished samples are kept; continue with the same command.*\n", err)
     assert "interrupted" in out
     process = command(*options, cwd=tmp_path)
     out, err = process.communicate(timeout=400)

@@ -27,13 +27,7 @@ from subspec.utils.paths import conf_dir
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import tiny_model
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": None}
 SIZES |= {"initializer_range": 0.3}
 PROMPT = list(range(3, 15))
@@ -47,8 +41,7 @@ def command_line():
     def check(model, max_length):
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose(
-                "config",
-                ["draft=none", f"decoding.max_length={max_length}", "decoding.max_new_tokens=2", "run_dir=x"],
+                "config", ["draft=none", f"decoding.max_length={max_length}", "decoding.max_new_tokens=2", "run_dir=x"]
             )
         check_against_target(to_config(cfg), model)
 
@@ -100,10 +93,7 @@ def test_both_doors_refuse_it_and_name_their_own_key(case, command_line):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(
-            ({"rope_parameters": rope(kind)}, f"rope type {kind} is")
-            for kind in ("su", "mrope", "dynamic_ntk")
-        ),
+        *(({"rope_parameters": rope(kind)}, f"rope type {kind} is") for kind in ("su", "mrope", "dynamic_ntk")),
         ({"rope_parameters": {"full_attention": rope("default")}}, r"rope type .* is not supported"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized weights \(gptq\)"),
@@ -196,10 +186,7 @@ class Wrapped(torch.nn.Module):
         (lambda: LlamaForCausalLM, "model is a type"),
         (lambda: built("gpt2"), "'gpt2'"),
         (lambda: LlamaModel(LlamaConfig(**SIZES)).eval(), "model is a LlamaModel.*LM head"),
-        (
-            lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)).eval(),
-            "LlamaForSequenceClassification",
-        ),
+        (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)).eval(), "LlamaForSequenceClassification"),
         (lambda: built().train(), r"training mode: call model\.eval\(\)"),
         (lambda: with_layer(lambda layer: layer.train()), "training mode"),
         (lambda: built(attn_implementation="flex_attention"), "flex_attention.*sdpa"),

@@ -280,9 +280,7 @@ def test_added_tokens_beyond_the_vocabulary(tmp_path, notes):
 @pytest.mark.parametrize(
     ("template", "words"), [("{{ messages[0].content + 1 }}", "fails"), ("{# nothing #}", "an empty prompt")]
 )
-def test_a_chat_template_that_fails_is_refused_before_weights_are_read(
-    tmp_path, monkeypatch, template, words
-):
+def test_a_chat_template_that_fails_is_refused_before_weights_are_read(tmp_path, monkeypatch, template, words):
     (tiny_checkpoint(tmp_path) / "chat_template.jinja").write_text(template)
     monkeypatch.setattr("subspec.targets.load.build_model", None)
     refused(tmp_path, ConfigError, f"chat template of mine.*{words}")
@@ -318,9 +316,7 @@ def test_a_folder_is_known_by_its_place_and_dates_and_a_commit_by_its_name(tmp_p
     for place in ("a", "b"):
         monkeypatch.chdir(tmp_path / place)
         found.append(checkpoint_identity(Path("model"), "model"))
-    assert (
-        found[0] != found[1] == checkpoint_identity(tmp_path / "b" / "model", str(tmp_path / "b" / "model"))
-    )
+    assert found[0] != found[1] == checkpoint_identity(tmp_path / "b" / "model", str(tmp_path / "b" / "model"))
     file = tmp_path / "b" / "model" / "model.safetensors"
     before = file.stat()
     file.write_bytes(b"7654321\0"[: before.st_size])

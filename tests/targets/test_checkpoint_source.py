@@ -116,9 +116,7 @@ def test_layers_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_tied_checkpoint_with_a_head(tmp_path, own):
     """A copy of its table, or another one."""
-    edit_weights(
-        tiny_checkpoint(tmp_path, tie=True), lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + own})
-    )
+    edit_weights(tiny_checkpoint(tmp_path, tie=True), lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + own}))
     source = opened(tmp_path)
     assert source.config.tie_word_embeddings is not own
     assert (list(source.shared(CPU)) == [EMBEDDING, "model.norm.weight"]) is not own

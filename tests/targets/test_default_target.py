@@ -93,10 +93,7 @@ def test_the_weights_are_those_of_the_gguf_file_read_without_transformers(defaul
 
 def test_it_talks_chatml(default_target):
     ids = default_target.chat_ids([{"role": "user", "content": "What is 2+2?"}])
-    text = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert default_target.tokenizer.decode(ids) == text
     assert default_target.tokenizer(text)["input_ids"] == ids
     assert ids[:2] == [1, default_target.tokenizer.convert_tokens_to_ids("system")]
@@ -106,14 +103,7 @@ def test_it_talks_chatml(default_target):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "x =    7\n",
-        "Naïve 12² café",
-        "中文 و العربية 🙂",
-        "\t\tdef f():\n        return 10",
-        " don't , stop . ",
-    ],
+    "text", ["x =    7\n", "Naïve 12² café", "中文 و العربية 🙂", "\t\tdef f():\n        return 10", " don't , stop . "]
 )
 def test_text_survives_the_tokenizer(default_target, text):
     assert default_target.tokenizer.decode(default_target.tokenizer(text)["input_ids"]) == text

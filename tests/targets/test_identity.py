@@ -34,9 +34,7 @@ CHANGES = {
 
 def identities(folder, draft=None):
     target = HubTargetConfig(name="mine", path=str(folder))
-    return weights_identity(
-        Config(target=target, draft=draft or NoDraftConfig(name="none")), lambda text: None
-    )
+    return weights_identity(Config(target=target, draft=draft or NoDraftConfig(name="none")), lambda text: None)
 
 
 def shard(folder, parts=2):

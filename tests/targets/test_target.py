@@ -26,9 +26,7 @@ def test_chat_ids_use_the_template_and_ask_for_an_answer():
     target = make()
     ids = target.chat_ids([{"role": "user", "content": "How many eggs?"}])
     assert all(type(token) is int for token in ids)
-    assert target.tokenizer.decode(ids) == (
-        "<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert target.tokenizer.decode(ids) == ("<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n")
     assert ids.count(START_ID) == 2
     assert ids.count(END_ID) == 1
 
@@ -65,9 +63,7 @@ def test_chat_ids_want_a_message():
 def test_a_template_that_fails_is_one_line(template):
     target = make()
     target.tokenizer.chat_template = template
-    with pytest.raises(
-        ConfigError, match=r"chat template of tiny fails for the roles \[user, user\]"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"chat template of tiny fails for the roles \[user, user\]") as error:
         target.chat_ids([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
     assert "\n" not in str(error.value)
 

@@ -15,9 +15,7 @@ def writer_and_starts(family="llama", *, length=80, rows=4, **options):
     frame = ChatFrame.of(tokenizer)
     texts = ["Why?", "Write a much longer first message than the others do.", "Name two eggs."]
     asked = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True
-        ).input_ids
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
         for text in texts
     ]
     starts = [Start(tuple(ids), True) for ids in asked] + [Start(frame.opening, False)] * (rows - 3)

@@ -40,12 +40,7 @@ def test_passes_are_what_a_draft_computes_level_by_level():
     torch.testing.assert_close(unrolled[0], causal(head, embeddings, features))
     for root in range(rows - passes + 1):
         # Rows before the root have true features; the root too; deeper levels their parent's prediction.
-        shape = {
-            "layers": 1,
-            "kv_heads": head.shape.kv_heads,
-            "head_dim": head.shape.head_dim,
-            "draft_rows": 0,
-        }
+        shape = {"layers": 1, "kv_heads": head.shape.kv_heads, "head_dim": head.shape.head_dim, "draft_rows": 0}
         options = {"dtype": torch.float32, "device": torch.device("cpu")}
         cache = KVCache(max_length=rows, target_rows=rows, **shape, **options)
         fed = features[0, : root + 1]
@@ -56,9 +51,7 @@ def test_passes_are_what_a_draft_computes_level_by_level():
             visible = torch.zeros(count, start + count).masked_fill(
                 torch.arange(start + count)[None] > positions[:, None], -torch.inf
             )
-            out = head(
-                embeddings[0, start : start + count], fed, positions, visible, cache.target_view(count)
-            )
+            out = head(embeddings[0, start : start + count], fed, positions, visible, cache.target_view(count))
             cache.extend(count)
             torch.testing.assert_close(out[-1], unrolled[level][0, root + level], rtol=1e-3, atol=1e-3)
             start, fed = start + count, out[-1:]
@@ -88,9 +81,7 @@ def test_inputs_are_balanced():
     by_embedding, by_feature = (
         (half @ x.T).var() for half, x in zip(head.fc.weight.chunk(2, 1), (table, features), strict=True)
     )
-    torch.testing.assert_close(
-        torch.stack([by_embedding, by_feature]), torch.full((2,), 0.5), rtol=0.1, atol=0
-    )
+    torch.testing.assert_close(torch.stack([by_embedding, by_feature]), torch.full((2,), 0.5), rtol=0.1, atol=0)
 
 
 def test_only_answers_are_judged():

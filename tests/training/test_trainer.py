@@ -128,10 +128,7 @@ def test_training_lowers_the_loss_and_raises_agreement(kind, target, corpus, tmp
     before, figures = judge(), lesson.evaluate(ids, learn)
     # Of a block, each step judges some anchors only.
     trainer(
-        lesson,
-        corpus,
-        tmp_path,
-        **({"steps": 160, "lr": 1e-2} if kind == "block" else {"steps": 80, "lr": 2e-2}),
+        lesson, corpus, tmp_path, **({"steps": 160, "lr": 1e-2} if kind == "block" else {"steps": 80, "lr": 2e-2})
     ).run()
     assert judge() < before - 0.4
     top1 = "top1" if kind == "student" else "top1@1"

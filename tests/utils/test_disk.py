@@ -92,10 +92,7 @@ def test_a_full_disk_is_one_line(tmp_path, error):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_folder_that_may_not_be_written(tmp_path, number):
-    with (
-        pytest.raises(SubspecError, match=r"cannot write to .*SUBSPEC_CACHE"),
-        module.disk_errors("convert", tmp_path),
-    ):
+    with pytest.raises(SubspecError, match=r"cannot write to .*SUBSPEC_CACHE"), module.disk_errors("convert", tmp_path):
         raise OSError(number, os.strerror(number))
 
 
@@ -107,9 +104,7 @@ def test_bugs_stay_bugs(tmp_path):
 def test_too_little_space_is_said_before(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "free_space", lambda folder: 300_000_000)
     module.require_space(tmp_path, 300_000_000, "preparing it")
-    with pytest.raises(
-        SubspecError, match=r"preparing it needs 0.80 GB in .* 0.30 GB are free.*SUBSPEC_CACHE"
-    ):
+    with pytest.raises(SubspecError, match=r"preparing it needs 0.80 GB in .* 0.30 GB are free.*SUBSPEC_CACHE"):
         module.require_space(tmp_path, 800_000_000, "preparing it")
 
 
