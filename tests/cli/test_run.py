@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-import subspec.decoding.engine
+import subspec.decoding.text_loop
 import subspec.runs.generation
 import subspec.runs.runner
 from subspec.benchmarks import load_benchmark
@@ -85,9 +85,9 @@ def test_another_seed_draws_something_else(run):
 
 
 def test_a_broken_verifier_is_found_by_the_audit(run, plain, monkeypatch):
-    verify = subspec.decoding.engine.verify
+    verify = subspec.decoding.text_loop.verify
     monkeypatch.setattr(
-        subspec.decoding.engine, "verify", lambda tree, chosen, *levels: verify(tree, (chosen + 1) % 320, *levels)
+        subspec.decoding.text_loop, "verify", lambda tree, chosen, *levels: verify(tree, (chosen + 1) % 320, *levels)
     )
     ran, folder = run("audit=true", code=3)
     summary = summary_of(folder)
@@ -165,7 +165,8 @@ def test_the_summary_says_what_ran(drafted, checkpoint):
 
 
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
-    overrides = ["tree=adaptive", "tree.width=2", "tree.check_every=3", "decoding.stop=[a b]", "seed=5"]
+    overrides = ["tree=adaptive", "tree.width=2", "tree.check_every=3", "tree.min_depth=1"]
+    overrides += ["decoding.stop=[a b]", "seed=5"]
     _, folder = run(*overrides)
     shown = cli(*tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve")
     assert yaml.safe_load(shown.out) == yaml.safe_load((folder / "config.yaml").read_text())

@@ -28,7 +28,7 @@ def test_the_collector_rests_while_a_graph_is_captured_and_wakes_again(monkeypat
                 raise RuntimeError
     except RuntimeError:
         assert fails
-    assert seen == [(False, {"pool": 3, "stream": "the one"})]
+    assert seen == [(False, {"pool": 3, "stream": "the one", "capture_error_mode": "thread_local"})]
     assert gc.isenabled()
 
 
