@@ -20,7 +20,14 @@ from subspec.serve.worker import Worker
 def target_of(*overrides):
     """A loaded target, and ``single(body)``: the answer of another engine to the parameters of a request alone."""
     cfg = compose_config(
-        [*overrides, "device=cpu", "decoding.max_new_tokens=null", "decoding.max_length=160", "tree.depth=4"]
+        [
+            *overrides,
+            "device=cpu",
+            "decoding.max_new_tokens=null",
+            "decoding.max_length=160",
+            "tree.depth=4",
+            "tree.min_depth=1",  # drafts even where plain decoding of so small a target is faster
+        ]
     )
     console = RunConsole()
     with loaded_target(cfg, console) as (config, loaded), loaded_target(cfg, console) as (_, other):
