@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "subspec"
 ORDER = (
     *("errors", "utils", "config", "kernels", "quant", "store", "decoding", "targets", "levels", "codec"),
     *("offload", "memory", "drafts", "planning", "session", "api", "benchmarks", "records", "report", "runs"),
-    *("sweeps", "serve", "cli"),
+    *("sweeps", "server", "cli"),
 )
 """A package imports from itself and from those before it."""
 
-ENTRANCES = dict.fromkeys(("__init__", "__main__", "run", "chat", "serve.__main__", "predict"), "cli")
+ENTRANCES = dict.fromkeys(("__init__", "__main__", "run", "chat", "serve", "predict"), "cli")
 """Modules that only start something: ``python -m subspec.run`` and the names of ``import subspec``."""
 
 

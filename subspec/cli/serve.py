@@ -87,8 +87,8 @@ def _main(arguments: list[str]) -> None:
             raise SubspecError(problem)
     from subspec.decoding.scheduler import Scheduler
     from subspec.runs.console import RunConsole
-    from subspec.serve.server import Server, listen
-    from subspec.serve.worker import Worker
+    from subspec.server.server import Server, listen
+    from subspec.server.worker import Worker
 
     console = RunConsole()
     with listen(serve) as listening, loaded_target(cfg, console, any_sampling=True) as (config, loaded):

@@ -11,7 +11,7 @@ pytest.importorskip("openai")
 import httpx
 import openai
 
-from tests.serve.servers import serving
+from tests.server.servers import serving
 
 PROMPTS = ["The quick brown fox", "a", "There are 12 eggs", "def add(first, second):"]
 BODIES = [

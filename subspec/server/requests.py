@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from subspec.decoding.arguments import is_whole, stop_list
 from subspec.decoding.sampling import Sampling
-from subspec.serve.errors import ApiError
+from subspec.server.errors import ApiError
 
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "audio": (),

@@ -17,10 +17,10 @@ from starlette.types import Receive
 from subspec.config.schema import DecodingConfig
 from subspec.decoding.result import GenerationResult
 from subspec.errors import SubspecError
-from subspec.serve.errors import ApiError
-from subspec.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
-from subspec.serve.telemetry import Telemetry
-from subspec.serve.worker import Job, Worker
+from subspec.server.errors import ApiError
+from subspec.server.requests import ChatRequest, CompletionRequest, GenerationRequest
+from subspec.server.telemetry import Telemetry
+from subspec.server.worker import Job, Worker
 from subspec.targets import Target
 
 

@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from subspec import __version__
 from subspec.decoding.result import GenerationResult
-from subspec.serve.errors import ApiError, install, of_exception
-from subspec.serve.replies import DONE, ChatReply, CompletionReply, Reply, event
-from subspec.serve.requests import ChatRequest, CompletionRequest
-from subspec.serve.service import Generation, Service
+from subspec.server.errors import ApiError, install, of_exception
+from subspec.server.replies import DONE, ChatReply, CompletionReply, Reply, event
+from subspec.server.requests import ChatRequest, CompletionRequest
+from subspec.server.service import Generation, Service
 
 MAX_BODY = 4 * 2**20
 """Bytes of a request's body."""

@@ -12,8 +12,8 @@ from subspec.config.schema import ServeConfig
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.scheduler import Scheduler
 from subspec.runs.console import RunConsole
-from subspec.serve.server import Server, listen
-from subspec.serve.worker import Worker
+from subspec.server.server import Server, listen
+from subspec.server.worker import Worker
 
 
 @contextmanager

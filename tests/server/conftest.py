@@ -8,7 +8,7 @@ from tests.helpers.tiny import tiny_checkpoint
 @pytest.fixture(scope="package")
 def tiny(tmp_path_factory):
     """Random weights: its texts have characters that are split over tokens, and bytes that are no text."""
-    from tests.serve.servers import target_of
+    from tests.server.servers import target_of
 
     path = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
     with target_of("target=hub", f"target.path={path}") as loaded:
@@ -17,7 +17,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def served(tiny):
-    from tests.serve.servers import serving
+    from tests.server.servers import serving
 
     with serving(tiny) as server:
         yield server

@@ -10,7 +10,7 @@ pytest.importorskip("openai")
 import httpx
 import openai
 
-from tests.serve.servers import serving
+from tests.server.servers import serving
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAID = {"messages": [{"role": "user", "content": "a"}]}

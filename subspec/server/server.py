@@ -11,9 +11,9 @@ import uvicorn
 
 from subspec.config.schema import DecodingConfig, ServeConfig
 from subspec.errors import ConfigError
-from subspec.serve.app import build_app
-from subspec.serve.service import Service
-from subspec.serve.worker import Worker
+from subspec.server.app import build_app
+from subspec.server.service import Service
+from subspec.server.worker import Worker
 from subspec.targets import Target
 from subspec.utils.console import Note
 
