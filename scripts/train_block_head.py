@@ -11,7 +11,7 @@ import argparse
 import torch
 from training.block import BlockLesson
 from training.corpus import load_corpus
-from training.eagle import balance_inputs, shape_for, target_states
+from training.eagle import balance_inputs, shape_for, usual_states
 from training.losses import SampledVocabulary
 from training.publish import save_head, train_and_publish
 from training.setup import (
@@ -87,9 +87,7 @@ def main() -> None:
     settings = {key: getattr(options, key) for key in ("anchors", "decay")}
     vocabulary = SampledVocabulary.of(counts.to(target.device), options.frequent, options.sampled)
     lesson = BlockLesson(target.model, head, **settings, vocabulary=vocabulary, dtype=arithmetic(target))
-    some = corpus.held_ids[:8].long().to(target.device)
-    # Without a text's first tokens, whose states are far larger than all others.
-    states = target_states(target.model, some, lesson.wants)[1][:, 4:].flatten(0, 1)
+    states = usual_states(target, corpus, lesson.wants)
     balance_inputs(head, states.chunk(len(layers), dim=-1))
     keys = ("frequent", "sampled", "layers", "features", "block", "markov_rank", "intermediate")
     settings |= {key: getattr(options, key) for key in keys}

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 from training.corpus import load_corpus
-from training.eagle import EagleLesson, balance_inputs, shape_for, target_states
+from training.eagle import EagleLesson, balance_inputs, shape_for, usual_states
 from training.losses import SampledVocabulary
 from training.publish import save_head, train_and_publish
 from training.setup import (
@@ -94,9 +94,7 @@ def main() -> None:
     if options.regression is None:
         settings["regression"] = 0.0 if three else 0.1
     lesson = EagleLesson(target.model, head, **settings, vocabulary=vocabulary, dtype=arithmetic(target))
-    some = corpus.held_ids[:8].long().to(target.device)
-    # Without a text's first tokens, whose states are far larger than all others.
-    states = target_states(target.model, some, lesson.wants)[1][:, 4:].flatten(0, 1)
+    states = usual_states(target, corpus, lesson.wants)
     balance_inputs(head, states.chunk(3, dim=-1) if three else (table, states))
     settings |= {key: getattr(options, key) for key in ("frequent", "sampled", "draft_vocab")}
     train_and_publish(

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from subspec.decoding.hidden import Hidden, HiddenRequest
 from subspec.drafts.eagle_head import EagleHead, EagleShape
-from training.corpus import move
+from subspec.targets import Target
+from training.corpus import Corpus, move
 from training.losses import SampledVocabulary, soft_cross_entropy
 from training.measures import chain_tau, greedy_ranks
 
@@ -59,6 +60,12 @@ def target_states(model: PreTrainedModel, ids: Tensor, wants: HiddenRequest) -> 
     wanted = wants.select(Hidden(out.last_hidden_state, layers))
     assert wanted is not None
     return out.last_hidden_state, wanted
+
+
+def usual_states(target: Target, corpus: Corpus, wants: HiddenRequest) -> Tensor:
+    """Hidden states [n, width] of held-out text without its first tokens, whose states are far larger than others."""
+    some = corpus.held_ids[:8].long().to(target.device)
+    return target_states(target.model, some, wants)[1][:, 4:].flatten(0, 1)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.checks import streams_from_disk
@@ -23,7 +22,6 @@ from subspec.config.schema import (
 )
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.drafts.cascade import CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleSpec
@@ -35,8 +33,7 @@ from subspec.drafts.substitute import SubstituteSpec
 from subspec.errors import ConfigError, SubspecError
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.memory.allocator import Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs
-from subspec.memory.trace import META
+from subspec.memory.draft_memory import DraftMemory, SizingInputs, tree_bytes
 from subspec.utils.console import Note
 from subspec.utils.rounding import round_up
 
@@ -181,17 +178,19 @@ class CascadeMemory(DraftMemory):
     """
 
     def __init__(self, own: DraftMemory, other: DraftMemory, rows: int, kept: int) -> None:
-        tree = sum(value.nbytes for value in vars(Tree(rows, META)).values() if isinstance(value, Tensor))
+        self._proposer = other
         self.allocations = (
             *own.allocations,
             *other.allocations,
-            Allocation("proposals", ((kept, 2), (tree, 1)), "logits of the substitute and its proposer, tree"),
+            Allocation("proposals", ((kept, 2), (tree_bytes(rows), 1)), "logits of substitute and proposer, tree"),
         )
         self.required_resident, self.required_by = own.required_resident, own.required_by
         self.shared_rows, self.captured = rows, own.captured
         self.level, self.read = own.level + other.level, own.read + other.read
         self.workspaces, self.states = {**own.workspaces, **other.workspaces}, other.states
-        self.prompt_bytes = other.prompt_bytes  # type: ignore[method-assign]
+
+    def prompt_bytes(self, chunk: int) -> int:
+        return self._proposer.prompt_bytes(chunk)
 
 
 def passes_of(policy: TreePolicy, proposed: int) -> Beam:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.schema import Config
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
+from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.levels.quantization import LevelQuantization
 from subspec.memory.allocator import GRAPH_BYTES, Allocation, Tensors
@@ -96,3 +98,8 @@ def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int
         device=META,
         texts=texts,
     ).nbytes
+
+
+def tree_bytes(nodes: int) -> int:
+    """Bytes of a tree with room for ``nodes`` nodes."""
+    return sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))

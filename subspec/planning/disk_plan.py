@@ -7,19 +7,17 @@ many decoder layers as fit beside everything else stay in memory.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.config.enums import AUTO, Codec, VramCounts
 from subspec.config.schema import Config, NoDraftConfig, Placement, StreamOffloadConfig
 from subspec.decoding.from_config import build_sampling, build_tree_policy
-from subspec.decoding.tree import Tree
 from subspec.drafts.check_config import one_text_key
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom, least_budget
-from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
-from subspec.memory.trace import META, target_trace
+from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes, tree_bytes
+from subspec.memory.trace import target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.budget import Budget
 from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, SLOT_PAGES, pass_peaks, spread
@@ -144,7 +142,7 @@ def _sizes(config: Config, model: PretrainedConfig, itemsize: int, process: int,
         draft = kind.memory(SizingInputs(config, model, spec, target, itemsize, policy, sampling, texts=texts))
         nodes, rows, levels = policy.capacity, policy.pass_nodes, policy.max_depth
     shared = sum(shape.numel() for shape in spec.shared.values()) * itemsize
-    tree = sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))
+    tree = tree_bytes(nodes)
     cache = kv_bytes(spec, length, draft.shared_rows, rows, itemsize, texts)
     peaks = pass_peaks(target, draft, sampling, texts=texts, rows=rows, levels=levels, chunk=chunk, length=length)
     largest = max(peaks, key=lambda name: peaks[name])

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
@@ -28,15 +27,14 @@ from subspec.decoding.from_config import build_sampling, build_tree_policy
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.shared_pass import JOINING_ROWS, LOGITS_ROWS
 from subspec.decoding.text_loop import ROW_MULTIPLE
-from subspec.decoding.tree import Tree
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes
-from subspec.memory.trace import META, TargetTrace, target_trace
+from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes, tree_bytes
+from subspec.memory.trace import TargetTrace, target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
@@ -241,8 +239,7 @@ class MemoryLayout:
         ]
 
     def _tree_allocation(self) -> Allocation:
-        tensors = [value for value in vars(Tree(self.rows, META)).values() if isinstance(value, Tensor)]
-        size = sum(tensor.nbytes for tensor in tensors)
+        size = tree_bytes(self.rows)
         return Allocation("tree", ((size, self.texts),), _tree_note(self.nodes, self.rows) + self._each)
 
     def _level_allocation(self) -> Allocation:
