@@ -33,7 +33,7 @@ import subspec
 from subspec.config.schema import PlantedTargetConfig
 from subspec.decoding.bitwise import ROLES
 from subspec.decoding.sampling import Sampling
-from subspec.kernels import modules
+from subspec.kernels import int4, modules
 from subspec.kernels.invariant_linear import CANDIDATES
 from subspec.levels.build import role_shapes
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
@@ -83,7 +83,9 @@ class CudaKernel:
         return ", ".join(f"{key} {value}" for key, value in self.macros) or "one setting"
 
     def runs_on(self, capability: int) -> bool:
-        """Launches overlap from compute capability 9.0 on (:mod:`subspec.kernels.launch`)."""
+        """Launches overlap from compute capability 9.0 on (:mod:`subspec.kernels.launch`); it alone has warp groups."""
+        if self.name == WIDE and capability != OVERLAPS:
+            return False
         return capability >= OVERLAPS or not dict(self.macros).get("OVERLAP")
 
 
@@ -95,13 +97,22 @@ def settings(name: str, files: Iterable[str], **macros: Iterable[int]) -> list[C
     ]
 
 
-FEW_ROWS, RESTORE = "few_rows.cu", "restore.cu"
+WIDE = "int4_wide"
+FEW_ROWS, WORDS, RESTORE = "few_rows.cu", "int4_words.cu", "restore.cu"
 TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 
 CUDA = [
     *settings(
-        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2), SWIGLU=BOTH,
-        OVERLAP=BOTH,
+        "int4_linear", [FEW_ROWS, WORDS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
+        SWIGLU=BOTH, OVERLAP=BOTH,
+    ),
+    *(
+        kernel
+        for warps, own in int4.WIDE_SETTINGS.items()
+        for kernel in settings(
+            WIDE, [FEW_ROWS, WORDS, "int4_wide.cu"], TILES=TILES, WARPS=(warps,), EIGHTS=int4.WIDE_EIGHTS,
+            SWIGLU=BOTH, OVERLAP=BOTH, **{key: (value,) for key, value in own.items()},
+        )
     ),
     *settings(
         "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,),
@@ -123,7 +134,7 @@ def compile_cuda(kernel: CudaKernel, capability: int) -> Use:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cu"
         source.write_text(header + "".join((CSRC / file).read_text() for file in kernel.files))
-        arch = f"-arch=sm_{capability}"
+        arch = f"-arch=sm_{capability}{'a' if kernel.name == WIDE else ''}"
         command = ["nvcc", arch, "-cubin", "-std=c++17", "-Xptxas", "-v", "-o", f"{folder}/kernel.cubin", source]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:

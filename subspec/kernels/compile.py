@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 
-def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str, device: int) -> Any:
+def compile_cuda(
+    sources: Sequence[str], settings: Mapping[str, int], name: str, device: int, capability: str | None = None
+) -> Any:
     """Compile a kernel.
 
     Args:
@@ -15,12 +17,14 @@ def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str,
         settings: macros by name.
         name: of the kernel.
         device: number of the CUDA device.
+        capability: compute capability with a suffix for instructions of one architecture, like ``90a``; None: the
+            device's.
     """
     folder = resources.files("subspec.kernels").joinpath("csrc")
     header = "".join(f"#define {key} {value}\n" for key, value in settings.items())
     text = "".join(folder.joinpath(source).read_text(encoding="utf-8") for source in sources)
     with torch.cuda.device(device):
-        return torch.cuda._compile_kernel(header + text, name)
+        return torch.cuda._compile_kernel(header + text, name, compute_capability=capability)
 
 
 def problem(trial: Callable[[], object]) -> str | None:

@@ -4,8 +4,9 @@ Integers lie in 4-bit words. 2 and 3 bits take a word of 4. 8 bits are two plane
 same kernel multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are exact in
 bfloat16, sums and the scales applied to them are float32.
 
-The kernel (``int4.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit
-is needed. A launch takes any number of rows, and reads the weights from memory once.
+The kernels (``int4.cu``, and ``int4_wide.cu`` for many rows on compute capability 9.0) are compiled once per process
+by the run-time compiler that ships with PyTorch; no CUDA toolkit is needed. A launch takes any number of rows, and
+reads the weights from memory once.
 """
 
 import functools
@@ -30,6 +31,16 @@ WARPS = 8
 
 MOST_EIGHTS = 4
 """Eights of rows that a block of threads multiplies with: more take registers that cost more than reading again."""
+
+
+WIDE_FROM = 25
+"""Rows from which ``int4_wide.cu`` is faster where it runs (``experiments/rows``)."""
+
+WIDE_EIGHTS = (4, 6, 8)
+"""Eights of rows that a block of ``int4_wide.cu`` can multiply with."""
+
+WIDE_SETTINGS = {4: {"BLOCKS": 5, "DEPTH": 2}, 8: {"BLOCKS": 2, "DEPTH": 4}}
+"""By its warps: the fastest of those tried (``experiments/rows``)."""
 
 
 def eights_of(rows: int) -> tuple[int, int]:
@@ -191,7 +202,26 @@ def _kernel(tiles: int, warps: int, eights: int, planes: int, swiglu: bool, over
         "SWIGLU": int(swiglu),
         "OVERLAP": int(overlap),
     }
-    return compile_cuda(["few_rows.cu", "int4.cu"], settings, "int4_linear", device)
+    return compile_cuda(["few_rows.cu", "int4_words.cu", "int4.cu"], settings, "int4_linear", device)
+
+
+@functools.cache
+def _wide_kernel(tiles: int, warps: int, eights: int, swiglu: bool, overlap: bool, device: int) -> Any:
+    settings = {"TILES": tiles, "WARPS": warps, "EIGHTS": eights, "SWIGLU": int(swiglu), "OVERLAP": int(overlap)}
+    sources = ["few_rows.cu", "int4_words.cu", "int4_wide.cu"]
+    return compile_cuda(sources, settings | WIDE_SETTINGS[warps], "int4_wide", device, "90a")
+
+
+@functools.cache
+def _has_warp_groups(device: int) -> bool:
+    """Whether the device has ``wgmma``, which compute capability 9.0 alone has."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def wide_blocks(rows: int) -> tuple[int, int]:
+    """Eights of rows per block of ``int4_wide.cu``, and such blocks side by side."""
+    pieces = -(-rows // (8 * WIDE_EIGHTS[-1]))
+    return next(eights for eights in WIDE_EIGHTS if 8 * eights * pieces >= rows), pieces
 
 
 def unavailable() -> str | None:
@@ -217,7 +247,13 @@ def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps
         warps: of a block, 4 or 8, which share the groups of its slice.
     """
     rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
-    device, (eights, pieces) = x.device.index or 0, eights_of(rows)
-    settings = weight.tiles, warps, eights, weight.planes, weight.swiglu, launch.is_overlapping(), device
+    device, overlap = x.device.index or 0, launch.is_overlapping()
     args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
-    launch.launch(_kernel(*settings), (blocks, splits, pieces), warps * 32, args)
+    if rows >= WIDE_FROM and weight.planes == 1 and _has_warp_groups(device):
+        eights, pieces = wide_blocks(rows)
+        wide = _wide_kernel(weight.tiles, warps, eights, weight.swiglu, overlap, device)
+        launch.launch(wide, (-(-weight.padded // (16 * warps)), splits, pieces), warps * 32, args)
+        return
+    eights, pieces = eights_of(rows)
+    kernel = _kernel(weight.tiles, warps, eights, weight.planes, weight.swiglu, overlap, device)
+    launch.launch(kernel, (blocks, splits, pieces), warps * 32, args)

@@ -109,7 +109,7 @@ def test_shapes_the_kernel_has_not_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 6, 8, 38, 64])
+@pytest.mark.parametrize("rows", [1, 6, 8, 24, 25, 38, 64, 70])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "tiles"), [(37888, 3584, 4), (3584, 18944, 2), (960, 576, 2)])
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -120,7 +120,14 @@ def test_the_kernel_computes_the_reference(rows, bits, n, k, tiles, swiglu, warp
     x, splits = inputs(rows, k, "cuda"), 1 if swiglu else 3
     out = empty_output(weight, rows, splits, "cuda")
     int4.linear(weight, x, out, splits=splits, warps=warps)
-    check(weight, x, out, 1e-3)
+    # Many rows of 4-bit weights: weights are rounded to bfloat16.
+    check(weight, x, out, 1e-3 if bits == 8 or rows < int4.WIDE_FROM else 8e-3)
+
+
+def test_blocks_of_many_rows():
+    assert [int4.wide_blocks(rows) for rows in (25, 32, 33, 48, 64, 65, 128, 129)] == [
+        (4, 1), (4, 1), (6, 1), (6, 1), (8, 1), (6, 2), (8, 2), (6, 3),
+    ]  # fmt: skip
 
 
 def empty_output(weight, rows, slices, device="cpu"):
@@ -134,7 +141,7 @@ def check(weight, x, out, most):
     got = out.float() if weight.swiglu else out.sum(0)
     assert not torch.isnan(out).any()
     error = (got[:, : expected.shape[1]] - expected).norm() / expected.norm()
-    assert error < (5e-3 if weight.swiglu else most), error
+    assert error < (max(most, 5e-3) if weight.swiglu else most), error
 
 
 # ------------------------------------------------------------------------- the CUDA sources, emulated
@@ -143,6 +150,7 @@ EMULATED = r"""
 #define HOST_TEST
 #include "{emulation}"
 #include "few_rows.cu"
+#include "int4_words.cu"
 #include "int4.cu"
 static Word4 load_once(const Word4* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
