@@ -5,8 +5,8 @@
 Every number of texts is planned and loaded by itself, since caches take memory from resident layers: with the
 substitute, and the largest number also for plain streaming. One text runs through ``Engine.generate`` besides. Prompts
 are random tokens, texts are greedy; a warm-up is excluded. Afterwards every text runs alone and must have the same
-tokens, and, in batch-invariant arithmetic, the same logits to the last bit. Prints one JSON line per measurement, and
-writes all of them.
+tokens, and, in batch-invariant arithmetic, the same logits to the last bit. Last, a long prompt joins all but one of
+the texts, in caches of its length. Prints one JSON line per measurement, and writes all of them.
 """
 
 import argparse
@@ -157,9 +157,6 @@ def measure(options: argparse.Namespace, source: PlantedSource, link: float, mod
         stats = [engine.generate(prompts[0], max_new_tokens=tokens, ignore_eos=True).stats for _ in range(3)]
         facts["generate_tokens_per_s"] = [s.verified_tokens / s.decode_s for s in stats]
     figures, ran = together(engine, prompts, tokens)
-    if mode == "subspec" and texts > 1:
-        [long] = prompts_of(source, 1, min(JOINING, options.max_length - 16), options.seed + 1)
-        figures["joining"] = joining(engine, prompts[:-1], long, tokens)
     figures |= {
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
@@ -172,6 +169,19 @@ def measure(options: argparse.Namespace, source: PlantedSource, link: float, mod
     return facts | figures
 
 
+def measure_joining(options: argparse.Namespace, source: PlantedSource, link: float, texts: int) -> dict[str, Any]:
+    """A prompt of :data:`JOINING` tokens joins ``texts`` - 1 running ones."""
+    own = argparse.Namespace(**vars(options) | {"max_length": max(options.max_length, JOINING + 48)})
+    assembly, facts = load(own, source, link, "subspec", texts)
+    prompts = prompts_of(source, texts - 1, PROMPT, options.seed)
+    assembly.engine.prepare(prompts[0])
+    together(assembly.engine, prompts, min(60, options.new_tokens))
+    [long] = prompts_of(source, 1, JOINING, options.seed + 1)
+    figures = joining(assembly.engine, prompts, long, options.new_tokens)
+    assembly.close()
+    return facts | {"mode": "joining"} | figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 4, 8])
@@ -179,7 +189,7 @@ def main() -> None:
     parser.add_argument("--vram", type=float, default=8.0, help="GiB of PyTorch's allocations")
     parser.add_argument("--depth", type=int, default=48)
     parser.add_argument("--width", type=int, default=6)
-    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a text's cache")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="substitute", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
@@ -195,10 +205,15 @@ def main() -> None:
     config = configuration(options, "plain").target
     source = PlantedSource(config, torch.bfloat16, device)
     asked = [("subspec", texts) for texts in options.texts]
-    asked += [] if options.no_plain else [("plain", max(options.texts))]
+    most = max(options.texts)
+    asked += [] if options.no_plain else [("plain", most)]
+    asked += [("joining", most)] if most > 1 else []
     results = []
     for mode, texts in asked:
-        results.append(measure(options, source, link, mode, texts))
+        if mode == "joining":
+            results.append(measure_joining(options, source, link, texts))
+        else:
+            results.append(measure(options, source, link, mode, texts))
         print(json.dumps(results[-1]), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
