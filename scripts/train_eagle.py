@@ -7,6 +7,7 @@ Without --out the result replaces the head that ships with the project. Ctrl-C s
 """
 
 import argparse
+from typing import Any
 
 import torch
 from training.corpus import load_corpus
@@ -56,6 +57,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, help="of the head's attention (default: the target's)")
     parser.add_argument("--intermediate", type=int, help="width of the head's MLP (default: the target's)")
     parser.add_argument(
+        "--feature-layers",
+        type=int,
+        nargs=3,
+        default=(),
+        help="eagle3: the target's layers behind which features are taken (default: the usual ones)",
+    )
+    parser.add_argument(
         "--draft-vocab",
         type=int,
         default=0,
@@ -75,7 +83,9 @@ def main() -> None:
     table, lm_head = (
         module.weight for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
     )
-    own = {"fc_inputs": 3 * target.model.config.hidden_size} if three else {}
+    own: dict[str, Any] = {}
+    if three:
+        own = {"fc_inputs": 3 * target.model.config.hidden_size, "layers": tuple(options.feature_layers)}
     ids = counts.argsort(descending=True, stable=True)[: options.draft_vocab].sort().values
     if three and len(ids):
         own |= {"draft_vocab": len(ids), "mapped": True, "last_id": int(ids[-1])}
@@ -96,7 +106,7 @@ def main() -> None:
     lesson = EagleLesson(target.model, head, **settings, vocabulary=vocabulary, dtype=arithmetic(target))
     states = usual_states(target, corpus, lesson.wants)
     balance_inputs(head, states.chunk(3, dim=-1) if three else (table, states))
-    settings |= {key: getattr(options, key) for key in ("frequent", "sampled", "draft_vocab")}
+    settings |= {key: getattr(options, key) for key in ("frequent", "sampled", "draft_vocab", "feature_layers")}
     train_and_publish(
         options,
         schedule,
