@@ -45,13 +45,12 @@ class Rotated:
         """All fields of ``Rotated`` but the last one."""
         packed, rotation = self.linear.weight, self.linear.rotation
         signs = rotation.signs(self.out.device, torch.float32)
-        sources = [tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)]
-        group_steps = packed.steps // packed.scale.shape[1]
+        sources = [tensor.data_ptr() for tensor in (packed.words, packed.scales, packed.table, signs, self.out)]
         return [
             *sources,
             *self.out.shape,
             packed.tiles,
-            group_steps,
+            packed.group_steps,
             self.first,
             int(self.interleaved),
             float_bits(rotation.block**-0.5),

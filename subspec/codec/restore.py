@@ -179,10 +179,10 @@ def describe(own: Restoration) -> tuple[Source, list[int]]:
     linear, out, reach = own.linear, own.out, 0.5 + own.margin
     if isinstance(linear, Int4Linear):
         source, packed = Source("restore_integers", linear.weight.bits), linear.weight
-        addresses = [packed.words.data_ptr(), packed.meta.data_ptr()]
+        addresses = [packed.words.data_ptr(), packed.scales.data_ptr()]
         form = [packed.tiles, 0, int4.GROUP]
     elif isinstance(linear, CodebookLinear):
-        source, scale, rotation = Source("restore_codebook"), linear.weight.scale, linear.rotation
+        source, scale, rotation = Source("restore_codebook"), linear.weight.scales, linear.rotation
         addresses = [0, scale.data_ptr()]
         form = [linear.weight.tiles, rotation.block, rotation.padded // scale.shape[1]]
         reach = reach_factor(own.margin, rotation.block)

@@ -1,11 +1,8 @@
 """Linear layers of 8, 4, 3 and 2 bits for the few rows of a draft level: packing, the CUDA kernel, its torch reference.
 
 Integers lie in 4-bit words. 2 and 3 bits take a word of 4. 8 bits are two planes of 4, ``q = low + 16 * high``: the
-same kernel multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are exact in
-bfloat16, sums and the scales applied to them are float32.
-
-The kernel (``int4.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit
-is needed. A launch takes any number of rows, and reads the weights from memory once.
+same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are
+exact in bfloat16, sums and the scales applied to them are float32.
 """
 
 import functools
@@ -17,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import launch
-from subspec.kernels.activation import apply_swiglu
 from subspec.kernels.compile import compile_cuda, problem
+from subspec.kernels.few_rows import WARPS, PackedWeight, eights_of
 
 GROUP = 64
 """Inputs that share a scale and a zero in the kernel's order; larger groups repeat theirs."""
@@ -26,55 +23,37 @@ GROUP = 64
 PACKED_AT_ONCE = 1 << 24
 """Words' worth of weights whose widened copies exist at a time while a weight is packed."""
 
-WARPS = 8
-
-MOST_EIGHTS = 4
-"""Eights of rows that a block of threads multiplies with: more take registers that cost more than reading again."""
-
-
-def eights_of(rows: int) -> tuple[int, int]:
-    """Eights of rows per block of threads, and such blocks side by side."""
-    eights = -(-rows // 8)
-    pieces = -(-eights // MOST_EIGHTS)
-    return -(-eights // pieces), pieces
-
 
 @dataclass(frozen=True)
-class PackedInt4:
-    """A quantized weight in the kernel's order.
+class PackedInt4(PackedWeight):
+    """Integers in the kernel's order.
 
     Attributes:
         words: int32 [blocks, groups * planes, tiles, 32 lanes, 4], eight nibbles each; a group's low nibbles first.
-        meta: float16 [blocks, groups * planes, 8, 2 * tiles, 2]: scale and zero of each row.
-        out_features: rows of the weight, without the padding to whole blocks.
-        in_features: its columns.
-        tiles: 16-row tiles per block.
-        bits: of the integers.
-        swiglu: whether rows alternate, 16 by 16, between a gate and an up projection.
+        scales: float16 [blocks, groups * planes, 8, 2 * tiles, 2]: scale and zero of each row.
     """
-
-    words: Tensor
-    meta: Tensor
-    out_features: int
-    in_features: int
-    tiles: int
-    bits: int
-    swiglu: bool
 
     @property
     def planes(self) -> int:
         """Nibbles per integer."""
         return planes_of(self.bits)
 
-    @property
-    def padded(self) -> int:
-        """Rows with padding: the row stride of the kernel's output."""
-        return self.words.shape[0] * self.tiles * 16
+    def unpack_integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of :func:`pack`: uint8 [out_features, inputs], float32 scales and zeros per 64 inputs."""
+        blocks, groups, tiles = self.words.shape[:3]
+        planes, n = self.planes, self.out_features
+        shifts = torch.arange(0, 32, 4, device=self.words.device)
+        nibbles = (self.words.to(torch.int64).unsqueeze(-1) >> shifts) & 15
+        q = nibbles.view(blocks, groups, tiles, 8, 4, 4, 2, 2, 2).permute(0, 2, 8, 3, 1, 4, 5, 7, 6)
+        q = q.reshape(blocks * tiles * 16, groups // planes, planes, GROUP)[:n].to(torch.uint8)
+        q = q[:, :, 0] | q[:, :, 1] << 4 if planes == 2 else q[:, :, 0]
+        scales = self.scales.float().view(blocks, groups, 8, tiles, 2, 2).permute(0, 3, 4, 2, 1, 5)
+        scales = scales.reshape(blocks * tiles * 16, groups, 2)[:n, ::planes]
+        return q.flatten(1), scales[..., 0].contiguous(), scales[..., 1].contiguous()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of words and meta."""
-        return self.words.nbytes + self.meta.nbytes
+    def unpack(self) -> Tensor:
+        q, scale, zero = self.unpack_integers()
+        return (scale.unsqueeze(-1) * (q.float().unflatten(1, (-1, GROUP)) - zero.unsqueeze(-1))).flatten(1)
 
 
 def planes_of(bits: int) -> int:
@@ -96,12 +75,6 @@ def unfit(k: int, group: int) -> str | None:
     return None
 
 
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of a gate and an up projection [n, ...] alternating 16 by 16: [2 n, ...]; n a multiple of 16."""
-    pair = torch.stack([gate.unflatten(0, (-1, 16)), up.unflatten(0, (-1, 16))], dim=1)
-    return pair.flatten(0, 2)
-
-
 def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, swiglu: bool = False) -> PackedInt4:
     """Bring a quantized weight w = scale * (q - zero) into the kernel's order.
 
@@ -109,7 +82,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
         q: integers below 2**bits, uint8 [n, k], k a multiple of 64.
         scale, zero: [n, k / group size], the group size a multiple of 64.
         tiles: 2, 4 or 8 tiles of 16 rows per block.
-        swiglu: rows are interleaved gate and up (see :func:`interleave`).
+        swiglu: rows are interleaved gate and up (see :func:`~subspec.kernels.few_rows.interleave`).
 
     Raises:
         ValueError: inputs or groups are no multiples of 64, or an interleaved weight has no whole tiles.
@@ -117,8 +90,6 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
     n, k = q.shape
     if reason := unfit(k, k // scale.shape[1]):
         raise ValueError(reason)
-    if swiglu and n % 32:
-        raise ValueError(f"{n} interleaved rows are not a multiple of 32")
     rows, groups, planes = tiles * 16, k // GROUP, planes_of(bits)
     blocks = -(-n // rows)
     words = torch.empty(blocks, groups * planes, tiles, 32, 4, dtype=torch.int32, device=q.device)
@@ -142,7 +113,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
     meta = functional.pad(meta.to(torch.float16), (0, 0, 0, 0, 0, -n % rows))
     meta = meta.view(blocks, tiles, 2, 8, groups * planes, 2).permute(0, 4, 3, 1, 2, 5)
     meta = meta.reshape(blocks, groups * planes, 8, 2 * tiles, 2).contiguous()
-    return PackedInt4(words, meta, n, k, tiles, bits, swiglu)
+    return PackedInt4(words, meta, n, bits, swiglu)
 
 
 def random_packed(n: int, k: int, *, tiles: int, bits: int, swiglu: bool, device: torch.device) -> PackedInt4:
@@ -152,33 +123,7 @@ def random_packed(n: int, k: int, *, tiles: int, bits: int, swiglu: bool, device
     words = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=device)
     meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
     meta[..., 0], meta[..., 1] = 0.005, 7.5
-    return PackedInt4(words, meta, n, k, tiles, bits, swiglu)
-
-
-def unpack_integers(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of :func:`pack`: uint8 [out_features, in_features], float32 scales and zeros per 64 inputs."""
-    blocks, groups, tiles = weight.words.shape[:3]
-    planes, n = weight.planes, weight.out_features
-    shifts = torch.arange(0, 32, 4, device=weight.words.device)
-    nibbles = (weight.words.to(torch.int64).unsqueeze(-1) >> shifts) & 15
-    q = nibbles.view(blocks, groups, tiles, 8, 4, 4, 2, 2, 2).permute(0, 2, 8, 3, 1, 4, 5, 7, 6)
-    q = q.reshape(blocks * tiles * 16, groups // planes, planes, GROUP)[:n].to(torch.uint8)
-    q = q[:, :, 0] | q[:, :, 1] << 4 if planes == 2 else q[:, :, 0]
-    meta = weight.meta.float().view(blocks, groups, 8, tiles, 2, 2).permute(0, 3, 4, 2, 1, 5)
-    meta = meta.reshape(blocks * tiles * 16, groups, 2)[:n, ::planes]
-    return q.flatten(1), meta[..., 0].contiguous(), meta[..., 1].contiguous()
-
-
-def unpack(weight: PackedInt4) -> Tensor:
-    """The dequantized weight, float32 [out_features, in_features]."""
-    q, scale, zero = unpack_integers(weight)
-    return (scale.unsqueeze(-1) * (q.float().unflatten(1, (-1, GROUP)) - zero.unsqueeze(-1))).flatten(1)
-
-
-def reference(weight: PackedInt4, x: Tensor) -> Tensor:
-    """Result of :func:`linear` in float32 torch: [rows, out_features], or the SwiGLU of it."""
-    y = x.float() @ unpack(weight).t()
-    return apply_swiglu(y) if weight.swiglu else y
+    return PackedInt4(words, meta, n, bits, swiglu)
 
 
 @functools.cache
@@ -199,19 +144,11 @@ def unavailable() -> str | None:
     return problem(lambda: _kernel(4, WARPS, 1, 1, False, False, torch.cuda.current_device()))
 
 
-def splits_for(weight: PackedInt4, multiprocessors: int) -> int:
-    """Slices of the inputs that give every multiprocessor a few blocks to overlap loads with."""
-    blocks, groups = weight.words.shape[:2]
-    if weight.swiglu:
-        return 1  # the activation needs the whole sum
-    return max(1, min(-(-3 * multiprocessors // blocks), groups // WARPS))
-
-
 def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
     """Run the kernel; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
 
     Args:
-        x: bfloat16 [rows, in_features], contiguous.
+        x: bfloat16 [rows, inputs], contiguous.
         out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
             [rows, padded / 2] and ``splits`` 1.
         warps: of a block, 4 or 8, which share the groups of its slice.
@@ -219,5 +156,5 @@ def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps
     rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
     device, (eights, pieces) = x.device.index or 0, eights_of(rows)
     settings = weight.tiles, warps, eights, weight.planes, weight.swiglu, launch.is_overlapping(), device
-    args = [weight.words, weight.meta, x, out, rows, weight.padded, groups, -(-groups // splits)]
+    args = [weight.words, weight.scales, x, out, rows, weight.padded, groups, -(-groups // splits)]
     launch.launch(_kernel(*settings), (blocks, splits, pieces), warps * 32, args)

@@ -21,7 +21,7 @@ from subspec.quant.weight_format import WeightFormat, WeightQuantizer
 AUTO = "auto"
 
 TILE_ROWS = 16
-"""Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.int4.interleave`)."""
+"""Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.few_rows.interleave`)."""
 
 
 @dataclass(frozen=True)

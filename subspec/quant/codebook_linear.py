@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import codebook
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant import flute
 from subspec.quant.flute import FluteLinear
 from subspec.quant.grids import FILE, load_grid
@@ -72,36 +72,23 @@ class ReferenceCodebook(LevelLinear):
 class CodebookLinear(FewRowsLinear):
     """Our CUDA tensor-core kernel (:mod:`subspec.kernels.codebook`)."""
 
-    kind, parts = "lut_mma", ("weight.words", "weight.scale")
+    kind = "lut_mma"
+    weight: codebook.PackedCodebook
 
     def __init__(
         self, weight: QuantizedPairs, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
     ) -> None:
-        self.rotation, self.grid, self._rotate, self.swiglu = weight.rotation, weight.grid, rotate, swiglu
-        self.weight = codebook.pack(
-            weight.pairs,
-            weight.scale,
-            pair_table(weight),
-            bits=weight.grid.bits,
-            tiles=variant.tiles or 2,
-            swiglu=swiglu,
-        )
-        if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
-            count = torch.cuda.get_device_properties(self.weight.words.device).multi_processor_count
-            self.splits = variant.splits or codebook.splits_for(self.weight, count)
-        self.stride = self.weight.padded
-        self.nbytes = self.weight.nbytes
+        parts, tiles = (weight.pairs, weight.scale, pair_table(weight)), variant.tiles or 2
+        super().__init__(codebook.pack(*parts, bits=weight.grid.bits, tiles=tiles, swiglu=swiglu), variant.splits)
+        self.rotation, self.grid, self._rotate = weight.rotation, weight.grid, rotate
 
     def quantized(self) -> QuantizedPairs:
-        pairs, scale = codebook.unpack_pairs(self.weight)
+        pairs, scale = self.weight.unpack_pairs()
         group = self.rotation.padded // scale.shape[1]
         return QuantizedPairs(pairs, scale, self.grid, group, self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(self._rotate(x, self.rotation))
-
-    def reference(self, x: Tensor) -> Tensor:
-        return codebook.reference(self.weight, x)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         codebook.linear(self.weight, x, out, splits=self.splits)

@@ -283,5 +283,5 @@ def unpacked_linear(kernel: str, weight: Tensor, *, swiglu: bool) -> LevelLinear
 
 
 def gate_then_up(rows: Tensor) -> Tensor:
-    """Undo the order of :func:`subspec.kernels.int4.interleave`."""
+    """Undo the order of :func:`subspec.kernels.few_rows.interleave`."""
     return rows.unflatten(0, (-1, 2, 16)).transpose(0, 1).flatten(0, 2)

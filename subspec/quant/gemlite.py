@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant.level_linear import LevelLinear
 from subspec.quant.optional_package import import_problem
 from subspec.utils.console import Note

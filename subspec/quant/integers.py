@@ -81,26 +81,19 @@ class Int4Linear(FewRowsLinear):
     """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`).
 
     Args:
-        splits: slices of the input dimension; 0: a rule of thumb.
         warps: per block; 0: the usual number.
     """
 
-    kind, parts = "int4_mma", ("weight.words", "weight.meta")
+    kind = "int4_mma"
+    weight: int4.PackedInt4
 
     def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
-        self.weight, self.warps, self.swiglu = weight, warps or int4.WARPS, weight.swiglu
-        if weight.words.is_cuda:
-            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
-            self.splits = splits or int4.splits_for(weight, count)
-        self.stride = weight.padded
-        self.nbytes = weight.nbytes
+        super().__init__(weight, splits)
+        self.warps = warps or int4.WARPS
 
     def quantized(self) -> QuantizedIntegers:
         """In groups of 64."""
-        return QuantizedIntegers(*int4.unpack_integers(self.weight), int4.GROUP, self.weight.bits)
-
-    def reference(self, x: Tensor) -> Tensor:
-        return int4.reference(self.weight, x)
+        return QuantizedIntegers(*self.weight.unpack_integers(), int4.GROUP, self.weight.bits)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps)

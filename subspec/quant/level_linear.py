@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import PackedWeight, apply_swiglu
 from subspec.quant.quantized_weight import QuantizedWeight
 
 
@@ -82,17 +82,20 @@ class LevelLinear(ABC):
 
 
 class FewRowsLinear(LevelLinear):
-    """A Linear of one of our CUDA kernels, which read the weights once for up to 32 rows; on a CPU its torch reference.
+    """A Linear of one of our CUDA kernels (:mod:`subspec.kernels.few_rows`); on a CPU its torch reference.
 
-    Attributes:
-        swiglu: rows of the weight are gate and up, interleaved 16 by 16; the result is their activation.
+    Args:
+        splits: slices of the input dimension; 0: a rule of thumb.
     """
 
-    swiglu: bool
+    parts = ("weight.words", "weight.scales")
 
-    @abstractmethod
-    def reference(self, x: Tensor) -> Tensor:
-        """float32 [rows, outputs], or the activation."""
+    def __init__(self, weight: PackedWeight, splits: int = 0) -> None:
+        self.weight, self.swiglu = weight, weight.swiglu
+        self.stride, self.nbytes = weight.padded, weight.nbytes
+        if weight.words.is_cuda and not weight.swiglu:  # the activation needs whole sums
+            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
+            self.splits = splits or weight.splits_for(count)
 
     @abstractmethod
     def launch(self, x: Tensor, out: Tensor) -> None:
@@ -101,7 +104,7 @@ class FewRowsLinear(LevelLinear):
     def __call__(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
-            y = self.reference(x)
+            y = self.weight.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
         if self.swiglu:

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor, cat
 
-from subspec.kernels.int4 import interleave
+from subspec.kernels.few_rows import interleave
 
 
 class QuantizedWeight(ABC):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subspec.errors import ConfigError
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.kernels.timing import slug
 from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels
 from subspec.quant.gemlite import load_tuning

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 
 from subspec.kernels import codebook
-from subspec.kernels.int4 import interleave
+from subspec.kernels.few_rows import interleave
 from subspec.quant.codebook_linear import (
     CODEBOOK_KERNELS,
     CodebookLinear,
@@ -117,7 +117,7 @@ def test_a_missing_library_is_named():
 def test_fragment_packing_loses_nothing(n, k, grid, tiles, seed):
     codes = codes_of(n, k, *grid, group=64, seed=seed)
     packed = packed_of(codes, tiles)
-    assert torch.equal(codebook.unpack(packed), codes.rotated())
+    assert torch.equal(packed.unpack(), codes.rotated())
     assert packed.padded % (tiles * 16) == 0
     assert packed.words.numel() * 32 == packed.padded * codes.rotation.padded * grid[0]
 
@@ -154,7 +154,7 @@ def test_a_thread_finds_the_pairs_it_multiplies(bits):
                 assert pair(words, 4 * instruction + register) == int(codes.pairs[row, column // 2])
         group = step * 64 // codes.group_size
         rows = [block * 32 + tile * 16 + g + h for h in (0, 8)]
-        assert torch.equal(packed.scale[block, group, g, tile], codes.scale[rows, group])
+        assert torch.equal(packed.scales[block, group, g, tile], codes.scale[rows, group])
 
 
 def test_the_table_holds_two_bfloat16_the_first_one_low():
