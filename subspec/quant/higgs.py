@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from subspec.config.enums import Hadamard, HiggsKernel
 from subspec.config.quant_checks import check_higgs
 from subspec.errors import ConfigError
-from subspec.quant.codebook_linear import (
-    CODEBOOK_KERNELS,
-    HiggsFormat,
-    ReferenceCodebook,
-    make_codebook_linear,
-    unavailable,
-)
+from subspec.quant.codebook_linear import CODEBOOK_KERNELS, HiggsFormat, ReferenceCodebook, make_codebook_linear
 from subspec.quant.hadamard import rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.weight_format import check_finite, plain_linear
@@ -29,6 +23,7 @@ def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) 
     Raises:
         ConfigError: the kernel that was asked for cannot run here.
     """
+    unavailable = HiggsFormat().unavailable
     if asked is HiggsKernel.auto:
         if dtype is not torch.bfloat16:
             return ReferenceCodebook.kind  # the others compute in bfloat16

@@ -7,7 +7,7 @@ kernels, caches and codec ask these three only.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,30 +164,8 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     return plain
 
 
-class WeightQuantizer(Protocol):
-    """Quantizes weights by the name of their Linear (:class:`FormatQuantizer`, or a cache around one)."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """See :attr:`WeightFormat.facts`."""
-
-    def format_of(self, name: str | None) -> WeightFormat:
-        """Format of a Linear, given its path."""
-
-    def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
-        """Quantize a weight [n, k].
-
-        Args:
-            name: ``LAYER.path.of.module`` (or ``head.lm_head``); its last part may have a format of its own, and the
-                result may be remembered by it.
-        """
-
-    def end_layer(self) -> None:
-        """All weights of a layer have been quantized."""
-
-
 class FormatQuantizer:
-    """A :class:`WeightQuantizer` that remembers nothing.
+    """Quantizes weights by the name of their Linear, and remembers nothing.
 
     Args:
         default: format of all Linears but those of ``by_linear``.
@@ -205,11 +183,17 @@ class FormatQuantizer:
         return self.default.facts | ({"bits_by": bits} if bits else {})
 
     def format_of(self, name: str | None) -> WeightFormat:
+        """Format of a Linear, given its path."""
         return self.default if name is None else self.by_linear.get(name.rpartition(".")[2], self.default)
 
     def quantize(self, weight: Tensor, name: str | None = None) -> Any:
+        """The :class:`QuantizedWeight` of a weight [n, k].
+
+        Args:
+            name: ``LAYER.path.of.module`` (or ``head.lm_head``), whose last part may have a format of its own.
+        """
         check_finite(weight, name)
         return self.format_of(name).quantize(weight)
 
     def end_layer(self) -> None:
-        """Nothing is remembered."""
+        """All weights of a layer have been quantized."""

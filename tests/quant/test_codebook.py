@@ -17,10 +17,10 @@ from subspec.kernels.few_rows import interleave
 from subspec.quant.codebook_linear import (
     CODEBOOK_KERNELS,
     CodebookLinear,
+    HiggsFormat,
     ReferenceCodebook,
     make_codebook_linear,
     pair_table,
-    unavailable,
 )
 from subspec.quant.flute import FluteLinear
 from subspec.quant.hadamard import Rotation, library_problem, radices, rotate, rotate_library, rotate_triton
@@ -229,8 +229,8 @@ def test_the_reference_keeps_its_codes_packed():
 
 def test_a_kernel_that_is_not_there_says_why():
     cpu = torch.device("cpu")
-    assert unavailable("reference", cpu) is None
-    assert unavailable("lut_mma", cpu) == "no CUDA device"
+    assert HiggsFormat().unavailable("reference", cpu) is None
+    assert HiggsFormat().unavailable("lut_mma", cpu) == "no CUDA device"
     with pytest.raises(ValueError, match="no look-up kernel 'other': use lut_mma, reference, flute"):
         make_codebook_linear(codes_of(16, 64), Variant("other"))
     with pytest.raises(ValueError, match="multiple of 32"):
