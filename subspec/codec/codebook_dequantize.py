@@ -57,30 +57,22 @@ class Rotated:
         ]
 
 
-class Dequantizer:
-    """Dequantizes several Linears, in one launch for all with the same bits and blocks.
+def dequantizing(parts: Sequence[Rotated]) -> list[GroupedLaunch]:
+    """Launches that dequantize several Linears, one for all with the same bits and blocks.
 
     Args:
-        parts: on one CUDA device, where they stay; may be empty.
+        parts: on one CUDA device. The caller keeps them, and their tensors where they are: tables hold addresses.
     """
-
-    def __init__(self, parts: Sequence[Rotated]) -> None:
-        self._parts = parts  # they own the memory that the tables point to
-        self._launches: list[GroupedLaunch] = []
-        alike: dict[tuple[int, int], list[Rotated]] = {}
-        for part in parts:
-            steps = part.linear.rotation.block // LEAST_BLOCK
-            alike.setdefault((part.linear.weight.bits, steps), []).append(part)
-        for (bits, steps), members in alike.items():
-            device = members[0].out.device
-            kernel = _kernel(bits, steps, device.index or 0)
-            described = [(part.describe(), part.blocks) for part in members]
-            self._launches.append(GroupedLaunch(kernel, described, 32 * steps, device))
-
-    def __call__(self) -> None:
-        """Write all of them."""
-        for launch in self._launches:
-            launch()
+    alike: dict[tuple[int, int], list[Rotated]] = {}
+    for part in parts:
+        steps = part.linear.rotation.block // LEAST_BLOCK
+        alike.setdefault((part.linear.weight.bits, steps), []).append(part)
+    launches = []
+    for (bits, steps), members in alike.items():
+        device = members[0].out.device
+        kernel = _kernel(bits, steps, device.index or 0)
+        launches.append(GroupedLaunch(kernel, [(own.describe(), own.blocks) for own in members], 32 * steps, device))
+    return launches
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor
 from subspec.codec.format import encode
 from subspec.codec.restore import Restoration, Restorer, Rows, Spans, restore_into
 from subspec.errors import SubspecError
+from subspec.kernels.timing import EventLog, logged
 from subspec.levels.build import ROLES
 from subspec.levels.model import LevelLayer
 from subspec.quant.level_linear import LevelLinear
@@ -196,20 +197,11 @@ class LayerRestorer:
             )
             for index, layer in layers.items()
         }
-        self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self.log: EventLog | None = None
 
     def restore(self, index: int, flat: Tensor) -> None:
         """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
-        if self.log is None:
-            self._restore(index, flat)
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._restore(index, flat)
-        end.record()
-        self.log.append((index, begin, end))
-
-    def _restore(self, index: int, flat: Tensor) -> None:
-        exact = self.layers[index].exact_bytes
-        self.buffer[:exact].copy_(flat[:exact])
-        self._restorers[index](flat)
+        with logged(self.log, index):
+            exact = self.layers[index].exact_bytes
+            self.buffer[:exact].copy_(flat[:exact])
+            self._restorers[index](flat)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +19,23 @@ ROUNDS = 3
 
 FORMAT = 1
 """Of the file."""
+
+
+EventLog = list[tuple[int, torch.cuda.Event, torch.cuda.Event]]
+"""Number of a layer, and the events around its work."""
+
+
+@contextmanager
+def logged(log: EventLog | None, layer: int) -> Iterator[None]:
+    """Append the work of a layer to ``log``; None: record nothing."""
+    if log is None:
+        yield
+        return
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    yield
+    end.record()
+    log.append((layer, begin, end))
 
 
 def graph_time(call: Callable[[], object], repeats: int = 20) -> float:

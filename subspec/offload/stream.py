@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subspec.kernels.timing import EventLog
 from subspec.utils.rounding import round_up
 
 
@@ -132,7 +133,7 @@ class LayerStreamer(LayerRing):
         self._guard = guard_refills
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._finished = 0.0
-        self.copy_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self.copy_log: EventLog | None = None
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
             self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]

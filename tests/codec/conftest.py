@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from subspec.codec import format
+from subspec.codec.restore import macros_of
 from tests.helpers.host_cuda import compile_host
 
 
@@ -69,4 +70,4 @@ extern "C" void restore(const Part* parts, const unsigned char* flat, int count,
 def compiled(tmp_path_factory):
     """The CUDA source as C++, by kernel."""
     folder = tmp_path_factory.mktemp("codec")
-    return functools.cache(lambda source: compile_host(folder, HOST, source.macros))
+    return functools.cache(lambda kernel: compile_host(folder, HOST, macros_of(kernel[1])))

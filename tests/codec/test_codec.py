@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subspec.codec.format import CHUNK, encode, restore
-from subspec.codec.restore import Restoration, Rows, Source, Spans, blocks_of, describe, quantized_rows, restore_into
+from subspec.codec.restore import Restoration, Rows, Spans, blocks_of, describe, quantized_rows, restore_into
 from subspec.errors import SubspecError
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import QuantizedIntegers
@@ -174,13 +174,13 @@ def test_restoring_reads_the_kernels_own_order(bits, k, group, rows, tiles, swig
 def run_on_host(compiled, restorations, flat):
     """The launch of a :class:`Restorer`, as C++; ``flat``: int32, 16-byte aligned as a device's memory is."""
     described = [describe(own) for own in restorations]
-    (source,) = {source for source, _ in described}
+    (kernel,) = {kernel for kernel, _ in described}
     blocks = [blocks_of(own.out) for own in restorations]
     table = torch.tensor([[*fields, sum(blocks[:i])] for i, (_, fields) in enumerate(described)])
     assert flat.data_ptr() % 16 == 0
     arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, flat)]
-    compiled(source).restore(*arguments, len(restorations), sum(blocks))
-    return source
+    compiled(kernel).restore(*arguments, len(restorations), sum(blocks))
+    return kernel
 
 
 def restorations_of(linear, members):
@@ -200,7 +200,7 @@ def restorations_of(linear, members):
 def test_the_cuda_source_restores_what_torch_encoded(compiled, bits, k, group, rows, tiles, swiglu):
     linear, members = fused(parts_of(k, rows), bits=bits, tiles=tiles, group=group, swiglu=swiglu)
     restorations, flat = restorations_of(linear, members)
-    assert run_on_host(compiled, restorations, flat) == Source("restore_integers", bits)
+    assert run_on_host(compiled, restorations, flat) == ("restore_integers", bits)
     for own, (weight, _, _) in zip(restorations, members, strict=True):
         assert same(own.out, weight)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.codec.codebook_dequantize import ROWS, Dequantizer, Rotated
+from subspec.codec.codebook_dequantize import ROWS, Rotated, dequantizing
 from subspec.codec.format import encode, restore
 from subspec.codec.restore import Rows, quantized_rows, restore_into
 from subspec.quant.codebook_linear import HiggsFormat, make_codebook_linear
@@ -205,7 +205,9 @@ def test_the_device_rebuilds_what_a_cpu_rebuilds(bits, block, tiles, swiglu, k, 
     linear, members = made_up_linear(64, k, bits, block, tiles, swiglu, every_scale, "cuda")
     outs = [torch.full((64, k), 5.0, dtype=torch.bfloat16, device="cuda") for _ in members]
     both = zip(outs, members, strict=True)
-    Dequantizer([Rotated(out, linear, rows.first, rows.interleaved) for out, (_, rows) in both])()
+    parts = [Rotated(out, linear, rows.first, rows.interleaved) for out, (_, rows) in both]
+    for launch in dequantizing(parts):
+        launch()
     for out, (codes, _) in zip(outs, members, strict=True):
         assert alike(out.cpu(), codes.rebuild())
         there = replace(codes, pairs=codes.pairs.cuda(), scale=codes.scale.cuda())
@@ -241,7 +243,7 @@ extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
 
 
 @pytest.fixture(scope="module")
-def dequantizing(tmp_path_factory):
+def on_host(tmp_path_factory):
     """The CUDA source of the dequantizing kernel as C++, by bits and block."""
     folder = tmp_path_factory.mktemp("dequantize")
     return functools.cache(
@@ -254,7 +256,7 @@ def pointer(tensor):
 
 
 def dequantize_on_host(library, parts):
-    """A ``Dequantizer``'s launch."""
+    """The launch of :func:`dequantizing`."""
     rows, blocks = [], 0
     for part in parts:
         rows.append([*part.describe(), blocks])
@@ -265,25 +267,25 @@ def dequantize_on_host(library, parts):
 
 @pytest.mark.parametrize("every_scale", [False, True])
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
-def test_the_cuda_source_rebuilds_what_torch_rebuilds(dequantizing, bits, block, tiles, swiglu, k, every_scale):
+def test_the_cuda_source_rebuilds_what_torch_rebuilds(on_host, bits, block, tiles, swiglu, k, every_scale):
     """All weights of a fused Linear in one launch."""
     count = 64 if swiglu else 3 * ROWS + 5
     linear, members = made_up_linear(count, k, bits, block, tiles, swiglu, every_scale)
     outs = [torch.full((count, k), 5.0, dtype=torch.bfloat16) for _ in members]
     both = zip(outs, members, strict=True)
     parts = [Rotated(out, linear, rows.first, rows.interleaved) for out, (_, rows) in both]
-    dequantize_on_host(dequantizing(bits, block), parts)
+    dequantize_on_host(on_host(bits, block), parts)
     for out, (codes, _) in zip(outs, members, strict=True):
         assert alike(out, codes.rebuild())
 
 
 @pytest.mark.parametrize(("bits", "block", "tiles", "swiglu", "k"), CASES)
-def test_the_cuda_source_restores_what_torch_encoded(compiled, dequantizing, bits, block, tiles, swiglu, k):
+def test_the_cuda_source_restores_what_torch_encoded(compiled, on_host, bits, block, tiles, swiglu, k):
     """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
     linear, members = fused(parts_of(swiglu, k), bits, block, tiles, swiglu)
     restorations, flat = restorations_of(linear, members)
     rotated = [Rotated(own.out, linear, own.rows.first, own.rows.interleaved) for own in restorations]
-    dequantize_on_host(dequantizing(bits, block), rotated)
+    dequantize_on_host(on_host(bits, block), rotated)
     run_on_host(compiled, restorations, flat)
     for own, (weight, _, _) in zip(restorations, members, strict=True):
         assert same(own.out, weight)
