@@ -199,6 +199,11 @@ class LayerRestorer:
         }
         self.log: EventLog | None = None
 
+    @property
+    def bits_per_weight(self) -> float:
+        """See :func:`bits_per_weight`."""
+        return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
+
     def restore(self, index: int, flat: Tensor) -> None:
         """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
         with logged(self.log, index):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subspec.codec.coded_cache import CodedCache, KeptLayer, codes_checksum
-from subspec.codec.coded_layer import CodedLayer, LayerRestorer, bits_per_weight, encode_layer
+from subspec.codec.coded_layer import CodedLayer, LayerRestorer, encode_layer
 from subspec.codec.restore import Restorer
 from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder
@@ -177,11 +177,6 @@ class TargetCoding:
             return None
         resident = {index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())}
         return LayerRestorer(self.layers, substitute, shapes, resident, device)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """See :func:`~subspec.codec.coded_layer.bits_per_weight`."""
-        return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
 
 def _problem(kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device) -> str | None:

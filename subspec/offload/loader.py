@@ -49,35 +49,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class LoadingPlan(Protocol):
     """The part of a plan that loading follows (:class:`subspec.planning.plan.Plan`)."""
 
-    @property
-    def resident_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def disk_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def coded_in_files(self) -> bool: ...
-
-    @property
-    def ring_slots(self) -> int: ...
-
-    @property
-    def codec(self) -> Codec: ...
-
-    @property
-    def embedding(self) -> Placement: ...
-
-    @property
-    def layer_bytes(self) -> int: ...
-
-    @property
-    def waiting_layers(self) -> int: ...
-
-    @property
-    def coded_head_bytes(self) -> int: ...
-
-    @property
-    def texts(self) -> int: ...
+    resident_layers: tuple[int, ...]
+    disk_layers: tuple[int, ...]
+    coded_in_files: bool
+    ring_slots: int
+    codec: Codec
+    embedding: Placement
+    layer_bytes: int
+    waiting_layers: int
+    coded_head_bytes: int
+    texts: int
 
 
 class LayerConsumer(Protocol):
@@ -180,16 +161,12 @@ class LoadedStream:
 
     Attributes:
         builder: has built the substitute; None: there is none.
-        bits_per_weight: of the coded Linears of layers; None: nothing is coded.
-        head_bits_per_weight: of the coded LM head; None: it is not.
-        coded: where the coded layers came from; None: nothing is coded.
+        coded: where the coded layers came from; None: nothing is coded, or kept.
     """
 
     target: StreamedTarget
     memory: PinnedMemory
     builder: SubstituteBuilder | None = None
-    bits_per_weight: float | None = None
-    head_bits_per_weight: float | None = None
     coded: CodedCache | None = None
 
     @property
@@ -197,6 +174,16 @@ class LoadedStream:
         """The substitute's levels; None without one."""
         builder = self.builder
         return None if builder is None else level_model(self.target.model, builder.layers, builder.head, builder.ids)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the coded Linears of layers; None: nothing is coded."""
+        return None if self.target.restorer is None else self.target.restorer.bits_per_weight
+
+    @property
+    def head_bits_per_weight(self) -> float | None:
+        """Of the coded LM head; None: it is not."""
+        return None if self.target.coded_head is None else self.target.coded_head.code.bits_per_weight
 
     def facts(self) -> dict[str, Any]:
         """Facts about coded weights for the run's record."""
@@ -256,11 +243,9 @@ def load_streamed(
     if plan.codec is Codec.substitute and builder is not None:
         coding = TargetCoding(resident, coded, plan.disk_layers, plan.coded_in_files)
     store = PlainStore(source, resident.union(layer.index for layer in stored), memory)
-    consumers: list[LayerConsumer] = [store]
-    if builder is not None:
-        consumers.insert(0, builder)
-        if coding is not None:
-            consumers = [Coder(source, coding, builder, memory, device)]
+    consumers: list[LayerConsumer] = [store] if builder is None else [builder, store]
+    if coding is not None and builder is not None:
+        consumers = [Coder(source, coding, builder, memory, device)]
     _pass_layers(source, consumers, builder, plan.waiting_layers, device)
 
     if builder is not None and head_code is None:
@@ -297,14 +282,7 @@ def load_streamed(
     elif (streamer := _streamer(store.layers, disk, source, plan.ring_slots, device)) is not None:
         streamed = set(range(len(modules))) - resident
         feeds.append(RingFeed(modules[min(streamed)], streamed, streamer, source.dtype))
-    return LoadedStream(
-        StreamedTarget(model, feeds, device, coded_head),
-        memory,
-        builder,
-        None if coding is None or restorer is None else coding.bits_per_weight,
-        None if head_code is None else head_code.bits_per_weight,
-        None if coding is None else coded,
-    )
+    return LoadedStream(StreamedTarget(model, feeds, device, coded_head), memory, builder, coded)
 
 
 def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, note: Note) -> DiskRing | None:
