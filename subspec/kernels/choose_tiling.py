@@ -30,11 +30,7 @@ Timer = Callable[[Tiling, str, int, int], float]
 
 @dataclass(frozen=True)
 class TilingChoice:
-    """Tile shapes by role.
-
-    Attributes:
-        measured: roles measured in this run.
-    """
+    """Tile shapes by role, and how many roles were measured in this run."""
 
     tilings: dict[str, Tiling]
     measured: int
@@ -68,13 +64,12 @@ def choose_tilings(
     keys = {role: f"{role} {n}x{k} {str(dtype).removeprefix('torch.')}" for role, (n, k) in wanted.items()}
     by_name = {str(tiling): tiling for tiling in CANDIDATES}
     missing = [role for role in wanted if not file.times.get(keys[role])]
+    failed: dict[str, str] = {}
     if missing:
         note("measuring the kernels of batch-invariant passes on this card, once: some seconds")
-    failed: dict[str, str] = {}
-    for role in missing:  # a candidate may need more shared memory than the card has
-        calls = {name: partial(timer, tiling, role, *wanted[role]) for name, tiling in by_name.items()}
-        failed |= file.measure(keys[role], calls)
-    if missing:
+        for role in missing:  # a candidate may need more shared memory than the card has
+            calls = {name: partial(timer, tiling, role, *wanted[role]) for name, tiling in by_name.items()}
+            failed |= file.measure(keys[role], calls)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         file.write()

@@ -8,14 +8,7 @@ import torch
 
 
 def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str, device: int) -> Any:
-    """Compile a kernel.
-
-    Args:
-        sources: files of ``kernels/csrc``, compiled as one.
-        settings: macros by name.
-        name: of the kernel.
-        device: number of the CUDA device.
-    """
+    """Compile a kernel from files of ``kernels/csrc`` (as one) and macros by name, for the CUDA device of a number."""
     folder = resources.files("subspec.kernels").joinpath("csrc")
     header = "".join(f"#define {key} {value}\n" for key, value in settings.items())
     text = "".join(folder.joinpath(source).read_text(encoding="utf-8") for source in sources)
@@ -24,11 +17,7 @@ def compile_cuda(sources: Sequence[str], settings: Mapping[str, int], name: str,
 
 
 def problem(trial: Callable[[], object]) -> str | None:
-    """Why sources for tensor cores cannot be compiled here, in a few words; None if they can.
-
-    Args:
-        trial: compiles one of them.
-    """
+    """Why sources for tensor cores cannot be compiled here, in a few words; None if ``trial`` compiles one of them."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
