@@ -1,4 +1,4 @@
-"""Weights coded by integers come back bit for bit, from torch and from the CUDA source."""
+"""Coded weights come back bit for bit, from torch and from the CUDA source."""
 
 import ctypes
 
@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subspec.codec.codebook_dequantize import Rotated
 from subspec.codec.format import CHUNK, encode, restore
 from subspec.codec.restore import Restoration, Rows, Spans, blocks_of, describe, quantized_rows, restore_into
 from subspec.errors import SubspecError
+from subspec.quant.codebook_linear import HiggsFormat
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import QuantizedIntegers
 from subspec.quant.level_linear import Variant
@@ -37,22 +39,36 @@ def spoiled(weight):
 
 
 @pytest.mark.parametrize(
-    ("bits", "n", "k", "group"), [(2, 33, 256, 128), (3, 5, 192, 64), (4, 64, 256, 64), (8, 1, 64, 32)]
+    ("format_", "n", "k"),
+    [
+        (HqqFormat(2, 128), 33, 256),
+        (HqqFormat(3), 5, 192),
+        (HqqFormat(4), 64, 256),
+        (HqqFormat(8, 32), 1, 64),
+        (HiggsFormat(2), 24, 512),
+        (HiggsFormat(3, 1), 5, 384),
+        (HiggsFormat(4, 1, 64, 64), 9, 100),
+        (HiggsFormat(4, 2, 64, 1024), 1, 64),
+    ],
 )
-def test_a_quantized_weight_comes_back(bits, n, k, group):
+def test_a_quantized_weight_comes_back(format_, n, k):
     weight = gaussian(n, k)
-    quantized = HqqFormat(bits, group).quantize(weight)
+    quantized = format_.quantize(weight)
     for exact in (weight, spoiled(weight)):
         assert same(restore(encode(exact, quantized, quantized.margin), quantized), exact)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(2, 9.5), (3, 8.2), (4, 7.05), (8, 3.65)])
-def test_a_gaussian_weight_takes_as_many_bits_as_the_planner_reserves(bits, most):
+@pytest.mark.parametrize(
+    ("format_", "least", "most"),
+    [
+        *((HqqFormat(bits), 0, most) for bits, most in {2: 9.5, 3: 8.2, 4: 7.05, 8: 3.65}.items()),
+        *((HiggsFormat(*own), HiggsFormat(*own).coded_bits - 0.25, 99) for own in [(4, 1), (4, 2), (3, 2), (2, 1)]),
+    ],
+)
+def test_a_gaussian_weight_takes_about_the_bits_that_the_planner_reserves(format_, least, most):
     weight = gaussian(256, 1024)
-    quantized = HqqFormat(bits).quantize(weight)
-    coded = encode(weight, quantized, quantized.margin)
-    assert coded.bits_per_weight < most <= HqqFormat(bits).coded_bits + 0.2
-    assert coded.bits_per_weight < HqqFormat(bits).coded_bits
+    quantized = format_.quantize(weight)
+    assert least < encode(weight, quantized, quantized.margin).bits_per_weight < min(most, format_.coded_bits)
 
 
 @settings(max_examples=12)
@@ -87,10 +103,11 @@ def test_weights_inside_their_interval_are_cheap_and_others_are_not_lost():
     assert same(restore(far, quantized), weight + 1)
 
 
-def test_constant_groups_and_zeros():
-    weight = torch.zeros(8, 128, dtype=torch.bfloat16)
-    weight[3] = 0.25
-    quantized = HqqFormat(4).quantize(weight)
+@pytest.mark.parametrize("format_", [HqqFormat(4), HiggsFormat()], ids=str)
+def test_constant_groups_and_zeros(format_):
+    weight = torch.zeros(8, 192, dtype=torch.bfloat16)
+    weight[3], weight[5] = 0.25, -1e-39
+    quantized = format_.quantize(weight)
     assert same(restore(encode(weight, quantized, quantized.margin), quantized), weight)
 
 
@@ -110,61 +127,90 @@ def test_more_weights_than_the_kernel_can_number_are_refused():
 # ------------------------------------------------------------------------- from the kernel's own order
 
 
-def members_of(parts, quantized, swiglu):
-    """Each weight, spoiled, with its quantized form and its rows of the fused Linear."""
-    first, rows = 0, []
-    for number, part in enumerate(parts):
-        rows.append(Rows(16 * number, True) if swiglu else Rows(first, False))
-        first += part.shape[0]
-    return list(zip([spoiled(part) for part in parts], quantized, rows, strict=True))
+def rows_of(number, first, swiglu):
+    return Rows(16 * number, True) if swiglu else Rows(first, False)
 
 
-def fused(parts, *, bits=4, tiles=2, group=64, swiglu=False):
-    """Several weights quantized and fused as a draft level has them: the Linear, and each weight's form and rows."""
-    format_ = HqqFormat(bits, group)
+def fused(format_, parts, tiles, swiglu):
+    """Several weights quantized and fused as a draft level has them.
+
+    Returns:
+        The Linear, and each weight, spoiled, with its quantized form and its rows of the fused Linear.
+    """
     quantized = [format_.quantize(part) for part in parts]
     stacked = quantized[0].stacked(quantized[1:], swiglu=swiglu)
-    linear = format_.linear(Variant("int4_mma", tiles), stacked, swiglu=swiglu)
-    return linear, members_of(parts, quantized, swiglu)
+    linear = format_.linear(Variant(format_.kernels[0], tiles), stacked, swiglu=swiglu)
+    first, members = 0, []
+    for number, (part, own) in enumerate(zip(parts, quantized, strict=True)):
+        members.append((spoiled(part), own, rows_of(number, first, swiglu)))
+        first += part.shape[0]
+    return linear, members
 
 
-CASES = [  # bits, inputs, group, rows of each weight, tiles, gate and up
-    (4, 576, 64, (96, 32, 48), 2, False),
-    (8, 576, 192, (96, 96), 4, True),
-    (8, 192, 64, (37, 64, 5), 2, False),  # chunks go on in the next row, and the last one is short
-    (3, 1024, 128, (64, 64), 2, True),
-    (2, 320, 64, (41, 1), 4, False),
-    (4, 320, 64, (96, 96, 75), 8, False),  # slices of a vocabulary that begin inside a block of rows
-    (8, 2048, 64, (35,), 4, False),  # several blocks of threads
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in [
-            (4, 192, 64, (64, 64), 4, True),
-            (4, 1472, 64, (45,), 2, False),
-            (3, 192, 64, (65, 7), 4, False),
-            (2, 3584, 128, (33, 5), 2, False),
-            (2, 64, 64, (1, 300), 2, False),
-            (8, 1024, 128, (37, 70), 8, False),
-        ]
-    ),
+def slow(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def rotated_by(bits, block):
+    return HiggsFormat(bits, 2, 256, block)
+
+
+# Format, inputs, tiles, gate and up; chunks of 512 begin within rows and within blocks.
+HIGGS = [
+    (rotated_by(4, 512), 1536, 2, False),
+    (rotated_by(3, 64), 576, 4, False),
+    (rotated_by(2, 128), 128, 2, True),
+    (rotated_by(4, 64), 37, 4, False),
 ]
+SLOW_HIGGS = [
+    (rotated_by(4, 1024), 1024, 4, True),
+    (rotated_by(4, 128), 384, 2, True),
+    (rotated_by(3, 256), 256, 2, False),
+    (rotated_by(2, 64), 100, 2, False),
+]
+HIGGS_CASES = [*HIGGS, *slow(SLOW_HIGGS)]
+SLOW_INTEGERS = [
+    (HqqFormat(4), 192, 4, True, (64, 64)),
+    (HqqFormat(4), 1472, 2, False, (45,)),
+    (HqqFormat(3), 192, 4, False, (65, 7)),
+    (HqqFormat(2, 128), 3584, 2, False, (33, 5)),
+    (HqqFormat(2), 64, 2, False, (1, 300)),
+    (HqqFormat(8, 128), 1024, 8, False, (37, 70)),
+]
+CASES = pytest.mark.parametrize(
+    ("format_", "k", "tiles", "swiglu", "rows"),
+    [  # rows of each weight; None: some
+        (HqqFormat(4), 576, 2, False, (96, 32, 48)),
+        (HqqFormat(8, 192), 576, 4, True, (96, 96)),
+        (HqqFormat(8), 192, 2, False, (37, 64, 5)),  # chunks go on in the next row, and the last one is short
+        (HqqFormat(3, 128), 1024, 2, True, (64, 64)),
+        (HqqFormat(2), 320, 4, False, (41, 1)),
+        (HqqFormat(4), 320, 8, False, (96, 96, 75)),  # slices of a vocabulary that begin inside a block of rows
+        (HqqFormat(8), 2048, 4, False, (35,)),  # several blocks of threads
+        *slow(SLOW_INTEGERS),
+        *((*case, None) for case in HIGGS),
+        *slow((*case, None) for case in SLOW_HIGGS),
+    ],
+)
 
 
-def parts_of(k, rows, device="cpu"):
+def parts_of(k, rows, swiglu, device="cpu"):
+    rows = rows or ((64, 64) if swiglu else (37, 8, 19))
     return [gaussian(n, k, seed).to(device) for seed, n in enumerate(rows)]
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("bits", "k", "group", "rows", "tiles", "swiglu"), CASES)
-def test_restoring_reads_the_kernels_own_order(bits, k, group, rows, tiles, swiglu, device):
-    linear, members = fused(parts_of(k, rows, device), bits=bits, tiles=tiles, group=group, swiglu=swiglu)
+@CASES
+def test_restoring_reads_the_kernels_own_order(format_, k, tiles, swiglu, rows, device):
+    linear, members = fused(format_, parts_of(k, rows, swiglu, device), tiles, swiglu)
     for weight, quantized, own_rows in members:
         own = quantized_rows(linear, own_rows, weight.shape[0])
-        assert own.bits == bits
-        assert torch.equal(own.q, quantized.q)
-        assert torch.equal(own.scale, quantized.scale.repeat_interleave(group // 64, 1))
+        assert torch.equal(own.row_tensors[0], quantized.row_tensors[0])
         assert torch.equal(own.dequantize(), quantized.dequantize())
+        assert own.margin == quantized.margin
+        ends = zip(*(one.interval(0, weight.numel(), one.margin) for one in (own, quantized)), strict=True)
+        assert all(torch.equal(*both) for both in ends)
         coded = encode(weight, quantized, quantized.margin)
         out = torch.full_like(weight, 5.0)
         restore_into(out, coded, linear, own_rows)
@@ -180,27 +226,23 @@ def run_on_host(compiled, restorations, flat):
     assert flat.data_ptr() % 16 == 0
     arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, flat)]
     compiled(kernel).restore(*arguments, len(restorations), sum(blocks))
-    return kernel
 
 
-def restorations_of(linear, members):
-    """All weights of a fused Linear in one run of bytes, as a layer's are."""
-    flat, found = torch.zeros(0, dtype=torch.int32), []
-    for weight, quantized, rows in members:
+@CASES
+def test_the_cuda_source_restores_what_torch_encoded(compiled, dequantize, format_, k, tiles, swiglu, rows):
+    """All weights of a fused Linear in one call, from one run of bytes, as a layer's are."""
+    linear, members = fused(format_, parts_of(k, rows, swiglu), tiles, swiglu)
+    flat, restorations = torch.zeros(0, dtype=torch.int32), []
+    for weight, quantized, own_rows in members:
         coded = encode(weight, quantized, quantized.margin)
         begin = flat.numel()
         flat = torch.cat([flat, coded.starts, coded.stream])
         behind = begin + coded.starts.numel()
         spans = Spans((4 * begin, coded.starts.numel()), (4 * behind, coded.stream.numel()))
-        found.append(Restoration(torch.full_like(weight, 5.0), linear, rows, spans, coded.margin))
-    return found, flat
-
-
-@pytest.mark.parametrize(("bits", "k", "group", "rows", "tiles", "swiglu"), CASES)
-def test_the_cuda_source_restores_what_torch_encoded(compiled, bits, k, group, rows, tiles, swiglu):
-    linear, members = fused(parts_of(k, rows), bits=bits, tiles=tiles, group=group, swiglu=swiglu)
-    restorations, flat = restorations_of(linear, members)
-    assert run_on_host(compiled, restorations, flat) == ("restore_integers", bits)
+        restorations.append(Restoration(torch.full_like(weight, 5.0), linear, own_rows, spans, coded.margin))
+    if isinstance(format_, HiggsFormat):
+        dequantize([Rotated(own.out, linear, own.rows.first, own.rows.interleaved) for own in restorations])
+    run_on_host(compiled, restorations, flat)
     for own, (weight, _, _) in zip(restorations, members, strict=True):
         assert same(own.out, weight)
 
