@@ -229,6 +229,7 @@ class DiskRing(LayerRing):
         layers: in the order of use.
         count: ring slots.
         note: told where the page cache cannot be bypassed, and about files that may lie on another machine.
+        source: of the same layers, to compare each with when it is read first; None: they are not compared.
 
     Attributes:
         direct: whether the page cache is bypassed.
@@ -238,8 +239,11 @@ class DiskRing(LayerRing):
         SubspecError: a file cannot be opened, or memory is missing.
     """
 
-    def __init__(self, layers: Sequence[StoredLayer], count: int, note: Note = print_note) -> None:
-        self.layers = list(layers)
+    def __init__(
+        self, layers: Sequence[StoredLayer], count: int, note: Note = print_note, source: LayerSource | None = None
+    ) -> None:
+        self.layers, self._source = list(layers), source
+        self._unchecked = set() if source is None else {layer.index for layer in layers}
         self._extents = [layer.extents() for layer in layers]
         super().__init__([sum(e.end - e.begin for e in extents) for extents in self._extents], count)
         names = dict.fromkeys(extent.file for extents in self._extents for extent in extents)
@@ -271,7 +275,11 @@ class DiskRing(LayerRing):
         return self.layers[self._holds[slot]]
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
-        """The parameters of the layer in ``slot`` by name, as views."""
+        """The parameters of the layer in ``slot`` by name, as views.
+
+        Raises:
+            SubspecError: the layer is read for the first time, and has other weights than it should.
+        """
         layer, extents, views = self.layer_in(slot), self._extents[self._holds[slot]], {}
         for name, shape in layer.shapes.items():
             file, offset = layer.places[name]
@@ -279,6 +287,9 @@ class DiskRing(LayerRing):
             begin = extent.base + offset - extent.start
             size = shape.numel() * layer.dtype.itemsize
             views[name] = self.slots[slot][begin : begin + size].view(layer.dtype).view(shape)
+        if self._source is not None and layer.index in self._unchecked:
+            _check_first_read(layer, views, self._source)
+            self._unchecked.remove(layer.index)
         return views
 
     def facts(self) -> dict[str, object]:
@@ -360,7 +371,7 @@ def measure_disk(layers: Sequence[StoredLayer], slots: int) -> float:
         ring.close()
 
 
-def check_first_read(layer: StoredLayer, read: Mapping[str, Tensor], source: LayerSource) -> None:
+def _check_first_read(layer: StoredLayer, read: Mapping[str, Tensor], source: LayerSource) -> None:
     """Compare what a ring read with the layer's checksum, or with the target's own files as every run reads them.
 
     Raises:

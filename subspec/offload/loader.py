@@ -124,37 +124,6 @@ class PlainStore:
         write_layer(flat, layer, source.dtype)
 
 
-class Coder:
-    """Builds the substitute's layers and codes the exact ones by them, or restores both from an earlier run."""
-
-    def __init__(
-        self,
-        source: LayerSource,
-        coding: TargetCoding,
-        builder: SubstituteBuilder,
-        memory: PinnedMemory,
-        device: torch.device,
-    ) -> None:
-        self._source, self._coding, self._builder = source, coding, builder
-        self._memory, self._device = memory, device
-        builder.keeps_codes = True
-
-    def needs(self, index: int) -> bool:
-        if index in self._builder.skip_layers:
-            return True
-        restored = self._coding.restore(index, self._source, self._builder, self._device, self._memory.adopt)
-        if restored is not None:
-            self._builder.layers.append(restored)
-        return restored is None
-
-    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
-        builder = self._builder
-        builder.take(index, layer)
-        if builder.codes:
-            self._coding.add(index, layer, builder.codes, builder.layers[-1], self._memory.allocate)
-        builder.codes = {}
-
-
 @dataclass
 class LoadedStream:
     """A loaded target. Keep it alive as long as it runs: it owns the pinned memory.
@@ -229,7 +198,7 @@ def load_streamed(
     resident = set(plan.resident_layers)
     assert plan.codec is not Codec.none or set(plan.disk_layers) <= {layer.index for layer in stored}
     # Opened first: a file that changes while other weights are loaded from it is noticed.
-    disk = _ring([layer for layer in stored if layer.index not in resident], plan, note)
+    disk = _ring([layer for layer in stored if layer.index not in resident], plan, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
@@ -241,11 +210,12 @@ def load_streamed(
 
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
-        coding = TargetCoding(resident, coded, plan.disk_layers, plan.coded_in_files)
+        places = {"resident": resident, "on_disk": plan.disk_layers, "in_files": plan.coded_in_files}
+        coding = TargetCoding(source, builder, memory, device, cache=coded, **places)
     store = PlainStore(source, resident.union(layer.index for layer in stored), memory)
     consumers: list[LayerConsumer] = [store] if builder is None else [builder, store]
-    if coding is not None and builder is not None:
-        consumers = [Coder(source, coding, builder, memory, device)]
+    if coding is not None:
+        consumers = [coding]
     _pass_layers(source, consumers, builder, plan.waiting_layers, device)
 
     if builder is not None and head_code is None:
@@ -260,8 +230,8 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.place(room, plan.ring_slots, memory.allocate)
-        restorer = coding.decoder(builder.layers, source.layer_shapes(0), device)
+        coding.place(room, plan.ring_slots)
+        restorer = coding.decoder()
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded
             coded_head = CodedHead(head_code, builder.head, restorer.buffer)
@@ -274,20 +244,20 @@ def load_streamed(
     feeds: list[LayerFeed] = [ResidentFeed(exact)]
     if coding is not None and restorer is not None:
         if coding.on_disk:
-            disk = _ring(_stored_code(coding, coded), plan, note)
-        streamer = _streamer(coding.streamed, disk, source, plan.ring_slots, device)
+            disk = _ring(_stored_code(coding, coded), plan, source, note)
+        streamer = _streamer(coding.streamed, disk, plan.ring_slots, device)
         feeds.append(CodedFeed(modules[min(coding.layers)], restorer, streamer))
     elif disk is not None and not store.layers and device == CPU:  # which computes from the ring's slots
-        feeds.append(DiskFeed(modules[disk.layers[0].index], disk, source))
-    elif (streamer := _streamer(store.layers, disk, source, plan.ring_slots, device)) is not None:
+        feeds.append(DiskFeed(modules[disk.layers[0].index], disk))
+    elif (streamer := _streamer(store.layers, disk, plan.ring_slots, device)) is not None:
         streamed = set(range(len(modules))) - resident
         feeds.append(RingFeed(modules[min(streamed)], streamed, streamer, source.dtype))
     return LoadedStream(StreamedTarget(model, feeds, device, coded_head), memory, builder, coded)
 
 
-def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, note: Note) -> DiskRing | None:
+def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, source: LayerSource, note: Note) -> DiskRing | None:
     """Reads layers from a disk; None: there are none."""
-    return DiskRing(stored, min(max(plan.ring_slots, 1), len(stored)), note) if stored else None
+    return DiskRing(stored, min(max(plan.ring_slots, 1), len(stored)), note, source) if stored else None
 
 
 def _stored_code(coding: TargetCoding, cache: CodedCache | None) -> list[StoredLayer]:
@@ -312,12 +282,12 @@ def _stored_code(coding: TargetCoding, cache: CodedCache | None) -> list[StoredL
 
 
 def _streamer(
-    pinned: Mapping[int, Tensor], disk: DiskRing | None, source: LayerSource, slots: int, device: torch.device
+    pinned: Mapping[int, Tensor], disk: DiskRing | None, slots: int, device: torch.device
 ) -> LayerStreamer | None:
     """Copies the layers of both tiers to the device; None: no layer is streamed."""
     slots = min(max(slots, 1), len(pinned) + (0 if disk is None else len(disk.layers)))
     if disk is not None:
-        return TieredStreamer(pinned, disk, source, slots, device)
+        return TieredStreamer(pinned, disk, slots, device)
     return LayerStreamer([pinned[index] for index in sorted(pinned)], slots, device) if pinned else None
 
 

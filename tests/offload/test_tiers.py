@@ -52,8 +52,8 @@ def test_layers_of_both_tiers_come_in_order(tmp_path, kinds, slots, disk_slots, 
             stored.append(numbered(tmp_path, index))
         else:
             pinned[index] = torch.full((512 + index,), index, dtype=torch.uint8)
-    ring = DiskRing(stored, disk_slots, quiet)
-    streamer = TieredStreamer(pinned, ring, Anything(), slots, device)
+    ring = DiskRing(stored, disk_slots, quiet, Anything())
+    streamer = TieredStreamer(pinned, ring, slots, device)
     assert streamer.bytes_per_pass == sum(768 if kind == "D" else 512 + i for i, kind in enumerate(kinds))
     for passes in range(4 * len(kinds)):
         streamer.rewind()
@@ -75,8 +75,8 @@ def test_the_disk_is_read_while_the_model_does_something_else(tmp_path, monkeypa
     """Nobody asks the ring for a layer while the model drafts."""
     read = os.preadv
     monkeypatch.setattr(disk.os, "preadv", lambda *given: (time.sleep(0.02), read(*given))[1])
-    ring = DiskRing([numbered(tmp_path, index) for index in range(6)], 2, quiet)
-    streamer = TieredStreamer({}, ring, Anything(), 2, CPU)
+    ring = DiskRing([numbered(tmp_path, index) for index in range(6)], 2, quiet, Anything())
+    streamer = TieredStreamer({}, ring, 2, CPU)
     streamer.prefetch()
     assert ring.bytes_copied <= 4 * 305  # the copies are only begun
     deadline = time.monotonic() + 10
@@ -101,7 +101,7 @@ def test_neither_ring_overtakes_its_readers(tmp_path):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         stored.append(StoredLayer(index, {"a": (file, 0)}, {"a": torch.Size([size])}, torch.uint8, digest))
     pinned, device = {index: buffer.tensor for index, buffer in buffers.items()}, torch.device("cuda")
-    streamer = TieredStreamer(pinned, DiskRing(stored, 1, quiet), Anything(), 2, device)
+    streamer = TieredStreamer(pinned, DiskRing(stored, 1, quiet, Anything()), 2, device)
     right = torch.zeros(100, dtype=torch.bool, device=device)
     for step in range(100):
         slot = streamer.slots[streamer.acquire()]
