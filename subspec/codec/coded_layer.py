@@ -72,14 +72,9 @@ class CodedLayer:
 
 
 class Encoder:
-    """Codes matrices into one run of bytes, and proves each: it is restored and compared bit by bit.
+    """Codes matrices into one run of bytes behind ``first`` free ones, and proves each: it is restored and compared.
 
-    Args:
-        first: bytes to leave free in front.
-
-    Attributes:
-        parts: the matrices so far.
-        nbytes: of the run so far.
+    ``parts`` and ``nbytes`` are those so far.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -163,14 +158,13 @@ def encode_layer(
 
 
 class LayerRestorer:
-    """Restores layers in one buffer.
+    """Restores layers in one buffer on ``device``.
 
     Args:
         layers: layouts of the coded layers, by layer number.
         substitute: the fused layers, all of them.
         shapes: of a layer's parameters.
         resident: bytes of the coded layers that stay on the device.
-        device: of the buffer.
 
     Attributes:
         parameters: views into the buffer by parameter name: the parameters of the layer restored last.

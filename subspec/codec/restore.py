@@ -102,10 +102,7 @@ def quantized_rows(linear: LevelLinear, rows: Rows, count: int) -> QuantizedWeig
 
 
 class Restorer:
-    """Restores several Linears whose code lies in one run of bytes, in one launch per kind of quantized weight.
-
-    Args:
-        restorations: on one device.
+    """Restores Linears on one device whose code lies in one run of bytes, in one launch per kind of quantized weight.
 
     Raises:
         TypeError: the order of a Linear's kernel is unknown.

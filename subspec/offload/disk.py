@@ -134,8 +134,7 @@ def stored_layers(
 class DirectFile:
     """A file that is read past the page cache.
 
-    Attributes:
-        direct: whether its file system allows that; otherwise pages are dropped from the cache after they were read.
+    Where its file system refuses that (not ``direct``) pages are dropped from the cache after they were read.
 
     Raises:
         SubspecError: it cannot be opened.

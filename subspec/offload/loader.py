@@ -72,11 +72,7 @@ class LayerConsumer(Protocol):
 
 
 class PinnedMemory:
-    """Page-locked host memory of a target; plain memory where there is no GPU to copy to.
-
-    Attributes:
-        buffers: all of it.
-    """
+    """Page-locked host memory of a target; plain memory where there is no GPU to copy to."""
 
     def __init__(self, device: torch.device) -> None:
         self._locks = device.type == "cuda"
@@ -104,11 +100,7 @@ class PinnedMemory:
 
 
 class PlainStore:
-    """Copies layers to pinned memory as they are.
-
-    Attributes:
-        layers: flat bytes by layer number.
-    """
+    """Copies layers to pinned memory as they are: ``layers``, flat bytes by layer number."""
 
     def __init__(self, source: LayerSource, elsewhere: set[int], memory: PinnedMemory) -> None:
         self._source, self._elsewhere, self._memory = source, elsewhere, memory
@@ -304,11 +296,7 @@ def _load_shared(
 
 
 def _code_head(shared: dict[str, Tensor], builder: SubstituteBuilder, room: int) -> HeadCode:
-    """Build the draft's LM head and code the exact one by it; the exact one is removed from ``shared``.
-
-    Args:
-        room: bytes of the buffer that layers are restored into.
-    """
+    """Build the draft's LM head and code the exact one by it, which leaves ``shared``; ``room``: a layer's buffer."""
     exact, codes = shared.pop(HEAD), list[QuantizedWeight]()
     builder.head = builder.build_head(exact, codes)
     assert builder.head is not None  # the plan codes no head where the draft has none
@@ -324,8 +312,7 @@ def _pass_layers(
 ) -> None:
     """Bring every layer that is needed to the device once.
 
-    Args:
-        staged_layers: the substitute's first layers, moved to the host as soon as they are built.
+    The substitute's first ``staged_layers`` are moved to the host as soon as they are built.
     """
     for index in range(source.config.num_hidden_layers):
         takers = [consumer for consumer in consumers if consumer.needs(index)]

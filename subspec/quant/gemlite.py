@@ -79,10 +79,8 @@ def version() -> str:
 
 def load_tuning(file: Path, note: Note) -> bool:
     """Give gemlite the tuning of an earlier run; False if there is none."""
-    if not file.is_file():
-        return False
-    known = _gemlite().load_config(str(file), print_error=False)
-    if not known:
+    known = file.is_file() and _gemlite().load_config(str(file), print_error=False)
+    if file.is_file() and not known:
         note(f"{file} cannot be read: gemlite tunes itself again")
     return known
 

@@ -138,13 +138,9 @@ Rotate = Callable[[Tensor, Rotation], Tensor]
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate rows of inputs.
+    """Rotate rows of inputs, contiguous [rows, in_features], to [rows, padded] of their dtype.
 
-    Args:
-        x: [rows, in_features], contiguous; bfloat16 on a CUDA device.
-
-    Returns:
-        bfloat16 [rows, padded] on a CUDA device; on a CPU the same, computed in float32.
+    That is bfloat16 on a CUDA device; a CPU computes in float32.
     """
     if x.device.type == "cpu":
         return rotation(x.float()).to(x.dtype)

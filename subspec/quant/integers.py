@@ -78,11 +78,7 @@ class QuantizedIntegers(QuantizedWeight):
 
 
 class Int4Linear(FewRowsLinear):
-    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`).
-
-    Args:
-        warps: per block; 0: the usual number.
-    """
+    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`); ``warps`` per block, 0: the usual number."""
 
     kind = "int4_mma"
     weight: int4.PackedInt4

@@ -16,13 +16,12 @@ from subspec.quant.quantized_weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel and its settings.
+    """A kernel by its name, and settings of ours.
 
     Attributes:
-        kernel: its name.
-        tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
-        splits: of our kernels, slices of the input dimension (0: a rule of thumb).
-        warps: of our integer kernel, per block (0: the usual number).
+        tiles: outputs per block in sixteens (0: the kernel decides).
+        splits: slices of the input dimension (0: a rule of thumb).
+        warps: of the integer kernel, per block (0: the usual number).
     """
 
     kernel: str
@@ -84,8 +83,7 @@ class LevelLinear(ABC):
 class FewRowsLinear(LevelLinear):
     """A Linear of one of our CUDA kernels (:mod:`subspec.kernels.few_rows`); on a CPU its torch reference.
 
-    Args:
-        splits: slices of the input dimension; 0: a rule of thumb.
+    ``splits``: slices of the input dimension; 0: a rule of thumb.
     """
 
     parts = ("weight.words", "weight.scales")

@@ -149,11 +149,7 @@ class Store(ABC, Generic[T]):
         return name in self._files
 
     def get(self, index: Index, *, ahead: bool = True) -> T | None:
-        """A result; None if it is not kept, or damaged.
-
-        Args:
-            ahead: read the result of the next number ahead.
-        """
+        """A result; None if it is not kept, or damaged. ``ahead``: read the result of the next number ahead."""
         if not self.has(index):
             return None
         begun = self._ahead.pop(index, None)
@@ -215,11 +211,7 @@ class Store(ABC, Generic[T]):
     # ------------------------------------------------------------------------------------------- writing
 
     def put(self, index: Index, content: Callable[[], Sequence[Content]]) -> None:
-        """Write a result behind, after the one before it.
-
-        Args:
-            content: pieces of the file in their order; called in the thread.
-        """
+        """Write a result behind, after the one before it; ``content`` (pieces of its file) is called in the thread."""
         self.flush()
         if self.trouble is None and not self._locked:
             self._acquire()

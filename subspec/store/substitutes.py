@@ -111,12 +111,7 @@ def _serialized(layer: Layer) -> bytes:
 
 
 class CachedQuantizer(FormatQuantizer):
-    """A quantizer whose results are kept on disk.
-
-    Args:
-        inner: has its formats.
-        store: closed by its owner.
-    """
+    """The quantizer ``inner`` with results kept in ``store``, which its owner closes."""
 
     def __init__(self, inner: FormatQuantizer, store: SubstituteStore) -> None:
         super().__init__(inner.default, inner.by_linear)
@@ -141,10 +136,8 @@ class CachedQuantizer(FormatQuantizer):
     ) -> dict[str, QuantizedWeight] | None:
         """A layer's codes from the disk alone, not counted as read; None: some are not kept.
 
-        The exact weights are not compared: the caller has to check that they are the same.
-
-        Args:
-            shapes: of the layer's quantized weights, by the module's path.
+        The exact weights are not compared: the caller has to check that they are the same. ``shapes``: of the layer's
+        quantized weights, by the module's path.
         """
         found: dict[str, QuantizedWeight] = {}
         for module, (n, k) in shapes.items():
@@ -162,11 +155,7 @@ class CachedQuantizer(FormatQuantizer):
 
 
 class CachedModules:
-    """HQQ's quantizer of modules with results kept on disk; a context manager for the store.
-
-    Args:
-        inner: quantizes what the store does not have.
-    """
+    """HQQ's quantizer of modules (``inner``) with results kept on disk; a context manager for the store."""
 
     def __init__(self, inner: HqqQuantizer, store: SubstituteStore) -> None:
         self.inner, self.store = inner, store
