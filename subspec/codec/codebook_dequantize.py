@@ -26,7 +26,6 @@ class Rotated:
 
     Attributes:
         out: the result: bfloat16 [n, k], contiguous, 4-byte aligned.
-        linear: the fused Linear.
         first, interleaved: its rows (:class:`~subspec.codec.restore.Rows`).
     """
 

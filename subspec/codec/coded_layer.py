@@ -60,9 +60,7 @@ class CodedLayer:
 
     Attributes:
         exact: shapes of the parameters that are not coded, laid out in front by
-            :func:`~subspec.targets.layer_bytes.parameter_views`.
-        exact_bytes: of them.
-        nbytes: of everything.
+            :func:`~subspec.targets.layer_bytes.parameter_views`; ``exact_bytes`` of them.
     """
 
     exact: Mapping[str, torch.Size]
@@ -85,12 +83,7 @@ class Encoder:
     def add(
         self, name: str, role: str, rows: Rows, weight: Tensor, codes: QuantizedWeight, linear: LevelLinear
     ) -> None:
-        """Append a matrix.
-
-        Args:
-            weight: bfloat16 [n, k].
-            codes: its quantized form.
-            linear: the substitute's fused Linear, of which ``rows`` are made of ``codes``.
+        """Append a matrix, bfloat16 [n, k]; ``rows`` of the substitute's fused ``linear`` are made of its ``codes``.
 
         Raises:
             SubspecError: it is not restored bit for bit (a defect of this device or its software).
@@ -138,8 +131,7 @@ def encode_layer(
 
     Args:
         tensors: the layer's parameters by name, bfloat16.
-        codes: of the substitute's Linears, by parameter name.
-        substitute: made of these codes.
+        codes: of the substitute's Linears, by parameter name; ``substitute`` is made of them.
 
     Returns:
         The layout of the bytes, and the bytes, uint8 on the tensors' device.

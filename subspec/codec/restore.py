@@ -36,12 +36,7 @@ Kernel = tuple[str, int]
 
 @dataclass(frozen=True)
 class Rows:
-    """A Linear's rows of a fused Linear.
-
-    Attributes:
-        first: the first of them.
-        interleaved: they alternate 16 by 16 with another Linear's (gate and up).
-    """
+    """A Linear's rows of a fused Linear, from ``first`` on; ``interleaved``: 16 by 16 with another's (gate and up)."""
 
     first: int
     interleaved: bool
@@ -78,8 +73,7 @@ class Restoration:
 
     Attributes:
         out: the result: bfloat16 [n, k], contiguous, 16-byte aligned.
-        linear: the substitute's fused Linear.
-        rows: the Linear's rows of it.
+        linear: the substitute's fused Linear, of which ``rows`` are the Linear's.
         spans: of the code.
         margin: see :class:`~subspec.codec.format.Coded`.
     """

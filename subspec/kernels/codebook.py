@@ -70,9 +70,6 @@ def pack(pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, 
         table: int32 [4 ** bits], two bfloat16 each, the first one in the low half.
         tiles: 2 or 4 tiles of 16 rows per block.
         swiglu: rows are interleaved gate and up (:func:`subspec.kernels.few_rows.interleave`).
-
-    Raises:
-        ValueError: an interleaved weight has no whole tiles.
     """
     n, count = pairs.shape
     rows = tiles * 16

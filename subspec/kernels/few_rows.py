@@ -44,10 +44,9 @@ class PackedWeight(ABC):
     """A quantized weight in a kernel's order.
 
     Attributes:
-        words: int32 [blocks, steps, tiles, ...], the weights.
+        words: int32 [blocks, steps, tiles, ...].
         scales: float16 [blocks, ...].
         out_features: rows of the weight, without the padding to whole blocks.
-        bits: per weight.
         swiglu: whether rows alternate, 16 by 16, between a gate and an up projection.
 
     Raises:

@@ -85,7 +85,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
         swiglu: rows are interleaved gate and up (see :func:`~subspec.kernels.few_rows.interleave`).
 
     Raises:
-        ValueError: inputs or groups are no multiples of 64, or an interleaved weight has no whole tiles.
+        ValueError: inputs or groups are no multiples of 64.
     """
     n, k = q.shape
     if reason := unfit(k, k // scale.shape[1]):

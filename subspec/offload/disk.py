@@ -50,9 +50,7 @@ class StoredLayer:
     """A decoder layer in files.
 
     Attributes:
-        index: number of the layer.
         places: file and first byte of every parameter, by name; the parameters lie there as in memory.
-        shapes: by name.
         sha256: of the parameters' bytes in order; None: the target's own files hold them.
     """
 

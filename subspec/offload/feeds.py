@@ -59,7 +59,6 @@ class RingFeed(LayerFeed):
 
     Args:
         template: a decoder layer, copied once per slot; the copies' parameters are views into their slot.
-        layers: numbers of the layers.
         streamer: copies them; their bytes are laid out by :func:`~subspec.targets.layer_bytes.parameter_views`.
     """
 
@@ -88,10 +87,6 @@ class DiskFeed(LayerFeed):
 
     Args:
         template: a decoder layer, copied once; the copy's parameters are views into the slot of the layer in use.
-        ring: reads the layers.
-
-    Raises:
-        SubspecError: where a layer is asked for, what has become of its file.
     """
 
     streamer: DiskRing

@@ -120,9 +120,7 @@ class PlainStore:
 class LoadedStream:
     """A loaded target. Keep it alive as long as it runs: it owns the pinned memory.
 
-    Attributes:
-        builder: has built the substitute; None: there is none.
-        coded: where the coded layers came from; None: nothing is coded, or kept.
+    ``builder`` has built the substitute, if there is one; the coded layers came from ``coded``, if they are kept.
     """
 
     target: StreamedTarget

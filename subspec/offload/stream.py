@@ -22,10 +22,6 @@ class LayerRing(ABC):
     Args:
         sizes: bytes of each layer, in the order of use.
         count: number of ring slots, at least 1 and at most one per layer.
-
-    Attributes:
-        bytes_per_pass: of all layers together.
-        bytes_copied: of all copies begun so far.
     """
 
     def __init__(self, sizes: Sequence[int], count: int) -> None:
@@ -35,7 +31,7 @@ class LayerRing(ABC):
         # Copies begun so far; copy n takes layer n % len(sizes) to slot n % count.
         self._copied_count = 0
         self._used_count = 0  # layers whose readers are done, or enqueued
-        self.bytes_copied = 0
+        self.bytes_copied = 0  # of all copies begun so far
         self._taken = (0, 0.0)
 
     def prefetch(self) -> None:
@@ -119,7 +115,6 @@ class LayerStreamer(LayerRing):
     Args:
         layers: uint8 [bytes] each, pinned, in the order of use; sizes may differ.
         slots: number of ring buffers, at least 1 and at most ``len(layers)``.
-        device: of the ring.
         guard_refills: False omits the events that keep a refill from overtaking its readers (for a test of them).
     """
 

@@ -27,8 +27,7 @@ class TieredStreamer(LayerStreamer):
     Args:
         pinned: uint8 [bytes] each, pinned, by layer number.
         disk: reads the other layers; it is page-locked, and closed with this ring.
-        slots: number of ring buffers, at least 1 and at most one per layer.
-        device: of the buffers.
+        slots: number of ring buffers on ``device``, at least 1 and at most one per layer.
 
     Raises:
         SubspecError: the disk's ring cannot be page-locked.

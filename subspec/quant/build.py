@@ -18,12 +18,7 @@ from subspec.quant.quantize_model import Quantizer
 def build_quantizer(
     quant: QuantConfig, dtype: torch.dtype, device: torch.device, *, unpack: bool, what: str = "a substitute"
 ) -> Quantizer:
-    """The quantizer of a draft's Linears.
-
-    Args:
-        dtype, device: of the draft.
-        unpack: keep the quantized values as plain Linears.
-        what: the quantized model, for messages.
+    """The quantizer of a draft's Linears, packed or, with ``unpack``, plain; ``what``: the draft, for messages.
 
     Raises:
         ConfigError: ``quant`` names no quantizer.

@@ -87,7 +87,6 @@ class Rotation:
     """A fixed random rotation of the inputs of a Linear.
 
     Attributes:
-        in_features: inputs.
         padded: inputs with the zeros behind them; ``in_features`` unless that has too small a power of two.
         block: inputs that are rotated together.
         seed: of the signs.

@@ -37,12 +37,7 @@ def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) 
 
 
 class HiggsModule(nn.Module):
-    """Stands in for an ``nn.Linear``: a look-up kernel and the exact layer's bias.
-
-    Args:
-        linear: of the kernel's choice.
-        bias: of the exact Linear, shared with it.
-    """
+    """Stands in for an ``nn.Linear``: a look-up kernel, and the exact layer's bias, shared with it."""
 
     def __init__(self, linear: LevelLinear, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -61,12 +56,7 @@ class HiggsQuantizer:
     """Quantizes whole Linears with :class:`~subspec.quant.codebook_linear.HiggsFormat`.
 
     Args:
-        bits: 4, 3 or 2.
-        vector_dim: coordinates per grid point, 1 or 2.
-        group_size: weights per scale, at most: the largest multiple of 64 that divides a Linear's inputs.
-        hadamard_size: inputs that are rotated together, at most.
         kernel, hadamard: kernel of the quantized Linears, and what rotates their inputs.
-        compute_dtype, device: of the substitute.
         unpack: keep the dequantized values, rotated back, as a plain Linear: the same logits up to rounding, without
             a rotation and a look-up in every forward pass, where memory allows.
     """

@@ -88,12 +88,7 @@ def hqq_quantizer(
     bits_by: Mapping[str, int] | None = None,
     format_class: type[HqqFormat] = HqqFormat,
 ) -> FormatQuantizer:
-    """HQQ for a draft level.
-
-    Args:
-        bits: 8, 4, 3 or 2.
-        bits_by: bits of Linears (``q_proj``...) that have others.
-    """
+    """HQQ for a draft level; ``bits_by``: bits of Linears (``q_proj``...) that have others."""
     by_linear = {name: format_class(own, group_size) for name, own in (bits_by or {}).items()}
     return FormatQuantizer(format_class(bits, group_size), by_linear)
 
@@ -133,11 +128,8 @@ class HqqQuantizer:
     """Quantizes Linears to ``bits`` with one scale and zero per group of ``group_size`` weights.
 
     Args:
-        bits: 8, 4, 3 or 2.
         bits_by: of Linears (``q_proj``, ..., ``lm_head``) that have others.
-        group_size: weights per group.
         axis: 1 groups along the input dimension (what fast kernels need), 0 along the output dimension.
-        compute_dtype, device: of the substitute.
         unpack: keep the dequantized values as a plain Linear. hqq's PyTorch path unpacks every weight in every
             forward pass; unpacking once gives the same logits two to three times faster where memory allows.
     """

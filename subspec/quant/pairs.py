@@ -41,7 +41,6 @@ class QuantizedPairs(QuantizedWeight):
     Attributes:
         pairs: uint8 [n, padded / 2]: numbers of pairs of neighbours (rows of ``grid.pairs()``).
         scale: float16 [n, padded / group_size].
-        grid: the grid that weights were rounded to.
         group_size: weights along the inputs that share a scale.
         rotation: of the inputs, whose ``padded`` is the number of weights in a row.
     """
@@ -128,7 +127,6 @@ def quantize_pairs(weight: Tensor, *, bits: int, dim: int, group_size: int, hada
 
     Args:
         weight: floating [n, in_features].
-        bits, dim: of the grid.
         group_size: weights per scale, at most (see :func:`group_of`).
         hadamard_size: inputs rotated together, at most (see :class:`~subspec.quant.hadamard.Rotation`).
     """

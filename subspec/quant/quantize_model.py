@@ -70,11 +70,9 @@ def quantize_model(
     skip_layers: list[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantReport:
-    """Replace the chosen Linears of every decoder layer, and the LM head if it is chosen, in place.
+    """Replace the Linears that ``modules`` names (or their classes) of a graph (see ``share_parameters``), in place.
 
     Args:
-        model: a graph whose modules may be replaced (see ``share_parameters``).
-        modules: names or classes of Linears.
         skip_layers: decoder layers that stay exact.
         progress: called with (layers done, layers).
 

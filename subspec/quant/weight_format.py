@@ -29,16 +29,15 @@ WHOLE_SUMS = ("gate_up", "head")
 class WeightFormat(ABC):
     """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses.
 
-    Attributes:
-        bits: per weight, without scales.
-        kernels: names of the kernels that multiply with it; the first one has a torch reference for CPUs.
+    ``bits``: per weight, without scales.
     """
 
     bits: int
 
     @property
     @abstractmethod
-    def kernels(self) -> Sequence[str]: ...
+    def kernels(self) -> Sequence[str]:
+        """Names of the kernels that multiply with it; the first one has a torch reference for CPUs."""
 
     @property
     @abstractmethod

@@ -1,7 +1,5 @@
 """The choice of tile shapes: measured once, kept, and of no consequence for bits."""
 
-import json
-
 import pytest
 import torch
 
@@ -61,17 +59,6 @@ def test_a_card_that_runs_none_is_named(tmp_path):
     with pytest.raises(SubspecError, match=r"decoding\.bitwise.*shared memory"):
         choose(tmp_path, Card(fails=range(len(CANDIDATES))))
     assert choose(tmp_path, Card()).tilings["out"] == CANDIDATES[2]  # a failure is not kept
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"format": 0}', "[]"])
-def test_a_damaged_file_is_measured_again(tmp_path, text):
-    choose(tmp_path, Card())
-    (file,) = tmp_path.iterdir()
-    file.write_text(text)
-    card = Card(best=1)
-    assert choose(tmp_path, card).tilings["out"] == CANDIDATES[1]
-    assert card.asked
-    assert json.loads(file.read_text())["microseconds"]
 
 
 def test_on_a_cpu_a_small_shape_stands_in():

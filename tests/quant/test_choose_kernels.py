@@ -123,8 +123,10 @@ def test_only_what_is_missing_is_measured(choose):
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: text.replace('"format": 1', '"format": 99'),
+        lambda text: '{"format": 0}',
         lambda text: text.replace('"for": "nvidia', '"for": "amd'),
         lambda text: "[]",
         lambda text: json.dumps({**json.loads(text), "microseconds": {"a": {"b": "fast"}}}),
