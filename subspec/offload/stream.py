@@ -115,17 +115,13 @@ class LayerStreamer(LayerRing):
     Args:
         layers: uint8 [bytes] each, pinned, in the order of use; sizes may differ.
         slots: number of ring buffers, at least 1 and at most ``len(layers)``.
-        guard_refills: False omits the events that keep a refill from overtaking its readers (for a test of them).
     """
 
-    def __init__(
-        self, layers: Sequence[Tensor], slots: int, device: torch.device, *, guard_refills: bool = True
-    ) -> None:
+    def __init__(self, layers: Sequence[Tensor], slots: int, device: torch.device) -> None:
         super().__init__([layer.numel() for layer in layers], slots)
         self.layers = list(layers)
         self.slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
         self._cuda = device.type == "cuda"
-        self._guard = guard_refills
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._finished = 0.0
         self.copy_log: EventLog | None = None
@@ -164,7 +160,7 @@ class LayerStreamer(LayerRing):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
             released = self._released[slot]
-            if self._guard and released is not None:
+            if released is not None:
                 self._stream.wait_event(released)
             begin.record()
             for place, source in parts:

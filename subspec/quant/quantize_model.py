@@ -1,6 +1,5 @@
 """Which Linears of a model are quantized, to how many bits, and their replacement by quantized modules."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,18 +62,11 @@ class QuantReport:
 
 
 def quantize_model(
-    model: PreTrainedModel,
-    quantizer: Quantizer,
-    *,
-    modules: list[str],
-    skip_layers: list[int],
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, quantizer: Quantizer, *, modules: list[str], skip_layers: list[int]
 ) -> QuantReport:
     """Replace the Linears that ``modules`` names (or their classes) of a graph (see ``share_parameters``), in place.
 
-    Args:
-        skip_layers: decoder layers that stay exact.
-        progress: called with (layers done, layers).
+    The decoder layers ``skip_layers`` stay exact.
 
     Raises:
         ConfigError: unknown modules or layers.
@@ -94,8 +86,6 @@ def quantize_model(
                 continue
             setattr(layer.get_submodule(parent_path), name, quantizer.quantize(module, full))
             report.count(name, module.weight.numel(), quantizer.stored_bytes(module, full))
-        if progress is not None:
-            progress(index + 1, len(layers))
     if HEAD in names:  # a copy of the draft's own: the target's, tied or not, stays exact
         head = model.get_output_embeddings()
         model.set_output_embeddings(quantizer.quantize(head, HEAD))

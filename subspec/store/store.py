@@ -94,7 +94,8 @@ class Store(ABC, Generic[T]):
             self._check_owned()
         elif cache is not Cache.off:
             cache_limit()  # refused before anything is done
-            self.folder = self._cache_folder()
+            text = json.dumps({"kind": self.name, "format": self.format, **self.facts}, sort_keys=True)
+            self.folder = cache_root() / "substitutes" / hashlib.sha256(text.encode()).hexdigest()[:24]
             touch(self.folder)  # another process must not evict it while it is read
         self.trouble = "quant.cache=off" if self.folder is None else None
         self.read = self.made = 0
@@ -268,10 +269,6 @@ class Store(ABC, Generic[T]):
             writing.result()
 
     # ------------------------------------------------------------------------------------------- the folder
-
-    def _cache_folder(self) -> Path:
-        text = json.dumps({"kind": self.name, "format": self.format, **self.facts}, sort_keys=True)
-        return cache_root() / "substitutes" / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
