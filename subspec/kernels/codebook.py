@@ -3,16 +3,14 @@
 y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k / 2]][k % 2] * x[row, k]
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels.compile import compile_cuda, problem
-from subspec.kernels.few_rows import STEP, WARPS, PackedWeight, eights_of
+from subspec.kernels.compile import problem
+from subspec.kernels.few_rows import STEP, WARPS, PackedWeight, compiled, eights_of
 
 PACK_BYTES = 1 << 28
 
@@ -103,22 +101,10 @@ def _words(pairs: Tensor, bits: int) -> Tensor:
     return words.transpose(-1, -2)
 
 
-@functools.cache
-def _kernel(bits: int, group_steps: int, tiles: int, eights: int, swiglu: bool, device: int) -> Any:
-    settings = {
-        "BITS": bits,
-        "GROUP_STEPS": group_steps,
-        "TILES": tiles,
-        "WARPS": WARPS,
-        "EIGHTS": eights,
-        "SWIGLU": int(swiglu),
-    }
-    return compile_cuda(["few_rows.cu", "codebook.cu"], settings, "codebook_linear", device)
-
-
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
-    return problem(lambda: _kernel(4, 4, 2, 1, False, torch.cuda.current_device()))
+    macros = {"BITS": 4, "GROUP_STEPS": 4, "TILES": 2, "WARPS": WARPS, "EIGHTS": 1, "SWIGLU": 0}
+    return problem(lambda: compiled("codebook", torch.cuda.current_device(), **macros))
 
 
 def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
@@ -131,7 +117,8 @@ def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -
     """
     rows, (blocks, steps) = x.shape[0], weight.words.shape[:2]
     device, (eights, pieces) = x.device.index or 0, eights_of(rows)
-    kernel = _kernel(weight.bits, weight.group_steps, weight.tiles, eights, weight.swiglu, device)
+    macros = {"BITS": weight.bits, "GROUP_STEPS": weight.group_steps, "TILES": weight.tiles}
+    macros |= {"WARPS": WARPS, "EIGHTS": eights, "SWIGLU": int(weight.swiglu)}
     sources = [weight.words, weight.scales, weight.table]
     args = [*sources, x, out, rows, weight.padded, steps, -(-steps // splits)]
-    kernel(grid=(blocks, splits, pieces), block=(WARPS * 32, 1, 1), args=args)
+    compiled("codebook", device, **macros)(grid=(blocks, splits, pieces), block=(WARPS * 32, 1, 1), args=args)

@@ -1,15 +1,19 @@
 """Weights of the kernels for a draft level's few rows (``csrc/few_rows.cu``): their order, activation and launches.
 
 The kernels are compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit is needed. A
-launch takes any number of rows, and reads the weights from memory once for every 32 of them.
+launch takes any number of rows, and reads the weights once for every 32 of them.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from subspec.kernels.compile import compile_cuda
 
 STEP = 64
 """Inputs that a warp takes at once: four tensor-core instructions."""
@@ -18,6 +22,12 @@ WARPS = 8
 
 MOST_EIGHTS = 4
 """Eights of rows that a block of threads multiplies with: more take registers that cost more than reading again."""
+
+
+@functools.cache
+def compiled(name: str, device: int, **macros: int) -> Any:
+    """The kernel ``<name>_linear`` of ``<name>.cu``."""
+    return compile_cuda(["few_rows.cu", f"{name}.cu"], macros, f"{name}_linear", device)
 
 
 def eights_of(rows: int) -> tuple[int, int]:

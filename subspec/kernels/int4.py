@@ -5,17 +5,15 @@ same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low 
 exact in bfloat16, sums and the scales applied to them are float32.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import launch
-from subspec.kernels.compile import compile_cuda, problem
-from subspec.kernels.few_rows import WARPS, PackedWeight, eights_of
+from subspec.kernels.compile import problem
+from subspec.kernels.few_rows import WARPS, PackedWeight, compiled, eights_of
 
 GROUP = 64
 """Inputs that share a scale and a zero in the kernel's order; larger groups repeat theirs."""
@@ -126,22 +124,10 @@ def random_packed(n: int, k: int, *, tiles: int, bits: int, swiglu: bool, device
     return PackedInt4(words, meta, n, bits, swiglu)
 
 
-@functools.cache
-def _kernel(tiles: int, warps: int, eights: int, planes: int, swiglu: bool, overlap: bool, device: int) -> Any:
-    settings = {
-        "TILES": tiles,
-        "WARPS": warps,
-        "EIGHTS": eights,
-        "PLANES": planes,
-        "SWIGLU": int(swiglu),
-        "OVERLAP": int(overlap),
-    }
-    return compile_cuda(["few_rows.cu", "int4.cu"], settings, "int4_linear", device)
-
-
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
-    return problem(lambda: _kernel(4, WARPS, 1, 1, False, False, torch.cuda.current_device()))
+    macros = {"TILES": 4, "WARPS": WARPS, "EIGHTS": 1, "PLANES": 1, "SWIGLU": 0, "OVERLAP": 0}
+    return problem(lambda: compiled("int4", torch.cuda.current_device(), **macros))
 
 
 def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
@@ -155,6 +141,7 @@ def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps
     """
     rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
     device, (eights, pieces) = x.device.index or 0, eights_of(rows)
-    settings = weight.tiles, warps, eights, weight.planes, weight.swiglu, launch.is_overlapping(), device
+    macros = {"TILES": weight.tiles, "WARPS": warps, "EIGHTS": eights, "PLANES": weight.planes}
+    macros |= {"SWIGLU": int(weight.swiglu), "OVERLAP": int(launch.is_overlapping())}
     args = [weight.words, weight.scales, x, out, rows, weight.padded, groups, -(-groups // splits)]
-    launch.launch(_kernel(*settings), (blocks, splits, pieces), warps * 32, args)
+    launch.launch(compiled("int4", device, **macros), (blocks, splits, pieces), warps * 32, args)
