@@ -5,7 +5,6 @@ are kept in a :class:`~subspec.kernels.timing.TimesFile`. Bits do not depend on 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +27,6 @@ PARTIAL_ROLES = ("qkv", "out", "down")
 Timer = Callable[[Tiling, str, int, int], float]
 
 
-@dataclass(frozen=True)
-class TilingChoice:
-    """Tile shapes by role, and how many roles were measured in this run."""
-
-    tilings: dict[str, Tiling]
-    measured: int
-
-
 def choose_tilings(
     shapes: Mapping[str, tuple[int, int]],
     dtype: torch.dtype,
@@ -44,8 +35,8 @@ def choose_tilings(
     note: Note = print_note,
     folder: Path | None = None,
     timer: Timer | None = None,
-) -> TilingChoice:
-    """The fastest shape for every matrix.
+) -> dict[str, Tiling]:
+    """The fastest shape for every matrix, by role.
 
     Args:
         shapes: outputs and inputs by role.
@@ -56,7 +47,7 @@ def choose_tilings(
         SubspecError: no candidate runs on this card.
     """
     if timer is None and device.type != "cuda":
-        return TilingChoice(dict.fromkeys(shapes, REFERENCE), 0)
+        return dict.fromkeys(shapes, REFERENCE)
     timer = timer or (lambda tiling, role, n, k: tile_time(tiling, role, n, k, dtype, device))
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     file = TimesFile(card, ["kernels"], note, folder, "invariant")
@@ -80,7 +71,7 @@ def choose_tilings(
             reasons = "; ".join(dict.fromkeys(failed.values()))
             raise SubspecError(f"decoding.bitwise: no tile shape runs on this card ({reasons})")
         picked[role] = by_name[min(times, key=times.__getitem__)]
-    return TilingChoice(picked, len(missing))
+    return picked
 
 
 @torch.inference_mode()
