@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels.compile import problem
-from subspec.kernels.few_rows import STEP, WARPS, PackedWeight, compiled, eights_of
+from subspec.kernels.few_rows import STEP, WARPS, PackedWeight, compiled
 
 PACK_BYTES = 1 << 28
 
@@ -25,12 +25,21 @@ class PackedCodebook(PackedWeight):
         table: int32 [4 ** bits], two bfloat16 each.
     """
 
+    kernel = "codebook"
     table: Tensor
 
     @property
     def group_steps(self) -> int:
         """Steps of 64 inputs that share a scale."""
         return self.words.shape[1] // self.scales.shape[1]
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {"BITS": self.bits, "GROUP_STEPS": self.group_steps}
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return [self.words, self.scales, self.table]
 
     def unpack_pairs(self) -> tuple[Tensor, Tensor]:
         """Arguments of :func:`pack`: pairs uint8 [out_features, inputs / 2], scale float16 [out_features, groups]."""
@@ -105,20 +114,3 @@ def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
     macros = {"BITS": 4, "GROUP_STEPS": 4, "TILES": 2, "WARPS": WARPS, "EIGHTS": 1, "SWIGLU": 0}
     return problem(lambda: compiled("codebook", torch.cuda.current_device(), **macros))
-
-
-def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel.
-
-    Args:
-        x: rotated inputs, bfloat16 [rows, inputs], contiguous.
-        out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
-            [rows, padded / 2] and ``splits`` 1.
-    """
-    rows, (blocks, steps) = x.shape[0], weight.words.shape[:2]
-    device, (eights, pieces) = x.device.index or 0, eights_of(rows)
-    macros = {"BITS": weight.bits, "GROUP_STEPS": weight.group_steps, "TILES": weight.tiles}
-    macros |= {"WARPS": WARPS, "EIGHTS": eights, "SWIGLU": int(weight.swiglu)}
-    sources = [weight.words, weight.scales, weight.table]
-    args = [*sources, x, out, rows, weight.padded, steps, -(-steps // splits)]
-    compiled("codebook", device, **macros)(grid=(blocks, splits, pieces), block=(WARPS * 32, 1, 1), args=args)

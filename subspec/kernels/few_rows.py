@@ -7,12 +7,13 @@ launch takes any number of rows, and reads the weights once for every 32 of them
 import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.kernels import launch
 from subspec.kernels.compile import compile_cuda
 
 STEP = 64
@@ -54,6 +55,8 @@ class PackedWeight(ABC):
     """A quantized weight in a kernel's order.
 
     Attributes:
+        kernel: name of its file.
+        overlaps: whether its launches overlap inside :func:`subspec.kernels.launch.overlapping`.
         words: int32 [blocks, steps, tiles, ...].
         scales: float16 [blocks, ...].
         out_features: rows of the weight, without the padding to whole blocks.
@@ -63,6 +66,8 @@ class PackedWeight(ABC):
         ValueError: an interleaved weight has no whole tiles.
     """
 
+    kernel: ClassVar[str]
+    overlaps: ClassVar[bool] = False
     words: Tensor
     scales: Tensor
     out_features: int
@@ -92,6 +97,33 @@ class PackedWeight(ABC):
         """Slices of the inputs that give every multiprocessor a few blocks to overlap loads with."""
         blocks, steps = self.words.shape[:2]
         return max(1, min(-(-3 * multiprocessors // blocks), steps // WARPS))
+
+    @property
+    @abstractmethod
+    def macros(self) -> dict[str, int]:
+        """Of the kernel, besides those that all have."""
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The kernel's first arguments."""
+        return [self.words, self.scales]
+
+    def multiply(self, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
+        """Run the kernel.
+
+        Args:
+            x: bfloat16 [rows, inputs], contiguous.
+            out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
+                [rows, padded / 2] and ``splits`` 1.
+            warps: of a block, which share the steps of its slice.
+        """
+        rows, (blocks, steps) = x.shape[0], self.words.shape[:2]
+        device, (eights, pieces) = x.device.index or 0, eights_of(rows)
+        macros = {"TILES": self.tiles, "WARPS": warps, "EIGHTS": eights, "SWIGLU": int(self.swiglu)}
+        kernel = compiled(self.kernel, device, **macros, **self.macros)
+        args = [*self.sources, x, out, rows, self.padded, steps, -(-steps // splits)]
+        with launch.overlapping(self.overlaps and launch.is_overlapping()):
+            launch.launch(kernel, (blocks, splits, pieces), warps * 32, args)
 
     @abstractmethod
     def unpack(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from subspec.kernels import launch
 from subspec.kernels.compile import problem
-from subspec.kernels.few_rows import WARPS, PackedWeight, compiled, eights_of
+from subspec.kernels.few_rows import WARPS, PackedWeight, compiled
 
 GROUP = 64
 """Inputs that share a scale and a zero in the kernel's order; larger groups repeat theirs."""
@@ -31,10 +31,17 @@ class PackedInt4(PackedWeight):
         scales: float16 [blocks, groups * planes, 8, 2 * tiles, 2]: scale and zero of each row.
     """
 
+    kernel = "int4"
+    overlaps = True
+
     @property
     def planes(self) -> int:
         """Nibbles per integer."""
         return planes_of(self.bits)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {"PLANES": self.planes, "OVERLAP": int(launch.is_overlapping())}
 
     def unpack_integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments of :func:`pack`: uint8 [out_features, inputs], float32 scales and zeros per 64 inputs."""
@@ -128,20 +135,3 @@ def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
     macros = {"TILES": 4, "WARPS": WARPS, "EIGHTS": 1, "PLANES": 1, "SWIGLU": 0, "OVERLAP": 0}
     return problem(lambda: compiled("int4", torch.cuda.current_device(), **macros))
-
-
-def linear(weight: PackedInt4, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
-    """Run the kernel; inside :func:`subspec.kernels.launch.overlapping` its launch overlaps.
-
-    Args:
-        x: bfloat16 [rows, inputs], contiguous.
-        out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
-            [rows, padded / 2] and ``splits`` 1.
-        warps: of a block, 4 or 8, which share the groups of its slice.
-    """
-    rows, (blocks, groups) = x.shape[0], weight.words.shape[:2]
-    device, (eights, pieces) = x.device.index or 0, eights_of(rows)
-    macros = {"TILES": weight.tiles, "WARPS": warps, "EIGHTS": eights, "PLANES": weight.planes}
-    macros |= {"SWIGLU": int(weight.swiglu), "OVERLAP": int(launch.is_overlapping())}
-    args = [weight.words, weight.scales, x, out, rows, weight.padded, groups, -(-groups // splits)]
-    launch.launch(compiled("int4", device, **macros), (blocks, splits, pieces), warps * 32, args)

@@ -94,9 +94,6 @@ class CodebookLinear(FewRowsLinear):
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(self._rotate(x, self.rotation))
 
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        codebook.linear(self.weight, x, out, splits=self.splits)
-
 
 @dataclass(frozen=True)
 class HiggsFormat(WeightFormat):

@@ -81,21 +81,14 @@ class QuantizedIntegers(QuantizedWeight):
 
 
 class Int4Linear(FewRowsLinear):
-    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`); ``warps`` per block, 0: the usual number."""
+    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`)."""
 
     kind = "int4_mma"
     weight: int4.PackedInt4
 
-    def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
-        super().__init__(weight, splits)
-        self.warps = warps or int4.WARPS
-
     def quantized(self) -> QuantizedIntegers:
         """In groups of 64."""
         return QuantizedIntegers(*self.weight.unpack_integers(), int4.GROUP, self.weight.bits)
-
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels.few_rows import PackedWeight, apply_swiglu
+from subspec.kernels.few_rows import WARPS, PackedWeight, apply_swiglu
 from subspec.quant.quantized_weight import QuantizedWeight
 
 
@@ -83,21 +83,17 @@ class LevelLinear(ABC):
 class FewRowsLinear(LevelLinear):
     """A Linear of one of our CUDA kernels (:mod:`subspec.kernels.few_rows`); on a CPU its torch reference.
 
-    ``splits``: slices of the input dimension; 0: a rule of thumb.
+    ``splits``: slices of the input dimension; 0: a rule of thumb. ``warps``: per block; 0: the usual number.
     """
 
     parts = ("weight.words", "weight.scales")
 
-    def __init__(self, weight: PackedWeight, splits: int = 0) -> None:
-        self.weight, self.swiglu = weight, weight.swiglu
+    def __init__(self, weight: PackedWeight, splits: int = 0, warps: int = 0) -> None:
+        self.weight, self.swiglu, self.warps = weight, weight.swiglu, warps or WARPS
         self.stride, self.nbytes = weight.padded, weight.nbytes
         if weight.words.is_cuda and not weight.swiglu:  # the activation needs whole sums
             count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
             self.splits = splits or weight.splits_for(count)
-
-    @abstractmethod
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        """Write the result."""
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
@@ -110,7 +106,7 @@ class FewRowsLinear(LevelLinear):
         else:
             out = torch.empty(self.splits, rows, width, dtype=torch.float32, device=x.device)
         if x.is_cuda:
-            self.launch(x, out)
+            self.weight.multiply(x, out, splits=self.splits, warps=self.warps)
         return out
 
 

@@ -119,7 +119,7 @@ def test_the_kernel_computes_the_reference(rows, bits, n, k, tiles, swiglu, warp
     weight = int4.pack(*integers(n, k, bits, device="cuda"), tiles=tiles, bits=bits, swiglu=swiglu)
     x, splits = inputs(rows, k, "cuda"), 1 if swiglu else 3
     out = empty_output(weight, rows, splits, "cuda")
-    int4.linear(weight, x, out, splits=splits, warps=warps)
+    weight.multiply(x, out, splits=splits, warps=warps)
     check(weight, x, out, 1e-3)
 
 
