@@ -22,7 +22,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_attention import Heads, attend, path_table, splits_of
-from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, Tiling, multiply, split_k
+from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, multiply, split_k
 from tests.helpers.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -324,10 +324,6 @@ def test_every_pass_gives_a_token_the_same_logits_on_a_gpu(case, lengths, nodes,
         expected = model.float()(text[None]).logits[0]
     # No less exact than the library's own bfloat16.
     assert (logits.float() - expected).abs().mean() < 1.5 * (module - expected).abs().mean() + 1e-3
-
-
-def test_a_tile_shape_names_itself():
-    assert str(Tiling(64, 128, 64, 4, 3)) == "64x128x64 warps 4 stages 3"
 
 
 def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
