@@ -294,7 +294,10 @@ def _load_shared(
 
 
 def _code_head(shared: dict[str, Tensor], builder: SubstituteBuilder, room: int) -> HeadCode:
-    """Build the draft's LM head and code the exact one by it, which leaves ``shared``; ``room``: a layer's buffer."""
+    """Build the draft's LM head and code the exact one by it, which is removed from ``shared``.
+
+    ``room``: bytes of the buffer that layers are restored into.
+    """
     exact, codes = shared.pop(HEAD), list[QuantizedWeight]()
     builder.head = builder.build_head(exact, codes)
     assert builder.head is not None  # the plan codes no head where the draft has none

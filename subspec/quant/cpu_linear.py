@@ -43,8 +43,10 @@ TINY = 1e-30
 
 
 class CpuLinear(LevelLinear):
-    """A call maps floating [rows, in] to floating [1, rows, outputs], or, with ``swiglu``, of outputs that are gate,
-    then up, to the activation [rows, outputs / 2]."""
+    """A call maps floating [rows, in] to floating [1, rows, outputs], or to the activation [rows, outputs / 2].
+
+    ``swiglu``: the outputs are gate, then up; the result is their activation.
+    """
 
     def __init__(self, outputs: int, nbytes: int, swiglu: bool) -> None:
         self.stride, self.nbytes, self.swiglu = outputs, nbytes, swiglu

@@ -27,9 +27,9 @@ from subspec.quant.hadamard import Rotation, library_problem, radices, rotate, r
 from subspec.quant.level_linear import Variant
 from subspec.quant.pairs import quantize_pairs
 from subspec.utils.capture import capturing
+from tests.quant.test_higgs import GRIDS, relative
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-GRIDS = [(bits, dim) for bits in (2, 3, 4) for dim in (1, 2)]
 
 
 def codes_of(n, k, bits=4, dim=2, group=256, device="cpu", seed=0):
@@ -40,10 +40,6 @@ def codes_of(n, k, bits=4, dim=2, group=256, device="cpu", seed=0):
 def inputs(rows, k, device="cpu"):
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(5))
     return x.to(device, torch.bfloat16)
-
-
-def relative(approximate, exact):
-    return float((approximate.float() - exact).norm() / exact.norm())
 
 
 def packed_of(codes, tiles=2):

@@ -31,7 +31,7 @@ def codes_of(weight, bits=4, dim=2):
 
 
 def relative(approximate, exact):
-    return float((approximate - exact).norm() / exact.norm())
+    return float((approximate.float() - exact).norm() / exact.norm())
 
 
 def linear_of(weight, bias=None):
