@@ -17,16 +17,14 @@ class Quantizer(Protocol):
     """Quantizes a whole Linear to a module."""
 
     name: str
+    backend: str
+    """Implementation of the quantized Linears' forward pass, for records."""
 
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
         """A quantized module in place of ``linear``, which stays unchanged; ``name``: its path, for messages."""
 
     def stored_bytes(self, linear: nn.Linear, name: str) -> int:
         """Bytes of the quantized weights, scales and zeros, without the bias."""
-
-    @property
-    def backend(self) -> str:
-        """Implementation of the quantized Linears' forward pass, for records."""
 
 
 @dataclass

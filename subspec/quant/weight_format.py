@@ -27,40 +27,23 @@ WHOLE_SUMS = ("gate_up", "head")
 
 
 class WeightFormat(ABC):
-    """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses.
-
-    ``bits``: per weight, without scales.
-    """
+    """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses."""
 
     bits: int
-
-    @property
-    @abstractmethod
-    def kernels(self) -> Sequence[str]:
-        """Names of the kernels that multiply with it; the first one has a torch reference for CPUs."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """``4 bit``, for people and records."""
-
-    @property
-    @abstractmethod
-    def detail(self) -> str:
-        """``groups of 64``, for people and records."""
+    """Per weight, without scales."""
+    kernels: Sequence[str]
+    """Names of the kernels that multiply with it; the first one has a torch reference for CPUs."""
+    name: str
+    """``4 bit``, for people and records."""
+    detail: str
+    """``groups of 64``, for people and records."""
+    key: str
+    """Part of the key of kernels' times: everything that they depend on besides the shape."""
+    facts: dict[str, Any]
+    """Everything that quantized weights follow from besides the weight (JSON types): a cache's key."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.detail}"
-
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """Part of the key of kernels' times: everything that they depend on besides the shape."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Everything that quantized weights follow from besides the weight (JSON types): a cache's key."""
 
     # ------------------------------------------------------------------------------------- quantizing
 
