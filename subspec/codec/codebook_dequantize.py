@@ -45,15 +45,8 @@ class Rotated:
         packed, rotation = self.linear.weight, self.linear.rotation
         signs = rotation.signs(self.out.device, torch.float32)
         sources = [tensor.data_ptr() for tensor in (packed.words, packed.scales, packed.table, signs, self.out)]
-        return [
-            *sources,
-            *self.out.shape,
-            packed.tiles,
-            packed.group_steps,
-            self.first,
-            int(self.interleaved),
-            float_bits(rotation.block**-0.5),
-        ]
+        place = [self.first, int(self.interleaved), float_bits(rotation.block**-0.5)]
+        return [*sources, *self.out.shape, packed.tiles, packed.group_steps, *place]
 
 
 def dequantizing(parts: Sequence[Rotated]) -> list[GroupedLaunch]:

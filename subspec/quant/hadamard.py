@@ -152,19 +152,11 @@ def rotate_triton(x: Tensor, rotation: Rotation) -> Tensor:
     rows = x.shape[0]
     out = torch.empty(rows, rotation.padded, dtype=torch.bfloat16, device=x.device)
     first, second, third = radices(rotation.block)
+    signs, factor = rotation.signs(x.device, torch.float32), rotation.block**-0.5
     rotate_inputs[(rows, rotation.padded // rotation.block)](
-        x,
-        rotation.signs(x.device, torch.float32),
-        out,
-        rotation.in_features,
-        rotation.padded,
-        rotation.block**-0.5,
-        BLOCK=rotation.block,
-        FIRST=first,
-        SECOND=second,
-        THIRD=third,
-        num_warps=4,
-    )
+        x, signs, out, rotation.in_features, rotation.padded, factor,
+        BLOCK=rotation.block, FIRST=first, SECOND=second, THIRD=third, num_warps=4,
+    )  # fmt: skip
     return out
 
 
