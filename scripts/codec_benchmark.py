@@ -22,14 +22,14 @@ from subspec.levels.build import ROLES, SubstituteBuilder
 from subspec.offload.bandwidth import measure_link
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, hqq_quantizer
-from subspec.quant.weight_format import WeightFormat, WeightQuantizer
+from subspec.quant.weight_format import FormatQuantizer, WeightFormat
 from subspec.targets.layer_bytes import PlainCodec, parameter_views
 from subspec.targets.planted import PlantedSource
 
 FORMATS = "hqq4,hqq8,hqq3,hqq2,higgs4,higgs3,higgs2"
 
 
-def substitute_of(name: str) -> tuple[WeightQuantizer, WeightFormat, str]:
+def substitute_of(name: str) -> tuple[FormatQuantizer, WeightFormat, str]:
     """Quantizer, format and kernel of ``hqq4``, ``higgs3``..."""
     method, bits = name[:-1], int(name[-1])
     if method == "higgs":

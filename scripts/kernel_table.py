@@ -97,20 +97,20 @@ def settings(name: str, files: Iterable[str], **macros: Iterable[int]) -> list[C
     ]
 
 
-WIDE = "int4_wide"
-FEW_ROWS, WORDS, RESTORE = "few_rows.cu", "int4_words.cu", "restore.cu"
+WIDE = "int4_wide_linear"
+FEW_ROWS, RESTORE = "few_rows.cu", "restore.cu"
 TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 
 CUDA = [
     *settings(
-        "int4_linear", [FEW_ROWS, WORDS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
+        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
         SWIGLU=BOTH, OVERLAP=BOTH,
     ),
     *(
         kernel
         for warps, own in int4.WIDE_SETTINGS.items()
         for kernel in settings(
-            WIDE, [FEW_ROWS, WORDS, "int4_wide.cu"], TILES=TILES, WARPS=(warps,), EIGHTS=int4.WIDE_EIGHTS,
+            WIDE, [FEW_ROWS, "int4_wide.cu"], TILES=TILES, WARPS=(warps,), EIGHTS=int4.WIDE_EIGHTS,
             SWIGLU=BOTH, OVERLAP=BOTH, **{key: (value,) for key, value in own.items()},
         )
     ),

@@ -26,7 +26,6 @@ class Rotated:
 
     Attributes:
         out: the result: bfloat16 [n, k], contiguous, 4-byte aligned.
-        linear: the fused Linear.
         first, interleaved: its rows (:class:`~subspec.codec.restore.Rows`).
     """
 
@@ -45,43 +44,27 @@ class Rotated:
         """All fields of ``Rotated`` but the last one."""
         packed, rotation = self.linear.weight, self.linear.rotation
         signs = rotation.signs(self.out.device, torch.float32)
-        sources = [tensor.data_ptr() for tensor in (packed.words, packed.scale, packed.table, signs, self.out)]
-        group_steps = packed.steps // packed.scale.shape[1]
-        return [
-            *sources,
-            *self.out.shape,
-            packed.tiles,
-            group_steps,
-            self.first,
-            int(self.interleaved),
-            float_bits(rotation.block**-0.5),
-        ]
+        sources = [tensor.data_ptr() for tensor in (packed.words, packed.scales, packed.table, signs, self.out)]
+        place = [self.first, int(self.interleaved), float_bits(rotation.block**-0.5)]
+        return [*sources, *self.out.shape, packed.tiles, packed.group_steps, *place]
 
 
-class Dequantizer:
-    """Dequantizes several Linears, in one launch for all with the same bits and blocks.
+def dequantizing(parts: Sequence[Rotated]) -> list[GroupedLaunch]:
+    """Launches that dequantize several Linears, one for all with the same bits and blocks.
 
     Args:
-        parts: on one CUDA device, where they stay; may be empty.
+        parts: on one CUDA device. The caller keeps them, and their tensors where they are: tables hold addresses.
     """
-
-    def __init__(self, parts: Sequence[Rotated]) -> None:
-        self._parts = parts  # they own the memory that the tables point to
-        self._launches: list[GroupedLaunch] = []
-        alike: dict[tuple[int, int], list[Rotated]] = {}
-        for part in parts:
-            steps = part.linear.rotation.block // LEAST_BLOCK
-            alike.setdefault((part.linear.weight.bits, steps), []).append(part)
-        for (bits, steps), members in alike.items():
-            device = members[0].out.device
-            kernel = _kernel(bits, steps, device.index or 0)
-            described = [(part.describe(), part.blocks) for part in members]
-            self._launches.append(GroupedLaunch(kernel, described, 32 * steps, device))
-
-    def __call__(self) -> None:
-        """Write all of them."""
-        for launch in self._launches:
-            launch()
+    alike: dict[tuple[int, int], list[Rotated]] = {}
+    for part in parts:
+        steps = part.linear.rotation.block // LEAST_BLOCK
+        alike.setdefault((part.linear.weight.bits, steps), []).append(part)
+    launches = []
+    for (bits, steps), members in alike.items():
+        device = members[0].out.device
+        kernel = _kernel(bits, steps, device.index or 0)
+        launches.append(GroupedLaunch(kernel, [(own.describe(), own.blocks) for own in members], 32 * steps, device))
+    return launches
 
 
 @functools.cache

@@ -30,19 +30,14 @@ ITEMSIZE = 2
 
 @dataclass(frozen=True)
 class HeadCode:
-    """A coded LM head.
-
-    Attributes:
-        parts: slices of rows, ascending, that together are all rows.
-        flat: the code, uint8 on the device.
-    """
+    """A coded LM head: slices of rows, ascending, that together are all rows, and their code, uint8 on the device."""
 
     parts: tuple[CodedPart, ...]
     flat: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of the code."""
+        """Device bytes."""
         return self.flat.numel()
 
     @property
@@ -85,8 +80,7 @@ class CodedHead:
     """Multiplies with a coded LM head.
 
     Args:
-        code: of the exact head.
-        substitute: the draft's head that it was coded with.
+        substitute: the draft's head that ``code`` was made with.
         buffer: uint8, what slices are restored into; layers are, too. This is safe: a pass restores the head after its
             last layer was computed and before the next pass restores its first one, all of it on the current stream.
             What runs ahead on other streams fills ring slots and drafts, and does not touch the buffer.

@@ -15,6 +15,7 @@ from torch import Tensor
 from subspec.codec.format import encode
 from subspec.codec.restore import Restoration, Restorer, Rows, Spans, restore_into
 from subspec.errors import SubspecError
+from subspec.kernels.timing import EventLog, logged
 from subspec.levels.build import ROLES
 from subspec.levels.model import LevelLayer
 from subspec.quant.level_linear import LevelLinear
@@ -59,9 +60,7 @@ class CodedLayer:
 
     Attributes:
         exact: shapes of the parameters that are not coded, laid out in front by
-            :func:`~subspec.targets.layer_bytes.parameter_views`.
-        exact_bytes: of them.
-        nbytes: of everything.
+            :func:`~subspec.targets.layer_bytes.parameter_views`; ``exact_bytes`` of them.
     """
 
     exact: Mapping[str, torch.Size]
@@ -71,14 +70,9 @@ class CodedLayer:
 
 
 class Encoder:
-    """Codes matrices into one run of bytes, and proves each: it is restored and compared bit by bit.
+    """Codes matrices into one run of bytes behind ``first`` free ones, and proves each: it is restored and compared.
 
-    Args:
-        first: bytes to leave free in front.
-
-    Attributes:
-        parts: the matrices so far.
-        nbytes: of the run so far.
+    ``parts`` and ``nbytes`` are those so far.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -89,12 +83,7 @@ class Encoder:
     def add(
         self, name: str, role: str, rows: Rows, weight: Tensor, codes: QuantizedWeight, linear: LevelLinear
     ) -> None:
-        """Append a matrix.
-
-        Args:
-            weight: bfloat16 [n, k].
-            codes: its quantized form.
-            linear: the substitute's fused Linear, of which ``rows`` are made of ``codes``.
+        """Append a matrix, bfloat16 [n, k]; ``rows`` of the substitute's fused ``linear`` are made of its ``codes``.
 
         Raises:
             SubspecError: it is not restored bit for bit (a defect of this device or its software).
@@ -142,8 +131,7 @@ def encode_layer(
 
     Args:
         tensors: the layer's parameters by name, bfloat16.
-        codes: of the substitute's Linears, by parameter name.
-        substitute: made of these codes.
+        codes: of the substitute's Linears, by parameter name; ``substitute`` is made of them.
 
     Returns:
         The layout of the bytes, and the bytes, uint8 on the tensors' device.
@@ -162,14 +150,13 @@ def encode_layer(
 
 
 class LayerRestorer:
-    """Restores layers in one buffer.
+    """Restores layers in one buffer on ``device``.
 
     Args:
         layers: layouts of the coded layers, by layer number.
         substitute: the fused layers, all of them.
         shapes: of a layer's parameters.
         resident: bytes of the coded layers that stay on the device.
-        device: of the buffer.
 
     Attributes:
         parameters: views into the buffer by parameter name: the parameters of the layer restored last.
@@ -196,20 +183,16 @@ class LayerRestorer:
             )
             for index, layer in layers.items()
         }
-        self.log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self.log: EventLog | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """See :func:`bits_per_weight`."""
+        return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
     def restore(self, index: int, flat: Tensor) -> None:
         """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
-        if self.log is None:
-            self._restore(index, flat)
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._restore(index, flat)
-        end.record()
-        self.log.append((index, begin, end))
-
-    def _restore(self, index: int, flat: Tensor) -> None:
-        exact = self.layers[index].exact_bytes
-        self.buffer[:exact].copy_(flat[:exact])
-        self._restorers[index](flat)
+        with logged(self.log, index):
+            exact = self.layers[index].exact_bytes
+            self.buffer[:exact].copy_(flat[:exact])
+            self._restorers[index](flat)

@@ -3,32 +3,40 @@
 Layers that an earlier run coded are taken from the disk (:mod:`subspec.codec.coded_cache`), without the exact weights.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from subspec.codec.coded_cache import CodedCache, KeptLayer, codes_checksum
-from subspec.codec.coded_layer import CodedLayer, LayerRestorer, bits_per_weight, encode_layer
+from subspec.codec.coded_layer import CodedLayer, LayerRestorer, encode_layer
 from subspec.codec.restore import Restorer
 from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.model import LevelLayer
-from subspec.quant.quantized_weight import QuantizedWeight
 from subspec.targets.layer_bytes import parameter_views
 from subspec.targets.source import LayerSource
 from subspec.utils.checksum import checksum
 from subspec.utils.pinned import PinnedBuffer
 
-Pinned = Callable[[int], Tensor]
-"""Makes page-locked memory of so many bytes: uint8."""
+
+class HostMemory(Protocol):
+    """Page-locked host memory (:class:`subspec.offload.loader.PinnedMemory`): uint8."""
+
+    def allocate(self, nbytes: int) -> Tensor: ...
+
+    def adopt(self, buffer: PinnedBuffer) -> Tensor: ...
 
 
 class TargetCoding:
-    """Collects coded layers.
+    """Takes a target's layers: builds the substitute's and codes the exact ones by them, or restores both from a file.
 
     Args:
-        resident: layers that the plan keeps on the device.
+        source: of the exact weights, of which only a sample is read where a layer is restored.
+        builder: of the substitute.
+        memory: of the layers that stream from host memory.
+        resident: layers that the plan keeps on ``device``.
         cache: of what earlier runs coded; None: nothing is kept.
         on_disk: layers that stream from the cache's files.
         in_files: whether all others, too, wait in their files until :meth:`place`.
@@ -39,59 +47,65 @@ class TargetCoding:
     """
 
     def __init__(
-        self, resident: set[int], cache: CodedCache | None = None, on_disk: Collection[int] = (), in_files: bool = False
+        self,
+        source: LayerSource,
+        builder: SubstituteBuilder,
+        memory: HostMemory,
+        device: torch.device,
+        *,
+        resident: set[int],
+        cache: CodedCache | None = None,
+        on_disk: Collection[int] = (),
+        in_files: bool = False,
     ) -> None:
+        self._source, self._builder, self._memory, self._device = source, builder, memory, device
         self._planned, self._cache, self.on_disk = resident, cache, on_disk
         self._in_files = in_files
         if in_files:
             assert cache is not None  # as planned
             cache.required = True
+        builder.keeps_codes = True
         self._held: dict[int, Tensor] = {}  # resident ones, on the host for now
         self.layers: dict[int, CodedLayer] = {}
         self.streamed: dict[int, Tensor] = {}
 
-    def add(
-        self,
-        index: int,
-        tensors: Mapping[str, Tensor],
-        codes: Mapping[str, QuantizedWeight],
-        substitute: LevelLayer,
-        pinned: Pinned,
-    ) -> None:
+    def needs(self, index: int) -> bool:
+        """Whether the layer has to be read, and coded unless the substitute keeps it exact."""
+        if index in self._builder.skip_layers:
+            return True
+        restored = self._restore(index)
+        if restored is not None:
+            self._builder.layers.append(restored)
+        return restored is None
+
+    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
         """Code a layer with :func:`~subspec.codec.coded_layer.encode_layer`; its exact tensors may be freed then."""
-        layer, flat = encode_layer(tensors, codes, substitute)
-        self.layers[index] = layer
+        builder = self._builder
+        builder.take(index, layer)
+        codes, builder.codes = builder.codes, {}
+        if not codes:
+            return
+        self.layers[index], flat = encode_layer(layer, codes, builder.layers[-1])
         if self._in_files:
             host = flat.cpu()
         elif index in self._planned:
             # To the host for now: the quantizer's temporaries and the resident layers need not fit at once.
             self._held[index] = host = flat.cpu()
         else:
-            self.streamed[index] = host = pinned(flat.numel())
+            self.streamed[index] = host = self._memory.allocate(flat.numel())
             host.copy_(flat)
         if self._cache is not None:
             self._cache.made += 1
             if self._cache.trouble is None:
-                checks = {name: (codes_checksum(own), checksum(tensors[name])) for name, own in codes.items()}
-                self._cache.keep(index, layer, checks, host)
+                checks = {name: (codes_checksum(own), checksum(layer[name])) for name, own in codes.items()}
+                self._cache.keep(index, self.layers[index], checks, host)
 
-    def restore(
-        self,
-        index: int,
-        source: LayerSource,
-        builder: SubstituteBuilder,
-        device: torch.device,
-        locked: Callable[[PinnedBuffer], Tensor],
-    ) -> LevelLayer | None:
-        """A layer as an earlier run coded it, checked as :mod:`subspec.codec.coded_cache` says.
+    def _restore(self, index: int) -> LevelLayer | None:
+        """The substitute of a layer as an earlier run coded it, checked as :mod:`subspec.codec.coded_cache` says.
 
-        Args:
-            source: of the exact weights, of which only a sample is read.
-            locked: page-locks memory, and keeps it.
-
-        Returns:
-            The layer's substitute; None: the layer has to be read and coded.
+        None: the layer has to be read and coded.
         """
+        source, builder, device = self._source, self._builder, self._device
         cache = self._cache
         if cache is None or not cache.has(index):
             return None
@@ -125,12 +139,10 @@ class TargetCoding:
         cache.read += 1
         cache.quantizer.store.read += modules
         self.layers[index] = kept.layer
-        if self._in_files:
-            return substitute
-        if index in self._planned:
-            self._held[index] = kept.buffer.tensor[: kept.layer.nbytes]
-        else:
-            self.streamed[index] = locked(kept.buffer)[: kept.layer.nbytes]
+        if not self._in_files:
+            resident = index in self._planned
+            flat = kept.buffer.tensor if resident else self._memory.adopt(kept.buffer)
+            (self._held if resident else self.streamed)[index] = flat[: kept.layer.nbytes]
         return substitute
 
     def _take(self, index: int) -> Tensor:
@@ -146,7 +158,7 @@ class TargetCoding:
             )
         return kept.buffer.tensor[: kept.layer.nbytes]
 
-    def place(self, room: int, slots: int, pinned: Pinned) -> None:
+    def place(self, room: int, slots: int) -> None:
         """Pin the layers that stream from host memory, after loading.
 
         Code that came out larger than planned streams instead of being resident, last layers first, until it fits.
@@ -166,22 +178,16 @@ class TargetCoding:
             resident.pop()
         self._planned = set(resident)
         for index in sorted(self.layers.keys() - {*resident, *self.on_disk, *self.streamed}):
-            self.streamed[index] = pinned(self.layers[index].nbytes)
+            self.streamed[index] = self._memory.allocate(self.layers[index].nbytes)
             self.streamed[index].copy_(self._take(index))
 
-    def decoder(
-        self, substitute: Sequence[LevelLayer], shapes: Mapping[str, torch.Size], device: torch.device
-    ) -> LayerRestorer | None:
-        """Restores the coded layers; resident ones' bytes are moved to ``device``. None: no layer is coded."""
+    def decoder(self) -> LayerRestorer | None:
+        """Restores the coded layers; resident ones' bytes are moved to the device. None: no layer is coded."""
         if not self.layers:
             return None
+        shapes, device = self._source.layer_shapes(0), self._device
         resident = {index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())}
-        return LayerRestorer(self.layers, substitute, shapes, resident, device)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """See :func:`~subspec.codec.coded_layer.bits_per_weight`."""
-        return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
+        return LayerRestorer(self.layers, self._builder.layers, shapes, resident, device)
 
 
 def _problem(kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device) -> str | None:

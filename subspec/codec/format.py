@@ -69,15 +69,6 @@ class Coded:
     shape: torch.Size
     margin: float
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that cross the link."""
-        return 4 * (self.starts.numel() + self.stream.numel())
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.shape.numel()
-
 
 @dataclass(frozen=True)
 class _Cells:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.codec.codebook_dequantize import Dequantizer, Rotated
+from subspec.codec.codebook_dequantize import Rotated, dequantizing
 from subspec.codec.format import CHUNK, Coded, restore
 from subspec.kernels import int4
 from subspec.kernels.compile import compile_cuda
@@ -30,33 +30,13 @@ KERNELS = (Int4Linear.kind, CodebookLinear.kind)
 THREADS = 128
 """Threads of a block, each of which restores a chunk."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """A CUDA kernel that restores weights.
-
-    Attributes:
-        name: of the kernel and of its file.
-        width: bits of the integers that it is compiled for; 0: it reads no integers.
-    """
-
-    name: str
-    width: int = 0
-
-    @property
-    def macros(self) -> dict[str, int]:
-        """Macros of these files."""
-        return {"WIDTH": self.width} if self.width else {}
+Kernel = tuple[str, int]
+"""A CUDA kernel that restores weights: its and its file's name, and the bits of the integers that it reads; 0: none."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A Linear's rows of a fused Linear.
-
-    Attributes:
-        first: the first of them.
-        interleaved: they alternate 16 by 16 with another Linear's (gate and up).
-    """
+    """A Linear's rows of a fused Linear, from ``first`` on; ``interleaved``: 16 by 16 with another's (gate and up)."""
 
     first: int
     interleaved: bool
@@ -93,8 +73,7 @@ class Restoration:
 
     Attributes:
         out: the result: bfloat16 [n, k], contiguous, 16-byte aligned.
-        linear: the substitute's fused Linear.
-        rows: the Linear's rows of it.
+        linear: the substitute's fused Linear, of which ``rows`` are the Linear's.
         spans: of the code.
         margin: see :class:`~subspec.codec.format.Coded`.
     """
@@ -117,10 +96,7 @@ def quantized_rows(linear: LevelLinear, rows: Rows, count: int) -> QuantizedWeig
 
 
 class Restorer:
-    """Restores several Linears whose code lies in one run of bytes, in one launch per kind of quantized weight.
-
-    Args:
-        restorations: on one device.
+    """Restores Linears on one device whose code lies in one run of bytes, in one launch per kind of quantized weight.
 
     Raises:
         TypeError: the order of a Linear's kernel is unknown.
@@ -128,31 +104,32 @@ class Restorer:
 
     def __init__(self, restorations: Sequence[Restoration]) -> None:
         self.restorations = restorations
-        self._dequantize: Dequantizer | None = None
+        self._dequantizing: list[GroupedLaunch] = []
         self._launches: list[GroupedLaunch] = []
         device = restorations[0].out.device if restorations else torch.device("cpu")
         if device.type != "cuda":
             return
-        rotated = [
-            Rotated(own.out, own.linear, own.rows.first, own.rows.interleaved)
-            for own in restorations
-            if isinstance(own.linear, CodebookLinear)
-        ]
-        self._dequantize = Dequantizer(rotated)
-        parts: dict[Source, list[tuple[list[int], int]]] = {}
+        self._dequantizing = dequantizing(
+            [
+                Rotated(own.out, own.linear, own.rows.first, own.rows.interleaved)
+                for own in restorations
+                if isinstance(own.linear, CodebookLinear)
+            ]
+        )
+        parts: dict[Kernel, list[tuple[list[int], int]]] = {}
         # The large ones first: the last blocks are then short.
         for own in sorted(restorations, key=lambda own: -own.out.numel()):
-            source, fields = describe(own)
-            parts.setdefault(source, []).append((fields, blocks_of(own.out)))
+            kernel, fields = describe(own)
+            parts.setdefault(kernel, []).append((fields, blocks_of(own.out)))
         self._launches = [
-            GroupedLaunch(_kernel(source, device.index or 0), members, THREADS, device)
-            for source, members in parts.items()
+            GroupedLaunch(_kernel(*kernel, device.index or 0), members, THREADS, device)
+            for kernel, members in parts.items()
         ]
 
     def __call__(self, flat: Tensor) -> None:
         """Write every weight from ``flat`` (uint8, 4-byte aligned, on the weights' device)."""
-        if self._dequantize is not None:
-            self._dequantize()
+        for launch in self._dequantizing:
+            launch()
         for launch in self._launches:
             launch(flat)
         if flat.is_cuda:
@@ -174,15 +151,15 @@ def blocks_of(out: Tensor) -> int:
     return -(-out.numel() // (CHUNK * THREADS))
 
 
-def describe(own: Restoration) -> tuple[Source, list[int]]:
+def describe(own: Restoration) -> tuple[Kernel, list[int]]:
     """The kernel for a Linear, and all fields of ``Part`` but the last one."""
     linear, out, reach = own.linear, own.out, 0.5 + own.margin
     if isinstance(linear, Int4Linear):
-        source, packed = Source("restore_integers", linear.weight.bits), linear.weight
-        addresses = [packed.words.data_ptr(), packed.meta.data_ptr()]
+        kernel, packed = ("restore_integers", linear.weight.bits), linear.weight
+        addresses = [packed.words.data_ptr(), packed.scales.data_ptr()]
         form = [packed.tiles, 0, int4.GROUP]
     elif isinstance(linear, CodebookLinear):
-        source, scale, rotation = Source("restore_codebook"), linear.weight.scale, linear.rotation
+        kernel, scale, rotation = ("restore_codebook", 0), linear.weight.scales, linear.rotation
         addresses = [0, scale.data_ptr()]
         form = [linear.weight.tiles, rotation.block, rotation.padded // scale.shape[1]]
         reach = reach_factor(own.margin, rotation.block)
@@ -190,9 +167,14 @@ def describe(own: Restoration) -> tuple[Source, list[int]]:
         raise TypeError(f"the order of {linear.kind}'s weights is unknown to the codec")
     place = [own.rows.first, int(own.rows.interleaved), float_bits(reach)]
     spans = [own.spans.starts[0], own.spans.stream[0]]
-    return source, [*spans, *addresses, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
+    return kernel, [*spans, *addresses, out.data_ptr(), out.numel(), out.shape[1], *form, *place]
 
 
 @functools.cache
-def _kernel(source: Source, device: int) -> Any:
-    return compile_cuda(["restore.cu", f"{source.name}.cu"], source.macros, source.name, device)
+def _kernel(name: str, bits: int, device: int) -> Any:
+    return compile_cuda(["restore.cu", f"{name}.cu"], macros_of(bits), name, device)
+
+
+def macros_of(bits: int) -> dict[str, int]:
+    """Macros of a :data:`Kernel`."""
+    return {"WIDTH": bits} if bits else {}

@@ -83,7 +83,7 @@ def choose_bitwise(
     if not reason:
         matrices = PassShapes.of(model, dtype.itemsize).matrices(model.vocab_size)
         try:
-            return Bitwise(tilings=choose_tilings(matrices, dtype, device, note=note).tilings)
+            return Bitwise(tilings=choose_tilings(matrices, dtype, device, note=note))
         except SubspecError as error:
             if asked is True:
                 raise

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from subspec.config.quant_checks import linear_names
 from subspec.config.schema import Cache, QuantConfig
 from subspec.quant.build import build_quantizer
+from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import HEAD, Quantizer, QuantReport, quantize_model
-from subspec.store.substitutes import CachedModules, StorableQuantizer, SubstituteStore
+from subspec.store.substitutes import CachedModules, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.console import Note
 
@@ -56,7 +57,7 @@ def _cached_modules(
     quantizer: Quantizer, model: PreTrainedModel, quant: QuantConfig, identity: str, dtype: torch.dtype, note: Note
 ) -> CachedModules | None:
     """``quantizer`` with its results of earlier runs; None if its results cannot be stored."""
-    if not isinstance(quantizer, StorableQuantizer):
+    if not isinstance(quantizer, HqqQuantizer):
         return None
     facts = {"target": identity, "dtype": str(dtype), **quantizer.facts}
     config = model.config

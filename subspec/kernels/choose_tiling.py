@@ -5,7 +5,6 @@ are kept in a :class:`~subspec.kernels.timing.TimesFile`. Bits do not depend on 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,18 +27,6 @@ PARTIAL_ROLES = ("qkv", "out", "down")
 Timer = Callable[[Tiling, str, int, int], float]
 
 
-@dataclass(frozen=True)
-class TilingChoice:
-    """Tile shapes by role.
-
-    Attributes:
-        measured: roles measured in this run.
-    """
-
-    tilings: dict[str, Tiling]
-    measured: int
-
-
 def choose_tilings(
     shapes: Mapping[str, tuple[int, int]],
     dtype: torch.dtype,
@@ -48,8 +35,8 @@ def choose_tilings(
     note: Note = print_note,
     folder: Path | None = None,
     timer: Timer | None = None,
-) -> TilingChoice:
-    """The fastest shape for every matrix.
+) -> dict[str, Tiling]:
+    """The fastest shape for every matrix, by role.
 
     Args:
         shapes: outputs and inputs by role.
@@ -60,7 +47,7 @@ def choose_tilings(
         SubspecError: no candidate runs on this card.
     """
     if timer is None and device.type != "cuda":
-        return TilingChoice(dict.fromkeys(shapes, REFERENCE), 0)
+        return dict.fromkeys(shapes, REFERENCE)
     timer = timer or (lambda tiling, role, n, k: tile_time(tiling, role, n, k, dtype, device))
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     file = TimesFile(card, ["kernels"], note, folder, "invariant")
@@ -68,13 +55,12 @@ def choose_tilings(
     keys = {role: f"{role} {n}x{k} {str(dtype).removeprefix('torch.')}" for role, (n, k) in wanted.items()}
     by_name = {str(tiling): tiling for tiling in CANDIDATES}
     missing = [role for role in wanted if not file.times.get(keys[role])]
+    failed: dict[str, str] = {}
     if missing:
         note("measuring the kernels of batch-invariant passes on this card, once: some seconds")
-    failed: dict[str, str] = {}
-    for role in missing:  # a candidate may need more shared memory than the card has
-        calls = {name: partial(timer, tiling, role, *wanted[role]) for name, tiling in by_name.items()}
-        failed |= file.measure(keys[role], calls)
-    if missing:
+        for role in missing:  # a candidate may need more shared memory than the card has
+            calls = {name: partial(timer, tiling, role, *wanted[role]) for name, tiling in by_name.items()}
+            failed |= file.measure(keys[role], calls)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         file.write()
@@ -85,7 +71,7 @@ def choose_tilings(
             reasons = "; ".join(dict.fromkeys(failed.values()))
             raise SubspecError(f"decoding.bitwise: no tile shape runs on this card ({reasons})")
         picked[role] = by_name[min(times, key=times.__getitem__)]
-    return TilingChoice(picked, len(missing))
+    return picked
 
 
 @torch.inference_mode()

@@ -1,69 +1,71 @@
 """Linear layers whose weights are looked up in a codebook of pairs: packing, the CUDA kernel, its torch reference.
 
-    y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k / 2]][k % 2] * x[row, k]
-
-The kernel (``codebook.cu``) is compiled once per process by the run-time compiler that ships with PyTorch; no CUDA
-toolkit is needed. It computes up to eight rows in one launch.
+y[row, n] = sum over groups of scale[n, group] * sum_k table[pair[n, k / 2]][k % 2] * x[row, k]
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels.activation import apply_swiglu
-from subspec.kernels.compile import compile_cuda, problem
-from subspec.kernels.int4 import eights_of
+from subspec.kernels.compile import problem
+from subspec.kernels.few_rows import STEP, WARPS, PackedWeight, compiled
 
-STEP = 64
-"""Inputs that a warp takes at once: four tensor-core instructions."""
-
-WARPS = 8
 PACK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class PackedCodebook:
+class PackedCodebook(PackedWeight):
     """Pairs in the kernel's order.
 
     Attributes:
         words: int32; with 4 bits [blocks, steps, tiles, 32 lanes, 4], else [blocks, steps, tiles, bits, 32 lanes].
-        scale: float16 [blocks, groups, 8, tiles, 2]: of rows g and g + 8 of each tile.
+        scales: float16 [blocks, groups, 8, tiles, 2]: of rows g and g + 8 of each tile.
         table: int32 [4 ** bits], two bfloat16 each.
-        out_features: rows of the weight, without the padding to whole blocks.
-        bits: per weight.
-        swiglu: whether rows alternate, 16 by 16, between a gate and an up projection.
     """
 
-    words: Tensor
-    scale: Tensor
+    kernel = "codebook"
     table: Tensor
-    out_features: int
-    bits: int
-    swiglu: bool
 
     @property
-    def tiles(self) -> int:
-        """16-row tiles per block."""
-        return self.words.shape[2]
+    def group_steps(self) -> int:
+        """Steps of 64 inputs that share a scale."""
+        return self.words.shape[1] // self.scales.shape[1]
 
     @property
-    def steps(self) -> int:
-        """Steps of 64 inputs."""
-        return self.words.shape[1]
+    def macros(self) -> dict[str, int]:
+        return {"BITS": self.bits, "GROUP_STEPS": self.group_steps}
 
     @property
-    def padded(self) -> int:
-        """Rows with padding: the row stride of the kernel's output."""
-        return self.words.shape[0] * self.tiles * 16
+    def sources(self) -> list[Tensor]:
+        return [self.words, self.scales, self.table]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of words and scales."""
-        return self.words.numel() * 4 + self.scale.numel() * 2
+    def unpack_pairs(self) -> tuple[Tensor, Tensor]:
+        """Arguments of :func:`pack`: pairs uint8 [out_features, inputs / 2], scale float16 [out_features, groups]."""
+        blocks, steps, tiles = self.words.shape[:3]
+        if self.bits == 4:
+            pairs = self.words.view(torch.uint8).int()
+        else:
+            words = self.words.transpose(-1, -2).contiguous()
+            bytes_ = words.view(torch.uint8).view(*words.shape, 4)
+            low = bytes_[..., :2, :].flatten(-2).int()
+            pairs = torch.stack([low & 15, low >> 4], dim=-1).flatten(-2)
+            if self.bits == 3:
+                shifts = torch.arange(0, 8, 2, device=words.device, dtype=torch.int32)
+                high = bytes_[..., 2, :].int().unsqueeze(-1) >> shifts & 3
+                pairs = pairs | high.flatten(-2) << 4
+        pairs = pairs.view(blocks, steps, tiles, 8, 4, 4, 2, 2).permute(0, 2, 7, 3, 1, 4, 5, 6)
+        pairs = pairs.reshape(blocks * tiles * 16, steps * STEP // 2).to(torch.uint8)
+        scale = self.scales.permute(0, 3, 4, 2, 1).reshape(blocks * tiles * 16, -1)
+        return pairs[: self.out_features], scale[: self.out_features]
+
+    def unpack(self) -> Tensor:
+        """Of the rotated weight."""
+        pairs, scale = self.unpack_pairs()
+        values = self.table.view(torch.bfloat16).view(-1, 2).float()[pairs.int()].flatten(1)
+        groups = values.view(values.shape[0], scale.shape[1], -1)
+        return (groups * scale.float().unsqueeze(-1)).flatten(1)
 
 
 def pack(pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, swiglu: bool = False) -> PackedCodebook:
@@ -74,14 +76,9 @@ def pack(pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, 
         scale: float16 [n, groups].
         table: int32 [4 ** bits], two bfloat16 each, the first one in the low half.
         tiles: 2 or 4 tiles of 16 rows per block.
-        swiglu: rows are interleaved gate and up (:func:`subspec.kernels.int4.interleave`).
-
-    Raises:
-        ValueError: an interleaved weight has no whole tiles.
+        swiglu: rows are interleaved gate and up (:func:`subspec.kernels.few_rows.interleave`).
     """
     n, count = pairs.shape
-    if swiglu and n % 32:
-        raise ValueError(f"{n} interleaved rows are not a multiple of 32")
     rows = tiles * 16
     padding = -n % rows
     scale = functional.pad(scale, (0, 0, 0, padding))
@@ -97,7 +94,7 @@ def pack(pairs: Tensor, scale: Tensor, table: Tensor, *, bits: int, tiles: int, 
         part = part.view(-1, tiles, 2, 8, steps, 4, 4, 2).permute(0, 4, 1, 3, 5, 6, 7, 2)
         words[start : start + at_once] = _words(part.reshape(-1, steps, tiles, 32, 16), bits)
     scale = scale.view(blocks, tiles, 2, 8, -1).permute(0, 4, 3, 1, 2).contiguous()
-    return PackedCodebook(words, scale, table, n, bits, swiglu)
+    return PackedCodebook(words, scale, n, bits, swiglu, table)
 
 
 def _words(pairs: Tensor, bits: int) -> Tensor:
@@ -113,79 +110,7 @@ def _words(pairs: Tensor, bits: int) -> Tensor:
     return words.transpose(-1, -2)
 
 
-def unpack_pairs(weight: PackedCodebook) -> tuple[Tensor, Tensor]:
-    """Arguments of :func:`pack`: pairs uint8 [out_features, inputs / 2], scale float16 [out_features, groups]."""
-    blocks, steps, tiles = weight.words.shape[:3]
-    if weight.bits == 4:
-        pairs = weight.words.view(torch.uint8).int()
-    else:
-        words = weight.words.transpose(-1, -2).contiguous()
-        bytes_ = words.view(torch.uint8).view(*words.shape, 4)
-        low = bytes_[..., :2, :].flatten(-2).int()
-        pairs = torch.stack([low & 15, low >> 4], dim=-1).flatten(-2)
-        if weight.bits == 3:
-            shifts = torch.arange(0, 8, 2, device=words.device, dtype=torch.int32)
-            high = bytes_[..., 2, :].int().unsqueeze(-1) >> shifts & 3
-            pairs = pairs | high.flatten(-2) << 4
-    pairs = pairs.view(blocks, steps, tiles, 8, 4, 4, 2, 2).permute(0, 2, 7, 3, 1, 4, 5, 6)
-    pairs = pairs.reshape(blocks * tiles * 16, steps * STEP // 2).to(torch.uint8)
-    scale = weight.scale.permute(0, 3, 4, 2, 1).reshape(blocks * tiles * 16, -1)
-    return pairs[: weight.out_features], scale[: weight.out_features]
-
-
-def unpack(weight: PackedCodebook) -> Tensor:
-    """The rotated weight, float32 [out_features, inputs]."""
-    pairs, scale = unpack_pairs(weight)
-    values = weight.table.view(torch.bfloat16).view(-1, 2).float()[pairs.int()].flatten(1)
-    groups = values.view(values.shape[0], scale.shape[1], -1)
-    return (groups * scale.float().unsqueeze(-1)).flatten(1)
-
-
-def reference(weight: PackedCodebook, x: Tensor) -> Tensor:
-    """Result of :func:`linear` in float32 torch: [rows, out_features], or the SwiGLU of it."""
-    y = x.float() @ unpack(weight).t()
-    return apply_swiglu(y) if weight.swiglu else y
-
-
-@functools.cache
-def _kernel(bits: int, group_steps: int, tiles: int, eights: int, swiglu: bool, device: int) -> Any:
-    settings = {
-        "BITS": bits,
-        "GROUP_STEPS": group_steps,
-        "TILES": tiles,
-        "WARPS": WARPS,
-        "EIGHTS": eights,
-        "SWIGLU": int(swiglu),
-    }
-    return compile_cuda(["few_rows.cu", "codebook.cu"], settings, "codebook_linear", device)
-
-
 def unavailable() -> str | None:
     """Why the kernel cannot run here, in a few words; None if it can."""
-    return problem(lambda: _kernel(4, 4, 2, 1, False, torch.cuda.current_device()))
-
-
-def splits_for(weight: PackedCodebook, multiprocessors: int) -> int:
-    """Slices of the input dimension that give every multiprocessor a few blocks to overlap loads with."""
-    if weight.swiglu:
-        return 1  # the activation needs the whole sum
-    wanted = -(-3 * multiprocessors // weight.words.shape[0])
-    return max(1, min(wanted, weight.steps // WARPS))
-
-
-def linear(weight: PackedCodebook, x: Tensor, out: Tensor, *, splits: int = 1) -> None:
-    """Run the kernel.
-
-    Args:
-        x: rotated inputs, bfloat16 [rows, inputs], contiguous.
-        out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
-            [rows, padded / 2] and ``splits`` 1.
-    """
-    steps, group_steps = weight.steps, weight.steps // weight.scale.shape[1]
-    (eights, pieces), device = eights_of(x.shape[0]), x.device.index or 0
-    kernel = _kernel(weight.bits, group_steps, weight.tiles, eights, weight.swiglu, device)
-    kernel(
-        grid=(weight.words.shape[0], splits, pieces),
-        block=(WARPS * 32, 1, 1),
-        args=[weight.words, weight.scale, weight.table, x, out, x.shape[0], weight.padded, steps, -(-steps // splits)],
-    )
+    macros = {"BITS": 4, "GROUP_STEPS": 4, "TILES": 2, "WARPS": WARPS, "EIGHTS": 1, "SWIGLU": 0}
+    return problem(lambda: compiled("codebook", torch.cuda.current_device(), **macros))

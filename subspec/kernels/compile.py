@@ -10,13 +10,9 @@ import torch
 def compile_cuda(
     sources: Sequence[str], settings: Mapping[str, int], name: str, device: int, capability: str | None = None
 ) -> Any:
-    """Compile a kernel.
+    """Compile a kernel from files of ``kernels/csrc`` (as one) and macros by name, for the CUDA device of a number.
 
     Args:
-        sources: files of ``kernels/csrc``, compiled as one.
-        settings: macros by name.
-        name: of the kernel.
-        device: number of the CUDA device.
         capability: compute capability with a suffix for instructions of one architecture, like ``90a``; None: the
             device's.
     """
@@ -28,11 +24,7 @@ def compile_cuda(
 
 
 def problem(trial: Callable[[], object]) -> str | None:
-    """Why sources for tensor cores cannot be compiled here, in a few words; None if they can.
-
-    Args:
-        trial: compiles one of them.
-    """
+    """Why sources for tensor cores cannot be compiled here, in a few words; None if ``trial`` compiles one of them."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):

@@ -142,12 +142,8 @@ class CpuKernels:
         self._library = ctypes.CDLL(str(path))
         self._library.subspec_scratch_bytes.restype = ctypes.c_int64
         self._scratch = Scratch()
-        self._layer, self._linear, self._norm = (
-            self._library.subspec_layer,
-            self._library.subspec_linear,
-            self._library.subspec_norm,
-        )
-        number, address = ctypes.c_int64, ctypes.c_void_p
+        library, number, address = self._library, ctypes.c_int64, ctypes.c_void_p
+        self._layer, self._linear, self._norm = library.subspec_layer, library.subspec_linear, library.subspec_norm
         self._layer.argtypes = [address] * 4
         self._linear.argtypes = [address, address, number, number, number, address, address, number]
         self._norm.argtypes = [address, address, number, number, ctypes.c_float, address]
@@ -167,9 +163,8 @@ class CpuKernels:
         rows, inputs = x.shape
         y = torch.empty(rows, outputs)
         scratch = self._scratch.at_least(rows * inputs * 2 + 1024)
-        threads = torch.get_num_threads()
-        at = ctypes.addressof(matrix)
-        self._linear(at, x.data_ptr(), rows, inputs, outputs, y.data_ptr(), scratch, threads)
+        places = x.data_ptr(), rows, inputs, outputs, y.data_ptr(), scratch
+        self._linear(ctypes.addressof(matrix), *places, torch.get_num_threads())
         return y
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,10 +12,8 @@ class GroupedLaunch:
     """A launch of a kernel whose first argument is the table, and whose last is the number of its rows.
 
     Args:
-        kernel: of :func:`subspec.kernels.compile.compile_cuda`.
         parts: each Linear's fields (64-bit integers), to which its first block is appended, and its number of blocks.
         threads: per block.
-        device: of the table.
     """
 
     def __init__(self, kernel: Any, parts: Sequence[tuple[list[int], int]], threads: int, device: torch.device) -> None:

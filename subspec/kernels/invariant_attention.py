@@ -105,46 +105,16 @@ def attend(
         outs, maxima, sums = partial[: sum(sizes)].split(sizes)
         own = slice(first, first + count)
         invariant.attention[(heads.kv, splits, -(-count * group // TILE))](
-            query[own],
-            keys,
-            values,
-            positions[own],
-            prefix,
-            paths[own] if is_tree else paths,
-            outs,
-            maxima,
-            sums,
-            count,
-            int(not is_tree),
-            width,
-            count,
-            keys.stride(1),
-            keys.stride(0),
-            scale,
-            Q_HEADS=heads.query,
-            KV_HEADS=heads.kv,
-            D=heads.dim,
-            D_BLOCK=block,
-            TILE=TILE,
-            BLOCK=heads.block,
-            SPLIT=SPLIT,
-            OPERAND=operand(query),
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+            query[own], keys, values, positions[own], prefix, paths[own] if is_tree else paths, outs, maxima, sums,
+            count, int(not is_tree), width, count, keys.stride(1), keys.stride(0), scale,
+            Q_HEADS=heads.query, KV_HEADS=heads.kv, D=heads.dim, D_BLOCK=block,
+            TILE=TILE, BLOCK=heads.block, SPLIT=SPLIT, OPERAND=operand(query),
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
         invariant.merge[(count, heads.query)](
-            outs,
-            maxima,
-            sums,
-            positions[own],
-            out[own],
-            count,
-            Q_HEADS=heads.query,
-            D=heads.dim,
-            D_BLOCK=block,
-            SPLIT=SPLIT,
-            num_warps=1,
-        )
+            outs, maxima, sums, positions[own], out[own], count,
+            Q_HEADS=heads.query, D=heads.dim, D_BLOCK=block, SPLIT=SPLIT, num_warps=1,
+        )  # fmt: skip
 
 
 def path_table(ancestors: Tensor, depths: Tensor, levels: int) -> Tensor:

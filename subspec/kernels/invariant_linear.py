@@ -81,8 +81,7 @@ def multiply(
 
     Args:
         x: [rows, k].
-        weights: one to three matrices [n_i, k], of one dtype.
-        biases: [n_i] of each, all or none.
+        weights, biases: of one to three matrices [n_i, k] of one dtype; all or no biases.
         out: [rows, sum of n_i] in the dtype of ``x``: the result; its rows may be strided. Or float32
             [parts, rows, sum of n_i], rows of which may be a slice: the parts of :func:`split_k`, whose sum it is.
     """

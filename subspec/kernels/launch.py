@@ -102,34 +102,24 @@ def is_overlapping() -> bool:
     return _on
 
 
-def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_double:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_double(value)
-
-
-def launch(
-    kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int | float], shared: int = 0
-) -> None:
+def launch(kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int]) -> None:
     """Launch a kernel of PyTorch's run-time compiler on the current stream.
 
     Args:
         kernel: of ``torch.cuda._compile_kernel``; inside :func:`overlapping` it must keep the module's rule.
         block: threads per block.
-        args: tensors for pointers, integers for ``int``, floats for ``double``.
-        shared: bytes of dynamic shared memory.
+        args: tensors for pointers, integers for ``int``.
     """
     if not _on:
-        kernel(grid=grid, block=(block, 1, 1), args=list(args), shared_mem=shared)
+        kernel(grid=grid, block=(block, 1, 1), args=list(args))
         return
-    values = [_argument(arg) for arg in args]
+    values = [ctypes.c_void_p(own.data_ptr()) if isinstance(own, Tensor) else ctypes.c_int(own) for own in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
     attribute.value[0] = 1
     config = _Config(
         grid=grid,
         block=(block, 1, 1),
-        shared=shared,
         stream=torch.cuda.current_stream().cuda_stream,
         attributes=ctypes.pointer(attribute),
         count=1,

@@ -157,7 +157,6 @@ def tree_attention(
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     kv_head, split = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = q_heads // kv_heads
@@ -219,7 +218,6 @@ def merge_attention(
     """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: bfloat16 [rows, q_heads * D]."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, D)
@@ -241,7 +239,6 @@ def sum_slices(partial, out, rows, n, stride, SLICES: tl.constexpr, BLOCK: tl.co
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -265,7 +262,6 @@ def block_candidates(
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +19,23 @@ ROUNDS = 3
 
 FORMAT = 1
 """Of the file."""
+
+
+EventLog = list[tuple[int, torch.cuda.Event, torch.cuda.Event]]
+"""Number of a layer, and the events around its work."""
+
+
+@contextmanager
+def logged(log: EventLog | None, layer: int) -> Iterator[None]:
+    """Append the work of a layer to ``log``; None: record nothing."""
+    if log is None:
+        yield
+        return
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    yield
+    end.record()
+    log.append((layer, begin, end))
 
 
 def graph_time(call: Callable[[], object], repeats: int = 20) -> float:
@@ -56,18 +74,13 @@ def source_hash(packages: Iterable[str]) -> str:
 
 
 class TimesFile:
-    """Microseconds by key and candidate, in ``<card>-<torch>-<hash of the sources>.json``.
+    """Microseconds by key and candidate (``times``), in ``<card>-<torch>-<hash of the sources>.json``.
 
     Args:
-        card: the device's name.
         packages: of the kernels and of everything that launches them (:func:`source_hash`).
         note: receives a message if the file cannot be read or written.
         folder: of the file; that of the cache if None.
         subject: part of the file's name.
-
-    Attributes:
-        path: of the file.
-        times: microseconds by key and candidate.
     """
 
     def __init__(
@@ -79,13 +92,10 @@ class TimesFile:
         self.times = self._read(note)
 
     def measure(self, key: str, candidates: Mapping[str, Callable[[], float]]) -> dict[str, str]:
-        """Add the times of the candidates that ``key`` lacks.
-
-        Args:
-            candidates: calls that return seconds; any exception means that a candidate does not run here.
+        """Add the times of the candidates that ``key`` lacks: calls that return seconds.
 
         Returns:
-            First line of the error of every candidate that failed.
+            First line of the error of every candidate that failed; any exception means that it does not run here.
         """
         times, failed = self.times.setdefault(key, {}), {}
         for name, seconds in candidates.items():

@@ -13,7 +13,7 @@ from subspec.levels.model import LevelLayer, LevelModel
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.level_linear import Dense, LevelLinear, Variant
 from subspec.quant.quantized_weight import QuantizedWeight, stack_rows
-from subspec.quant.weight_format import TILES, WeightFormat, WeightQuantizer
+from subspec.quant.weight_format import TILES, FormatQuantizer, WeightFormat
 from subspec.utils.rounding import round_up
 
 ROLES = {
@@ -68,7 +68,7 @@ class SubstituteBuilder:
     def __init__(
         self,
         config: PretrainedConfig,
-        quantizer: WeightQuantizer,
+        quantizer: FormatQuantizer,
         *,
         kernel: str | Mapping[str, Variant],
         keep_exact: frozenset[str],

@@ -16,12 +16,12 @@ from subspec.levels.build import ROLES, check_biases, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, check_group_size, hqq_quantizer
 from subspec.quant.quantize_model import HEAD
-from subspec.quant.weight_format import WeightFormat, WeightQuantizer
+from subspec.quant.weight_format import FormatQuantizer, WeightFormat
 
 AUTO = "auto"
 
 TILE_ROWS = 16
-"""Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.int4.interleave`)."""
+"""Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.few_rows.interleave`)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LevelQuantization:
         keep_exact: names of the Linears that stay exact.
     """
 
-    quantizer: WeightQuantizer
+    quantizer: FormatQuantizer
     shapes: Mapping[str, tuple[int, int]]
     formats: Mapping[str, WeightFormat]
     exact: Mapping[str, tuple[int, int]]

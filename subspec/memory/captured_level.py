@@ -66,12 +66,6 @@ class _QuantizedShape(FewRowsLinear):
     def __init__(self, outputs: int, *, splits: int, swiglu: bool) -> None:
         self.stride, self.splits, self.swiglu = outputs, splits, swiglu
 
-    def reference(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
 
 def captured_draft(shape: LevelShape) -> CapturedDraft:
     """A draft of :data:`~subspec.memory.trace.LAYERS` layers on the meta device."""

@@ -25,16 +25,7 @@ def host_bytes(source: LayerSource, weight_bytes: int) -> int:
 
 
 class AccelerateTarget(TargetModel):
-    """Runs a model that accelerate has dispatched.
-
-    Args:
-        source: of the exact weights.
-        device: of the computation.
-        weight_bytes: device memory that accelerate may fill with weights.
-
-    Attributes:
-        modules_on_device, modules_offloaded: how accelerate placed the modules.
-    """
+    """Runs a model that accelerate has dispatched, with up to ``weight_bytes`` of weights on the device."""
 
     def __init__(self, source: LayerSource, device: torch.device, weight_bytes: int) -> None:
         from accelerate import dispatch_model, infer_auto_device_map

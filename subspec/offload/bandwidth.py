@@ -1,5 +1,7 @@
 """The host-to-device link of this machine, measured."""
 
+from statistics import median
+
 import torch
 
 from subspec.utils.pinned import PinnedBuffer
@@ -7,13 +9,13 @@ from subspec.utils.pinned import PinnedBuffer
 PROBE_BYTES = 256 * 2**20
 
 
-def measure_link(device: torch.device, repeats: int = 5) -> float:
-    """Bandwidth of pinned host-to-device copies of 256 MiB, in 1e9 bytes per second (median of ``repeats``)."""
+def measure_link(device: torch.device) -> float:
+    """Bandwidth of pinned host-to-device copies of 256 MiB, in 1e9 bytes per second (median of five)."""
     buffer = PinnedBuffer(PROBE_BYTES)
     try:
         target = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(6):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             target.copy_(buffer.tensor, non_blocking=True)
@@ -22,6 +24,6 @@ def measure_link(device: torch.device, repeats: int = 5) -> float:
             times.append(begin.elapsed_time(end) / 1e3)
         del target
         torch.cuda.empty_cache()  # a budget planned from this may be smaller than the probe
-        return PROBE_BYTES / sorted(times[1:])[repeats // 2] / 1e9
+        return PROBE_BYTES / median(times[1:]) / 1e9
     finally:
         buffer.close()

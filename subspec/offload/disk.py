@@ -10,10 +10,11 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import psutil
@@ -49,9 +50,7 @@ class StoredLayer:
     """A decoder layer in files.
 
     Attributes:
-        index: number of the layer.
         places: file and first byte of every parameter, by name; the parameters lie there as in memory.
-        shapes: by name.
         sha256: of the parameters' bytes in order; None: the target's own files hold them.
     """
 
@@ -106,32 +105,26 @@ def stored_layers(
     Raises:
         SubspecError: the copy does not fit on the disk.
     """
-    found: list[StoredLayer] = []
     count = source.config.num_hidden_layers
     layers = range(count) if layers is None else layers
-    for index in layers:
-        places = source.locations(index)
-        if places is None:
-            break
-        found.append(StoredLayer(index, places, source.layer_shapes(index), source.dtype))
+    own = [(index, source.locations(index), source.layer_shapes(index)) for index in layers]
+    found = [StoredLayer(index, places, shapes, source.dtype) for index, places, shapes in own if places is not None]
     if len(found) == len(layers):
         return found
-    shapes = source.layer_shapes(layers[0])
-    size = sum(shape.numel() for shape in shapes.values()) * source.dtype.itemsize
+    shapes = own[0][2]
+    sizes = [shape.numel() * source.dtype.itemsize for shape in shapes.values()]
+    offsets = dict(zip(shapes, accumulate(sizes, initial=0), strict=False))
+    expected = len(layers) * sum(sizes)
     facts = {"target": source.identity, "dtype": str(source.dtype), "layers": count}
     found = []
-    with ExactLayerStore(facts, expected_bytes=len(layers) * size, note=note) as store:
+    with ExactLayerStore(facts, expected_bytes=expected, note=note) as store:
         for index in layers:
             kept = store.file(index)
             if kept is None:
                 if not store.made:
-                    where = f"{len(layers) * size / 1e9:.1f} GB to {store.folder}"
-                    note(f"the target's layers are copied to disk, once: {where}")
+                    note(f"the target's layers are copied to disk, once: {expected / 1e9:.1f} GB to {store.folder}")
                 kept = store.write(index, source.layer(index, CPU))
-            places, offset = {}, 0
-            for name, shape in shapes.items():
-                places[name] = (kept[0], offset)
-                offset += shape.numel() * source.dtype.itemsize
+            places = {name: (kept[0], offset) for name, offset in offsets.items()}
             found.append(StoredLayer(index, places, shapes, source.dtype, kept[1]))
     return found
 
@@ -139,24 +132,19 @@ def stored_layers(
 class DirectFile:
     """A file that is read past the page cache.
 
-    Attributes:
-        direct: whether its file system allows that; otherwise pages are dropped from the cache after they were read.
+    Where its file system refuses that (not ``direct``) pages are dropped from the cache after they were read.
 
     Raises:
         SubspecError: it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.direct = path, False
-        try:
-            flag = getattr(os, "O_DIRECT", 0)
-            if flag:
-                self.direct = self._probe(flag)
+        self.path, flag = path, getattr(os, "O_DIRECT", 0)
+        with self._errors():
+            self.direct = bool(flag) and self._probe(flag)
             if not self.direct:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._identity = self._identify()
-        except OSError as error:
-            raise self._failure(error) from error
+            self._opened = os.fstat(self._fd)
 
     def _probe(self, flag: int) -> bool:
         """Open for direct reads, and try one: some file systems refuse the first, some the second."""
@@ -184,7 +172,7 @@ class DirectFile:
             SubspecError: the read fails, or the file ends early.
         """
         done = 0
-        try:
+        with self._errors():
             while done < needed:
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
                 # A direct read goes on at a whole page only.
@@ -197,8 +185,6 @@ class DirectFile:
                 done += count - rest
             if not self.direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise self._failure(error) from error
 
     def check(self) -> None:
         """Check that the file is still the one that was opened.
@@ -206,24 +192,25 @@ class DirectFile:
         Raises:
             SubspecError: it is another one, or was written to.
         """
-        try:
-            same = self._identify() == self._identity
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._errors():
+            now, before = os.fstat(self._fd), self._opened
+        same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         with suppress(OSError):  # removed: the open file still has its content
-            same = same and os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            same = same and os.path.samestat(os.stat(self.path), now)
         if not same:
             raise SubspecError(
                 f"{self.path} changed while the run read weights from it: start again, and do not write to it meanwhile"
             )
 
-    def _identify(self) -> tuple[int, int]:
-        stat = os.fstat(self._fd)
-        return stat.st_size, stat.st_mtime_ns
-
-    def _failure(self, error: OSError) -> SubspecError:
-        remedy = "copy it to another disk" if error.errno == errno.EIO else "check its disk or mount"
-        return SubspecError(f"{self.path} cannot be read: {error.strerror or error}; {remedy}, and start again")
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the system into one line with the remedy."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "copy it to another disk" if error.errno == errno.EIO else "check its disk or mount"
+            reason = error.strerror or error
+            raise SubspecError(f"{self.path} cannot be read: {reason}; {remedy}, and start again") from error
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -239,6 +226,7 @@ class DiskRing(LayerRing):
         layers: in the order of use.
         count: ring slots.
         note: told where the page cache cannot be bypassed, and about files that may lie on another machine.
+        source: of the same layers, to compare each with when it is read first; None: they are not compared.
 
     Attributes:
         direct: whether the page cache is bypassed.
@@ -248,20 +236,19 @@ class DiskRing(LayerRing):
         SubspecError: a file cannot be opened, or memory is missing.
     """
 
-    def __init__(self, layers: Sequence[StoredLayer], count: int, note: Note = print_note) -> None:
-        self.layers = list(layers)
+    def __init__(
+        self, layers: Sequence[StoredLayer], count: int, note: Note = print_note, source: LayerSource | None = None
+    ) -> None:
+        self.layers, self._source = list(layers), source
+        self._unchecked = set() if source is None else {layer.index for layer in layers}
         self._extents = [layer.extents() for layer in layers]
         super().__init__([sum(e.end - e.begin for e in extents) for extents in self._extents], count)
         names = dict.fromkeys(extent.file for extents in self._extents for extent in extents)
-        self._files: dict[Path, DirectFile] = {}
-        try:
-            for name in names:
-                self._files[name] = DirectFile(name)
-            slot_bytes = max(extents[-1].base + extents[-1].size for extents in self._extents)
-            self._buffers = [PinnedBuffer(slot_bytes, pin=False) for _ in range(count)]
-        except SubspecError:
-            self._close_files()
-            raise
+        slot_bytes = max(extents[-1].base + extents[-1].size for extents in self._extents)
+        with ExitStack() as held:
+            self._files = {name: held.enter_context(closing(DirectFile(name))) for name in names}
+            self._buffers = [held.enter_context(closing(PinnedBuffer(slot_bytes, pin=False))) for _ in range(count)]
+            self._held = held.pop_all()
         self.slots = [buffer.tensor for buffer in self._buffers]
         self._views = [memoryview(slot.numpy()) for slot in self.slots]
         self._threads = ThreadPoolExecutor(READERS, "disk")
@@ -285,7 +272,11 @@ class DiskRing(LayerRing):
         return self.layers[self._holds[slot]]
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
-        """The parameters of the layer in ``slot`` by name, as views."""
+        """The parameters of the layer in ``slot`` by name, as views.
+
+        Raises:
+            SubspecError: the layer is read for the first time, and has other weights than it should.
+        """
         layer, extents, views = self.layer_in(slot), self._extents[self._holds[slot]], {}
         for name, shape in layer.shapes.items():
             file, offset = layer.places[name]
@@ -293,6 +284,9 @@ class DiskRing(LayerRing):
             begin = extent.base + offset - extent.start
             size = shape.numel() * layer.dtype.itemsize
             views[name] = self.slots[slot][begin : begin + size].view(layer.dtype).view(shape)
+        if self._source is not None and layer.index in self._unchecked:
+            _check_first_read(layer, views, self._source)
+            self._unchecked.remove(layer.index)
         return views
 
     def facts(self) -> dict[str, object]:
@@ -351,13 +345,7 @@ class DiskRing(LayerRing):
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        self._close_files()
-        for buffer in self._buffers:
-            buffer.close()
-
-    def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._held.close()
 
 
 def measure_disk(layers: Sequence[StoredLayer], slots: int) -> float:
@@ -380,7 +368,7 @@ def measure_disk(layers: Sequence[StoredLayer], slots: int) -> float:
         ring.close()
 
 
-def check_first_read(layer: StoredLayer, read: Mapping[str, Tensor], source: LayerSource) -> None:
+def _check_first_read(layer: StoredLayer, read: Mapping[str, Tensor], source: LayerSource) -> None:
     """Compare what a ring read with the layer's checksum, or with the target's own files as every run reads them.
 
     Raises:

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from subspec.codec.coded_layer import LayerRestorer
-from subspec.offload.disk import DiskRing, check_first_read
+from subspec.offload.disk import DiskRing
 from subspec.offload.stream import LayerRing, LayerStreamer
 from subspec.targets.layer_bytes import parameter_views
 from subspec.targets.meta_model import fill
-from subspec.targets.source import LayerSource
 
 
 class LayerFeed(ABC):
@@ -60,15 +59,15 @@ class RingFeed(LayerFeed):
 
     Args:
         template: a decoder layer, copied once per slot; the copies' parameters are views into their slot.
-        layers: numbers of the layers.
         streamer: copies them; their bytes are laid out by :func:`~subspec.targets.layer_bytes.parameter_views`.
     """
+
+    streamer: LayerStreamer
 
     def __init__(
         self, template: nn.Module, layers: Collection[int], streamer: LayerStreamer, dtype: torch.dtype
     ) -> None:
-        self.layers = sorted(layers)
-        self.streamer = self._streamer = streamer
+        self.layers, self.streamer = sorted(layers), streamer
         shapes = {name: parameter.shape for name, parameter in template.named_parameters()}
         self._modules: list[nn.Module] = []
         for slot in streamer.slots:
@@ -77,10 +76,10 @@ class RingFeed(LayerFeed):
             self._modules.append(module)
 
     def acquire(self, index: int) -> nn.Module:
-        return self._modules[self._streamer.acquire()]
+        return self._modules[self.streamer.acquire()]
 
     def release(self, index: int) -> None:
-        self._streamer.release()
+        self.streamer.release()
 
 
 class DiskFeed(LayerFeed):
@@ -88,29 +87,20 @@ class DiskFeed(LayerFeed):
 
     Args:
         template: a decoder layer, copied once; the copy's parameters are views into the slot of the layer in use.
-        ring: reads the layers.
-        source: of the same layers, to compare each with when it is read first.
-
-    Raises:
-        SubspecError: where a layer is asked for, what has become of its file.
     """
 
-    def __init__(self, template: nn.Module, ring: DiskRing, source: LayerSource) -> None:
-        self.layers = [layer.index for layer in ring.layers]
-        self.streamer = self.ring = ring
-        self._module, self._source = copy.deepcopy(template), source
-        self._unchecked = {layer.index: layer for layer in ring.layers}
+    streamer: DiskRing
+
+    def __init__(self, template: nn.Module, ring: DiskRing) -> None:
+        self.layers, self.streamer = [layer.index for layer in ring.layers], ring
+        self._module = copy.deepcopy(template)
 
     def acquire(self, index: int) -> nn.Module:
-        parameters = self.ring.parameters(self.ring.acquire())
-        if (layer := self._unchecked.get(index)) is not None:
-            check_first_read(layer, parameters, self._source)
-            del self._unchecked[index]
-        fill(self._module, parameters)
+        fill(self._module, self.streamer.parameters(self.streamer.acquire()))
         return self._module
 
     def release(self, index: int) -> None:
-        self.ring.release()
+        self.streamer.release()
 
 
 class CodedFeed(LayerFeed):
@@ -122,15 +112,16 @@ class CodedFeed(LayerFeed):
         streamer: copies the bytes of the layers that are not resident; None: all are.
     """
 
+    streamer: LayerStreamer | None
+
     def __init__(self, template: nn.Module, restorer: LayerRestorer, streamer: LayerStreamer | None) -> None:
-        self.restorer = restorer
+        self.restorer, self.streamer = restorer, streamer
         self.layers, self.resident = sorted(restorer.layers), sorted(restorer.resident)
-        self.streamer = self._streamer = streamer
         self._module = copy.deepcopy(template)
         fill(self._module, restorer.parameters)
 
     def acquire(self, index: int) -> nn.Module:
-        restorer, streamer = self.restorer, self._streamer
+        restorer, streamer = self.restorer, self.streamer
         coded = restorer.resident.get(index)
         if coded is not None:
             restorer.restore(index, coded)

@@ -49,35 +49,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class LoadingPlan(Protocol):
     """The part of a plan that loading follows (:class:`subspec.planning.plan.Plan`)."""
 
-    @property
-    def resident_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def disk_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def coded_in_files(self) -> bool: ...
-
-    @property
-    def ring_slots(self) -> int: ...
-
-    @property
-    def codec(self) -> Codec: ...
-
-    @property
-    def embedding(self) -> Placement: ...
-
-    @property
-    def layer_bytes(self) -> int: ...
-
-    @property
-    def waiting_layers(self) -> int: ...
-
-    @property
-    def coded_head_bytes(self) -> int: ...
-
-    @property
-    def texts(self) -> int: ...
+    resident_layers: tuple[int, ...]
+    disk_layers: tuple[int, ...]
+    coded_in_files: bool
+    ring_slots: int
+    codec: Codec
+    embedding: Placement
+    layer_bytes: int
+    waiting_layers: int
+    coded_head_bytes: int
+    texts: int
 
 
 class LayerConsumer(Protocol):
@@ -91,11 +72,7 @@ class LayerConsumer(Protocol):
 
 
 class PinnedMemory:
-    """Page-locked host memory of a target; plain memory where there is no GPU to copy to.
-
-    Attributes:
-        buffers: all of it.
-    """
+    """Page-locked host memory of a target; plain memory where there is no GPU to copy to."""
 
     def __init__(self, device: torch.device) -> None:
         self._locks = device.type == "cuda"
@@ -123,11 +100,7 @@ class PinnedMemory:
 
 
 class PlainStore:
-    """Copies layers to pinned memory as they are.
-
-    Attributes:
-        layers: flat bytes by layer number.
-    """
+    """Copies layers to pinned memory as they are: ``layers``, flat bytes by layer number."""
 
     def __init__(self, source: LayerSource, elsewhere: set[int], memory: PinnedMemory) -> None:
         self._source, self._elsewhere, self._memory = source, elsewhere, memory
@@ -143,53 +116,16 @@ class PlainStore:
         write_layer(flat, layer, source.dtype)
 
 
-class Coder:
-    """Builds the substitute's layers and codes the exact ones by them, or restores both from an earlier run."""
-
-    def __init__(
-        self,
-        source: LayerSource,
-        coding: TargetCoding,
-        builder: SubstituteBuilder,
-        memory: PinnedMemory,
-        device: torch.device,
-    ) -> None:
-        self._source, self._coding, self._builder = source, coding, builder
-        self._memory, self._device = memory, device
-        builder.keeps_codes = True
-
-    def needs(self, index: int) -> bool:
-        if index in self._builder.skip_layers:
-            return True
-        restored = self._coding.restore(index, self._source, self._builder, self._device, self._memory.adopt)
-        if restored is not None:
-            self._builder.layers.append(restored)
-        return restored is None
-
-    def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
-        builder = self._builder
-        builder.take(index, layer)
-        if builder.codes:
-            self._coding.add(index, layer, builder.codes, builder.layers[-1], self._memory.allocate)
-        builder.codes = {}
-
-
 @dataclass
 class LoadedStream:
     """A loaded target. Keep it alive as long as it runs: it owns the pinned memory.
 
-    Attributes:
-        builder: has built the substitute; None: there is none.
-        bits_per_weight: of the coded Linears of layers; None: nothing is coded.
-        head_bits_per_weight: of the coded LM head; None: it is not.
-        coded: where the coded layers came from; None: nothing is coded.
+    ``builder`` has built the substitute, if there is one; the coded layers came from ``coded``, if they are kept.
     """
 
     target: StreamedTarget
     memory: PinnedMemory
     builder: SubstituteBuilder | None = None
-    bits_per_weight: float | None = None
-    head_bits_per_weight: float | None = None
     coded: CodedCache | None = None
 
     @property
@@ -197,6 +133,16 @@ class LoadedStream:
         """The substitute's levels; None without one."""
         builder = self.builder
         return None if builder is None else level_model(self.target.model, builder.layers, builder.head, builder.ids)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the coded Linears of layers; None: nothing is coded."""
+        return None if self.target.restorer is None else self.target.restorer.bits_per_weight
+
+    @property
+    def head_bits_per_weight(self) -> float | None:
+        """Of the coded LM head; None: it is not."""
+        return None if self.target.coded_head is None else self.target.coded_head.code.bits_per_weight
 
     def facts(self) -> dict[str, Any]:
         """Facts about coded weights for the run's record."""
@@ -242,7 +188,7 @@ def load_streamed(
     resident = set(plan.resident_layers)
     assert plan.codec is not Codec.none or set(plan.disk_layers) <= {layer.index for layer in stored}
     # Opened first: a file that changes while other weights are loaded from it is noticed.
-    disk = _ring([layer for layer in stored if layer.index not in resident], plan, note)
+    disk = _ring([layer for layer in stored if layer.index not in resident], plan, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
     if plan.coded_head_bytes and builder is not None:
@@ -254,13 +200,12 @@ def load_streamed(
 
     coding = None
     if plan.codec is Codec.substitute and builder is not None:
-        coding = TargetCoding(resident, coded, plan.disk_layers, plan.coded_in_files)
+        places = {"resident": resident, "on_disk": plan.disk_layers, "in_files": plan.coded_in_files}
+        coding = TargetCoding(source, builder, memory, device, cache=coded, **places)
     store = PlainStore(source, resident.union(layer.index for layer in stored), memory)
-    consumers: list[LayerConsumer] = [store]
-    if builder is not None:
-        consumers.insert(0, builder)
-        if coding is not None:
-            consumers = [Coder(source, coding, builder, memory, device)]
+    consumers: list[LayerConsumer] = [store] if builder is None else [builder, store]
+    if coding is not None:
+        consumers = [coding]
     _pass_layers(source, consumers, builder, plan.waiting_layers, device)
 
     if builder is not None and head_code is None:
@@ -275,8 +220,8 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.place(room, plan.ring_slots, memory.allocate)
-        restorer = coding.decoder(builder.layers, source.layer_shapes(0), device)
+        coding.place(room, plan.ring_slots)
+        restorer = coding.decoder()
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded
             coded_head = CodedHead(head_code, builder.head, restorer.buffer)
@@ -289,27 +234,20 @@ def load_streamed(
     feeds: list[LayerFeed] = [ResidentFeed(exact)]
     if coding is not None and restorer is not None:
         if coding.on_disk:
-            disk = _ring(_stored_code(coding, coded), plan, note)
-        streamer = _streamer(coding.streamed, disk, source, plan.ring_slots, device)
+            disk = _ring(_stored_code(coding, coded), plan, source, note)
+        streamer = _streamer(coding.streamed, disk, plan.ring_slots, device)
         feeds.append(CodedFeed(modules[min(coding.layers)], restorer, streamer))
     elif disk is not None and not store.layers and device == CPU:  # which computes from the ring's slots
-        feeds.append(DiskFeed(modules[disk.layers[0].index], disk, source))
-    elif (streamer := _streamer(store.layers, disk, source, plan.ring_slots, device)) is not None:
+        feeds.append(DiskFeed(modules[disk.layers[0].index], disk))
+    elif (streamer := _streamer(store.layers, disk, plan.ring_slots, device)) is not None:
         streamed = set(range(len(modules))) - resident
         feeds.append(RingFeed(modules[min(streamed)], streamed, streamer, source.dtype))
-    return LoadedStream(
-        StreamedTarget(model, feeds, device, coded_head),
-        memory,
-        builder,
-        None if coding is None or restorer is None else coding.bits_per_weight,
-        None if head_code is None else head_code.bits_per_weight,
-        None if coding is None else coded,
-    )
+    return LoadedStream(StreamedTarget(model, feeds, device, coded_head), memory, builder, coded)
 
 
-def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, note: Note) -> DiskRing | None:
+def _ring(stored: Sequence[StoredLayer], plan: LoadingPlan, source: LayerSource, note: Note) -> DiskRing | None:
     """Reads layers from a disk; None: there are none."""
-    return DiskRing(stored, min(max(plan.ring_slots, 1), len(stored)), note) if stored else None
+    return DiskRing(stored, min(max(plan.ring_slots, 1), len(stored)), note, source) if stored else None
 
 
 def _stored_code(coding: TargetCoding, cache: CodedCache | None) -> list[StoredLayer]:
@@ -334,12 +272,12 @@ def _stored_code(coding: TargetCoding, cache: CodedCache | None) -> list[StoredL
 
 
 def _streamer(
-    pinned: Mapping[int, Tensor], disk: DiskRing | None, source: LayerSource, slots: int, device: torch.device
+    pinned: Mapping[int, Tensor], disk: DiskRing | None, slots: int, device: torch.device
 ) -> LayerStreamer | None:
     """Copies the layers of both tiers to the device; None: no layer is streamed."""
     slots = min(max(slots, 1), len(pinned) + (0 if disk is None else len(disk.layers)))
     if disk is not None:
-        return TieredStreamer(pinned, disk, source, slots, device)
+        return TieredStreamer(pinned, disk, slots, device)
     return LayerStreamer([pinned[index] for index in sorted(pinned)], slots, device) if pinned else None
 
 
@@ -356,10 +294,9 @@ def _load_shared(
 
 
 def _code_head(shared: dict[str, Tensor], builder: SubstituteBuilder, room: int) -> HeadCode:
-    """Build the draft's LM head and code the exact one by it; the exact one is removed from ``shared``.
+    """Build the draft's LM head and code the exact one by it, which is removed from ``shared``.
 
-    Args:
-        room: bytes of the buffer that layers are restored into.
+    ``room``: bytes of the buffer that layers are restored into.
     """
     exact, codes = shared.pop(HEAD), list[QuantizedWeight]()
     builder.head = builder.build_head(exact, codes)
@@ -376,8 +313,7 @@ def _pass_layers(
 ) -> None:
     """Bring every layer that is needed to the device once.
 
-    Args:
-        staged_layers: the substitute's first layers, moved to the host as soon as they are built.
+    The substitute's first ``staged_layers`` are moved to the host as soon as they are built.
     """
     for index in range(source.config.num_hidden_layers):
         takers = [consumer for consumer in consumers if consumer.needs(index)]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from subspec.kernels.timing import EventLog
 from subspec.utils.rounding import round_up
 
 
@@ -21,10 +22,6 @@ class LayerRing(ABC):
     Args:
         sizes: bytes of each layer, in the order of use.
         count: number of ring slots, at least 1 and at most one per layer.
-
-    Attributes:
-        bytes_per_pass: of all layers together.
-        bytes_copied: of all copies begun so far.
     """
 
     def __init__(self, sizes: Sequence[int], count: int) -> None:
@@ -34,7 +31,7 @@ class LayerRing(ABC):
         # Copies begun so far; copy n takes layer n % len(sizes) to slot n % count.
         self._copied_count = 0
         self._used_count = 0  # layers whose readers are done, or enqueued
-        self.bytes_copied = 0
+        self.bytes_copied = 0  # of all copies begun so far
         self._taken = (0, 0.0)
 
     def prefetch(self) -> None:
@@ -118,21 +115,16 @@ class LayerStreamer(LayerRing):
     Args:
         layers: uint8 [bytes] each, pinned, in the order of use; sizes may differ.
         slots: number of ring buffers, at least 1 and at most ``len(layers)``.
-        device: of the ring.
-        guard_refills: False omits the events that keep a refill from overtaking its readers (for a test of them).
     """
 
-    def __init__(
-        self, layers: Sequence[Tensor], slots: int, device: torch.device, *, guard_refills: bool = True
-    ) -> None:
+    def __init__(self, layers: Sequence[Tensor], slots: int, device: torch.device) -> None:
         super().__init__([layer.numel() for layer in layers], slots)
         self.layers = list(layers)
         self.slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
         self._cuda = device.type == "cuda"
-        self._guard = guard_refills
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._finished = 0.0
-        self.copy_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self.copy_log: EventLog | None = None
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
             self._copied = [torch.cuda.Event(blocking=True) for _ in range(slots)]
@@ -168,7 +160,7 @@ class LayerStreamer(LayerRing):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
             released = self._released[slot]
-            if self._guard and released is not None:
+            if released is not None:
                 self._stream.wait_event(released)
             begin.record()
             for place, source in parts:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from subspec.codec.coded_head import CodedHead
 from subspec.codec.coded_layer import LayerRestorer
 from subspec.decoding.target_model import TargetModel
+from subspec.kernels.timing import EventLog, logged
 from subspec.offload.disk import DiskRing
 from subspec.offload.feeds import CodedFeed, LayerFeed
 from subspec.offload.stream import LayerRing
@@ -52,7 +53,7 @@ class StreamedTarget(TargetModel):
         self.feeds = tuple(feeds)
         self.recorded = self.streamer
         self._feed_of = {index: feed for feed in feeds for index in feed.layers}
-        self.layer_log: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] | None = None
+        self.layer_log: EventLog | None = None
 
     @property
     def streamer(self) -> LayerRing | None:
@@ -118,19 +119,8 @@ class StreamedTarget(TargetModel):
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         feed = self._feed_of[index]
-        with self._timed(index):
+        with logged(self.layer_log, index):
             layer = feed.acquire(index)
             layer.self_attn.layer_idx = index  # a module may serve many layers; selects the cache rows
             yield layer
         feed.release(index)
-
-    @contextmanager
-    def _timed(self, index: int) -> Iterator[None]:
-        if self.layer_log is None:
-            yield
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self.layer_log.append((index, begin, end))

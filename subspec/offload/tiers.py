@@ -14,10 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from subspec.offload.disk import DiskRing, check_first_read
+from subspec.offload.disk import DiskRing
 from subspec.offload.stream import LayerStreamer
 from subspec.targets.layer_bytes import PlainCodec, parameter_views
-from subspec.targets.source import LayerSource
 
 
 class TieredStreamer(LayerStreamer):
@@ -28,17 +27,13 @@ class TieredStreamer(LayerStreamer):
     Args:
         pinned: uint8 [bytes] each, pinned, by layer number.
         disk: reads the other layers; it is page-locked, and closed with this ring.
-        source: of the same layers, to compare each with when it is read first.
-        slots: number of ring buffers, at least 1 and at most one per layer.
-        device: of the buffers.
+        slots: number of ring buffers on ``device``, at least 1 and at most one per layer.
 
     Raises:
         SubspecError: the disk's ring cannot be page-locked.
     """
 
-    def __init__(
-        self, pinned: Mapping[int, Tensor], disk: DiskRing, source: LayerSource, slots: int, device: torch.device
-    ) -> None:
+    def __init__(self, pinned: Mapping[int, Tensor], disk: DiskRing, slots: int, device: torch.device) -> None:
         layers = dict(pinned)
         for stored in disk.layers:
             size = PlainCodec(stored.dtype.itemsize).layer_bytes(stored.shapes)
@@ -46,8 +41,7 @@ class TieredStreamer(LayerStreamer):
         super().__init__([layers[index] for index in sorted(layers)], slots, device)
         if self._cuda:
             disk.lock()
-        self.disk, self._source = disk, source
-        self._unchecked = {stored.index for stored in disk.layers}
+        self.disk = disk
         self._copier = ThreadPoolExecutor(1, "copier")
         self._begun: list[Future[None] | None] = [None] * slots
         self._failure: BaseException | None = None
@@ -74,9 +68,6 @@ class TieredStreamer(LayerStreamer):
     def _begin_stored(self, slot: int, layer: int) -> None:
         at = self.disk.acquire()
         stored, read = self.disk.layer_in(at), self.disk.parameters(at)
-        if stored.index in self._unchecked:
-            check_first_read(stored, read, self._source)
-            self._unchecked.remove(stored.index)
         places = parameter_views(self.slots[slot], stored.shapes, stored.dtype)
         self._copy(slot, layer, [(places[name], read[name]) for name in places])
 

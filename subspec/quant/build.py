@@ -18,12 +18,7 @@ from subspec.quant.quantize_model import Quantizer
 def build_quantizer(
     quant: QuantConfig, dtype: torch.dtype, device: torch.device, *, unpack: bool, what: str = "a substitute"
 ) -> Quantizer:
-    """The quantizer of a draft's Linears.
-
-    Args:
-        dtype, device: of the draft.
-        unpack: keep the quantized values as plain Linears.
-        what: the quantized model, for messages.
+    """The quantizer of a draft's Linears, packed or, with ``unpack``, plain; ``what``: the draft, for messages.
 
     Raises:
         ConfigError: ``quant`` names no quantizer.
@@ -34,29 +29,15 @@ def build_quantizer(
 
 
 def _hqq(quant: HqqConfig, dtype: torch.dtype, device: torch.device, unpack: bool) -> Quantizer:
-    return HqqQuantizer(
-        bits=quant.bits,
-        bits_by=bits_by_linear(quant.bits, quant.bits_by, quant.modules),
-        group_size=quant.group_size,
-        axis=quant.axis,
-        compute_dtype=dtype,
-        device=device,
-        unpack=unpack,
-    )
+    bits_by = bits_by_linear(quant.bits, quant.bits_by, quant.modules)
+    sizes = {"bits": quant.bits, "bits_by": bits_by, "group_size": quant.group_size, "axis": quant.axis}
+    return HqqQuantizer(**sizes, compute_dtype=dtype, device=device, unpack=unpack)
 
 
 def _higgs(quant: HiggsConfig, dtype: torch.dtype, device: torch.device, unpack: bool) -> Quantizer:
-    return HiggsQuantizer(
-        bits=quant.bits,
-        vector_dim=quant.vector_dim,
-        group_size=quant.group_size,
-        hadamard_size=quant.hadamard_size,
-        kernel=quant.kernel,
-        hadamard=quant.hadamard,
-        compute_dtype=dtype,
-        device=device,
-        unpack=unpack,
-    )
+    sizes = {name: getattr(quant, name) for name in ("bits", "vector_dim", "group_size", "hadamard_size")}
+    kernels = {"kernel": quant.kernel, "hadamard": quant.hadamard}
+    return HiggsQuantizer(**sizes, **kernels, compute_dtype=dtype, device=device, unpack=unpack)
 
 
 QUANTIZERS: dict[type[QuantConfig], Callable[..., Quantizer]] = {HqqConfig: _hqq, HiggsConfig: _higgs}

@@ -42,9 +42,7 @@ class Picked:
     """The kernel of one Linear.
 
     Attributes:
-        variant: the kernel and its settings.
         shape: outputs and inputs of the weight.
-        format: of the weight.
         microseconds: per call; None if nothing is measured (a CPU).
         measured: in this run; False: read from the file.
         others: microseconds of every candidate by its name.
@@ -67,7 +65,6 @@ class KernelChoice:
         rows: the tree's width, for which they are the fastest.
         picked: by role: ``qkv``, ``out``, ``gate_up``, ``down``, ``head``.
         unavailable: reasons of the kernels that did not take part.
-        seconds: duration of the choice.
         file: of the times; empty if nothing is measured.
         launches: how kernels were launched when measured (:func:`subspec.kernels.launch.how`).
     """
@@ -98,11 +95,8 @@ class KernelChoice:
         for role, picked in self.picked.items():
             time_ = "" if picked.microseconds is None else f", {picked.microseconds:.1f} us"
             parts.append(f"{picked.variant} ({role}{time_})")
-        if not self.file:
-            how = "reference"
-        else:
-            how = f"measured in {self.seconds:.1f} s" if self.measured else "from the cache"
-        line = f"{', '.join(parts)} for {self.rows} rows, {how}"
+        how = f"measured in {self.seconds:.1f} s" if self.measured else "from the cache"
+        line = f"{', '.join(parts)} for {self.rows} rows, {how if self.file else 'reference'}"
         return line + "".join(f"; {kernel}: {reason}" for kernel, reason in self.unavailable.items())
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,12 +150,10 @@ def choose_kernels(
     bench = bench or CudaBench(device, overlap)
     of_kernel = {name: format_ for format_ in formats.values() for name in format_.kernels}
     names = [name for name in of_kernel if allowed is None or name in allowed] if kernel == AUTO else [kernel]
-    problems, taking_part = {}, []
-    for name in names if shapes else []:
-        if reason := bench.unavailable(name, of_kernel.get(name) or next(iter(formats.values()))):
-            problems[name] = reason
-        else:
-            taking_part.append(name)
+    names = names if shapes else []
+    reasons = {name: bench.unavailable(name, of_kernel.get(name) or next(iter(formats.values()))) for name in names}
+    problems = {name: reason for name, reason in reasons.items() if reason}
+    taking_part = [name for name in names if name not in problems]
     if shapes and not taking_part:
         raise _refusal(kernel, problems)
     file = TimesFile(bench.name, ["kernels", "quant"], note, folder)
@@ -174,10 +166,8 @@ def choose_kernels(
         note(f"measuring kernels here for {rows} rows, once: a few seconds{slow}")
     picked = {}
     for role, variants in wanted.items():
-        calls = {
-            name: partial(bench.seconds, variant, formats[role], role, *shapes[role], rows)
-            for name, variant in variants.items()
-        }
+        about = formats[role], role, *shapes[role], rows
+        calls = {name: partial(bench.seconds, variant, *about) for name, variant in variants.items()}
         failed = file.measure(keys[role], calls)
         problems |= {f"{variants[name].kernel} ({role})": reason for name, reason in failed.items()}
         times = {name: value for name, value in file.times[keys[role]].items() if name in variants}

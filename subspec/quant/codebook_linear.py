@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
+from math import log2
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels import codebook
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant import flute
 from subspec.quant.flute import FluteLinear
 from subspec.quant.grids import FILE, load_grid
@@ -32,15 +33,18 @@ from subspec.quant.pairs import (
     ROUNDING_BYTES,
     ROWS_BYTES,
     QuantizedPairs,
-    coded_bits,
     group_of,
     pack_pairs,
-    packed_sizes,
     quantize_pairs,
     unpack_pairs,
 )
 from subspec.quant.quantized_weight import fitting
 from subspec.quant.weight_format import FormatQuantizer, WeightFormat, split_variants
+
+CODED_BITS = 11.0
+"""Bits per exact weight to reserve beyond the binary logarithm of the grid's error: 7.5, 8.5, 9.4 at 4, 3 and 2 bits.
+Measured (``experiments/codec``) 10.8 to 10.9 on Gaussian weights and 10.9 to 11.0 on the default model, whatever the
+groups: the error is Gaussian and grows with the scale."""
 
 
 def pair_table(weight: QuantizedPairs) -> Tensor:
@@ -72,39 +76,23 @@ class ReferenceCodebook(LevelLinear):
 class CodebookLinear(FewRowsLinear):
     """Our CUDA tensor-core kernel (:mod:`subspec.kernels.codebook`)."""
 
-    kind, parts = "lut_mma", ("weight.words", "weight.scale")
+    kind = "lut_mma"
+    weight: codebook.PackedCodebook
 
     def __init__(
         self, weight: QuantizedPairs, variant: Variant, *, swiglu: bool = False, rotate: Rotate = rotate
     ) -> None:
-        self.rotation, self.grid, self._rotate, self.swiglu = weight.rotation, weight.grid, rotate, swiglu
-        self.weight = codebook.pack(
-            weight.pairs,
-            weight.scale,
-            pair_table(weight),
-            bits=weight.grid.bits,
-            tiles=variant.tiles or 2,
-            swiglu=swiglu,
-        )
-        if self.weight.words.is_cuda and not swiglu:  # the activation needs whole sums
-            count = torch.cuda.get_device_properties(self.weight.words.device).multi_processor_count
-            self.splits = variant.splits or codebook.splits_for(self.weight, count)
-        self.stride = self.weight.padded
-        self.nbytes = self.weight.nbytes
+        parts, tiles = (weight.pairs, weight.scale, pair_table(weight)), variant.tiles or 2
+        super().__init__(codebook.pack(*parts, bits=weight.grid.bits, tiles=tiles, swiglu=swiglu), variant.splits)
+        self.rotation, self.grid, self._rotate = weight.rotation, weight.grid, rotate
 
     def quantized(self) -> QuantizedPairs:
-        pairs, scale = codebook.unpack_pairs(self.weight)
+        pairs, scale = self.weight.unpack_pairs()
         group = self.rotation.padded // scale.shape[1]
         return QuantizedPairs(pairs, scale, self.grid, group, self.rotation)
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(self._rotate(x, self.rotation))
-
-    def reference(self, x: Tensor) -> Tensor:
-        return codebook.reference(self.weight, x)
-
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        codebook.linear(self.weight, x, out, splits=self.splits)
 
 
 @dataclass(frozen=True)
@@ -158,12 +146,16 @@ class HiggsFormat(WeightFormat):
             weight, bits=self.bits, dim=self.dim, group_size=self.group, hadamard_size=self.hadamard_size
         )
 
+    def _layout(self, k: int) -> tuple[Rotation, int]:
+        """The rotation of ``k`` inputs, and weights per scale."""
+        rotation = Rotation.of(k, self.hadamard_size)
+        return rotation, group_of(rotation.padded, self.group)
+
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
     ) -> QuantizedPairs | None:
         n, k = shape
-        rotation = Rotation.of(k, self.hadamard_size)
-        group = group_of(rotation.padded, self.group)
+        rotation, group = self._layout(k)
         sizes = {"pairs": (n, rotation.padded * self.bits // 8), "scale": (n, rotation.padded // group)}
         if not fitting(stored, sizes):
             return None
@@ -175,30 +167,35 @@ class HiggsFormat(WeightFormat):
 
     def quantized_bytes(self, n: int, k: int) -> int:
         """A byte per pair, and the scales."""
-        _, scales = packed_sizes(n, k, bits=self.bits, group_size=self.group)
-        return n * Rotation.of(k, self.hadamard_size).padded // 2 + scales
+        rotation, group = self._layout(k)
+        return n * rotation.padded // 2 + n * rotation.padded // group * 2
 
     def peak_bytes(self, n: int, k: int) -> int:
         """:data:`~subspec.quant.pairs.ROUNDING_BYTES` per weight of the rows that are quantized at once."""
-        padded = Rotation.of(k, self.hadamard_size).padded
+        padded = self._layout(k)[0].padded
         return ROUNDING_BYTES * min(n * padded, max(ROWS_BYTES // 4, padded))
 
     @property
     def coded_bits(self) -> float:
-        return coded_bits(load_grid(self.bits, self.dim))
+        return CODED_BITS + log2(load_grid(self.bits, self.dim).mse) / 2
 
     def device_bytes(self, n: int, k: int) -> int:
-        """Packed pairs and scales, padding of the inputs included.
+        """Packed pairs and scales, padding of the inputs included: 4 + 16 / 256 bits a weight with 4 bits.
 
         The kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open.
         """
-        return sum(packed_sizes(n, k, bits=self.bits, group_size=self.group))
+        rotation, group = self._layout(k)
+        return n * rotation.padded * self.bits // 8 + n * rotation.padded // group * 2
 
     def unfit(self, kernel: str, n: int, k: int) -> str | None:
         return None if kernel in self.kernels else "it has no look-up tables"
 
     def unavailable(self, kernel: str, device: torch.device) -> str | None:
-        return unavailable(kernel, device)
+        if kernel == ReferenceCodebook.kind:
+            return None
+        if device.type != "cuda":
+            return "no CUDA device"
+        return codebook.unavailable() if kernel == CodebookLinear.kind else flute.unavailable()
 
     def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
         return split_variants(kernel, role, k // CHUNK, codebook.WARPS)
@@ -208,8 +205,7 @@ class HiggsFormat(WeightFormat):
         return make_codebook_linear(weight, variant, swiglu=swiglu, rotate=rotates)
 
     def random_weight(self, n: int, k: int, device: torch.device) -> QuantizedPairs:
-        rotation = Rotation.of(k, self.hadamard_size)
-        group = group_of(rotation.padded, self.group)
+        rotation, group = self._layout(k)
         pairs = torch.randint(0, 4**self.bits, (n, rotation.padded // 2), dtype=torch.uint8, device=device)
         scale = torch.rand(n, rotation.padded // group, device=device) * 0.01 + 0.01
         return QuantizedPairs(pairs, scale.half(), load_grid(self.bits, self.dim), group, rotation)
@@ -253,12 +249,3 @@ def make_codebook_linear(
         return FluteLinear(weight, swiglu=swiglu, rotate=rotate)
     known = ", ".join((*CODEBOOK_KERNELS, FluteLinear.kind))
     raise ValueError(f"no look-up kernel {variant.kernel!r}: use {known}")
-
-
-def unavailable(kernel: str, device: torch.device) -> str | None:
-    """Why ``kernel`` cannot run on ``device``, in a few words; None if it can."""
-    if kernel == ReferenceCodebook.kind:
-        return None
-    if device.type != "cuda":
-        return "no CUDA device"
-    return codebook.unavailable() if kernel == CodebookLinear.kind else flute.unavailable()

@@ -45,8 +45,7 @@ TINY = 1e-30
 class CpuLinear(LevelLinear):
     """A call maps floating [rows, in] to floating [1, rows, outputs], or to the activation [rows, outputs / 2].
 
-    Args:
-        swiglu: the outputs are gate, then up.
+    ``swiglu``: the outputs are gate, then up; the result is their activation.
     """
 
     def __init__(self, outputs: int, nbytes: int, swiglu: bool) -> None:
@@ -130,11 +129,7 @@ class Int4CpuLinear(CpuLinear):
 
 
 class Int8CpuLinear(CpuLinear):
-    """Values rounded to 8 bits, symmetric, with a scale per output.
-
-    Args:
-        weight: float32 [n, k].
-    """
+    """Values (float32 [n, k]) rounded to 8 bits, symmetric, with a scale per output."""
 
     kind = "int8_cpu"
 
@@ -169,11 +164,7 @@ PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class CpuFormat(HqqFormat):
-    """HQQ's integers for a CPU, the same as those of modules.
-
-    Attributes:
-        only: the one kernel to use; None: any.
-    """
+    """HQQ's integers for a CPU, the same as those of modules, for any of its kernels or for ``only`` one."""
 
     round_zero: ClassVar[bool] = True
     only: str | None = None
@@ -283,5 +274,5 @@ def unpacked_linear(kernel: str, weight: Tensor, *, swiglu: bool) -> LevelLinear
 
 
 def gate_then_up(rows: Tensor) -> Tensor:
-    """Undo the order of :func:`subspec.kernels.int4.interleave`."""
+    """Undo the order of :func:`subspec.kernels.few_rows.interleave`."""
     return rows.unflatten(0, (-1, 2, 16)).transpose(0, 1).flatten(0, 2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant.hadamard import Rotate, rotate
 from subspec.quant.level_linear import LevelLinear
 from subspec.quant.optional_package import import_problem
@@ -35,9 +35,11 @@ class FluteLinear(LevelLinear):
         higgs: Any = importlib.import_module("flute.integrations.higgs")
         tune: Any = importlib.import_module("flute.tune")
         utils: Any = importlib.import_module("flute.utils")
-        grid, device = weight.grid, weight.pairs.device
-        self.words, self.scale, self.table, pairs, self._tuned = higgs.prepare_data_transposed(
-            weight.pairs if grid.dim == 2 else single_points(weight),
+        grid, pairs, device = weight.grid, weight.pairs, weight.pairs.device
+        if grid.dim == 1:  # a point per weight
+            pairs = torch.stack([pairs & (1 << grid.bits) - 1, pairs >> grid.bits], dim=-1).flatten(1)
+        self.words, self.scale, self.table, table, self._tuned = higgs.prepare_data_transposed(
+            pairs,
             weight.scale.to(torch.bfloat16),
             grid.points.to(device, torch.bfloat16).contiguous(),
             num_bits=grid.bits,
@@ -47,7 +49,7 @@ class FluteLinear(LevelLinear):
             device=device,
             check_correctness=False,
         )
-        self.pairs = pairs.view(dtype=torch.float32)
+        self.pairs = table.view(dtype=torch.float32)
         self._product = tune.qgemm_v2
         self._workspace = utils.make_workspace_streamk(device=device)
         self.rotation, self.swiglu, self._rotate = weight.rotation, swiglu, rotate
@@ -59,12 +61,6 @@ class FluteLinear(LevelLinear):
             self._rotate(x, self.rotation), self.words, self.scale, self.table, self.pairs, self._workspace, self._tuned
         )
         return apply_swiglu(y) if self.swiglu else y.unsqueeze(0)
-
-
-def single_points(weight: QuantizedPairs) -> Tensor:
-    """Points of a one-dimensional grid, one per weight: uint8 [n, padded]."""
-    bits = weight.grid.bits
-    return torch.stack([weight.pairs & (1 << bits) - 1, weight.pairs >> bits], dim=-1).flatten(1)
 
 
 def unfit(out_features: int, group_size: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant.level_linear import LevelLinear
 from subspec.quant.optional_package import import_problem
 from subspec.utils.console import Note
@@ -79,10 +79,8 @@ def version() -> str:
 
 def load_tuning(file: Path, note: Note) -> bool:
     """Give gemlite the tuning of an earlier run; False if there is none."""
-    if not file.is_file():
-        return False
-    known = _gemlite().load_config(str(file), print_error=False)
-    if not known:
+    known = file.is_file() and _gemlite().load_config(str(file), print_error=False)
+    if file.is_file() and not known:
         note(f"{file} cannot be read: gemlite tunes itself again")
     return known
 

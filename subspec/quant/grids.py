@@ -53,11 +53,6 @@ class Grid:
         """Coordinates per point."""
         return self.points.shape[1]
 
-    @property
-    def size(self) -> int:
-        """Number of points."""
-        return self.points.shape[0]
-
     def nearest(self, values: Tensor) -> Tensor:
         """Numbers of the nearest points, uint8 [...].
 

@@ -87,7 +87,6 @@ class Rotation:
     """A fixed random rotation of the inputs of a Linear.
 
     Attributes:
-        in_features: inputs.
         padded: inputs with the zeros behind them; ``in_features`` unless that has too small a power of two.
         block: inputs that are rotated together.
         seed: of the signs.
@@ -138,13 +137,9 @@ Rotate = Callable[[Tensor, Rotation], Tensor]
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate rows of inputs.
+    """Rotate rows of inputs, contiguous [rows, in_features], to [rows, padded] of their dtype.
 
-    Args:
-        x: [rows, in_features], contiguous; bfloat16 on a CUDA device.
-
-    Returns:
-        bfloat16 [rows, padded] on a CUDA device; on a CPU the same, computed in float32.
+    That is bfloat16 on a CUDA device; a CPU computes in float32.
     """
     if x.device.type == "cpu":
         return rotation(x.float()).to(x.dtype)
@@ -157,19 +152,11 @@ def rotate_triton(x: Tensor, rotation: Rotation) -> Tensor:
     rows = x.shape[0]
     out = torch.empty(rows, rotation.padded, dtype=torch.bfloat16, device=x.device)
     first, second, third = radices(rotation.block)
+    signs, factor = rotation.signs(x.device, torch.float32), rotation.block**-0.5
     rotate_inputs[(rows, rotation.padded // rotation.block)](
-        x,
-        rotation.signs(x.device, torch.float32),
-        out,
-        rotation.in_features,
-        rotation.padded,
-        rotation.block**-0.5,
-        BLOCK=rotation.block,
-        FIRST=first,
-        SECOND=second,
-        THIRD=third,
-        num_warps=4,
-    )
+        x, signs, out, rotation.in_features, rotation.padded, factor,
+        BLOCK=rotation.block, FIRST=first, SECOND=second, THIRD=third, num_warps=4,
+    )  # fmt: skip
     return out
 
 

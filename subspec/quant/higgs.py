@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from subspec.config.enums import Hadamard, HiggsKernel
 from subspec.config.quant_checks import check_higgs
 from subspec.errors import ConfigError
-from subspec.quant.codebook_linear import (
-    CODEBOOK_KERNELS,
-    HiggsFormat,
-    ReferenceCodebook,
-    make_codebook_linear,
-    unavailable,
-)
+from subspec.quant.codebook_linear import CODEBOOK_KERNELS, HiggsFormat, ReferenceCodebook, make_codebook_linear
 from subspec.quant.hadamard import rotate, rotate_by
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.weight_format import check_finite, plain_linear
@@ -29,6 +23,7 @@ def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) 
     Raises:
         ConfigError: the kernel that was asked for cannot run here.
     """
+    unavailable = HiggsFormat().unavailable
     if asked is HiggsKernel.auto:
         if dtype is not torch.bfloat16:
             return ReferenceCodebook.kind  # the others compute in bfloat16
@@ -42,12 +37,7 @@ def choose_kernel(asked: HiggsKernel, device: torch.device, dtype: torch.dtype) 
 
 
 class HiggsModule(nn.Module):
-    """Stands in for an ``nn.Linear``: a look-up kernel and the exact layer's bias.
-
-    Args:
-        linear: of the kernel's choice.
-        bias: of the exact Linear, shared with it.
-    """
+    """Stands in for an ``nn.Linear``: a look-up kernel, and the exact layer's bias, shared with it."""
 
     def __init__(self, linear: LevelLinear, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -66,12 +56,7 @@ class HiggsQuantizer:
     """Quantizes whole Linears with :class:`~subspec.quant.codebook_linear.HiggsFormat`.
 
     Args:
-        bits: 4, 3 or 2.
-        vector_dim: coordinates per grid point, 1 or 2.
-        group_size: weights per scale, at most: the largest multiple of 64 that divides a Linear's inputs.
-        hadamard_size: inputs that are rotated together, at most.
         kernel, hadamard: kernel of the quantized Linears, and what rotates their inputs.
-        compute_dtype, device: of the substitute.
         unpack: keep the dequantized values, rotated back, as a plain Linear: the same logits up to rounding, without
             a rotation and a look-up in every forward pass, where memory allows.
     """

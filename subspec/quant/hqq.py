@@ -88,12 +88,7 @@ def hqq_quantizer(
     bits_by: Mapping[str, int] | None = None,
     format_class: type[HqqFormat] = HqqFormat,
 ) -> FormatQuantizer:
-    """HQQ for a draft level.
-
-    Args:
-        bits: 8, 4, 3 or 2.
-        bits_by: bits of Linears (``q_proj``...) that have others.
-    """
+    """HQQ for a draft level; ``bits_by``: bits of Linears (``q_proj``...) that have others."""
     by_linear = {name: format_class(own, group_size) for name, own in (bits_by or {}).items()}
     return FormatQuantizer(format_class(bits, group_size), by_linear)
 
@@ -133,11 +128,8 @@ class HqqQuantizer:
     """Quantizes Linears to ``bits`` with one scale and zero per group of ``group_size`` weights.
 
     Args:
-        bits: 8, 4, 3 or 2.
         bits_by: of Linears (``q_proj``, ..., ``lm_head``) that have others.
-        group_size: weights per group.
         axis: 1 groups along the input dimension (what fast kernels need), 0 along the output dimension.
-        compute_dtype, device: of the substitute.
         unpack: keep the dequantized values as a plain Linear. hqq's PyTorch path unpacks every weight in every
             forward pass; unpacking once gives the same logits two to three times faster where memory allows.
     """
@@ -189,7 +181,7 @@ class HqqQuantizer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything that quantized modules follow from besides the weight: a cache's key."""
+        """Everything that quantized modules follow from besides the weight (JSON types): a store's key."""
         other = {name: own for name, own in sorted(self.bits_by.items()) if own != self.bits}
         return {
             "quantizer": "hqq modules",
@@ -205,14 +197,8 @@ class HqqQuantizer:
 
     def pack(self, linear: nn.Linear, name: str) -> nn.Module:
         """HQQ's optimisation: an ``HQQLinear``."""
-        check_group_size(
-            linear.out_features,
-            linear.in_features,
-            group_size=self.group_size,
-            axis=self.axis,
-            name=name,
-            bits=self.bits_of(name),
-        )
+        options = {"group_size": self.group_size, "axis": self.axis, "name": name, "bits": self.bits_of(name)}
+        check_group_size(*linear.weight.shape, **options)
         check_finite(linear.weight, name)
         return self._module(linear, name, initialize=True)
 
@@ -233,8 +219,6 @@ class HqqQuantizer:
             return None
         if stored["W_q"].nbytes != packed or stored["scale"].nbytes + stored["zero"].nbytes != scales:
             return None
-        module: Any = self._module(linear, name, initialize=False)
-        bias = linear.bias
         meta = {
             "nbits": bits,
             "group_size": self.group_size,
@@ -248,13 +232,9 @@ class HqqQuantizer:
             "quant_scale": False,
             "quant_zero": False,
         }
-        module.load_state_dict(
-            {
-                "W_q": stored["W_q"].to(self.device),
-                "bias": None if bias is None else bias.detach().clone(),
-                "meta": meta,
-            }
-        )
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        module: Any = self._module(linear, name, initialize=False)
+        module.load_state_dict({"W_q": stored["W_q"].to(self.device), "bias": bias, "meta": meta})
         return module
 
     def finish(self, packed: Any, linear: nn.Linear) -> nn.Module:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from subspec.kernels import int4
 from subspec.quant import gemlite
-from subspec.quant.bit_planes import pack_bits, packed_columns, unpack_bits
 from subspec.quant.gemlite import GemLite
 from subspec.quant.level_linear import FewRowsLinear, LevelLinear, Variant
 from subspec.quant.quantized_weight import QuantizedWeight, fitting
@@ -22,6 +21,10 @@ Gaussian weights and on the default model 9.2 to 9.4, 8.0 to 8.1, 7.0 and 3.4 to
 
 CODED_BITS_PER_DOUBLING = 0.16
 """More for every doubling of the group: scales follow the largest weight of more."""
+
+
+PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+"""Widths of the planes that integers are kept in on a disk, the lowest bits first: three bits do not divide a byte."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class QuantizedIntegers(QuantizedWeight):
         return (self.scale.unsqueeze(-1) * (groups - self.zero.unsqueeze(-1))).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """``q`` (uint8, :mod:`~subspec.quant.bit_planes`), ``scale`` and ``zero`` (float16 if that is exact)."""
+        """``q`` (uint8, :func:`pack_bits`), ``scale`` and ``zero`` (float16 if that is exact)."""
         return {"q": pack_bits(self.q, self.bits).cpu(), "scale": _narrow(self.scale), "zero": _narrow(self.zero)}
 
     @property
@@ -78,32 +81,14 @@ class QuantizedIntegers(QuantizedWeight):
 
 
 class Int4Linear(FewRowsLinear):
-    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`).
+    """Our tensor-core kernel on 4-bit words (:mod:`subspec.kernels.int4`)."""
 
-    Args:
-        splits: slices of the input dimension; 0: a rule of thumb.
-        warps: per block; 0: the usual number.
-    """
-
-    kind, parts = "int4_mma", ("weight.words", "weight.meta")
-
-    def __init__(self, weight: int4.PackedInt4, splits: int = 0, warps: int = 0) -> None:
-        self.weight, self.warps, self.swiglu = weight, warps or int4.WARPS, weight.swiglu
-        if weight.words.is_cuda:
-            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
-            self.splits = splits or int4.splits_for(weight, count)
-        self.stride = weight.padded
-        self.nbytes = weight.nbytes
+    kind = "int4_mma"
+    weight: int4.PackedInt4
 
     def quantized(self) -> QuantizedIntegers:
         """In groups of 64."""
-        return QuantizedIntegers(*int4.unpack_integers(self.weight), int4.GROUP, self.weight.bits)
-
-    def reference(self, x: Tensor) -> Tensor:
-        return int4.reference(self.weight, x)
-
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        int4.linear(self.weight, x, out, splits=self.splits, warps=self.warps)
+        return QuantizedIntegers(*self.weight.unpack_integers(), int4.GROUP, self.weight.bits)
 
 
 @dataclass(frozen=True)
@@ -140,7 +125,7 @@ class IntegerFormat(WeightFormat):
     ) -> QuantizedIntegers | None:
         n, k = shape
         groups = (n, k // self.group)
-        if not fitting(stored, {"q": (n, packed_columns(k, self.bits)), "scale": groups, "zero": groups}):
+        if not fitting(stored, {"q": (n, k * self.bits // 8), "scale": groups, "zero": groups}):
             return None
         q = unpack_bits(stored["q"].to(device), self.bits)
         scale, zero = (stored[name].to(device).float() for name in ("scale", "zero"))
@@ -148,7 +133,7 @@ class IntegerFormat(WeightFormat):
 
     def stored_bytes(self, n: int, k: int) -> int:
         """``bits`` per weight, and a float16 scale and zero per group."""
-        return n * packed_columns(k, self.bits) + 4 * n * (k // self.group)
+        return n * k * self.bits // 8 + 4 * n * (k // self.group)
 
     def quantized_bytes(self, n: int, k: int) -> int:
         """A byte per weight, and a float32 scale and zero per group."""
@@ -219,3 +204,38 @@ def _narrow(values: Tensor) -> Tensor:
     """float16 on the CPU if that is exact, else as it is."""
     half = values.half()
     return (half if torch.equal(half.float(), values) else values).cpu().contiguous()
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """uint8 [n, k], k a multiple of 8 -> uint8 [n, k * bits / 8], planes (:data:`PLANES`) beside each other.
+
+    Two, four or eight neighbours share a byte, the first one in its lowest bits.
+
+    Raises:
+        ValueError: k is no multiple of 8.
+    """
+    if q.shape[1] % 8:
+        raise ValueError(f"{q.shape[1]} integers in a row are no multiple of 8")
+    planes, below = [], 0
+    for width in PLANES[bits]:
+        per_byte = 8 // width
+        plane = (q >> below) & ((1 << width) - 1)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=q.device)
+        # Disjoint bits, so that adding them up is OR-ing them.
+        planes.append((plane.unflatten(1, (-1, per_byte)) << shifts).sum(-1, dtype=torch.uint8))
+        below += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=1)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`pack_bits`."""
+    k = packed.shape[1] * 8 // bits
+    parts = packed.split([k * width // 8 for width in PLANES[bits]], dim=1)
+    q, below = None, 0
+    for part, width in zip(parts, PLANES[bits], strict=True):
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        plane = ((part.unsqueeze(-1) >> shifts) & ((1 << width) - 1)).flatten(1)
+        q = plane if q is None else q | plane << below
+        below += width
+    assert q is not None
+    return q

@@ -63,9 +63,9 @@ class CudaBench:
 
     def seconds(self, variant: Variant, format_: WeightFormat, role: str, n: int, k: int, rows: int) -> float:
         """Seconds of one call; any exception means that this kernel cannot do it."""
+        options = {"swiglu": role == "gate_up", "overlap": self.launches == launch.OVERLAPPING}
         with torch.cuda.device(self.device):
-            overlap, swiglu = self.launches == launch.OVERLAPPING, role == "gate_up"
-            return variant_time(variant, format_, n, k, rows, self.device, swiglu=swiglu, overlap=overlap)
+            return variant_time(variant, format_, n, k, rows, self.device, **options)
 
     def begin(self, kernels: list[str], folder: Path, note: Note) -> None:
         """Prepare to measure these kernels; called once."""

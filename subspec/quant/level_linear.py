@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import WARPS, PackedWeight, apply_swiglu
 from subspec.quant.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel and its settings.
+    """A kernel by its name, and settings of ours.
 
     Attributes:
-        kernel: its name.
-        tiles: of our kernels, outputs per block in sixteens (0: the kernel decides).
-        splits: of our kernels, slices of the input dimension (0: a rule of thumb).
-        warps: of our integer kernel, per block (0: the usual number).
+        tiles: outputs per block in sixteens (0: the kernel decides).
+        splits: slices of the input dimension (0: a rule of thumb).
+        warps: of the integer kernel, per block (0: the usual number).
     """
 
     kernel: str
@@ -82,26 +81,24 @@ class LevelLinear(ABC):
 
 
 class FewRowsLinear(LevelLinear):
-    """A Linear of one of our CUDA kernels, which read the weights once for up to 32 rows; on a CPU its torch reference.
+    """A Linear of one of our CUDA kernels (:mod:`subspec.kernels.few_rows`); on a CPU its torch reference.
 
-    Attributes:
-        swiglu: rows of the weight are gate and up, interleaved 16 by 16; the result is their activation.
+    ``splits``: slices of the input dimension; 0: a rule of thumb. ``warps``: per block; 0: the usual number.
     """
 
-    swiglu: bool
+    parts = ("weight.words", "weight.scales")
 
-    @abstractmethod
-    def reference(self, x: Tensor) -> Tensor:
-        """float32 [rows, outputs], or the activation."""
-
-    @abstractmethod
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        """Write the result."""
+    def __init__(self, weight: PackedWeight, splits: int = 0, warps: int = 0) -> None:
+        self.weight, self.swiglu, self.warps = weight, weight.swiglu, warps or WARPS
+        self.stride, self.nbytes = weight.padded, weight.nbytes
+        if weight.words.is_cuda and not weight.swiglu:  # the activation needs whole sums
+            count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
+            self.splits = splits or weight.splits_for(count)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
-            y = self.reference(x)
+            y = self.weight.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
         if self.swiglu:
@@ -109,7 +106,7 @@ class FewRowsLinear(LevelLinear):
         else:
             out = torch.empty(self.splits, rows, width, dtype=torch.float32, device=x.device)
         if x.is_cuda:
-            self.launch(x, out)
+            self.weight.multiply(x, out, splits=self.splits, warps=self.warps)
         return out
 
 

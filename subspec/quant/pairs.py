@@ -6,7 +6,6 @@ kernel serves both dimensions.
 """
 
 from dataclasses import dataclass
-from math import log2
 from typing import ClassVar
 
 import torch
@@ -34,11 +33,6 @@ REACH = 2.7
 outside. Wider intervals cost bits for every weight, narrower ones more escapes; between 2.5 and 2.9 the sum hardly
 changes (``experiments/codec``)."""
 
-CODED_BITS = 11.0
-"""Bits per exact weight to reserve beyond the binary logarithm of the grid's error: 7.5, 8.5, 9.4 at 4, 3 and 2 bits.
-Measured (``experiments/codec``) 10.8 to 10.9 on Gaussian weights and 10.9 to 11.0 on the default model, whatever the
-groups: the error is Gaussian and grows with the scale."""
-
 
 @dataclass(frozen=True)
 class QuantizedPairs(QuantizedWeight):
@@ -47,7 +41,6 @@ class QuantizedPairs(QuantizedWeight):
     Attributes:
         pairs: uint8 [n, padded / 2]: numbers of pairs of neighbours (rows of ``grid.pairs()``).
         scale: float16 [n, padded / group_size].
-        grid: the grid that weights were rounded to.
         group_size: weights along the inputs that share a scale.
         rotation: of the inputs, whose ``padded`` is the number of weights in a row.
     """
@@ -121,25 +114,9 @@ def reach_factor(margin: float, block: int) -> float:
     return margin / (block // LEAST_BLOCK)
 
 
-def coded_bits(grid: Grid) -> float:
-    """Bits to reserve for an exact weight that is coded given its pair."""
-    return CODED_BITS + log2(grid.mse) / 2
-
-
 def group_of(padded: int, group_size: int) -> int:
     """Weights per scale: the largest multiple of 64 up to ``group_size`` that divides a row of ``padded`` weights."""
     return max(size for size in range(LEAST_BLOCK, group_size + 1, LEAST_BLOCK) if padded % size == 0)
-
-
-def packed_sizes(out_features: int, in_features: int, *, bits: int, group_size: int) -> tuple[int, int]:
-    """Bytes of a quantized Linear from its shape alone: (packed pairs, scales); no bias.
-
-    packed = outputs * padded inputs * bits / 8; scales = two bytes per group. Four bits in groups of 256 make
-    4 + 16 / 256 = 4.0625 bits per weight.
-    """
-    padded = Rotation.of(in_features, LEAST_BLOCK).padded
-    weights = out_features * padded
-    return weights * bits // 8, weights // group_of(padded, group_size) * 2
 
 
 def quantize_pairs(weight: Tensor, *, bits: int, dim: int, group_size: int, hadamard_size: int) -> QuantizedPairs:
@@ -150,7 +127,6 @@ def quantize_pairs(weight: Tensor, *, bits: int, dim: int, group_size: int, hada
 
     Args:
         weight: floating [n, in_features].
-        bits, dim: of the grid.
         group_size: weights per scale, at most (see :func:`group_of`).
         hadamard_size: inputs rotated together, at most (see :class:`~subspec.quant.hadamard.Rotation`).
     """

@@ -1,6 +1,5 @@
 """Which Linears of a model are quantized, to how many bits, and their replacement by quantized modules."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,16 +17,14 @@ class Quantizer(Protocol):
     """Quantizes a whole Linear to a module."""
 
     name: str
+    backend: str
+    """Implementation of the quantized Linears' forward pass, for records."""
 
     def quantize(self, linear: nn.Linear, name: str) -> nn.Module:
         """A quantized module in place of ``linear``, which stays unchanged; ``name``: its path, for messages."""
 
     def stored_bytes(self, linear: nn.Linear, name: str) -> int:
         """Bytes of the quantized weights, scales and zeros, without the bias."""
-
-    @property
-    def backend(self) -> str:
-        """Implementation of the quantized Linears' forward pass, for records."""
 
 
 @dataclass
@@ -63,20 +60,11 @@ class QuantReport:
 
 
 def quantize_model(
-    model: PreTrainedModel,
-    quantizer: Quantizer,
-    *,
-    modules: list[str],
-    skip_layers: list[int],
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, quantizer: Quantizer, *, modules: list[str], skip_layers: list[int]
 ) -> QuantReport:
-    """Replace the chosen Linears of every decoder layer, and the LM head if it is chosen, in place.
+    """Replace the Linears that ``modules`` names (or their classes) of a graph (see ``share_parameters``), in place.
 
-    Args:
-        model: a graph whose modules may be replaced (see ``share_parameters``).
-        modules: names or classes of Linears.
-        skip_layers: decoder layers that stay exact.
-        progress: called with (layers done, layers).
+    The decoder layers ``skip_layers`` stay exact.
 
     Raises:
         ConfigError: unknown modules or layers.
@@ -96,8 +84,6 @@ def quantize_model(
                 continue
             setattr(layer.get_submodule(parent_path), name, quantizer.quantize(module, full))
             report.count(name, module.weight.numel(), quantizer.stored_bytes(module, full))
-        if progress is not None:
-            progress(index + 1, len(layers))
     if HEAD in names:  # a copy of the draft's own: the target's, tied or not, stays exact
         head = model.get_output_embeddings()
         model.set_output_embeddings(quantizer.quantize(head, HEAD))

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor, cat
 
-from subspec.kernels.int4 import interleave
+from subspec.kernels.few_rows import interleave
 
 
 class QuantizedWeight(ABC):
@@ -21,10 +21,8 @@ class QuantizedWeight(ABC):
     row_fields: ClassVar[tuple[str, ...]]
     centred: ClassVar[bool] = False
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+    shape: tuple[int, int]
+    """Outputs and inputs."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:

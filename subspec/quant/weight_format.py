@@ -7,7 +7,7 @@ kernels, caches and codec ask these three only.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,41 +27,23 @@ WHOLE_SUMS = ("gate_up", "head")
 
 
 class WeightFormat(ABC):
-    """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses.
-
-    Attributes:
-        bits: per weight, without scales.
-        kernels: names of the kernels that multiply with it; the first one has a torch reference for CPUs.
-    """
+    """One way to quantize weights and to multiply with them. Subclasses are frozen dataclasses."""
 
     bits: int
-
-    @property
-    @abstractmethod
-    def kernels(self) -> Sequence[str]: ...
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """``4 bit``, for people and records."""
-
-    @property
-    @abstractmethod
-    def detail(self) -> str:
-        """``groups of 64``, for people and records."""
+    """Per weight, without scales."""
+    kernels: Sequence[str]
+    """Names of the kernels that multiply with it; the first one has a torch reference for CPUs."""
+    name: str
+    """``4 bit``, for people and records."""
+    detail: str
+    """``groups of 64``, for people and records."""
+    key: str
+    """Part of the key of kernels' times: everything that they depend on besides the shape."""
+    facts: dict[str, Any]
+    """Everything that quantized weights follow from besides the weight (JSON types): a cache's key."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.detail}"
-
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """Part of the key of kernels' times: everything that they depend on besides the shape."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Everything that quantized weights follow from besides the weight (JSON types): a cache's key."""
 
     # ------------------------------------------------------------------------------------- quantizing
 
@@ -164,30 +146,8 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     return plain
 
 
-class WeightQuantizer(Protocol):
-    """Quantizes weights by the name of their Linear (:class:`FormatQuantizer`, or a cache around one)."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """See :attr:`WeightFormat.facts`."""
-
-    def format_of(self, name: str | None) -> WeightFormat:
-        """Format of a Linear, given its path."""
-
-    def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
-        """Quantize a weight [n, k].
-
-        Args:
-            name: ``LAYER.path.of.module`` (or ``head.lm_head``); its last part may have a format of its own, and the
-                result may be remembered by it.
-        """
-
-    def end_layer(self) -> None:
-        """All weights of a layer have been quantized."""
-
-
 class FormatQuantizer:
-    """A :class:`WeightQuantizer` that remembers nothing.
+    """Quantizes weights by the name of their Linear, and remembers nothing.
 
     Args:
         default: format of all Linears but those of ``by_linear``.
@@ -205,11 +165,17 @@ class FormatQuantizer:
         return self.default.facts | ({"bits_by": bits} if bits else {})
 
     def format_of(self, name: str | None) -> WeightFormat:
+        """Format of a Linear, given its path."""
         return self.default if name is None else self.by_linear.get(name.rpartition(".")[2], self.default)
 
     def quantize(self, weight: Tensor, name: str | None = None) -> Any:
+        """The :class:`QuantizedWeight` of a weight [n, k].
+
+        Args:
+            name: ``LAYER.path.of.module`` (or ``head.lm_head``), whose last part may have a format of its own.
+        """
         check_finite(weight, name)
         return self.format_of(name).quantize(weight)
 
     def end_layer(self) -> None:
-        """Nothing is remembered."""
+        """All weights of a layer have been quantized."""

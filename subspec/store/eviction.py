@@ -46,13 +46,9 @@ def touch(folder: Path) -> None:
 
 
 def limit_cache(root: Path, *, note: Note, now: float | None = None) -> list[Path]:
-    """Remove the least recently used folders under ``root`` until the others fit the limit.
+    """Remove the least recently used folders under ``root`` until the others fit the limit; returns the removed ones.
 
-    Args:
-        now: seconds since the epoch; None: the clock's.
-
-    Returns:
-        The removed folders.
+    ``now``: seconds since the epoch; None: the clock's.
     """
     limit, now = cache_limit(), time.time() if now is None else now
     found: list[tuple[float, Path, int]] = []

@@ -94,7 +94,8 @@ class Store(ABC, Generic[T]):
             self._check_owned()
         elif cache is not Cache.off:
             cache_limit()  # refused before anything is done
-            self.folder = self._cache_folder()
+            text = json.dumps({"kind": self.name, "format": self.format, **self.facts}, sort_keys=True)
+            self.folder = cache_root() / "substitutes" / hashlib.sha256(text.encode()).hexdigest()[:24]
             touch(self.folder)  # another process must not evict it while it is read
         self.trouble = "quant.cache=off" if self.folder is None else None
         self.read = self.made = 0
@@ -149,11 +150,7 @@ class Store(ABC, Generic[T]):
         return name in self._files
 
     def get(self, index: Index, *, ahead: bool = True) -> T | None:
-        """A result; None if it is not kept, or damaged.
-
-        Args:
-            ahead: read the result of the next number ahead.
-        """
+        """A result; None if it is not kept, or damaged. ``ahead``: read the result of the next number ahead."""
         if not self.has(index):
             return None
         begun = self._ahead.pop(index, None)
@@ -215,11 +212,7 @@ class Store(ABC, Generic[T]):
     # ------------------------------------------------------------------------------------------- writing
 
     def put(self, index: Index, content: Callable[[], Sequence[Content]]) -> None:
-        """Write a result behind, after the one before it.
-
-        Args:
-            content: pieces of the file in their order; called in the thread.
-        """
+        """Write a result behind, after the one before it; ``content`` (pieces of its file) is called in the thread."""
         self.flush()
         if self.trouble is None and not self._locked:
             self._acquire()
@@ -276,10 +269,6 @@ class Store(ABC, Generic[T]):
             writing.result()
 
     # ------------------------------------------------------------------------------------------- the folder
-
-    def _cache_folder(self) -> Path:
-        text = json.dumps({"kind": self.name, "format": self.format, **self.facts}, sort_keys=True)
-        return cache_root() / "substitutes" / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

@@ -14,16 +14,16 @@ Example::
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from subspec.quant.quantize_model import Quantizer
+from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantized_weight import QuantizedWeight
-from subspec.quant.weight_format import WeightQuantizer
+from subspec.quant.weight_format import FormatQuantizer
 from subspec.store.store import Index, Store
 from subspec.utils.checksum import checksum
 from subspec.utils.pinned import PinnedBuffer
@@ -110,27 +110,24 @@ def _serialized(layer: Layer) -> bytes:
     return save_tensors({f"{module}:{part}": t for module, parts in layer.items() for part, t in parts.items()})
 
 
-class CachedQuantizer:
-    """The part of a :class:`~subspec.quant.weight_format.WeightQuantizer` that quantizes, with results kept on disk.
+class CachedQuantizer(FormatQuantizer):
+    """The quantizer ``inner`` with results kept in ``store``, which its owner closes."""
 
-    Args:
-        inner: quantizes what the store does not have.
-        store: closed by its owner.
-    """
-
-    def __init__(self, inner: WeightQuantizer, store: SubstituteStore) -> None:
-        self.inner, self.store = inner, store
+    def __init__(self, inner: FormatQuantizer, store: SubstituteStore) -> None:
+        super().__init__(inner.default, inner.by_linear)
+        self.store = store
 
     def quantize(self, weight: Tensor, name: str | None = None) -> QuantizedWeight:
         """Codes of a weight; without a name they are neither read nor kept."""
+        make = super().quantize
         if name is None:
-            return self.inner.quantize(weight)
+            return make(weight)
         n, k = weight.shape
         return self.store.remember(
             weight,
             name,
-            restore=lambda stored: self.inner.format_of(name).restore(stored, (n, k), weight.device),
-            make=lambda: self.inner.quantize(weight, name),
+            restore=lambda stored: self.format_of(name).restore(stored, (n, k), weight.device),
+            make=lambda: make(weight, name),
             tensors=lambda codes: codes.tensors(),
         )
 
@@ -139,16 +136,14 @@ class CachedQuantizer:
     ) -> dict[str, QuantizedWeight] | None:
         """A layer's codes from the disk alone, not counted as read; None: some are not kept.
 
-        The exact weights are not compared: the caller has to check that they are the same.
-
-        Args:
-            shapes: of the layer's quantized weights, by the module's path.
+        The exact weights are not compared: the caller has to check that they are the same. ``shapes``: of the layer's
+        quantized weights, by the module's path.
         """
         found: dict[str, QuantizedWeight] = {}
         for module, (n, k) in shapes.items():
             name = f"{index}.{module}"
             stored = self.store.stored(name)
-            codes = None if stored is None else self.inner.format_of(name).restore(stored, (n, k), device)
+            codes = None if stored is None else self.format_of(name).restore(stored, (n, k), device)
             if codes is None:
                 return None
             found[module] = codes
@@ -156,45 +151,13 @@ class CachedQuantizer:
 
     def end_layer(self) -> None:
         """Write what was quantized."""
-        self.inner.end_layer()
         self.store.end_layer()
 
 
-@runtime_checkable
-class StorableQuantizer(Quantizer, Protocol):
-    """A quantizer of modules whose results can be kept.
-
-    Attributes:
-        facts: everything that its results follow from besides the weight (JSON types).
-    """
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
-
-    def stored_shape_bytes(self, shape: torch.Size, name: str) -> int:
-        """Bytes of a weight's packed form."""
-
-    def pack(self, linear: nn.Linear, name: str) -> nn.Module:
-        """Quantize a Linear."""
-
-    def tensors(self, packed: nn.Module) -> dict[str, Tensor]:
-        """What the disk keeps of a packed module."""
-
-    def restore(self, stored: Mapping[str, Tensor], linear: nn.Linear, name: str) -> nn.Module | None:
-        """The packed module from its tensors, bit for bit; None: they do not fit the Linear."""
-
-    def finish(self, packed: nn.Module, linear: nn.Linear) -> nn.Module:
-        """The module that replaces the Linear."""
-
-
 class CachedModules:
-    """A :class:`~subspec.quant.quantize_model.Quantizer` with results kept on disk; a context manager for the store.
+    """HQQ's quantizer of modules (``inner``) with results kept on disk; a context manager for the store."""
 
-    Args:
-        inner: quantizes what the store does not have.
-    """
-
-    def __init__(self, inner: StorableQuantizer, store: SubstituteStore) -> None:
+    def __init__(self, inner: HqqQuantizer, store: SubstituteStore) -> None:
         self.inner, self.store = inner, store
         self.name, self.backend, self.stored_bytes = inner.name, inner.backend, inner.stored_bytes
 

@@ -1,9 +1,12 @@
+import ctypes
 import functools
 
 import pytest
 import torch
 
 from subspec.codec import format
+from subspec.codec.restore import macros_of
+from subspec.quant.hadamard import LEAST_BLOCK
 from tests.helpers.host_cuda import compile_host
 
 
@@ -69,4 +72,48 @@ extern "C" void restore(const Part* parts, const unsigned char* flat, int count,
 def compiled(tmp_path_factory):
     """The CUDA source as C++, by kernel."""
     folder = tmp_path_factory.mktemp("codec")
-    return functools.cache(lambda source: compile_host(folder, HOST, source.macros))
+    return functools.cache(lambda kernel: compile_host(folder, HOST, macros_of(kernel[1])))
+
+
+DEQUANTIZE = r"""
+#define HOST_TEST
+#include "restore.cu"
+#include "codebook_dequantize.cu"
+extern "C" void dequantize(const Rotated* parts, int count, int blocks) {
+  static float v[32 * STEPS][16], before[32 * STEPS][16];
+  alignas(16) static float shared[ROWS * ROW_STRIDE];
+  for (int block = 0; block < blocks; ++block) {
+    const Rotated& part = part_of(parts, count, block);
+    const Site site = site_of(part, block - (int)part.first_block);
+    for (int i = 0; i < 32 * STEPS; ++i) {
+      look_up(v[i], part, (const unsigned*)part.table, site, i);
+      within(v[i]);
+    }
+    for (int mask = 1; mask < 4; mask *= 2) {
+      memcpy(before, v, sizeof v);
+      for (int i = 0; i < 32 * STEPS; ++i)
+        for (int j = 0; j < 16; ++j) v[i][j] = across(before[i][j], before[i ^ mask][j], i & mask);
+    }
+    for (int i = 0; i < 32 * STEPS; ++i) put(shared, v[i], i);
+    for (int i = 0; i < 32 * STEPS; ++i) finish(shared, part, site, i);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def dequantize(tmp_path_factory):
+    """The launch of :func:`~subspec.codec.codebook_dequantize.dequantizing` over alike parts, as C++."""
+    folder = tmp_path_factory.mktemp("dequantize")
+    library = functools.cache(lambda bits, steps: compile_host(folder, DEQUANTIZE, {"BITS": bits, "STEPS": steps}))
+
+    def run(parts):
+        rows, blocks = [], 0
+        for part in parts:
+            rows.append([*part.describe(), blocks])
+            blocks += part.blocks
+        table, linear = torch.tensor(rows), parts[0].linear
+        run_all = library(linear.weight.bits, linear.rotation.block // LEAST_BLOCK).dequantize
+        run_all(ctypes.c_void_p(table.data_ptr()), len(parts), blocks)
+
+    return run

@@ -1,32 +1,39 @@
 """Coded layers on disk: a second start reads no exact layer, restores the same bits, and trusts nothing unchecked."""
 
+import errno
 import json
 import shutil
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 
-from subspec.codec import coded_cache, coded_load, format
+from subspec.codec import coded_load, format
 from subspec.codec.coded_cache import LENGTH_BYTES, CodedCache
 from subspec.codec.restore import Restorer
 from subspec.config.enums import Codec
 from subspec.config.schema import Cache
+from subspec.decoding.target_model import TargetModel
+from subspec.errors import SubspecError
 from subspec.offload import loader
+from subspec.offload.disk import measure_disk
 from subspec.offload.loader import load_streamed
 from subspec.quant.grids import load_grid
 from subspec.quant.hadamard import Rotation
 from subspec.quant.hqq import HqqFormat, hqq_quantizer
 from subspec.quant.integers import QuantizedIntegers
 from subspec.quant.pairs import QuantizedPairs
+from subspec.store import store as stores
 from subspec.store.substitutes import CachedQuantizer, SubstituteStore
 from subspec.targets.layer_bytes import parameter_views
 from subspec.utils.checksum import checksum
 from subspec.utils.disk import MANIFEST
-from tests.codec.test_coded_layer import ROOM, assert_exact, builder_of
+from tests.codec.test_coded_layer import ROOM, assert_exact, builder_of, text_of
+from tests.codec.test_coded_layer import tiny as larger
 from tests.helpers.tiny import tiny_model
-from tests.offload.test_streaming import ModelSource, plan_for
+from tests.offload.test_streaming import DEVICES, ModelSource, plan_for
 from tests.store.test_store import vouch
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -65,6 +72,17 @@ class Counting(ModelSource):
         self.alive -= size
 
 
+def loaded_of(source, on_disk=(), resident=(1,), note=pytest.fail, **options):
+    """A coded target, and the stores of its substitute and of its code."""
+    model, builder = source.model, builder_of(source.model)
+    plan = plan_for(resident, 2, codec=Codec.substitute, layer_bytes=ROOM, disk=on_disk)
+    with SubstituteStore(FACTS, note=note) as substitute:
+        builder.quantizer = CachedQuantizer(hqq_quantizer(), substitute)
+        with CodedCache(FACTS, builder.quantizer, LINEARS, note=note, **options) as coded:
+            given = {"builder": builder, "coded": coded, "note": lambda text: None}
+            return load_streamed(source, plan, model.device, **given), substitute, coded
+
+
 class Start:
     """Starts of a coded target; a start returns how many layers it read, and how many it coded."""
 
@@ -72,15 +90,11 @@ class Start:
         with SubstituteStore(FACTS) as substitute, CodedCache(FACTS, None, LINEARS) as coded:
             self.substitute, self.folder = substitute.folder, coded.folder
 
-    def __call__(self, model, *, resident=(1,), device=CPU, **options):
-        self.notes, self.source, self.builder = [], Counting(model), builder_of(model)
-        plan = plan_for(resident, 2, codec=Codec.substitute, layer_bytes=ROOM)
-        with SubstituteStore(FACTS, note=self.notes.append) as store:
-            self.builder.quantizer = CachedQuantizer(hqq_quantizer(), store)
-            given = FACTS, self.builder.quantizer, LINEARS
-            with CodedCache(*given, note=self.notes.append, **options) as cache:
-                loaded = load_streamed(self.source, plan, device, builder=self.builder, coded=cache)
+    def __call__(self, model, *, resident=(1,), **options):
+        self.notes, self.source = [], Counting(model)
+        loaded, store, cache = loaded_of(self.source, resident=resident, note=self.notes.append, **options)
         assert_exact(loaded, model)
+        self.builder = loaded.builder
         assert sorted(loaded.target.restorer.resident) == list(resident)
         assert store.read + store.made == 7 * LAYERS == self.builder.modules
         self.report = cache.report()
@@ -88,9 +102,13 @@ class Start:
         return cache.read, cache.made
 
 
-@pytest.fixture
-def start(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def start():
     return Start()
 
 
@@ -140,9 +158,9 @@ def test_a_second_start_reads_no_exact_layer_and_codes_nothing(again, kept, resi
 
 @pytest.mark.gpu
 def test_a_second_start_on_a_card(start):
-    device, model = torch.device("cuda"), tiny().to("cuda")
-    assert start(model, device=device) == (0, LAYERS)
-    assert start(model, device=device) == (LAYERS, 0)
+    model = tiny().to("cuda")
+    assert start(model) == (0, LAYERS)
+    assert start(model) == (LAYERS, 0)
     assert start.source.asked == start.notes == []
 
 
@@ -290,4 +308,81 @@ def test_off_codes_at_every_start(again):
 def test_other_linears_have_another_folder(start):
     assert CodedCache(FACTS, None, LINEARS[:4]).folder != start.folder
     assert CodedCache(FACTS, None, LINEARS[::-1]).folder == start.folder
-    assert coded_cache.CodedCache(FACTS, None, LINEARS, cache=Cache.off).folder is None
+    assert CodedCache(FACTS, None, LINEARS, cache=Cache.off).folder is None
+
+
+# ------------------------------------------------------------------------------------- streamed from their files
+
+
+def on_disk(model, **options):
+    return loaded_of(ModelSource(model), (0,), **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_coded_layers_stream_from_their_files(device):
+    model = larger(device=device)
+    expected = text_of(TargetModel(model))
+    for stored, resident, made in (((0, 2), (1,), 3), ((0, 2), (1,), 0), ((1,), (), 0)):
+        loaded, _, coded = loaded_of(ModelSource(model), stored, resident)
+        assert (coded.made, coded.read) == (made, 3 - made)
+        target = loaded.target
+        assert target.resident_layers == list(resident)
+        assert [layer.index for layer in target.disk.layers] == list(stored)
+        assert measure_disk(target.disk.layers, 2) > 0
+        if made == 0:
+            assert_exact(loaded, model)
+        assert text_of(target) == expected
+        assert target.facts()["disk"]["bytes_per_pass"] < target.streamed_bytes_per_pass
+        loaded.close()
+
+
+def test_code_is_checked_when_it_is_read_first(monkeypatch):
+    """Against the checksum of the file that was written, or read while loading."""
+    stored = loader._stored_code
+    monkeypatch.setattr(
+        loader, "_stored_code", lambda *given: [replace(layer, sha256="0" * 64) for layer in stored(*given)]
+    )
+    loaded, _, _ = on_disk(larger())
+    with pytest.raises(SubspecError, match=r"layer_000\.coded gives other weights of layer 0 .* remove it"):
+        text_of(loaded.target)
+    loaded.close()
+
+
+@pytest.mark.parametrize("full", ["asked", "found"])
+def test_code_that_cannot_be_kept_ends_the_start_in_one_line(monkeypatch, full):
+    write = stores.write_atomic
+
+    def fails(path, *pieces, durable):
+        if path.suffix == ".coded":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *pieces, durable=durable)
+
+    if full == "found":
+        monkeypatch.setattr(stores, "write_atomic", fails)
+    else:
+        monkeypatch.setattr(stores, "free_space", lambda folder: 10**6)
+    with pytest.raises(SubspecError, match=r"keeps a coded target on disk: .*SUBSPEC_CACHE") as caught:
+        on_disk(larger(), expected_bytes=10**7)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["loading", "streaming"])
+def test_a_file_that_goes_ends_in_one_line(monkeypatch, when):
+    model = larger()
+    if when == "loading":
+        stored = loader._stored_code
+
+        def removed(coding, coded):
+            (coded.folder / "layer_000.coded").unlink()
+            return stored(coding, coded)
+
+        monkeypatch.setattr(loader, "_stored_code", removed)
+        with pytest.raises(SubspecError, match=r"coded layer 0 .* is gone or cut off"):
+            on_disk(model)
+        return
+    loaded, _, coded = on_disk(model)
+    with (coded.folder / "layer_000.coded").open("r+b") as stream:
+        stream.truncate(4096)
+    with pytest.raises(SubspecError, match=r"layer_000\.coded .*(cut off|changed)"):
+        text_of(loaded.target)
+    loaded.close()

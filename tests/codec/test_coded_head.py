@@ -21,15 +21,15 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.errors import SubspecError
-from subspec.levels.build import ROLES, SubstituteBuilder
+from subspec.levels.build import SubstituteBuilder
 from subspec.offload import loader
 from subspec.offload.loader import load_streamed
 from subspec.planning.plan import plan_run
-from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, hqq_quantizer
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
-from tests.codec.test_coded_layer import ROOM, assert_exact
+from tests.codec import test_coded_layer as coded_layers
+from tests.codec.test_coded_layer import ROOM, assert_exact, assert_layer
 from tests.helpers.planning import DRAFTS, fewer_layers, settings
 from tests.helpers.tiny import tiny_model
 from tests.offload.test_streaming import DEVICES, PROMPT, ModelSource, plan_for
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 CPU = torch.device("cpu")
 NO_DRAFT = {Codec.none: DRAFTS["none"], Codec.substitute: DRAFTS["subspec"]}
 VOCABULARY, SMALLER = 1003, 331  # no multiples of anything; a layer's buffer holds less than the larger one
-QUANTS = {"hqq 4": 4, "hqq 8": 8, "hqq 3": 3, "higgs": None}
+QUANTS = {"hqq 4": {}, "hqq 8": {"bits": 8}, "hqq 3": {"bits": 3}, "higgs": {"quant": "higgs"}}
 
 
 def tiny(device="cpu", family="qwen2", **options):
@@ -47,11 +47,7 @@ def tiny(device="cpu", family="qwen2", **options):
 
 
 def builder_of(model, quant="hqq 4"):
-    bits, roles = QUANTS[quant], [*ROLES, "head"]
-    quantizer = hqq_quantizer(bits) if bits else higgs_quantizer()
-    formats = dict.fromkeys(roles, HqqFormat(bits, 64) if bits else HiggsFormat())
-    name = "int4_mma" if bits else "lut_mma"
-    return SubstituteBuilder(model.config, quantizer, kernel=name, keep_exact=frozenset(), formats=formats)
+    return coded_layers.builder_of(model, **QUANTS[quant], head=True)
 
 
 def load_coded(model, *, resident=(1,), slots=2, quant="hqq 4", planned=ROOM, layer_bytes=ROOM, place="device"):
@@ -135,13 +131,18 @@ def test_text_by_a_coded_head_is_the_plain_text(quant, sampling):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_speculation_with_a_coded_head_passes_the_audit(device):
+@pytest.mark.parametrize(
+    ("quant", "planned"),
+    [("hqq 4", ROOM), *(pytest.param(quant, 0, marks=pytest.mark.slow) for quant in ("hqq 4", "higgs"))],
+)
+def test_coded_speculation_passes_the_audit(device, quant, planned):
+    """With a coded head and, in slow tests, with an exact one."""
     pytest.importorskip("triton")
     from subspec.levels.captured_draft import CapturedDraft
     from subspec.levels.model import Attention
 
     model = tiny(device)
-    loaded = load_coded(model)
+    loaded = load_coded(model, quant=quant, planned=planned)
     draft = CapturedDraft(loaded.substitute, attention=Attention(splits=4))
     engine = Engine(loaded.target, draft, Beam(4, 3), max_length=96)
     result = engine.generate(PROMPT, max_new_tokens=60 if device == "cuda" else 4)
@@ -264,12 +265,13 @@ def test_a_planned_run_of_a_planted_target(shape, tmp_path, monkeypatch):
 def test_what_is_reserved_holds_the_default_models_table(default_target, bits):
     table = default_target.model.lm_head.weight.bfloat16()
     quantizer = hqq_quantizer(bits)
-    words = 0
+    size = 0
     for rows in table.split(8192):
         codes = quantizer.quantize(rows)
-        words += encode(rows, codes, codes.margin).nbytes
+        coded = encode(rows, codes, codes.margin)
+        size += coded.starts.nbytes + coded.stream.nbytes
     reserved = HqqFormat(bits).coded_bits + HEAD_BITS
-    assert reserved - 0.4 < 8 * words / table.numel() < reserved
+    assert reserved - 0.4 < 8 * size / table.numel() < reserved
 
 
 def test_a_restorer_that_errs_in_the_head_is_noticed(monkeypatch):
@@ -296,13 +298,16 @@ def test_a_soak_of_passes_between_layers_and_the_head(quant):
     hidden = torch.randn(6, 128, device="cuda").bfloat16()
     expected = target.logits(hidden)
     noise, side = torch.randn(1024, 1024, device="cuda"), torch.cuda.Stream()
-    for turn in range(200):
+    for turn in range(400):
         with torch.cuda.stream(side):
             noise = noise @ noise.softmax(-1)
         target.streamer.rewind()
-        for index in range(4):
-            with target.layer(index):
-                pass
+        for index, layer in enumerate(model.model.layers):
+            if turn % 20 == 0:
+                assert_layer(target, index, layer)
+            else:
+                with target.layer(index):
+                    pass
         assert torch.equal(target.logits(hidden), expected), turn
     assert_exact(loaded, model)
     assert_head(target.coded_head, model.lm_head.weight)

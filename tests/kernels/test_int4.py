@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from subspec.config.quant_checks import HQQ_BITS
-from subspec.kernels import int4
+from subspec.kernels import few_rows, int4
 from tests.helpers.host_cuda import compile_host
 
 BITS = st.sampled_from(HQQ_BITS)
@@ -47,7 +47,7 @@ def inputs(rows, k, device="cpu"):
 def test_packing_loses_nothing(n, groups, wide, bits, tiles, seed):
     q, scale, zero = integers(n, groups * wide * 64, bits, wide * 64, seed)
     weight = int4.pack(q, scale, zero, tiles=tiles, bits=bits)
-    for part, known in zip(int4.unpack_integers(weight), (q, scale, zero), strict=True):
+    for part, known in zip(weight.unpack_integers(), (q, scale, zero), strict=True):
         assert torch.equal(part, known if known is q else known.repeat_interleave(wide, 1))
     assert weight.padded % (tiles * 16) == 0
     assert weight.nbytes == int4.packed_bytes(weight.padded, q.shape[1], bits)
@@ -68,7 +68,7 @@ def test_a_word_holds_the_nibbles_its_thread_multiplies(bits):
     for block, group, tile, lane in [(0, 0, 0, 0), (1, 2, 1, 6), (2, 1, 0, 17), (2, 2, 1, 31)]:
         g, t = divmod(lane, 4)
         for plane in range(planes):
-            scales, zeros = weight.meta[block, group * planes + plane, g, 2 * tile].tolist()
+            scales, zeros = weight.scales[block, group * planes + plane, g, 2 * tile].tolist()
             row = block * 32 + tile * 16 + g
             assert scales == scale[row, group].item() * 16**plane
             assert zeros == (0 if plane else zero[row, group].item())
@@ -82,7 +82,7 @@ def test_a_word_holds_the_nibbles_its_thread_multiplies(bits):
 
 def test_interleaving_alternates_sixteen_rows():
     gate, up = torch.arange(32)[:, None], torch.arange(100, 132)[:, None]
-    rows = int4.interleave(gate, up)[:, 0].tolist()
+    rows = few_rows.interleave(gate, up)[:, 0].tolist()
     assert rows == [*range(16), *range(100, 116), *range(16, 32), *range(116, 132)]
 
 
@@ -95,7 +95,7 @@ def test_the_reference_is_the_product_with_the_dequantized_weight(bits, swiglu, 
     if swiglu:
         gate, up = y.unflatten(-1, (-1, 2, 16)).unbind(-2)
         y = (functional.silu(gate) * up).flatten(1)
-    assert (int4.reference(weight, x) - y).norm() / y.norm() < 1e-6
+    assert (weight.reference(x) - y).norm() / y.norm() < 1e-6
 
 
 def test_shapes_the_kernel_has_not_are_refused():
@@ -119,7 +119,7 @@ def test_the_kernel_computes_the_reference(rows, bits, n, k, tiles, swiglu, warp
     weight = int4.pack(*integers(n, k, bits, device="cuda"), tiles=tiles, bits=bits, swiglu=swiglu)
     x, splits = inputs(rows, k, "cuda"), 1 if swiglu else 3
     out = empty_output(weight, rows, splits, "cuda")
-    int4.linear(weight, x, out, splits=splits, warps=warps)
+    weight.multiply(x, out, splits=splits, warps=warps)
     # Many rows of 4-bit weights: weights are rounded to bfloat16.
     check(weight, x, out, 1e-3 if bits == 8 or rows < int4.WIDE_FROM else 8e-3)
 
@@ -137,7 +137,7 @@ def empty_output(weight, rows, slices, device="cpu"):
 
 
 def check(weight, x, out, most):
-    expected = int4.reference(weight, x)
+    expected = weight.reference(x)
     got = out.float() if weight.swiglu else out.sum(0)
     assert not torch.isnan(out).any()
     error = (got[:, : expected.shape[1]] - expected).norm() / expected.norm()
@@ -150,7 +150,6 @@ EMULATED = r"""
 #define HOST_TEST
 #include "{emulation}"
 #include "few_rows.cu"
-#include "int4_words.cu"
 #include "int4.cu"
 static Word4 load_once(const Word4* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
@@ -207,9 +206,9 @@ def pointer(tensor):
 def test_the_source_computes_the_reference(emulated, n, k, bits, tiles, swiglu, rows, splits, warps):
     weight, x = int4.pack(*integers(n, k, bits), tiles=tiles, bits=bits, swiglu=swiglu), inputs(rows, k)
     out = empty_output(weight, rows, splits)
-    parts = [pointer(tensor) for tensor in (weight.words, weight.meta, x, out)]
+    parts = [pointer(tensor) for tensor in (weight.words, weight.scales, x, out)]
     blocks, groups = weight.words.shape[:2]
-    go = emulated(tiles, weight.planes, swiglu, warps, int4.eights_of(rows)[0])
+    go = emulated(tiles, weight.planes, swiglu, warps, few_rows.eights_of(rows)[0])
     problem = go(*parts, rows, weight.padded, groups, -(-groups // splits), blocks, splits, 0)
     assert problem is None, problem
     check(weight, x, out, 1e-5)

@@ -22,7 +22,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_attention import Heads, attend, path_table, splits_of
-from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, Tiling, multiply, split_k
+from subspec.kernels.invariant_linear import CANDIDATES, REFERENCE, multiply, split_k
 from tests.helpers.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -164,15 +164,6 @@ def test_a_run_of_text_attends_as_its_tokens_do(past):
     for row in range(0, count, 23):
         alone = attend_tree(query[row : row + 1], keys, values, past + row, None, depths[:1], heads)
         assert same_bits(out[row : row + 1], alone)
-
-
-@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(9, 3, 64), Heads(40, 8, 128)])
-def test_partial_sums_are_bounded(heads):
-    for length in (1, 1024, 2048, 16384, 131072):
-        assert splits_of(length) == -(-length // 1024)
-        pieces = heads.piece_rows(4096, length)
-        assert pieces % 16 == 0 or pieces == 4096
-        assert heads.partial_floats(4096, length) * 4 < 2**27
 
 
 # --------------------------------------------------------------------------------------------- linears
@@ -335,10 +326,6 @@ def test_every_pass_gives_a_token_the_same_logits_on_a_gpu(case, lengths, nodes,
     assert (logits.float() - expected).abs().mean() < 1.5 * (module - expected).abs().mean() + 1e-3
 
 
-def test_a_tile_shape_names_itself():
-    assert str(Tiling(64, 128, 64, 4, 3)) == "64x128x64 warps 4 stages 3"
-
-
 def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
     device = device_of_tests()
     shape = {"hidden_size": 16, "heads": 2, "kv_heads": 1, "intermediate_size": 24, "layers": 1, "vocab_size": 33}
@@ -366,14 +353,17 @@ def test_a_value_that_is_not_finite_spoils_its_own_branch_only():
     assert out.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(32, 8, 80), Heads(24, 8, 128)])
-def test_shorter_texts_need_no_more_than_longer_ones(heads):
-    for rows in (1, 17, 256, 832):
-        needed = [heads.partial_floats(rows, length) for length in range(1, 70000, 333)]
+@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(32, 8, 80), Heads(24, 8, 128), Heads(9, 3, 64)])
+def test_partial_sums_are_bounded_and_shorter_texts_need_no_more_than_longer_ones(heads):
+    for rows in (1, 17, 256, 832, 4096):
+        needed = [heads.partial_floats(rows, length) for length in range(1, 140000, 333)]
         assert needed == sorted(needed)
-        for length in (1, 1000, 1025, 40000):
-            exact = sum(heads.partial_sizes(heads.piece_rows(rows, length), length))
-            assert exact <= heads.partial_floats(rows, length)
+        assert 4 * needed[-1] < 2**27
+        for length in (1, 1000, 1024, 1025, 2048, 40000, 131072):
+            assert splits_of(length) == -(-length // 1024)
+            pieces = heads.piece_rows(rows, length)
+            assert pieces % 16 == 0 or pieces == rows
+            assert sum(heads.partial_sizes(pieces, length)) <= heads.partial_floats(rows, length)
 
 
 # ------------------------------------------------------------------------------------------- whole texts

@@ -41,12 +41,12 @@ def test_an_overlapping_launch_says_so_to_the_driver(monkeypatch):
     tensor = torch.zeros(3)
     kernel = SimpleNamespace(func="function")
     with launch.overlapping(True):
-        launch.launch(kernel, (7, 2, 1), 256, [tensor, -5], 1024)
+        launch.launch(kernel, (7, 2, 1), 256, [tensor, -5])
     assert not launch.is_overlapping()
     assert seen == {
         "grid": (7, 2, 1),
         "block": (256, 1, 1),
-        "shared": 1024,
+        "shared": 0,
         "stream": 4711,
         "function": "function",
         "attributes": [(6, 1)],  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -57,8 +57,8 @@ def test_an_overlapping_launch_says_so_to_the_driver(monkeypatch):
 
 def test_otherwise_the_launch_is_pytorchs():
     calls = []
-    launch.launch(lambda **options: calls.append(options), (3, 1, 1), 64, [1, 2], 512)
-    assert calls == [{"grid": (3, 1, 1), "block": (64, 1, 1), "args": [1, 2], "shared_mem": 512}]
+    launch.launch(lambda **options: calls.append(options), (3, 1, 1), 64, [1, 2])
+    assert calls == [{"grid": (3, 1, 1), "block": (64, 1, 1), "args": [1, 2]}]
 
 
 def test_a_cpu_overlaps_nothing():

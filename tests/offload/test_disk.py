@@ -38,14 +38,26 @@ def opened(config, dtype=torch.float32):
     return open_source(config, dtype, CPU, note=quiet)
 
 
-def streamed(source, resident=(), slots=2, notes=None):
+def streamed(source, resident=(), slots=2, notes=None, on_disk=None, device=CPU):
+    """All layers from the disk, or with ``on_disk`` these alone and the others from pinned memory."""
     note = quiet if notes is None else notes.append
-    stored = stored_layers(source, quiet)
-    return load_streamed(source, plan_for(resident, slots), CPU, stored=stored, note=note)
+    stored = stored_layers(source, quiet, on_disk)
+    return load_streamed(source, plan_for(resident, slots), torch.device(device), stored=stored, note=note)
 
 
-def text_of(target, count=12):
-    return Engine(target, max_length=64, prefill_chunk=4).generate(PROMPT, max_new_tokens=count)
+def text_of(target, count=12, **options):
+    return Engine(target, max_length=64, prefill_chunk=4).generate(PROMPT, max_new_tokens=count, **options)
+
+
+def assert_read(layers, source, slots):
+    """A ring over all layers reads what the source gives."""
+    ring = DiskRing(layers, slots, quiet)
+    for layer in layers:
+        read, exact = ring.parameters(ring.acquire()), source.layer(layer.index, CPU)
+        assert list(read) == list(exact)
+        assert all(torch.equal(read[name], exact[name]) for name in exact)
+        ring.release()
+    ring.close()
 
 
 def refusing_direct(monkeypatch, where=os.open):
@@ -139,13 +151,7 @@ def test_layers_are_read_in_place_where_they_lie_as_in_memory(checkpoint, tmp_pa
     layers = stored_layers(source, quiet)
     assert {file.parent for layer in layers for file, _ in layer.places.values()} == {Path(checkpoint.path)}
     assert not (tmp_path / "cache").exists()
-    ring = DiskRing(layers, 2, quiet)
-    for index in range(4):
-        read, exact = ring.parameters(ring.acquire()), source.layer(index, CPU)
-        assert list(read) == list(exact)
-        assert all(torch.equal(read[name], exact[name]) for name in exact)
-        ring.release()
-    ring.close()
+    assert_read(layers, source, 2)
     assert measure_disk(layers, 2) > 0
 
 
@@ -159,12 +165,7 @@ def test_other_layers_are_copied_once(checkpoint, tmp_path, monkeypatch, dtype):
     file = next(iter(first[1].places.values()))[0]
     os.truncate(file, 100)  # another run writes it again
     assert stored_layers(source, quiet) == first
-    ring = DiskRing(first, 1, quiet)
-    for layer in first:
-        read, exact = ring.parameters(ring.acquire()), source.layer(layer.index, CPU)
-        assert all(torch.equal(read[name], exact[name]) for name in exact)
-        ring.release()
-    ring.close()
+    assert_read(first, source, 1)
 
 
 # ---------------------------------------------------------------------------------------------- texts
@@ -241,15 +242,19 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_changes_ends_the_text_in_one_line(checkpoint, fault):
+@pytest.mark.parametrize(
+    ("on_disk", "device"), [(None, "cpu"), ((0, 2), "cpu"), pytest.param((0, 2), "cuda", marks=pytest.mark.gpu)]
+)
+def test_a_file_that_changes_ends_the_text_in_one_line(checkpoint, fault, on_disk, device):
     change, message = FAULTS[fault]
-    loaded = streamed(opened(checkpoint))
-    text_of(loaded.target, 3)
+    loaded = streamed(opened(checkpoint), on_disk=on_disk, device=device)
+    expected, emitted = text_of(loaded.target).token_ids, []
     change(Path(checkpoint.path) / "model.safetensors")
     for _ in range(2):  # also when it is tried again
         with pytest.raises(SubspecError, match=rf"model\.safetensors .*({message})") as caught:
-            text_of(loaded.target)
+            text_of(loaded.target, on_tokens=lambda ids, text: emitted.extend(ids))
         assert "\n" not in str(caught.value)
+    assert emitted == expected[: len(emitted)]
     loaded.close()
 
 
@@ -270,24 +275,26 @@ def test_a_removed_file_that_is_open_stays_readable(checkpoint):
     loaded.close()
 
 
+@pytest.mark.parametrize("on_disk", [None, (0, 2)])
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.EIO, "copy it to another disk"), (errno.ESTALE, "mount"), (errno.ETIMEDOUT, "mount")]
 )
-def test_a_failing_disk_ends_the_text_in_one_line(checkpoint, monkeypatch, number, remedy):
-    loaded, read, emitted = streamed(opened(checkpoint)), os.preadv, []
+def test_a_failing_disk_ends_the_text_and_a_later_one_is_right(checkpoint, monkeypatch, number, remedy, on_disk):
+    loaded, read, emitted = streamed(opened(checkpoint), on_disk=on_disk), os.preadv, []
     reads = iter(range(1000))
 
     def failing(fd, buffers, offset):
-        if next(reads) == 20:
+        if next(reads) == 7:
             raise OSError(number, os.strerror(number))
         return read(fd, buffers, offset)
 
     expected = text_of(loaded.target).token_ids
     monkeypatch.setattr(disk.os, "preadv", failing)
-    engine = Engine(loaded.target, max_length=64)
     with pytest.raises(SubspecError, match=rf"model\.safetensors cannot be read: .*{remedy}"):
-        engine.generate(PROMPT, max_new_tokens=12, on_tokens=lambda ids, text: emitted.extend(ids))
+        text_of(loaded.target, on_tokens=lambda ids, text: emitted.extend(ids))
     assert emitted == expected[: len(emitted)]
+    assert len(emitted) < len(expected)
+    assert text_of(loaded.target).token_ids == expected
     loaded.close()
 
 
@@ -309,12 +316,14 @@ def test_wrong_bytes_of_a_first_read_are_refused(checkpoint, monkeypatch):
         loaded.close()
 
 
-def test_a_copy_that_rots_is_refused_and_names_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_disk", [None, (1,)])
+def test_a_copy_that_rots_is_refused_and_names_the_file(tmp_path, monkeypatch, on_disk):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
     source = opened(PLANTED)
-    file = next(iter(stored_layers(source, quiet)[1].places.values()))[0]
+    (layer,) = (own for own in stored_layers(source, quiet, on_disk) if own.index == 1)
+    file = next(iter(layer.places.values()))[0]
     rewritten(file)
-    loaded = streamed(source)
+    loaded = streamed(source, on_disk=on_disk)
     with pytest.raises(SubspecError, match=rf"{file.name} gives other weights of layer 1 .*remove it"):
         text_of(loaded.target)
     loaded.close()

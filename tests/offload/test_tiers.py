@@ -1,6 +1,5 @@
 """Layers from pinned memory and a disk in turn: the bytes of both, ahead of use, or one line about a file."""
 
-import errno
 import hashlib
 import os
 import time
@@ -10,30 +9,16 @@ import pytest
 import torch
 
 from subspec.config.enums import Dtype
-from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
-from subspec.errors import SubspecError
 from subspec.offload import disk
-from subspec.offload.disk import DiskRing, StoredLayer, stored_layers
+from subspec.offload.disk import DiskRing, StoredLayer
 from subspec.offload.feeds import DiskFeed
-from subspec.offload.loader import load_streamed
 from subspec.offload.tiers import TieredStreamer
 from subspec.targets import load_target
 from subspec.targets.layer_bytes import parameter_views
 from subspec.utils.pinned import PinnedBuffer
-from tests.offload.test_disk import CPU, FAULTS, PLANTED, checkpoint, opened, quiet, rewritten  # noqa: F401
-from tests.offload.test_streaming import DEVICES, PROMPT, plan_for
-
-
-def generated(target, count=12, **options):
-    return Engine(target, max_length=64, prefill_chunk=4).generate(PROMPT, max_new_tokens=count, **options)
-
-
-def tiered(config, on_disk=(0, 2), resident=(), slots=2, device=CPU):
-    source = opened(config)
-    stored = stored_layers(source, quiet, on_disk)
-    return load_streamed(source, plan_for(resident, slots), device, stored=stored, note=quiet)
-
+from tests.offload.test_disk import CPU, PLANTED, checkpoint, opened, quiet, streamed, text_of  # noqa: F401
+from tests.offload.test_streaming import DEVICES
 
 # ------------------------------------------------------------------------------------------------ the ring
 
@@ -67,8 +52,8 @@ def test_layers_of_both_tiers_come_in_order(tmp_path, kinds, slots, disk_slots, 
             stored.append(numbered(tmp_path, index))
         else:
             pinned[index] = torch.full((512 + index,), index, dtype=torch.uint8)
-    ring = DiskRing(stored, disk_slots, quiet)
-    streamer = TieredStreamer(pinned, ring, Anything(), slots, device)
+    ring = DiskRing(stored, disk_slots, quiet, Anything())
+    streamer = TieredStreamer(pinned, ring, slots, device)
     assert streamer.bytes_per_pass == sum(768 if kind == "D" else 512 + i for i, kind in enumerate(kinds))
     for passes in range(4 * len(kinds)):
         streamer.rewind()
@@ -90,8 +75,8 @@ def test_the_disk_is_read_while_the_model_does_something_else(tmp_path, monkeypa
     """Nobody asks the ring for a layer while the model drafts."""
     read = os.preadv
     monkeypatch.setattr(disk.os, "preadv", lambda *given: (time.sleep(0.02), read(*given))[1])
-    ring = DiskRing([numbered(tmp_path, index) for index in range(6)], 2, quiet)
-    streamer = TieredStreamer({}, ring, Anything(), 2, CPU)
+    ring = DiskRing([numbered(tmp_path, index) for index in range(6)], 2, quiet, Anything())
+    streamer = TieredStreamer({}, ring, 2, CPU)
     streamer.prefetch()
     assert ring.bytes_copied <= 4 * 305  # the copies are only begun
     deadline = time.monotonic() + 10
@@ -116,7 +101,7 @@ def test_neither_ring_overtakes_its_readers(tmp_path):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         stored.append(StoredLayer(index, {"a": (file, 0)}, {"a": torch.Size([size])}, torch.uint8, digest))
     pinned, device = {index: buffer.tensor for index, buffer in buffers.items()}, torch.device("cuda")
-    streamer = TieredStreamer(pinned, DiskRing(stored, 1, quiet), Anything(), 2, device)
+    streamer = TieredStreamer(pinned, DiskRing(stored, 1, quiet, Anything()), 2, device)
     right = torch.zeros(100, dtype=torch.bool, device=device)
     for step in range(100):
         slot = streamer.slots[streamer.acquire()]
@@ -138,19 +123,18 @@ def test_neither_ring_overtakes_its_readers(tmp_path):
 )
 def test_the_text_is_that_of_the_whole_model(checkpoint, on_disk, resident, slots, device):  # noqa: F811
     device = torch.device(device)
-    expected = generated(
-        TargetModel(load_target(replace(checkpoint, dtype=Dtype.float32), device, note=quiet).model)
-    ).token_ids
-    loaded = tiered(checkpoint, on_disk, resident, slots, device)
+    whole = load_target(replace(checkpoint, dtype=Dtype.float32), device, note=quiet).model
+    expected = text_of(TargetModel(whole)).token_ids
+    loaded = streamed(opened(checkpoint), resident, slots, on_disk=on_disk, device=device)
     target = loaded.target
     assert not any(isinstance(feed, DiskFeed) for feed in target.feeds)
     for _ in range(2):
-        result = generated(target)
+        result = text_of(target)
         assert result.token_ids == expected
     assert result.stats.bytes_streamed == 13 * target.streamer.bytes_per_pass
     target.recorded = target.disk
     target.take_transfer()
-    stats = generated(target).stats
+    stats = text_of(target).stats
     read = 13 * target.facts()["disk"]["bytes_per_pass"]
     assert abs(stats.bytes_streamed - read) <= 4 * max(target.disk.sizes)  # by as much as may be read ahead
     assert stats.transfer_s > 0
@@ -160,55 +144,8 @@ def test_the_text_is_that_of_the_whole_model(checkpoint, on_disk, resident, slot
 
 def test_a_planted_target_streams_from_a_copy(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
-    expected = generated(TargetModel(load_target(PLANTED, CPU, note=quiet).model)).token_ids
-    loaded = tiered(PLANTED, (1,))
-    assert generated(loaded.target).token_ids == expected
+    expected = text_of(TargetModel(load_target(PLANTED, CPU, note=quiet).model)).token_ids
+    loaded = streamed(opened(PLANTED), on_disk=(1,))
+    assert text_of(loaded.target).token_ids == expected
     assert [file.name for file in tmp_path.rglob("*.bin")] == ["layer_001.bin"]
-    loaded.close()
-
-
-# --------------------------------------------------------------------------------------------------- faults
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_changes_ends_the_text_in_one_line(checkpoint, fault, device):  # noqa: F811
-    change, message = FAULTS[fault]
-    loaded = tiered(checkpoint, device=torch.device(device))
-    expected, emitted = generated(loaded.target).token_ids, []
-    change(loaded.target.disk.layers[0].extents()[0].file)
-    for _ in range(2):  # also when it is tried again
-        with pytest.raises(SubspecError, match=rf"model\.safetensors .*({message})") as caught:
-            generated(loaded.target, on_tokens=lambda ids, text: emitted.extend(ids))
-        assert "\n" not in str(caught.value)
-    assert emitted == expected[: len(emitted)]
-    loaded.close()
-
-
-def test_a_failing_disk_ends_the_text_and_a_later_one_is_right(checkpoint, monkeypatch):  # noqa: F811
-    loaded, read, emitted = tiered(checkpoint), os.preadv, []
-    expected = generated(loaded.target).token_ids
-    reads = iter(range(1000))
-
-    def failing(fd, buffers, offset):
-        if next(reads) == 7:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(fd, buffers, offset)
-
-    monkeypatch.setattr(disk.os, "preadv", failing)
-    with pytest.raises(SubspecError, match=r"model\.safetensors cannot be read: .*copy it to another disk"):
-        generated(loaded.target, on_tokens=lambda ids, text: emitted.extend(ids))
-    assert emitted == expected[: len(emitted)]
-    assert len(emitted) < len(expected)
-    assert generated(loaded.target).token_ids == expected
-    loaded.close()
-
-
-def test_a_copy_that_rots_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("SUBSPEC_CACHE", str(tmp_path))
-    source = opened(PLANTED)
-    rewritten(next(iter(stored_layers(source, quiet, [1])[0].places.values()))[0])
-    loaded = tiered(PLANTED, (1,))
-    with pytest.raises(SubspecError, match=r"layer_001\.bin gives other weights of layer 1 .*remove it"):
-        generated(loaded.target)
     loaded.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subspec.errors import ConfigError
-from subspec.kernels.activation import apply_swiglu
+from subspec.kernels.few_rows import apply_swiglu
 from subspec.kernels.timing import slug
 from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels
 from subspec.quant.gemlite import load_tuning
@@ -123,8 +123,10 @@ def test_only_what_is_missing_is_measured(choose):
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: text.replace('"format": 1', '"format": 99'),
+        lambda text: '{"format": 0}',
         lambda text: text.replace('"for": "nvidia', '"for": "amd'),
         lambda text: "[]",
         lambda text: json.dumps({**json.loads(text), "microseconds": {"a": {"b": "fast"}}}),
@@ -176,21 +178,18 @@ def test_the_kernel_that_was_asked_for_is_used(choose):
     assert {variant.kernel for _, variant in bench.asked} == {"gemlite"}
 
 
-@pytest.mark.parametrize(("kernel", "reason"), [("gemlite", "gemlite is not installed"), ("int4_mma", "too old")])
-def test_a_kernel_that_is_not_there_stops_the_run(choose, kernel, reason):
-    with pytest.raises(ConfigError) as error:
-        choose(FakeBench(mma_wins, {kernel: reason}), kernel=kernel)
-    assert str(error.value) == f"draft.kernel={kernel} cannot run here: {reason}; set draft.kernel=auto"
-
-
-def test_a_kernel_that_does_not_take_the_shape_stops_the_run(choose):
-    with pytest.raises(ConfigError, match=r"draft\.kernel=int4_mma cannot run here: 3616 inputs"):
-        choose(FakeBench(mma_wins), {"out": (3584, 3616)}, kernel="int4_mma", formats={"out": HqqFormat(4, 32)})
-
-
-def test_no_kernel_at_all_stops_the_run(choose):
-    with pytest.raises(ConfigError, match=r"draft\.kernel=auto .*int4_mma: none; gemlite: none"):
-        choose(FakeBench(mma_wins, dict.fromkeys(KERNELS, "none")))
+@pytest.mark.parametrize(
+    ("missing", "kernel", "message"),
+    [
+        ({"gemlite": "none"}, "gemlite", r"draft\.kernel=gemlite cannot run here: none; set draft\.kernel=auto$"),
+        ({"int4_mma": "old"}, "int4_mma", r"draft\.kernel=int4_mma cannot run here: old; set draft\.kernel=auto$"),
+        ({}, "int4_mma", r"draft\.kernel=int4_mma cannot run here: 3616 inputs"),
+        (dict.fromkeys(KERNELS, "none"), "auto", r"draft\.kernel=auto .*int4_mma: none; gemlite: none"),
+    ],
+)
+def test_a_kernel_that_cannot_run_or_does_not_take_the_shape_stops_the_run(choose, missing, kernel, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(FakeBench(mma_wins, missing), {"out": (3584, 3616)}, kernel=kernel, formats={"out": HqqFormat(4, 32)})
 
 
 def test_a_cpu_has_the_reference_and_nothing_else(tmp_path):

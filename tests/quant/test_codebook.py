@@ -13,23 +13,23 @@ pytest.importorskip("triton")
 
 
 from subspec.kernels import codebook
-from subspec.kernels.int4 import interleave
+from subspec.kernels.few_rows import interleave
 from subspec.quant.codebook_linear import (
     CODEBOOK_KERNELS,
     CodebookLinear,
+    HiggsFormat,
     ReferenceCodebook,
     make_codebook_linear,
     pair_table,
-    unavailable,
 )
 from subspec.quant.flute import FluteLinear
 from subspec.quant.hadamard import Rotation, library_problem, radices, rotate, rotate_library, rotate_triton
 from subspec.quant.level_linear import Variant
 from subspec.quant.pairs import quantize_pairs
 from subspec.utils.capture import capturing
+from tests.quant.test_higgs import GRIDS, relative
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-GRIDS = [(bits, dim) for bits in (2, 3, 4) for dim in (1, 2)]
 
 
 def codes_of(n, k, bits=4, dim=2, group=256, device="cpu", seed=0):
@@ -40,10 +40,6 @@ def codes_of(n, k, bits=4, dim=2, group=256, device="cpu", seed=0):
 def inputs(rows, k, device="cpu"):
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(5))
     return x.to(device, torch.bfloat16)
-
-
-def relative(approximate, exact):
-    return float((approximate.float() - exact).norm() / exact.norm())
 
 
 def packed_of(codes, tiles=2):
@@ -117,7 +113,7 @@ def test_a_missing_library_is_named():
 def test_fragment_packing_loses_nothing(n, k, grid, tiles, seed):
     codes = codes_of(n, k, *grid, group=64, seed=seed)
     packed = packed_of(codes, tiles)
-    assert torch.equal(codebook.unpack(packed), codes.rotated())
+    assert torch.equal(packed.unpack(), codes.rotated())
     assert packed.padded % (tiles * 16) == 0
     assert packed.words.numel() * 32 == packed.padded * codes.rotation.padded * grid[0]
 
@@ -154,7 +150,7 @@ def test_a_thread_finds_the_pairs_it_multiplies(bits):
                 assert pair(words, 4 * instruction + register) == int(codes.pairs[row, column // 2])
         group = step * 64 // codes.group_size
         rows = [block * 32 + tile * 16 + g + h for h in (0, 8)]
-        assert torch.equal(packed.scale[block, group, g, tile], codes.scale[rows, group])
+        assert torch.equal(packed.scales[block, group, g, tile], codes.scale[rows, group])
 
 
 def test_the_table_holds_two_bfloat16_the_first_one_low():
@@ -229,8 +225,8 @@ def test_the_reference_keeps_its_codes_packed():
 
 def test_a_kernel_that_is_not_there_says_why():
     cpu = torch.device("cpu")
-    assert unavailable("reference", cpu) is None
-    assert unavailable("lut_mma", cpu) == "no CUDA device"
+    assert HiggsFormat().unavailable("reference", cpu) is None
+    assert HiggsFormat().unavailable("lut_mma", cpu) == "no CUDA device"
     with pytest.raises(ValueError, match="no look-up kernel 'other': use lut_mma, reference, flute"):
         make_codebook_linear(codes_of(16, 64), Variant("other"))
     with pytest.raises(ValueError, match="multiple of 32"):

@@ -34,7 +34,7 @@ def test_the_stated_error_is_the_error_of_gaussian_numbers(bits, dim):
 @pytest.mark.parametrize("bits", BITS)
 def test_two_dimensions_are_better_than_one_and_not_better_than_possible(bits):
     grid = load_grid(bits, 2)
-    assert grid.size == 4**bits
+    assert len(grid.points) == 4**bits
     assert 4.0**-bits < grid.mse < 0.93 * SCALAR[bits]  # from below: the rate-distortion bound
 
 

@@ -11,6 +11,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
+from subspec.quant.codebook_linear import HiggsFormat
 from subspec.quant.higgs import HiggsQuantizer
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.pairs import group_of, pack_pairs, quantize_pairs, unpack_pairs
@@ -25,8 +26,12 @@ def quantizer(**options):
     return HiggsQuantizer(**{"compute_dtype": torch.float32, "device": CPU, "unpack": False, **options})
 
 
+def codes_of(weight, bits=4, dim=2):
+    return HiggsFormat(bits, dim).quantize(weight)
+
+
 def relative(approximate, exact):
-    return float((approximate - exact).norm() / exact.norm())
+    return float((approximate.float() - exact).norm() / exact.norm())
 
 
 def linear_of(weight, bias=None):
@@ -69,23 +74,20 @@ def test_any_shape_is_quantized_within_the_grids_error(n, k, grid, group):
     assert relative(codes.dequantize(), weight) < 1.35 * codes.grid.mse**0.5
 
 
+@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize(("bits", "dim"), GRIDS)
-def test_gaussian_weights_have_the_grids_error(weight, bits, dim):
-    codes = quantize_pairs(weight, bits=bits, dim=dim, group_size=256, hadamard_size=512)
-    assert relative(codes.dequantize(), weight) == pytest.approx(codes.grid.mse**0.5, rel=0.03)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_outliers_do_not_matter(weight, bits):
+def test_gaussian_weights_have_the_grids_error_and_outliers_do_not_matter(weight, bits, dim, outliers):
     """A few inputs with weights fifty times as large: what rotation is for."""
-    weight[:, ::128] *= 50
-    codes = quantize_pairs(weight, bits=bits, dim=2, group_size=256, hadamard_size=512)
-    assert relative(codes.dequantize(), weight) < 1.1 * codes.grid.mse**0.5
+    if outliers:
+        weight[:, ::128] *= 50
+    codes = codes_of(weight, bits, dim)
+    error = relative(codes.dequantize(), weight) / codes.grid.mse**0.5
+    assert error < 1.1 if outliers else error == pytest.approx(1, rel=0.03)
 
 
 @pytest.mark.parametrize(("bits", "dim"), GRIDS)
 def test_the_fitted_scale_is_the_best_for_its_codes(weight, bits, dim):
-    codes = quantize_pairs(weight, bits=bits, dim=dim, group_size=256, hadamard_size=512)
+    codes = codes_of(weight, bits, dim)
     rotated = codes.rotation(weight)
     best = (rotated - codes.rotated()).square().sum()
     for factor in (0.99, 1.01):
@@ -94,7 +96,7 @@ def test_the_fitted_scale_is_the_best_for_its_codes(weight, bits, dim):
 
 def test_zeros_stay_zeros(weight):
     weight[3] = 0
-    codes = quantize_pairs(weight, bits=4, dim=2, group_size=256, hadamard_size=512)
+    codes = codes_of(weight)
     assert torch.equal(codes.dequantize()[3], torch.zeros(1024))
     assert torch.isfinite(codes.dequantize()).all()
 
@@ -147,25 +149,22 @@ def test_unpacking_changes_nothing_but_rounding(bits, dim, inputs):
 
 
 def test_quantizing_in_pieces_changes_nothing(weight, monkeypatch):
-    whole = quantize_pairs(weight, bits=3, dim=2, group_size=256, hadamard_size=512)
+    whole = codes_of(weight, 3)
     monkeypatch.setattr("subspec.quant.pairs.ROWS_BYTES", 4 * 1024 * 7)
-    parts = quantize_pairs(weight, bits=3, dim=2, group_size=256, hadamard_size=512)
+    parts = codes_of(weight, 3)
     assert torch.equal(whole.pairs, parts.pairs)
     assert torch.equal(whole.scale, parts.scale)
 
 
 def test_rows_stack_like_those_of_one_weight(weight):
-    def codes(rows):
-        return quantize_pairs(rows, bits=4, dim=2, group_size=256, hadamard_size=512)
-
-    whole = codes(weight)
-    parts = codes(weight[:32]).stacked([codes(weight[32:80]), codes(weight[80:])], swiglu=False)
+    whole, first = codes_of(weight), codes_of(weight[:32])
+    parts = first.stacked([codes_of(weight[32:80]), codes_of(weight[80:])], swiglu=False)
     assert torch.equal(parts.pairs, whole.pairs)
-    both = codes(weight[:32]).stacked([codes(weight[32:64])], swiglu=True)
+    both = first.stacked([codes_of(weight[32:64])], swiglu=True)
     expected = [*range(16), *range(32, 48), *range(16, 32), *range(48, 64)]
     assert torch.equal(both.dequantize(), whole.dequantize()[expected])
     with pytest.raises(ValueError, match="not one weight"):
-        whole.stacked([quantize_pairs(weight, bits=3, dim=2, group_size=256, hadamard_size=512)], swiglu=False)
+        whole.stacked([codes_of(weight, 3)], swiglu=False)
 
 
 @pytest.mark.parametrize(

@@ -9,49 +9,25 @@ pytest.importorskip("triton")
 
 from subspec.codec import format
 from subspec.config.enums import Codec
-from subspec.config.schema import (
-    BeamTreeConfig,
-    BenchmarkConfig,
-    BitsByModule,
-    Cache,
-    Config,
-    DecodingConfig,
-    HiggsConfig,
-    HqqConfig,
-    NoDraftConfig,
-    NoLoggerConfig,
-    PlantedTargetConfig,
-    StreamOffloadConfig,
-    SubstituteDraftConfig,
-)
+from subspec.config.schema import BitsByModule, Cache, Config, HiggsConfig, HqqConfig, PlantedTargetConfig
 from subspec.errors import ConfigError
 from subspec.planning.plan import plan_run
 from subspec.quant.hqq import HqqFormat
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
-from tests.helpers.planning import fewer_layers
+from tests.helpers.planning import fewer_layers, settings
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = [5, 17, 33, 99]
-PLAIN = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.none)
-CODED = StreamOffloadConfig(name="stream", vram_gib=1.0, codec=Codec.substitute, resident_layers=1)
+PLAIN, CODED = {"codec": Codec.none}, {"codec": Codec.substitute, "resident_layers": 1}
 LAYERS = 2
 MIXED = {"bits_by": BitsByModule(mlp=2, down_proj=3, lm_head=8), "modules": ["attention", "mlp", "lm_head"]}
 
 
-def config(*, seed=0, offload=PLAIN, draft=True, quant=None, **options):
-    kind = SubstituteDraftConfig(name="subspec") if draft else NoDraftConfig(name="none")
-    return Config(
-        target=PlantedTargetConfig(name="planted_tiny_tied", shape="tiny_tied", seed=seed),
-        draft=kind,
-        quant=quant or HqqConfig(name="hqq", **options),
-        tree=BeamTreeConfig(name="beam", depth=3, width=3),
-        decoding=DecodingConfig(name="greedy", max_length=128),
-        offload=offload,
-        benchmark=BenchmarkConfig(name="gsm8k"),
-        logger=NoLoggerConfig(name="none"),
-        run_dir="somewhere",
-    )
+def config(*, seed=0, offload=PLAIN, draft="subspec", quant=None, **options) -> Config:
+    whole = settings(1.0, draft, tree=(3, 3), quant=options, decoding={"max_length": 128}, **offload)
+    target = PlantedTargetConfig(name="planted_tiny_tied", shape="tiny_tied", seed=seed)
+    return replace(whole, target=target, quant=quant or whole.quant)
 
 
 @pytest.fixture
@@ -63,11 +39,11 @@ def start(tmp_path, monkeypatch):
         monkeypatch.setattr(format, "CHUNK", 16)
 
     def run(device="cpu", **options):
-        settings, device = config(**options), torch.device(device)
-        source = open_source(settings.target, torch.bfloat16, device, note=lambda text: None)
-        plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
+        whole, device = config(**options), torch.device(device)
+        source = open_source(whole.target, torch.bfloat16, device, note=lambda text: None)
+        plan = plan_run(whole, source.config, link_gb_per_s=25.0, host_free=None, device=None)
         run.notes.clear()
-        assembly = assemble_streamed(settings, source, plan, device, note=run.notes.append)
+        assembly = assemble_streamed(whole, source, plan, device, note=run.notes.append)
         decoder, substitute = assembly.target, assembly.streamed.substitute
         loaded = list(decoder.streamer.layers) if decoder.streamer is not None else []
         if decoder.restorer is not None:
@@ -123,7 +99,7 @@ def test_bits_of_every_kind_are_kept_and_recorded(start, device, nothing_new, tm
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("draft", ["subspec", "none"])
 def test_a_second_coded_start_reads_and_codes_nothing(start, device, draft, nothing_new, monkeypatch, tmp_path):
     """The bytes that cross the link are the same, and so is the text; no exact layer is read."""
     _, facts, loaded = start(device, offload=CODED, draft=draft)
@@ -178,4 +154,4 @@ def test_a_refusal_names_what_can_do_without_the_codec(start, monkeypatch):
 @pytest.mark.parametrize("quant", [HqqConfig(name="hqq", skip_layers=[0]), HiggsConfig(name="higgs", skip_layers=[0])])
 def test_plain_decoding_of_a_coded_target_codes_every_layer(start, quant):
     """Layers that a draft would keep exact cannot be coded; without a draft there is nothing to keep them for."""
-    start(offload=CODED, draft=False, quant=replace(quant))
+    start(offload=CODED, draft="none", quant=replace(quant))

@@ -90,7 +90,7 @@ __device__ __forceinline__ Meta load_meta(const Meta* p) {
   return m;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int4_wide(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) int4_wide_linear(
     const Word4* __restrict__ weight,  // as in int4.cu
     const Meta* __restrict__ meta,
     const Word4* __restrict__ x,       // bfloat16 [rows][groups * 64]
