@@ -135,11 +135,11 @@ class PassShapes:
         query = self.heads.query * self.heads.dim
         return max(split_k(self.hidden, query).parts, split_k(self.hidden, self.intermediate).parts)
 
-    def buffers(self, rows: int, texts: Sequence[tuple[int, int]]) -> dict[str, int]:
+    def buffers(self, rows: int, groups: Sequence[tuple[int, int]]) -> dict[str, int]:
         """Bytes of each buffer of a pass over ``rows`` tokens.
 
         Args:
-            texts: rows of each text, and a number that no position of theirs reaches.
+            groups: rows that are launched together, and a number that no position of theirs reaches.
 
         ``normed`` holds a layer's normed input, later attention's output. ``wide`` holds, one after the other, the sums
         of the q/k/v projection, attention's partial sums, and gate, up and their product; ``added`` the queries and the
@@ -147,7 +147,7 @@ class PassShapes:
         """
         query = rows * self.heads.query * self.heads.dim * self.itemsize
         sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
-        partial = 4 * max(self.heads.partial_floats(*text) for text in texts)
+        partial = 4 * max(self.heads.partial_floats(*group) for group in groups)
         mlp = 3 * self.mlp_piece(rows) * self.intermediate * self.itemsize + ALIGNMENT
         sizes = {
             "normed": max(rows * self.hidden * self.itemsize, query),
@@ -157,20 +157,65 @@ class PassShapes:
         return {name: round_up(size, ALIGNMENT) for name, size in sizes.items()}
 
 
-class _TextRows:
-    """One text's rows of a pass, from row ``first`` on."""
+class _Rows:
+    """The rows of one text in a pass, from row ``first`` on, or of several that are launched together.
 
-    def __init__(self, batch: TokenBatch, first: int, no_paths: Tensor) -> None:
-        self.batch, self.rows = batch, batch.tokens.numel()
+    Args:
+        parts: the texts; several are trees of as many rows, whose caches are equally far apart (:func:`_together`).
+    """
+
+    def __init__(self, parts: Sequence[TokenBatch], first: int, no_paths: Tensor) -> None:
+        batch = parts[0]
+        self.texts, self.rows = len(parts), sum(part.tokens.numel() for part in parts)
         self.part = slice(first, first + self.rows)
-        self.positions = batch.positions
-        prefix = batch.prefix
-        if prefix is None:
-            prefix = torch.full((1,), batch.past, dtype=torch.int64, device=batch.tokens.device)
-        self.prefix: Tensor = prefix
-        self.paths = no_paths
-        if batch.ancestors is not None:
-            self.paths = path_table(batch.ancestors, batch.depths, batch.levels)
+        self.view, self.is_tree = batch.view, batch.ancestors is not None
+        self.length = max(part.length for part in parts)
+        self.cache_stride = _offset(parts[1]) - _offset(batch) if len(parts) > 1 else 0
+        self.depths, self.positions = _cat([part.depths for part in parts]), _cat([part.positions for part in parts])
+        self.prefix, self.paths = _cat([_prefix(part) for part in parts]), no_paths
+        if self.is_tree:
+            levels = max(part.levels for part in parts)
+            self.paths = _cat([path_table(part.ancestors, part.depths, levels) for part in parts])
+
+
+def _offset(part: TokenBatch) -> int:
+    """Place of a text's cache in the buffer of all, in numbers."""
+    return int(part.view.rows.storage_offset())
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _prefix(part: TokenBatch) -> Tensor:
+    if part.prefix is not None:
+        return part.prefix
+    return torch.full((1,), part.past, dtype=torch.int64, device=part.tokens.device)
+
+
+def _together(parts: Sequence[TokenBatch], heads: Heads) -> list[list[TokenBatch]]:
+    """Texts in groups that are launched together: a launch per text and layer keeps the host longer than the link.
+
+    A group are trees of as many rows, whose caches follow each other in one buffer, within the rows of a launch.
+    """
+    groups: list[list[TokenBatch]] = []
+    for part in parts:
+        group = [*groups[-1], part] if groups else [part]
+        first, rows, offsets = group[0], part.tokens.numel(), [_offset(own) for own in group]
+        if (
+            len(group) > 1
+            and first.ancestors is not None
+            and part.ancestors is not None
+            and first.tokens.numel() == rows
+            and first.view.read[0] == part.view.read[0]
+            and first.view.rows.untyped_storage()._cdata == part.view.rows.untyped_storage()._cdata
+            and offsets[-1] - offsets[-2] == offsets[1] - offsets[0]
+            and heads.piece_rows(rows * len(group), max(own.length for own in group)) == rows * len(group)
+        ):
+            groups[-1] = group
+        else:
+            groups.append([part])
+    return groups
 
 
 class BitwisePass:
@@ -185,11 +230,11 @@ class BitwisePass:
         shapes = arithmetic.shapes
         self.residual = residual
         self.rows = residual.shape[0]
-        self.texts, first = [], 0
-        for part in batch.parts:
-            self.texts.append(_TextRows(part, first, arithmetic.no_paths))
-            first += part.tokens.numel()
-        sizes = shapes.buffers(self.rows, [(text.rows, text.batch.length) for text in self.texts])
+        self.groups: list[_Rows] = []
+        for parts in _together(batch.parts, shapes.heads):
+            first = self.groups[-1].part.stop if self.groups else 0
+            self.groups.append(_Rows(parts, first, arithmetic.no_paths))
+        sizes = shapes.buffers(self.rows, [(group.rows, group.length) for group in self.groups])
         flat = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=residual.device)
         self._buffers = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
         self.partial: Tensor | None = None
@@ -306,55 +351,37 @@ class BitwiseArithmetic:
         self._multiply("qkv", normed, (attention.q_proj, attention.k_proj, attention.v_proj), sums)
         query = state.buffer("added", rows, heads.query, heads.dim)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        for text in state.texts:
-            own, view = sums[0, text.part], text.batch.view
-            k_rows, v_rows = view.rows[attention.layer_idx]
-            level.rope_store[(text.rows, heads.query + 2 * heads.kv)](
-                own,
-                own,  # the bias is in the sums
-                own if q_norm is None else q_norm.weight,
-                own if k_norm is None else k_norm.weight,
-                self.inverse_frequency,
-                text.batch.depths,
-                text.prefix,
-                query[text.part],
-                k_rows,
-                v_rows,
-                rows,  # a slice of the sums has those of all texts
-                view.read[0],
-                k_rows.stride(1),
-                k_rows.stride(0),
-                self.attention_scaling,
-                self.eps,
-                1,
-                0,
-                heads.query,
-                heads.kv,
-                self.shapes.qkv,
-                SPLITS=parts,
-                HAS_BIAS=False,
-                HAS_NORM=q_norm is not None,
-                HALF=heads.dim // 2,
-                HALF_BLOCK=next_power_of_two(heads.dim // 2),
-                BEHIND=True,
-                num_warps=1,
-            )
+        for group in state.groups:
+            own = sums[0, group.part]
+            k_rows, v_rows = group.view.rows[attention.layer_idx]
+            level.rope_store[(group.rows, heads.query + 2 * heads.kv)](
+                own, own,  # the bias is in the sums
+                own if q_norm is None else q_norm.weight, own if k_norm is None else k_norm.weight,
+                self.inverse_frequency, group.depths, group.prefix, query[group.part], k_rows, v_rows,
+                rows,  # a slice of the sums has those of all groups
+                group.view.read[0], k_rows.stride(1), k_rows.stride(0), self.attention_scaling, self.eps,
+                group.rows // group.texts, group.cache_stride, heads.query, heads.kv, self.shapes.qkv,
+                SPLITS=parts, HAS_BIAS=False, HAS_NORM=q_norm is not None, HALF=heads.dim // 2,
+                HALF_BLOCK=next_power_of_two(heads.dim // 2), BEHIND=True, num_warps=1,
+            )  # fmt: skip
         attended = state.buffer("normed", rows, heads.query * heads.dim)
-        for text in state.texts:  # the partial sums take the place of the projections'
-            batch, begin = text.batch, text.batch.view.read[0]
-            k_rows, v_rows = batch.view.rows[attention.layer_idx]
+        for group in state.groups:  # the partial sums take the place of the projections'
+            begin = group.view.read[0]
+            k_rows, v_rows = group.view.rows[attention.layer_idx]
             attend(
-                query[text.part],
+                query[group.part],
                 k_rows[:, begin:],
                 v_rows[:, begin:],
-                text.positions,
-                text.prefix,
-                text.paths,
-                is_tree=batch.ancestors is not None,
-                length=batch.length,
+                group.positions,
+                group.prefix,
+                group.paths,
+                is_tree=group.is_tree,
+                length=group.length,
                 heads=heads,
                 scale=attention.scaling,
-                partial=state.buffer("wide", heads.partial_floats(text.rows, batch.length), dtype=torch.float32),
-                out=attended[text.part],
+                partial=state.buffer("wide", heads.partial_floats(group.rows, group.length), dtype=torch.float32),
+                out=attended[group.part],
+                texts=group.texts,
+                cache_stride=group.cache_stride,
             )
         return attended

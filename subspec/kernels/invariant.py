@@ -81,11 +81,11 @@ def swiglu(gate_up, out, n, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "shared_causal", "path_width", "total_rows"])
 def attention(
     q, k_rows, v_rows, positions, prefix, paths, partial_out, partial_max, partial_sum,
-    rows, shared_causal, path_width, total_rows, row_stride, head_stride, scale,
+    rows, shared_causal, path_width, total_rows, row_stride, head_stride, cache_stride, scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one split of the absolute positions, for one kv head. Grid: (KV_HEADS, splits, tiles).
+    """Attention over one split of the absolute positions, for one kv head. Grid: (KV_HEADS, splits, texts * tiles).
 
     Every row sees the positions 0 .. its own. Position p of the prefix (p < past, the number that ``prefix`` points
     to, so that a captured pass can be replayed behind any prefix) lies in cache row p. Behind it, a
@@ -95,12 +95,18 @@ def attention(
     A tile holds TILE pairs of a row and one of its query heads. Blocks that are the same cache rows for the whole tile
     are read once; the others are gathered for one row of the tile after the other, with weight 0 for the rest.
 
-    q: [rows, Q_HEADS, D]. k_rows, v_rows: [KV_HEADS, ., D], from position 0 on. positions: int64 [rows].
-    prefix: int64 [1]. paths: int32 [rows, path_width]. partial_*: float32 [splits, total_rows, Q_HEADS(, D)].
+    Several texts have as many rows each, one text's behind the other's, and caches that lie cache_stride numbers apart.
+
+    q: [texts * rows, Q_HEADS, D]. k_rows, v_rows: [KV_HEADS, ., D], from position 0 on.
+    positions: int64 [texts * rows]. prefix: int64 [texts]. paths: int32 [texts * rows, path_width].
+    partial_*: float32 [splits, total_rows, Q_HEADS(, D)].
     """
-    past = tl.load(prefix).to(tl.int32)
-    kv_head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    kv_head, split = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(rows * GROUP, TILE)
+    text, tile = tl.program_id(2) // tiles, tl.program_id(2) % tiles
+    past = tl.load(prefix + text).to(tl.int32)
+    before = text * rows
     BLOCKS: tl.constexpr = SPLIT // BLOCK
     pair = tile * TILE + tl.arange(0, TILE)
     row = pair // GROUP
@@ -108,10 +114,10 @@ def attention(
     valid = row < rows
     first_row = tile * TILE // GROUP
     count = tl.minimum((tile * TILE + TILE - 1) // GROUP, rows - 1) - first_row + 1
-    position = tl.load(positions + row, mask=valid, other=-1).to(tl.int32)
+    position = tl.load(positions + before + row, mask=valid, other=-1).to(tl.int32)
     dims = tl.arange(0, D_BLOCK)
     real = dims < D
-    at_q = (row * Q_HEADS + head).to(tl.int64) * D
+    at_q = ((before + row) * Q_HEADS + head).to(tl.int64) * D
     query = tl.load(q + at_q[:, None] + dims[None, :], mask=valid[:, None] & real[None, :], other=0.0)
 
     deepest = tl.max(position, axis=0)
@@ -125,8 +131,8 @@ def attention(
     highest = tl.full([TILE], -1e30, dtype=tl.float32)
     denominator = tl.zeros([TILE], dtype=tl.float32)
     output = tl.zeros([TILE, D_BLOCK], dtype=tl.float32)
-    k_head = k_rows + kv_head.to(tl.int64) * head_stride
-    v_head = v_rows + kv_head.to(tl.int64) * head_stride
+    at_head = kv_head.to(tl.int64) * head_stride + text.to(tl.int64) * cache_stride
+    k_head, v_head = k_rows + at_head, v_rows + at_head
     for step in range(shared + own * count):
         is_shared = step < shared
         place = tl.maximum(step - shared, 0)
@@ -135,7 +141,7 @@ def attention(
         column = block * BLOCK + tl.arange(0, BLOCK)
         behind = column - past
         in_path = (behind >= 0) & (behind < tl.where(is_shared, 0, path_width))
-        node = tl.load(paths + own_row * path_width + behind, mask=in_path, other=0)
+        node = tl.load(paths + (before + own_row) * path_width + behind, mask=in_path, other=0)
         cache_row = tl.where(in_path, past + node, column).to(tl.int64) * row_stride
         exists = column <= deepest
         loaded = exists[:, None] & real[None, :]
@@ -152,7 +158,7 @@ def attention(
         added = output * correction[:, None] + tl.dot(weight.to(OPERAND), value.to(OPERAND))
         output = tl.where(served[:, None], added, output)  # 0 * infinity of another row's value is no zero
         highest = new_highest
-    slot = (split.to(tl.int64) * total_rows + row) * Q_HEADS + head
+    slot = (split.to(tl.int64) * total_rows + before + row) * Q_HEADS + head
     tl.store(partial_max + slot, highest, mask=valid)
     tl.store(partial_sum + slot, denominator, mask=valid)
     stored = valid[:, None] & real[None, :]

@@ -78,20 +78,26 @@ def attend(
     scale: float,
     partial: Tensor,
     out: Tensor,
+    texts: int = 1,
+    cache_stride: int = 0,
 ) -> None:
     """Attention of every row over the positions 0 .. its own.
+
+    Several texts have as many rows each, one text's behind the other's, and no more than :meth:`Heads.piece_rows`
+    altogether.
 
     Args:
         query: [rows, query heads, dim].
         keys, values: [kv heads, ., dim], row p holding position p of the prefix.
         positions: int64 [rows].
-        prefix: int64 [1], tokens of the prefix.
+        prefix: int64 [texts], tokens of the prefix.
         paths: int32 [rows, width]: the batch's row that holds a row's ancestor at position prefix + column.
         is_tree: False: a run of text, whose positions lie in the cache in order; ``paths`` (int32, of any shape) is not
             read.
         length: no position reaches it.
         partial: float32, at least :meth:`Heads.partial_floats`.
         out: [rows, query heads * dim].
+        cache_stride: numbers between ``keys`` of one text, which are given, and of the next.
     """
     invariant = triton_kernels("invariant", query.device)
     rows = query.shape[0]
@@ -104,9 +110,9 @@ def attend(
         sizes = heads.partial_sizes(count, length)
         outs, maxima, sums = partial[: sum(sizes)].split(sizes)
         own = slice(first, first + count)
-        invariant.attention[(heads.kv, splits, -(-count * group // TILE))](
+        invariant.attention[(heads.kv, splits, texts * -(-(count // texts) * group // TILE))](
             query[own], keys, values, positions[own], prefix, paths[own] if is_tree else paths, outs, maxima, sums,
-            count, int(not is_tree), width, count, keys.stride(1), keys.stride(0), scale,
+            count // texts, int(not is_tree), width, count, keys.stride(1), keys.stride(0), cache_stride, scale,
             Q_HEADS=heads.query, KV_HEADS=heads.kv, D=heads.dim, D_BLOCK=block,
             TILE=TILE, BLOCK=heads.block, SPLIT=SPLIT, OPERAND=operand(query),
             num_warps=WARPS, num_stages=STAGES,

@@ -63,7 +63,7 @@ def add_rms_norm(
 @triton.jit(do_not_specialize=["rows", "write_row"])
 def rope_store(
     partial, bias, q_norm, k_norm, inverse_frequency, depths, length, q_out, k_rows, v_rows,
-    rows, write_row, row_stride, head_stride, attention_scaling, eps, texts, cache_stride,
+    rows, write_row, row_stride, head_stride, attention_scaling, eps, text_rows, cache_stride,
     q_heads: tl.constexpr, kv_heads: tl.constexpr, stride: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr, BEHIND: tl.constexpr = False, OVERLAP: tl.constexpr = False,
@@ -73,12 +73,12 @@ def rope_store(
     Grid: (rows, q_heads + 2 * kv_heads). Head dimension 2 * HALF; HALF_BLOCK: the power of two that holds HALF.
     depths: int64 [rows] of the nodes; their position is length + depth. k_rows, v_rows: this layer's cache
     [kv_heads, rows, head_dim]; row i goes to cache row write_row + i or, with BEHIND, to write_row + length + i.
-    Several texts have as many rows each, a length each, and caches that lie cache_stride numbers apart.
+    Several texts have text_rows rows each, a length each, and caches that lie cache_stride numbers apart.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
-    text = row // (rows // texts)
+    text = row // text_rows
     half = tl.arange(0, HALF_BLOCK)
     real = half < HALF
     base = head * 2 * HALF
@@ -117,7 +117,7 @@ def rope_store(
         is_key = head < q_heads + kv_heads
         kv_head = tl.where(is_key, head - q_heads, head - q_heads - kv_heads).to(tl.int64)
         target = (k_rows if is_key else v_rows) + text.to(tl.int64) * cache_stride
-        cache_row = (write_row + row - text * (rows // texts)).to(tl.int64)
+        cache_row = (write_row + row - text * text_rows).to(tl.int64)
         if BEHIND:
             cache_row += tl.load(length + text)
         at_kv = target + kv_head * head_stride + cache_row * row_stride

@@ -367,7 +367,7 @@ class CapturedDraft(LevelDraft):
             head_stride,
             model.attention_scaling,
             model.eps,
-            texts,
+            rows // texts,
             cache.rows.numel(),
             heads,
             kv_heads,

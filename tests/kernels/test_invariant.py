@@ -91,6 +91,26 @@ def attend_tree(query, keys, values, past, ancestors, depths, heads):
     return out
 
 
+def test_trees_of_several_texts_have_the_bits_of_their_own_launches():
+    heads, device, generator = Heads(4, 2, 16), device_of_tests(), torch.Generator().manual_seed(3)
+    pasts, nodes, levels = (3, 70, 0), 6, 5
+    trees = [random_tree(nodes, generator, levels) for _ in pasts]
+    query = torch.randn(3 * nodes, heads.query, heads.dim, generator=generator).to(device, torch.bfloat16)
+    caches = torch.randn(3, 2, heads.kv, 80, heads.dim, generator=generator).to(device, torch.bfloat16)
+    paths = torch.cat([path_table(ancestors, depths, levels) for ancestors, depths in trees]).to(device)
+    positions = torch.cat([past + depths for past, (_, depths) in zip(pasts, trees, strict=True)]).to(device)
+    length = max(pasts) + levels + 1
+    out = torch.empty(3 * nodes, heads.query * heads.dim, dtype=query.dtype, device=device)
+    partial = torch.empty(heads.partial_floats(3 * nodes, length), dtype=torch.float32, device=device)
+    attend(query, *caches[0], positions, torch.tensor(pasts, device=device), paths, is_tree=True, length=length,
+           heads=heads, scale=heads.dim**-0.5, partial=partial, out=out, texts=3, cache_stride=caches.stride(0),
+           )  # fmt: skip
+    for number, (past, (ancestors, depths)) in enumerate(zip(pasts, trees, strict=True)):
+        own = slice(number * nodes, (number + 1) * nodes)
+        alone = attend_tree(query[own], *caches[number], past, ancestors.to(device), depths.to(device), heads)
+        assert same_bits(out[own], alone), number
+
+
 def check_attention(heads, past, nodes, seed, deepest=None, dtype=torch.bfloat16):
     device = device_of_tests()
     generator = torch.Generator().manual_seed(seed)
