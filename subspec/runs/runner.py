@@ -87,7 +87,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
             console.note(note)
         logger = make_logger(config.logger, console.warn)
         logger.start(to_plain(cfg), run_dir, facts, folder.records())
-        console.note(logger.note)
+        console.note(logger.inner.note)
         summary, exit_code = None, 1
         try:
             summary = _Run(config, device, benchmark, folder, logger, console).execute()

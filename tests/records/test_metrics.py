@@ -124,12 +124,6 @@ def test_depths_never_accepted_and_never_drafted() -> None:
     assert rates == [0.5, 0.0, None]
 
 
-@pytest.mark.parametrize(("bandwidth", "size"), [(0.0, 1), (-1.0, 1), (1.0, -1)])
-def test_an_impossible_link_is_refused(bandwidth: float, size: int) -> None:
-    with pytest.raises(ValueError, match="bandwidth"):
-        LinkInfo(bandwidth, size)
-
-
 @pytest.mark.parametrize(("a", "b"), [(1.0, 0.0), (None, 1.0), (1.0, None), (1.0, -1.0)])
 def test_ratio_is_none_rather_than_infinite(a: float | None, b: float | None) -> None:
     assert ratio(a, b) is None
@@ -150,13 +144,12 @@ def test_a_record_is_strict_json_and_keeps_no_prompt() -> None:
 def test_the_prompt_digest_tells_prompts_apart() -> None:
     one, two = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]
     assert prompt_digest(one) == prompt_digest([{"content": "a", "role": "user"}])
-    assert len({prompt_digest(one), prompt_digest(two), prompt_digest("a")}) == 3
-    assert prompt_digest(None) is None
+    assert prompt_digest(one) != prompt_digest(two)
 
 
 def test_an_unchecked_turn_has_null_answers() -> None:
     made = turn_record(CONTEXT, result(), sample_id="a", sample_index=0)
-    assert (made["correct"], made["audit"], made["prompt_sha256"]) == (None, None, None)
+    assert (made["correct"], made["audit"]) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------ summary

@@ -265,6 +265,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(sessions: dict[str, S
 
 
 def hanging_finish(arguments: list[str]) -> None:
+    Path(arguments[0]).mkdir()
     logger = make_logger(WandbConfig(name="wandb", mode=WandbMode.offline), print)
     logger.start(CONFIG, Path(arguments[0]), {})
     logger.log_turn(record(0), 0)

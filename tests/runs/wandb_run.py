@@ -29,6 +29,7 @@ def log_run(arguments: list[str]) -> None:
     logger, started, error = make_logger(config, warnings.append), time.monotonic(), None
     if "--drawn" not in more:
         logger.inner._pictures = lambda records: {}  # they take longer than the rest
+    Path(run_dir).mkdir(exist_ok=True)
     try:
         logger.start(CONFIG, Path(run_dir), {"versions": {"torch": "2"}}, finished=records[:done])
         print("the run's own line", flush=True)
@@ -40,5 +41,5 @@ def log_run(arguments: list[str]) -> None:
     except SubspecError as refused:
         error = str(refused)
         logger.finish(None, refused.exit_code)
-    said = {"note": logger.note, "warnings": warnings, "error": error, "seconds": time.monotonic() - started}
+    said = {"note": logger.inner.note, "warnings": warnings, "error": error, "seconds": time.monotonic() - started}
     print(json.dumps(said), flush=True)
