@@ -110,7 +110,7 @@ def _main(arguments: Sequence[str]) -> None:
     command = parse(arguments)
     # Imported here, what takes seconds last: the help and a wrong command line need none of it.
     from subspec.cli.predict_inputs import predict_command
-    from subspec.utils.files import write_error, write_json
+    from subspec.utils.files import write_json, writing
     from subspec.utils.terminal import Terminal
 
     console = Terminal()
@@ -127,11 +127,8 @@ def _main(arguments: Sequence[str]) -> None:
         (command.plot, lambda file: plot(prediction, title, planted, file)),
         (command.json, lambda file: write_json(file, prediction.to_dict() | {"planted": planted})),
     ):
-        if file is None:
-            continue
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file)
-        except OSError as error:
-            raise write_error(error, file, "choose another file") from error
-        console.note(f"written: {file}")
+        if file is not None:
+            with writing(file, "choose another file"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file)
+            console.note(f"written: {file}")

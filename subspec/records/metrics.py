@@ -12,6 +12,7 @@ denominator is zero is ``None`` (JSON null), never 0 or infinity.
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from math import fsum
 from typing import Any, NamedTuple
@@ -22,24 +23,9 @@ from subspec.decoding.result import GenerationResult, audit_errors
 Record = Mapping[str, Any]
 
 PER_TURN_FIGURES = (
-    "tokens_per_s",
-    "tokens_per_s_total",
-    "speedup_over_plain",
-    "tau",
-    "tau_published",
-    "draft_acceptance_rate",
-    "prompt_tokens",
-    "new_tokens",
-    "iterations",
-    "prefill_s",
-    "decode_s",
-    "ttft_s",
-    "block_p50_s",
-    "block_p95_s",
-    "block_p99_s",
-    "roofline_share",
-    "link_busy_share",
-    "texts_beside",
+    *("tokens_per_s", "tokens_per_s_total", "speedup_over_plain", "tau", "tau_published", "draft_acceptance_rate"),
+    *("prompt_tokens", "new_tokens", "iterations", "prefill_s", "decode_s", "ttft_s"),
+    *("block_p50_s", "block_p95_s", "block_p99_s", "roofline_share", "link_busy_share", "texts_beside"),
 )
 """Figures of a turn that are summarised by mean, standard deviation and median."""
 
@@ -89,54 +75,25 @@ def turn_metrics(
         device_vram_gib: memory that the process holds of the device at the end of the turn, as the driver counts (GiB).
         peak_ram_gib: peak resident memory of the process so far (GiB).
     """
-    stats = result.stats
-    tau = ratio(stats.verified_tokens, stats.iterations)
-    tokens_per_s = ratio(stats.verified_tokens, stats.decode_s)
-    passes, plain_s = plain or (None, None)
-    roofline = None
-    if link is not None and tau is not None:
-        roofline = ratio(tau * link.gb_per_s * 1e9, link.bytes_per_pass)
-    return {
-        "prompt_tokens": stats.prompt_tokens,
+    raw = asdict(result.stats) | {
         "new_tokens": len(result.token_ids),
-        "verified_tokens": stats.verified_tokens,
-        "iterations": stats.iterations,
-        "tau": tau,
-        "tau_published": _tau_published(1, stats.verified_tokens, stats.iterations),
-        **_acceptance(
-            stats.iterations,
-            stats.drafted_nodes,
-            list(stats.drafted_by_depth),
-            list(stats.accepted_by_depth),
-            list(stats.reached_by_depth),
-        ),
-        "draft_passes": stats.draft_passes,
-        "prefill_s": stats.prefill_s,
-        "decode_s": stats.decode_s,
-        "ttft_s": stats.prefill_s,
-        "block_s": [round(seconds, 6) for seconds in stats.block_s],
-        **_percentiles(stats.block_s),
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_total": ratio(len(result.token_ids), stats.prefill_s + stats.decode_s),
+        "ttft_s": result.stats.prefill_s,
+        "block_s": [round(seconds, 6) for seconds in result.stats.block_s],
         "texts_beside": beside,
         "loop_s": loop_s,
-        "plain_tokens": passes,
-        "plain_s": plain_s,
-        "speedup_over_plain": ratio(tokens_per_s, ratio(passes, plain_s)),
-        "draft_s": stats.draft_s,
-        "verify_s": stats.verify_s,
-        "transfer_s": stats.transfer_s,
-        "bytes_streamed": stats.bytes_streamed,
-        "link_gb_per_s": link.gb_per_s if link else None,
-        "bytes_per_pass": link.bytes_per_pass if link else None,
-        "roofline_tokens_per_s": roofline,
-        "roofline_share": ratio(tokens_per_s, roofline),
-        "link_busy_share": ratio(stats.transfer_s, stats.prefill_s + stats.decode_s) if link else None,
+        "plain_tokens": plain and plain[0],
+        "plain_s": plain and plain[1],
+        "link_gb_per_s": link and link.gb_per_s,
+        "bytes_per_pass": link and link.bytes_per_pass,
         "peak_vram_gib": peak_vram_gib,
         "device_vram_gib": device_vram_gib,
         "peak_ram_gib": peak_ram_gib,
         "finish_reason": result.finish_reason.value,
     }
+    figures = _totals([raw]) | raw
+    for name in ("accept_s", "tokens_per_s_together"):  # a part of verify_s, and a figure of all texts of a run
+        del figures[name]
+    return figures
 
 
 def summarise(records: Iterable[Record]) -> dict[str, Any]:

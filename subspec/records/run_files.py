@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder, and what reading and locking them has in common."""
+"""Names of the files in a run's folder; reading and locking."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,9 @@ PLAN = "plan.json"
 FACTS = "facts.json"
 OVERRIDES = "overrides.yaml"
 LOCK = ".lock"
+
+ELSEWHERE = "choose another folder with run_dir="
+"""Remedy for a folder that a run cannot have."""
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

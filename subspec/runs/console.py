@@ -16,7 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from subspec.records.metrics import add_turn, is_unfinished, speeds
-from subspec.records.summary_table import SummaryTable, banners, decimals
+from subspec.records.summary_table import banners, decimals, summary_table
 from subspec.utils.terminal import Terminal
 
 WIDE = 90
@@ -39,7 +39,7 @@ class RunConsole(Terminal):
 
     def table(self, summary: Mapping[str, Any], speedup: Mapping[str, Any] | None = None) -> None:
         """Print the table at the end of a run, with a baseline its speed-up, and the warnings."""
-        self.rich.print(SummaryTable(summary, speedup))
+        self.rich.print(summary_table(summary, speedup, self.rich.options))
         for banner in banners(summary):
             self._line(banner, "bold yellow")
 

@@ -16,13 +16,13 @@ from subspec.config.schema import Config, Source
 from subspec.errors import ConfigError
 from subspec.planning.budget import DeviceMemory, budget_of
 from subspec.records.method import config_group
-from subspec.records.run_files import FACTS, RECORDS, read_json
+from subspec.records.run_files import ELSEWHERE, FACTS, RECORDS, read_json
 from subspec.runs.turn import chat_messages, prompt_digest
 
 WEIGHTS = "weights"
 """Field of ``facts.json``: digests of the weights by config group (``target``, ``draft``)."""
 
-REMEDY = "put back what the run began with, or choose another folder with run_dir="
+REMEDY = f"put back what the run began with, or {ELSEWHERE}"
 
 
 def check_weights(run_dir: Path, config: Mapping[str, Any], weights: Mapping[str, str]) -> None:
@@ -60,7 +60,7 @@ def with_first_budget(config: Config, run_dir: Path, device: torch.device) -> Co
     except ConfigError as error:
         raise ConfigError(
             f"resume=true, but offload.vram_gib=auto was {first:g} GiB, and the device cannot hold them now: free "
-            "device memory, or choose another folder with run_dir="
+            f"device memory, or {ELSEWHERE}"
         ) from error
     return replace(config, offload=offload)
 

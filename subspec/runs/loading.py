@@ -1,4 +1,4 @@
-"""Check a run's configuration, load its target in the way that ``offload`` configures, and print the plan."""
+"""Check a run's configuration, and load its target in the way that ``offload`` configures."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -94,11 +94,6 @@ class Loaded:
         return facts
 
 
-def print_plan(plan: Plan, console: RunConsole) -> None:
-    """Print the plan as a table."""
-    console.rich.print(plan_table(plan))
-
-
 def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
     """Load the target and assemble the run.
 
@@ -122,7 +117,7 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
     if plan.disk_layers and plan.codec is Codec.none:
         stored = stored_layers(source, console.note, plan.disk_layers)
         plan = _with_disk(plan, stored)
-    print_plan(plan, console)
+    console.rich.print(plan_table(plan))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         cap_device(plan.vram.allocator / GIB, device)

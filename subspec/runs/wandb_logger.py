@@ -38,30 +38,13 @@ STEP = "sample_index"
 
 SERIES = (
     *PER_TURN_FIGURES,
-    "draft_s",
-    "verify_s",
-    "transfer_s",
-    "roofline_tokens_per_s",
-    "peak_vram_gib",
-    "device_vram_gib",
-    "peak_ram_gib",
+    *("draft_s", "verify_s", "transfer_s", "roofline_tokens_per_s", "peak_vram_gib", "device_vram_gib", "peak_ram_gib"),
 )
 """Record fields that become series; None values are left out."""
 
 COLUMNS = (
-    "sample_id",
-    "turn",
-    "category",
-    "prompt_tokens",
-    "new_tokens",
-    "tokens_per_s",
-    "tau",
-    "finish_reason",
-    "correct",
-    "audit_mismatch",
-    "audit_max_gap",
-    "skipped",
-    "text",
+    *("sample_id", "turn", "category", "prompt_tokens", "new_tokens", "tokens_per_s", "tau", "finish_reason"),
+    *("correct", "audit_mismatch", "audit_max_gap", "skipped", "text"),
 )
 
 TEXT_LIMIT = 500

@@ -36,15 +36,8 @@ class Telemetry:
         self._steps = counter("spec_decode_num_drafts", "Verification passes")
         self._drafted = counter("spec_decode_num_draft_tokens", "Drafted tokens")
         self._accepted = counter("spec_decode_num_accepted_tokens", "Accepted draft tokens")
-        self._first = Histogram(
-            "subspec_time_to_first_token_seconds",
-            "From a request to its first token",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._whole = Histogram(
-            "subspec_e2e_request_latency_seconds", "From a request to its end", buckets=SECONDS, registry=registry
-        )
+        self._first = seconds("time_to_first_token", "From a request to its first token")
+        self._whole = seconds("e2e_request_latency", "From a request to its end")
 
     def first_token(self, seconds: float) -> None:
         """A text has begun."""
