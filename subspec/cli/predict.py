@@ -85,13 +85,9 @@ def parse(arguments: Sequence[str]) -> PredictCommand:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_intermixed_args(list(arguments))
-    own, rest = {}, []
-    for text in parsed.overrides:
-        key, equals, value = text.partition("=")
-        if key in OWN_KEYS and equals:
-            own[key] = value
-        else:
-            rest.append(text)
+    ours = [text for text in parsed.overrides if text.partition("=")[0] in OWN_KEYS and "=" in text]
+    own = dict(text.split("=", 1) for text in ours)
+    rest = [text for text in parsed.overrides if text not in ours]
     if parsed.plot is not None and parsed.plot.suffix not in PICTURES:
         raise ConfigError(f"--plot {parsed.plot}: the name must end in {', '.join(PICTURES)}")
     return PredictCommand(own, rest, parsed.source, parsed.plot, parsed.json)

@@ -91,12 +91,8 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         if command.own["card"] != AUTO:
             defaults |= {"offload.card": f"'{gpu.name}'"}
     stream = not any(text.startswith("offload=") and text != "offload=stream" for text in command.overrides)
-    added = [
-        f"{key}={value}"
-        for key, value in defaults.items()
-        if key not in given and (stream or not key.startswith("offload."))
-    ]
-    config = to_config(compose_config(command.overrides, added))
+    added = [key for key in defaults if key not in given and (stream or not key.startswith("offload."))]
+    config = to_config(compose_config(command.overrides, [f"{key}={defaults[key]}" for key in added]))
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(f"offload={config.offload.name}: predictions are for offload=stream; leave offload out")
     if config.draft.name == "none":

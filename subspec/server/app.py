@@ -38,7 +38,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="SubSpec", version=__version__)
     app.add_middleware(LimitedBody)
-    install(app, service.telemetry.refused)
+    install(app, lambda status: service.telemetry.refused.labels(str(status)).inc())
     guarded = {"dependencies": [Depends(authorized)]}
 
     @app.post("/v1/chat/completions", **guarded)
