@@ -14,13 +14,7 @@ from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
 from subspec.runs.logger import NoLogger
 from subspec.runs.turn import prompt_digest
-from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
-from tests.helpers.tiny import tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=4096)
+from tests.helpers.cli import Forked, cli, records_of, summary_of, texts_of, timeless, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +43,13 @@ def drafted(run, plain):
     return run("audit=true", "target.dtype=auto", "device=auto", "warmup=2", f"baseline={plain[1]}")
 
 
-def texts(folder):
-    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(folder)}
-
-
 # ------------------------------------------------------------------------------------------ losslessness
 
 
 @pytest.mark.parametrize(("tree", "bits"), [("chain", 3), ("beam", 2), ("adaptive", 4)])
 def test_a_draft_changes_no_token(run, plain, tree, bits):
     _, folder = run(f"tree={tree}", f"quant.bits={bits}", "audit=true")
-    assert texts(folder) == texts(plain[1])
+    assert texts_of(folder) == texts_of(plain[1])
     records = records_of(folder)
     assert all(record["audit"]["mismatch"] == 0 for record in records)
     if bits == 4:  # a draft worth the name: more than a token per pass
@@ -71,15 +61,15 @@ def test_sampling_draws_what_plain_sampling_draws(run, tree):
     sampling = ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_k=40", "decoding.top_p=0.95"]
     _, alone = run(*sampling, "draft=none", "seed=3")
     _, sampled = run(*sampling, f"tree={tree}", "seed=3", "audit=true")
-    assert texts(sampled) == texts(alone)
+    assert texts_of(sampled) == texts_of(alone)
     assert all(record["audit"]["mismatch"] == 0 for record in records_of(sampled))
     greedy = run("draft=none", "seed=3")
-    assert texts(alone) != texts(greedy[1])
+    assert texts_of(alone) != texts_of(greedy[1])
 
 
 def test_another_seed_draws_something_else(run):
     rows = "benchmark.max_samples=null"  # the same prompts, whatever the seed selects
-    first, second = (texts(run("decoding=sampling", "draft=none", rows, f"seed={s}")[1]) for s in (0, 1))
+    first, second = (texts_of(run("decoding=sampling", "draft=none", rows, f"seed={s}")[1]) for s in (0, 1))
     assert first.keys() == second.keys()
     assert first != second
 
@@ -97,12 +87,12 @@ def test_a_broken_verifier_is_found_by_the_audit(run, plain, monkeypatch):
     assert f"AUDIT FAILED: {wrong} token(s)" in ran.out
     assert len(records_of(folder)) == summary["counts"]["turns"] == 2
     assert sum(record["audit"]["mismatch"] for record in records_of(folder)) == wrong
-    assert texts(folder) != texts(plain[1])
+    assert texts_of(folder) != texts_of(plain[1])
 
 
 def test_an_audited_run_says_so(drafted, plain):
     ran, folder = drafted
-    assert texts(folder) == texts(plain[1])
+    assert texts_of(folder) == texts_of(plain[1])
     assert summary_of(folder)["totals"]["tau"] > 1
     tokens = sum(record["new_tokens"] for record in records_of(folder))
     audit = summary_of(folder)["audit"]

@@ -191,6 +191,11 @@ def records_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def texts_of(run_dir: Path) -> dict[tuple[str, int], list[int]]:
+    """The token ids of a run by sample and turn."""
+    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(run_dir)}
+
+
 def timeless(records: list[dict]) -> list[dict]:
     """Records without what differs from run to run."""
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -17,20 +16,12 @@ from subspec.benchmarks.rows import DataUnavailableError, Table
 from subspec.decoding.engine import Engine
 from subspec.records.run_folder import RunFolder
 from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
+from tests.helpers.stopped import Killed, kill_after, killed_after
 from tests.helpers.tiny import tiny_checkpoint
 
 TURNS = 4  # two samples of two turns
 
 SHAPE = ["benchmark=mt_bench", "tree=beam", "tree.depth=4", "tree.width=3", "seed=1"]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the project catches it."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=8192)
 
 
 @pytest.fixture
@@ -71,21 +62,6 @@ def serve(monkeypatch, source):
     monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
 
 
-def stop_after(monkeypatch, count, *options):
-    """Start a run whose process ends when it would write another record than the first ``count``."""
-    append = RunFolder.append
-
-    def stop(self, record):
-        if len(self) == count:
-            raise Killed
-        return append(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", stop)
-        with pytest.raises(Killed):
-            cli(*options)
-
-
 def contents(folder):
     """Every file of a run by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -107,16 +83,6 @@ def assert_whole(folder, undisturbed):
     assert found["run"].keys() == summary["run"].keys()
 
 
-def wait_for(folder, count, process):
-    """Until ``count`` whole records are on disk."""
-    file = folder / "records.jsonl"
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < count:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 # ------------------------------------------------------------------------------------- real processes
 
 
@@ -125,10 +91,7 @@ def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "my run"
     long = [*tiny_run(checkpoint, folder, tokens=60, samples=2), "benchmark=mt_bench", "decoding.ignore_eos=true"]
     long += ["warmup=0", "draft=none"]
-    process = Forked(*long)
-    wait_for(folder, 1, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(1, folder, Forked(*long))
     before = records_of(folder)
     assert len(before) < 3
     assert not (folder / "summary.json").exists()
@@ -290,7 +253,7 @@ def test_other_prompts_under_the_same_configuration_are_refused(arguments, tmp_p
     """``benchmark.source=auto`` takes what the hub's state at that moment leaves it."""
     folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
     serve(monkeypatch, first)
-    stop_after(monkeypatch, 1, *options)
+    killed_after(1, *options)
     before = contents(folder)
     serve(monkeypatch, then)
     line = (
@@ -313,7 +276,7 @@ def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_p
     monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask")
     folder = tmp_path / "run"
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
-    stop_after(monkeypatch, 1, *arguments, "device=auto")
+    killed_after(1, *arguments, "device=auto")
     before = contents(folder)
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cuda", 0))
     cli(f"run_dir={folder}", "resume=true").refused(
@@ -358,7 +321,7 @@ def test_other_data_and_other_weights_under_the_same_configuration_are_refused(
 def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monkeypatch):
     folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
     serve(monkeypatch, "sample")
-    stop_after(monkeypatch, 0, *options)
+    killed_after(0, *options)
     serve(monkeypatch, "hub")
     resume(folder)
     assert summary_of(folder)["context"]["source"] == "hub"

@@ -1,9 +1,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -15,9 +14,8 @@ from subspec.records.metrics import summarise
 from subspec.records.run_folder import DAMAGED, RECORDS, RunFolder, read_records
 from subspec.records.same_run import check_chosen, config_differences
 from subspec.utils.files import json_line, plain
+from tests.helpers.cli import Forked
 from tests.helpers.records import CONFIG, record
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -342,48 +340,56 @@ def test_reading_changes_nothing_and_names_what_is_missing(tmp_path: Path) -> No
         read_records(tmp_path / "nowhere")
 
 
-def run_appender(path: Path, count: int, resume: bool) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.runs.appender", str(path), str(count), "resume" if resume else "new"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def append_until_killed(arguments: list[str]) -> None:
+    path, count, resume = arguments
+    with open_folder(Path(path), resume == "True") as folder:
+        print("open")
+        for index in range(int(count)):
+            if folder.finished(f"s{index}", 0) is None:
+                folder.append(record(index, text="x" * 3000))
+                print(index)
+        print("end")
+
+
+def appender(path: Path, count: int, resume: bool) -> tuple[Forked, IO[str]]:
+    """A process that appends records until it is killed, and its output."""
+    output, end = os.pipe()
+    process = Forked(path, count, resume, log=end, entry=append_until_killed)
+    os.close(end)
+    return process, os.fdopen(output)
 
 
 def test_kill_9_loses_nothing_that_was_announced(tmp_path: Path, real_fsync: None) -> None:
     announced: set[str] = set()
     for attempt, patience in enumerate((3, 9, 17)):
-        process = run_appender(tmp_path, 2000, resume=attempt > 0)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip().isdigit():
-                announced.add(f"s{line.strip()}")
-                patience -= 1
-            if not patience:
-                process.send_signal(signal.SIGKILL)
-                break
-        # What it announced between our decision and its death counts as well.
-        announced |= {f"s{line.strip()}" for line in process.stdout.read().splitlines() if line.strip().isdigit()}
-        process.stdout.close()
-        assert process.wait(timeout=20) == -signal.SIGKILL
+        process, output = appender(tmp_path, 2000, resume=attempt > 0)
+        with output:
+            for line in output:  # what it announced between our decision and its death counts as well
+                if line.strip().isdigit():
+                    announced.add(f"s{line.strip()}")
+                    patience -= 1
+                if not patience:
+                    process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         records, _ = read_records(tmp_path)
         assert announced <= {made["sample_id"] for made in records}
     count = len(announced) + 5
-    process = run_appender(tmp_path, count, resume=True)
-    output, _ = process.communicate(timeout=60)
-    assert output.endswith("end\n")
+    process, output = appender(tmp_path, count, resume=True)
+    with output:
+        assert output.read().endswith("end\n")
+    assert process.wait() == 0
     raw = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
     assert [made["sample_id"] for made in raw] == [f"s{index}" for index in range(count)]
 
 
 def test_a_killed_owner_does_not_block_but_a_living_one_does(tmp_path: Path, real_fsync: None) -> None:
-    process = run_appender(tmp_path, 10**6, resume=False)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "open\n"
-    try:
+    process, output = appender(tmp_path, 10**6, resume=False)
+    with output:
+        assert output.readline() == "open\n"
         with pytest.raises(SubspecError, match="in use by another process"):
             open_folder(tmp_path, resume=True)
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.wait(timeout=20)
+        process.send_signal(signal.SIGKILL)
+    process.wait()
     with open_folder(tmp_path, resume=True), pytest.raises(SubspecError, match="in use"):
         open_folder(tmp_path, resume=True)
     open_folder(tmp_path, resume=True).close()

@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib.font_manager  # makes the font cache, if there is none
 import pytest
-import wandb
 
 from subspec.config.schema import WandbConfig, WandbMode
 from subspec.records.metrics import LinkInfo, summarise
@@ -24,6 +23,7 @@ from tests.runs.wandb_run import log_run
 
 from . import wandb_file
 
+wandb = pytest.importorskip("wandb")
 KEY = "0123456789abcdef" * 3
 
 
