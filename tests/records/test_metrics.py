@@ -1,6 +1,5 @@
 import json
 import math
-import random
 import statistics
 
 import pytest
@@ -190,7 +189,7 @@ def test_context_names_what_records_disagree_on():
 
 
 @given(st.randoms(use_true_random=False), st.lists(st.integers(0, 60), max_size=12, unique=True))
-def test_the_summary_depends_on_the_records_only(shuffler: random.Random, indices: list[int]):
+def test_the_summary_depends_on_the_records_only(shuffler, indices):
     """Not on their order, and not on whether they come from memory or from disk: a resumed run has the same one."""
     records = [record(index, link=LINK if index % 2 else None) for index in indices]
     reordered = [json.loads(json_line(made)) for made in records]

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,18 +19,18 @@ from tests.helpers.records import CONTEXT, record
 ROOT = Path(__file__).parents[2]
 
 
-def printed(width: int, *arguments: Any) -> str:
+def printed(width, *arguments):
     stream = io.StringIO()
     RunConsole(stream, width=width).table(*arguments)
     return stream.getvalue()
 
 
-def squeezed(text: str) -> str:
+def squeezed(text):
     return " ".join(text.split())
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
-def test_the_final_table_is_legible(width: int) -> None:
+def test_the_final_table_is_legible(width):
     link = LinkInfo(gb_per_s=25.0, bytes_per_pass=13_050_000_000)
     fields = {"peak_vram_gib": 7.89}
     records = [record(index, link=link, **fields) for index in range(4)]
@@ -61,8 +60,8 @@ def test_the_final_table_is_legible(width: int) -> None:
     assert "1:1.00" in flat
 
 
-def test_what_would_mislead_is_said() -> None:
-    def lines(**fields: Any) -> list[str]:
+def test_what_would_mislead_is_said():
+    def lines(**fields):
         return banners(summarise([record(0, **fields)]))
 
     assert lines(device="cuda") == []
@@ -77,7 +76,7 @@ def test_what_would_mislead_is_said() -> None:
     assert "AUDIT FAILED: 3 token(s)" in failed[0]
 
 
-def test_banners_and_title_are_printed() -> None:
+def test_banners_and_title_are_printed():
     text = squeezed(printed(80, summarise([record(0, source="sample", planted=True)])))
     assert "packaged sample prompts, not the benchmark" in text
     assert "planted weights" in text
@@ -85,7 +84,7 @@ def test_banners_and_title_are_printed() -> None:
     assert "gsm8k (sample)" in text
 
 
-def test_an_empty_run_and_a_single_turn_have_a_table() -> None:
+def test_an_empty_run_and_a_single_turn_have_a_table():
     assert "samples 0" in squeezed(printed(80, summarise([])))
     one = squeezed(printed(80, summarise([record(0, audit=None, correct=None)])))
     assert "±" not in one.split("median")[1], "one turn has no standard deviation"
@@ -95,7 +94,7 @@ def test_an_empty_run_and_a_single_turn_have_a_table() -> None:
     assert "correct answers 0 of 0 checked; 1 cut before an answer" in cut
 
 
-def test_a_deep_tree_still_fits() -> None:
+def test_a_deep_tree_still_fits():
     deep = record(0, drafted_by_depth=[4] * 48, accepted_by_depth=[2] * 48)
     text = printed(80, summarise([deep]))
     assert "1:0.50  2:0.50  4:0.50  8:0.50  16:0.50  32:0.50  48:0.50" in text
@@ -104,7 +103,7 @@ def test_a_deep_tree_still_fits() -> None:
 # ------------------------------------------------------------------------------------------------ progress
 
 
-def test_without_a_terminal_one_plain_line_per_sample() -> None:
+def test_without_a_terminal_one_plain_line_per_sample():
     stream = io.StringIO()
     console = RunConsole(stream)
     assert not console.live
@@ -130,7 +129,7 @@ def test_without_a_terminal_one_plain_line_per_sample() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_progress_of_several_texts(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_several_texts(live, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     console = RunConsole(FakeTerminal() if live else io.StringIO(), width=120)
     with console.progress(total=9, texts=3) as progress:
@@ -143,7 +142,7 @@ def test_progress_of_several_texts(live: bool, monkeypatch: pytest.MonkeyPatch) 
             assert progress.figures().startswith("0/9 samples, 3 running  ")
 
 
-def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_colours_do_not_reach_a_file(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
     console = RunConsole(stream)
@@ -153,7 +152,7 @@ def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.getvalue().startswith("warning: careful\n")
 
 
-def test_time_left_counts_this_sessions_samples_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_counts_this_sessions_samples_only(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = RunProgress(RunConsole(io.StringIO()), total=12, done=10)
@@ -167,7 +166,7 @@ def test_time_left_counts_this_sessions_samples_only(monkeypatch: pytest.MonkeyP
     assert progress.tokens_per_s == record(0)["tokens_per_s"]
 
 
-def test_messages_cannot_draw_on_the_screen() -> None:
+def test_messages_cannot_draw_on_the_screen():
     assert one_line("a\nb\x1b[31mc\u2028d\x07\t e") == "a b?[31mc d?  e"
     stream = io.StringIO()
     RunConsole(stream).error("two\nlines")
@@ -176,7 +175,7 @@ def test_messages_cannot_draw_on_the_screen() -> None:
     assert stream.getvalue().count("\n") == 1
 
 
-def test_an_encoding_without_the_signs() -> None:
+def test_an_encoding_without_the_signs():
     raw = io.BytesIO()
     console = RunConsole(io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     console.table(summarise([record(0), record(1)]))
@@ -187,12 +186,12 @@ def test_an_encoding_without_the_signs() -> None:
 
 
 class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
 @pytest.mark.parametrize(("width", "kind", "colour"), [(50, "xterm", False), (100, "xterm", True), (50, "dumb", None)])
-def test_progress_on_other_terminals(width, kind, colour, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_other_terminals(width, kind, colour, monkeypatch):
     """Narrow: the figures stay on one line. NO_COLOR: no colours. Dumb: no control codes at all."""
     monkeypatch.setenv("TERM", kind)
     (monkeypatch.delenv if colour else monkeypatch.setenv)("NO_COLOR", *([False] if colour else ["1"]))
@@ -210,7 +209,7 @@ def test_progress_on_other_terminals(width, kind, colour, monkeypatch: pytest.Mo
     assert kind == "dumb" or max(map(len, lines)) <= width
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_a_terminal_gets_a_bar():
     code = (
         "from subspec.runs.console import RunConsole\n"
         "from tests.helpers.records import record\n"

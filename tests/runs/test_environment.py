@@ -2,10 +2,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 import subspec
@@ -21,7 +19,7 @@ from subspec.runs.environment import (
 )
 
 
-def test_what_ran_where() -> None:
+def test_what_ran_where():
     made = environment()
     assert json.loads(json.dumps(made)) == made
     assert made["versions"]["torch"] == torch.__version__
@@ -34,12 +32,12 @@ def test_what_ran_where() -> None:
     assert (made["hardware"]["gpu"] is None) == (not torch.cuda.is_available())
 
 
-def test_packages_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing_are_left_out(monkeypatch):
     monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package-of-that-name"))
     assert set(versions()) == {"python", "subspec", "torch"}
 
 
-def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_home_folder_is_not_spelt_out(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "orig_argv", [f"{tmp_path}/bin/python", "-m", "subspec.run", f"run_dir={tmp_path}/x"])
     made = environment()
@@ -47,12 +45,12 @@ def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert str(tmp_path) not in json.dumps(made)
 
 
-def test_revision_of_a_checkout(tmp_path: Path) -> None:
+def test_revision_of_a_checkout(tmp_path):
     package = tmp_path / "subspec"
     package.mkdir()
     (package / "__init__.py").write_text("")
 
-    def git(*arguments: str) -> str:
+    def git(*arguments):
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -69,12 +67,12 @@ def test_revision_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(package)["dirty"] is True
 
 
-def test_without_git_there_is_no_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state() is None
 
 
-def test_peak_ram_grows_with_what_is_used() -> None:
+def test_peak_ram_grows_with_what_is_used():
     before = peak_ram_gib()
     assert 0.01 < before < 1000
     held = bytearray(os.urandom(1)) * int((before + 0.1) * 2**30)
@@ -83,7 +81,7 @@ def test_peak_ram_grows_with_what_is_used() -> None:
     assert peak_ram_gib() > before + 0.05, "a peak does not fall"
 
 
-def test_peak_vram(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_vram(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert peak_vram_gib() is device_vram_gib() is None
     assert reserved_vram_gib() is None
@@ -96,7 +94,7 @@ def test_peak_vram(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reserved_vram_gib() == 2.0
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -2,7 +2,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from tests.helpers.records import CONFIG, record
 METHODS = ("start", "log_turn", "log_table", "finish")
 
 
-def remembered(name: str) -> Callable[..., None]:
-    def method(self: "Scripted", *_: object, **__: object) -> None:
+def remembered(name):
+    def method(self, *_, **__):
         self.calls.append(name)
         self.threads.add(threading.get_ident())
         if name == self.at:
@@ -31,7 +30,7 @@ class Scripted(Logger):
 
     start, log_turn, log_table, finish = map(remembered, METHODS)
 
-    def __init__(self, at: str = "", act: Callable[[], object] = lambda: None, deadline_s: float = 5.0) -> None:
+    def __init__(self, at="", act=lambda: None, deadline_s=5.0):
         self.at, self.act = at, act
         self.calls: list[str] = []
         self.threads: set[int] = set()
@@ -40,7 +39,7 @@ class Scripted(Logger):
         self.deadlines_s = dict.fromkeys(METHODS, deadline_s)
 
 
-def run_with(logger: SafeLogger, run_dir: Path, turns: int = 3) -> None:
+def run_with(logger, run_dir, turns=3):
     """What the runner does."""
     with RunFolder.open(run_dir, resume=False, config=CONFIG) as folder:
         logger.start(CONFIG, folder.path, {}, finished=folder.records())
@@ -51,7 +50,7 @@ def run_with(logger: SafeLogger, run_dir: Path, turns: int = 3) -> None:
         logger.finish({"totals": {}}, 0)
 
 
-def test_a_healthy_logger_gets_everything_in_order_on_one_thread(tmp_path: Path) -> None:
+def test_a_healthy_logger_gets_everything_in_order_on_one_thread(tmp_path):
     inner, warnings = Scripted(), []
     logger = SafeLogger(inner, warnings.append)
     run_with(logger, tmp_path)
@@ -60,13 +59,13 @@ def test_a_healthy_logger_gets_everything_in_order_on_one_thread(tmp_path: Path)
     assert (warnings, logger.failure) == ([], None)
 
 
-def refuse() -> None:
+def refuse():
     raise ConfigError("logger.mode=online, but no key")
 
 
 @pytest.mark.parametrize("at", METHODS)
 @pytest.mark.parametrize("act", [lambda: os.listdir("nowhere"), lambda: sys.exit(3)], ids=["raises", "exits"])
-def test_no_failure_stops_the_run_or_costs_a_record(tmp_path: Path, at: str, act: Callable[[], object]) -> None:
+def test_no_failure_stops_the_run_or_costs_a_record(tmp_path, at, act):
     inner, warnings = Scripted(at, act), []
     run_with(SafeLogger(inner, warnings.append), tmp_path)
     assert len(read_records(tmp_path)[0]) == 3
@@ -78,7 +77,7 @@ def test_no_failure_stops_the_run_or_costs_a_record(tmp_path: Path, at: str, act
 
 
 @pytest.mark.parametrize("at", METHODS)
-def test_no_hang_stops_the_run(tmp_path: Path, at: str) -> None:
+def test_no_hang_stops_the_run(tmp_path, at):
     release = threading.Event()
     inner, warnings = Scripted(at, lambda: release.wait(30), deadline_s=0.1), []
     started = time.monotonic()
@@ -91,7 +90,7 @@ def test_no_hang_stops_the_run(tmp_path: Path, at: str) -> None:
     release.set()
 
 
-def test_what_the_user_must_repair_comes_through_at_the_start() -> None:
+def test_what_the_user_must_repair_comes_through_at_the_start():
     warnings: list[str] = []
     logger = SafeLogger(Scripted("start", refuse), warnings.append)
     with pytest.raises(ConfigError, match="no key"):
@@ -104,7 +103,7 @@ def test_what_the_user_must_repair_comes_through_at_the_start() -> None:
     assert len(warnings) == 1
 
 
-def test_finishing_twice_or_without_a_start_is_harmless() -> None:
+def test_finishing_twice_or_without_a_start_is_harmless():
     inner = Scripted()
     logger = SafeLogger(inner, pytest.fail)
     logger.finish(None, 1)
@@ -115,7 +114,7 @@ def test_finishing_twice_or_without_a_start_is_harmless() -> None:
     assert inner.calls == ["start", "finish"]
 
 
-def test_the_logger_of_a_configuration(tmp_path: Path) -> None:
+def test_the_logger_of_a_configuration(tmp_path):
     assert type(make_logger(WandbConfig(name="wandb"), pytest.fail).inner).__name__ == "WandbLogger"
     logger = make_logger(NoLoggerConfig(name="none"), pytest.fail)
     assert isinstance(logger.inner, NoLogger)
@@ -123,7 +122,7 @@ def test_the_logger_of_a_configuration(tmp_path: Path) -> None:
     assert logger.inner.note == ""
 
 
-def test_errors_are_described_in_one_short_line() -> None:
+def test_errors_are_described_in_one_short_line():
     text = describe(ValueError("a\nb " + "c" * 500))
     assert text.startswith("ValueError: a b c")
     assert len(text) < 150
