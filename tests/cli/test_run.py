@@ -152,6 +152,7 @@ def test_the_summary_says_what_ran(drafted, checkpoint):
     assert summary["environment"]["versions"]["torch"]
     assert summary["counts"]["samples"] == 2
     assert summary["totals"]["new_tokens"] == 48
+    assert not [name for name in facts if "vram" in name], "there is no GPU"
 
 
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
@@ -160,13 +161,8 @@ def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
     _, folder = run(*overrides)
     shown = cli(*tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve")
     assert yaml.safe_load(shown.out) == yaml.safe_load((folder / "config.yaml").read_text())
-
-
-def test_showing_the_configuration_runs_nothing(checkpoint, tmp_path):
-    ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "--cfg", "job")
-    assert ran.code == 0
-    assert yaml.safe_load(ran.out)["tree"]["name"] == "adaptive"
-    assert not (tmp_path / "run").exists()
+    assert cli(*tiny_run(checkpoint, folder / "another"), "--cfg", "job").code == 0
+    assert not (folder / "another").exists()
 
 
 def test_the_second_turn_follows_the_first_answer(run):
@@ -179,12 +175,8 @@ def test_the_second_turn_follows_the_first_answer(run):
     assert first["prompt_sha256"] == prompt_digest([asked])
     assert second["prompt_sha256"] == prompt_digest([asked, answer, then])
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
-    assert summary_of(folder)["counts"] | {"skipped": 0, "finish_reasons": 0} == {
-        "samples": 1,
-        "turns": 2,
-        "skipped": 0,
-        "finish_reasons": 0,
-    }
+    counts = summary_of(folder)["counts"]
+    assert (counts["samples"], counts["turns"]) == (1, 2)
 
 
 @pytest.mark.parametrize("draft", ["none", "subspec"])
@@ -232,10 +224,6 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     assert json.loads((folder / "facts.json").read_text()) == summary["run"]
 
 
-def test_without_a_gpu_there_is_no_device_memory(plain):
-    assert not [name for name in summary_of(plain[1])["run"] if "vram" in name]
-
-
 # --------------------------------------------------------------------------------- baselines and sweeps
 
 
@@ -244,32 +232,24 @@ def test_the_speed_up_over_a_baseline(drafted, plain):
     ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
     found = re.search(r"speed-up over \S+ +([\d.]+)x decode, [\d.]+x overall", ran.out)
     assert float(found[1]) == pytest.approx(ours / theirs, abs=0.006)
-
-
-def test_the_logger_and_the_summary_get_the_speed_up(run, plain, monkeypatch):
-    from subspec.runs.logger import NoLogger
-
-    finished = []
-    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
-    _, folder = run("draft=subspec", "seed=0", f"baseline={plain[1]}")
-    (summary,) = finished
-    ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
-    assert summary["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
-    assert summary_of(folder)["speedup"] == summary["speedup"]
+    assert summary_of(folder)["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
     assert "speedup" not in summary_of(plain[1])
 
 
 # ------------------------------------------------------------------------------------ loggers and folders
 
 
-def test_a_logger_that_fails_loses_no_record(run, monkeypatch):
+def test_a_logger_that_fails_loses_no_record(run, plain, monkeypatch):
     def fail(self, record, step):
         raise ConnectionError("the service went away")
 
+    finished = []
     monkeypatch.setattr(NoLogger, "log_turn", fail)
-    ran, folder = run("draft=none")
+    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
+    ran, folder = run("draft=none", f"baseline={plain[1]}")
     assert len(records_of(folder)) == 2
     assert summary_of(folder)["counts"]["turns"] == 2
+    assert [summary["speedup"] for summary in finished] == [summary_of(folder)["speedup"]]
     assert ran.out.count("warning: No logger: log_turn failed: ConnectionError: the service went away") == 1
 
 
