@@ -51,11 +51,7 @@ class PredictCommand:
     json: Path | None
 
     def number(self, key: str) -> float | None:
-        """The positive number given for ``key``; None: it was not given.
-
-        Raises:
-            ConfigError: it is not a positive number.
-        """
+        """The positive number given for ``key``; None: it was not given."""
         text = self.own.get(key)
         if text is None:
             return None
@@ -74,11 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> PredictCommand:
-    """Parse the command line.
-
-    Raises:
-        ConfigError: it is wrong.
-    """
+    """Parse the command line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--from", dest="source", type=Path)

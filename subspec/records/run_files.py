@@ -31,11 +31,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def take_lock(folder: Path, wait_s: float = 0.0) -> "BaseFileLock | None":
-    """Acquire the folder's lock, which ends with its process; None if another process holds it.
-
-    Raises:
-        OSError: the lock file cannot be made.
-    """
+    """Acquire the folder's lock, which ends with its process; None if another process holds it."""
     import filelock  # a refused run does without
 
     lock = filelock.FileLock(folder / LOCK, thread_local=False)

@@ -201,10 +201,7 @@ class RunFolder:
         self.notes.extend(scan.notes(self.path))
 
     def _describe(self, environment: dict[str, Any] | None) -> None:
-        """Write ``config.yaml`` (a resumed run may have been extended) and ``environment.json``.
-
-        ``environment.json`` keeps the first session and appends resumed ones.
-        """
+        """Write ``config.yaml`` (a resumed run may be extended), and append the session to ``environment.json``."""
         text = yaml.safe_dump(self._config, sort_keys=False, width=110)
         write_atomic(self.path / CONFIG, text.encode("utf-8"))
         if environment is None:

@@ -41,13 +41,10 @@ _ABSENT = object()
 
 
 def check_chosen(run_dir: Path, records: Iterable[Mapping[str, Any]], chosen: Mapping[str, str]) -> None:
-    """Refuse to mix records of another data source, device or arithmetic with ``records``.
+    """Refuse to mix records of another data source, device or arithmetic with ``records``, by a ConfigError.
 
     Args:
         chosen: values that the keys of :data:`CHOSEN` have now, by record field.
-
-    Raises:
-        ConfigError: the records have others.
     """
     records = list(records)
     for field, now in chosen.items():

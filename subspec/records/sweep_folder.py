@@ -87,9 +87,6 @@ class SweepFolder:
         """Jobs of a list of (overrides, resolved configuration); new ones get the next numbers.
 
         Equal configurations are one job.
-
-        Raises:
-            SubspecError: the manifest cannot be written.
         """
         jobs, known = [], len(self.jobs)
         for overrides, config in wanted:
@@ -108,11 +105,7 @@ class SweepFolder:
         return self.path / str(job.number)
 
     def write(self, finished: bool = False) -> None:
-        """Replace ``sweep.json``. ``finished``: no job is missing.
-
-        Raises:
-            SubspecError: it cannot be written.
-        """
+        """Replace ``sweep.json``. ``finished``: no job is missing."""
         self.finished = finished
         content = {"command": self.command, "finished": finished, "jobs": [asdict(job) for job in self.jobs.values()]}
         with writing(self.path / MANIFEST, REMEDY):

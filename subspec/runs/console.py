@@ -28,11 +28,7 @@ class RunConsole(Terminal):
 
     @contextmanager
     def progress(self, total: int, done: int = 0, texts: int = 1) -> Iterator["RunProgress"]:
-        """Show progress over ``total`` samples, of which earlier sessions finished ``done``.
-
-        Args:
-            texts: most texts at a time.
-        """
+        """Show progress over ``total`` samples, of which earlier sessions finished ``done``; ``texts`` at a time."""
         progress = (_Bar if self.live else RunProgress)(self, total, done, texts)
         with progress.display:
             yield progress

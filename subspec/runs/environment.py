@@ -99,23 +99,17 @@ def peak_ram_gib() -> float:
 
 
 def peak_vram_gib() -> float | None:
-    """Peak sum of PyTorch's allocations on the current CUDA device in GiB; None without one."""
+    """Peak sum of PyTorch's allocations on the current CUDA device, in GiB as all of these; None without one."""
     return _device_gib(torch.cuda.max_memory_allocated)
 
 
 def reserved_vram_gib() -> float | None:
-    """Peak memory that PyTorch's allocator held of the current CUDA device in GiB; None without one.
-
-    It includes cached and fragmented memory; a budget caps this value.
-    """
+    """Peak memory that PyTorch's allocator held of the device, cached and fragmented included: what a budget caps."""
     return _device_gib(torch.cuda.max_memory_reserved)
 
 
 def device_vram_gib() -> float | None:
-    """Memory that this process holds of the current CUDA device now, as the driver counts it; None without one.
-
-    It includes what CUDA takes beside PyTorch's allocator.
-    """
+    """Memory that this process holds of the device now, as the driver counts it, with CUDA's own."""
     return _device_gib(bytes_of_process)
 
 

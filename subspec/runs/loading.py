@@ -52,9 +52,6 @@ def resolve(cfg: DictConfig, console: RunConsole) -> tuple[Config, torch.device,
 
     Returns:
         The configuration, the device, and the target's transformers configuration.
-
-    Raises:
-        SubspecError: in one line with the remedy.
     """
     config = to_config(cfg)
     check_config(config)
@@ -95,11 +92,7 @@ class Loaded:
 
 
 def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
-    """Load the target and assemble the run.
-
-    Raises:
-        SubspecError: in one line with the remedy.
-    """
+    """Load the target and assemble the run."""
     free_device(device)
     if isinstance(config.offload, StreamOffloadConfig):
         return _load_streamed(config, device, console)

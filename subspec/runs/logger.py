@@ -77,11 +77,7 @@ class SafeLogger:
         self._thread: threading.Thread | None = None
 
     def start(self, config: Fields, run_dir: Path, environment: Fields, finished: Sequence[Fields] = ()) -> None:
-        """Call the logger's own.
-
-        Raises:
-            SubspecError: the configuration cannot be satisfied; other exceptions become a warning.
-        """
+        """Call the logger's own. Raises SubspecError as that does; other exceptions become a warning."""
         self._started = True
         self._call("start", lambda: self.inner.start(config, run_dir, environment, finished))
 

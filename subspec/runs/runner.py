@@ -203,7 +203,10 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """Resolved settings of the run, written before the first record so that a kill keeps them."""
-        quant = self.assembly.quant
+        quant, substitute = self.assembly.quant, None
+        if quant is not None:
+            counts = {"bits_per_weight": quant.bits_per_weight, "kept_exact": len(quant.kept_exact)}
+            substitute = asdict(quant) | counts
         return {
             "target_source": self.target.source,
             WEIGHTS: self.weights,
@@ -211,13 +214,7 @@ class _Run:
             "device": str(self.device),
             "texts": self.assembly.engine.texts,
             "torch_threads": torch.get_num_threads(),
-            "substitute": None
-            if quant is None
-            else {
-                **{k: v for k, v in asdict(quant).items() if k != "kept_exact"},
-                "bits_per_weight": quant.bits_per_weight,
-                "kept_exact": len(quant.kept_exact),
-            },
+            "substitute": substitute,
             "offload": self.config.offload.name,
             **self.loaded.facts(),
             "benchmark_source": self.benchmark.source.value,

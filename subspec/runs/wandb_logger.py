@@ -71,11 +71,7 @@ class WandbLogger(Logger):
         self._sums: Counter[str] = Counter()
 
     def start(self, config: Fields, run_dir: Path, environment: Fields, finished: Sequence[Fields] = ()) -> None:
-        """Begin or continue the W&B run.
-
-        Raises:
-            ConfigError: ``logger.mode=online`` without a key, or without an answer from the service.
-        """
+        """Begin or continue the W&B run. Raises ConfigError if ``logger.mode=online`` finds no key or no service."""
         self._wandb = import_wandb()
         run_dir = run_dir.resolve()
         self._setup()
@@ -166,9 +162,8 @@ class WandbLogger(Logger):
                 )
         self._run = wandb.init(mode="offline", settings=self._run_settings(), **arguments)
         self.mode = "offline"
-        folder = Path(self._run.dir).parent
         why = f" ({reason})" if reason else ""
-        self.note = f"W&B: offline{why}; upload with `wandb sync {_relative(folder)}`"
+        self.note = f"W&B: offline{why}; upload with `wandb sync {os.path.relpath(Path(self._run.dir).parent)}`"
 
     def _try_online(self, arguments: dict[str, Any]) -> str:
         """Go online. Returns the reason if that fails, else an empty string."""
@@ -178,11 +173,12 @@ class WandbLogger(Logger):
         host = wandb.setup().settings.base_url
         if not reachable(host, min(self.config.init_timeout_s, 5.0)):
             return f"{urlsplit(host).hostname} cannot be reached"
-        before = set(_folders(arguments["dir"]))
+        runs = Path(arguments["dir"], "wandb")
+        before = set(runs.glob("run-*"))
         try:
             self._run = wandb.init(mode="online", settings=self._run_settings(), **arguments)
         except Exception as error:
-            self._forget_attempt(set(_folders(arguments["dir"])) - before)
+            self._forget_attempt(set(runs.glob("run-*")) - before)
             return f"W&B did not let the run start within {self.config.init_timeout_s:g} s, {describe(error)}"
         self.mode = "online"
         self.note = f"W&B: {self._run.url}"
@@ -308,14 +304,3 @@ def _row(record: Fields) -> list[Any]:
         "text": text,
     }
     return [special[name] if name in special else record.get(name) for name in COLUMNS]
-
-
-def _folders(run_dir: str) -> list[Path]:
-    return [folder for folder in Path(run_dir, "wandb").glob("run-*") if folder.is_dir()]
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -11,11 +11,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Telemetry:
-    """Counts what a server does.
-
-    Args:
-        running, waiting: numbers of requests at the moment.
-    """
+    """Counts what a server does. ``running``, ``waiting``: numbers of requests at the moment."""
 
     def __init__(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()

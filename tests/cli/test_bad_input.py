@@ -7,6 +7,7 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from subspec.config.help_text import GROUPS
 from subspec.config.schema import register_schemas
 from subspec.errors import ConfigError
 from subspec.utils.paths import conf_dir
-from tests.helpers.cli import cli, records_of, summary_of, tiny_run
+from tests.helpers.cli import cli, done, records_of, summary_of, tiny_run
 from tests.helpers.tiny import edit_config, tiny_checkpoint
 
 
@@ -198,12 +199,8 @@ def composed(places):
 
 @pytest.mark.parametrize(("arguments", "line"), [row for row in CHECKS if row[0] not in THROUGH_THE_COMMAND_LINE])
 def test_checks(places, composed, tmp_path, monkeypatch, arguments, line):
-    """Refused by the runner. The command line is left out: composing would take most of the time."""
-
-    def load(*arguments, **options):
-        raise AssertionError("the target was loaded before the configuration was refused")
-
-    monkeypatch.setattr(subspec.runs.runner, "load", load)
+    """Refused by the runner, before the target is loaded. The command line would take most of the time."""
+    monkeypatch.setattr(subspec.runs.runner, "load", Mock(side_effect=AssertionError))
     texts = arguments.replace("{root}", str(places)).split()
     groups = tuple(text for text in texts if text.partition("=")[0] in GROUPS)
     cfg = composed(groups)
@@ -261,43 +258,34 @@ def test_a_disk_that_refuses_the_folder(places, tmp_path, monkeypatch):
 
 
 def test_memory_that_does_not_suffice(places, tmp_path, monkeypatch):
-    for index, (error, kind) in enumerate(
-        (
-            (MemoryError(), "host"),
-            (torch.OutOfMemoryError(), "device"),
-            (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "host"),
-            (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "host"),
-            (TypeError("zeros(): ... Overflow when unpacking long long"), "host"),
-            (RuntimeError("CUDA error: out of memory"), "device"),
-        )
-    ):
-
-        def assemble(*arguments, error=error, **options):
-            raise error
-
-        monkeypatch.setattr(subspec.runs.loading, "assemble", assemble)
-        run_dir = tmp_path / str(index) / "run"
-        refused(places, run_dir, "", 1, rf"out of {kind} memory: lower decoding\.max_length or the tree")
+    errors = {
+        MemoryError(): "host",
+        torch.OutOfMemoryError(): "device",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"): "host",
+        RuntimeError("Storage size calculation overflowed with sizes=[9]"): "host",
+        TypeError("zeros(): ... Overflow when unpacking long long"): "host",
+        RuntimeError("CUDA error: out of memory"): "device",
+    }
+    for index, (error, kind) in enumerate(errors.items()):
+        monkeypatch.setattr(subspec.runs.loading, "assemble", Mock(side_effect=error))
+        line = rf"out of {kind} memory: lower decoding\.max_length or the tree"
+        refused(places, tmp_path / str(index), "", 1, line)
 
 
 def test_prompts_longer_than_the_cache_are_skipped_and_counted(places, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    long = "How many? " * 200
-    rows.write_text(
-        "".join(f'{{"question": "{text}", "answer": "#### 7"}}\n' for text in ("How many?", long, "Why?", long))
-    )
+    rows, long = tmp_path / "rows.jsonl", "How many? " * 200
+    questions = "How many?", long, "Why?", long
+    rows.write_text("".join(f'{{"question": "{text}", "answer": "#### 7"}}\n' for text in questions))
     file = ["benchmark.source=file", f"benchmark.path={rows}", "benchmark.max_samples=null"]
     arguments = [*tiny_run(places / "tiny", tmp_path / "run"), *file, "decoding.max_length=400"]
-    ran = cli(*arguments)
-    assert ran.code == 0, ran.err
+    ran = done(*arguments)
     assert re.search(r"samples +2, turns 2; skipped prompts: prompt_too_long 2", ran.out)
     assert summary_of(tmp_path / "run")["counts"]["skipped"] == {"prompt_too_long": 2}
     skipped = [record["skipped"] for record in records_of(tmp_path / "run") if record.get("skipped")]
     assert [skip["limit"] for skip in skipped] == [388, 388]
     assert all(skip["prompt_tokens"] > 388 for skip in skipped)
 
-    none = cli(*arguments, "benchmark.max_prompt_tokens=3", f"run_dir={tmp_path / 'none'}")
-    assert none.code == 0, none.err
+    none = done(*arguments, "benchmark.max_prompt_tokens=3", f"run_dir={tmp_path / 'none'}")
     assert re.search(r"samples +0, turns 0; skipped prompts: prompt_too_long 4", none.out)
     assert summary_of(tmp_path / "none")["totals"]["tokens_per_s"] is None
 
@@ -313,9 +301,6 @@ def test_debugging_shows_the_traceback(places, tmp_path, monkeypatch, value, sho
 
 
 def test_a_bug_keeps_its_traceback(places, tmp_path, monkeypatch):
-    def load(*arguments, **options):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(subspec.runs.runner, "load", load)
+    monkeypatch.setattr(subspec.runs.runner, "load", Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         cli(*tiny_run(places / "tiny", tmp_path / "run"))

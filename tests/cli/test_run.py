@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
 from subspec.runs.logger import NoLogger
 from subspec.runs.turn import prompt_digest
-from tests.helpers.cli import Forked, cli, records_of, summary_of, texts_of, timeless, tiny_run
+from tests.helpers.cli import Forked, cli, done, records_of, summary_of, texts_of, timeless, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +241,8 @@ def test_the_speed_up_over_a_baseline(drafted, plain):
 
 
 def test_a_logger_that_fails_loses_no_record(run, plain, monkeypatch):
-    def fail(self, record, step):
-        raise ConnectionError("the service went away")
-
     finished = []
-    monkeypatch.setattr(NoLogger, "log_turn", fail)
+    monkeypatch.setattr(NoLogger, "log_turn", Mock(side_effect=ConnectionError("the service went away")))
     monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
     ran, folder = run("draft=none", f"baseline={plain[1]}")
     assert len(records_of(folder)) == 2
@@ -270,15 +268,13 @@ def test_offline_from_another_folder_into_one_with_an_unusual_name(checkpoint, t
     assert not (tmp_path / "wandb").exists()
     assert {path.name for path in tmp_path.iterdir()} == {place.name}
 
-    again = cli(f"run_dir={folder}", "resume=true", "logger=none")
-    assert again.code == 0, again.err
+    again = done(f"run_dir={folder}", "resume=true", "logger=none")
     assert "every sample is finished" in again.out
 
 
 def test_a_home_folder_is_found(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    ran = cli(*tiny_run(checkpoint, "~/run", samples=1), "draft=none")
-    assert ran.code == 0, ran.err
+    done(*tiny_run(checkpoint, "~/run", samples=1), "draft=none")
     assert len(records_of(tmp_path / "run")) == 1
 
 
@@ -288,8 +284,7 @@ def test_two_runs_of_one_configuration_differ_in_times_only(run, plain):
 
 
 def test_the_shipped_check_of_an_installation(tmp_path):
-    ran = cli("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
-    assert ran.code == 0, ran.err
+    ran = done("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
     assert "losslessness audit  passed: tokens exact 64" in ran.out
     assert ran.out.startswith("subspec ")
     assert re.search(r"^tables and plots: python -m subspec\.report \S+$", ran.out, re.MULTILINE)

@@ -1,26 +1,32 @@
 """Runs that end before they are finished."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from subspec.records.run_folder import RunFolder
-from tests.helpers.cli import Forked, cli
+from tests.helpers.cli import Forked, cli, until
 
 
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the project catches it."""
 
 
-def killed_after(count: int, *options: object) -> None:
-    """Start a run whose process ends when it would write another record than the first ``count``."""
+def killed_after(count: int, *options: object, at_once: bool = False) -> None:
+    """Start a run whose process ends before it writes another record than the first ``count``.
+
+    Args:
+        at_once: end as soon as the last of them is written.
+    """
     append = RunFolder.append
 
     def stop(self, record):
-        if len(self) == count:
+        if not at_once and len(self) == count:
             raise Killed
-        return append(self, record)
+        written = append(self, record)
+        if at_once and len(self) == count:
+            raise Killed
+        return written
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "append", stop)
@@ -30,10 +36,12 @@ def killed_after(count: int, *options: object) -> None:
 
 def kill_after(count: int, folder: Path, process: Forked) -> None:
     """``kill -9`` a process once ``count`` whole records are in ``folder``."""
-    file, deadline = folder / "records.jsonl", time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < count:
+    file = folder / "records.jsonl"
+
+    def written():
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+        return file.exists() and file.read_bytes().count(b"\n") >= count
+
+    until(written, 120)
     process.send_signal(9)
     process.wait()

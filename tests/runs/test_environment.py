@@ -8,15 +8,7 @@ import torch
 
 import subspec
 from subspec.runs import environment as module
-from subspec.runs.environment import (
-    device_vram_gib,
-    environment,
-    git_state,
-    peak_ram_gib,
-    peak_vram_gib,
-    reserved_vram_gib,
-    versions,
-)
+from subspec.runs.environment import environment, git_state, peak_ram_gib, versions
 
 
 def test_what_ran_where():
@@ -81,25 +73,15 @@ def test_peak_ram_grows_with_what_is_used():
     assert peak_ram_gib() > before + 0.05, "a peak does not fall"
 
 
-def test_peak_vram(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert peak_vram_gib() is device_vram_gib() is None
-    assert reserved_vram_gib() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 3 * 2**29)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2**31)
-    assert peak_vram_gib() == 1.5
-    assert reserved_vram_gib() == 2.0
-
-
 def test_a_gpu_is_described(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.peak_vram_gib() is module.device_vram_gib() is module.reserved_vram_gib() is None
     card = SimpleNamespace(name="A Card", total_memory=8 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    shown = {"is_available": True, "is_initialized": True, "current_device": 0, "device_count": 2}
+    shown |= {"max_memory_allocated": 3 * 2**29, "max_memory_reserved": 2**31, "get_device_properties": card}
+    for name, value in shown.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert (module.peak_vram_gib(), module.reserved_vram_gib()) == (1.5, 2.0)
     gpu = module.hardware()["gpu"]
     assert (gpu["name"], gpu["memory_gib"], gpu["compute_capability"], gpu["count"]) == ("A Card", 8.0, "9.0", 2)
     assert set(gpu) >= {"driver", "cuda"}

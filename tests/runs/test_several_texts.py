@@ -7,7 +7,7 @@ import pytest
 
 from subspec.decoding.audit import Auditor
 from subspec.decoding.scheduler import Scheduler
-from tests.helpers.cli import Forked, cli, records_of, summary_of, texts_of, tiny_run
+from tests.helpers.cli import Forked, cli, done, records_of, summary_of, texts_of, tiny_run
 from tests.helpers.stopped import kill_after, killed_after
 
 PLANTED = ["target=planted_tiny", "benchmark=aime", "benchmark.source=sample", "benchmark.max_samples=3"]
@@ -22,9 +22,7 @@ DRAFTS = {
 
 
 def run(folder, *overrides):
-    ran = cli(*overrides, f"run_dir={folder}")
-    assert ran.code == 0, ran.err
-    return ran.out
+    return done(*overrides, f"run_dir={folder}").out
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,6 @@ from tests.helpers.records import CONFIG, record
 from .test_logger import run_with
 
 ROOT = Path(__file__).parents[2]
-KEY = "0123456789abcdef" * 3
 
 
 class FakeWandb:
@@ -31,23 +29,13 @@ class FakeWandb:
 
     def __init__(self, **script):
         self.script = script
-        self.inits: list[dict[str, Any]] = []
-        self.rows: list[tuple[int, dict[str, Any]]] = []
-        self.exit_codes: list[int] = []
-        self.api = SimpleNamespace(api_key=KEY)
-        self.summary: dict[str, Any] = {}
+        self.inits, self.rows, self.exit_codes, self.summary = [], [], [], {}
+        self.api = SimpleNamespace(api_key="0123456789abcdef" * 3)
         fields = {"silent": None, "console": None, "init_timeout": None}
-        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": fields, "base_url": "http://127.0.0.1:9"})
+        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": fields})
+        self.setup = lambda settings=None: SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
         self.plot = SimpleNamespace(line=lambda table, x, y, title: ("plot", table))
-
-    def setup(self, settings=None):
-        return SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
-
-    def Image(self, picture):
-        return picture.size
-
-    def Table(self, columns, data):
-        return (columns, data)
+        self.Image, self.Table = (lambda picture: picture.size), (lambda columns, data: (columns, data))
 
     def init(self, **arguments):
         self.inits.append(arguments)
@@ -117,14 +105,15 @@ def test_a_refused_key_goes_offline_unless_online_was_asked_for(fake, tmp_path):
         make(WandbMode.online).start(CONFIG, tmp_path, {})
 
 
-@pytest.mark.parametrize(
-    "fake", [{"online": RuntimeError("no"), "offline": OSError(28, "No space left on device")}], indirect=True
-)
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fake", [{"online": RuntimeError("no"), "offline": FULL}], indirect=True)
 def test_when_nothing_works_the_run_goes_on(fake, tmp_path):
-    warnings: list[str] = []
+    warnings = []
     run_with(SafeLogger(make(), warnings.append), tmp_path)
-    assert len(warnings) == 1
-    assert "No space left on device" in warnings[0]
+    (warning,) = warnings
+    assert "No space left on device" in warning
 
 
 def test_the_run_is_closed_even_if_its_summary_fails(fake, tmp_path):
@@ -135,17 +124,16 @@ def test_the_run_is_closed_even_if_its_summary_fails(fake, tmp_path):
     assert fake.exit_codes == [1]
 
 
-@pytest.mark.parametrize(("value", "expected"), [("disabled", "disabled"), ("offline", "offline")])
-def test_auto_heeds_the_librarys_own_switch(fake, tmp_path, monkeypatch, value, expected):
-    monkeypatch.setenv("WANDB_MODE", value)
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_auto_heeds_the_librarys_own_switch(fake, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
     logger = make()
     logger.start(CONFIG, tmp_path, {})
     logger.log_turn(record(0), 0)
     logger.log_table([record(0)])
     logger.finish(summarise([record(0)]))
-    assert logger.mode == expected
+    assert (logger.mode, bool(fake.rows)) == (mode, mode == "offline")
     assert "WANDB_MODE" in logger.note
-    assert bool(fake.rows) == (expected == "offline")
 
 
 def test_skipped_prompts_are_in_the_table_but_not_in_the_series(fake, tmp_path):
@@ -177,12 +165,8 @@ def test_a_proxy_is_not_second_guessed(monkeypatch):
 
 def test_dropping_the_service_ends_its_helper_process_and_no_other(tmp_path):
     torn = []
-    processes = []
-    for name in ("wandb-core", "another"):
-        program = tmp_path / name
-        shutil.copy(shutil.which("sleep"), program)
-        processes.append(subprocess.Popen([program, "60"]))
-    helper, other = processes
+    programs = [shutil.copy(shutil.which("sleep"), tmp_path / name) for name in ("wandb-core", "another")]
+    helper, other = processes = [subprocess.Popen([program, "60"]) for program in programs]
     try:
         drop_service(SimpleNamespace(teardown=lambda: torn.append(True) or sys.exit(1)))
         assert helper.wait(timeout=10) != 0
