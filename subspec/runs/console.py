@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from subspec.records.metrics import add_turn, is_unfinished, speeds
+from subspec.records.metrics import add_turn, is_unfinished, speeds, summarise
 from subspec.records.summary_table import banners, decimals, summary_table
 from subspec.utils.terminal import Terminal
 
@@ -105,20 +105,18 @@ class RunProgress:
         skip = next((record["skipped"] for record in records if record.get("skipped")), None)
         turns = [record for record in records if not record.get("skipped")]
         if turns:
-            sums: Counter[str] = Counter()
-            for record in turns:
-                add_turn(sums, record)
+            summary = summarise(turns)
+            totals, mismatches = summary["totals"], (summary["audit"] or {}).get("mismatch")
             parts += [
-                f"{sums['new_tokens']} tokens",
-                f"{decimals(speeds(sums)['tokens_per_s'])} tokens/s",
-                f"tau {decimals(speeds(sums)['tau'])}",
-                f"prefill {sums['prefill_s']:.2f} s",
-                f"decode {sums['decode_s']:.2f} s",
+                f"{totals['new_tokens']} tokens",
+                f"{decimals(totals['tokens_per_s'])} tokens/s",
+                f"tau {decimals(totals['tau'])}",
+                f"prefill {totals['prefill_s']:.2f} s",
+                f"decode {totals['decode_s']:.2f} s",
             ]
             checked = [record["correct"] for record in turns if record.get("correct") is not None]
             parts += ["correct" if correct else "wrong" for correct in checked]
             parts += ["cut before an answer" for record in turns if is_unfinished(record)]
-            mismatches = sum((record.get("audit") or {}).get("mismatch") or 0 for record in turns)
             if mismatches:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")
             if self.done - self._first > 1:

@@ -24,7 +24,7 @@ from subspec.runs.console import RunProgress
 from subspec.runs.environment import device_vram_gib, peak_ram_gib, peak_vram_gib
 from subspec.runs.loading import Loaded
 from subspec.runs.logger import SafeLogger
-from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
+from subspec.runs.turn import RunContext, chat_messages, skipped_record, turn_record
 
 PLAIN_TOKENS, PLAIN_TURNS = 4, 5
 """Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
@@ -151,7 +151,6 @@ class Generation:
                     self.context,
                     **one.place,
                     messages=chat_messages(one.said),
-                    reason=PROMPT_TOO_LONG,
                     prompt_tokens=len(one.prompt),
                     limit=prompt_limit(self.config),
                 )

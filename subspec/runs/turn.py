@@ -70,25 +70,14 @@ def turn_record(
     }
 
 
-def skipped_record(
-    context: RunContext,
-    *,
-    sample_id: str,
-    sample_index: int,
-    reason: str,
-    turn: int = 0,
-    category: str | None = None,
-    messages: Sequence[Mapping[str, str]] = (),
-    **details: Any,
-) -> dict[str, Any]:
-    """The record of a skipped prompt, which is counted and not tried again after a resume.
+def skipped_record(context: RunContext, *, prompt_tokens: int, limit: int, **place: Any) -> dict[str, Any]:
+    """The record of a prompt that is too long, which is counted and not tried again after a resume.
 
     Args:
-        reason: a short constant, such as :data:`PROMPT_TOO_LONG`: summaries count by it.
-        details: of the reason, such as ``prompt_tokens=2100``.
+        place: keywords of :func:`turn_record` from ``sample_id`` to ``messages``.
     """
-    head = _head(context, sample_id, sample_index, turn, category, messages)
-    return {**head, "skipped": {"reason": reason, **details}}
+    skipped = {"reason": PROMPT_TOO_LONG, "prompt_tokens": prompt_tokens, "limit": limit}
+    return {**_head(context, **place), "skipped": skipped}
 
 
 def chat_messages(said: Sequence[str]) -> list[dict[str, str]]:
@@ -105,9 +94,9 @@ def _head(
     context: RunContext,
     sample_id: str,
     sample_index: int,
-    turn: int,
-    category: str | None,
-    messages: Sequence[Mapping[str, str]],
+    turn: int = 0,
+    category: str | None = None,
+    messages: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     return {
         "sample_id": sample_id,

@@ -47,14 +47,11 @@ def drafted(run, plain):
 # ------------------------------------------------------------------------------------------ losslessness
 
 
-@pytest.mark.parametrize(("tree", "bits"), [("chain", 3), ("beam", 2), ("adaptive", 4)])
+@pytest.mark.parametrize(("tree", "bits"), [("chain", 3), ("beam", 2)])
 def test_a_draft_changes_no_token(run, plain, tree, bits):
     _, folder = run(f"tree={tree}", f"quant.bits={bits}", "audit=true")
     assert texts_of(folder) == texts_of(plain[1])
-    records = records_of(folder)
-    assert all(record["audit"]["mismatch"] == 0 for record in records)
-    if bits == 4:  # a draft worth the name: more than a token per pass
-        assert summary_of(folder)["totals"]["tau"] > 1
+    assert all(record["audit"]["mismatch"] == 0 for record in records_of(folder))
 
 
 @pytest.mark.parametrize("tree", ["chain", "beam"])

@@ -153,7 +153,7 @@ def test_counts_skips_answers_and_audit():
     records[1]["audit"]["mismatch"] = 2
     for n in range(2):
         place = {"sample_id": f"long{n}", "sample_index": 9 + n}
-        records.append(skipped_record(CONTEXT, **place, reason="prompt_too_long", prompt_tokens=5000))
+        records.append(skipped_record(CONTEXT, **place, prompt_tokens=5000, limit=400))
     summary = summarise(records)
     counts = {"samples": 4, "turns": 5, "skipped": {"prompt_too_long": 2}, "finish_reasons": {"eos": 4, "length": 1}}
     assert summary["counts"] == counts

@@ -22,6 +22,10 @@ def printed(width, *arguments):
     return stream.getvalue()
 
 
+def skipped(index):
+    return skipped_record(CONTEXT, sample_id=f"s{index}", sample_index=index, prompt_tokens=500, limit=400)
+
+
 def squeezed(text):
     return " ".join(text.split())
 
@@ -30,7 +34,7 @@ def squeezed(text):
 def test_the_final_table_is_legible(width):
     link = LinkInfo(gb_per_s=25.0, bytes_per_pass=13_050_000_000)
     records = [record(index, link=link, peak_vram_gib=7.89) for index in range(4)]
-    records.append(skipped_record(CONTEXT, sample_id="x", sample_index=9, reason="prompt_too_long"))
+    records.append(skipped(9))
     summary = summarise(records)
     text = printed(width, summary, speedup(summary, summarise(records[:2]), "plain"))
     body = text.split("note: ")[0]
@@ -101,7 +105,7 @@ def test_without_a_terminal_one_plain_line_per_sample():
             progress.turn(record(1, turn))
         progress.sample_finished(record(1, 0), record(1, 1))
         console.note("a note [bold]not markup[/bold] :smile: " + "long " * 60)
-        progress.sample_finished(skipped_record(CONTEXT, sample_id="s2", sample_index=2, reason="prompt_too_long"))
+        progress.sample_finished(skipped(2))
         mismatch = {"exact": 1, "near_tie": 0, "mismatch": 1, "max_gap": 9.0, "margin": 0.1}
         progress.sample_finished(record(3, audit=mismatch))
     lines = stream.getvalue().splitlines()
