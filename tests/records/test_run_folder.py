@@ -122,14 +122,6 @@ def test_scalars_of_numpy_and_torch_are_taken():
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def test_records_are_not_touched_without_resume(tmp_path):
-    filled(tmp_path)
-    before = (tmp_path / RECORDS).read_bytes()
-    with pytest.raises(ConfigError, match=r"resume=true.*run_dir="):
-        open_folder(tmp_path)
-    assert (tmp_path / RECORDS).read_bytes() == before
-
-
 def test_a_folder_without_records_is_free(tmp_path):
     with open_folder(tmp_path, resume=True) as folder:
         assert not folder.resumed
@@ -139,8 +131,11 @@ def test_a_folder_without_records_is_free(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 4
 
 
-def test_another_configuration_is_refused_with_both_values(tmp_path):
+def test_records_are_continued_by_their_own_configuration_only(tmp_path):
     filled(tmp_path)
+    before = (tmp_path / RECORDS).read_bytes()
+    with pytest.raises(ConfigError, match=r"resume=true.*run_dir="):
+        open_folder(tmp_path)
     with pytest.raises(ConfigError) as caught:
         open_folder(tmp_path, resume=True, seed=9, tree={"name": "chain", "depth": 3}, audit=False)
     message = str(caught.value)
@@ -148,18 +143,10 @@ def test_another_configuration_is_refused_with_both_values(tmp_path):
         assert part in message
     assert "tree.depth" not in message
     assert "\n" not in message
-    open_folder(tmp_path, resume=True).close()  # the lock was let go
-
-
-def test_keys_that_change_no_record_may_differ(tmp_path):
-    filled(tmp_path)
-    changes = {"logger": {"name": "wandb"}, "run_dir": "elsewhere", "experiment": "x"}
-    with open_folder(tmp_path, resume=True, **changes) as folder:
+    assert (tmp_path / RECORDS).read_bytes() == before
+    changing_no_record = {"logger": {"name": "wandb"}, "run_dir": "elsewhere", "experiment": "x"}
+    with open_folder(tmp_path, resume=True, **changing_no_record) as folder:  # the lock was let go
         assert len(folder) == 3
-
-
-def test_records_without_their_configuration_are_refused(tmp_path):
-    filled(tmp_path)
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
         open_folder(tmp_path, resume=True)
@@ -212,12 +199,8 @@ def test_records_of_another_source_or_device_take_no_others(tmp_path):
     here = {"source": "file", "device": "cpu"}
 
     def again(chosen, **changes):
-        return RunFolder.open(
-            tmp_path,
-            resume=True,
-            config={**auto, **changes},
-            check=lambda records: check_chosen(tmp_path, records, chosen),
-        )
+        check = lambda records: check_chosen(tmp_path, records, chosen)  # noqa: E731
+        return RunFolder.open(tmp_path, resume=True, config={**auto, **changes}, check=check)
 
     with RunFolder.open(tmp_path, resume=False, config=auto) as folder:
         folder.append(record(0))
