@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from subspec.config.schema import LoggerConfig, WandbConfig
-from subspec.errors import SubspecError
+from subspec.config.schema import LoggerConfig, NoLoggerConfig, WandbConfig
+from subspec.errors import ConfigError, SubspecError
 
 ABANDON_S = 5.0
 """Seconds that abandoning a hanging logger may take."""
@@ -132,7 +132,9 @@ def make_logger(config: LoggerConfig, warn: Callable[[str], None]) -> SafeLogger
         from subspec.runs.wandb_logger import WandbLogger
 
         return SafeLogger(WandbLogger(config), warn)
-    return SafeLogger(NoLogger(), warn)
+    if isinstance(config, NoLoggerConfig):
+        return SafeLogger(NoLogger(), warn)
+    raise ConfigError(f"logger.name={config.name} is not known: use logger=none or logger=wandb")
 
 
 def describe(error: BaseException) -> str:

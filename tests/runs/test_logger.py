@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec.config.schema import NoLoggerConfig, WandbConfig
+from subspec.config.schema import LoggerConfig, NoLoggerConfig, WandbConfig
 from subspec.errors import ConfigError
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.runs.logger import Logger, NoLogger, SafeLogger, describe, make_logger
@@ -120,6 +120,8 @@ def test_the_logger_of_a_configuration(tmp_path):
     assert isinstance(logger.inner, NoLogger)
     run_with(logger, tmp_path)
     assert logger.inner.note == ""
+    with pytest.raises(ConfigError, match=r"logger=none or logger=wandb"):
+        make_logger(LoggerConfig(name="tensorboard"), pytest.fail)
 
 
 def test_errors_are_described_in_one_short_line():
