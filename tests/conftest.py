@@ -62,6 +62,14 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny target; treat it as read-only."""
+    from tests.helpers.tiny import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=8192)
+
+
+@pytest.fixture(scope="session")
 def default_target():
     """The real default target in fp32 on the CPU, from the user's own cache.
 

@@ -5,15 +5,16 @@ Modules that import torch are imported after the command line has been checked.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from subspec.config.guard import guarded
 from subspec.errors import SubspecError
 
 if TYPE_CHECKING:
-    from subspec.runs.loading import Loaded
-    from subspec.utils.terminal import Terminal
+    from subspec.decoding.result import GenerationResult
+    from subspec.utils.console import Note
 
 HELP = """\
 Talk to a model. After every answer: tokens per second, tau (tokens per pass of the target) and passes.
@@ -53,29 +54,26 @@ def _main(arguments: list[str]) -> None:
     console = RunConsole()
     with loaded_target(cfg, console) as (config, loaded):
         console.note(f"{loaded.target.name}, {loaded.target.source}; /clear forgets, /exit or Ctrl-D leaves")
-        _converse(loaded, console, config.decoding.max_new_tokens, config.seed)
-
-
-def _converse(loaded: "Loaded", console: "Terminal", max_new_tokens: int | None, seed: int) -> None:
-    messages: list[dict[str, str]] = []
-    for text in _questions():
-        if text == "/exit":
-            return
-        if text == "/clear":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            answer = _answer(loaded, console, messages, max_new_tokens, seed)
-        except SubspecError as error:  # a conversation that is too long
-            console.error(f"{error}; /clear forgets the conversation")
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
+        generate = partial(
+            loaded.assembly.engine.generate, max_new_tokens=config.decoding.max_new_tokens, seed=config.seed
+        )
+        messages: list[dict[str, str]] = []
+        for text in _questions():
+            if text == "/clear":
+                messages = []
+                continue
+            messages.append({"role": "user", "content": text})
+            try:
+                answer = _answer(partial(generate, loaded.target.chat_ids(messages)), console.note)
+            except SubspecError as error:  # a conversation that is too long
+                console.error(f"{error}; /clear forgets the conversation")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _questions() -> Iterator[str]:
-    """Lines of a terminal, after a prompt, or of a pipe; blank ones are left out."""
+    """Lines of a terminal, after a prompt, or of a pipe, until /exit; blank ones are left out."""
     if sys.stdin.isatty():
         import readline  # noqa: F401 (edits the line, and remembers earlier ones)
     while True:
@@ -83,13 +81,13 @@ def _questions() -> Iterator[str]:
             line = input(PROMPT if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        if line == "/exit":
+            return
         if line:
             yield line
 
 
-def _answer(
-    loaded: "Loaded", console: "Terminal", messages: Sequence[dict[str, str]], max_new_tokens: int | None, seed: int
-) -> str:
+def _answer(generate: "Callable[..., GenerationResult]", note: "Note") -> str:
     """Print the answer as it is generated; returns it, or what there is of it after Ctrl-C."""
     pieces: list[str] = []
 
@@ -98,12 +96,10 @@ def _answer(
         print(text, end="", flush=True)
 
     try:
-        result = loaded.assembly.engine.generate(
-            loaded.target.chat_ids(messages), max_new_tokens=max_new_tokens, seed=seed, on_tokens=show
-        )
+        result = generate(on_tokens=show)
     except KeyboardInterrupt:
         print()
-        console.note("stopped")
+        note("stopped")
         return "".join(pieces)
     text, shown = result.text or "", "".join(pieces)
     print(text[len(shown) :])
@@ -111,5 +107,5 @@ def _answer(
     if stats.iterations:
         speed, tau = stats.verified_tokens / stats.decode_s, stats.verified_tokens / stats.iterations
         figures = f"{speed:.1f} tokens/s, tau {tau:.2f}, {stats.iterations} passes"
-        console.note(f"{figures}, first token after {stats.prefill_s:.2f} s, {result.finish_reason.value}")
+        note(f"{figures}, first token after {stats.prefill_s:.2f} s, {result.finish_reason.value}")
     return text

@@ -13,14 +13,7 @@ if TYPE_CHECKING:
 
 
 def compose_config(overrides: Sequence[str], defaults: Sequence[str] = ()) -> DictConfig:
-    """The configuration, with the checks of its keys and values.
-
-    Args:
-        overrides: as for a run. defaults: overrides that these take precedence over.
-
-    Raises:
-        ConfigError: as for a run.
-    """
+    """The configuration, checked as for a run. ``overrides`` take precedence over ``defaults``."""
     from hydra import compose, initialize_config_dir
 
     from subspec.cli.overrides import prepare
@@ -44,9 +37,6 @@ def loaded_target(
 
     Args:
         any_sampling: plan for texts that are sampled in other ways than ``decoding`` says.
-
-    Raises:
-        SubspecError: in one line with the remedy.
     """
     from subspec.decoding.from_config import build_sampling, for_any_sampling
     from subspec.runs.loading import load, resolve

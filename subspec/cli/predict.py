@@ -51,11 +51,7 @@ class PredictCommand:
     json: Path | None
 
     def number(self, key: str) -> float | None:
-        """The positive number given for ``key``; None: it was not given.
-
-        Raises:
-            ConfigError: it is not a positive number.
-        """
+        """The positive number given for ``key``; None: it was not given."""
         text = self.own.get(key)
         if text is None:
             return None
@@ -74,24 +70,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> PredictCommand:
-    """Parse the command line.
-
-    Raises:
-        ConfigError: it is wrong.
-    """
+    """Parse the command line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_intermixed_args(list(arguments))
-    own, rest = {}, []
-    for text in parsed.overrides:
-        key, equals, value = text.partition("=")
-        if key in OWN_KEYS and equals:
-            own[key] = value
-        else:
-            rest.append(text)
+    ours = [text for text in parsed.overrides if text.partition("=")[0] in OWN_KEYS and "=" in text]
+    own = dict(text.split("=", 1) for text in ours)
+    rest = [text for text in parsed.overrides if text not in ours]
     if parsed.plot is not None and parsed.plot.suffix not in PICTURES:
         raise ConfigError(f"--plot {parsed.plot}: the name must end in {', '.join(PICTURES)}")
     return PredictCommand(own, rest, parsed.source, parsed.plot, parsed.json)
@@ -110,7 +98,7 @@ def _main(arguments: Sequence[str]) -> None:
     command = parse(arguments)
     # Imported here, what takes seconds last: the help and a wrong command line need none of it.
     from subspec.cli.predict_inputs import predict_command
-    from subspec.utils.files import write_error, write_json
+    from subspec.utils.files import write_json, writing
     from subspec.utils.terminal import Terminal
 
     console = Terminal()
@@ -127,11 +115,8 @@ def _main(arguments: Sequence[str]) -> None:
         (command.plot, lambda file: plot(prediction, title, planted, file)),
         (command.json, lambda file: write_json(file, prediction.to_dict() | {"planted": planted})),
     ):
-        if file is None:
-            continue
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file)
-        except OSError as error:
-            raise write_error(error, file, "choose another file") from error
-        console.note(f"written: {file}")
+        if file is not None:
+            with writing(file, "choose another file"):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file)
+            console.note(f"written: {file}")

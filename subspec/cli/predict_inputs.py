@@ -25,11 +25,7 @@ DEFAULTS = {"draft": "subspec", "quant": "hqq", "offload": "stream", "logger": "
 
 
 def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction", str, bool, str]:
-    """The prediction, a title, whether weights are planted, and the source of a draft level's time.
-
-    Raises:
-        ConfigError: naming the key and the remedy.
-    """
+    """The prediction, a title, whether weights are planted, and the source of a draft level's time."""
     gpu = named_gpu(command)
     measured = _measured(command)
     depths = _depths(command)
@@ -52,11 +48,7 @@ def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction"
 
 
 def named_gpu(command: PredictCommand) -> GpuSpec | None:
-    """The named or measured GPU; None: bandwidths are given instead.
-
-    Raises:
-        ConfigError: neither is given.
-    """
+    """The named or measured GPU; None: bandwidths are given instead."""
     name = command.own.get("card")
     if name == AUTO:
         return measure_gpu()
@@ -77,11 +69,7 @@ def named_gpu(command: PredictCommand) -> GpuSpec | None:
 
 
 def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
-    """The configuration, checked as for a run.
-
-    Raises:
-        ConfigError: as for a run.
-    """
+    """The configuration, checked as for a run."""
     given = {text.partition("=")[0] for text in command.overrides}
     if "offload.card" in given:
         raise ConfigError("offload.card: here the card is given as card=NAME")
@@ -91,12 +79,8 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
         if command.own["card"] != AUTO:
             defaults |= {"offload.card": f"'{gpu.name}'"}
     stream = not any(text.startswith("offload=") and text != "offload=stream" for text in command.overrides)
-    added = [
-        f"{key}={value}"
-        for key, value in defaults.items()
-        if key not in given and (stream or not key.startswith("offload."))
-    ]
-    config = to_config(compose_config(command.overrides, added))
+    added = [key for key in defaults if key not in given and (stream or not key.startswith("offload."))]
+    config = to_config(compose_config(command.overrides, [f"{key}={defaults[key]}" for key in added]))
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(f"offload={config.offload.name}: predictions are for offload=stream; leave offload out")
     if config.draft.name == "none":

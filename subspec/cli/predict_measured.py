@@ -22,36 +22,25 @@ class Measured:
         acceptance: survival by depth.
         level_s: seconds of a draft level; None: nothing was drafted on a GPU.
         target, device: recorded names, for which ``level_s`` holds.
-        tree: its name. width: of it.
         planted: whether the weights are planted.
-        draft: settings that select the drafting model. quant: those of its quantization; None: it is not quantized.
+        run: one of the runs, for its settings.
     """
 
     acceptance: Acceptance
     level_s: float | None
     target: str
     device: str
-    tree: str
-    width: int | None
     planted: bool
-    draft: Mapping[str, Any]
-    quant: Mapping[str, Any] | None
+    run: RunData
 
     def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
-        wanted = asdict(config)
-        pairs = {f"draft.{key}": (self.draft[key], now) for key, now in _draft(wanted).items()}
-        if self.quant is not None:
-            pairs |= {f"quant.{key}": (self.quant[key], now) for key, now in _quant(wanted).items()}
-        pairs["tree.width"] = (self.width, _width(wanted["tree"]))
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        quantized = is_quantized(self.run.config, self.run.facts)
+        theirs, ours = (_settings(one, quantized) for one in (self.run.config, asdict(config)))
+        return {key: (theirs[key], ours[key]) for key in theirs if theirs[key] != ours[key]}
 
     def check(self, config: Config) -> list[str]:
-        """Lines for people about the differences.
-
-        Raises:
-            ConfigError: the runs are of another kind of draft.
-        """
+        """Lines for people about the differences. Raises ConfigError if the runs are of another kind of draft."""
         found = self.differences(config)
         if "draft.name" in found:
             theirs, ours = found["draft.name"]
@@ -59,9 +48,9 @@ class Measured:
                 f"--from: that run has draft={theirs}, and this prediction is for draft={ours}: set draft={theirs}, "
                 f"or give a run with draft={ours}"
             )
-        now = config.tree.name
-        if "adaptive" in (self.tree, now):  # of the others, levels survive alike
-            found |= {"tree": (self.tree, now)} if self.tree != now else {}
+        before, now = config_group(self.run.config, "tree").get("name"), config.tree.name
+        if before != now and "adaptive" in (before, now):  # of the others, levels survive alike
+            found["tree"] = before, now
         return [f"acceptance was measured with {key}={a}, and this prediction has {b}" for key, (a, b) in found.items()]
 
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
@@ -72,11 +61,7 @@ class Measured:
 
 
 def read_measured(place: Path) -> Measured:
-    """Read a run's folder, a folder above runs of one method, or a ``records.jsonl``.
-
-    Raises:
-        ConfigError: nothing in it drafts, or several methods do.
-    """
+    """Read a run's folder, a folder above runs of one method, or a ``records.jsonl``."""
     folder = place.parent if place.is_file() else place
     try:
         runs = [run for run in collect([folder]) if run.summary["totals"]["drafted_by_depth"]]
@@ -84,54 +69,37 @@ def read_measured(place: Path) -> Measured:
         raise ConfigError(f"--from {error}") from error
     if not runs:
         raise ConfigError(f"--from {place}: no run there drafts; take one with draft=subspec")
-    methods = {(method_label(run.config, run.facts), _target(run)) for run in runs}
+    methods = {(method_label(run.config, run.facts), str(run.summary["context"]["target"])) for run in runs}
     if len(methods) > 1:
         names = "; ".join(sorted(f"{method} of {target}" for method, target in methods))
         raise ConfigError(f"--from {place} holds runs of several methods ({names}): give the folder of one")
-    first = runs[0]
-    summary = summarise([record for run in runs for record in run.records])
-    totals = summary["totals"]
-    tree = config_group(first.config, "tree")
-    levels = sum(totals["drafted_by_depth"])
-    cuda = summary["context"]["device"] == "cuda"
-    gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
     ((method, target),) = methods
+    first, summary = runs[0], summarise([record for run in runs for record in run.records])
+    totals, cuda = summary["totals"], summary["context"]["device"] == "cuda"
+    gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
     source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    by_depth = totals["drafted_by_depth"], totals["accepted_by_depth"]
+    adaptive = config_group(first.config, "tree").get("name") == "adaptive"
     return Measured(
-        Acceptance.from_counts(
-            totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree.get("name") == "adaptive"
-        ),
-        totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
-        _target(first),
+        Acceptance.from_counts(*by_depth, source, adaptive=adaptive),
+        totals["draft_s"] / sum(by_depth[0]) if cuda and totals["draft_s"] else None,
+        target,
         str(gpu.get("name") or "unknown"),
-        str(tree.get("name")),
-        _width(tree),
         summary["context"]["planted"] is True,
-        _draft(first.config),
-        _quant(first.config) if is_quantized(first.config, first.facts) else None,
+        first,
     )
 
 
-def _target(run: RunData) -> str:
-    return str(run.summary["context"]["target"])
-
-
-def _width(tree: Mapping[str, Any]) -> int | None:
-    return tree.get("width", 1 if tree.get("name") == "chain" else None)
-
-
-def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that select the drafting model."""
-    draft = config_group(config, "draft")
-    return {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
-
-
-def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that determine the bytes a level reads."""
-    quant = config_group(config, "quant")
-    own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
-    modules = sorted(quant.get("modules") or ())
-    return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
+def _settings(config: Mapping[str, Any], quantized: bool) -> dict[str, Any]:
+    """Settings that select the drafting model, and determine the bytes that a level reads."""
+    draft, quant, tree = (config_group(config, group) for group in ("draft", "quant", "tree"))
+    found = {f"draft.{key}": draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+    if quantized:
+        found["quant.name"], found["quant.bits"] = quant.get("name"), quant.get("bits")
+        own = config_group(quant, "bits_by").items()
+        found["quant.bits_by"] = {key: bits for key, bits in own if bits is not None}
+        found["quant.modules"] = sorted(quant.get("modules") or ())
+    return found | {"tree.width": tree.get("width", 1 if tree.get("name") == "chain" else None)}
 
 
 def _card_name(name: str) -> str:

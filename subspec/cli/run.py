@@ -68,12 +68,9 @@ def _main(arguments: list[str]) -> None:
 
 
 def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
-    """Run one configuration, alone or as a job of a sweep.
+    """Run one configuration, alone or as a job of a sweep; returns the figure that a search maximises, if there is one.
 
     Expected failures of a single run go into ``failures``: Hydra would print a line of its own about an exception.
-
-    Returns:
-        The figure that a search maximises, if there is one.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode

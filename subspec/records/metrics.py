@@ -2,72 +2,45 @@
 
 Tau, tokens per second and acceptance have several definitions in the literature; all tables use those of this module. A
 record keeps raw counts and seconds beside derived figures, and :func:`summarise` pools the raw values. A summary
-depends on the records alone, so that a resumed run has the summary of an undisturbed one.
+depends on the records alone, so that a resumed run has the summary of an undisturbed one. docs/outputs.md defines every
+field.
 
 Units: seconds, tokens, GB = 1e9 bytes (links are sold in GB/s), GiB = 2**30 bytes (memory). A figure whose
 denominator is zero is ``None`` (JSON null), never 0 or infinity.
-
-Example::
-
-    record |= turn_metrics(result, link=LinkInfo(gb_per_s=55.5, bytes_per_pass=13_050_000_000))
-    summary = summarise(records)
-    summary["totals"]["tau"], summary["per_turn"]["tau"]["mean"]
 """
 
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from math import fsum
-from typing import Any
+from typing import Any, NamedTuple
 
+from subspec.benchmarks.prompts import TASKS
 from subspec.decoding.result import GenerationResult, audit_errors
-from subspec.records.categories import by_category
 
 Record = Mapping[str, Any]
 
 PER_TURN_FIGURES = (
-    "tokens_per_s",
-    "tokens_per_s_total",
-    "speedup_over_plain",
-    "tau",
-    "tau_published",
-    "draft_acceptance_rate",
-    "prompt_tokens",
-    "new_tokens",
-    "iterations",
-    "prefill_s",
-    "decode_s",
-    "ttft_s",
-    "block_p50_s",
-    "block_p95_s",
-    "block_p99_s",
-    "roofline_share",
-    "link_busy_share",
-    "texts_beside",
+    *("tokens_per_s", "tokens_per_s_total", "speedup_over_plain", "tau", "tau_published", "draft_acceptance_rate"),
+    *("prompt_tokens", "new_tokens", "iterations", "prefill_s", "decode_s", "ttft_s"),
+    *("block_p50_s", "block_p95_s", "block_p99_s", "roofline_share", "link_busy_share", "texts_beside"),
 )
 """Figures of a turn that are summarised by mean, standard deviation and median."""
 
 CONTEXT_FIELDS = ("benchmark", "source", "target", "draft", "device", "planted", "seed", "texts")
 """Record fields that are constant over a run and part of its summary. Records of earlier versions are of one text."""
 
+SUMMED = ("verified_tokens", "new_tokens", "iterations", "prefill_s", "decode_s", "loop_s")
+"""Record fields whose sums give :func:`speeds`."""
 
-@dataclass(frozen=True)
-class LinkInfo:
-    """The host-to-device link of an offloaded run.
 
-    Attributes:
-        gb_per_s: bandwidth measured at the start of the run, in 1e9 bytes per second.
-        bytes_per_pass: weight bytes that one verification pass streams.
-    """
+class LinkInfo(NamedTuple):
+    """The link of an offloaded run: its measured bandwidth, and the weight bytes that a verification pass streams."""
 
     gb_per_s: float
     bytes_per_pass: int
-
-    def __post_init__(self) -> None:
-        if self.gb_per_s <= 0 or self.bytes_per_pass < 0:
-            raise ValueError(f"a link needs a positive bandwidth and no negative size: {self}")
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -90,7 +63,7 @@ def turn_metrics(
 ) -> dict[str, Any]:
     """The metrics of one turn: the fields of a record from ``prompt_tokens`` to ``finish_reason``.
 
-    docs/outputs.md defines every field. The prefill is no verification pass, and its token is not verified.
+    The prefill is no verification pass, and its token is not verified.
 
     Args:
         result: the finished generation.
@@ -102,79 +75,38 @@ def turn_metrics(
         device_vram_gib: memory that the process holds of the device at the end of the turn, as the driver counts (GiB).
         peak_ram_gib: peak resident memory of the process so far (GiB).
     """
-    stats = result.stats
-    tau = ratio(stats.verified_tokens, stats.iterations)
-    tokens_per_s = ratio(stats.verified_tokens, stats.decode_s)
-    passes, plain_s = plain or (None, None)
-    roofline = None
-    if link is not None and tau is not None:
-        roofline = ratio(tau * link.gb_per_s * 1e9, link.bytes_per_pass)
-    return {
-        "prompt_tokens": stats.prompt_tokens,
+    raw = asdict(result.stats) | {
         "new_tokens": len(result.token_ids),
-        "verified_tokens": stats.verified_tokens,
-        "iterations": stats.iterations,
-        "tau": tau,
-        "tau_published": _tau_published(1, stats.verified_tokens, stats.iterations),
-        **_acceptance(
-            stats.iterations,
-            stats.drafted_nodes,
-            list(stats.drafted_by_depth),
-            list(stats.accepted_by_depth),
-            list(stats.reached_by_depth),
-        ),
-        "draft_passes": stats.draft_passes,
-        "prefill_s": stats.prefill_s,
-        "decode_s": stats.decode_s,
-        "ttft_s": stats.prefill_s,
-        "block_s": [round(seconds, 6) for seconds in stats.block_s],
-        **_percentiles(stats.block_s),
-        "tokens_per_s": tokens_per_s,
-        "tokens_per_s_total": ratio(len(result.token_ids), stats.prefill_s + stats.decode_s),
+        "ttft_s": result.stats.prefill_s,
+        "block_s": [round(seconds, 6) for seconds in result.stats.block_s],
         "texts_beside": beside,
         "loop_s": loop_s,
-        "plain_tokens": passes,
-        "plain_s": plain_s,
-        "speedup_over_plain": ratio(tokens_per_s, ratio(passes, plain_s)),
-        "draft_s": stats.draft_s,
-        "verify_s": stats.verify_s,
-        "transfer_s": stats.transfer_s,
-        "bytes_streamed": stats.bytes_streamed,
-        "link_gb_per_s": link.gb_per_s if link else None,
-        "bytes_per_pass": link.bytes_per_pass if link else None,
-        "roofline_tokens_per_s": roofline,
-        "roofline_share": ratio(tokens_per_s, roofline),
-        "link_busy_share": ratio(stats.transfer_s, stats.prefill_s + stats.decode_s) if link else None,
+        "plain_tokens": plain and plain[0],
+        "plain_s": plain and plain[1],
+        "link_gb_per_s": link and link.gb_per_s,
+        "bytes_per_pass": link and link.bytes_per_pass,
         "peak_vram_gib": peak_vram_gib,
         "device_vram_gib": device_vram_gib,
         "peak_ram_gib": peak_ram_gib,
         "finish_reason": result.finish_reason.value,
     }
+    figures = _totals([raw]) | raw
+    for name in ("accept_s", "tokens_per_s_together"):  # a part of verify_s, and a figure of all texts of a run
+        del figures[name]
+    return figures
 
 
 def summarise(records: Iterable[Record]) -> dict[str, Any]:
     """Pool the records of a run, in any order.
 
     Returns:
-        - ``context``: the fields of :data:`CONTEXT_FIELDS` (a list where records disagree, None where absent).
-        - ``counts``: ``samples`` and ``turns`` that were generated, ``skipped`` prompts by reason,
-          ``finish_reasons``.
-        - ``totals``: sums of the raw values, and the figures of :func:`turn_metrics` computed from the sums (all
-          tokens / all seconds). ``tau_published`` counts one prefill per turn. The roofline is all verified tokens
-          over the seconds that the streamed passes need at the measured bandwidth, from offloaded turns only.
-          ``speedup_over_plain`` is of the turns behind which plain passes were timed. ``tokens_per_s_together`` is all
-          new tokens over ``loop_s``, the seconds of the loop over passes: of all texts at a time together. Percentiles
-          are over the blocks of all turns. Figures of a field that earlier versions did not record are None unless all
-          turns have it.
-        - ``categories``: by category (:func:`~subspec.records.categories.category_group`) ``samples``, ``turns``,
-          ``tau``, ``tokens_per_s`` and ``accuracy``; empty if the data set has none.
-        - ``per_turn``: ``n``, ``mean``, ``sd`` (of a sample, n - 1) and ``median`` of :data:`PER_TURN_FIGURES`.
-        - ``accuracy``: ``correct``, ``checked``, ``accuracy`` = correct / checked, and ``unfinished`` (texts that were
-          cut before an answer); None when nothing was to be checked.
-        - ``audit``: sums of ``exact``, ``near_tie``, ``mismatch``, the largest ``max_gap``, ``margin``, the audited
-          ``turns``, those audited ``bitwise``, and ``errors``: mismatches and, where bits were compared, near-ties;
-          None when nothing was audited.
-        - ``peak_vram_gib``, ``device_vram_gib``, ``peak_ram_gib``: the largest of all turns.
+        ``context`` (:data:`CONTEXT_FIELDS`: a list where records disagree, None where absent), ``counts`` (``samples``
+        and ``turns`` that were generated, ``skipped`` prompts by reason, ``finish_reasons``), ``totals`` (sums of the
+        raw values, and the figures of :func:`turn_metrics` computed from the sums), ``per_turn`` (``n``, ``mean``,
+        ``sd`` of a sample and ``median`` of :data:`PER_TURN_FIGURES`), ``categories``, ``accuracy`` and ``audit``
+        (None when nothing was checked), and the largest ``peak_vram_gib``, ``device_vram_gib``, ``peak_ram_gib``.
+        Totals of a field that earlier versions did not record are None unless all turns have it. The roofline is of
+        offloaded turns only, ``speedup_over_plain`` of the turns behind which plain passes were timed.
     """
     records = [{"texts": 1, **record} for record in records]
     turns = [record for record in records if not record.get("skipped")]
@@ -196,23 +128,34 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
     }
 
 
-def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
-    """How many times faster a run is than the baseline run ``name``, by totals.
+def speeds(sums: Mapping[str, Any]) -> dict[str, float | None]:
+    """Speeds and tau of turns, given the sums of :data:`SUMMED` over them."""
+    return {
+        "tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
+        "tokens_per_s_total": ratio(sums["new_tokens"], sums["prefill_s"] + sums["decode_s"]),
+        "tokens_per_s_together": ratio(sums["new_tokens"], sums["loop_s"]),
+        "tau": ratio(sums["verified_tokens"], sums["iterations"]),
+    }
 
-    Returns:
-        ``baseline`` (its name), ``tokens_per_s``, ``tokens_per_s_total`` and ``tokens_per_s_together`` (ratios of the
-        two runs' totals), and ``differences`` between the runs besides the method. The first two are speeds of a text:
-        None if the runs differ in the number of texts at a time.
+
+def add_turn(sums: Counter[str], record: Record) -> None:
+    """Add a turn to running sums of :data:`SUMMED`."""
+    sums.update({name: record.get(name) or 0 for name in SUMMED})
+
+
+def speedup(summary: Record, baseline: Record, name: str) -> dict[str, Any]:
+    """How many times faster a run is than the baseline run ``name``, and the differences besides the method.
+
+    Speeds of a text are None if the runs differ in the number of texts at a time.
     """
     ours, theirs = summary["totals"], baseline["totals"]
     pairs = {key: (summary["context"][key], baseline["context"][key]) for key in CONTEXT_FIELDS if key != "draft"}
     pairs |= {key: (summary["counts"][key], baseline["counts"][key]) for key in ("samples", "turns")}
     alike = pairs["texts"][0] == pairs["texts"][1]
+    gains = {key: ratio(ours[key], theirs[key]) for key in ours if key.startswith("tokens_per_s")}
     return {
         "baseline": name,
-        "tokens_per_s": ratio(ours["tokens_per_s"], theirs["tokens_per_s"]) if alike else None,
-        "tokens_per_s_total": ratio(ours["tokens_per_s_total"], theirs["tokens_per_s_total"]) if alike else None,
-        "tokens_per_s_together": ratio(ours["tokens_per_s_together"], theirs["tokens_per_s_together"]),
+        **(gains if alike else gains | {"tokens_per_s": None, "tokens_per_s_total": None}),
         "differences": [f"{key}: {mine} against {other}" for key, (mine, other) in pairs.items() if mine != other],
     }
 
@@ -230,9 +173,8 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     reached = _sum_by_depth(turns, "reached_by_depth") if _all_have(turns, "reached_by_depth") else None
     passes = sum(record["draft_passes"] for record in turns) if _all_have(turns, "draft_passes") else None
     shares = [_loop_s(record) for record in turns]
-    loop_s = None if None in shares else fsum(shares)
+    sums["loop_s"] = None if None in shares else fsum(shares)
     blocks = [seconds for record in turns for seconds in record.get("block_s") or []]
-    wall = sums["prefill_s"] + sums["decode_s"]
 
     compared = [record for record in turns if record.get("plain_s")]
     plain = {name: sum(r[name] for r in compared) or None for name in ("plain_tokens", "plain_s")}
@@ -244,13 +186,9 @@ def _totals(turns: Sequence[Record]) -> dict[str, Any]:
     roofline = ratio(sum(r["verified_tokens"] for r in linked), floor_s)
     busy = ratio(fsum(r["transfer_s"] for r in linked), fsum(r["prefill_s"] + r["decode_s"] for r in linked))
     return sums | {
-        "tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
-        "tokens_per_s_total": ratio(sums["new_tokens"], wall),
-        "loop_s": loop_s,
-        "tokens_per_s_together": ratio(sums["new_tokens"], loop_s),
+        **speeds(sums),
         **plain,
         "speedup_over_plain": ratio(drafted_speed, ratio(plain["plain_tokens"], plain["plain_s"])),
-        "tau": ratio(sums["verified_tokens"], sums["iterations"]),
         "tau_published": _tau_published(len(turns), sums["verified_tokens"], sums["iterations"]),
         **_acceptance(sums["iterations"], sums["drafted_nodes"], drafted, accepted, reached),
         "draft_passes": passes,
@@ -300,6 +238,19 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 def _all_have(turns: Sequence[Record], name: str) -> bool:
     return all(record.get(name) is not None for record in turns)
+
+
+def by_category(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by reported category, in alphabetical order; those without one are left out.
+
+    Some benchmarks report several categories of their data as one.
+    """
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        task, category = TASKS.get(record.get("benchmark", "")), record.get("category")
+        if category is not None:
+            found.setdefault(task.groups.get(category, category) if task else category, []).append(record)
+    return dict(sorted(found.items()))
 
 
 def _category(turns: Sequence[Record]) -> dict[str, Any]:

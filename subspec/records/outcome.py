@@ -50,11 +50,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Replace ``job.json``.
-
-    Raises:
-        OSError: it cannot be written (the disk is full).
-    """
+    """Replace ``job.json``."""
     write_json(folder / OUTCOME, asdict(outcome))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from subspec.errors import ConfigError
-from subspec.records.run_files import OVERRIDES
-from subspec.utils.files import write_atomic, write_error
+from subspec.records.run_files import ELSEWHERE, OVERRIDES
+from subspec.utils.files import write_atomic, writing
 
 
 def is_resumed(given: Mapping[str, str]) -> bool:
@@ -19,13 +19,10 @@ def is_resumed(given: Mapping[str, str]) -> bool:
 
 
 def with_stored_overrides(overrides: Sequence[str], given: Mapping[str, str], *, must_exist: bool = True) -> list[str]:
-    """The overrides of a resumed run, completed with those stored in its folder.
-
-    Overrides of the new command line take precedence. Without ``resume=true`` they are returned unchanged.
+    """The overrides of the command line, with ``resume=true`` completed by those stored in its folder.
 
     Args:
-        overrides: of the command line.
-        given: their values by key.
+        given: values of the overrides by key.
         must_exist: refuse a folder without a run if no other override says which run to start there.
 
     Raises:
@@ -55,10 +52,8 @@ def with_stored_overrides(overrides: Sequence[str], given: Mapping[str, str], *,
 def store_overrides(folder: Path, overrides: Sequence[str]) -> None:
     """Store the overrides for :func:`with_stored_overrides`."""
     kept = [text for text in overrides if _key(text) not in ("resume", "run_dir")]
-    try:
+    with writing(folder / OVERRIDES, ELSEWHERE):
         write_atomic(folder / OVERRIDES, yaml.safe_dump(kept, width=1000, allow_unicode=True).encode("utf-8"))
-    except OSError as error:
-        raise write_error(error, folder / OVERRIDES, "choose another folder with run_dir=") from error
 
 
 def _key(override: str) -> str:

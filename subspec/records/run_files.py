@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder, and what reading and locking them has in common."""
+"""Names of the files in a run's folder; reading and locking."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,9 @@ FACTS = "facts.json"
 OVERRIDES = "overrides.yaml"
 LOCK = ".lock"
 
+ELSEWHERE = "choose another folder with run_dir="
+"""Remedy for a folder that a run cannot have."""
+
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON file that holds a mapping; None if it is absent, unreadable or something else."""
@@ -28,11 +31,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def take_lock(folder: Path, wait_s: float = 0.0) -> "BaseFileLock | None":
-    """Acquire the folder's lock, which ends with its process; None if another process holds it.
-
-    Raises:
-        OSError: the lock file cannot be made.
-    """
+    """Acquire the folder's lock, which ends with its process; None if another process holds it."""
     import filelock  # a refused run does without
 
     lock = filelock.FileLock(folder / LOCK, thread_local=False)

@@ -4,15 +4,6 @@ A run on a slow link takes hours, so a finished turn must not be lost, repeated 
 one ``write`` followed by ``fsync``. On resume, incomplete lines are moved to ``records.jsonl.damaged`` and reported. An
 operating-system lock, released when its process ends, excludes a second process. A resumed run must have the
 configuration of the first.
-
-Example::
-
-    with RunFolder.open(run_dir, resume=cfg.resume, config=to_plain(cfg), environment=environment()) as folder:
-        for note in folder.notes:
-            console.note(note)
-        if folder.finished(sample.id, turn=0) is None:
-            folder.append(turn_record(...))
-        folder.write_summary(summarise(folder.records()))
 """
 
 import contextlib
@@ -27,11 +18,12 @@ import yaml
 
 from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
-from subspec.records.run_files import CONFIG, DAMAGED, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
+from subspec.records.run_files import CONFIG, DAMAGED, ELSEWHERE, ENVIRONMENT, RECORDS, SUMMARY, read_json, take_lock
 from subspec.records.same_run import config_differences
-from subspec.utils.files import RESUME_HINT, json_line, plain, sync_folder, write_atomic, write_error, write_json
+from subspec.utils.files import RESUME_HINT, json_line, plain, sync_folder, write_atomic, write_json, writing
 
 Key = tuple[str, int]
+Check = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 class RunFolder:
@@ -60,13 +52,11 @@ class RunFolder:
         resume: bool,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
-        check: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
+        check: Check | None = None,
     ) -> Self:
         """Lock the folder, check that it belongs to this run, repair it, and write the run's description.
 
         Args:
-            run_dir: the folder; created if missing.
-            resume: whether to continue the records in it.
             config: the resolved configuration as builtin types.
             environment: versions and hardware; those of a resumed session are appended to the first.
             check: raises ConfigError if a run of today's data, weights and device cannot continue these records.
@@ -77,26 +67,19 @@ class RunFolder:
             SubspecError: it cannot be written, or another process is writing it.
         """
         path = Path(run_dir)
-        remedy = "choose another folder with run_dir="
-        try:
+        with writing(path, ELSEWHERE):
             path.mkdir(parents=True, exist_ok=True)
             lock = take_lock(path)
-        except OSError as error:
-            raise write_error(error, path, remedy) from error
         if lock is None:
-            raise SubspecError(f"run_dir={path} is in use by another process: wait for it, or {remedy}")
+            raise SubspecError(f"run_dir={path} is in use by another process: wait for it, or {ELSEWHERE}")
         folder = cls(path, lock, plain(config))
-        try:
+        with contextlib.ExitStack() as failed, writing(path, ELSEWHERE):
+            failed.callback(folder.close)
             folder._load(resume, check)
-            folder._describe(plain(environment) if environment is not None else None)
+            folder._describe(plain(environment))
             folder._file = os.open(path / RECORDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             sync_folder(path)
-        except OSError as error:
-            folder.close()
-            raise write_error(error, Path(error.filename or path), remedy) from error
-        except BaseException:
-            folder.close()
-            raise
+            failed.pop_all()
         return folder
 
     def __len__(self) -> int:
@@ -134,30 +117,29 @@ class RunFolder:
         if key in self._records:
             return False
         start = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, line)
-            if written != len(line):  # a full disk may accept a part; writing the rest raises the reason
-                os.write(self._file, line[written:])
-                raise OSError("only a part of a record was written")
-            os.fsync(self._file)
-        except BaseException as error:  # also an interrupt: the caller assumes that nothing was written
-            with contextlib.suppress(OSError):  # if this fails, resuming repairs the file
-                os.ftruncate(self._file, start)
-            if not isinstance(error, OSError):
+        with writing(self.path / RECORDS, RESUME_HINT.format(run_dir=self.path)):
+            try:
+                written = os.write(self._file, line)
+                if written != len(line):  # a full disk may accept a part; writing the rest raises the reason
+                    os.write(self._file, line[written:])
+                    raise OSError("only a part of a record was written")
+                os.fsync(self._file)
+            except BaseException:  # also an interrupt: the caller assumes that nothing was written
+                with contextlib.suppress(OSError):  # if this fails, resuming repairs the file
+                    os.ftruncate(self._file, start)
                 raise
-            remedy = RESUME_HINT.format(run_dir=self.path)
-            raise write_error(error, self.path / RECORDS, remedy) from error
         self._records[key] = record
         return True
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder."""
+        with writing(self.path / name, RESUME_HINT.format(run_dir=self.path)):
+            write_json(self.path / name, content)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace ``summary.json``; adds the configuration and the environment to the figures."""
         environment = read_json(self.path / ENVIRONMENT)
-        try:
-            write_json(self.path / SUMMARY, {**summary, "config": self._config, "environment": environment})
-        except OSError as error:
-            remedy = RESUME_HINT.format(run_dir=self.path)
-            raise write_error(error, self.path / SUMMARY, remedy) from error
+        self.write(SUMMARY, {**summary, "config": self._config, "environment": environment})
 
     def close(self) -> None:
         """Close the file and release the lock. May be called twice."""
@@ -168,16 +150,15 @@ class RunFolder:
 
     # ---------------------------------------------------------------------------------------- opening
 
-    def _load(self, resume: bool, check: Callable[[Sequence[Mapping[str, Any]]], None] | None) -> None:
+    def _load(self, resume: bool, check: Check | None) -> None:
         file = self.path / RECORDS
         data = file.read_bytes() if file.exists() else b""
         if data and not resume:
             raise ConfigError(
-                f"run_dir={self.path} already holds records: continue it with resume=true, "
-                "or choose another folder with run_dir="
+                f"run_dir={self.path} already holds records: continue it with resume=true, or {ELSEWHERE}"
             )
         if data:
-            scan = _scan(data)
+            scan = _Scan(data)
             self._check_same_run()
             if check is not None:
                 check(list(scan.records.values()))
@@ -197,13 +178,13 @@ class RunFolder:
         if not isinstance(before, dict):
             raise ConfigError(
                 f"resume=true, but {file} is missing or unreadable, so nothing tells which run the records belong "
-                "to; choose another folder with run_dir="
+                f"to; {ELSEWHERE}"
             )
         differences = config_differences(effective(before), effective(self._config))
         if differences:
             raise ConfigError(
                 f"resume=true, but the configuration differs from the one in {file}: {'; '.join(differences)}. "
-                "Use the same values, or choose another folder with run_dir="
+                f"Use the same values, or {ELSEWHERE}"
             )
 
     def _repair(self, data: bytes, scan: "_Scan") -> None:
@@ -220,10 +201,7 @@ class RunFolder:
         self.notes.extend(scan.notes(self.path))
 
     def _describe(self, environment: dict[str, Any] | None) -> None:
-        """Write ``config.yaml`` (a resumed run may have been extended) and ``environment.json``.
-
-        ``environment.json`` keeps the first session and appends resumed ones.
-        """
+        """Write ``config.yaml`` (a resumed run may be extended), and append the session to ``environment.json``."""
         text = yaml.safe_dump(self._config, sort_keys=False, width=110)
         write_atomic(self.path / CONFIG, text.encode("utf-8"))
         if environment is None:
@@ -232,13 +210,10 @@ class RunFolder:
         if first is None:
             write_json(self.path / ENVIRONMENT, environment)
             return
-        compared = ("versions", "hardware", "git")
-        changed = [
-            line
-            for part in compared
-            for line in config_differences({part: first.get(part)}, {part: environment.get(part)})
-        ]
-        if changed:
+        before, now = (
+            {part: facts.get(part) for part in ("versions", "hardware", "git")} for facts in (first, environment)
+        )
+        if changed := config_differences(before, now):
             self.notes.append(f"resumed in another environment, so times may not compare: {'; '.join(changed)}")
         sessions = [*first.get("resumed", []), environment]
         write_json(self.path / ENVIRONMENT, {**first, "resumed": sessions})
@@ -255,7 +230,7 @@ def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
         data = (path / RECORDS).read_bytes()
     except OSError as error:
         raise SubspecError(f"cannot read {path / RECORDS}: {error.strerror}; give the folder of a run") from error
-    scan = _scan(data)
+    scan = _Scan(data)
     return list(scan.records.values()), scan.notes(path, repaired=False)
 
 
@@ -265,12 +240,24 @@ def read_records(run_dir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
 class _Scan:
     """Content of a records file: ``records`` by key, complete ``lines``, ``damaged`` (line number, bytes)."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes) -> None:
         self.records: dict[Key, dict[str, Any]] = {}
         self.lines: list[bytes] = []
         self.damaged: list[tuple[int, bytes]] = []
         self.duplicates = 0
-        self.last = 0
+        pieces = data.removesuffix(b"\n").split(b"\n")
+        self.last = len(pieces)
+        for number, piece in enumerate(pieces, start=1):
+            if not piece.strip():
+                continue
+            record = _parse(piece)
+            key = record and _key(record)
+            if not record or not key:
+                self.damaged.append((number, piece))
+                continue
+            self.lines.append(piece)
+            self.duplicates += key in self.records
+            self.records.setdefault(key, record)
 
     def notes(self, path: Path, repaired: bool = True) -> list[str]:
         notes = []
@@ -281,28 +268,6 @@ class _Scan:
         if self.duplicates:
             notes.append(f"{path / RECORDS}: {self.duplicates} repeated record(s) ignored, the first one counts")
         return notes
-
-
-def _scan(data: bytes) -> _Scan:
-    scan = _Scan()
-    pieces = data.split(b"\n")
-    if not pieces[-1]:
-        pieces.pop()  # the file ends with a newline
-    scan.last = len(pieces)
-    for number, piece in enumerate(pieces, start=1):
-        if not piece.strip():
-            continue
-        record = _parse(piece)
-        key = _key(record) if record is not None else None
-        if record is None or key is None:
-            scan.damaged.append((number, piece))
-            continue
-        scan.lines.append(piece)
-        if key in scan.records:
-            scan.duplicates += 1
-        else:
-            scan.records[key] = record
-    return scan
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

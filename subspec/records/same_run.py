@@ -7,19 +7,12 @@ from typing import Any
 
 from subspec.config.enums import AUTO
 from subspec.errors import ConfigError
-from subspec.records.run_files import RECORDS
+from subspec.records.run_files import ELSEWHERE, RECORDS
 
 FREE_KEYS = frozenset(
     {
-        "resume",
-        "run_dir",
-        "logger",
-        "experiment",
-        "hparams_search",
-        "optimise",
-        "study",
-        "baseline",
-        "benchmark.max_samples",
+        *("resume", "run_dir", "logger", "experiment", "hparams_search"),
+        *("optimise", "study", "baseline", "benchmark.max_samples"),
     }
 )
 """Keys that may differ when a run is resumed, because they change no record.
@@ -48,13 +41,10 @@ _ABSENT = object()
 
 
 def check_chosen(run_dir: Path, records: Iterable[Mapping[str, Any]], chosen: Mapping[str, str]) -> None:
-    """Refuse to mix records of another data source, device or arithmetic with ``records``.
+    """Refuse to mix records of another data source, device or arithmetic with ``records``, by a ConfigError.
 
     Args:
         chosen: values that the keys of :data:`CHOSEN` have now, by record field.
-
-    Raises:
-        ConfigError: the records have others.
     """
     records = list(records)
     for field, now in chosen.items():
@@ -66,7 +56,7 @@ def check_chosen(run_dir: Path, records: Iterable[Mapping[str, Any]], chosen: Ma
         remedy = f"set {key}={found}, or " if len(before) == 1 else ""
         raise ConfigError(
             f"resume=true, but {key} comes to {now} now, and the records in {run_dir / RECORDS} are of {found}: "
-            f"{remedy}choose another folder with run_dir="
+            f"{remedy}{ELSEWHERE}"
         )
 
 

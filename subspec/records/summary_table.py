@@ -1,12 +1,11 @@
 """A run's summary as a table, and the warnings that must accompany its figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import ConsoleOptions, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +40,13 @@ FIGURES = (
 )
 """Rows of the upper table: label, figure, decimals."""
 
+PHASES = {"draft_s": "drafting", "verify_s": "verifying"}
+MEMORY = {
+    "peak_ram_gib": "RAM {:.2f} GiB",
+    "peak_vram_gib": "GPU {:.2f} GiB of PyTorch's allocations",
+    "device_vram_gib": "{:.2f} GiB by the driver",
+}
+
 DEPTHS_SHOWN = 8
 NARROW = 68
 """Columns below which the upper table has no figures per turn."""
@@ -48,15 +54,15 @@ NARROW = 68
 
 def banners(summary: Summary) -> list[str]:
     """Warnings about the figures, one line each."""
-    context = summary["context"]
+    sources, planted, drafts, devices = (
+        set(distinct_values(summary["context"][name])) for name in ("source", "planted", "draft", "device")
+    )
     lines = []
-    if "sample" in distinct_values(context["source"]):
+    if "sample" in sources:
         lines.append(SAMPLE_PROMPTS)
-    if True in distinct_values(context["planted"]):
-        other = set(distinct_values(context["draft"])) - FROM_NOISE
-        lines.append(PLANTED_DRAFT if other else PLANTED_WEIGHTS)
-    drafts = set(distinct_values(context["draft"])) - {"none"}
-    if "cpu" in distinct_values(context["device"]) and drafts and summary["totals"]["bytes_per_pass"] is None:
+    if True in planted:
+        lines.append(PLANTED_DRAFT if drafts - FROM_NOISE else PLANTED_WEIGHTS)
+    if "cpu" in devices and drafts - {"none"} and summary["totals"]["bytes_per_pass"] is None:
         lines.append(ON_CPU)
     audit = summary["audit"]
     if audit and audit["mismatch"]:
@@ -64,38 +70,32 @@ def banners(summary: Summary) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class SummaryTable:
+def summary_table(summary: Summary, speedup: Summary | None, options: ConsoleOptions) -> Group:
     """The whole table as a rich renderable. ASCII consoles get ``+/-`` for the plus-minus sign."""
-
-    summary: Summary
-    speedup: Summary | None = None
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        sign = "+/-" if options.ascii_only else "±"
-        yield Group(
-            Text(title(self.summary), style="bold"),
-            _figures(self.summary, sign, narrow=options.max_width < NARROW),
-            _facts(fact_lines(self.summary, self.speedup)),
-        )
+    sign = "+/-" if options.ascii_only else "±"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True, style="dim")
+    facts.add_column(overflow="fold")
+    for label, text in _fact_lines(summary, speedup):
+        facts.add_row(Text(label), Text(text))
+    return Group(Text(_title(summary), style="bold"), _figures(summary, sign, options.max_width < NARROW), facts)
 
 
-def title(summary: Summary) -> str:
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _title(summary: Summary) -> str:
     """Target, draft, benchmark, device and seed on one line."""
     context = summary["context"]
-    target = _text(context["target"]) + (" (planted)" if True in distinct_values(context["planted"]) else "")
-    benchmark = _text(context["benchmark"]) + (" (sample)" if "sample" in distinct_values(context["source"]) else "")
-    parts = (
-        f"target {target}",
-        f"draft {_text(context['draft'])}",
-        f"benchmark {benchmark}",
-        _text(context["device"]),
-        f"seed {_text(context['seed'])}",
+    planted = " (planted)" if True in distinct_values(context["planted"]) else ""
+    sample = " (sample)" if "sample" in distinct_values(context["source"]) else ""
+    target, draft, benchmark, device, seed = (
+        _text(context[name]) for name in ("target", "draft", "benchmark", "device", "seed")
     )
-    return ", ".join(parts)
+    return f"target {target}{planted}, draft {draft}, benchmark {benchmark}{sample}, {device}, seed {seed}"
 
 
-def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[str, str]]:
+def _fact_lines(summary: Summary, speedup: Summary | None) -> list[tuple[str, str]]:
     """Labels and texts of the lower table, without figures that were not measured."""
     counts, totals = summary["counts"], summary["totals"]
     facts = [("samples", _samples(counts))]
@@ -110,16 +110,15 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
         cut = f"; {found['unfinished']} cut before an answer" if found["unfinished"] else ""
         facts.append(("correct answers", f"{found['correct']} of {found['checked']} checked{share}{cut}"))
     facts.append(("losslessness audit", _audit(summary["audit"])))
-    rates = _rates(totals["accept_rate_by_depth"])
-    if rates:
-        facts.append(("accepted by depth", rates))
+    if rates := totals["accept_rate_by_depth"]:
+        facts.append(("accepted by depth", "  ".join(f"{d}:{_figure(rates[d - 1])}" for d in shown_depths(len(rates)))))
     blocks = [(share, totals[f"block_p{share}_s"]) for share in (50, 95, 99)]
     if blocks[0][1] is not None:
         shown = ", ".join(f"p{share} {1e3 * seconds:.1f} ms" for share, seconds in blocks)
         facts.append(("between blocks", shown))
-    split = _split(totals)
-    if split:
-        facts.append(("decode time", split))
+    shares = [(word, ratio(totals[name], totals["decode_s"])) for name, word in PHASES.items()]
+    if split := [f"{word} {100 * share:.0f} %" for word, share in shares if share is not None]:
+        facts.append(("decode time", ", ".join(split)))
     passes, levels = totals.get("draft_passes"), sum(totals["drafted_by_depth"])
     if passes and passes < levels:
         facts.append(("draft passes", f"{passes} for {levels} levels ({100 * passes / levels:.0f} %)"))
@@ -131,9 +130,6 @@ def fact_lines(summary: Summary, speedup: Summary | None = None) -> list[tuple[s
         facts.append((f"speed-up over {speedup['baseline']}", _speedup(speedup)))
         facts += [("  not the same", difference) for difference in speedup["differences"]]
     return facts
-
-
-# ------------------------------------------------------------------------------------------------ parts
 
 
 def _figures(summary: Summary, sign: str, narrow: bool) -> Table:
@@ -159,15 +155,6 @@ def _several(summary: Summary) -> bool:
     return summary["context"]["texts"] not in (None, 1)
 
 
-def _facts(facts: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
-    for label, text in facts:
-        table.add_row(Text(label), Text(text))
-    return table
-
-
 def _samples(counts: Summary) -> str:
     text = f"{counts['samples']}, turns {counts['turns']}"
     skipped = counts["skipped"]
@@ -191,16 +178,6 @@ def shown_depths(last: int) -> list[int]:
     return [d for d in range(1, last + 1) if last <= DEPTHS_SHOWN or is_power_of_two(d) or d == last]
 
 
-def _rates(rates: Sequence[float | None]) -> str:
-    return "  ".join(f"{d}:{_figure(rates[d - 1])}" for d in shown_depths(len(rates)))
-
-
-def _split(totals: Summary) -> str:
-    shares = [(name, ratio(totals[f"{name}_s"], totals["decode_s"])) for name in ("draft", "verify")]
-    words = {"draft": "drafting", "verify": "verifying"}
-    return ", ".join(f"{words[name]} {100 * share:.0f} %" for name, share in shares if share is not None)
-
-
 def _link(totals: Summary, several: bool) -> str:
     # Bytes of a pass count for each of its texts.
     streamed = "" if several else f"{totals['bytes_streamed'] / 1e9:.1f} GB at "
@@ -209,15 +186,7 @@ def _link(totals: Summary, several: bool) -> str:
 
 
 def _memory(summary: Summary) -> str:
-    parts = []
-    figures = {
-        "peak_ram_gib": "RAM {:.2f} GiB",
-        "peak_vram_gib": "GPU {:.2f} GiB of PyTorch's allocations",
-        "device_vram_gib": "{:.2f} GiB by the driver",
-    }
-    for name, text in figures.items():
-        if summary[name] is not None:
-            parts.append(text.format(summary[name]))
+    parts = [text.format(summary[name]) for name, text in MEMORY.items() if summary[name] is not None]
     return ", ".join(parts) or "not measured"
 
 

@@ -1,8 +1,8 @@
 """A sweep's folder: its lock, and ``sweep.json``, which maps jobs to folders.
 
 A job is identified by the digest of its resolved configuration without keys that change no record and groups that have
-no effect. Another spelling
-or order of overrides finds the same job, another configuration makes a new one, and more samples extend the old one.
+no effect. Another spelling or order of overrides finds the same job, another configuration makes a new one, and more
+samples extend the old one.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from subspec.config.effective import effective
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.run_files import LOCK, RECORDS, read_json, take_lock
 from subspec.records.same_run import FREE_KEYS
-from subspec.utils.files import write_error, write_json
+from subspec.utils.files import write_json, writing
 
 MANIFEST = "sweep.json"
 ROOT = "multirun"
@@ -31,13 +31,7 @@ REMEDY = "choose another folder with sweep_dir="
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep.
-
-    Attributes:
-        number: name of its folder.
-        overrides: as the sweeper gave them.
-        digest: digest of its resolved configuration.
-    """
+    """A job of a sweep: the name of its folder, its overrides as given, and the digest of its configuration."""
 
     number: int
     overrides: tuple[str, ...]
@@ -70,21 +64,17 @@ class SweepFolder:
         """
         path = Path(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
+        with writing(path, REMEDY):
             path.mkdir(parents=True, exist_ok=True)
             lock = take_lock(path)
-        except OSError as error:
-            raise write_error(error, path, REMEDY) from error
         if lock is None:
             raise SubspecError(f"sweep_dir={path} is in use by another process: wait for it, or {REMEDY}FOLDER")
-        folder = cls(path, lock, command, made)
-        try:
+        with contextlib.ExitStack() as failed:
+            folder = failed.enter_context(cls(path, lock, command, made))
             if (path / RECORDS).exists():
                 raise ConfigError(f"sweep_dir={path} holds the records of a single run: {REMEDY}FOLDER")
             folder._read()
-        except BaseException:
-            folder.close()
-            raise
+            failed.pop_all()
         return folder
 
     def __enter__(self) -> Self:
@@ -97,9 +87,6 @@ class SweepFolder:
         """Jobs of a list of (overrides, resolved configuration); new ones get the next numbers.
 
         Equal configurations are one job.
-
-        Raises:
-            SubspecError: the manifest cannot be written.
         """
         jobs, known = [], len(self.jobs)
         for overrides, config in wanted:
@@ -118,17 +105,11 @@ class SweepFolder:
         return self.path / str(job.number)
 
     def write(self, finished: bool = False) -> None:
-        """Replace ``sweep.json``. ``finished``: no job is missing.
-
-        Raises:
-            SubspecError: it cannot be written.
-        """
+        """Replace ``sweep.json``. ``finished``: no job is missing."""
         self.finished = finished
         content = {"command": self.command, "finished": finished, "jobs": [asdict(job) for job in self.jobs.values()]}
-        try:
+        with writing(self.path / MANIFEST, REMEDY):
             write_json(self.path / MANIFEST, content)
-        except OSError as error:
-            raise write_error(error, self.path / MANIFEST, REMEDY) from error
 
     def close(self) -> None:
         """Release the lock and remove a new folder without jobs. May be called twice."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from math import fsum
 from typing import Any
 
-from subspec.records.categories import by_category
 from subspec.records.method import config_group, group_name, is_quantized, method_label
-from subspec.records.metrics import distinct_values, summarise
+from subspec.records.metrics import by_category, distinct_values, summarise
 from subspec.records.run_folder import Key
 from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, Speed, speed_interval

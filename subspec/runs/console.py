@@ -2,19 +2,12 @@
 
 A terminal shows a bar. Any other stream (a file, a pipe, a batch system's log) gets one plain line per finished sample,
 without control characters. All figures come from records and summaries.
-
-Example::
-
-    console = RunConsole()
-    with console.progress(total=20, done=folder_samples) as progress:
-        progress.turn(record)
-        progress.sample_finished(record)
-    console.table(summary)
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +15,8 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from subspec.records.metrics import is_unfinished, ratio
-from subspec.records.summary_table import SummaryTable, banners, decimals
+from subspec.records.metrics import add_turn, is_unfinished, speeds, summarise
+from subspec.records.summary_table import banners, decimals, summary_table
 from subspec.utils.terminal import Terminal
 
 WIDE = 90
@@ -35,26 +28,14 @@ class RunConsole(Terminal):
 
     @contextmanager
     def progress(self, total: int, done: int = 0, texts: int = 1) -> Iterator["RunProgress"]:
-        """Show progress over ``total`` samples, of which earlier sessions finished ``done``.
-
-        Args:
-            texts: most texts at a time.
-        """
+        """Show progress over ``total`` samples, of which earlier sessions finished ``done``; ``texts`` at a time."""
         progress = (_Bar if self.live else RunProgress)(self, total, done, texts)
-        try:
-            progress.open()
+        with progress.display:
             yield progress
-        finally:
-            progress.close()
 
     def table(self, summary: Mapping[str, Any], speedup: Mapping[str, Any] | None = None) -> None:
-        """Print the table at the end of a run and its warnings.
-
-        Args:
-            summary: of :func:`~subspec.records.metrics.summarise`.
-            speedup: of :func:`~subspec.records.metrics.speedup`, with a baseline.
-        """
-        self.rich.print(SummaryTable(summary, speedup))
+        """Print the table at the end of a run, with a baseline its speed-up, and the warnings."""
+        self.rich.print(summary_table(summary, speedup, self.rich.options))
         for banner in banners(summary):
             self._line(banner, "bold yellow")
 
@@ -66,6 +47,8 @@ class RunProgress:
         running: number of samples on their way.
     """
 
+    display: AbstractContextManager[Any] = nullcontext()
+
     def __init__(self, console: RunConsole, total: int, done: int = 0, texts: int = 1) -> None:
         self.console = console
         self.total = total
@@ -74,9 +57,7 @@ class RunProgress:
         self.running = 0
         self._first = done
         self._started = time.monotonic()
-        self._seconds = self._loop_s = 0.0
-        self._verified = self._new = 0
-        self._iterations = 0
+        self._sums: Counter[str] = Counter()
         self._checked = self._correct = 0
 
     @property
@@ -93,12 +74,12 @@ class RunProgress:
     @property
     def tokens_per_s(self) -> float | None:
         """Decode speed of this session so far; with several texts at a time, all tokens over the loop's seconds."""
-        return ratio(self._verified, self._seconds) if self.texts == 1 else ratio(self._new, self._loop_s)
+        return speeds(self._sums)["tokens_per_s" if self.texts == 1 else "tokens_per_s_together"]
 
     @property
     def tau(self) -> float | None:
         """Tokens per verification pass of this session so far."""
-        return ratio(self._verified, self._iterations)
+        return speeds(self._sums)["tau"]
 
     def rates(self) -> str:
         """Speed, acceptance and answers of this session so far."""
@@ -106,19 +87,9 @@ class RunProgress:
         text = f"{decimals(self.tokens_per_s)} tokens/s{together}, tau {decimals(self.tau)}"
         return text + (f", correct {self._correct}/{self._checked}" if self._checked else "")
 
-    def open(self) -> None:
-        """Start the display."""
-
-    def close(self) -> None:
-        """Stop the display."""
-
     def turn(self, record: Mapping[str, Any]) -> None:
         """Count a finished turn; nothing is printed."""
-        self._verified += record.get("verified_tokens") or 0
-        self._new += record.get("new_tokens") or 0
-        self._loop_s += record.get("loop_s") or 0.0
-        self._iterations += record.get("iterations") or 0
-        self._seconds += record.get("decode_s") or 0.0
+        add_turn(self._sums, record)
         right = record.get("correct")
         self._checked += right is not None
         self._correct += bool(right)
@@ -134,21 +105,18 @@ class RunProgress:
         skip = next((record["skipped"] for record in records if record.get("skipped")), None)
         turns = [record for record in records if not record.get("skipped")]
         if turns:
-            sums = {
-                name: sum(record.get(name) or 0 for record in turns)
-                for name in ("new_tokens", "verified_tokens", "iterations", "decode_s", "prefill_s")
-            }
+            summary = summarise(turns)
+            totals, mismatches = summary["totals"], (summary["audit"] or {}).get("mismatch")
             parts += [
-                f"{sums['new_tokens']} tokens",
-                f"{decimals(ratio(sums['verified_tokens'], sums['decode_s']))} tokens/s",
-                f"tau {decimals(ratio(sums['verified_tokens'], sums['iterations']))}",
-                f"prefill {sums['prefill_s']:.2f} s",
-                f"decode {sums['decode_s']:.2f} s",
+                f"{totals['new_tokens']} tokens",
+                f"{decimals(totals['tokens_per_s'])} tokens/s",
+                f"tau {decimals(totals['tau'])}",
+                f"prefill {totals['prefill_s']:.2f} s",
+                f"decode {totals['decode_s']:.2f} s",
             ]
             checked = [record["correct"] for record in turns if record.get("correct") is not None]
             parts += ["correct" if correct else "wrong" for correct in checked]
             parts += ["cut before an answer" for record in turns if is_unfinished(record)]
-            mismatches = sum((record.get("audit") or {}).get("mismatch") or 0 for record in turns)
             if mismatches:
                 parts.append(f"AUDIT: {mismatches} mismatch(es)")
             if self.done - self._first > 1:
@@ -162,9 +130,9 @@ class RunProgress:
 class _Bar(RunProgress):
     """Progress as a bar with the running figures."""
 
-    def __init__(self, console: RunConsole, total: int, done: int = 0, texts: int = 1) -> None:
-        super().__init__(console, total, done, texts)
-        bar = self
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        bar, console = self, self.console
 
         class Figures(TextColumn):
             """Text computed at every redraw, so that the clocks advance between samples."""
@@ -173,14 +141,14 @@ class _Bar(RunProgress):
                 return Text(bar.figures(), style="default")
 
         bars = [BarColumn(bar_width=None)] if console.rich.width >= WIDE else []
-        self._progress = Progress(
+        self.display = Progress(
             *bars,
             Figures("", table_column=Column(no_wrap=True, overflow="crop")),
             console=console.rich,
             refresh_per_second=4,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=total, completed=done)
+        self._task = self.display.add_task("", total=self.total, completed=self.done)
 
     def figures(self) -> str:
         """The text beside the bar."""
@@ -190,15 +158,9 @@ class _Bar(RunProgress):
         running = f", {self.running} running" if self.texts > 1 else ""
         return f"{self.done}/{self.total} samples{running}  {self.rates()}  {clock(self.elapsed_s)}, {left}"
 
-    def open(self) -> None:
-        self._progress.start()
-
-    def close(self) -> None:
-        self._progress.stop()
-
     def sample_finished(self, *records: Mapping[str, Any]) -> None:
         self.done += 1
-        self._progress.update(self._task, completed=self.done)
+        self.display.update(self._task, completed=self.done)
         if any(record.get("skipped") for record in records):
             self.console.note(self.describe(records))
 

@@ -3,6 +3,7 @@
 No user name and no host name are collected, and the home folder is written as ``~``.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,14 @@ import psutil
 import torch
 
 from subspec import __version__
+from subspec.memory.allocator import GIB
 from subspec.memory.device import bytes_of_cuda, bytes_of_process
 from subspec.utils.cpu import cpu_name
 from subspec.utils.paths import PACKAGE
 
-GIB = 2**30
-
 PACKAGES = (
-    "torch",
-    "transformers",
-    "hqq",
-    "gemlite",
-    "triton",
-    "hydra-core",
-    "omegaconf",
-    "datasets",
-    "safetensors",
-    "accelerate",
-    "wandb",
+    *("torch", "transformers", "hqq", "gemlite", "triton", "hydra-core"),
+    *("omegaconf", "datasets", "safetensors", "accelerate", "wandb"),
 )
 """Packages whose version can change a result or its speed; missing ones are left out."""
 
@@ -54,38 +46,29 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> list[str]:
     """Arguments of this process, with the home folder as ``~``."""
-    home = os.path.expanduser("~")
-    arguments = sys.orig_argv
-    if home in ("", os.sep):
-        return list(arguments)
-    return [argument.replace(home + os.sep, "~" + os.sep) for argument in arguments]
+    home = os.path.expanduser("~").rstrip(os.sep)
+    return [argument.replace(home + os.sep, "~" + os.sep) if home else argument for argument in sys.orig_argv]
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this project and of the packages in :data:`PACKAGES` that are installed."""
     found = {"python": platform.python_version(), "subspec": __version__}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def git_state(package: Path | None = None) -> dict[str, Any] | None:
-    """``commit`` and ``dirty`` of the checkout this package runs from; None when it runs from no checkout.
-
-    Args:
-        package: folder of the package; the installed ``subspec`` when None.
-    """
-    package = package or PACKAGE
+def git_state(package: Path = PACKAGE) -> dict[str, Any] | None:
+    """``commit`` and ``dirty`` of the checkout that the folder ``package`` is in; None if it is in none."""
     root = package.parent
+    git = partial(_output, "git", "--no-optional-locks", "-C", str(root))
     # An installed package may lie inside another repository (a virtual environment in a checkout). Only a repository
     # that tracks our files counts.
-    if _git(root, "ls-files", "--error-unmatch", f"{package.name}/__init__.py") is None:
+    if git("ls-files", "--error-unmatch", f"{package.name}/__init__.py") is None:
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--", package.name, "conf")
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain", "--", package.name, "conf")
     if commit is None or status is None:
         return None
     return {"commit": commit, "dirty": bool(status)}
@@ -111,29 +94,22 @@ def peak_ram_gib() -> float:
     except ImportError:  # Windows has no getrusage
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / GIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
-    return peak * unit / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def peak_vram_gib() -> float | None:
-    """Peak sum of PyTorch's allocations on the current CUDA device in GiB; None without one."""
-    return _device_gib(lambda index: torch.cuda.max_memory_allocated(index))
+    """Peak sum of PyTorch's allocations on the current CUDA device, in GiB as all of these; None without one."""
+    return _device_gib(torch.cuda.max_memory_allocated)
 
 
 def reserved_vram_gib() -> float | None:
-    """Peak memory that PyTorch's allocator held of the current CUDA device in GiB; None without one.
-
-    It includes cached and fragmented memory; a budget caps this value.
-    """
-    return _device_gib(lambda index: torch.cuda.max_memory_reserved(index))
+    """Peak memory that PyTorch's allocator held of the device, cached and fragmented included: what a budget caps."""
+    return _device_gib(torch.cuda.max_memory_reserved)
 
 
 def device_vram_gib() -> float | None:
-    """Memory that this process holds of the current CUDA device now, as the driver counts it; None without one.
-
-    It includes what CUDA takes beside PyTorch's allocator.
-    """
+    """Memory that this process holds of the device now, as the driver counts it, with CUDA's own."""
     return _device_gib(bytes_of_process)
 
 
@@ -148,18 +124,12 @@ def _device_gib(measure: Callable[[int], int]) -> float | None:
     return measure(torch.cuda.current_device()) / GIB
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it fails."""
     try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -178,16 +148,9 @@ def _gpu() -> dict[str, Any] | None:
 
 def _driver() -> str | None:
     """Version of NVIDIA's driver, from the kernel module if readable, else from nvidia-smi."""
-    try:
+    with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", text)
-        if found:
+        if found := re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", text):
             return found[1]
-    except OSError:
-        pass
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+    listed = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return listed.split()[0] if listed else None

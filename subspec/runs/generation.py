@@ -24,7 +24,7 @@ from subspec.runs.console import RunProgress
 from subspec.runs.environment import device_vram_gib, peak_ram_gib, peak_vram_gib
 from subspec.runs.loading import Loaded
 from subspec.runs.logger import SafeLogger
-from subspec.runs.turn import PROMPT_TOO_LONG, RunContext, chat_messages, skipped_record, turn_record
+from subspec.runs.turn import RunContext, chat_messages, skipped_record, turn_record
 
 PLAIN_TOKENS, PLAIN_TURNS = 4, 5
 """Most passes of plain decoding that are timed for the speed-up behind a text (a fifth of its own passes at most), and
@@ -63,7 +63,13 @@ class _Conversation:
         sample, turn = self.sample, len(self.records)
         return {"sample_id": sample.id, "sample_index": self.index, "turn": turn, "category": sample.category}
 
+    def answered(self, record: dict[str, Any]) -> None:
+        """Go on behind a turn."""
+        self.records.append(record)
+        self.said.append(record.get("text") or "")
 
+
+@dataclass
 class Generation:
     """Generates the turns that a run folder lacks.
 
@@ -73,22 +79,15 @@ class Generation:
         folder, logger: receive every record when its turn is finished.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        context: RunContext,
-        benchmark: Benchmark,
-        loaded: Loaded,
-        folder: RunFolder,
-        logger: SafeLogger,
-    ) -> None:
-        assembly, decoding = loaded.assembly, config.decoding
-        self.config = config
-        self.context = context
-        self.benchmark = benchmark
-        self.loaded = loaded
-        self.folder = folder
-        self.logger = logger
+    config: Config
+    context: RunContext
+    benchmark: Benchmark
+    loaded: Loaded
+    folder: RunFolder
+    logger: SafeLogger
+
+    def __post_init__(self) -> None:
+        assembly, config, decoding = self.loaded.assembly, self.config, self.config.decoding
         self.engine = assembly.engine
         self.engine.keeps_digests = config.audit and assembly.target.bitwise is not None
         self.scheduler = Scheduler(self.engine, self.engine.texts)
@@ -109,22 +108,23 @@ class Generation:
         Raises:
             SubspecError: a text cannot go on, or a record cannot be written. Those that are written stay.
         """
-        waiting = deque(_Conversation(index, sample) for index, sample in pending)
-        self._fill(waiting, progress)
+        self._waiting = deque(_Conversation(index, sample) for index, sample in pending)
+        self._progress = progress
+        self._fill()
         while self._running:
             ended = self._step()
             if not ended:
                 continue
             with self.engine.paused():
                 for text in sorted(ended, key=lambda text: text.error is not None):  # an error ends the run
-                    self._finish(text, progress)
-                self._fill(waiting, progress)
+                    self._finish(text)
+                self._fill()
 
-    def _fill(self, waiting: deque[_Conversation], progress: RunProgress) -> None:
+    def _fill(self) -> None:
         """Start samples while places are free."""
-        while waiting and len(self._running) < self.scheduler.texts:
-            self._ask(waiting.popleft(), progress)
-        progress.running = len(self._running)
+        while self._waiting and len(self._running) < self.scheduler.texts:
+            self._ask(self._waiting.popleft())
+        self._progress.running = len(self._running)
 
     def _step(self) -> list[Text]:
         """One pass for the running texts, which share its seconds equally; returns those that ended."""
@@ -135,7 +135,7 @@ class Generation:
             one.loop_s += share
         return ended
 
-    def _ask(self, one: _Conversation, progress: RunProgress) -> None:
+    def _ask(self, one: _Conversation) -> None:
         """Start the first turn that has no record, or report the sample as finished."""
         while not one.ended:
             turn = len(one.records)
@@ -151,32 +151,27 @@ class Generation:
                     self.context,
                     **one.place,
                     messages=chat_messages(one.said),
-                    reason=PROMPT_TOO_LONG,
                     prompt_tokens=len(one.prompt),
                     limit=prompt_limit(self.config),
                 )
-                self._write(record, progress)
-            self._answered(one, record)
-        progress.sample_finished(*one.records)
+                self._write(record)
+            one.answered(record)
+        self._progress.sample_finished(*one.records)
 
-    def _finish(self, text: Text, progress: RunProgress) -> None:
+    def _finish(self, text: Text) -> None:
         """Record a text that ended, and go on with its sample."""
         one = self._running.pop(text)
         if text.error is not None:
             raise text.error
         record = self._record(one, text)
-        self._write(record, progress)
-        self._answered(one, record)
-        self._ask(one, progress)
+        self._write(record)
+        one.answered(record)
+        self._ask(one)
 
-    def _answered(self, one: _Conversation, record: dict[str, Any]) -> None:
-        one.records.append(record)
-        one.said.append(record.get("text") or "")
-
-    def _write(self, record: dict[str, Any], progress: RunProgress) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         self.folder.append(record)
         self.logger.log_turn(record, len(self.folder) - 1)
-        progress.turn(record)
+        self._progress.turn(record)
 
     def _record(self, one: _Conversation, text: Text) -> dict[str, Any]:
         """The record of a finished text."""
@@ -185,7 +180,6 @@ class Generation:
         answer, cut = result.text or "", result.finish_reason is FinishReason.length
         last = len(one.records) == len(one.sample.turns) - 1
         reference = one.sample.answer if last else None
-        plain = self._time_plain(result)
         return turn_record(
             self.context,
             result,
@@ -194,7 +188,7 @@ class Generation:
             beside=text.beside,
             loop_s=one.loop_s,
             link=self.loaded.link,
-            plain=plain,
+            plain=self._time_plain(result),
             audit=self._audit(one, result),
             peak_vram_gib=peak_vram_gib(),
             device_vram_gib=device_vram_gib(),

@@ -16,13 +16,13 @@ from subspec.config.schema import Config, Source
 from subspec.errors import ConfigError
 from subspec.planning.budget import DeviceMemory, budget_of
 from subspec.records.method import config_group
-from subspec.records.run_files import FACTS, RECORDS, read_json
+from subspec.records.run_files import ELSEWHERE, FACTS, RECORDS, read_json
 from subspec.runs.turn import chat_messages, prompt_digest
 
 WEIGHTS = "weights"
 """Field of ``facts.json``: digests of the weights by config group (``target``, ``draft``)."""
 
-REMEDY = "put back what the run began with, or choose another folder with run_dir="
+REMEDY = f"put back what the run began with, or {ELSEWHERE}"
 
 
 def check_weights(run_dir: Path, config: Mapping[str, Any], weights: Mapping[str, str]) -> None:
@@ -46,10 +46,8 @@ def check_weights(run_dir: Path, config: Mapping[str, Any], weights: Mapping[str
 def with_first_budget(config: Config, run_dir: Path, device: torch.device) -> Config:
     """The configuration with ``offload.vram_gib=auto`` resolved as in the folder's first session, if there was one.
 
-    A device's free memory changes, and the plan with it; the times of one run must compare.
-
-    Raises:
-        ConfigError: the device cannot hold that budget now.
+    A device's free memory changes, and the plan with it; the times of one run must compare. Raises ConfigError if the
+    device cannot hold that budget now.
     """
     first = (read_json(run_dir / FACTS) or {}).get("vram_gib")
     if first is None or getattr(config.offload, "vram_gib", None) != AUTO:
@@ -60,7 +58,7 @@ def with_first_budget(config: Config, run_dir: Path, device: torch.device) -> Co
     except ConfigError as error:
         raise ConfigError(
             f"resume=true, but offload.vram_gib=auto was {first:g} GiB, and the device cannot hold them now: free "
-            "device memory, or choose another folder with run_dir="
+            f"device memory, or {ELSEWHERE}"
         ) from error
     return replace(config, offload=offload)
 
@@ -73,11 +71,7 @@ def with_first_texts(config: Config, records: Sequence[Mapping[str, Any]]) -> Co
 
 
 def check_prompts(run_dir: Path, records: Sequence[Mapping[str, Any]], benchmark: Benchmark) -> None:
-    """Compare today's prompts and reference answers with those of the records.
-
-    Raises:
-        ConfigError: they are others.
-    """
+    """Refuse to go on, by a ConfigError, if today's prompts or reference answers are not those of the records."""
     texts = {(record["sample_id"], record["turn"]): record.get("text") for record in records}
     samples = {sample.id: sample for sample in benchmark.samples}
     for record in records:

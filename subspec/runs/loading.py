@@ -1,4 +1,4 @@
-"""Check a run's configuration, load its target in the way that ``offload`` configures, and print the plan."""
+"""Check a run's configuration, and load its target in the way that ``offload`` configures."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -52,9 +52,6 @@ def resolve(cfg: DictConfig, console: RunConsole) -> tuple[Config, torch.device,
 
     Returns:
         The configuration, the device, and the target's transformers configuration.
-
-    Raises:
-        SubspecError: in one line with the remedy.
     """
     config = to_config(cfg)
     check_config(config)
@@ -94,17 +91,8 @@ class Loaded:
         return facts
 
 
-def print_plan(plan: Plan, console: RunConsole) -> None:
-    """Print the plan as a table."""
-    console.rich.print(plan_table(plan))
-
-
 def load(config: Config, device: torch.device, console: RunConsole) -> Loaded:
-    """Load the target and assemble the run.
-
-    Raises:
-        SubspecError: in one line with the remedy.
-    """
+    """Load the target and assemble the run."""
     free_device(device)
     if isinstance(config.offload, StreamOffloadConfig):
         return _load_streamed(config, device, console)
@@ -122,7 +110,7 @@ def _load_streamed(config: Config, device: torch.device, console: RunConsole) ->
     if plan.disk_layers and plan.codec is Codec.none:
         stored = stored_layers(source, console.note, plan.disk_layers)
         plan = _with_disk(plan, stored)
-    print_plan(plan, console)
+    console.rich.print(plan_table(plan))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         cap_device(plan.vram.allocator / GIB, device)

@@ -4,22 +4,13 @@ The run folder is authoritative. The runner holds a :class:`SafeLogger`, which c
 thread with a deadline. If the logger raises, exits, hangs or fills the disk, the run prints one warning and
 continues without it. One failure stops a run, before anything is loaded: ``logger.mode=online`` without a way to go
 online.
-
-Example::
-
-    logger = make_logger(cfg.logger, warn=console.warn)
-    logger.start(config, folder.path, environment, finished=folder.records())
-    console.note(logger.note)
-    try:
-        logger.log_turn(record, step=len(folder) - 1)
-        logger.log_table(folder.records())
-    finally:
-        logger.finish(summary, exit_code)
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +19,11 @@ from subspec.errors import ConfigError, SubspecError
 
 ABANDON_S = 5.0
 """Seconds that abandoning a hanging logger may take."""
+
+Fields = Mapping[str, Any]
+"""A record, a summary, a configuration or an environment."""
+
+Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
 
 
 class Logger:
@@ -41,22 +37,16 @@ class Logger:
     note: str = ""
     deadlines_s: Mapping[str, float] = {"start": 60.0, "log_turn": 30.0, "log_table": 60.0, "finish": 120.0}
 
-    def start(
-        self,
-        config: Mapping[str, Any],
-        run_dir: Path,
-        environment: Mapping[str, Any],
-        finished: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
+    def start(self, config: Fields, run_dir: Path, environment: Fields, finished: Sequence[Fields] = ()) -> None:
         """Begin. ``finished``: records of a resumed run in the order of their positions."""
 
-    def log_turn(self, record: Mapping[str, Any], step: int) -> None:
+    def log_turn(self, record: Fields, step: int) -> None:
         """Log a finished turn. ``step``: its position in the run folder, from 0."""
 
-    def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, records: Sequence[Fields]) -> None:
         """Log all records, once at the end."""
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
+    def finish(self, summary: Fields | None, exit_code: int = 0) -> None:
         """End. ``summary``: of :func:`~subspec.records.metrics.summarise`; None if the run did not finish."""
 
     def abandon(self) -> None:
@@ -67,8 +57,8 @@ class NoLogger(Logger):
     """Only the run folder."""
 
 
-class SafeLogger(Logger):
-    """Guards another logger: at most one warning line, no exception, no hang.
+class SafeLogger:
+    """Guards a logger: at most one warning line, no exception, no hang.
 
     Calls run in order on one daemon thread. A call that raises switches the logger off, except for its ``finish``. A
     call that exceeds its deadline keeps the thread, and the logger is abandoned.
@@ -83,45 +73,25 @@ class SafeLogger(Logger):
         self._warn = warn
         self._hung = False
         self._started = False
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], _Outcome] | None] = queue.SimpleQueue()
+        self._calls: Calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    @property
-    def note(self) -> str:  # type: ignore[override]
-        """The guarded logger's note."""
-        return self.inner.note
-
-    @property
-    def name(self) -> str:
-        """Name of the guarded logger in messages."""
-        return type(self.inner).__name__.removesuffix("Logger")
-
-    def start(
-        self,
-        config: Mapping[str, Any],
-        run_dir: Path,
-        environment: Mapping[str, Any],
-        finished: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """Call the logger's own.
-
-        Raises:
-            SubspecError: the configuration cannot be satisfied; other exceptions become a warning.
-        """
+    def start(self, config: Fields, run_dir: Path, environment: Fields, finished: Sequence[Fields] = ()) -> None:
+        """Call the logger's own. Raises SubspecError as that does; other exceptions become a warning."""
         self._started = True
-        self._call("start", lambda: self.inner.start(config, Path(run_dir), environment, finished))
+        self._call("start", lambda: self.inner.start(config, run_dir, environment, finished))
 
-    def log_turn(self, record: Mapping[str, Any], step: int) -> None:
+    def log_turn(self, record: Fields, step: int) -> None:
         """Call the logger's own, unless it has failed."""
         if self.failure is None:
             self._call("log_turn", lambda: self.inner.log_turn(record, step))
 
-    def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, records: Sequence[Fields]) -> None:
         """Call the logger's own, unless it has failed."""
         if self.failure is None:
             self._call("log_table", lambda: self.inner.log_table(records))
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
+    def finish(self, summary: Fields | None, exit_code: int = 0) -> None:
         """Call the logger's own once, also after a failure, so that logged turns are kept."""
         if self._started and not self._hung:
             self._started = False
@@ -132,42 +102,32 @@ class SafeLogger(Logger):
 
     def _call(self, name: str, call: Callable[[], None]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._calls,), name="logger", daemon=True)
-            self._thread.start()
-        outcome = _Outcome()
+            self._thread = _daemon(lambda: _work(self._calls))
+        outcome: Future[None] = Future()
         self._calls.put((call, outcome))
-        if not outcome.done.wait(self.inner.deadlines_s[name]):
+        try:
+            error = outcome.exception(self.inner.deadlines_s[name])
+        except TimeoutError:
             self._hung = True
             self._fail(f"{name} did not come back within {self.inner.deadlines_s[name]:g} s")
-            # On a thread with a deadline: the hanging call may hold a lock.
-            thread = threading.Thread(target=self._abandon, name="logger-abandon", daemon=True)
-            thread.start()
-            thread.join(ABANDON_S)
+            # On a thread with a deadline: the hanging call may hold a lock. The warning has been printed already.
+            _daemon(self.inner.abandon).join(ABANDON_S)
             return
-        if name == "start" and isinstance(outcome.error, SubspecError):
+        if name == "start" and isinstance(error, SubspecError):
             self._started = False
-            raise outcome.error
-        if outcome.error is not None:
-            self._fail(f"{name} failed: {describe(outcome.error)}")
+            raise error
+        if error is not None:
+            self._fail(f"{name} failed: {describe(error)}")
 
     def _fail(self, reason: str) -> None:
         if self.failure is None:
             self.failure = reason
-            self._warn(f"{self.name} logger: {reason}; going on without it, the run folder has every record")
-
-    def _abandon(self) -> None:
-        try:
-            self.inner.abandon()
-        except BaseException:
-            return  # the warning has been printed
+            name = type(self.inner).__name__.removesuffix("Logger")
+            self._warn(f"{name} logger: {reason}; going on without it, the run folder has every record")
 
 
 def make_logger(config: LoggerConfig, warn: Callable[[str], None]) -> SafeLogger:
-    """The logger of a configuration, guarded. ``warn`` prints one line.
-
-    Raises:
-        ConfigError: no such logger.
-    """
+    """The logger of a configuration, guarded. ``warn`` prints one line."""
     if isinstance(config, WandbConfig):
         from subspec.runs.wandb_logger import WandbLogger
 
@@ -184,18 +144,22 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-class _Outcome:
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: BaseException | None = None
+def _daemon(call: Callable[[], None]) -> threading.Thread:
+    """Start a thread that holds up no exit and prints no exception."""
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):
+            call()
+
+    thread = threading.Thread(target=run, name="logger", daemon=True)
+    thread.start()
+    return thread
 
 
-def _work(calls: "queue.SimpleQueue[tuple[Callable[[], None], _Outcome] | None]") -> None:
+def _work(calls: Calls) -> None:
     while (item := calls.get()) is not None:
         call, outcome = item
         try:
-            call()
+            outcome.set_result(call())
         except BaseException as error:  # libraries also leave through sys.exit
-            outcome.error = error
-        finally:
-            outcome.done.set()
+            outcome.set_exception(error)

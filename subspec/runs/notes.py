@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from subspec.benchmarks import Benchmark
 from subspec.config.enums import VramCounts
 from subspec.memory.allocator import GIB
@@ -63,11 +61,6 @@ def never_accepted(totals: Mapping[str, Any]) -> str:
     if not totals["drafted_nodes"] or passes < ENOUGH_PASSES or totals["verified_tokens"] > passes:
         return ""
     return f"no drafted token was accepted in {passes} passes: the draft was not made for this target"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` instead of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def shortened(path: str, length: int = 40) -> str:

@@ -5,7 +5,7 @@ weights, quantization). The loop over samples stands in :mod:`subspec.runs.gener
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from subspec.config.enums import AUTO
 from subspec.config.schema import AccelerateOffloadConfig, Config, Profile, StreamOffloadConfig, to_plain
 from subspec.decoding.bitwise_choice import why_not
 from subspec.errors import AuditError, SubspecError
+from subspec.planning.plan_table import plan_table
 from subspec.records.metrics import speedup, summarise
 from subspec.records.resume import store_overrides
-from subspec.records.run_files import FACTS, PLAN, read_json
+from subspec.records.run_files import ELSEWHERE, FACTS, PLAN, read_json
 from subspec.records.run_folder import RunFolder, read_records
 from subspec.records.same_run import check_chosen
 from subspec.runs import notes
@@ -29,12 +30,13 @@ from subspec.runs.console import RunConsole
 from subspec.runs.environment import cuda_vram_gib, device_vram_gib, environment, peak_vram_gib, reserved_vram_gib
 from subspec.runs.generation import Generation
 from subspec.runs.inputs import WEIGHTS, check_prompts, check_weights, with_first_budget, with_first_texts
-from subspec.runs.loading import Loaded, about, load, print_plan, resolve
+from subspec.runs.loading import Loaded, about, load, resolve
 from subspec.runs.logger import SafeLogger, make_logger
+from subspec.runs.timeline import record_timeline
 from subspec.runs.turn import RunContext, chat_messages
 from subspec.session import check_draft, check_offload, plan_for, weights_identity
 from subspec.targets import resolve_dtype
-from subspec.utils.files import write_error, write_json
+from subspec.utils.files import write_json, writing
 
 WARMUP_TOKENS = 16
 """Tokens of a warm-up generation: a few iterations of every kind of pass."""
@@ -87,7 +89,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()) -> float 
             console.note(note)
         logger = make_logger(config.logger, console.warn)
         logger.start(to_plain(cfg), run_dir, facts, folder.records())
-        console.note(logger.note)
+        console.note(logger.inner.note)
         summary, exit_code = None, 1
         try:
             summary = _Run(config, device, benchmark, folder, logger, console).execute()
@@ -118,39 +120,25 @@ def _plan_only(
     """Print and write the plan without loading. A named card needs no GPU."""
     named = isinstance(config.offload, StreamOffloadConfig) and config.offload.card is not None
     plan = plan_for(config, model, None if named else device)
-    print_plan(plan, console)
-    _write(run_dir / PLAN, plan.to_dict())
+    console.rich.print(plan_table(plan))
+    with writing(run_dir / PLAN, ELSEWHERE):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / PLAN, plan.to_dict())
     console.note(f"plan: {run_dir / PLAN}")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-    except OSError as error:
-        raise write_error(error, path, "choose another folder with run_dir=") from error
-
-
+@dataclass
 class _Run:
     """Preparation, generation and summary."""
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        benchmark: Benchmark,
-        folder: RunFolder,
-        logger: SafeLogger,
-        console: RunConsole,
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.benchmark = benchmark
-        self.folder = folder
-        self.logger = logger
-        self.console = console
-        self.facts: dict[str, Any] = {}
-        self.loading_peaks: dict[str, float | None] = {}
+    config: Config
+    device: torch.device
+    benchmark: Benchmark
+    folder: RunFolder
+    logger: SafeLogger
+    console: RunConsole
+    facts: dict[str, Any] = field(default_factory=dict)
+    loading_peaks: dict[str, float | None] = field(default_factory=dict)
 
     def execute(self) -> dict[str, Any]:
         """Generate the missing turns; returns the summary of all records in the folder."""
@@ -170,10 +158,8 @@ class _Run:
     def _is_finished(self, sample: Sample) -> bool:
         for turn in range(len(sample.turns)):
             record = self.folder.finished(sample.id, turn)
-            if record is None:
-                return False
-            if record.get("skipped"):
-                return True
+            if record is None or record.get("skipped"):
+                return record is not None
         return True
 
     # ------------------------------------------------------------------------------------- preparation
@@ -188,11 +174,10 @@ class _Run:
                 check_weights(self.folder.path, asdict(config), self.weights)
             self.loaded: Loaded = load(config, self.device, console)
         self.target, self.assembly = self.loaded.target, self.loaded.assembly
-        console.note(
-            f"target {self.target.name} ({self.target.source}), {notes.dtype_name(self.target.dtype)} on {self.device}"
-        )
+        self.dtype = str(self.target.dtype).removeprefix("torch.")
+        console.note(f"target {self.target.name} ({self.target.source}), {self.dtype} on {self.device}")
         if self.loaded.plan is not None:
-            _write(self.folder.path / PLAN, self.loaded.plan.to_dict())
+            self.folder.write(PLAN, self.loaded.plan.to_dict())
         if self.assembly.draft_summary:
             console.note(f"draft {config.draft.name}: {self.assembly.draft_summary}")
         if self.assembly.quant is not None:
@@ -214,25 +199,22 @@ class _Run:
         if config.profile is Profile.timeline:
             self._profile(first)
         self.facts = self._facts()
-        _write(self.folder.path / FACTS, self.facts)
+        self.folder.write(FACTS, self.facts)
 
     def _facts(self) -> dict[str, Any]:
         """Resolved settings of the run, written before the first record so that a kill keeps them."""
-        quant = self.assembly.quant
+        quant, substitute = self.assembly.quant, None
+        if quant is not None:
+            counts = {"bits_per_weight": quant.bits_per_weight, "kept_exact": len(quant.kept_exact)}
+            substitute = asdict(quant) | counts
         return {
             "target_source": self.target.source,
             WEIGHTS: self.weights,
-            "dtype": notes.dtype_name(self.target.dtype),
+            "dtype": self.dtype,
             "device": str(self.device),
             "texts": self.assembly.engine.texts,
             "torch_threads": torch.get_num_threads(),
-            "substitute": None
-            if quant is None
-            else {
-                **{k: v for k, v in asdict(quant).items() if k != "kept_exact"},
-                "bits_per_weight": quant.bits_per_weight,
-                "kept_exact": len(quant.kept_exact),
-            },
+            "substitute": substitute,
             "offload": self.config.offload.name,
             **self.loaded.facts(),
             "benchmark_source": self.benchmark.source.value,
@@ -248,7 +230,7 @@ class _Run:
     def _warm_up(self, sample: Sample) -> None:
         """Run untimed generations, as many at a time as texts, so that lazy initialisation, kernel selection and caches
         are done."""
-        prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
+        prompt = self._first_prompt(sample)
         engine, scheduler = self.assembly.engine, self.generation.scheduler
         if self.config.warmup:
             engine.prepare(prompt)
@@ -281,18 +263,15 @@ class _Run:
         if before is None or now is None:
             return
         self.facts["reserved_vram_gib"] = max(before, now)
-        _write(self.folder.path / FACTS, self.facts)
+        self.folder.write(FACTS, self.facts)
 
     def _profile(self, sample: Sample) -> None:
         """Trace one text that is in no figure."""
-        from subspec.runs.timeline import record_timeline
-
-        prompt = self._prompt_ids([sample.turns[0]])[: prompt_limit(self.config)]
-        for file in record_timeline(self.assembly.engine, prompt, self.folder.path):
+        for file in record_timeline(self.assembly.engine, self._first_prompt(sample), self.folder.path):
             self.console.note(f"timeline: {file}")
 
-    def _prompt_ids(self, said: Sequence[str]) -> list[int]:
-        return self.target.chat_ids(chat_messages(said))
+    def _first_prompt(self, sample: Sample) -> list[int]:
+        return self.target.chat_ids(chat_messages(sample.turns[:1]))[: prompt_limit(self.config)]
 
 
 def _read_baseline(run_dir: str | None) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import io
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from urllib.parse import urlsplit
 
 from subspec.config.schema import WandbConfig, WandbMode
 from subspec.errors import ConfigError
-from subspec.records.method import method_label, quant_label
-from subspec.records.metrics import PER_TURN_FIGURES, ratio
+from subspec.records.method import config_group, method_label, quant_label
+from subspec.records.metrics import PER_TURN_FIGURES, add_turn, speeds
 from subspec.records.run_files import read_json
-from subspec.runs.logger import Logger, describe
+from subspec.runs.logger import Fields, Logger, describe
 from subspec.runs.wandb_service import drop_service, has_credentials, import_wandb, reachable
 from subspec.utils.files import plain, write_json
 
@@ -37,30 +38,13 @@ STEP = "sample_index"
 
 SERIES = (
     *PER_TURN_FIGURES,
-    "draft_s",
-    "verify_s",
-    "transfer_s",
-    "roofline_tokens_per_s",
-    "peak_vram_gib",
-    "device_vram_gib",
-    "peak_ram_gib",
+    *("draft_s", "verify_s", "transfer_s", "roofline_tokens_per_s", "peak_vram_gib", "device_vram_gib", "peak_ram_gib"),
 )
 """Record fields that become series; None values are left out."""
 
 COLUMNS = (
-    "sample_id",
-    "turn",
-    "category",
-    "prompt_tokens",
-    "new_tokens",
-    "tokens_per_s",
-    "tau",
-    "finish_reason",
-    "correct",
-    "audit_mismatch",
-    "audit_max_gap",
-    "skipped",
-    "text",
+    *("sample_id", "turn", "category", "prompt_tokens", "new_tokens", "tokens_per_s", "tau", "finish_reason"),
+    *("correct", "audit_mismatch", "audit_max_gap", "skipped", "text"),
 )
 
 TEXT_LIMIT = 500
@@ -82,32 +66,14 @@ class WandbLogger(Logger):
         self.deadlines_s = {**Logger.deadlines_s, "start": 2 * (config.init_timeout_s + 15.0) + 15.0}
         self._wandb: Any = None
         self._run: Any = None
-        self._described: tuple[Path, Mapping[str, Any], Mapping[str, Any]]
+        self._described: tuple[Path, Fields, Fields]
         self._step = 0  # the next free row of the run's history
-        self._sums = {
-            "verified_tokens": 0,
-            "iterations": 0,
-            "new_tokens": 0,
-            "decode_s": 0.0,
-            "prefill_s": 0.0,
-            "loop_s": 0.0,
-        }
+        self._sums: Counter[str] = Counter()
 
-    def start(
-        self,
-        config: Mapping[str, Any],
-        run_dir: Path,
-        environment: Mapping[str, Any],
-        finished: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """Begin or continue the W&B run.
-
-        Raises:
-            ConfigError: ``logger.mode=online`` without a key, or without an answer from the service.
-        """
+    def start(self, config: Fields, run_dir: Path, environment: Fields, finished: Sequence[Fields] = ()) -> None:
+        """Begin or continue the W&B run. Raises ConfigError if ``logger.mode=online`` finds no key or no service."""
         self._wandb = import_wandb()
-        run_dir = Path(run_dir).resolve()
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = run_dir.resolve()
         self._setup()
         run_id, known = _run_id(run_dir)
         # "allow" also for a new id: "never" would refuse the second session of a run whose first was killed early.
@@ -119,43 +85,44 @@ class WandbLogger(Logger):
             "entity": self.config.entity,
             "group": self.config.group,
             "tags": list(self.config.tags) or None,
-            "job_type": _name(config, "draft"),
+            "job_type": config_group(config, "draft").get("name"),
             "name": run_name(config),
             "config": {**plain(config), "environment": plain(environment), "method": method_label(config)},
         }
         self._described = (run_dir, config, environment)
         self._init(arguments)
-        if self.mode == "disabled":
+        if self._run is None:  # switched off
             return
-        self._define()
+        # No automatic summary: it would hold the last turn's values. The totals are written at the end.
+        self._run.define_metric(STEP, summary="none", hidden=True)
+        for pattern in (*SERIES, "correct", "audit/*", "total/*"):
+            self._run.define_metric(pattern, step_metric=STEP, summary="none")
         self._step = self._run.step if getattr(self._run, "resumed", False) else 0
         sent = self._step
         for position, record in enumerate(finished):
-            self._count(record)
+            add_turn(self._sums, record)
             if position >= sent:  # the service holds the others
                 self._log(record, position)
         if known and finished:
             again = "continued" if self.mode == "online" else f"with the {len(finished)} earlier turn(s) again"
             self.note += f"; run {run_id} {again}"
 
-    def log_turn(self, record: Mapping[str, Any], step: int) -> None:
+    def log_turn(self, record: Fields, step: int) -> None:
         """Log the turn's series and the running totals; nothing for a skipped prompt."""
-        if self._run is None:
-            return
-        self._count(record)
-        self._log(record, step)
+        if self._run is not None:
+            add_turn(self._sums, record)
+            self._log(record, step)
 
-    def log_table(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(self, records: Sequence[Fields]) -> None:
         """Log the samples table and the report's figures of this run."""
         if self._run is None:
             return
         table = self._wandb.Table(columns=list(COLUMNS), data=[_row(record) for record in records])
         self._run.log({"samples": table}, step=self._take_step(len(records)))
-        pictures = self._pictures(records)
-        if pictures:
+        if pictures := self._pictures(records):
             self._run.log(pictures, step=self._take_step(len(records)))
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int = 0) -> None:
+    def finish(self, summary: Fields | None, exit_code: int = 0) -> None:
         """Log acceptance by depth and the summary, and close the run in any case."""
         if self._run is None:
             return
@@ -195,9 +162,8 @@ class WandbLogger(Logger):
                 )
         self._run = wandb.init(mode="offline", settings=self._run_settings(), **arguments)
         self.mode = "offline"
-        folder = Path(self._run.dir).parent
         why = f" ({reason})" if reason else ""
-        self.note = f"W&B: offline{why}; upload with `wandb sync {_relative(folder)}`"
+        self.note = f"W&B: offline{why}; upload with `wandb sync {os.path.relpath(Path(self._run.dir).parent)}`"
 
     def _try_online(self, arguments: dict[str, Any]) -> str:
         """Go online. Returns the reason if that fails, else an empty string."""
@@ -207,11 +173,12 @@ class WandbLogger(Logger):
         host = wandb.setup().settings.base_url
         if not reachable(host, min(self.config.init_timeout_s, 5.0)):
             return f"{urlsplit(host).hostname} cannot be reached"
-        before = set(_folders(arguments["dir"]))
+        runs = Path(arguments["dir"], "wandb")
+        before = set(runs.glob("run-*"))
         try:
             self._run = wandb.init(mode="online", settings=self._run_settings(), **arguments)
         except Exception as error:
-            self._forget_attempt(set(_folders(arguments["dir"])) - before)
+            self._forget_attempt(set(runs.glob("run-*")) - before)
             return f"W&B did not let the run start within {self.config.init_timeout_s:g} s, {describe(error)}"
         self.mode = "online"
         self.note = f"W&B: {self._run.url}"
@@ -244,41 +211,25 @@ class WandbLogger(Logger):
 
     # ----------------------------------------------------------------------------------------- logging
 
-    def _define(self) -> None:
-        # No automatic summary: it would hold the last turn's values. The totals are written at the end.
-        self._run.define_metric(STEP, summary="none", hidden=True)
-        for pattern in (*SERIES, "correct", "audit/*", "total/*"):
-            self._run.define_metric(pattern, step_metric=STEP, summary="none")
-
-    def _count(self, record: Mapping[str, Any]) -> None:
-        for name in self._sums:
-            self._sums[name] += record.get(name) or 0
-
     def _take_step(self, position: int) -> int:
         """The row of a position, or the next free row: W&B drops rows that go back."""
         step = max(position, self._step)
         self._step = step + 1
         return step
 
-    def _log(self, record: Mapping[str, Any], position: int) -> None:
+    def _log(self, record: Fields, position: int) -> None:
         if record.get("skipped"):
             return
         values: dict[str, Any] = {name: record.get(name) for name in SERIES}
         values["correct"] = None if record.get("correct") is None else int(record["correct"])
         audit = record.get("audit") or {}
         values |= {f"audit/{name}": audit.get(name) for name in ("exact", "near_tie", "mismatch", "max_gap")}
-        sums = self._sums
-        values |= {
-            "total/tokens_per_s": ratio(sums["verified_tokens"], sums["decode_s"]),
-            "total/tokens_per_s_total": ratio(sums["new_tokens"], sums["prefill_s"] + sums["decode_s"]),
-            "total/tokens_per_s_together": ratio(sums["new_tokens"], sums["loop_s"]),
-            "total/tau": ratio(sums["verified_tokens"], sums["iterations"]),
-            "total/new_tokens": sums["new_tokens"],
-        }
+        totals = speeds(self._sums) | {"new_tokens": self._sums["new_tokens"]}
+        values |= {f"total/{name}": value for name, value in totals.items()}
         values = {name: value for name, value in values.items() if value is not None}
         self._run.log({STEP: record["sample_index"], **values}, step=self._take_step(position))
 
-    def _pictures(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _pictures(self, records: Sequence[Fields]) -> dict[str, Any]:
         """Figures of :func:`~subspec.report.run_figures.run_figures` as ``plots/NAME``."""
         # Lazy imports: matplotlib takes a second.
         from PIL import Image
@@ -292,28 +243,26 @@ class WandbLogger(Logger):
             images[f"plots/{name}"] = self._wandb.Image(Image.open(buffer))
         return images
 
-    def _plot_acceptance(self, run: Any, summary: Mapping[str, Any]) -> None:
+    def _plot_acceptance(self, run: Any, summary: Fields) -> None:
         rates = summary["totals"]["accept_rate_by_depth"]
         rows = [[depth, rate] for depth, rate in enumerate(rates, start=1) if rate is not None]
-        if not rows:
-            return
-        table = self._wandb.Table(columns=["depth", "accept_rate"], data=rows)
-        plot = self._wandb.plot.line(table, "depth", "accept_rate", title="Acceptance rate by depth")
-        run.log({"accept_rate_by_depth": plot}, step=self._take_step(0))
+        if rows:
+            table = self._wandb.Table(columns=["depth", "accept_rate"], data=rows)
+            plot = self._wandb.plot.line(table, "depth", "accept_rate", title="Acceptance rate by depth")
+            run.log({"accept_rate_by_depth": plot}, step=self._take_step(0))
 
 
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def run_name(config: Mapping[str, Any]) -> str:
+def run_name(config: Fields) -> str:
     """Name of a run: target, draft with its quantizer, benchmark and seed."""
+    target, draft, benchmark = (config_group(config, group).get("name") for group in ("target", "draft", "benchmark"))
     quant = quant_label(config)
-    draft = _name(config, "draft") + (f"-{quant}" if quant else "")
-    parts = (_name(config, "target"), draft, _name(config, "benchmark"), f"seed{config.get('seed', 0)}")
-    return " ".join(part for part in parts if part)
+    return f"{target} {draft}{f'-{quant}' * bool(quant)} {benchmark} seed{config['seed']}"
 
 
-def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+def flat_summary(summary: Fields) -> dict[str, Any]:
     """Figures of a summary: totals without prefix, others as ``audit/exact``; without lists and nulls."""
     flat: dict[str, Any] = {}
 
@@ -344,9 +293,8 @@ def _run_id(run_dir: Path) -> tuple[str, bool]:
     return run_id, False
 
 
-def _row(record: Mapping[str, Any]) -> list[Any]:
-    audit = record.get("audit") or {}
-    text = record.get("text")
+def _row(record: Fields) -> list[Any]:
+    audit, text = record.get("audit") or {}, record.get("text")
     if text is not None and len(text) > TEXT_LIMIT:
         text = text[:TEXT_LIMIT] + "…"
     special = {
@@ -356,18 +304,3 @@ def _row(record: Mapping[str, Any]) -> list[Any]:
         "text": text,
     }
     return [special[name] if name in special else record.get(name) for name in COLUMNS]
-
-
-def _name(config: Mapping[str, Any], group: str) -> str:
-    return str((config.get(group) or {}).get("name") or "")
-
-
-def _folders(run_dir: str) -> list[Path]:
-    return [folder for folder in Path(run_dir, "wandb").glob("run-*") if folder.is_dir()]
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -23,11 +23,7 @@ MAX_BODY = 4 * 2**20
 
 
 def build_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application.
-
-    Args:
-        api_key: that requests below /v1 must bring; None: none.
-    """
+    """The application. ``api_key``: what requests below /v1 must bring; None: nothing."""
 
     def authorized(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
@@ -38,7 +34,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="SubSpec", version=__version__)
     app.add_middleware(LimitedBody)
-    install(app, service.telemetry.refused)
+    install(app, lambda status: service.telemetry.refused.labels(str(status)).inc())
     guarded = {"dependencies": [Depends(authorized)]}
 
     @app.post("/v1/chat/completions", **guarded)

@@ -15,12 +15,7 @@ INVALID = "invalid_request_error"
 
 
 class ApiError(Exception):
-    """A request that is refused.
-
-    Args:
-        param: the parameter at fault.
-        code: a word for programs.
-    """
+    """A request that is refused, with the parameter at fault and a word for programs."""
 
     def __init__(
         self,
@@ -41,11 +36,7 @@ class ApiError(Exception):
 
 
 def install(app: FastAPI, on_refusal: Callable[[int], None]) -> None:
-    """Answer every kind of failure in the API's form.
-
-    Args:
-        on_refusal: called with the status.
-    """
+    """Answer every kind of failure in the API's form; ``on_refusal`` is told the status."""
 
     async def answer(_: Request, error: Exception) -> Response:
         refusal = of_exception(error)

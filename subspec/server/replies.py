@@ -65,13 +65,8 @@ class Reply:
     def whole(self, result: GenerationResult) -> dict[str, Any]:
         """The answer in one body."""
         choice = self._choice(self.content(result.text or ""), FINISH[result.finish_reason])
-        return {
-            **self.head,
-            "object": self.kind,
-            "choices": [choice],
-            "usage": usage(result),
-            "metrics": metrics(result),
-        }
+        figures = {"usage": usage(result), "metrics": metrics(result)}
+        return {**self.head, "object": self.kind, "choices": [choice], **figures}
 
     def opening(self) -> list[dict[str, Any]]:
         """The chunks before any text."""

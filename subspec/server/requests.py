@@ -4,6 +4,7 @@ Parameters that would change the text and are not supported are refused unless t
 that are not known are ignored.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -13,33 +14,17 @@ from subspec.decoding.sampling import Sampling
 from subspec.server.errors import ApiError
 
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
+    **dict.fromkeys(("frequency_penalty", "min_p", "min_tokens", "presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("best_of", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("echo", "logprobs"), (False,)),
+    **dict.fromkeys(("functions", "stop_token_ids", "tools"), ([],)),
+    **dict.fromkeys(("chat_template_kwargs", "logit_bias"), ({},)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("audio", "chat_template", "prompt_logprobs", "structured_outputs"), ()),
+    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), ()),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
 }
 """Parameters that are not supported, and their values without effect besides null."""
 
@@ -133,13 +118,9 @@ class GenerationRequest(_Model):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The distribution that is asked for.
-
-        Args:
-            default: for parameters that are left out.
-        """
-        named = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
-        return Sampling(**{name: getattr(default, name) if value is None else value for name, value in named.items()})
+        """The distribution that is asked for; ``default`` is for parameters that are left out."""
+        named = self.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)
+        return replace(default, **named)
 
 
 class ChatRequest(GenerationRequest):

@@ -19,11 +19,7 @@ from subspec.utils.console import Note
 
 
 def listen(serve: ServeConfig) -> socket.socket:
-    """The socket of a server, so that a port in use is refused before anything is loaded.
-
-    Raises:
-        ConfigError: the address is not this machine's, or the port is in use or reserved.
-    """
+    """The socket of a server, so that a port in use is refused before anything is loaded, by a ConfigError."""
     try:
         family, *_, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
@@ -48,9 +44,7 @@ class Server:
     def run(self, listening: socket.socket, note: Note) -> None:
         """Serve until a signal; call it in the main thread, which loaded the engine.
 
-        Raises:
-            KeyboardInterrupt: texts were cut off.
-            Exception: the engine's failure.
+        Raises KeyboardInterrupt if texts were cut off, or the engine's failure.
         """
         thread = threading.Thread(target=self.serve_http, args=[listening], name="http", daemon=True)
 

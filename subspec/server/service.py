@@ -49,11 +49,7 @@ class Service:
         self._encoder = ThreadPoolExecutor(1, "encode")  # long prompts must not hold up streams
 
     async def encode(self, body: ChatRequest | CompletionRequest) -> list[int]:
-        """The ids of a request's prompt.
-
-        Raises:
-            ApiError: the chat template refuses the messages, or the prompt is too long.
-        """
+        """The ids of a request's prompt. Raises ApiError if they are too many, or the template refuses the messages."""
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self._encoder, self._ids, body)
@@ -83,20 +79,12 @@ class Service:
         }
 
     def check_engine(self) -> None:
-        """Refuse everything behind the engine's end.
-
-        Raises:
-            ApiError: with status 503.
-        """
+        """Refuse everything behind the engine's end, with status 503."""
         if self.worker.end is not None:
             raise ApiError(503, f"the server is about to end ({self.worker.end})")
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served.
-
-        Raises:
-            ApiError: with status 404.
-        """
+        """Refuse a model that is not served, with status 404."""
         if name not in (None, self.target.name):
             message = f"there is no model {name!r} here: this server has {self.target.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -126,11 +114,7 @@ class Generation:
         self._watch = asyncio.create_task(self._until_gone(request.receive))
 
     async def begin(self, body: ChatRequest | CompletionRequest) -> None:
-        """Hand the text to the engine, and wait until it has accepted it.
-
-        Raises:
-            ApiError: the request is at fault.
-        """
+        """Hand the text to the engine, and wait until that has accepted it. Raises ApiError for a wrong request."""
         service, decoding = self._service, self._service.decoding
         ids = await service.encode(body)
         try:
@@ -153,17 +137,17 @@ class Generation:
 
     async def events(self) -> AsyncIterator[str | GenerationResult]:
         """Pieces of the text as they become final, and then the result."""
-        first = True
+        service, first = self._service, True
         while self._running:
             event = await self._next()
             seconds = time.perf_counter() - self._began
             if first:
-                self._service.telemetry.first_token(seconds)
+                service.telemetry.first.observe(seconds)
                 first = False
             if isinstance(event, GenerationResult):
                 self._running = False
-                self._service.telemetry.ended(event, seconds)
-                self._service.request_s += (seconds - self._service.request_s) / 8
+                service.telemetry.text_ended(event, seconds)
+                service.request_s += (seconds - service.request_s) / 8
             yield event
 
     async def result(self) -> GenerationResult:
@@ -175,7 +159,7 @@ class Generation:
         self._watch.cancel()
         self._service.taken -= 1
         if self._running:
-            self._service.telemetry.aborted()
+            self._service.telemetry.ended.labels("abort").inc()
             self._service.worker.cancel(self._job)
 
     async def _next(self) -> str | GenerationResult | None:

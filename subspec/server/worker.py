@@ -35,11 +35,7 @@ class Job:
 
 
 class Worker:
-    """Runs a scheduler.
-
-    Attributes:
-        end: why :meth:`run` has ended; None: it has not.
-    """
+    """Runs a scheduler. ``end``: why :meth:`run` has ended; None: it has not."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -50,10 +46,7 @@ class Worker:
     def run(self) -> None:
         """Run texts until :meth:`stop`; call it in the thread that loaded the engine.
 
-        Texts that are still running then fail.
-
-        Raises:
-            Exception: the scheduler's own failure, which is no text's.
+        Texts that are still running then fail. Raises the scheduler's own failure, which is no text's.
         """
         end: Exception = SubspecError("the server has ended")
         try:

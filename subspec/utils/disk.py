@@ -56,12 +56,7 @@ def says_full_disk(text: str) -> bool:
 
 @contextmanager
 def disk_errors(doing: str, folder: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder under the cache into one line with the remedy.
-
-    Args:
-        doing: completes "cannot <doing>".
-        folder: is written to.
-    """
+    """Turn a full or forbidden ``folder`` under the cache into "cannot ``doing``" on one line, with the remedy."""
     try:
         yield
     except SubspecError:
@@ -140,11 +135,7 @@ def write_manifest(folder: Path, **facts: object) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """How ``folder`` differs from its manifest; None if it does not.
-
-    Raises:
-        SubspecError: the folder is there but may not be read.
-    """
+    """How ``folder`` differs from its manifest; None if it does not. Raises SubspecError if it may not be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():

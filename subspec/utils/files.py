@@ -4,8 +4,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ def write_error(error: OSError, path: Path, remedy: str) -> SubspecError:
     """One line for a failed write: the file, the reason, and the remedy."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return SubspecError(f"cannot write {path}: {reason}; {remedy}")
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn a failure to write ``path`` into :func:`write_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, path, remedy) from error
 
 
 def plain(value: Any) -> Any:

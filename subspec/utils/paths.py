@@ -9,11 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def conf_dir() -> Path:
-    """The folder with ``config.yaml`` and the config groups.
-
-    Raises:
-        SubspecError: the installation is incomplete.
-    """
+    """The folder with ``config.yaml`` and the config groups."""
     for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder

@@ -39,11 +39,7 @@ class PinnedBuffer:
             self.lock()
 
     def lock(self) -> None:
-        """Page-lock memory that was made with ``pin=False``.
-
-        Raises:
-            SubspecError: see the class.
-        """
+        """Page-lock memory that was made with ``pin=False``."""
         nbytes = self.tensor.numel()
         code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0))
         if code != 0:

@@ -13,12 +13,7 @@ PLAIN_WIDTH = 100
 
 
 class Terminal:
-    """Prints lines to a terminal or a file.
-
-    Args:
-        file: None: standard output.
-        width: columns; None: the terminal's.
-    """
+    """Prints lines to ``file`` (None: standard output), ``width`` columns wide (None: the terminal's)."""
 
     def __init__(self, file: TextIO | None = None, width: int | None = None) -> None:
         stream = file if file is not None else sys.stdout

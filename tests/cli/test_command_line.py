@@ -29,80 +29,62 @@ def own(tmp_path_factory):
     return root
 
 
-COMMAND_LINE = {
-    "unknown option": ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain, eagle2"),
-    "misspelt option": ("quant=hqqq", r"quant=hqqq: no such option \(did you mean hqq\?\)"),
-    "unknown experiment": ("experiment=unknown", r"experiment=unknown: no such option"),
-    "unknown group": ("tre=chain", r"tre: no such key or group \(did you mean tree\?\)$"),
-    "unknown group, added": ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
-    "misspelt key": (
-        "tree.dept=3",
-        r"tree\.dept: no such key \(did you mean depth\?\); tree has check_every, depth, level_cost",
-    ),
-    "misspelt key, added": ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
-    "misspelt group of a key": ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
-    "key below what is no key": ("tree.x.y=3", r"tree\.x: no such key; tree has check_every, depth"),
-    "no key or group": ("xyz=1", r"xyz: no such key or group; a run has audit, .*\btree\b"),
-    "key of another option": (
-        "decoding.temperature=0.5",
-        r"decoding\.temperature: the chosen decoding has no such key; it is a key of decoding=sampling",
-    ),
-    "key of other options": (
-        "offload.vram_gib=8",
-        r"offload\.vram_gib: .* it is a key of offload=accelerate and offload=stream",
-    ),
-    "key of another group": ("tree.modules=[mlp]", r"tree\.modules: .*did you mean quant\.modules\?"),
-    "key without its group": ("temperature=1", r"did you mean draft\.temperature or decoding\.temperature\?"),
-    "show in two ways": ("--cfg job --info all", r"give one of them"),
-    "flag without its other": ("--resolve", r"--resolve is for --cfg"),
-    "misspelt length": ("decoding.max_newtokens=3", r"decoding\.max_newtokens: .*did you mean max_new_tokens\?"),
-    "misspelt top-level key": ("sed=1", r"sed: no such key or group \(did you mean seed\?\)"),
-    "key below a key": ("+benchmark.hub.x=1", r"benchmark\.hub\.x: no such key; benchmark\.hub has config"),
-    "text for a number": ("tree.depth=x", r"tree\.depth=x: expected an integer"),
-    "fraction for an integer": ("quant.bits=3.5", r"quant\.bits=3\.5: expected an integer"),
-    "text for a fraction": ("draft.temperature=hot", r"draft\.temperature=hot: expected a number"),
-    "null where there is none": ("tree.depth=null", r"tree\.depth=null: expected an integer"),
-    "one for a list": ("decoding.stop=a", r"decoding\.stop=a: expected a list, \[A,B\]"),
-    "unknown device": ("device=gpu", r"device=gpu: choose one of auto, cpu, cuda"),
-    "unknown dtype": ("target.dtype=fp16", r"target\.dtype=fp16: choose one of auto, float32"),
-    "unknown source": ("benchmark.source=web", r"benchmark\.source=web: choose one of auto, hub, file, sample"),
-    "neither true nor false": ("resume=maybe", r"resume=maybe: expected true or false"),
-    "no value": ("tree.depth", r"tree\.depth: give it a value, tree\.depth=VALUE"),
-    "no key": ("=3", r"=3: there is no key before the equals sign; give KEY=VALUE"),
-    "open bracket": ("tree.depth=[", r"tree\.depth=\[: not readable as KEY=VALUE; .* 'tree\.depth=\"\[\"'"),
-    "group without option": ("tree=null", r"tree=null: choose one of adaptive, beam, chain, eagle2, or leave tree out"),
-    "number for a group": ("tree=3", r"tree=3: choose one of adaptive, beam, chain, eagle2"),
-    "removed key": ("~tree.depth", r"~tree\.depth: a key cannot be removed; .* tree\.depth=VALUE"),
-    "removed group": ("~tree", r"tree is not set: give it as tree=VALUE"),
-    "sweep without -m": ("draft=none,subspec", r"draft=none,subspec: several values make a sweep: add -m"),
-    "dead interpolation": ("seed=${nope}", r"seed: Interpolation key 'nope' not found"),
-    "unknown flag": ("--fast", r"unrecognized arguments: --fast; .*--help"),
-    "run and show": ("-m --cfg job", r"-m run, --cfg and --info show: give one of them"),
-    "run_dir of a sweep": (
-        "-m tree.depth=1,2",
-        r"run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER",
-    ),
-    "own file: typo": ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
-    "own file: package": ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
-    "own file: YAML": ("--config-dir={own}/yaml", r"local/default\.yaml, line 3: not valid YAML .*correct"),
-    "own file: group": ("--config-dir={own}/group experiment=e", r"tre: no such group \(did you mean tree\?\)"),
-    "own file: option": (
-        "--config-dir={own}/option experiment=e",
-        r"tree=chains: no such option \(did you mean chain\?\)",
-    ),
-    "no such folder": ("--config-dir={own}/none", r"none' not found"),
-}
+COMMAND_LINE = [
+    ("tree=foo", r"tree=foo: no such option; tree has adaptive, beam, chain, eagle2"),
+    ("quant=hqqq", r"quant=hqqq: no such option \(did you mean hqq\?\)"),
+    ("experiment=unknown", r"experiment=unknown: no such option"),
+    ("tre=chain", r"tre: no such key or group \(did you mean tree\?\)$"),
+    ("+tre=chain", r"tre: no such key or group \(did you mean tree\?\)"),
+    ("tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\); tree has check_every, depth"),
+    ("+tree.dept=3", r"tree\.dept: no such key \(did you mean depth\?\)"),
+    ("quatn.bits=3", r"quatn: no such key or group \(did you mean quant\?\)"),
+    ("tree.x.y=3", r"tree\.x: no such key; tree has check_every, depth"),
+    ("xyz=1", r"xyz: no such key or group; a run has audit, .*\btree\b"),
+    ("decoding.temperature=0.5", r"decoding\.temperature: .* it is a key of decoding=sampling"),
+    ("offload.vram_gib=8", r"offload\.vram_gib: .* it is a key of offload=accelerate and offload=stream"),
+    ("tree.modules=[mlp]", r"tree\.modules: .*did you mean quant\.modules\?"),
+    ("temperature=1", r"did you mean draft\.temperature or decoding\.temperature\?"),
+    ("--cfg job --info all", r"give one of them"),
+    ("--resolve", r"--resolve is for --cfg"),
+    ("decoding.max_newtokens=3", r"decoding\.max_newtokens: .*did you mean max_new_tokens\?"),
+    ("sed=1", r"sed: no such key or group \(did you mean seed\?\)"),
+    ("+benchmark.hub.x=1", r"benchmark\.hub\.x: no such key; benchmark\.hub has config"),
+    ("tree.depth=x", r"tree\.depth=x: expected an integer"),
+    ("quant.bits=3.5", r"quant\.bits=3\.5: expected an integer"),
+    ("draft.temperature=hot", r"draft\.temperature=hot: expected a number"),
+    ("tree.depth=null", r"tree\.depth=null: expected an integer"),
+    ("decoding.stop=a", r"decoding\.stop=a: expected a list, \[A,B\]"),
+    ("device=gpu", r"device=gpu: choose one of auto, cpu, cuda"),
+    ("target.dtype=fp16", r"target\.dtype=fp16: choose one of auto, float32"),
+    ("benchmark.source=web", r"benchmark\.source=web: choose one of auto, hub, file, sample"),
+    ("resume=maybe", r"resume=maybe: expected true or false"),
+    ("tree.depth", r"tree\.depth: give it a value, tree\.depth=VALUE"),
+    ("=3", r"=3: there is no key before the equals sign; give KEY=VALUE"),
+    ("tree.depth=[", r"tree\.depth=\[: not readable as KEY=VALUE; .* 'tree\.depth=\"\[\"'"),
+    ("tree=null", r"tree=null: choose one of adaptive, beam, chain, eagle2, or leave tree out"),
+    ("tree=3", r"tree=3: choose one of adaptive, beam, chain, eagle2"),
+    ("~tree.depth", r"~tree\.depth: a key cannot be removed; .* tree\.depth=VALUE"),
+    ("~tree", r"tree is not set: give it as tree=VALUE"),
+    ("draft=none,subspec", r"draft=none,subspec: several values make a sweep: add -m"),
+    ("seed=${nope}", r"seed: Interpolation key 'nope' not found"),
+    ("--fast", r"unrecognized arguments: --fast; .*--help"),
+    ("-m --cfg job", r"-m run, --cfg and --info show: give one of them"),
+    ("-m tree.depth=1,2", r"run_dir= names the folder of one run: a sweep takes sweep_dir=FOLDER"),
+    ("--config-dir={own}/typo", r"sedd: no such key or group \(did you mean seed\?\)"),
+    ("--config-dir={own}/package", r"local: no such key.*# @package _global_"),
+    ("--config-dir={own}/yaml", r"local/default\.yaml, line 3: not valid YAML .*correct"),
+    ("--config-dir={own}/group experiment=e", r"tre: no such group \(did you mean tree\?\)"),
+    ("--config-dir={own}/option experiment=e", r"tree=chains: no such option \(did you mean chain\?\)"),
+    ("--config-dir={own}/none", r"none' not found"),
+]
 """Arguments after those of a good run, and what the line must say: refused while the configuration is composed."""
 
 
-@pytest.mark.parametrize("case", COMMAND_LINE)
-def test_refused_in_one_line(own, tmp_path, case):
-    arguments, line = COMMAND_LINE[case]
+@pytest.mark.parametrize(("arguments", "line"), COMMAND_LINE)
+def test_refused_in_one_line(own, tmp_path, arguments, line):
     run_dir = tmp_path / "run"
-    ran = cli(
-        "target=hub", f"target.path={tmp_path}", f"run_dir={run_dir}", *arguments.replace("{own}", str(own)).split(" ")
-    )
-    ran.refused(2, line)
+    more = arguments.replace("{own}", str(own)).split(" ")
+    cli("target=hub", f"target.path={tmp_path}", f"run_dir={run_dir}", *more).refused(2, line)
     assert not (run_dir / "records.jsonl").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,13 +15,7 @@ from subspec.benchmarks import load_benchmark
 from subspec.config.schema import BenchmarkConfig, Source
 from subspec.runs.logger import NoLogger
 from subspec.runs.turn import prompt_digest
-from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
-from tests.helpers.tiny import tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=4096)
+from tests.helpers.cli import Forked, cli, done, records_of, summary_of, texts_of, timeless, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +44,14 @@ def drafted(run, plain):
     return run("audit=true", "target.dtype=auto", "device=auto", "warmup=2", f"baseline={plain[1]}")
 
 
-def texts(folder):
-    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(folder)}
-
-
 # ------------------------------------------------------------------------------------------ losslessness
 
 
-@pytest.mark.parametrize(("tree", "bits"), [("chain", 3), ("beam", 2), ("adaptive", 4)])
+@pytest.mark.parametrize(("tree", "bits"), [("chain", 3), ("beam", 2)])
 def test_a_draft_changes_no_token(run, plain, tree, bits):
     _, folder = run(f"tree={tree}", f"quant.bits={bits}", "audit=true")
-    assert texts(folder) == texts(plain[1])
-    records = records_of(folder)
-    assert all(record["audit"]["mismatch"] == 0 for record in records)
-    if bits == 4:  # a draft worth the name: more than a token per pass
-        assert summary_of(folder)["totals"]["tau"] > 1
+    assert texts_of(folder) == texts_of(plain[1])
+    assert all(record["audit"]["mismatch"] == 0 for record in records_of(folder))
 
 
 @pytest.mark.parametrize("tree", ["chain", "beam"])
@@ -71,15 +59,15 @@ def test_sampling_draws_what_plain_sampling_draws(run, tree):
     sampling = ["decoding=sampling", "decoding.temperature=0.8", "decoding.top_k=40", "decoding.top_p=0.95"]
     _, alone = run(*sampling, "draft=none", "seed=3")
     _, sampled = run(*sampling, f"tree={tree}", "seed=3", "audit=true")
-    assert texts(sampled) == texts(alone)
+    assert texts_of(sampled) == texts_of(alone)
     assert all(record["audit"]["mismatch"] == 0 for record in records_of(sampled))
     greedy = run("draft=none", "seed=3")
-    assert texts(alone) != texts(greedy[1])
+    assert texts_of(alone) != texts_of(greedy[1])
 
 
 def test_another_seed_draws_something_else(run):
     rows = "benchmark.max_samples=null"  # the same prompts, whatever the seed selects
-    first, second = (texts(run("decoding=sampling", "draft=none", rows, f"seed={s}")[1]) for s in (0, 1))
+    first, second = (texts_of(run("decoding=sampling", "draft=none", rows, f"seed={s}")[1]) for s in (0, 1))
     assert first.keys() == second.keys()
     assert first != second
 
@@ -97,12 +85,12 @@ def test_a_broken_verifier_is_found_by_the_audit(run, plain, monkeypatch):
     assert f"AUDIT FAILED: {wrong} token(s)" in ran.out
     assert len(records_of(folder)) == summary["counts"]["turns"] == 2
     assert sum(record["audit"]["mismatch"] for record in records_of(folder)) == wrong
-    assert texts(folder) != texts(plain[1])
+    assert texts_of(folder) != texts_of(plain[1])
 
 
 def test_an_audited_run_says_so(drafted, plain):
     ran, folder = drafted
-    assert texts(folder) == texts(plain[1])
+    assert texts_of(folder) == texts_of(plain[1])
     assert summary_of(folder)["totals"]["tau"] > 1
     tokens = sum(record["new_tokens"] for record in records_of(folder))
     audit = summary_of(folder)["audit"]
@@ -162,6 +150,7 @@ def test_the_summary_says_what_ran(drafted, checkpoint):
     assert summary["environment"]["versions"]["torch"]
     assert summary["counts"]["samples"] == 2
     assert summary["totals"]["new_tokens"] == 48
+    assert not [name for name in facts if "vram" in name], "there is no GPU"
 
 
 def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
@@ -170,13 +159,8 @@ def test_the_stored_configuration_is_the_one_that_was_composed(run, checkpoint):
     _, folder = run(*overrides)
     shown = cli(*tiny_run(checkpoint, folder, tokens=24), "tree.depth=6", *overrides, "--cfg", "job", "--resolve")
     assert yaml.safe_load(shown.out) == yaml.safe_load((folder / "config.yaml").read_text())
-
-
-def test_showing_the_configuration_runs_nothing(checkpoint, tmp_path):
-    ran = cli(*tiny_run(checkpoint, tmp_path / "run"), "--cfg", "job")
-    assert ran.code == 0
-    assert yaml.safe_load(ran.out)["tree"]["name"] == "adaptive"
-    assert not (tmp_path / "run").exists()
+    assert cli(*tiny_run(checkpoint, folder / "another"), "--cfg", "job").code == 0
+    assert not (folder / "another").exists()
 
 
 def test_the_second_turn_follows_the_first_answer(run):
@@ -189,12 +173,8 @@ def test_the_second_turn_follows_the_first_answer(run):
     assert first["prompt_sha256"] == prompt_digest([asked])
     assert second["prompt_sha256"] == prompt_digest([asked, answer, then])
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
-    assert summary_of(folder)["counts"] | {"skipped": 0, "finish_reasons": 0} == {
-        "samples": 1,
-        "turns": 2,
-        "skipped": 0,
-        "finish_reasons": 0,
-    }
+    counts = summary_of(folder)["counts"]
+    assert (counts["samples"], counts["turns"]) == (1, 2)
 
 
 @pytest.mark.parametrize("draft", ["none", "subspec"])
@@ -242,10 +222,6 @@ def test_what_a_budget_bounds_beside_the_turns_is_recorded(run, monkeypatch, lat
     assert json.loads((folder / "facts.json").read_text()) == summary["run"]
 
 
-def test_without_a_gpu_there_is_no_device_memory(plain):
-    assert not [name for name in summary_of(plain[1])["run"] if "vram" in name]
-
-
 # --------------------------------------------------------------------------------- baselines and sweeps
 
 
@@ -254,32 +230,21 @@ def test_the_speed_up_over_a_baseline(drafted, plain):
     ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
     found = re.search(r"speed-up over \S+ +([\d.]+)x decode, [\d.]+x overall", ran.out)
     assert float(found[1]) == pytest.approx(ours / theirs, abs=0.006)
-
-
-def test_the_logger_and_the_summary_get_the_speed_up(run, plain, monkeypatch):
-    from subspec.runs.logger import NoLogger
-
-    finished = []
-    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
-    _, folder = run("draft=subspec", "seed=0", f"baseline={plain[1]}")
-    (summary,) = finished
-    ours, theirs = (summary_of(path)["totals"]["tokens_per_s"] for path in (folder, plain[1]))
-    assert summary["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
-    assert summary_of(folder)["speedup"] == summary["speedup"]
+    assert summary_of(folder)["speedup"]["tokens_per_s"] == pytest.approx(ours / theirs)
     assert "speedup" not in summary_of(plain[1])
 
 
 # ------------------------------------------------------------------------------------ loggers and folders
 
 
-def test_a_logger_that_fails_loses_no_record(run, monkeypatch):
-    def fail(self, record, step):
-        raise ConnectionError("the service went away")
-
-    monkeypatch.setattr(NoLogger, "log_turn", fail)
-    ran, folder = run("draft=none")
+def test_a_logger_that_fails_loses_no_record(run, plain, monkeypatch):
+    finished = []
+    monkeypatch.setattr(NoLogger, "log_turn", Mock(side_effect=ConnectionError("the service went away")))
+    monkeypatch.setattr(NoLogger, "finish", lambda self, summary, code=0: finished.append(summary))
+    ran, folder = run("draft=none", f"baseline={plain[1]}")
     assert len(records_of(folder)) == 2
     assert summary_of(folder)["counts"]["turns"] == 2
+    assert [summary["speedup"] for summary in finished] == [summary_of(folder)["speedup"]]
     assert ran.out.count("warning: No logger: log_turn failed: ConnectionError: the service went away") == 1
 
 
@@ -300,15 +265,13 @@ def test_offline_from_another_folder_into_one_with_an_unusual_name(checkpoint, t
     assert not (tmp_path / "wandb").exists()
     assert {path.name for path in tmp_path.iterdir()} == {place.name}
 
-    again = cli(f"run_dir={folder}", "resume=true", "logger=none")
-    assert again.code == 0, again.err
+    again = done(f"run_dir={folder}", "resume=true", "logger=none")
     assert "every sample is finished" in again.out
 
 
 def test_a_home_folder_is_found(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    ran = cli(*tiny_run(checkpoint, "~/run", samples=1), "draft=none")
-    assert ran.code == 0, ran.err
+    done(*tiny_run(checkpoint, "~/run", samples=1), "draft=none")
     assert len(records_of(tmp_path / "run")) == 1
 
 
@@ -318,8 +281,7 @@ def test_two_runs_of_one_configuration_differ_in_times_only(run, plain):
 
 
 def test_the_shipped_check_of_an_installation(tmp_path):
-    ran = cli("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
-    assert ran.code == 0, ran.err
+    ran = done("experiment=smoke", "device=cpu", f"run_dir={tmp_path}")
     assert "losslessness audit  passed: tokens exact 64" in ran.out
     assert ran.out.startswith("subspec ")
     assert re.search(r"^tables and plots: python -m subspec\.report \S+$", ran.out, re.MULTILINE)

@@ -81,6 +81,13 @@ def cli(*arguments: object) -> Ran:
     raise AssertionError("main() came back without an exit status")
 
 
+def done(*arguments: object) -> Ran:
+    """:func:`cli`, which must end with status 0."""
+    ran = cli(*arguments)
+    assert ran.code == 0, ran.err
+    return ran
+
+
 def command(*arguments: object, env: dict[str, str | None] | None = None, **options: object) -> subprocess.Popen:
     """``python -m subspec.run ARGUMENTS`` as a process, its output in pipes. ``env``: None removes a variable."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -160,15 +167,20 @@ class Forked:
 
     def wait(self, timeout: float = 120.0) -> int:
         """Wait for the end; returns the exit status."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            assert time.monotonic() < deadline, "the process did not end"
-            time.sleep(0.02)
+        until(lambda: self.poll() is not None, timeout)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send a signal."""
         os.kill(self.pid, number)
+
+
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
 
 
 def tiny_run(checkpoint: Path, run_dir: Path, *, tokens: int = 12, samples: int = 2) -> list[str]:
@@ -189,6 +201,11 @@ def records_of(run_dir: Path) -> list[dict]:
     """The records of a run."""
     text = (Path(run_dir) / "records.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def texts_of(run_dir: Path) -> dict[tuple[str, int], list[int]]:
+    """The token ids of a run by sample and turn."""
+    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(run_dir)}
 
 
 def timeless(records: list[dict]) -> list[dict]:

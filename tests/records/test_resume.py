@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import signal
-import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,21 +16,13 @@ import subspec.runs.runner
 from subspec.benchmarks.rows import DataUnavailableError, Table
 from subspec.decoding.engine import Engine
 from subspec.records.run_folder import RunFolder
-from tests.helpers.cli import Forked, cli, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
+from tests.helpers.cli import Forked, cli, done, no_report, records_of, summary_of, timeless, tiny_run  # noqa: F401
+from tests.helpers.stopped import Killed, kill_after, killed_after
 from tests.helpers.tiny import tiny_checkpoint
 
 TURNS = 4  # two samples of two turns
 
 SHAPE = ["benchmark=mt_bench", "tree=beam", "tree.depth=4", "tree.width=3", "seed=1"]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the project catches it."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=8192)
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def arguments(checkpoint, tmp_path):
 def whole(checkpoint, tmp_path_factory):
     """The folder of that run when nothing happens to it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert cli(*tiny_run(checkpoint, folder, samples=2, tokens=8), *SHAPE).code == 0
+    done(*tiny_run(checkpoint, folder, samples=2, tokens=8), *SHAPE)
     return folder
 
 
@@ -71,30 +63,20 @@ def serve(monkeypatch, source):
     monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
 
 
-def stop_after(monkeypatch, count, *options):
-    """Start a run whose process ends when it would write another record than the first ``count``."""
-    append = RunFolder.append
-
-    def stop(self, record):
-        if len(self) == count:
-            raise Killed
-        return append(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", stop)
-        with pytest.raises(Killed):
-            cli(*options)
-
-
 def contents(folder):
     """Every file of a run by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def resume(folder, *more):
-    ran = cli(f"run_dir={folder}", "resume=true", *more)
-    assert ran.code == 0, ran.err
-    return ran
+    return done(f"run_dir={folder}", "resume=true", *more)
+
+
+def refused_to_resume(folder, line, *more):
+    """Nothing in the folder may change."""
+    before = contents(folder)
+    cli(f"run_dir={folder}", "resume=true", *more).refused(2, line)
+    assert contents(folder) == before
 
 
 def assert_whole(folder, undisturbed):
@@ -107,16 +89,6 @@ def assert_whole(folder, undisturbed):
     assert found["run"].keys() == summary["run"].keys()
 
 
-def wait_for(folder, count, process):
-    """Until ``count`` whole records are on disk."""
-    file = folder / "records.jsonl"
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < count:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 # ------------------------------------------------------------------------------------- real processes
 
 
@@ -125,10 +97,7 @@ def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "my run"
     long = [*tiny_run(checkpoint, folder, tokens=60, samples=2), "benchmark=mt_bench", "decoding.ignore_eos=true"]
     long += ["warmup=0", "draft=none"]
-    process = Forked(*long)
-    wait_for(folder, 1, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(1, folder, Forked(*long))
     before = records_of(folder)
     assert len(before) < 3
     assert not (folder / "summary.json").exists()
@@ -147,9 +116,8 @@ def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
     assert len(records_of(folder)) == len(before) + 1
     assert shlex.split(found[1]) == [f"run_dir={folder}", "resume=true"]
 
-    ran = cli(*shlex.split(found[1]))
-    assert ran.code == 0, ran.err
-    assert cli(*long, f"run_dir={tmp_path / 'undisturbed'}").code == 0
+    done(*shlex.split(found[1]))
+    done(*long, f"run_dir={tmp_path / 'undisturbed'}")
     assert timeless(records_of(folder)) == timeless(records_of(tmp_path / "undisturbed"))
     assert records_of(folder)[: len(before)] == before
 
@@ -157,23 +125,10 @@ def test_kill_then_interrupt_then_finish(checkpoint, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- every other point
 
 
-@pytest.mark.parametrize(("when", "done"), [("before", 0), ("before", 1), ("after", 1), ("after", TURNS - 1)])
-def test_stopped_around_any_record(arguments, undisturbed, tmp_path, monkeypatch, done, when):
-    append = RunFolder.append
-
-    def stop(self, record):
-        if when == "after":
-            append(self, record)
-        if len(self) - (when == "after") == done:
-            raise Killed
-        return when == "after" or append(self, record)
-
-    monkeypatch.setattr(RunFolder, "append", stop)
-    with pytest.raises(Killed):
-        cli(*arguments)
-    monkeypatch.undo()
-    kept = len(records_of(tmp_path / "run"))
-    assert kept == done + (when == "after")
+@pytest.mark.parametrize(("kept", "at_once"), [(0, False), (1, False), (2, True), (TURNS, True)])
+def test_stopped_around_any_record(arguments, undisturbed, tmp_path, monkeypatch, kept, at_once):
+    killed_after(kept, *arguments, at_once=at_once)
+    assert len(records_of(tmp_path / "run")) == kept
 
     generated = []
     admit = Engine.admit
@@ -185,10 +140,7 @@ def test_stopped_around_any_record(arguments, undisturbed, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("place", ["load", "_Run._warm_up", "RunFolder.write_summary", "summarise"])
 def test_stopped_elsewhere(arguments, undisturbed, tmp_path, monkeypatch, place):
-    def stop(*arguments, **options):
-        raise Killed
-
-    monkeypatch.setattr(f"subspec.runs.runner.{place}", stop)
+    monkeypatch.setattr(f"subspec.runs.runner.{place}", Mock(side_effect=Killed))
     with pytest.raises(Killed):
         cli(*arguments)
     monkeypatch.undo()
@@ -210,33 +162,25 @@ def test_a_torn_last_line_runs_again(finished, undisturbed, kept):
 
 def test_stopped_between_the_folder_and_its_overrides(arguments, tmp_path, monkeypatch):
     """Nothing has been generated yet, so starting again is all there is to do, and the message says so."""
-
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subspec.runs.runner, "store_overrides", stop)
+    monkeypatch.setattr(subspec.runs.runner, "store_overrides", Mock(side_effect=KeyboardInterrupt))
     ran = cli(*arguments)
     assert ran.code == 130
     assert ran.error == "error: interrupted: nothing had been generated yet; start again"
     monkeypatch.undo()
     assert cli(f"run_dir={tmp_path / 'run'}", "resume=true").code == 2
-    assert cli(*arguments).code == 0
+    done(*arguments)
 
 
 @pytest.mark.usefixtures("no_report")
 def test_an_interrupted_sweep_names_its_folder(arguments, tmp_path, monkeypatch):
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
     options = [a for a in arguments if not a.startswith("run_dir")]
     options += ["-m", "draft=none", "seed=0,1", f"sweep_dir={tmp_path / 'my sweep'}", "hydra/launcher=basic"]
-    monkeypatch.setattr(subspec.runs.runner, "load", stop)
+    monkeypatch.setattr(subspec.runs.runner, "load", Mock(side_effect=KeyboardInterrupt))
     ran = cli(*options)
     assert ran.code == 130
     found = re.search(r"continue with the same command and (.+)", ran.error)
     monkeypatch.undo()
-    again = cli(*options, *shlex.split(found[1]))
-    assert again.code == 0, again.err
+    done(*options, *shlex.split(found[1]))
     assert len(records_of(tmp_path / "my sweep" / "1")) == TURNS
 
 
@@ -245,11 +189,7 @@ def test_an_interrupted_sweep_names_its_folder(arguments, tmp_path, monkeypatch)
 
 def test_a_finished_run_generates_nothing_and_loads_nothing(finished, undisturbed, monkeypatch):
     before = (finished / "records.jsonl").read_bytes()
-
-    def load(*arguments, **options):
-        raise AssertionError("nothing is left to generate")
-
-    monkeypatch.setattr(subspec.runs.runner, "load", load)
+    monkeypatch.setattr(subspec.runs.runner, "load", Mock(side_effect=AssertionError("nothing is left to generate")))
     ran = resume(finished, f"baseline={finished}", "logger=none")  # keys that change no record
     assert "every sample is finished: nothing to generate" in ran.out
     assert "acceptance length tau" in ran.out
@@ -260,7 +200,7 @@ def test_a_finished_run_generates_nothing_and_loads_nothing(finished, undisturbe
 
 def test_more_samples_extend_a_run(arguments, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    assert cli(*arguments, "benchmark.max_samples=1").code == 0
+    done(*arguments, "benchmark.max_samples=1")
     first = records_of(folder)
     resume(folder, "benchmark.max_samples=2")
     assert_whole(folder, undisturbed)
@@ -278,7 +218,7 @@ def test_another_configuration_is_refused_and_spoils_nothing(arguments, finished
         ("audit=true", r"audit: false -> true"),
         ("decoding=sampling", r"decoding\.name: \"greedy\" -> \"sampling\""),
     ):
-        cli(f"run_dir={finished}", "resume=true", changed).refused(2, line)
+        refused_to_resume(finished, line, changed)
     line = r"run_dir=\S+ already holds records: continue it with resume=true"
     cli(*arguments, "draft=none").refused(2, line)
     resume(finished)
@@ -290,16 +230,11 @@ def test_other_prompts_under_the_same_configuration_are_refused(arguments, tmp_p
     """``benchmark.source=auto`` takes what the hub's state at that moment leaves it."""
     folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
     serve(monkeypatch, first)
-    stop_after(monkeypatch, 1, *options)
-    before = contents(folder)
+    killed_after(1, *options)
     serve(monkeypatch, then)
-    line = (
-        rf"resume=true, but benchmark\.source comes to {then} now, and the records in \S+records\.jsonl are of "
-        rf"{first}: set benchmark\.source={first}, or choose another folder with run_dir="
-    )
-    cli(f"run_dir={folder}", "resume=true").refused(2, line)
-    cli(f"run_dir={folder}", "resume=true", f"benchmark.source={then}").refused(2, line)
-    assert contents(folder) == before
+    line = rf"benchmark\.source comes to {then} now, .* are of {first}: set benchmark\.source={first}, or .* run_dir="
+    refused_to_resume(folder, line)
+    refused_to_resume(folder, line, f"benchmark.source={then}")
     serve(monkeypatch, first)
     resume(folder, f"benchmark.source={first}")
     assert {record["source"] for record in records_of(folder)} == {first}
@@ -313,13 +248,9 @@ def test_another_device_under_the_same_configuration_is_refused(arguments, tmp_p
     monkeypatch.setattr(subspec.runs.runner, "why_not", lambda *arguments, **options: "there is no GPU to ask")
     folder = tmp_path / "run"
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
-    stop_after(monkeypatch, 1, *arguments, "device=auto")
-    before = contents(folder)
+    killed_after(1, *arguments, "device=auto")
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cuda", 0))
-    cli(f"run_dir={folder}", "resume=true").refused(
-        2, r"device comes to cuda now, and the records in \S+ are of cpu: set device=cpu, or choose another"
-    )
-    assert contents(folder) == before
+    refused_to_resume(folder, r"device comes to cuda now, and the records in \S+ are of cpu: set device=cpu, or choose")
     monkeypatch.setattr("subspec.runs.loading.resolve_device", lambda device: torch.device("cpu"))
     resume(folder, "device=cpu")
     assert {record["device"] for record in records_of(folder)} == {"cpu"}
@@ -339,26 +270,25 @@ def test_other_data_and_other_weights_under_the_same_configuration_are_refused(
     options = [*arguments, f"target.path={model}", "benchmark.source=file", f"benchmark.path={file}"]
     options += ["warmup=0", "draft=none"]
     write_rows("one", "two")
-    assert cli(*options, "benchmark.max_samples=1").code == 0
-    before = contents(folder)
+    done(*options, "benchmark.max_samples=1")
     write_rows("another", "other")
-    more = f"run_dir={folder}", "resume=true", "benchmark.max_samples=2"
-    cli(*more).refused(2, r"benchmark\.path=\S+rows\.jsonl now holds other data: it changed the prompt of sample")
-    assert contents(folder) == before
+    more = "benchmark.max_samples=2"
+    refused_to_resume(folder, r"benchmark\.path=\S+rows\.jsonl now holds other data: it changed the prompt", more)
     write_rows("one", "two", "three")
     shutil.rmtree(model)
     tiny_checkpoint(model, max_positions=8192, seed=1)
-    cli(*more).refused(2, r"target\.path=\S+model now holds other weights: .*run_dir=")
+    line = r"target\.path=\S+model now holds other weights: .*run_dir="
+    cli(f"run_dir={folder}", "resume=true", more).refused(2, line)
     shutil.rmtree(model)
     shutil.copytree(checkpoint, model)
-    resume(folder, *more[2:])
+    resume(folder, more)
     assert len(records_of(folder)) == 2
 
 
 def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monkeypatch):
     folder, options = tmp_path / "run", [*arguments, "benchmark=gsm8k", "benchmark.source=auto"]
     serve(monkeypatch, "sample")
-    stop_after(monkeypatch, 0, *options)
+    killed_after(0, *options)
     serve(monkeypatch, "hub")
     resume(folder)
     assert summary_of(folder)["context"]["source"] == "hub"
@@ -366,21 +296,16 @@ def test_a_run_without_records_may_take_other_prompts(arguments, tmp_path, monke
 
 def test_a_script_that_always_resumes_may_start_a_run(arguments, undisturbed, tmp_path):
     """A batch system restarts the same command line."""
-    ran = cli(*arguments, "resume=true")
-    assert ran.code == 0, ran.err
-    assert "starting from the beginning" in ran.out
-    again = cli(*arguments, "resume=true")
-    assert again.code == 0, again.err
+    assert "starting from the beginning" in done(*arguments, "resume=true").out
+    done(*arguments, "resume=true")
     assert_whole(tmp_path / "run", undisturbed)
 
 
 def test_skipped_prompts_are_not_tried_again(arguments, tmp_path):
-    options = [*arguments, "benchmark.max_prompt_tokens=200", "decoding.max_length=230"]
-    assert cli(*options).code == 0
+    done(*arguments, "benchmark.max_prompt_tokens=200", "decoding.max_length=230")
     before = records_of(tmp_path / "run")
     assert any(record.get("skipped") for record in before)
-    ran = resume(tmp_path / "run")
-    assert "every sample is finished" in ran.out
+    assert "every sample is finished" in resume(tmp_path / "run").out
     assert records_of(tmp_path / "run") == before
 
 

@@ -1,8 +1,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,32 +13,31 @@ from subspec.records.metrics import summarise
 from subspec.records.run_folder import DAMAGED, RECORDS, RunFolder, read_records
 from subspec.records.same_run import check_chosen, config_differences
 from subspec.utils.files import json_line, plain
+from tests.helpers.cli import Forked
 from tests.helpers.records import CONFIG, record
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _no_fsync(monkeypatch, request):
     """Hundreds of files are opened here; waiting for the disk each time proves nothing about a killed process."""
     if "real_fsync" not in request.fixturenames:
         monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
-def real_fsync() -> None:
+def real_fsync():
     """Keep the real one."""
 
 
-def open_folder(path: Path, resume: bool = False, **changes: object) -> RunFolder:
+def open_folder(path, resume=False, **changes):
     return RunFolder.open(path, resume=resume, config={**CONFIG, **changes})
 
 
-def small(index: int) -> dict[str, object]:
+def small(index):
     return {"sample_id": f"s{index}", "turn": 0, "sample_index": index, "text": f"«{index}» €"}
 
 
-def filled(path: Path, count: int = 3) -> list[dict[str, object]]:
+def filled(path, count=3):
     with open_folder(path) as folder:
         for index in range(count):
             assert folder.append(record(index))
@@ -50,7 +47,7 @@ def filled(path: Path, count: int = 3) -> list[dict[str, object]]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def test_a_fresh_folder_describes_its_run(tmp_path: Path) -> None:
+def test_a_fresh_folder_describes_its_run(tmp_path):
     environment = {"versions": {"torch": "2"}, "hardware": {}, "git": None}
     with RunFolder.open(tmp_path / "a" / "b", resume=False, config=CONFIG, environment=environment) as folder:
         assert (folder.resumed, folder.notes, len(folder)) == (False, [], 0)
@@ -65,10 +62,8 @@ def test_a_fresh_folder_describes_its_run(tmp_path: Path) -> None:
     assert summary["environment"] == environment
 
 
-def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes: list[bytes] = []
-    synced: list[int] = []
-    write = os.write
+def test_a_record_is_on_disk_when_append_returns(tmp_path, monkeypatch):
+    writes, synced, write = [], [], os.write
     with open_folder(tmp_path) as folder:
         monkeypatch.setattr(os, "write", lambda handle, data: writes.append(bytes(data)) or write(handle, data))
         monkeypatch.setattr(os, "fsync", synced.append)
@@ -78,35 +73,25 @@ def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: py
         assert len(synced) == 1
 
 
-def test_what_is_read_back_equals_what_was_written(tmp_path: Path) -> None:
-    written = filled(tmp_path)
+def test_what_is_read_back_equals_what_was_written_once(tmp_path):
+    filled(tmp_path)
     with open_folder(tmp_path, resume=True) as folder:
-        assert folder.records() == written
-        assert folder.finished("s1", 0) == written[1]
-        assert folder.finished("s1", 1) is None
-        assert folder.resumed
-        assert len(folder.notes) == 1
-    assert read_records(tmp_path) == (written, [])
-
-
-def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
-    with open_folder(tmp_path) as folder:
-        folder.append({**small(0), "a": float("nan"), "b": [float("inf")], "c": {"d": -float("inf")}})
-        assert folder.records()[0]["a"] is None
-    line = (tmp_path / RECORDS).read_text()
-    assert json.loads(line, parse_constant=pytest.fail)["c"] == {"d": None}
-
-
-def test_a_turn_is_never_written_twice(tmp_path: Path) -> None:
-    filled(tmp_path, 2)
+        folder.append({**small(3), "a": float("nan"), "b": {"c": [-float("inf")]}})
+        written = folder.records()
     before = (tmp_path / RECORDS).read_bytes()
     with open_folder(tmp_path, resume=True) as folder:
+        assert folder.records() == written
+        assert (written[3]["a"], written[3]["b"]) == (None, {"c": [None]})
+        assert (folder.finished("s1", 0), folder.finished("s1", 1)) == (written[1], None)
+        assert folder.resumed
+        assert len(folder.notes) == 1
         assert not folder.append(record(1, text="another"))
         assert folder.records()[1]["text"] == "an answer"
     assert (tmp_path / RECORDS).read_bytes() == before
+    assert read_records(tmp_path) == (written, [])
 
 
-def test_a_record_without_its_key_is_a_bug(tmp_path: Path) -> None:
+def test_a_record_without_its_key_is_a_bug(tmp_path):
     with open_folder(tmp_path) as folder, pytest.raises(ValueError, match="sample_id"):
         folder.append({"turn": 0})
 
@@ -116,7 +101,7 @@ def test_a_record_without_its_key_is_a_bug(tmp_path: Path) -> None:
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 ))  # fmt: skip
-def test_any_plain_value_survives_one_ascii_line(value: object) -> None:
+def test_any_plain_value_survives_one_ascii_line(value):
     line = json_line(value)
     assert line.endswith(b"\n")
     assert b"\n" not in line[:-1]
@@ -124,7 +109,7 @@ def test_any_plain_value_survives_one_ascii_line(value: object) -> None:
     assert json.loads(line, parse_constant=pytest.fail) == plain(value)
 
 
-def test_scalars_of_numpy_and_torch_are_taken() -> None:
+def test_scalars_of_numpy_and_torch_are_taken():
     import numpy
     import torch
 
@@ -137,57 +122,38 @@ def test_scalars_of_numpy_and_torch_are_taken() -> None:
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def test_records_are_not_touched_without_resume(tmp_path: Path) -> None:
-    filled(tmp_path)
-    before = (tmp_path / RECORDS).read_bytes()
-    with pytest.raises(ConfigError, match=r"resume=true.*run_dir="):
-        open_folder(tmp_path)
-    assert (tmp_path / RECORDS).read_bytes() == before
-
-
-def test_resuming_an_empty_folder_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_records_is_free(tmp_path):
     with open_folder(tmp_path, resume=True) as folder:
         assert not folder.resumed
         assert "from the beginning" in folder.notes[0]
-
-
-def test_a_folder_that_failed_before_its_first_record_is_free(tmp_path: Path) -> None:
-    open_folder(tmp_path).close()
     with open_folder(tmp_path, seed=4) as folder:
         assert folder.notes == []
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 4
 
 
-def test_another_configuration_is_refused_with_both_values(tmp_path: Path) -> None:
+def test_records_are_continued_by_their_own_configuration_only(tmp_path):
     filled(tmp_path)
+    before = (tmp_path / RECORDS).read_bytes()
+    with pytest.raises(ConfigError, match=r"resume=true.*run_dir="):
+        open_folder(tmp_path)
     with pytest.raises(ConfigError) as caught:
         open_folder(tmp_path, resume=True, seed=9, tree={"name": "chain", "depth": 3}, audit=False)
     message = str(caught.value)
-    assert "seed: 3 -> 9" in message
-    assert 'tree.name: "beam" -> "chain"' in message
-    assert "tree.width: 2 -> (absent)" in message
-    assert "audit: true -> false" in message
+    for part in ("seed: 3 -> 9", 'tree.name: "beam" -> "chain"', "tree.width: 2 -> (absent)", "audit: true -> false"):
+        assert part in message
     assert "tree.depth" not in message
     assert "\n" not in message
-    open_folder(tmp_path, resume=True).close()  # the lock was let go
-
-
-def test_keys_that_change_no_record_may_differ(tmp_path: Path) -> None:
-    filled(tmp_path)
-    changes = {"logger": {"name": "wandb"}, "run_dir": "elsewhere", "experiment": "x"}
-    with open_folder(tmp_path, resume=True, **changes) as folder:
+    assert (tmp_path / RECORDS).read_bytes() == before
+    changing_no_record = {"logger": {"name": "wandb"}, "run_dir": "elsewhere", "experiment": "x"}
+    with open_folder(tmp_path, resume=True, **changing_no_record) as folder:  # the lock was let go
         assert len(folder) == 3
-
-
-def test_records_without_their_configuration_are_refused(tmp_path: Path) -> None:
-    filled(tmp_path)
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml is missing"):
         open_folder(tmp_path, resume=True)
 
 
 @given(st.dictionaries(st.text(), st.floats() | st.text() | st.booleans() | st.none() | st.integers(), max_size=5))
-def test_a_configuration_equals_itself_after_the_disk(tmp_path: Path, values: dict[str, object]) -> None:
+def test_a_configuration_equals_itself_after_the_disk(tmp_path, values):
     """Stop strings may hold anything, line separators too."""
     for leftover in tmp_path.iterdir():
         leftover.unlink()
@@ -197,11 +163,25 @@ def test_a_configuration_equals_itself_after_the_disk(tmp_path: Path, values: di
         assert len(folder) == 1
 
 
-def test_true_is_not_one() -> None:
-    assert config_differences({"a": 1}, {"a": True}) == ["a: 1 -> true"]
+@pytest.mark.parametrize(
+    ("before", "now", "differences"),
+    [
+        ({"a": 1}, {"a": True}, ["a: 1 -> true"]),
+        ({"device": "auto"}, {"device": "cpu"}, []),
+        ({"device": "cuda"}, {"device": "cpu"}, ['device: "cuda" -> "cpu"']),
+        ({"target": {"dtype": "auto"}}, {"target": {"dtype": "float32"}}, ['target.dtype: "auto" -> "float32"']),
+        # A key that is newer than the folder differs only if it is used.
+        ({"a": {}}, {"a": {"new": None}}, []),
+        ({"a": {}}, {"a": {"new": 2}}, ["a.new: (absent) -> 2"]),
+        ({"decoding": {}}, {"decoding": {"texts": 1}}, []),
+        ({"decoding": {}}, {"decoding": {"texts": 2}}, ["decoding.texts: (absent) -> 2"]),
+    ],
+)
+def test_what_is_another_configuration(before, now, differences):
+    assert config_differences(before, now) == differences
 
 
-def test_a_folder_of_before_counted_its_budget_in_the_allocator(tmp_path: Path) -> None:
+def test_a_folder_of_before_counted_its_budget_in_the_allocator(tmp_path):
     """Its configuration does not say so; ``auto`` is another configuration than the number that it came to."""
     budget = {"name": "stream", "vram_gib": 8.0}
     with open_folder(tmp_path, offload=budget) as folder:
@@ -214,25 +194,13 @@ def test_a_folder_of_before_counted_its_budget_in_the_allocator(tmp_path: Path) 
         assert "\n" not in str(refusal.value)
 
 
-def test_a_key_newer_than_the_folder_differs_only_if_it_is_used() -> None:
-    assert config_differences({"a": {}}, {"a": {"new": None}}) == []
-    assert config_differences({"decoding": {}}, {"decoding": {"texts": 1}}) == []
-    assert config_differences({"decoding": {}}, {"decoding": {"texts": 2}}) != []
-    (difference,) = config_differences({"a": {}}, {"a": {"new": 2}})
-    assert difference.startswith("a.new: ")
-
-
-def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> None:
+def test_records_of_another_source_or_device_take_no_others(tmp_path):
     auto = {**CONFIG, "device": "auto", "benchmark": {**CONFIG["benchmark"], "source": "auto"}}
     here = {"source": "file", "device": "cpu"}
 
-    def again(chosen: dict[str, str], **changes: object) -> RunFolder:
-        return RunFolder.open(
-            tmp_path,
-            resume=True,
-            config={**auto, **changes},
-            check=lambda records: check_chosen(tmp_path, records, chosen),
-        )
+    def again(chosen, **changes):
+        check = lambda records: check_chosen(tmp_path, records, chosen)  # noqa: E731
+        return RunFolder.open(tmp_path, resume=True, config={**auto, **changes}, check=check)
 
     with RunFolder.open(tmp_path, resume=False, config=auto) as folder:
         folder.append(record(0))
@@ -251,13 +219,7 @@ def test_records_of_another_source_or_device_take_no_others(tmp_path: Path) -> N
         again(here)
 
 
-def test_what_auto_came_to_is_no_other_configuration() -> None:
-    assert config_differences({"device": "auto"}, {"device": "cpu"}) == []
-    assert config_differences({"device": "cuda"}, {"device": "cpu"}) == ['device: "cuda" -> "cpu"']
-    assert config_differences({"target": {"dtype": "auto"}}, {"target": {"dtype": "float32"}}) != []
-
-
-def test_a_changed_machine_is_noted_and_recorded(tmp_path: Path) -> None:
+def test_a_changed_machine_is_noted_and_recorded(tmp_path):
     first = {"versions": {"torch": "2.13"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "1"}
     second = {"versions": {"torch": "2.12"}, "hardware": {"cpu": "x"}, "git": None, "timestamp": "2"}
     with RunFolder.open(tmp_path, resume=False, config=CONFIG, environment=first) as folder:
@@ -270,7 +232,7 @@ def test_a_changed_machine_is_noted_and_recorded(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ damage
 
 
-def test_a_file_cut_at_any_byte_loses_the_torn_line_only(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_loses_the_torn_line_only(tmp_path):
     folder = open_folder(tmp_path)
     for index in range(4):
         folder.append(small(index))
@@ -294,7 +256,7 @@ def test_a_file_cut_at_any_byte_loses_the_torn_line_only(tmp_path: Path) -> None
 
 
 @given(st.data())
-def test_any_damage_inside_costs_its_own_line_only(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_damage_inside_costs_its_own_line_only(tmp_path, data):
     lines = [json_line(small(index)) for index in range(4)]
     victim = data.draw(st.integers(0, 3))
     junk = data.draw(st.binary(min_size=1, max_size=30).filter(lambda b: b.strip() and b"\n" not in b))
@@ -321,7 +283,7 @@ def test_any_damage_inside_costs_its_own_line_only(tmp_path: Path, data: st.Data
         assert len(folder.notes) == 1, "repaired once, then quiet"
 
 
-def test_repeated_records_count_once(tmp_path: Path) -> None:
+def test_repeated_records_count_once(tmp_path):
     filled(tmp_path, 2)
     with (tmp_path / RECORDS).open("ab") as file:
         file.write(json_line(record(0, text="again")))
@@ -330,7 +292,7 @@ def test_repeated_records_count_once(tmp_path: Path) -> None:
         assert any("repeated" in note for note in folder.notes)
 
 
-def test_reading_changes_nothing_and_names_what_is_missing(tmp_path: Path) -> None:
+def test_reading_changes_nothing_and_names_what_is_missing(tmp_path):
     filled(tmp_path, 2)
     torn = (tmp_path / RECORDS).read_bytes()[:-5]
     (tmp_path / RECORDS).write_bytes(torn)
@@ -342,48 +304,56 @@ def test_reading_changes_nothing_and_names_what_is_missing(tmp_path: Path) -> No
         read_records(tmp_path / "nowhere")
 
 
-def run_appender(path: Path, count: int, resume: bool) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.runs.appender", str(path), str(count), "resume" if resume else "new"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def append_until_killed(arguments):
+    path, count, resume = arguments
+    with open_folder(Path(path), resume == "True") as folder:
+        print("open")
+        for index in range(int(count)):
+            if folder.finished(f"s{index}", 0) is None:
+                folder.append(record(index, text="x" * 3000))
+                print(index)
+        print("end")
 
 
-def test_kill_9_loses_nothing_that_was_announced(tmp_path: Path, real_fsync: None) -> None:
+def appender(path, count, resume):
+    """A process that appends records until it is killed, and its output."""
+    output, end = os.pipe()
+    process = Forked(path, count, resume, log=end, entry=append_until_killed)
+    os.close(end)
+    return process, os.fdopen(output)
+
+
+def test_kill_9_loses_nothing_that_was_announced(tmp_path, real_fsync):
     announced: set[str] = set()
     for attempt, patience in enumerate((3, 9, 17)):
-        process = run_appender(tmp_path, 2000, resume=attempt > 0)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip().isdigit():
-                announced.add(f"s{line.strip()}")
-                patience -= 1
-            if not patience:
-                process.send_signal(signal.SIGKILL)
-                break
-        # What it announced between our decision and its death counts as well.
-        announced |= {f"s{line.strip()}" for line in process.stdout.read().splitlines() if line.strip().isdigit()}
-        process.stdout.close()
-        assert process.wait(timeout=20) == -signal.SIGKILL
+        process, output = appender(tmp_path, 2000, resume=attempt > 0)
+        with output:
+            for line in output:  # what it announced between our decision and its death counts as well
+                if line.strip().isdigit():
+                    announced.add(f"s{line.strip()}")
+                    patience -= 1
+                if not patience:
+                    process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         records, _ = read_records(tmp_path)
         assert announced <= {made["sample_id"] for made in records}
     count = len(announced) + 5
-    process = run_appender(tmp_path, count, resume=True)
-    output, _ = process.communicate(timeout=60)
-    assert output.endswith("end\n")
+    process, output = appender(tmp_path, count, resume=True)
+    with output:
+        assert output.read().endswith("end\n")
+    assert process.wait() == 0
     raw = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines()]
     assert [made["sample_id"] for made in raw] == [f"s{index}" for index in range(count)]
 
 
-def test_a_killed_owner_does_not_block_but_a_living_one_does(tmp_path: Path, real_fsync: None) -> None:
-    process = run_appender(tmp_path, 10**6, resume=False)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "open\n"
-    try:
+def test_a_killed_owner_does_not_block_but_a_living_one_does(tmp_path, real_fsync):
+    process, output = appender(tmp_path, 10**6, resume=False)
+    with output:
+        assert output.readline() == "open\n"
         with pytest.raises(SubspecError, match="in use by another process"):
             open_folder(tmp_path, resume=True)
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.wait(timeout=20)
+        process.send_signal(signal.SIGKILL)
+    process.wait()
     with open_folder(tmp_path, resume=True), pytest.raises(SubspecError, match="in use"):
         open_folder(tmp_path, resume=True)
     open_folder(tmp_path, resume=True).close()

@@ -2,26 +2,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 import subspec
 from subspec.runs import environment as module
-from subspec.runs.environment import (
-    device_vram_gib,
-    environment,
-    git_state,
-    peak_ram_gib,
-    peak_vram_gib,
-    reserved_vram_gib,
-    versions,
-)
+from subspec.runs.environment import environment, git_state, peak_ram_gib, versions
 
 
-def test_what_ran_where() -> None:
+def test_what_ran_where():
     made = environment()
     assert json.loads(json.dumps(made)) == made
     assert made["versions"]["torch"] == torch.__version__
@@ -34,12 +24,12 @@ def test_what_ran_where() -> None:
     assert (made["hardware"]["gpu"] is None) == (not torch.cuda.is_available())
 
 
-def test_packages_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing_are_left_out(monkeypatch):
     monkeypatch.setattr(module, "PACKAGES", ("torch", "no-such-package-of-that-name"))
     assert set(versions()) == {"python", "subspec", "torch"}
 
 
-def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_home_folder_is_not_spelt_out(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "orig_argv", [f"{tmp_path}/bin/python", "-m", "subspec.run", f"run_dir={tmp_path}/x"])
     made = environment()
@@ -47,12 +37,12 @@ def test_the_home_folder_is_not_spelt_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert str(tmp_path) not in json.dumps(made)
 
 
-def test_revision_of_a_checkout(tmp_path: Path) -> None:
+def test_revision_of_a_checkout(tmp_path):
     package = tmp_path / "subspec"
     package.mkdir()
     (package / "__init__.py").write_text("")
 
-    def git(*arguments: str) -> str:
+    def git(*arguments):
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -69,12 +59,12 @@ def test_revision_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(package)["dirty"] is True
 
 
-def test_without_git_there_is_no_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state() is None
 
 
-def test_peak_ram_grows_with_what_is_used() -> None:
+def test_peak_ram_grows_with_what_is_used():
     before = peak_ram_gib()
     assert 0.01 < before < 1000
     held = bytearray(os.urandom(1)) * int((before + 0.1) * 2**30)
@@ -83,25 +73,15 @@ def test_peak_ram_grows_with_what_is_used() -> None:
     assert peak_ram_gib() > before + 0.05, "a peak does not fall"
 
 
-def test_peak_vram(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert peak_vram_gib() is device_vram_gib() is None
-    assert reserved_vram_gib() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 3 * 2**29)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 2**31)
-    assert peak_vram_gib() == 1.5
-    assert reserved_vram_gib() == 2.0
-
-
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert module.peak_vram_gib() is module.device_vram_gib() is module.reserved_vram_gib() is None
     card = SimpleNamespace(name="A Card", total_memory=8 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    shown = {"is_available": True, "is_initialized": True, "current_device": 0, "device_count": 2}
+    shown |= {"max_memory_allocated": 3 * 2**29, "max_memory_reserved": 2**31, "get_device_properties": card}
+    for name, value in shown.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert (module.peak_vram_gib(), module.reserved_vram_gib()) == (1.5, 2.0)
     gpu = module.hardware()["gpu"]
     assert (gpu["name"], gpu["memory_gib"], gpu["compute_capability"], gpu["count"]) == ("A Card", 8.0, "9.0", 2)
     assert set(gpu) >= {"driver", "cuda"}

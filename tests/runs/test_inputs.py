@@ -9,7 +9,7 @@ from subspec.benchmarks import Benchmark, Sample
 from subspec.config.schema import Source
 from subspec.errors import ConfigError
 from subspec.runs.inputs import check_prompts, check_weights
-from subspec.runs.turn import PROMPT_TOO_LONG, chat_messages, skipped_record, turn_record
+from subspec.runs.turn import chat_messages, skipped_record, turn_record
 from tests.helpers.records import CONTEXT, result
 
 SAMPLES = [Sample("q/1", ("one", "and then?")), Sample("q/2", ("two",), "42"), Sample("q/3", ("three",), "7")]
@@ -38,7 +38,7 @@ def records():
         for (id_, index, turn), said in zip(places, texts, strict=True)
     ]
     long = {"sample_id": "q/3", "sample_index": 2, "messages": chat_messages(["three"])}
-    return [*made, skipped_record(CONTEXT, **long, reason=PROMPT_TOO_LONG)]
+    return [*made, skipped_record(CONTEXT, **long, prompt_tokens=5000, limit=400)]
 
 
 @pytest.mark.parametrize(

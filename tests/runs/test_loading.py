@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,9 +38,8 @@ def test_the_allocator_is_capped_at_the_budget(monkeypatch, device, number):
     told = []
     monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=(index + 1) << 34)
-    )
+    card = lambda index: SimpleNamespace(total_memory=(index + 1) << 34)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *args: told.append(args), raising=False)
     cap_device(8.0, torch.device(device))
     assert told == [(0.5 / (number + 1), number)]
@@ -49,9 +49,8 @@ def test_the_allocator_is_capped_at_the_budget(monkeypatch, device, number):
 
 def of_32b(planted):
     """What is known of a source before a weight is drawn or read: 32.8 billion of them, 61 GiB in bfloat16."""
-    return SimpleNamespace(
-        name="a 32B", config=SHAPES["qwen2_5_32b"](), dtype=torch.bfloat16, planted=planted, notes=()
-    )
+    facts = {"name": "a 32B", "config": SHAPES["qwen2_5_32b"](), "dtype": torch.bfloat16, "notes": ()}
+    return SimpleNamespace(**facts, planted=planted)
 
 
 def test_accelerate_needs_the_host_for_what_it_does_not_move():
@@ -63,10 +62,7 @@ def test_accelerate_needs_the_host_for_what_it_does_not_move():
 
 @pytest.mark.parametrize(("planted", "needs"), [(True, "61.0"), (False, "54.5")])
 def test_accelerate_is_refused_before_the_host_swaps(monkeypatch, planted, needs):
-    def build(*arguments):
-        raise AssertionError("built")
-
-    monkeypatch.setattr("subspec.offload.accelerate.build_model", build)
+    monkeypatch.setattr("subspec.offload.accelerate.build_model", Mock(side_effect=AssertionError("built")))
     capped = []
     fake_device(monkeypatch, total=16.0, others=1.0)
     monkeypatch.setattr(session, "cap_device", lambda gib, device: capped.append(gib))
@@ -118,10 +114,8 @@ def test_a_run_that_holds_more_than_its_budget_warns(monkeypatch, counts, held, 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     warnings = []
     vram = Budget(8 * GIB, VramCounts(counts), Allocation("CUDA itself", ()))
-    running = SimpleNamespace(
-        device=torch.device("cuda"), assembly=SimpleNamespace(vram=vram), console=SimpleNamespace(warn=warnings.append)
-    )
-    runner._Run._end_loading(running)
+    parts = {"assembly": SimpleNamespace(vram=vram), "console": SimpleNamespace(warn=warnings.append)}
+    runner._Run._end_loading(SimpleNamespace(device=torch.device("cuda"), **parts))
     assert len(warnings) == warned
 
 
@@ -140,25 +134,13 @@ def test_a_resumed_run_keeps_the_budget_that_auto_came_to(monkeypatch, tmp_path)
         vram("auto")
 
 
-@pytest.mark.parametrize("way", ["none", "stream", "accelerate"])
-def test_every_way_of_loading_begins_with_a_free_device(monkeypatch, way):
+@pytest.mark.parametrize("kind", [OffloadConfig, StreamOffloadConfig, AccelerateOffloadConfig])
+def test_every_way_of_loading_begins_with_a_free_device(monkeypatch, kind):
     """In a sweep within one process the run before may have left a cap and peaks, which are not this run's."""
-    done = []
-    monkeypatch.setattr(loading, "free_device", lambda device: done.append("freed"))
-    for name in ("_load_streamed", "load_target", "assemble"):
-        monkeypatch.setattr(loading, name, lambda *arguments, name=name, **options: done.append(name))
-    monkeypatch.setattr(
-        loading, "assemble_accelerate", lambda *arguments: done.append("assemble_accelerate") or (None, None)
-    )
-    offloads = {
-        "none": (OffloadConfig(name="none"), ["load_target", "assemble"]),
-        "stream": (StreamOffloadConfig(name="stream"), ["_load_streamed"]),
-        "accelerate": (AccelerateOffloadConfig(name="accelerate"), ["assemble_accelerate"]),
-    }
-    offload, expected = offloads[way]
-    config = SimpleNamespace(target=None, offload=offload)
-    loading.load(config, torch.device("cuda"), SimpleNamespace(note=None))
-    assert done == ["freed", *expected]
+    monkeypatch.setattr(loading, "free_device", Mock(side_effect=InterruptedError))
+    config = SimpleNamespace(target=None, offload=kind(name="x"))
+    with pytest.raises(InterruptedError):
+        loading.load(config, torch.device("cuda"), SimpleNamespace(note=None))
 
 
 @pytest.mark.parametrize(("disk_gb_per_s", "slower"), [(0.5, "disk"), (5000.0, "link")])
@@ -185,9 +167,8 @@ def test_shares_are_of_the_slower_of_two_links(tmp_path, monkeypatch, disk_gb_pe
     assert (facts["slower_link"], facts["link_gb_per_s"]) == (slower, tiered.link.gb_per_s)
     assert facts["disk"]["gb_per_s"] == facts["plan"]["disk"]["gb_per_s"] == disk_gb_per_s
     assert facts["disk"]["layers"] == facts["plan"]["disk_layers"] == list(on_disk)
-    assert method_label({"offload": {"name": "stream", "ram_gib": 4}, "draft": {"name": "none"}}, facts).endswith(
-        "disk beyond 4 GiB of RAM"
-    )
+    label = method_label({"offload": {"name": "stream", "ram_gib": 4}, "draft": {"name": "none"}}, facts)
+    assert label.endswith("disk beyond 4 GiB of RAM")
     texts = [run.assembly.engine.generate([1, 2, 3], max_new_tokens=6) for run in (pinned, tiered)]
     assert texts[0].token_ids == texts[1].token_ids
     assert pinned.assembly.streamed.target.disk is None

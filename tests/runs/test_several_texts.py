@@ -1,16 +1,14 @@
 """Runs with ``decoding.texts``: the texts of one at a time, whole records, and figures that add up."""
 
 import re
-import signal
 import time
 
 import pytest
 
 from subspec.decoding.audit import Auditor
 from subspec.decoding.scheduler import Scheduler
-from subspec.records.run_folder import RunFolder
-from tests.helpers.cli import Forked, cli, records_of, summary_of, tiny_run
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.cli import Forked, cli, done, records_of, summary_of, texts_of, tiny_run
+from tests.helpers.stopped import kill_after, killed_after
 
 PLANTED = ["target=planted_tiny", "benchmark=aime", "benchmark.source=sample", "benchmark.max_samples=3"]
 PLANTED += ["decoding.max_new_tokens=6", "tree.depth=3", "warmup=0", "logger=none", "device=cpu"]
@@ -24,22 +22,11 @@ DRAFTS = {
 
 
 def run(folder, *overrides):
-    ran = cli(*overrides, f"run_dir={folder}")
-    assert ran.code == 0, ran.err
-    return ran.out
-
-
-def texts(folder):
-    return {(record["sample_id"], record["turn"]): record["token_ids"] for record in records_of(folder)}
+    return done(*overrides, f"run_dir={folder}").out
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_positions=8192)
-
-
-@pytest.fixture(scope="module")
-def options(checkpoint, tmp_path_factory):
+def options(checkpoint):
     """A run of four samples of two turns, whose prompts of different lengths are read in small pieces."""
     shape = ["benchmark=mt_bench", "decoding.prefill_chunk=64", "draft=prompt_lookup", "seed=1"]
     return [*tiny_run(checkpoint, "nowhere", samples=4, tokens=6)[:-1], *shape]
@@ -70,7 +57,7 @@ def planted(tmp_path_factory):
     for decoding in ("greedy", "sampling"):
         folder = tmp_path_factory.mktemp(decoding)
         run(folder, *PLANTED, "draft=none", f"decoding={decoding}")
-        found[decoding] = texts(folder)
+        found[decoding] = texts_of(folder)
     return found
 
 
@@ -78,7 +65,7 @@ def planted(tmp_path_factory):
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_texts_are_those_of_one_at_a_time(tmp_path, planted, draft, decoding):
     run(tmp_path, *PLANTED, *DRAFTS[draft], f"decoding={decoding}", "decoding.texts=2", "audit=true")
-    assert texts(tmp_path) == planted[decoding]
+    assert texts_of(tmp_path) == planted[decoding]
     assert summary_of(tmp_path)["audit"]["errors"] == 0
 
 
@@ -89,7 +76,7 @@ def test_the_default_models_texts_are_those_of_one_at_a_time(tmp_path):
     shape += ["decoding.max_new_tokens=6", "device=cpu", "draft=subspec", "tree.depth=3", "warmup=0"]
     for number in (1, 2):
         run(tmp_path / str(number), *shape, f"decoding.texts={number}")
-    assert texts(tmp_path / "1") == texts(tmp_path / "2")
+    assert texts_of(tmp_path / "1") == texts_of(tmp_path / "2")
 
 
 # --------------------------------------------------------------------------------------------- records
@@ -101,8 +88,8 @@ def test_every_turn_is_recorded_once_behind_the_one_before_it(alone, together):
     assert sorted(keys) == [(index, turn) for index in range(4) for turn in (0, 1)]
     assert all(keys.index((index, 0)) < keys.index((index, 1)) for index in range(4))
     assert keys != sorted(keys)
-    assert min(keys.index((3, 0)), len(keys)) > min(keys.index((index, 1)) for index in range(3))
-    assert texts(together[1]) == texts(alone)
+    assert keys.index((3, 0)) > min(keys.index((index, 1)) for index in range(3))
+    assert texts_of(together[1]) == texts_of(alone)
     assert all(record["audit"]["mismatch"] == 0 for record in records)
 
 
@@ -161,59 +148,32 @@ def test_a_text_that_cannot_go_on_ends_the_run_and_those_that_ended_with_it_are_
 # ---------------------------------------------------------------------------------------------- resume
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the project catches it."""
-
-
-def stopped_after(count, folder, monkeypatch, *overrides):
-    """A run that ends before it writes another record than the first ``count``."""
-    append = RunFolder.append
-
-    def stop(self, record):
-        if len(self) == count:
-            raise Killed
-        return append(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", stop)
-        with pytest.raises(Killed):
-            cli(*overrides, f"run_dir={folder}")
-
-
 @pytest.mark.parametrize("count", [1, 6])
-def test_a_stopped_run_goes_on(options, alone, tmp_path, monkeypatch, count):
-    stopped_after(count, tmp_path, monkeypatch, *options, "decoding.texts=3")
+def test_a_stopped_run_goes_on(options, alone, tmp_path, count):
+    killed_after(count, *options, "decoding.texts=3", f"run_dir={tmp_path}")
     before = records_of(tmp_path)
     assert len(before) == count
     run(tmp_path, "resume=true")
     records = records_of(tmp_path)
     assert records[:count] == before
-    assert texts(tmp_path) == texts(alone)
+    assert texts_of(tmp_path) == texts_of(alone)
     assert summary_of(tmp_path)["counts"] == summary_of(alone)["counts"]
     totals = summary_of(tmp_path)["totals"]
     assert totals["loop_s"] == pytest.approx(sum(record["loop_s"] for record in records))
 
 
 def test_kill_9_costs_the_running_turns_only(options, alone, tmp_path):
-    file, process = tmp_path / "records.jsonl", Forked(*options, "decoding.texts=3", f"run_dir={tmp_path}")
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(2, tmp_path, Forked(*options, "decoding.texts=3", f"run_dir={tmp_path}"))
     run(tmp_path, "resume=true")
-    assert texts(tmp_path) == texts(alone)
+    assert texts_of(tmp_path) == texts_of(alone)
 
 
-def test_figures_of_one_number_only(options, tmp_path, monkeypatch):
-    stopped_after(2, tmp_path, monkeypatch, *options, "decoding.texts=3")
+def test_figures_of_one_number_only(options, tmp_path):
+    killed_after(2, *options, "decoding.texts=3", f"run_dir={tmp_path}")
     cli(f"run_dir={tmp_path}", "resume=true", "decoding.texts=2").refused(2, r"decoding\.texts: 3 -> 2")
     run(tmp_path, "resume=true", "decoding.texts=auto")  # as many as in the first session
     assert {record["texts"] for record in records_of(tmp_path)} == {3}
-    (tmp_path / "records.jsonl").write_bytes(
-        b"".join((tmp_path / "records.jsonl").read_bytes().splitlines(keepends=True)[:2])
-    )
+    file = tmp_path / "records.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
     line = r"decoding\.texts comes to 2 now, and the records in .* of 3: set decoding\.texts=3"
     cli(f"run_dir={tmp_path}", "resume=true", "decoding.texts=2").refused(2, line)

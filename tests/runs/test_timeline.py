@@ -5,8 +5,7 @@ import json
 import pytest
 
 from subspec.runs.timeline import LANES, Interval, busy_share, chrome_trace, draw, last_iterations
-from tests.helpers.cli import cli, records_of, tiny_run
-from tests.helpers.tiny import tiny_checkpoint
+from tests.helpers.cli import done, records_of, tiny_run
 
 
 def lane(name, *spans):
@@ -44,12 +43,10 @@ def test_a_text_of_one_token_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("draft", ["subspec", "none"])
-def test_a_run_with_a_timeline_counts_as_one_without(tmp_path, draft):
-    tiny_checkpoint(tmp_path / "tiny", max_positions=4096)
+def test_a_run_with_a_timeline_counts_as_one_without(checkpoint, tmp_path, draft):
     arguments = [f"draft={draft}", "tree.depth=4"]
     for folder, profile in (("with", "timeline"), ("without", "none")):
-        ran = cli(*tiny_run(tmp_path / "tiny", tmp_path / folder), *arguments, f"profile={profile}")
-        assert ran.code == 0, ran.err
+        ran = done(*tiny_run(checkpoint, tmp_path / folder), *arguments, f"profile={profile}")
         assert (f"timeline: {tmp_path / folder / 'timeline.png'}" in ran.out) == (profile == "timeline")
     emitted = [[r["token_ids"] for r in records_of(tmp_path / name)] for name in ("with", "without")]
     assert emitted[0] == emitted[1]

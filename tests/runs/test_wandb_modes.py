@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,33 +22,22 @@ from tests.helpers.records import CONFIG, record
 from .test_logger import run_with
 
 ROOT = Path(__file__).parents[2]
-KEY = "0123456789abcdef" * 3
 
 
 class FakeWandb:
     """The library's surface that we use, in memory; ``init`` does what ``script`` says for its mode."""
 
-    def __init__(self, **script: Any) -> None:
+    def __init__(self, **script):
         self.script = script
-        self.inits: list[dict[str, Any]] = []
-        self.rows: list[tuple[int, dict[str, Any]]] = []
-        self.exit_codes: list[int] = []
-        self.api = SimpleNamespace(api_key=KEY)
-        self.summary: dict[str, Any] = {}
+        self.inits, self.rows, self.exit_codes, self.summary = [], [], [], {}
+        self.api = SimpleNamespace(api_key="0123456789abcdef" * 3)
         fields = {"silent": None, "console": None, "init_timeout": None}
-        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": fields, "base_url": "http://127.0.0.1:9"})
+        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": fields})
+        self.setup = lambda settings=None: SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
         self.plot = SimpleNamespace(line=lambda table, x, y, title: ("plot", table))
+        self.Image, self.Table = (lambda picture: picture.size), (lambda columns, data: (columns, data))
 
-    def setup(self, settings: Any = None) -> Any:
-        return SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
-
-    def Image(self, picture: Any) -> Any:
-        return picture.size
-
-    def Table(self, columns: list[str], data: list[Any]) -> Any:
-        return (columns, data)
-
-    def init(self, **arguments: Any) -> Any:
+    def init(self, **arguments):
         self.inits.append(arguments)
         action = self.script.get(arguments["mode"])
         if isinstance(action, BaseException):
@@ -66,7 +54,7 @@ class FakeWandb:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeWandb:
+def fake(monkeypatch, request):
     library = FakeWandb(**getattr(request, "param", {}))
     monkeypatch.setattr(wandb_logger, "import_wandb", lambda: library)
     monkeypatch.setattr(wandb_logger, "reachable", lambda host, timeout: True)
@@ -76,12 +64,12 @@ def fake(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Fak
     return library
 
 
-def make(mode: WandbMode = WandbMode.auto) -> WandbLogger:
+def make(mode=WandbMode.auto):
     return WandbLogger(WandbConfig(name="wandb", mode=mode))
 
 
 @pytest.mark.parametrize("fake", [{"online": {"resumed": True, "step": 2}}], indirect=True)
-def test_online_a_resumed_run_continues_where_the_service_stands(fake: FakeWandb, tmp_path: Path) -> None:
+def test_online_a_resumed_run_continues_where_the_service_stands(fake, tmp_path):
     logger = make()
     (tmp_path / "wandb_run.json").write_text('{"id": "abc123"}')
     logger.start(CONFIG, tmp_path, {}, finished=[record(n) for n in range(4)])
@@ -98,7 +86,7 @@ def test_online_a_resumed_run_continues_where_the_service_stands(fake: FakeWandb
 
 
 @pytest.mark.parametrize("fake", [{"online": {"resumed": True, "step": 4}}], indirect=True)
-def test_rows_that_the_table_took_are_stepped_over(fake: FakeWandb, tmp_path: Path) -> None:
+def test_rows_that_the_table_took_are_stepped_over(fake, tmp_path):
     """An earlier session logged its table at row 2 and its plot at row 3, and then one more turn runs."""
     logger = make()
     logger.start(CONFIG, tmp_path, {}, finished=[record(0), record(1)])
@@ -108,7 +96,7 @@ def test_rows_that_the_table_took_are_stepped_over(fake: FakeWandb, tmp_path: Pa
 
 
 @pytest.mark.parametrize("fake", [{"online": RuntimeError("the key is not known")}], indirect=True)
-def test_a_refused_key_goes_offline_unless_online_was_asked_for(fake: FakeWandb, tmp_path: Path) -> None:
+def test_a_refused_key_goes_offline_unless_online_was_asked_for(fake, tmp_path):
     logger = make()
     logger.start(CONFIG, tmp_path, {})
     assert [arguments["mode"] for arguments in fake.inits] == ["online", "offline"]
@@ -117,17 +105,18 @@ def test_a_refused_key_goes_offline_unless_online_was_asked_for(fake: FakeWandb,
         make(WandbMode.online).start(CONFIG, tmp_path, {})
 
 
-@pytest.mark.parametrize(
-    "fake", [{"online": RuntimeError("no"), "offline": OSError(28, "No space left on device")}], indirect=True
-)
-def test_when_nothing_works_the_run_goes_on(fake: FakeWandb, tmp_path: Path) -> None:
-    warnings: list[str] = []
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fake", [{"online": RuntimeError("no"), "offline": FULL}], indirect=True)
+def test_when_nothing_works_the_run_goes_on(fake, tmp_path):
+    warnings = []
     run_with(SafeLogger(make(), warnings.append), tmp_path)
-    assert len(warnings) == 1
-    assert "No space left on device" in warnings[0]
+    (warning,) = warnings
+    assert "No space left on device" in warning
 
 
-def test_the_run_is_closed_even_if_its_summary_fails(fake: FakeWandb, tmp_path: Path) -> None:
+def test_the_run_is_closed_even_if_its_summary_fails(fake, tmp_path):
     logger = make(WandbMode.offline)
     logger.start(CONFIG, tmp_path, {})
     with pytest.raises(KeyError):
@@ -135,22 +124,19 @@ def test_the_run_is_closed_even_if_its_summary_fails(fake: FakeWandb, tmp_path: 
     assert fake.exit_codes == [1]
 
 
-@pytest.mark.parametrize(("value", "expected"), [("disabled", "disabled"), ("offline", "offline")])
-def test_auto_heeds_the_librarys_own_switch(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", value)
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_auto_heeds_the_librarys_own_switch(fake, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
     logger = make()
     logger.start(CONFIG, tmp_path, {})
     logger.log_turn(record(0), 0)
     logger.log_table([record(0)])
     logger.finish(summarise([record(0)]))
-    assert logger.mode == expected
+    assert (logger.mode, bool(fake.rows)) == (mode, mode == "offline")
     assert "WANDB_MODE" in logger.note
-    assert bool(fake.rows) == (expected == "offline")
 
 
-def test_skipped_prompts_are_in_the_table_but_not_in_the_series(fake: FakeWandb, tmp_path: Path) -> None:
+def test_skipped_prompts_are_in_the_table_but_not_in_the_series(fake, tmp_path):
     logger = make(WandbMode.offline)
     logger.start(CONFIG, tmp_path, {})
     skipped = {"sample_id": "s9", "sample_index": 9, "turn": 0, "skipped": {"reason": "prompt_too_long"}}
@@ -160,13 +146,13 @@ def test_skipped_prompts_are_in_the_table_but_not_in_the_series(fake: FakeWandb,
     assert fake.rows[0][1]["samples"][1][0][COLUMNS.index("skipped")] == "prompt_too_long"
 
 
-def test_names_for_people() -> None:
+def test_names_for_people():
     assert run_name(CONFIG) == "tiny subspec-hqq4 gsm8k seed3"
     plain = {**CONFIG, "draft": {"name": "none"}}
     assert run_name(plain) == "tiny none gsm8k seed3"
 
 
-def test_a_proxy_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_not_second_guessed(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for name in [name for name in os.environ if "proxy" in name.lower()]:
@@ -177,14 +163,10 @@ def test_a_proxy_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reachable(f"http://127.0.0.1:{port}", 1.0)
 
 
-def test_dropping_the_service_ends_its_helper_process_and_no_other(tmp_path: Path) -> None:
+def test_dropping_the_service_ends_its_helper_process_and_no_other(tmp_path):
     torn = []
-    processes = []
-    for name in ("wandb-core", "another"):
-        program = tmp_path / name
-        shutil.copy(shutil.which("sleep"), program)
-        processes.append(subprocess.Popen([program, "60"]))
-    helper, other = processes
+    programs = [shutil.copy(shutil.which("sleep"), tmp_path / name) for name in ("wandb-core", "another")]
+    helper, other = processes = [subprocess.Popen([program, "60"]) for program in programs]
     try:
         drop_service(SimpleNamespace(teardown=lambda: torn.append(True) or sys.exit(1)))
         assert helper.wait(timeout=10) != 0
@@ -196,6 +178,6 @@ def test_dropping_the_service_ends_its_helper_process_and_no_other(tmp_path: Pat
             process.wait()
 
 
-def test_the_library_is_not_imported_before_it_is_used() -> None:
+def test_the_library_is_not_imported_before_it_is_used():
     code = "import sys, subspec.runs.wandb_logger, subspec.runs.logger; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

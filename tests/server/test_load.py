@@ -1,7 +1,6 @@
 """Many requests at once: nothing is lost, places are freed, and no request harms another."""
 
 import asyncio
-import time
 from itertools import cycle
 
 import pytest
@@ -11,6 +10,7 @@ pytest.importorskip("openai")
 import httpx
 import openai
 
+from tests.helpers.cli import until
 from tests.server.servers import serving
 
 PROMPTS = ["The quick brown fox", "a", "There are 12 eggs", "def add(first, second):"]
@@ -20,14 +20,6 @@ BODIES = [
     for extra in ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": tokens})
 ]
 MALFORMED = [{"prompt": "a", "max_tokens": 0}, {"prompt": [9999]}, {"prompt": "a" * 999}, {"messages": 1}, {}]
-
-
-def until(condition, seconds=20):
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_two_hundred_requests(tiny):
@@ -62,9 +54,8 @@ def test_two_hundred_requests(tiny):
 
         async def all_of_them():
             calls = {"w": whole, "s": stream, "g": gone, "m": malformed}
-            async with openai.AsyncOpenAI(
-                base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
-            ) as client:
+            options = {"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 120}
+            async with openai.AsyncOpenAI(**options) as client:
                 tasks = (calls[kind](client, number % len(BODIES)) for number, kind in enumerate(kinds))
                 return await asyncio.gather(*tasks)
 
@@ -82,8 +73,7 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny):
         waiting = create(**long)
         with pytest.raises(openai.InternalServerError) as refused:
             create(model=server.model, prompt="a", max_tokens=1)
-        assert refused.value.status_code == 503
-        assert refused.value.code == "queue_full"
+        assert (refused.value.status_code, refused.value.code) == (503, "queue_full")
         assert int(refused.value.response.headers["Retry-After"]) >= 1
         waiting.close()
         running.close()
@@ -99,19 +89,15 @@ def test_a_text_that_fails_ends_alone(tiny, monkeypatch):
     with serving(tiny) as server:
         add = server.server.worker.scheduler.add
 
-        def failing(ids, **arguments):
-            told = arguments["on_tokens"]
-
+        def failing(*, on_tokens, **arguments):
             def tell(tokens, text):
-                told(tokens, text)
+                on_tokens(tokens, text)
                 if arguments["seed"] == 13:
                     raise ValueError("broken")
 
-            return add(ids, **arguments | {"on_tokens": tell})
+            return add(on_tokens=tell, **arguments)
 
-        monkeypatch.setattr(
-            server.server.worker.scheduler, "add", lambda prompt_ids, **others: failing(prompt_ids, **others)
-        )
+        monkeypatch.setattr(server.server.worker.scheduler, "add", failing)
         create = server.client.completions.create
         with pytest.raises(openai.InternalServerError):
             create(model=server.model, prompt="a", max_tokens=5, seed=13)

@@ -31,49 +31,28 @@ def error_of(response, status):
     return error
 
 
-WRONG = [
-    ("max_tokens", 0),
-    ("max_tokens", "5"),
-    ("max_tokens", 1.5),
-    ("max_tokens", True),
-    ("max_completion_tokens", -1),
-    ("temperature", -0.1),
-    ("temperature", 2.5),
-    ("temperature", float("nan")),
-    ("temperature", "hot"),
-    ("temperature", 1e-9),
-    ("top_p", 0),
-    ("top_p", 1.1),
-    ("top_k", -1),
-    ("seed", -1),
-    ("seed", 0.5),
-    ("stop", ""),
-    ("stop", [1]),
-    ("stop", ["a"] * 33),
-    ("stop", "a<|im_end|>"),
-    ("stream", "yes"),
-    ("n", 2),
-    ("messages", []),
-    ("messages", "a"),
-    ("messages", None),
-    ("messages[0].role", [{"role": "tool", "content": "a"}]),
-    ("messages[0].content", [{"role": "user"}]),
-    ("messages[0].content", [{"role": "user", "content": 5}]),
-    ("messages[0].content", [{"role": "user", "content": "\ud800"}]),
-    ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-    ("stream_options.include_usage", {"include_usage": 3}),
-    ("logit_bias", {"5": 1}),
-    ("tools", [{"type": "function"}]),
-    ("response_format", {"type": "json_object"}),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("logprobs", True),
-    ("min_p", 0.1),
-    ("chat_template_kwargs", {"enable_thinking": False}),
-]
+WRONG = {
+    "max_tokens": (0, "5", 1.5, True),
+    "max_completion_tokens": (-1,),
+    "temperature": (-0.1, 2.5, float("nan"), "hot", 1e-9),
+    "stop": ("", [1], ["a"] * 33, "a<|im_end|>"),
+    "messages": ([], "a", None),
+    "messages[0].role": ([{"role": "tool", "content": "a"}],),
+    "messages[0].content": (
+        [{"role": "user"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+    ),
+    "stream_options.include_usage": ({"include_usage": 3},),
+    "chat_template_kwargs": ({"enable_thinking": False},),
+}
+WRONG |= {"top_p": (0, 1.1), "top_k": (-1,), "seed": (-1, 0.5), "n": (2,), "stream": ("yes",), "min_p": (0.1,)}
+WRONG |= {"presence_penalty": (0.5,), "frequency_penalty": (-1,), "logprobs": (True,), "logit_bias": ({"5": 1},)}
+WRONG |= {"tools": ([{"type": "function"}],), "response_format": ({"type": "json_object"},)}
 
 
-@pytest.mark.parametrize(("param", "value"), WRONG)
+@pytest.mark.parametrize(("param", "value"), [(param, value) for param, values in WRONG.items() for value in values])
 def test_a_wrong_value_names_its_parameter(served, param, value):
     error = error_of(post(served, CHAT, SAID | {re.split(r"\W", param)[0]: value}), 400)
     assert error["param"] == param
@@ -81,16 +60,11 @@ def test_a_wrong_value_names_its_parameter(served, param, value):
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(
-    ("param", "value"),
-    [
-        *(("prompt", value) for value in (["a", "b"], [], "", {"a": 1}, [1.5], None, [9999], [-1], "\ud800")),
-        ("best_of", 2),
-        ("echo", True),
-        ("suffix", "z"),
-        ("logprobs", 0),
-    ],
-)
+PROMPTS = (["a", "b"], [], "", {"a": 1}, [1.5], None, [9999], [-1], "\ud800")
+OTHERS = {"best_of": 2, "echo": True, "suffix": "z", "logprobs": 0}
+
+
+@pytest.mark.parametrize(("param", "value"), [*(("prompt", value) for value in PROMPTS), *OTHERS.items()])
 def test_so_does_one_of_a_completion(served, param, value):
     assert error_of(post(served, COMPLETION, {"prompt": "a", param: value}), 400)["param"] == param
 
@@ -102,14 +76,12 @@ def test_values_without_effect_are_accepted(served):
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_a_prompt_that_is_too_long_says_so(served, kind):
-    path, body = (CHAT, {"messages": [{"role": "user", "content": "a b" * 600}]})
-    path, body = (path, body) if kind == "chat" else (COMPLETION, {"prompt": [5] * 160})
-    error = error_of(post(served, path, body), 400)
-    assert error["code"] == "context_length_exceeded"
-    assert error["param"] == ("messages" if kind == "chat" else "prompt")
-    assert "decoding.max_length" in error["message"]
+def test_a_prompt_that_is_too_long_says_so(served):
+    long = {"messages": [{"role": "user", "content": "a b" * 600}]}
+    for path, body, param in ((CHAT, long, "messages"), (COMPLETION, {"prompt": [5] * 160}, "prompt")):
+        error = error_of(post(served, path, body), 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert "decoding.max_length" in error["message"]
 
 
 def test_an_unknown_model(served):
