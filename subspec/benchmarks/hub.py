@@ -51,11 +51,7 @@ def load_rows(hub: HubData, columns: tuple[str, ...]) -> tuple[Table, str | None
 
 
 def _first_request(hub: HubData) -> str | None:
-    """Request the data set's description once, with a time limit: the libraries retry for tens of seconds.
-
-    Returns:
-        The problem of the service, or None.
-    """
+    """The problem of the service, or None. One request with a time limit: the libraries retry for tens of seconds."""
     from huggingface_hub import HfApi
 
     try:
@@ -124,25 +120,20 @@ def _offline(enabled: bool) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence progress bars and log lines of the hub's libraries."""
     import datasets
-    from datasets.utils import logging as datasets_logging
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
+    from datasets.utils import logging
 
-    hub_bars, bars = not are_progress_bars_disabled(), datasets.is_progress_bar_enabled()
-    verbosities = [(module, module.get_verbosity()) for module in (datasets_logging, hub_logging)]
-    disable_progress_bars()
+    from subspec.utils.console import quiet_libraries  # imports transformers
+
+    bars, verbosity = datasets.is_progress_bar_enabled(), logging.get_verbosity()
     datasets.disable_progress_bars()
-    for module, _ in verbosities:
-        module.set_verbosity_error()
+    logging.set_verbosity_error()
     try:
-        yield
+        with quiet_libraries():
+            yield
     finally:
-        for module, verbosity in verbosities:
-            module.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-        if hub_bars:
-            enable_progress_bars()
 
 
 def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecError:

@@ -12,8 +12,7 @@ _DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.f
 def resolve_device(device: Device) -> torch.device:
     """The device of a run; ``auto`` is the current CUDA device if there is one, else the CPU.
 
-    Raises:
-        ConfigError: ``cuda`` without a CUDA device.
+    ConfigError for ``cuda`` without a CUDA device.
     """
     if device is Device.cpu:
         return torch.device("cpu")
@@ -44,11 +43,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse to load ``needed`` bytes of weights that do not fit, instead of being killed half-way.
-
-    Raises:
-        SubspecError: with both figures and the remedies.
-    """
+    """Refuse (SubspecError) to load ``needed`` bytes of weights that do not fit, instead of being killed half-way."""
     free = free_memory(device)
     if needed <= free:
         return

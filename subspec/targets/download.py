@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from subspec.errors import SubspecError
@@ -98,11 +99,8 @@ def _largest(folder: Path) -> int:
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            if name != "log":
-                try:
-                    largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
-                except OSError:
-                    continue
+            with suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size if name != "log" else 0)
     return largest
 
 

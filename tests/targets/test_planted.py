@@ -13,9 +13,10 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
-from subspec.targets.meta_model import build_model, count_parameters, empty_model
+from subspec.targets.meta_model import count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms
 from subspec.targets.planted_tokenizer import MIN_VOCAB, planted_tokenizer
+from subspec.targets.source import build_model
 from tests.targets.test_checkpoint_source import assert_same
 
 CPU = torch.device("cpu")

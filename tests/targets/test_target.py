@@ -40,7 +40,6 @@ def test_chat_ids_keep_the_turns():
 
 def test_chat_ids_without_a_template_join_the_contents():
     target = make(chat_template=False)
-    assert not target.has_chat_template
     ids = target.chat_ids([{"role": "user", "content": "one"}, {"role": "user", "content": "two"}])
     assert ids == target.tokenizer("one\n\ntwo")["input_ids"]
 
