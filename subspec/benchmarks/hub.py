@@ -13,7 +13,7 @@ from typing import Any
 
 from subspec.benchmarks.rows import DataUnavailableError, Table, read_rows
 from subspec.config.schema import HubData
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError, SubspecError, causes
 from subspec.utils.network import hub_problem
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _first_request(hub: HubData) -> str | None:
     try:
         HfApi().dataset_info(hub.path, revision=hub.revision, timeout=REQUEST_TIMEOUT_S)
     except Exception as error:
-        if any(_is_network(e) for e in _causes(error)):
+        if any(_is_network(e) for e in causes(error)):
             status = _status(error)
             return f"the hub does not work right now ({f'HTTP {status}' if status else type(error).__name__})"
         raise _explain(error, hub, None) from error
@@ -140,7 +140,7 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
     """Translate an error of the hub's libraries into one line."""
     from huggingface_hub import errors
 
-    chain = list(_causes(error))
+    chain = causes(error)
     message = " ".join(str(error).split())
     data = f"benchmark.hub.path={hub.path}"
     elsewhere = "or use benchmark.source=file with benchmark.path=<rows.jsonl>"
@@ -183,14 +183,6 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
             f"the hub failed while serving {hub.path} ({message[:160]})", f"try again, {elsewhere}"
         )
     return SubspecError(f"{data} cannot be loaded: {type(error).__name__}: {message[:300]}; {elsewhere[3:]}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _status(error: BaseException) -> int | None:

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from subspec.config.schema import SCHEMAS
 from subspec.errors import ConfigError
 
 GROUPS = {
@@ -100,8 +101,7 @@ def help_text(conf: Path) -> str:
 def help_on(conf: Path, words: Sequence[str]) -> str:
     """The text of ``--help WORD ...``. A word is a group, ``GROUP=OPTION``, a key, or an override of one.
 
-    Raises:
-        ConfigError: no such group, option or key.
+    ConfigError if there is no such group, option or key.
     """
     return "\n".join(line for word in words for line in _help_on(conf, word))
 
@@ -154,9 +154,8 @@ def option_keys(conf: Path, group: str, option: str) -> list[tuple[str, str]]:
     for name in sorted(dict(options(conf, group)), key=lambda one: schema_of(conf, group, one) is not schema):
         for key, (_, text) in _yaml_keys(conf / group / f"{name}.yaml").items():
             others[key] = others.get(key) or text
-    keys = dict.fromkeys([*given, *declared])
     rows = []
-    for key in keys:
+    for key in dict.fromkeys([*given, *declared]):
         value, text = given.get(key, (declared.get(key, ""), ""))
         if key != "name" and not (key in given and value == "" and any(k.startswith(f"{key}.") for k in given)):
             rows.append((f"{key}={value}", text or others.get(key) or _documented(schema, key)))
@@ -185,8 +184,6 @@ def _sentences(documented: type) -> list[str]:
 
 def schema_of(conf: Path, group: str, option: str) -> type | None:
     """The dataclass of an option; None: its file names none."""
-    from subspec.config.schema import SCHEMAS
-
     text = (conf / group / f"{option}.yaml").read_text(encoding="utf-8")
     found = re.search(r"/schema/(\w+/\w+)@_here_", text)
     return SCHEMAS[found[1]] if found else None
@@ -197,15 +194,9 @@ def kinds(conf: Path, group: str) -> dict[str, type]:
     found: dict[type, str] = {}
     for option, _ in options(conf, group):
         schema = None if group in FILES else schema_of(conf, group, option)
-        if schema is not None and (schema not in found or _is_named(schema, f"{group}/{option}")):
+        if schema is not None and (schema not in found or SCHEMAS.get(f"{group}/{option}") is schema):
             found[schema] = option
     return {option: schema for schema, option in found.items()}
-
-
-def _is_named(schema: type, key: str) -> bool:
-    from subspec.config.schema import SCHEMAS
-
-    return SCHEMAS.get(key) is schema
 
 
 def _yaml_keys(file: Path) -> dict[str, tuple[str, str]]:

