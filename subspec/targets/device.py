@@ -6,8 +6,6 @@ import torch
 from subspec.config.schema import Device, Dtype
 from subspec.errors import ConfigError, SubspecError
 
-_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
-
 
 def resolve_device(device: Device) -> torch.device:
     """The device of a run; ``auto`` is the current CUDA device if there is one, else the CPU.
@@ -31,7 +29,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The target's arithmetic; ``auto`` is float32 on a CPU (token-exact) and bfloat16 on a GPU."""
     if dtype is Dtype.auto:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return _DTYPES[dtype]
+    return getattr(torch, dtype.value)
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from subspec.targets import load_target, load_target_config, open_source
 from subspec.targets.checkpoint import checkpoint_identity, rounded_type
 from subspec.targets.identity import folder_identity
 from subspec.targets.weight_files import INDEX
-from tests.helpers.tiny import END_ID, FAMILIES, edit_config, edit_weights, tiny_checkpoint, tiny_model
+from tests.helpers.tiny import END_ID, FAMILIES, edit_config, edit_weights, shard_weights, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_folder_loads_as_saved(tmp_path, family, tie, notes):
 
 
 def test_sharded_weights(tmp_path):
-    index = shards(tiny_checkpoint(tmp_path))
+    index = shard_weights(tiny_checkpoint(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, ConfigError, rf"2 shards \(model-00001-of-00002.safetensors, ...\) without .*{INDEX}")
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -135,7 +135,6 @@ OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
         ({"hidden_size": "wide"}, "not a valid llama configuration"),
         ({"model_type": "gpt2"}, "'gpt2'.*: llama, mistral, qwen2, qwen3"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized weights \(awq\)"),
-        ({"quantization_config": "awq"}, r"quantized weights \(awq\)"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"hidden_act": "nope"}, "not a valid llama configuration .*nope"),
         ({"sliding_window": "x"}, "not a valid llama configuration"),
@@ -143,7 +142,6 @@ OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
         (OLD_ROPE | {"rope_theta": "x"}, "not a valid llama configuration"),
         (OLD_ROPE | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type su is not supported"),
-        (OLD_ROPE | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rope type mrope"),
         (OLD_ROPE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic rotary embeddings"),
         (OLD_ROPE | {"rope_scaling": {"type": None, "factor": 2.0}}, "not a valid llama configuration"),
     ],
@@ -223,23 +221,12 @@ def test_folders_of_another_kind(tmp_path, file, words):
     refused(tmp_path, ConfigError, words)
 
 
-def shards(folder, **tensors):
-    """Weights in two shards, without an index; returns the index."""
-    state = load_file(folder / "model.safetensors") | tensors
-    names = {}
-    for part in range(2):
-        own, file = dict(list(state.items())[part::2]), f"model-{part + 1:05}-of-00002.safetensors"
-        save_file(own, folder / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(own, file)
-    return {"weight_map": names}
-
-
 def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes):
     """By every reader: whole, layer by layer, and digests."""
     norm = "model.norm.weight"
     expected = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
     before = folder_identity(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps(shards(tmp_path, **{norm: expected[norm] + 1})))
+    (tmp_path / INDEX).write_text(json.dumps(shard_weights(tmp_path, **{norm: expected[norm] + 1})))
     config = HubTargetConfig(name="mine", path=str(tmp_path))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
     target = load(tmp_path, notes.append)
