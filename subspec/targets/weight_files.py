@@ -104,15 +104,6 @@ def weight_files(folder: Path, wanted: Wanted = TARGET) -> list[str]:
     return sorted(set(files.values()))
 
 
-def missing_weights(folder: Path, wanted: Wanted = TARGET) -> str | None:
-    """The first weight file of ``folder`` that is missing, or None. Contents are not read."""
-    try:
-        names = weight_files(folder, wanted)
-    except ConfigError:
-        return SINGLE
-    return next((name for name in names if not (folder / name).is_file()), None)
-
-
 def open_weights(path: Path) -> safe_open:
     """The safetensors file ``path``, mapped.
 

@@ -60,11 +60,29 @@ def test_the_configuration_alone(tmp_path):
     assert (config.model_type, config.num_hidden_layers) == ("qwen3", 3)
 
 
-def test_rounding_is_told(tmp_path, notes):
-    target = load(tiny_checkpoint(tmp_path), notes.append, dtype=Dtype.bfloat16)
-    assert target.dtype is torch.bfloat16 is next(target.model.parameters()).dtype
+def unending(folder):
+    (folder / "generation_config.json").write_text("{}")
+    edit_config(folder, eos_token_id=None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda folder: None, {"dtype": Dtype.bfloat16}, "float32 are rounded to bfloat16"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), {}, "no chat template"),
+        (unending, {}, "length limit only"),
+    ],
+)
+def test_what_a_reader_must_know_is_noted(tmp_path, notes, change, options, words):
+    change(tiny_checkpoint(tmp_path))
+    target = load(tmp_path, notes.append, **options)
+    assert target.dtype is getattr(torch, options.get("dtype", Dtype.float32).value)
+    assert (target.eos_token_ids == ()) == (words == "length limit only")
     assert notes == list(target.notes)
-    assert "float32 are rounded to bfloat16" in notes[0]
+    assert len(notes) == 1
+    assert words in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -82,22 +100,6 @@ def test_which_conversions_round(stored, dtype, lost):
     assert rounded_type(stored, dtype) == lost
 
 
-def test_no_chat_template_is_told(tmp_path, notes):
-    load(tiny_checkpoint(tmp_path, chat_template=False), notes.append)
-    assert "no chat template" in notes[0]
-
-
-def test_no_end_of_text_is_told(tmp_path, notes):
-    tiny_checkpoint(tmp_path)
-    (tmp_path / "generation_config.json").write_text("{}")
-    edit_config(tmp_path, eos_token_id=None)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings.pop("eos_token")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load(tmp_path, notes.append).eos_token_ids == ()
-    assert "length limit only" in notes[0]
-
-
 # ------------------------------------------------------------------------------------- broken folders
 
 
@@ -107,23 +109,16 @@ def refused(path, error, words, **config):
     assert "\n" not in str(caught.value)
 
 
-def test_a_path_that_is_nothing(tmp_path):
-    refused(tmp_path / "absent", ConfigError, "no such folder, and not a hub id")
-    refused("./absent", ConfigError, "no such folder")
-    refused("absent", ConfigError, "no such folder")
-
-
 def test_a_folder_that_is_none_and_a_configuration_that_is_none(tmp_path):
+    for path in (tmp_path / "absent", "./absent", "absent"):
+        refused(path, ConfigError, "no such folder, and not a hub id")
     refused(tmp_path, ConfigError, "no config.json")
     file = tiny_checkpoint(tmp_path) / "config.json"
     refused(file, ConfigError, "is a file; pass the checkpoint folder")
     refused(tmp_path, ConfigError, "revision is for hub ids", revision="main")
-    file.write_text("{ not json")
-    refused(tmp_path, ConfigError, "config.json cannot be read")
-    file.write_text("[]")
-    refused(tmp_path, ConfigError, "config.json cannot be read")
-    file.write_text("{}")
-    refused(tmp_path, ConfigError, "type None")
+    for text, words in (("{ not json", "cannot be read"), ("[]", "cannot be read"), ("{}", "type None")):
+        file.write_text(text)
+        refused(tmp_path, ConfigError, words)
 
 
 OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
