@@ -20,11 +20,8 @@ PIECES, PIECE_BYTES = 4, 4096
 
 
 def folder_identity(folder: Path) -> str:
-    """Hex SHA-256 of a model's folder: its weights and the files of ``TEXTS`` beside them.
-
-    Raises:
-        SubspecError: weight files are missing or cannot be read.
-    """
+    """Hex SHA-256 of a model's folder: its weights and the files of ``TEXTS`` beside them; errors as of
+    :func:`~subspec.targets.weight_files.open_weights`."""
     tensors = (
         (name, handle.get_tensor(name))
         for handle in (open_weights(folder / file) for file in weight_files(folder))

@@ -119,11 +119,7 @@ model plants the target's map and agrees on easy tokens; a tied one agrees on no
 
 
 def planted_config(config: PlantedTargetConfig) -> PretrainedConfig:
-    """The model configuration of a planted target.
-
-    Raises:
-        ConfigError: no such shape, or a share outside [0, 1].
-    """
+    """The model configuration of a planted target; ConfigError for a shape, share or seed that is none."""
     if config.shape not in SHAPES:
         raise ConfigError(f"target.shape={config.shape}: no such planted shape; use {', '.join(SHAPES)}")
     if not 0 <= config.hard_share <= 1:

@@ -24,11 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def planted_tokenizer(vocab_size: int, max_positions: int) -> PreTrainedTokenizerBase:
-    """A tokenizer with exactly ``vocab_size`` ids and a ChatML template; it names no end-of-text token.
-
-    Raises:
-        ValueError: ``vocab_size`` is below :data:`MIN_VOCAB`.
-    """
+    """A tokenizer of ``vocab_size`` ids (at least :data:`MIN_VOCAB`) and a ChatML template; no token ends a text."""
     if vocab_size < MIN_VOCAB:
         raise ValueError(f"a byte-level vocabulary has at least {MIN_VOCAB} ids, not {vocab_size}")
     vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}

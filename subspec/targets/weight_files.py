@@ -92,8 +92,7 @@ def main_file(names: Collection[str], where: str, wanted: Wanted = TARGET) -> st
 def weight_files(folder: Path, wanted: Wanted = TARGET) -> list[str]:
     """Names of the files in ``folder`` that make up the model; those of an index may be missing.
 
-    Raises:
-        ConfigError: there are none, or their index cannot be read.
+    ConfigError if there are none, or if their index cannot be read.
     """
     main = main_file([file.name for file in folder.iterdir() if file.is_file()], str(folder), wanted)
     if main != INDEX:
@@ -105,11 +104,7 @@ def weight_files(folder: Path, wanted: Wanted = TARGET) -> list[str]:
 
 
 def open_weights(path: Path) -> safe_open:
-    """The safetensors file ``path``, mapped.
-
-    Raises:
-        SubspecError: it is missing, cannot be read, is cut off, or is something else.
-    """
+    """The safetensors file ``path``, mapped; SubspecError if it is missing, cut off, unreadable or something else."""
     if not path.is_file():
         raise SubspecError(f"{path.parent} lacks {path.name}; fetch or copy it again")
     try:
@@ -131,12 +126,7 @@ def data_offsets(path: Path) -> dict[str, int]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read, or holds something else.
-    """
+    """The JSON object in ``file``; FileNotFoundError without the file, ConfigError for all other failures."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
