@@ -107,19 +107,16 @@ class CheckpointSource(LayerSource):
 
     def _read(self, names: Mapping[str, str], device: torch.device, rows: int | None = None) -> dict[str, Tensor]:
         """Tensors by name; of matrices only the first ``rows``."""
-        by_file: dict[str, list[str]] = {}
         keys = {name: self._key(full) for name, full in names.items()}
-        for name, key in keys.items():
-            by_file.setdefault(self._stored[key].file, []).append(name)
+        files = {self._stored[key].file for key in keys.values()}
+        handles = {file: open_weights(self._folder / file) for file in files}
         tensors = {}
-        for file, wanted in by_file.items():
-            with open_weights(self._folder / file) as handle:
-                for name in wanted:
-                    key = keys[name]
-                    whole = rows is None or len(self._stored[key].shape) == 1
-                    tensor = handle.get_tensor(key) if whole else handle.get_slice(key)[:rows]
-                    tensors[name] = tensor.to(device=device, dtype=self.dtype)
-        return {name: tensors[name] for name in names}
+        for name, key in keys.items():
+            stored = self._stored[key]
+            handle, whole = handles[stored.file], rows is None or len(stored.shape) == 1
+            tensor = handle.get_tensor(key) if whole else handle.get_slice(key)[:rows]
+            tensors[name] = tensor.to(device=device, dtype=self.dtype)
+        return tensors
 
     def _key(self, name: str) -> str:
         """The name in the files: without the prefix where the bare decoder was saved; either end of a tie."""

@@ -1,6 +1,5 @@
 """A checkpoint one layer at a time: the weights of ``from_pretrained``, read on request."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -74,11 +73,9 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     tiny_checkpoint(tmp_path, layers=3)
     source, original, read = opened(tmp_path), checkpoint_source.open_weights, []
 
-    @contextlib.contextmanager
     def watched(path):
-        with original(path) as handle:
-            get = lambda name: read.append(name) or handle.get_tensor(name)  # noqa: E731
-            yield SimpleNamespace(get_tensor=get, get_slice=handle.get_slice, keys=handle.keys)
+        handle = original(path)
+        return SimpleNamespace(get_tensor=lambda name: read.append(name) or handle.get_tensor(name))
 
     monkeypatch.setattr(checkpoint_source, "open_weights", watched)
     source.layer_shapes(1)
