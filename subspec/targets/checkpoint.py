@@ -165,11 +165,6 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
     return tokenizer
 
 
-def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Added tokens without a place in the model's vocabulary, which no prompt may hold."""
-    return sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= vocab_size)
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether ``folder`` has a tokenizer's main file."""
     return any((folder / file).is_file() for file in TOKENIZER_FILES)

@@ -20,7 +20,6 @@ from subspec.targets.checkpoint import (
     load_tokenizer,
     read_headers,
     rounded_type,
-    tokens_beyond,
 )
 from subspec.targets.generation_settings import not_applied, read_generation_settings
 from subspec.targets.hub import Located
@@ -183,10 +182,11 @@ class CheckpointSource(LayerSource):
             yield f"{self.name}: {SINGLE} is read, as transformers does, and the shards beside it are not"
         if not self.tokenizer.chat_template:
             yield f"{self.name} has no chat template: prompts are given as plain text, without roles"
-        if beyond := tokens_beyond(self.tokenizer, self.config.vocab_size):
+        size, added = self.config.vocab_size, self.tokenizer.get_added_vocab()
+        if beyond := sorted(token for token, number in added.items() if number >= size):
             yield (
                 f"{self.name}: no prompt may hold {', '.join(beyond[:NAMED])}: the model's vocabulary ends at "
-                f"{self.config.vocab_size - 1}, below {len(beyond)} token(s) that were added to its tokenizer"
+                f"{size - 1}, below {len(beyond)} token(s) that were added to its tokenizer"
             )
         if not self.eos_token_ids:
             yield f"{self.name} names no end-of-text token: texts end at their length limit only"
