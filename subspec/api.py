@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
-from subspec.config.defaults import least_depth, whole_width
+from subspec.config.defaults import whole_tree
 from subspec.config.enums import Cache
 from subspec.config.schema import (
     BlockHeadDraftConfig,
@@ -166,7 +166,7 @@ def build_engine(
     )
     with _argument_names():
         kind = target.device.type
-        policy = tree_policy or Adaptive(16, whole_width(kind), min_depth=least_depth(kind))
+        policy = tree_policy or Adaptive(16, **whole_tree(kind))
         return assemble(config, target, policy=policy, sampling=sampling, quantizer=quantizer).engine
 
 

@@ -26,3 +26,12 @@ class AuditError(SubspecError):
     """The losslessness audit found a token that the target itself would not have emitted."""
 
     exit_code = 3
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """``error``, and the exceptions that it was raised from or while handling."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

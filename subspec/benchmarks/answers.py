@@ -17,13 +17,22 @@ class Checker:
     """Reading and comparing of answers.
 
     Attributes:
-        extract: ``(text, cut=False)`` -> the answer in canonical form, or None. ``cut``: the text was cut at the length
-            limit, so that its last line is not complete.
-        matches: ``(found, reference)`` -> whether they are equal.
+        parse: a candidate -> its answer in canonical form, "" if it states one of the wrong kind, None if none.
+        unmarked: (last line, candidates) -> the answer of a text in which no candidate states one.
+        matches: (found, reference) -> whether they are equal.
     """
 
-    extract: Callable[..., str | None]
+    parse: Callable[[str], str | None]
+    unmarked: Callable[[str, list[str]], str | None]
     matches: Callable[[str, str], bool]
+
+    def extract(self, text: str, cut: bool = False) -> str | None:
+        """The final answer of a text, or None. ``cut``: at the length limit, so that its last line is not complete."""
+        found = candidates(text, cut)
+        answer = next((answer for one in found if (answer := self.parse(one)) is not None), None)
+        if answer is None and not cut:
+            answer = self.unmarked("".join(text.strip().splitlines()[-1:]), found)
+        return answer or None
 
 
 # "Answer: 7", "**Final answer:** 7", "The answer is 7", "the correct option is (C)"; "#### 7" is GSM8K's own.
@@ -52,26 +61,6 @@ def candidates(text: str, cut: bool) -> list[str]:
         if line.strip() and not remark and (end or not cut):
             found.append((match.end(), False, line.strip()))
     return [content for _, _, content in sorted(found, reverse=True)]
-
-
-def _extractor(
-    parse: Callable[[str], str | None], unmarked: Callable[[str, list[str]], str | None]
-) -> Callable[..., str | None]:
-    """A function that extracts the final answer of a text.
-
-    Args:
-        parse: a candidate -> its answer, "" if it states an answer of the wrong kind, None if it states none.
-        unmarked: (last line, candidates) -> the answer of a text in which no candidate states one.
-    """
-
-    def extract(text: str, cut: bool = False) -> str | None:
-        found = candidates(text, cut)
-        answer = next((answer for one in found if (answer := parse(one)) is not None), None)
-        if answer is None and not cut:
-            answer = unmarked("".join(text.strip().splitlines()[-1:]), found)
-        return answer or None
-
-    return extract
 
 
 def _boxes(text: str) -> list[tuple[int, str]]:
@@ -169,7 +158,7 @@ def _expression(text: str) -> str | None:
     return None if prose or not text else text
 
 
-INTEGER = Checker(_extractor(_integer, lambda line, _: _integer(line, last=True)), _same_integer)
-INTEGER_TO_999 = Checker(_extractor(_integer_to_999, lambda line, _: _integer_to_999(line, last=True)), _same_integer)
-CHOICE = Checker(_extractor(_letter, _bare_letter), lambda found, answer: found == answer.strip().upper())
-MATH = Checker(_extractor(_expression, lambda _, found: next(iter(found), None)), equivalent)
+INTEGER = Checker(_integer, lambda line, _: _integer(line, last=True), _same_integer)
+INTEGER_TO_999 = Checker(_integer_to_999, lambda line, _: _integer_to_999(line, last=True), _same_integer)
+CHOICE = Checker(_letter, _bare_letter, lambda found, answer: found == answer.strip().upper())
+MATH = Checker(_expression, lambda _, found: next(iter(found), None), equivalent)

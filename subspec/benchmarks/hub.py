@@ -13,7 +13,7 @@ from typing import Any
 
 from subspec.benchmarks.rows import DataUnavailableError, Table, read_rows
 from subspec.config.schema import HubData
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError, SubspecError, causes
 from subspec.utils.network import hub_problem
 
 log = logging.getLogger(__name__)
@@ -51,17 +51,13 @@ def load_rows(hub: HubData, columns: tuple[str, ...]) -> tuple[Table, str | None
 
 
 def _first_request(hub: HubData) -> str | None:
-    """Request the data set's description once, with a time limit: the libraries retry for tens of seconds.
-
-    Returns:
-        The problem of the service, or None.
-    """
+    """The problem of the service, or None. One request with a time limit: the libraries retry for tens of seconds."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().dataset_info(hub.path, revision=hub.revision, timeout=REQUEST_TIMEOUT_S)
     except Exception as error:
-        if any(_is_network(e) for e in _causes(error)):
+        if any(_is_network(e) for e in causes(error)):
             status = _status(error)
             return f"the hub does not work right now ({f'HTTP {status}' if status else type(error).__name__})"
         raise _explain(error, hub, None) from error
@@ -124,32 +120,27 @@ def _offline(enabled: bool) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence progress bars and log lines of the hub's libraries."""
     import datasets
-    from datasets.utils import logging as datasets_logging
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
+    from datasets.utils import logging
 
-    hub_bars, bars = not are_progress_bars_disabled(), datasets.is_progress_bar_enabled()
-    verbosities = [(module, module.get_verbosity()) for module in (datasets_logging, hub_logging)]
-    disable_progress_bars()
+    from subspec.utils.console import quiet_libraries  # imports transformers
+
+    bars, verbosity = datasets.is_progress_bar_enabled(), logging.get_verbosity()
     datasets.disable_progress_bars()
-    for module, _ in verbosities:
-        module.set_verbosity_error()
+    logging.set_verbosity_error()
     try:
-        yield
+        with quiet_libraries():
+            yield
     finally:
-        for module, verbosity in verbosities:
-            module.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-        if hub_bars:
-            enable_progress_bars()
 
 
 def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecError:
     """Translate an error of the hub's libraries into one line."""
     from huggingface_hub import errors
 
-    chain = list(_causes(error))
+    chain = causes(error)
     message = " ".join(str(error).split())
     data = f"benchmark.hub.path={hub.path}"
     elsewhere = "or use benchmark.source=file with benchmark.path=<rows.jsonl>"
@@ -192,14 +183,6 @@ def _explain(error: Exception, hub: HubData, problem: str | None) -> SubspecErro
             f"the hub failed while serving {hub.path} ({message[:160]})", f"try again, {elsewhere}"
         )
     return SubspecError(f"{data} cannot be loaded: {type(error).__name__}: {message[:300]}; {elsewhere[3:]}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _status(error: BaseException) -> int | None:

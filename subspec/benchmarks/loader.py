@@ -5,10 +5,11 @@ on Python's random generator, on the order of the rows, or on their number.
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -70,41 +71,41 @@ def load_benchmark(config: BenchmarkConfig, seed: int) -> Benchmark:
 
     Args:
         config: the ``benchmark`` group, already checked by :func:`subspec.config.checks.check_values`.
-        seed: seed of the run; decides the rows and their order.
+        seed: of the run; decides the rows and their order.
 
     Raises:
         SubspecError: the data is not available; one line with the config key and the remedy.
     """
     task, source = get_task(config.name), Source(config.source)
-    if source is Source.file:
-        return _from_file(config, task, seed)
-    if source is Source.sample:
-        return _from_samples(config, task, seed, note=None)
     try:
-        return _from_hub(config, task, seed)
+        return _build(config, task, seed, _open(config, task, source))
     except DataUnavailableError as error:
-        if source is Source.hub:
+        if source is not Source.auto:
             raise
         note = (
             f"benchmark.source=auto: NOT the {config.name} data set but the project's own {SAMPLE_DETAIL}, "
             f"because {error.reason}"
         )
-        return _from_samples(config, task, seed, note)
+        return _build(config, task, seed, replace(_open(config, task, Source.sample), note=note))
 
 
-def _from_file(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
-    shown = f"benchmark.path={config.path}"
-    data = Table.read(Path(str(config.path)).expanduser(), shown)
-    return _build(config, task, seed, data, Source.file, str(config.path), note=None)
+@dataclass(frozen=True)
+class _Opened:
+    """Rows, and the fields of :class:`Benchmark` that say where they come from."""
+
+    rows: Table
+    source: Source
+    detail: str
+    note: str | None = None
 
 
-def _from_samples(config: BenchmarkConfig, task: Task, seed: int, note: str | None) -> Benchmark:
-    with as_file(files("subspec.benchmarks") / "samples" / f"{config.name}.jsonl") as path:
-        data = Table.read(path, f"{SAMPLE_DETAIL} of {config.name}")
-    return _build(config, task, seed, data, Source.sample, SAMPLE_DETAIL, note)
-
-
-def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
+def _open(config: BenchmarkConfig, task: Task, source: Source) -> _Opened:
+    if source is Source.file:
+        path = str(config.path)
+        return _Opened(Table.read(Path(path).expanduser(), f"benchmark.path={path}"), source, path)
+    if source is Source.sample:
+        with as_file(files("subspec.benchmarks") / "samples" / f"{config.name}.jsonl") as path:
+            return _Opened(Table.read(path, f"{SAMPLE_DETAIL} of {config.name}"), source, SAMPLE_DETAIL)
     unset = next((key for key in ("path", "split") if getattr(config.hub, key) in (None, "", "???")), None)
     if unset and task.published:
         raise DataUnavailableError(
@@ -114,24 +115,23 @@ def _from_hub(config: BenchmarkConfig, task: Task, seed: int) -> Benchmark:
     if unset:
         raise ConfigError(f"benchmark.hub.{unset} is not set; benchmark.source={config.source.value} needs it")
     detail, note = describe(config.hub), None
-    data, cached_because = load_rows(config.hub, (*task.columns, task.category))
-    if Source(config.source) is Source.auto:
+    rows, cached_because = load_rows(config.hub, (*task.columns, task.category))
+    if source is Source.auto:
         why = f"local cache, because {cached_because}" if cached_because else "the hub answers"
         note = f"benchmark.source=auto: the data set {detail} ({why})"
     if cached_because:
         detail += ", from the local cache"
-    return _build(config, task, seed, data, Source.hub, detail, note)
+    return _Opened(rows, Source.hub, detail, note)
 
 
-def _build(
-    config: BenchmarkConfig, task: Task, seed: int, data: Table, source: Source, detail: str, note: str | None
-) -> Benchmark:
+def _build(config: BenchmarkConfig, task: Task, seed: int, opened: _Opened) -> Benchmark:
+    data, note = opened.rows, opened.note
     if not len(data.rows):
         raise ConfigError(f"{data.shown} holds no rows; correct the file, benchmark.hub.split or benchmark.hub.files")
     # Row numbers of packaged prompts must not be mistaken for rows of the real data set.
-    prefix = "sample-" if source is Source.sample else ""
+    prefix = "sample-" if opened.source is Source.sample else ""
     own = zip(*(data.column(name) for name in task.id_columns), strict=True)
-    ids = _distinct([_sample_id(config.name, task, one, i, prefix) for i, one in enumerate(own)])
+    ids = _distinct([_sample_id(config.name, task, one, f"{prefix}{i}") for i, one in enumerate(own)])
     categories = [_valid(one) if isinstance(one, str) else None for one in data.column(task.category)]
     wanted = _wanted_categories(config, task, categories)
     order = [i for i in _order(ids, seed) if wanted is None or categories[i] in wanted]
@@ -151,7 +151,7 @@ def _build(
         left_out = f"unusable rows left out: {len(skipped)} ({'; '.join(skipped[:NAMED])}{more})"
         note = f"{note}; {left_out}" if note else left_out
     available = len(order) - len(errors)
-    return Benchmark(config.name, source, detail, note, samples[: config.max_samples], available, skipped)
+    return Benchmark(config.name, opened.source, opened.detail, note, samples[: config.max_samples], available, skipped)
 
 
 def _select(
@@ -160,8 +160,7 @@ def _select(
     """The first ``limit`` usable rows of each group, one of each group first, so that fewer are a prefix of more.
 
     Args:
-        order: positions of the rows, the first choice first.
-        groups: of the rows, by position.
+        order: positions of the rows, the first choice first; groups: of the rows, by position.
         convert: a position to its sample.
         limit: None: all.
         check_all: convert rows that are not selected, too.
@@ -180,10 +179,10 @@ def _select(
             sample = convert(i)
         except RowError as error:
             errors[i] = error
-            continue
-        if chosen:
-            ranked.append((taken[groups[i]], sample))
-            taken[groups[i]] += 1
+        else:
+            if chosen:
+                ranked.append((taken[groups[i]], sample))
+                taken[groups[i]] += 1
     if len(taken) > 1:
         ranked.sort(key=lambda pair: pair[0])
     return [sample for _, sample in ranked], errors
@@ -223,27 +222,24 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _sample_id(name: str, task: Task, own: Sequence[Any], index: int, index_prefix: str = "") -> str:
-    """Id of a row: the first value of ``own`` (the data set's own ids) that is present, else the row number."""
+def _sample_id(name: str, task: Task, own: Sequence[Any], number: str) -> str:
+    """Id of a row: the first value of ``own`` (the data set's own ids) that is present, else the row ``number``."""
     found = next((value for value in own if value is not None), None)
     if found is None or isinstance(found, float | bool) or not str(found).strip():
-        return f"{name}/{index_prefix}{index}"
+        return f"{name}/{number}"
     text = _valid(re.sub(r"\s+", " ", str(found).strip()))
     return text if task.own_ids or text.startswith(f"{name}/") else f"{name}/{text}"
 
 
 def _distinct(ids: list[str]) -> list[str]:
     """Number repeated ids: records and resuming rely on distinct ones. The first keeps its id."""
-    taken, seen, result = set(ids), set(), []
+    taken, result = set(ids), {}
     for id_ in ids:
-        unique, n = id_, 2
-        if id_ in seen:
-            while (unique := f"{id_}#{n}") in taken:
-                n += 1
-            taken.add(unique)
-        seen.add(unique)
-        result.append(unique)
-    return result
+        numbered = (f"{id_}#{n}" for n in itertools.count(2))
+        unique = next(one for one in numbered if one not in taken) if id_ in result else id_
+        taken.add(unique)
+        result[unique] = None
+    return list(result)
 
 
 def _order(ids: list[str], seed: int) -> list[int]:

@@ -200,26 +200,19 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ConfigError: there is none; lists the names.
-    """
-    try:
-        return TASKS[name]
-    except KeyError:
-        known = ", ".join(sorted(TASKS))
-        raise ConfigError(f"benchmark.name={name} is unknown; choose one of: {known}") from None
+    """The task of that name; a ConfigError that lists the names if there is none."""
+    if name not in TASKS:
+        raise ConfigError(f"benchmark.name={name} is unknown; choose one of: {', '.join(sorted(TASKS))}")
+    return TASKS[name]
 
 
 def extract_answer(benchmark: str, text: str, cut: bool = False) -> str | None:
     """Final answer of a model's text in canonical form; None if none is found or the benchmark has no check.
 
-    ``cut``: the text was cut at the length limit. Its last line is then not complete, and holds an answer only in a
-    closed box.
+    ``cut``: the text was cut at the length limit. Its last line then holds an answer only in a closed box.
     """
     checker = get_task(benchmark).checker
-    return None if checker is None else checker.extract(text, cut)
+    return checker and checker.extract(text, cut)
 
 
 def check_answer(benchmark: str, text: str, answer: str | None, cut: bool = False) -> bool | None:
@@ -227,10 +220,7 @@ def check_answer(benchmark: str, text: str, answer: str | None, cut: bool = Fals
 
     None if the benchmark has no check, or if the text was ``cut`` before an answer.
     """
-    checker = get_task(benchmark).checker
-    if checker is None or answer is None:
+    checker, found = get_task(benchmark).checker, extract_answer(benchmark, text, cut)
+    if checker is None or answer is None or (cut and found is None):
         return None
-    found = checker.extract(text, cut)
-    if found is None:
-        return None if cut else False
-    return checker.matches(found, answer)
+    return found is not None and checker.matches(found, answer)

@@ -88,12 +88,9 @@ RANGES: list[Check] = [
 
 
 def check_keys(cfg: DictConfig, parent: str = "") -> None:
-    """Check for keys added with ``+``, mandatory keys without a value, and interpolations without a target.
+    """Refuse (ConfigError) keys added with ``+``, mandatory keys without a value, and interpolations without a target.
 
     Hydra accepts all of these.
-
-    Raises:
-        ConfigError: for the first key found.
     """
     schema = OmegaConf.get_type(cfg)
     known = {field.name for field in dataclasses.fields(schema)}
@@ -114,14 +111,7 @@ def check_keys(cfg: DictConfig, parent: str = "") -> None:
 
 
 def check_ranges(groups: Mapping[str, Any]) -> None:
-    """Check values of single keys.
-
-    Args:
-        groups: by name; "": the keys outside groups.
-
-    Raises:
-        ConfigError: for the first problem found.
-    """
+    """Refuse (ConfigError) wrong values of single keys; ``groups`` by name, "": the keys outside groups."""
     for key, fine, complaint in RANGES:
         group, _, name = key.rpartition(".")
         node = groups.get(group)
@@ -130,11 +120,7 @@ def check_ranges(groups: Mapping[str, Any]) -> None:
 
 
 def check_values(config: Config) -> None:
-    """Check values of single keys and contradictions between keys.
-
-    Raises:
-        ConfigError: for the first problem found.
-    """
+    """Refuse (ConfigError) wrong values of single keys, and contradictions between keys."""
     groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     check_ranges({"": config, **groups})
     if quantizes(config):
@@ -191,11 +177,7 @@ def _check_execution(config: Config) -> None:
 
 
 def check_skip_layers(skipped: Iterable[int], layers: int, model: str = "target") -> None:
-    """Check ``quant.skip_layers`` against the number of decoder layers of the quantized ``model``.
-
-    Raises:
-        ConfigError: there is no such layer.
-    """
+    """Refuse (ConfigError) a layer in ``quant.skip_layers`` that the quantized ``model`` does not have."""
     wrong = [index for index in skipped if not 0 <= index < layers]
     if wrong:
         raise ConfigError(f"quant.skip_layers: no layer {wrong[0]} in a {model} with layers 0..{layers - 1}")

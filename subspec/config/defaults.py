@@ -36,21 +36,16 @@ def streamed_tree(key: str, otherwise: int | None, *, _root_: DictConfig) -> int
     return STREAMED_TREES.get(str(draft), STREAMED_OTHERS)[key]
 
 
-def whole_width(device_type: str) -> int:
-    """Default width of an adaptive tree if the target is whole on a device."""
-    return 1 if device_type == "cpu" else 4
-
-
-def least_depth(device_type: str) -> int:
-    """Default least depth of an adaptive tree. 0 on a CPU, where drafting may take longer than plain decoding."""
-    return 0 if device_type == "cpu" else 1
+def whole_tree(device_type: str) -> dict[str, int]:
+    """Defaults of an adaptive tree if the target is whole on a device. On a CPU drafting may not pay."""
+    return {"width": 1, "min_depth": 0} if device_type == "cpu" else {"width": 4, "min_depth": 1}
 
 
 def fill_tree(cfg: DictConfig, device_type: str) -> None:
     """Set ``tree.width`` and ``tree.min_depth`` where they are null, so that the run's record has the numbers."""
-    for key, default in (("width", whole_width), ("min_depth", least_depth)):
+    for key, default in whole_tree(device_type).items():
         if key in cfg.tree and cfg.tree[key] is None:
-            cfg.tree[key] = default(device_type)
+            cfg.tree[key] = default
 
 
 def default_samples(otherwise: int, per_category: int | None) -> int | None:

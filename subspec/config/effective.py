@@ -5,9 +5,6 @@ from typing import Any
 
 from subspec.config.enums import VramCounts
 
-NEVER_QUANTIZED = ("none", "eagle2", "eagle3", "block_head", "layer_skip", "prompt_lookup")
-"""Drafts that ``quant`` does not apply to."""
-
 
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved configuration (builtin types) without the parts that have no effect.
@@ -18,8 +15,7 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
     idle = {"tree"} if draft.get("name") == "none" else set()
-    unquantized = draft.get("name") in NEVER_QUANTIZED or draft.get("quantize") is False
-    if unquantized and offload.get("codec") != "substitute":
+    if draft.get("name") != "subspec" and not draft.get("quantize") and offload.get("codec") != "substitute":
         idle.add("quant")
     kept = {key: value for key, value in config.items() if key not in idle}
     if offload.get("vram_counts") == VramCounts.allocator.value:

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -12,6 +11,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from subspec.config.help_text import GROUPS, kinds, options, suggestion, unknown_option
+from subspec.config.schema import Config
+from subspec.errors import causes
 from subspec.utils.paths import conf_dir
 
 CONFIG_EXCEPTIONS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -20,7 +21,7 @@ CONFIG_EXCEPTIONS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 def explain(error: BaseException) -> str:
     """The message of ``error`` in one line."""
-    chain = list(_chain(error))
+    chain = causes(error)
     override = _override_in(chain)
     for cause in chain:
         if isinstance(cause, MissingConfigException) and "/" in (cause.missing_cfg_file or ""):
@@ -49,12 +50,6 @@ def explain(error: BaseException) -> str:
     return text
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -75,8 +70,7 @@ _PACKAGE_HINT = " (in a file of your own: does it begin with `# @package _global
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     if group == "hydra/launcher" and option in ("submitit_slurm", "submitit_local", "ray"):
-        extra = "pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
-        return f"{group}: needs packages that are not here: {extra}"
+        return f"{group}: needs packages that are not here: pip install 'subspec[sweep]' (in a checkout: '.[sweep]')"
     known = [name for name, _ in options(conf_dir(), group)] or sorted(error.options or [])
     return unknown_option(group, option, known)
 
@@ -127,8 +121,6 @@ def _options_with(group: str, key: str) -> list[str]:
 
 
 def _unknown_key_of(error: OmegaConfBaseException, override: str | None) -> str:
-    from subspec.config.schema import Config
-
     missing = str(error.full_key or error.key)
     key = override.partition("=")[0].lstrip("+") if override else missing
     if key.startswith(f"{missing}."):  # quatn.bits: the missing key is quatn

@@ -4,15 +4,18 @@ The comment at the head of an option's YAML file describes the option, the comme
 comments in ``config.yaml`` describe top-level keys.
 """
 
-import dataclasses
 import difflib
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
+from omegaconf import OmegaConf
+
+from subspec.config.schema import SCHEMAS
 from subspec.errors import ConfigError
 
 GROUPS = {
@@ -100,8 +103,7 @@ def help_text(conf: Path) -> str:
 def help_on(conf: Path, words: Sequence[str]) -> str:
     """The text of ``--help WORD ...``. A word is a group, ``GROUP=OPTION``, a key, or an override of one.
 
-    Raises:
-        ConfigError: no such group, option or key.
+    ConfigError if there is no such group, option or key.
     """
     return "\n".join(line for word in words for line in _help_on(conf, word))
 
@@ -149,14 +151,14 @@ def option_keys(conf: Path, group: str, option: str) -> list[tuple[str, str]]:
         return []
     given = _yaml_keys(conf / group / f"{option}.yaml")
     schema = schema_of(conf, group, option)
-    declared = {} if schema is None else dict(_schema_keys(schema))
+    plain = {} if schema is None else OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    declared = dict(_default_values(plain))
     others: dict[str, str] = {}  # options of the same schema first
     for name in sorted(dict(options(conf, group)), key=lambda one: schema_of(conf, group, one) is not schema):
         for key, (_, text) in _yaml_keys(conf / group / f"{name}.yaml").items():
             others[key] = others.get(key) or text
-    keys = dict.fromkeys([*given, *declared])
     rows = []
-    for key in keys:
+    for key in dict.fromkeys([*given, *declared]):
         value, text = given.get(key, (declared.get(key, ""), ""))
         if key != "name" and not (key in given and value == "" and any(k.startswith(f"{key}.") for k in given)):
             rows.append((f"{key}={value}", text or others.get(key) or _documented(schema, key)))
@@ -185,8 +187,6 @@ def _sentences(documented: type) -> list[str]:
 
 def schema_of(conf: Path, group: str, option: str) -> type | None:
     """The dataclass of an option; None: its file names none."""
-    from subspec.config.schema import SCHEMAS
-
     text = (conf / group / f"{option}.yaml").read_text(encoding="utf-8")
     found = re.search(r"/schema/(\w+/\w+)@_here_", text)
     return SCHEMAS[found[1]] if found else None
@@ -197,15 +197,9 @@ def kinds(conf: Path, group: str) -> dict[str, type]:
     found: dict[type, str] = {}
     for option, _ in options(conf, group):
         schema = None if group in FILES else schema_of(conf, group, option)
-        if schema is not None and (schema not in found or _is_named(schema, f"{group}/{option}")):
+        if schema is not None and (schema not in found or SCHEMAS.get(f"{group}/{option}") is schema):
             found[schema] = option
     return {option: schema for schema, option in found.items()}
-
-
-def _is_named(schema: type, key: str) -> bool:
-    from subspec.config.schema import SCHEMAS
-
-    return SCHEMAS.get(key) is schema
 
 
 def _yaml_keys(file: Path) -> dict[str, tuple[str, str]]:
@@ -223,23 +217,13 @@ def _yaml_keys(file: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _schema_keys(schema: type, parent: str = "") -> Iterator[tuple[str, str]]:
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from _schema_keys(field.default_factory, f"{parent}{field.name}.")
+def _default_values(values: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as YAML in one line) of a schema's default values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _default_values(value, f"{parent}{key}.")
         else:
-            default = field.default
-            if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            yield f"{parent}{field.name}", _shown(default)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return value.name if isinstance(value, Enum) else str(value)
+            yield f"{parent}{key}", yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
 def _entry(key: str, text: str, indent: int, column: int = 28) -> list[str]:

@@ -26,11 +26,7 @@ MODULE_CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def check_quant(quant: QuantConfig) -> None:
-    """Check a quantizer's settings, for any model.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Refuse (ConfigError) wrong settings of a quantizer, for any model."""
     if isinstance(quant, HqqConfig):
         check_hqq(quant.bits, quant.group_size, quant.axis)
         bits_by_linear(quant.bits, quant.bits_by, quant.modules)
@@ -40,11 +36,7 @@ def check_quant(quant: QuantConfig) -> None:
 
 
 def check_hqq(bits: int, group_size: int, axis: int) -> None:
-    """Check HQQ's settings, for any model.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Refuse (ConfigError) wrong settings of HQQ, for any model."""
     if bits not in HQQ_BITS:
         raise ConfigError(f"quant.bits={bits}: HQQ here has {', '.join(map(str, HQQ_BITS))} bits")
     if group_size < 8 or group_size % 8:
@@ -54,11 +46,7 @@ def check_hqq(bits: int, group_size: int, axis: int) -> None:
 
 
 def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int) -> None:
-    """Check HIGGS's settings, for any model.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Refuse (ConfigError) wrong settings of HIGGS, for any model."""
     if bits not in HIGGS_BITS:
         raise ConfigError(f"quant.bits={bits}: HIGGS here has {', '.join(map(str, HIGGS_BITS))} bits")
     if vector_dim not in HIGGS_DIMS:
@@ -73,10 +61,9 @@ def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int)
 
 
 def linear_names(modules: list[str]) -> set[str]:
-    """Expand the classes in ``quant.modules`` to the names of Linears.
+    """The names of the Linears in ``quant.modules``, classes expanded.
 
-    Raises:
-        ConfigError: an entry is neither a class nor a Linear's name, or there is none at all.
+    ConfigError if an entry is neither a class nor a Linear's name, or if there is none.
     """
     known = {name for names in MODULE_CLASSES.values() for name in names}
     chosen: set[str] = set()
@@ -91,13 +78,9 @@ def linear_names(modules: list[str]) -> set[str]:
 
 
 def bits_by_linear(bits: int, bits_by: BitsByModule, modules: Sequence[str]) -> dict[str, int]:
-    """Bits of every quantized Linear: its own, else its class's, else ``bits``.
+    """Bits of every quantized Linear (of ``quant.modules``): its own, else its class's, else ``bits``.
 
-    Args:
-        modules: ``quant.modules``.
-
-    Raises:
-        ConfigError: bits that no quantizer has, or bits of a Linear that stays exact.
+    ConfigError for bits that no quantizer has, and for bits of a Linear that stays exact.
     """
     own = {key: value for key, value in dataclasses.asdict(bits_by).items() if value is not None}
     for key, value in [("bits", bits), *((f"bits_by.{key}", value) for key, value in own.items())]:

@@ -100,19 +100,14 @@ class Eagle2DraftConfig(DraftConfig):
 
 @dataclass
 class Eagle3DraftConfig(Eagle2DraftConfig):
-    """An EAGLE-3 head (arXiv 2503.01840) for the target.
-
-    ``path``: a folder or hub id (``ORG/NAME``) of a published head, or ``planted`` (random weights in its shape, for
-    planted targets). Null: the shipped head of the default target.
-    """
+    """An EAGLE-3 head (arXiv 2503.01840) for the target."""
 
 
 @dataclass
 class BlockHeadDraftConfig(Eagle2DraftConfig):
     """A DFlash, JetSpec (arXiv 2602.06036, 2606.18394) or DSpark head for the target.
 
-    ``path``: a folder or hub id (``ORG/NAME``) of a published head, whose kind its ``config.json`` tells, or
-    ``planted`` (random weights in DFlash's shape, for planted targets). Null: the shipped head of the default target.
+    ``config.json`` tells the kind of a published head; ``planted`` has DFlash's shape.
     """
 
 

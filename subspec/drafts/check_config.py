@@ -7,7 +7,7 @@ its :class:`~subspec.drafts.spec.DraftSpec`. Each message names the keys and the
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config.checks import check_values, quantizes, streams_from_disk
+from subspec.config.checks import check_skip_layers, check_values, quantizes, streams_from_disk
 from subspec.config.enums import AUTO
 from subspec.config.quant_checks import bits_by_linear
 from subspec.config.schema import (
@@ -107,14 +107,10 @@ def check_against_target(config: Config, model: PretrainedConfig) -> None:
     if spec is not None:
         spec.check_target(config, model)
         quantized = spec.quantized_model(config, model)
-    quant, layers = config.quant, quantized.num_hidden_layers
+    quant = config.quant
     if quantizes(config) and isinstance(quant, HqqConfig | HiggsConfig):
-        wrong = [index for index in quant.skip_layers if not 0 <= index < layers]
-        if wrong:
-            raise ConfigError(
-                f"quant.skip_layers: no layer {wrong[0]} in a {'target' if quantized is model else 'small model'} "
-                f"with layers 0..{layers - 1}"
-            )
+        kind = "target" if quantized is model else "small model"
+        check_skip_layers(quant.skip_layers, quantized.num_hidden_layers, kind)
         if isinstance(quant, HqqConfig) and not isinstance(config.offload, StreamOffloadConfig):
             _check_groups(quant, quantized)
 

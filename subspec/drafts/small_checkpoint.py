@@ -28,7 +28,6 @@ from subspec.targets.hub import locate
 from subspec.targets.load import weights_identity
 from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
-from subspec.targets.prepared import prepare_draft
 from subspec.targets.source import LayerSource
 from subspec.targets.weight_files import SMALL_MODEL
 from subspec.utils.console import Note
@@ -128,13 +127,10 @@ def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> C
         SubspecError: anything the user can repair, in one line with the remedy.
     """
     with _about_draft():
-        checkpoint = prepare_draft(named, note)
-        if checkpoint.folder == SHIPPED:
-            checkpoint = replace(checkpoint, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
-        source = CheckpointSource(checkpoint, dtype)
-    for line in source.notes:
-        note(line)
-    return source
+        located = locate(named, note, SMALL_MODEL)
+        if located.folder == SHIPPED:
+            located = replace(located, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
+        return CheckpointSource(located, named.name, dtype, SMALL_MODEL)
 
 
 def small_folder(config: Config, note: Note) -> Path | None:

@@ -10,8 +10,8 @@ import torch
 
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import SubspecError
-from subspec.targets.meta_model import build_model, count_parameters
-from subspec.targets.source import LayerSource
+from subspec.targets.meta_model import count_parameters
+from subspec.targets.source import LayerSource, build_model
 
 
 def host_bytes(source: LayerSource, weight_bytes: int) -> int:

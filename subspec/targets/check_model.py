@@ -39,11 +39,7 @@ def rope_kind(model: PretrainedConfig) -> str:
 
 
 def check_family(model_type: Any, name: str) -> None:
-    """Refuse a ``model_type`` that is none of :data:`FAMILIES`; ``name`` is the model's, for the message.
-
-    Raises:
-        ConfigError: it is not supported.
-    """
+    """Refuse (ConfigError) a ``model_type`` that is none of :data:`FAMILIES`; ``name`` is the model's."""
     if model_type not in FAMILIES:
         raise ConfigError(
             f"{name} is of type {model_type!r}; targets of these types are supported: {', '.join(FAMILIES)}"
@@ -51,19 +47,13 @@ def check_family(model_type: Any, name: str) -> None:
 
 
 def check_unquantized(quantization: Any, name: str) -> None:
-    """Refuse a model with a ``quantization_config``: a mapping, an object or a name.
-
-    Raises:
-        ConfigError: it has one.
-    """
+    """Refuse (ConfigError) a model with a ``quantization_config``: a mapping, an object or a name."""
     if not quantization:
         return
-    if isinstance(quantization, str):
-        method = quantization
-    elif isinstance(quantization, Mapping):
+    if isinstance(quantization, Mapping):
         method = quantization.get("quant_method")
     else:
-        method = getattr(quantization, "quant_method", None)
+        method = getattr(quantization, "quant_method", quantization)
     method = getattr(method, "value", method) or "unknown method"
     raise ConfigError(
         f"{name} holds quantized weights ({method}); the target must be the exact model: "
@@ -87,11 +77,7 @@ def shortest_window(model: PretrainedConfig) -> int | None:
 
 
 def check_architecture(model: PretrainedConfig, name: str) -> None:
-    """Refuse a model whose layers are not built here, whatever the length of a text.
-
-    Raises:
-        ConfigError: the first reason found; ``name`` is the model's.
-    """
+    """Refuse (ConfigError) a model whose layers are not built here, whatever the length of a text."""
     check_family(getattr(model, "model_type", None), name)
     check_unquantized(getattr(model, "quantization_config", None), name)
     if model.num_hidden_layers < 1:
@@ -114,16 +100,12 @@ def check_architecture(model: PretrainedConfig, name: str) -> None:
 
 
 def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, key: str) -> None:
-    """Refuse a model that tree passes over at most ``max_length`` tokens would not decode exactly.
+    """Refuse (ConfigError) a model that tree passes over ``max_length`` tokens would not decode exactly.
 
     Args:
-        model: its transformers configuration.
         name: of the model, for messages.
         max_length: most tokens of prompt and output together.
         key: the configuration key or argument that sets ``max_length``.
-
-    Raises:
-        ConfigError: the first reason found.
     """
     check_architecture(model, name)
     positions = getattr(model, "max_position_embeddings", None)
@@ -138,45 +120,43 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
 
 
 def check_loaded_model(model: Any, argument: str = "model") -> None:
-    """Refuse an object that is not a whole, exact causal language model, ready for inference on one device.
+    """Refuse (ConfigError) an object that is not a whole, exact causal language model, ready on one device.
 
     Args:
         argument: its name in the caller's signature.
-
-    Raises:
-        ConfigError: the first reason found.
     """
     kind = type(model).__name__
+    named = f"{argument} ({kind})"
     if not isinstance(model, PreTrainedModel):
         merge = ": merge its adapter first (merge_and_unload())" if hasattr(model, "merge_and_unload") else ""
         raise ConfigError(
             f"{argument} is a {kind}, not a transformers model{merge}; pass what AutoModelForCausalLM.from_pretrained "
             "returns"
         )
-    check_family(model.config.model_type, f"{argument} ({kind})")
+    check_family(model.config.model_type, named)
     if not isinstance(model, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type])):
         raise ConfigError(
             f"{argument} is a {kind}, not a causal language model with its LM head; pass what "
             "AutoModelForCausalLM.from_pretrained returns"
         )
-    check_unquantized(getattr(model.config, "quantization_config", None), f"{argument} ({kind})")
+    check_unquantized(getattr(model.config, "quantization_config", None), named)
     if any(module.training for module in model.modules()):
-        raise ConfigError(f"{argument} ({kind}) is in training mode: call {argument}.eval() first")
+        raise ConfigError(f"{named} is in training mode: call {argument}.eval() first")
     attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
     if attention not in ATTENTION:
         raise ConfigError(
-            f"{argument} ({kind}) computes attention with {attention}, which accepts no tree mask: load it with "
+            f"{named} computes attention with {attention}, which accepts no tree mask: load it with "
             "attn_implementation='sdpa'"
         )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise ConfigError(
-            f"{argument} ({kind}) lies on {', '.join(devices)}: load it whole on one device (without device_map='auto')"
+            f"{named} lies on {', '.join(devices)}: load it whole on one device (without device_map='auto')"
         )
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     dtype = next(model.parameters()).dtype
     if len(dtypes) != 1 or not dtype.is_floating_point or dtype.itemsize == 1:  # floats of a byte are for storage
         raise ConfigError(
-            f"{argument} ({kind}) holds weights as {', '.join(dtypes)}: load it in one type (dtype=torch.bfloat16, "
+            f"{named} holds weights as {', '.join(dtypes)}: load it in one type (dtype=torch.bfloat16, "
             "float16 or float32)"
         )

@@ -58,10 +58,7 @@ def rounded_type(stored: Iterable[str], dtype: torch.dtype) -> str | None:
 
 
 def check_folder_config(folder: Path, name: str, wanted: Wanted = TARGET) -> PretrainedConfig:
-    """The model configuration in ``folder``.
-
-    Args:
-        name: of the model, for messages.
+    """The model configuration in ``folder``; ``name`` is the model's, for messages.
 
     Raises:
         ConfigError: no or unreadable ``config.json``, an unsupported family, quantized weights, an adapter, or weights
@@ -79,18 +76,17 @@ def check_folder_config(folder: Path, name: str, wanted: Wanted = TARGET) -> Pre
     check_unquantized(plain.get("quantization_config"), name)
     if (other := plain.get("transformers_weights")) is not None:
         raise ConfigError(f"{name} keeps its weights in {other} (transformers_weights), which is not read")
-    invalid = f"{folder / CONFIG} is not a valid {family} configuration"
     try:
         with quiet_libraries():
             model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ConfigError(f"{invalid} ({one_line(error)})") from error
-    check_architecture(model, name)
-    try:  # the library checks some values only when it builds the modules
+        check_architecture(model, name)
+        # The library checks some values only when it builds the modules.
         shortest_window(model)
         parameter_shapes(model)
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ConfigError(f"{invalid} ({one_line(error)})") from error
+        raise ConfigError(f"{folder / CONFIG} is not a valid {family} configuration ({one_line(error)})") from error
     return model
 
 
@@ -167,11 +163,6 @@ def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokeni
             "they do not belong together"
         )
     return tokenizer
-
-
-def tokens_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Added tokens without a place in the model's vocabulary, which no prompt may hold."""
-    return sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= vocab_size)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -4,75 +4,92 @@ Files are mapped, not read: bytes come from disk when a tensor is asked for, and
 is short, so the model is never in memory twice.
 """
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets.checkpoint import DTYPE_NAMES, SIGNIFICANT_BITS, checkpoint_identity
+from subspec.targets.checkpoint import (
+    DTYPE_NAMES,
+    SIGNIFICANT_BITS,
+    check_folder_config,
+    checkpoint_identity,
+    has_tokenizer,
+    load_tokenizer,
+    read_headers,
+    rounded_type,
+)
+from subspec.targets.generation_settings import not_applied, read_generation_settings
+from subspec.targets.hub import Located
 from subspec.targets.meta_model import layer_name, parameter_shapes
-from subspec.targets.prepared import PreparedCheckpoint
-from subspec.targets.weight_files import data_offsets, open_weights
+from subspec.targets.source import LayerSource
+from subspec.targets.target import template_ids
+from subspec.targets.weight_files import SINGLE, TARGET, Wanted, data_offsets, open_weights
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+_READABLE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 NAMED = 3
-"""Most missing weights that a message names."""
+"""Most missing weights, and most tokens, that a message names."""
 
 
-class CheckpointSource:
-    """A :class:`~subspec.targets.source.LayerSource` over a folder of safetensors.
+class CheckpointSource(LayerSource):
+    """Layers of a folder of safetensors. Everything is checked before the first weight is read.
 
     Tensors on the CPU that need no cast may be views of the mapped file: copy them, do not write to them.
 
-    Attributes:
-        notes: for readers of the run's figures.
+    Args:
+        name: of the model, as configured.
+        wanted: what the folder must hold. A model that drafts may lack a tokenizer, and nothing about it touches the
+            output, so there is nothing to note.
 
     Raises:
-        SubspecError: weights of the configuration's architecture are missing, or have other shapes.
+        SubspecError: one line with the remedy.
     """
 
-    planted = False
-
-    def __init__(self, checkpoint: PreparedCheckpoint, dtype: torch.dtype) -> None:
-        self.name, self.source, self.dtype = checkpoint.name, checkpoint.source, dtype
-        self.config = copy.deepcopy(checkpoint.config)
-        self.tokenizer, self.eos_token_ids = checkpoint.tokenizer, checkpoint.eos_token_ids
-        self._folder, self._stored = checkpoint.folder, checkpoint.weights
+    def __init__(self, located: Located, name: str, dtype: torch.dtype, wanted: Wanted = TARGET) -> None:
+        self.name, self.source, self.dtype, self._folder = name, located.source, dtype, located.folder
+        super().__init__(check_folder_config(self._folder, name, wanted))
+        self._stored = read_headers(self._folder, wanted)
         self._offsets: dict[Path, dict[str, int]] = {}
+        if wanted.tokenizer or has_tokenizer(self._folder):
+            self.tokenizer = load_tokenizer(self._folder, name, self.config.vocab_size)
+        else:
+            self.tokenizer = None
+        settings = None
+        if wanted.tokenizer:
+            if self.tokenizer.chat_template:
+                template_ids(self.tokenizer, [{"role": "user", "content": "Hello"}], name)
+            settings = read_generation_settings(self._folder, name)
+            self.eos_token_ids = settings.eos_token_ids(self.config, self.tokenizer)
         if self.config.tie_word_embeddings and self._has_own_head():
             self.config.tie_word_embeddings = False
-        self._layer_shapes, self._shared_shapes = parameter_shapes(self.config)
-        self.notes = tuple(checkpoint.remarks(dtype, self._check()))
+            self._layer_shapes, self._shared_shapes = parameter_shapes(self.config)
+        stored_types = self._check()
+        if settings is not None:
+            self.notes = tuple(self._remarks(stored_types, not_applied(settings.values)))
 
     @property
     def identity(self) -> str:
         """See :func:`~subspec.targets.checkpoint.checkpoint_identity`."""
         return checkpoint_identity(self._folder, self.source)
 
-    def layer_shapes(self, index: int) -> Mapping[str, torch.Size]:
-        """Shapes by name within the layer; all layers of these families are alike."""
-        return dict(self._layer_shapes)
-
     def layer(self, index: int, device: torch.device) -> Mapping[str, Tensor]:
-        """The parameters of decoder layer ``index``, read now."""
-        if not 0 <= index < self.config.num_hidden_layers:
-            raise IndexError(f"no layer {index} in a model of {self.config.num_hidden_layers}")
-        return self._read({name: layer_name(index, name) for name in self._layer_shapes}, device)
+        """Read now."""
+        return self._read(self._names(index), device)
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
-        """Vectors and first rows of decoder layer ``index``, read now."""
-        names = {name: layer_name(index, name) for name in self._layer_shapes}
-        return self._read(names, torch.device("cpu"), rows=1)
+        """Read now."""
+        return self._read(self._names(index), torch.device("cpu"), rows=1)
 
     def locations(self, index: int) -> Mapping[str, tuple[Path, int]] | None:
-        """Where the files hold decoder layer ``index``; None if its type is another, or a parameter begins askew."""
+        """None if the files hold another type, or a parameter begins askew."""
         found = {}
-        for name in self._layer_shapes:
-            key = self._key(layer_name(index, name))
+        for name, full in self._names(index).items():
+            key = self._key(full)
             stored = self._stored[key]
             if stored.dtype != DTYPE_NAMES[self.dtype]:
                 return None
@@ -84,24 +101,21 @@ class CheckpointSource:
         return found if aligned else None
 
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
-        """Embedding, final norm and, unless tied, the LM head, read now."""
+        """Read now."""
         return self._read({name: name for name in self._shared_shapes}, device)
 
     def _read(self, names: Mapping[str, str], device: torch.device, rows: int | None = None) -> dict[str, Tensor]:
         """Tensors by name; of matrices only the first ``rows``."""
-        by_file: dict[str, list[str]] = {}
         keys = {name: self._key(full) for name, full in names.items()}
-        for name, key in keys.items():
-            by_file.setdefault(self._stored[key].file, []).append(name)
+        files = {self._stored[key].file for key in keys.values()}
+        handles = {file: open_weights(self._folder / file) for file in files}
         tensors = {}
-        for file, wanted in by_file.items():
-            with open_weights(self._folder / file) as handle:
-                for name in wanted:
-                    key = keys[name]
-                    whole = rows is None or len(self._stored[key].shape) == 1
-                    tensor = handle.get_tensor(key) if whole else handle.get_slice(key)[:rows]
-                    tensors[name] = tensor.to(device=device, dtype=self.dtype)
-        return {name: tensors[name] for name in names}
+        for name, key in keys.items():
+            stored = self._stored[key]
+            handle, whole = handles[stored.file], rows is None or len(stored.shape) == 1
+            tensor = handle.get_tensor(key) if whole else handle.get_slice(key)[:rows]
+            tensors[name] = tensor.to(device=device, dtype=self.dtype)
+        return tensors
 
     def _key(self, name: str) -> str:
         """The name in the files: without the prefix where the bare decoder was saved; either end of a tie."""
@@ -151,3 +165,30 @@ class CheckpointSource:
                     "they do not belong together"
                 )
         return types
+
+    def _remarks(self, stored_types: set[str], unfulfilled: str | None) -> Iterator[str]:
+        """Notes for readers of a run's figures, a line each.
+
+        Args:
+            stored_types: of the weights that the model has, by their safetensors names.
+            unfulfilled: generation settings that a run does not apply, as the end of a sentence.
+        """
+        if stored := rounded_type(stored_types, self.dtype):
+            yield (
+                f"{self.name}: weights stored as {_READABLE[stored]} are rounded to "
+                f"{str(self.dtype).removeprefix('torch.')}; the target of this run is the rounded model"
+            )
+        if (self._folder / SINGLE).is_file() and next(self._folder.glob("*-of-*.safetensors"), None):
+            yield f"{self.name}: {SINGLE} is read, as transformers does, and the shards beside it are not"
+        if not self.tokenizer.chat_template:
+            yield f"{self.name} has no chat template: prompts are given as plain text, without roles"
+        size, added = self.config.vocab_size, self.tokenizer.get_added_vocab()
+        if beyond := sorted(token for token, number in added.items() if number >= size):
+            yield (
+                f"{self.name}: no prompt may hold {', '.join(beyond[:NAMED])}: the model's vocabulary ends at "
+                f"{size - 1}, below {len(beyond)} token(s) that were added to its tokenizer"
+            )
+        if not self.eos_token_ids:
+            yield f"{self.name} names no end-of-text token: texts end at their length limit only"
+        if unfulfilled:
+            yield f"{self.name}: generation settings of the checkpoint are not applied: {unfulfilled}"

@@ -2,8 +2,8 @@
 
 transformers reads the GGUF in half a minute. Three things need correction or checks:
 
-* Its GGUF reader ignores the file's pre-tokenizer. SmolLM's splits off every digit first; without that, the spaces
-  before a number become other tokens than the model was trained on.
+* Its GGUF reader ignores the file's pre-tokenizer. That of ``smollm`` splits off every digit first; without that, the
+  spaces before a number become other tokens than the model was trained on.
 * It may keep the weights packed unless told to dequantize.
 * Its versions differ. So the result is compared with known digests of the weights and of a probe text's ids.
 """
@@ -26,14 +26,12 @@ PROBE_MESSAGES = [{"role": "user", "content": "Naïve  12+30 =   42 :\n\n  def f
 """Encoded with the chat template to identify a tokenizer: digits after spaces, accents, code, special tokens."""
 
 
-def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str, probe_sha256: str) -> None:
+def convert(gguf: Path, folder: Path, weights_sha256: str, probe_sha256: str) -> None:
     """Write the model and tokenizer of ``gguf`` into the empty or absent ``folder``.
 
     Args:
         gguf: alone in its folder (transformers would read a configuration beside it).
-        split_digits: whether the file's pre-tokenizer isolates every digit (``smollm`` does).
-        weights_sha256: expected :func:`weights_digest`; empty: no check.
-        probe_sha256: expected :func:`probe_digest`; empty: no check.
+        weights_sha256, probe_sha256: expected :func:`weights_digest` and :func:`probe_digest`; empty: no check.
 
     Raises:
         SubspecError: the file cannot be read, or this version of transformers reads it differently.
@@ -53,24 +51,14 @@ def convert(gguf: Path, folder: Path, *, split_digits: bool, weights_sha256: str
                 f"transformers {transformers.__version__} cannot read {gguf.name} ({one_line(error)}); "
                 "the file is damaged, or install a supported transformers version"
             ) from error
-        if split_digits:
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-                ]
-            )
+        digits, level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, level])
         tokenizer.clean_up_tokenization_spaces = False  # decoding must give back what was encoded
         tokenizer.model_max_length = model.config.max_position_embeddings
         _compare("weights", weights_sha256, weights_digest(model))
         _compare("token ids", probe_sha256, probe_digest(tokenizer))
-        config = model.config
-        model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            do_sample=False,
-        )
+        ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids, do_sample=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -6,14 +6,11 @@ import torch
 from subspec.config.schema import Device, Dtype
 from subspec.errors import ConfigError, SubspecError
 
-_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
-
 
 def resolve_device(device: Device) -> torch.device:
     """The device of a run; ``auto`` is the current CUDA device if there is one, else the CPU.
 
-    Raises:
-        ConfigError: ``cuda`` without a CUDA device.
+    ConfigError for ``cuda`` without a CUDA device.
     """
     if device is Device.cpu:
         return torch.device("cpu")
@@ -32,7 +29,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The target's arithmetic; ``auto`` is float32 on a CPU (token-exact) and bfloat16 on a GPU."""
     if dtype is Dtype.auto:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return _DTYPES[dtype]
+    return getattr(torch, dtype.value)
 
 
 def free_memory(device: torch.device) -> int:
@@ -44,11 +41,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse to load ``needed`` bytes of weights that do not fit, instead of being killed half-way.
-
-    Raises:
-        SubspecError: with both figures and the remedies.
-    """
+    """Refuse (SubspecError) to load ``needed`` bytes of weights that do not fit, instead of being killed half-way."""
     free = free_memory(device)
     if needed <= free:
         return

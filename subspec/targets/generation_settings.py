@@ -23,40 +23,18 @@ VALUE_WIDTH = 60
 """Most characters of a value that a note shows."""
 
 CHANGES_OUTPUT: dict[str, Any] = {
-    "repetition_penalty": 1,
-    "encoder_repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": [],
-    "force_words_ids": [],
-    "constraints": [],
-    "sequence_bias": {},
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "forced_decoder_ids": [],
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "exponential_decay_length_penalty": None,
-    "renormalize_logits": False,
-    "guidance_scale": 1,
-    "watermarking_config": None,
-    "token_healing": False,
-    "penalty_alpha": 0,
-    "dola_layers": None,
-    "num_beams": 1,
-    "stop_strings": [],
-    "max_time": None,
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("penalty_alpha", "renormalize_logits", "token_healing"), 0),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "stop_strings")),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "max_time")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids")),
+    **dict.fromkeys(("watermarking_config", "dola_layers")),
 }
-"""Settings that change greedy and sampled text alike, with the value that changes nothing (as null does)."""
+"""Settings that change greedy and sampled text alike, with the value that changes nothing, as null and [] do."""
 
-CHANGES_BEAMS: dict[str, Any] = {
-    "num_beam_groups": 1,
-    "diversity_penalty": 0,
-    "length_penalty": 1,
-    "early_stopping": False,
-}
+CHANGES_BEAMS: dict[str, Any] = dict.fromkeys(("diversity_penalty", "early_stopping"), 0)
+CHANGES_BEAMS |= dict.fromkeys(("num_beam_groups", "length_penalty"), 1)
 """Settings that count with several beams only."""
 
 CHANGES_SAMPLES: dict[str, Any] = {"min_p": 0, "top_h": None, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
@@ -68,12 +46,7 @@ OWN_SAMPLING: dict[str, Any] = {"temperature": 1, "top_p": 1, "top_k": 50}
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """The generation settings of a checkpoint.
-
-    Attributes:
-        file: their file; None: there is none.
-        values: by name, as written.
-    """
+    """The generation settings of a checkpoint by name, as written in ``file``; None: it has no such file."""
 
     file: Path | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +58,7 @@ class GenerationSettings:
             others: objects with an ``eos_token_id``.
 
         Raises:
-            ConfigError: the settings hold something other than ids.
+            ConfigError: the value is no id and no list of ids.
         """
         ids = self.values.get("eos_token_id")
         return eos_ids(*others) if ids is None or ids == [] else eos_tuple(ids, f"eos_token_id in {self.file}")
@@ -153,8 +126,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     """A value as JSON in one short line."""
     try:
-        text = json.dumps(value, default=str)
+        text = " ".join(json.dumps(value, default=str).split())
     except (TypeError, ValueError):
-        text = str(value)
-    text = " ".join(text.split())
+        text = " ".join(str(value).split())
     return text if len(text) <= VALUE_WIDTH else f"{text[: VALUE_WIDTH - 3]}..."

@@ -17,7 +17,7 @@ from huggingface_hub import constants, errors
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.checkpoint import TOKENIZER_FILES, check_folder_config, has_tokenizer
-from subspec.targets.weight_files import CONFIG, INDEX, TARGET, Wanted, main_file, missing_weights, weight_files
+from subspec.targets.weight_files import CONFIG, INDEX, TARGET, Wanted, main_file, weight_files
 from subspec.utils.console import Note, quiet_libraries
 from subspec.utils.disk import is_full_disk, require_space
 from subspec.utils.network import hub_problem
@@ -34,8 +34,7 @@ class Located:
     """A checkpoint folder on disk.
 
     Attributes:
-        path: as the user gave it.
-        source: recorded origin: the folder, or hub id @ commit.
+        path: as the user gave it; source: recorded origin, the folder or hub id @ commit.
     """
 
     path: str
@@ -130,8 +129,13 @@ def cached(config: HubTargetConfig, wanted: Wanted, *, weights: bool = True) -> 
     if not isinstance(file, str):
         return None
     folder = Path(file).parent
-    if weights and (missing_weights(folder, wanted) or (wanted.tokenizer and not has_tokenizer(folder))):
-        return None
+    if weights:
+        try:
+            complete = all((folder / name).is_file() for name in weight_files(folder, wanted))
+        except ConfigError:
+            complete = False
+        if not complete or (wanted.tokenizer and not has_tokenizer(folder)):
+            return None
     return Located(config.path, f"{config.path}@{folder.name}", folder)
 
 

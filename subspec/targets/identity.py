@@ -4,7 +4,7 @@ A digest depends on contents alone: copying, moving or re-sharding a checkpoint 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ PIECES, PIECE_BYTES = 4, 4096
 
 
 def folder_identity(folder: Path) -> str:
-    """Hex SHA-256 of a model's folder: its weights and the files of ``TEXTS`` beside them.
-
-    Raises:
-        SubspecError: weight files are missing or cannot be read.
-    """
-    return identity(_tensors(folder), (file for pattern in TEXTS for file in folder.glob(pattern)))
+    """Hex SHA-256 of a model's folder: its weights and the files of ``TEXTS`` beside them; errors as of
+    :func:`~subspec.targets.weight_files.open_weights`."""
+    tensors = (
+        (name, handle.get_tensor(name))
+        for handle in (open_weights(folder / file) for file in weight_files(folder))
+        for name in handle.keys()  # noqa: SIM118 (no mapping)
+    )
+    return identity(tensors, (file for pattern in TEXTS for file in folder.glob(pattern)))
 
 
 def identity(tensors: Iterable[tuple[str, Tensor]], texts: Iterable[Path]) -> str:
@@ -51,10 +53,3 @@ def identity(tensors: Iterable[tuple[str, Tensor]], texts: Iterable[Path]) -> st
         if file.is_file():
             digest.update(f"{file.name}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in weight_files(folder):
-        with open_weights(folder / file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (no mapping)
-                yield name, handle.get_tensor(name)

@@ -15,7 +15,7 @@ NEIGHBOURS = (
     ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 )
-"""Groups of parameters that are contiguous in :func:`flat_views`, in this order."""
+"""Groups of parameters that are contiguous in a :func:`flat_layer`, in this order."""
 
 
 class LayerCodec(Protocol):
@@ -40,7 +40,6 @@ class PlainCodec:
         return sum(round_up(math.prod(shape) * self.itemsize, self.ALIGNMENT) for shape in shapes.values())
 
     def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
-        """None."""
         return 0
 
 
@@ -59,43 +58,33 @@ def parameter_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch
 
 def write_layer(flat: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Copy a layer's parameters into its flat buffer."""
-    views = parameter_views(flat, {name: tensor.shape for name, tensor in tensors.items()}, dtype)
-    for name, tensor in tensors.items():
-        views[name].copy_(tensor)
+    for name, view in parameter_views(flat, {name: one.shape for name, one in tensors.items()}, dtype).items():
+        view.copy_(tensors[name])
 
 
 def flat_bytes(shapes: Mapping[str, torch.Size], itemsize: int) -> int:
-    """Bytes of a layer laid out by :func:`flat_views`."""
+    """Bytes of a :func:`flat_layer`."""
     return sum(
         round_up(sum(math.prod(shapes[name]) for name in group) * itemsize, PlainCodec.ALIGNMENT)
         for group in _groups(shapes)
     )
 
 
-def flat_views(flat: Tensor, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every parameter of a layer as a view into ``flat`` (uint8 of :func:`flat_bytes`), in the order of ``shapes``.
+def flat_layer(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """A copy of a layer's parameters in one allocation on ``device``.
 
     Groups of :data:`NEIGHBOURS` are contiguous; everything else begins at a multiple of 256 bytes.
     """
-    views, offset = {}, 0
-    for group in _groups(shapes):
-        start = offset
-        for name in group:
-            size = math.prod(shapes[name]) * dtype.itemsize
-            views[name] = flat[start : start + size].view(dtype).view(shapes[name])
-            start += size
-        offset += round_up(start - offset, PlainCodec.ALIGNMENT)
-    return {name: views[name] for name in shapes}
-
-
-def flat_layer(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A copy of a layer's parameters in one allocation on ``device``, laid out by :func:`flat_views`."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     flat = torch.empty(flat_bytes(shapes, dtype.itemsize), dtype=torch.uint8, device=device)
-    views = flat_views(flat, shapes, dtype)
-    for name, tensor in tensors.items():
-        views[name].copy_(tensor)
-    return views
+    views, end = {}, 0
+    for group in _groups(shapes):
+        for name in group:
+            start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+            views[name] = flat[start:end].view(dtype).view(shapes[name])
+            views[name].copy_(tensors[name])
+        end = round_up(end, PlainCodec.ALIGNMENT)
+    return {name: views[name] for name in shapes}
 
 
 def _groups(shapes: Mapping[str, torch.Size]) -> list[tuple[str, ...]]:

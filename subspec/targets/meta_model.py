@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from subspec.targets.source import LayerSource
 from subspec.utils.console import quiet_libraries
 
 LAYERS = "model.layers."
@@ -62,17 +61,6 @@ def count_parameters(config: PretrainedConfig) -> int:
     layer, shared = parameter_shapes(config)
     per_layer = sum(shape.numel() for shape in layer.values())
     return config.num_hidden_layers * per_layer + sum(shape.numel() for shape in shared.values())
-
-
-def build_model(source: LayerSource, device: torch.device) -> PreTrainedModel:
-    """The whole model of ``source`` on ``device``, filled one layer at a time; otherwise as :func:`empty_model`."""
-    model = empty_model(source.config, source.dtype, device)
-    fill(model, source.shared(device))
-    for index, layer in enumerate(model.get_decoder().layers):
-        fill(layer, source.layer(index, device))
-    if source.config.tie_word_embeddings:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model
 
 
 def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

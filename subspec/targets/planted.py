@@ -40,8 +40,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from subspec.config.schema import PlantedTargetConfig, SubstituteDraftConfig
 from subspec.errors import ConfigError
-from subspec.targets.meta_model import layer_name, parameter_shapes
 from subspec.targets.planted_tokenizer import planted_tokenizer
+from subspec.targets.source import LayerSource
 
 EMBEDDING_SHARE = 0.25
 """r: rms of the embedding over rms of the layers' output, where the model is wide enough."""
@@ -59,59 +59,40 @@ CHUNK_ROWS = 4096
 """Rows of the LM head computed in float32 at a time."""
 
 
-def _shape(
-    family: type[PretrainedConfig],
-    vocab: int,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    *,
-    positions: int = 4096,
-    theta: float = 1e4,
-    rope: Mapping[str, Any] | None = None,
-    eps: float = 1e-6,
-    tied: bool = False,
-    **other: Any,
-) -> PretrainedConfig:
-    """A configuration without special tokens. ``rope``: what differs from plain rotary embeddings."""
-    return family(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=positions,
-        rms_norm_eps=eps,
-        rope_parameters={"rope_type": "default", "rope_theta": theta, **(rope or {})},
-        tie_word_embeddings=tied,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        **other,
-    )
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads",)
 
 
-def _qwen2(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, vocab: int = 152064, tied: bool = False
-) -> PretrainedConfig:
+def _shape(family: type[PretrainedConfig], *sizes: int, theta: float = 1e4, **own: Any) -> PretrainedConfig:
+    """A configuration without special tokens. ``sizes``: of :data:`SIZES`; ``own``: further keys."""
+    settings: dict[str, Any] = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
+    settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "tie_word_embeddings": False}
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return family(**(settings | dict(zip(SIZES, sizes, strict=True)) | own))
+
+
+def _qwen2(*sizes: int, vocab: int = 152064, tied: bool = False) -> PretrainedConfig:
     """A published Qwen2.5 configuration (7B and larger: untied, padded vocabulary of 152064)."""
-    sizes = vocab, hidden, intermediate, layers, heads, kv_heads
-    return _shape(Qwen2Config, *sizes, positions=32768, theta=1e6, tied=tied, use_sliding_window=False)
+    own = {"max_position_embeddings": 32768, "tie_word_embeddings": tied, "use_sliding_window": False}
+    return _shape(Qwen2Config, vocab, *sizes, theta=1e6, **own)
 
 
-def _llama3(hidden: int, intermediate: int, layers: int, *, rope_factor: float, tied: bool = False) -> PretrainedConfig:
+def _llama3(*sizes: int, factor: float, tied: bool = False) -> PretrainedConfig:
     """Llama-3.1 and 3.2, Instruct."""
-    rope = {"rope_type": "llama3", "factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 8192}
-    sizes = 128256, hidden, intermediate, layers, 32, 8
-    return _shape(LlamaConfig, *sizes, positions=131072, theta=5e5, rope=rope, eps=1e-5, tied=tied)
+    own = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_parameters": rope}
+    return _shape(LlamaConfig, 128256, *sizes, 32, 8, tie_word_embeddings=tied, **own)
 
 
-def _tiny(hidden: int = 256, intermediate: int = 512, layers: int = 8, heads: int = 8) -> PretrainedConfig:
+def _tiny(*sizes: int) -> PretrainedConfig:
     """Grouped attention with biases, 25 MB; its wider weights quantize as badly in few layers as 7B's in many."""
-    wide = {"initializer_range": 0.15, "use_sliding_window": False}
-    return _shape(Qwen2Config, 4096, hidden, intermediate, layers, heads, 2, **wide)
+    return _shape(Qwen2Config, 4096, *sizes, 2, initializer_range=0.15, use_sliding_window=False)
+
+
+def _tiny_tied() -> PretrainedConfig:
+    own = {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.15}
+    return _shape(LlamaConfig, 1003, 192, 576, 3, 6, 6, **own)
 
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
@@ -120,12 +101,12 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_5_32b": lambda: _qwen2(5120, 27648, 64, 40, 8),
     "qwen2_5_1_5b": lambda: _qwen2(1536, 8960, 28, 12, 2, vocab=151936, tied=True),
     "qwen2_5_1_5b_untied": lambda: _qwen2(1536, 8960, 28, 12, 2),
-    "llama3_1_8b": lambda: _llama3(4096, 14336, 32, rope_factor=8.0),
-    "llama3_2_1b": lambda: _llama3(2048, 8192, 16, rope_factor=32.0, tied=True),
-    "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, rope_factor=32.0),
-    "tiny": _tiny,
-    "tiny_draft": lambda: _tiny(hidden=128, intermediate=256, layers=2, heads=4),
-    "tiny_tied": lambda: _shape(LlamaConfig, 1003, 192, 576, 3, 6, 6, eps=1e-5, tied=True, initializer_range=0.15),
+    "llama3_1_8b": lambda: _llama3(4096, 14336, 32, factor=8.0),
+    "llama3_2_1b": lambda: _llama3(2048, 8192, 16, factor=32.0, tied=True),
+    "llama3_2_1b_untied": lambda: _llama3(2048, 8192, 16, factor=32.0),
+    "tiny": lambda: _tiny(256, 512, 8, 8),
+    "tiny_draft": lambda: _tiny(128, 256, 2, 4),
+    "tiny_tied": _tiny_tied,
 }
 """Configurations by name: the published ``config.json`` of Instruct models, and tiny ones for tests.
 
@@ -138,11 +119,7 @@ model plants the target's map and agrees on easy tokens; a tied one agrees on no
 
 
 def planted_config(config: PlantedTargetConfig) -> PretrainedConfig:
-    """The model configuration of a planted target.
-
-    Raises:
-        ConfigError: no such shape, or a share outside [0, 1].
-    """
+    """The model configuration of a planted target; ConfigError for a shape, share or seed that is none."""
     if config.shape not in SHAPES:
         raise ConfigError(f"target.shape={config.shape}: no such planted shape; use {', '.join(SHAPES)}")
     if not 0 <= config.hard_share <= 1:
@@ -152,8 +129,8 @@ def planted_config(config: PlantedTargetConfig) -> PretrainedConfig:
     return SHAPES[config.shape]()
 
 
-class PlantedSource:
-    """A :class:`~subspec.targets.source.LayerSource` that draws its tensors on request.
+class PlantedSource(LayerSource):
+    """Draws its tensors on request.
 
     Args:
         config: shape, seed and share of hard tokens.
@@ -163,7 +140,6 @@ class PlantedSource:
     Attributes:
         successor: int64 [vocabulary] on the CPU, the planted map pi; the same on every device.
         hard: bool [vocabulary] on the CPU, the tokens whose successor is hard to predict.
-        notes: for readers of the run's figures.
 
     With tied embeddings no map can be planted: the hidden state is most similar to the token itself. There
     ``successor`` is the identity, no token is hard, and acceptance means nothing.
@@ -173,10 +149,9 @@ class PlantedSource:
     """
 
     planted = True
-    eos_token_ids: tuple[int, ...] = ()
 
     def __init__(self, config: PlantedTargetConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.config = planted_config(config)
+        super().__init__(planted_config(config))
         self.name, self.dtype, self.device = config.name, dtype, device
         self.shape, self.seed, self.hard_share = config.shape, config.seed, config.hard_share
         vocabulary = self.config.vocab_size
@@ -188,10 +163,9 @@ class PlantedSource:
         self.scales = Scales(self.config)
         self.successor = torch.arange(vocabulary)
         self.hard = torch.zeros(vocabulary, dtype=torch.bool)
-        meaning = "acceptance comes from quantization noise"
-        if self.config.tie_word_embeddings:
-            meaning = "tied embeddings cannot plant a map, so acceptance means nothing"
-        else:
+        meaning = "tied embeddings cannot plant a map, so acceptance means nothing"
+        if not self.config.tie_word_embeddings:
+            meaning = "acceptance comes from quantization noise"
             cpu = torch.device("cpu")
             order = torch.randperm(vocabulary, generator=self._generator("successor", cpu))
             self.successor[order] = order.roll(-1)
@@ -201,7 +175,6 @@ class PlantedSource:
             f"{self.name}: planted weights, for speed only; it is no language model, {meaning}, "
             "and texts end at their length limit only",
         )
-        self._layer_shapes, self._shared_shapes = parameter_shapes(self.config)
 
     @property
     def identity(self) -> str:
@@ -209,17 +182,10 @@ class PlantedSource:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"planted {self.shape}, seed {self.seed}, hard {self.hard_share}, torch {torch.__version__} on {where}"
 
-    def layer_shapes(self, index: int) -> Mapping[str, torch.Size]:
-        """Shapes by name within the layer; all layers are alike."""
-        return dict(self._layer_shapes)
-
     def layer(self, index: int, device: torch.device) -> Mapping[str, Tensor]:
-        """The parameters of decoder layer ``index``: matrices and biases N(0, 0.02), norms 1."""
-        if not 0 <= index < self.config.num_hidden_layers:
-            raise IndexError(f"no layer {index} in a model of {self.config.num_hidden_layers}")
-        return {
-            name: self._draw(layer_name(index, name), shape).to(device) for name, shape in self._layer_shapes.items()
-        }
+        """Matrices and biases N(0, 0.02), norms 1."""
+        shapes = self._layer_shapes
+        return {name: self._draw(full, shapes[name]).to(device) for name, full in self._names(index).items()}
 
     def sample(self, index: int) -> Mapping[str, Tensor]:
         """Vectors, and the first row of the smallest matrix (drawing a row means drawing the whole matrix).
@@ -230,17 +196,14 @@ class PlantedSource:
         shapes = self._layer_shapes
         smallest = min((name for name in shapes if len(shapes[name]) > 1), key=lambda name: shapes[name].numel())
         sample = {}
-        for name, shape in shapes.items():
-            if len(shape) == 1 or name == smallest:
-                tensor = self._draw(layer_name(index, name), shape)
-                sample[name] = (tensor if len(shape) == 1 else tensor[:1].clone()).cpu()
+        for name, full in self._names(index).items():
+            if len(shapes[name]) == 1 or name == smallest:
+                tensor = self._draw(full, shapes[name])
+                sample[name] = (tensor if tensor.dim() == 1 else tensor[:1].clone()).cpu()
         return sample
 
-    def locations(self, index: int) -> None:
-        """In no file."""
-
     def shared(self, device: torch.device) -> Mapping[str, Tensor]:
-        """Embedding, final norm and, unless tied, the LM head that plants the map."""
+        """The LM head plants the map."""
         tensors = {
             name: self._draw(name, shape, self.scales.embedding)
             for name, shape in self._shared_shapes.items()

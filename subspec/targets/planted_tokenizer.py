@@ -7,6 +7,7 @@ no UTF-8). One token a byte makes prompts longer than with a real tokenizer.
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """Ids 256, 257 and 258. None of them ends a text: see :mod:`subspec.targets.planted`."""
@@ -23,16 +24,13 @@ CHAT_TEMPLATE = (
 
 
 def planted_tokenizer(vocab_size: int, max_positions: int) -> PreTrainedTokenizerBase:
-    """A tokenizer with exactly ``vocab_size`` ids and a ChatML template; it names no end-of-text token.
-
-    Raises:
-        ValueError: ``vocab_size`` is below :data:`MIN_VOCAB`.
-    """
+    """A tokenizer of ``vocab_size`` ids (at least :data:`MIN_VOCAB`) and a ChatML template; no token ends a text."""
     if vocab_size < MIN_VOCAB:
         raise ValueError(f"a byte-level vocabulary has at least {MIN_VOCAB} ids, not {vocab_size}")
-    tokens = [*_byte_characters(), *SPECIALS, *(f"<{number}>" for number in range(MIN_VOCAB, vocab_size))]
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary |= {token: number for number, token in enumerate(SPECIALS, 256)}
+    vocabulary |= {f"<{number}>": number for number in range(MIN_VOCAB, vocab_size)}
     # Without merges every byte stays a token of its own; `ignore_merges` still finds `<n>` as a whole.
-    vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -49,10 +47,3 @@ def planted_tokenizer(vocab_size: int, max_positions: int) -> PreTrainedTokenize
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level tokenizers: itself if printable, else one from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    substitutes = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]

@@ -55,16 +55,8 @@ class Target:
         known = {field.name for field in fields(cls)} - {"model", "device"}
         return cls(model=model, device=device, **{name: getattr(source, name) for name in known})
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether prompts are formatted by the checkpoint's own chat template."""
-        return bool(self.tokenizer.chat_template)
-
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt ids of a conversation that the model is to continue as the assistant.
-
-        Args:
-            messages: ``{"role": ..., "content": ...}`` each, the last one usually the user's.
+        """The prompt ids of a conversation (``{"role": ..., "content": ...}`` each), for the assistant to continue.
 
         Without a chat template (a base model) the contents are joined by blank lines, roles left out.
 
@@ -73,17 +65,14 @@ class Target:
         """
         if not messages:
             raise SubspecError("a prompt needs at least one message")
-        if not self.has_chat_template:
+        if not self.tokenizer.chat_template:
             text = "\n\n".join(message["content"] for message in messages)
             return list(self.tokenizer(text)["input_ids"])
         return template_ids(self.tokenizer, messages, self.name)
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
-    """Ids of ``messages`` in the tokenizer's chat template, ready for the assistant's answer.
-
-    Args:
-        name: of the model, for messages.
+    """Ids of ``messages`` in the chat template of the model ``name``, ready for the assistant's answer.
 
     Raises:
         ConfigError: the template raises anything, or gives nothing.

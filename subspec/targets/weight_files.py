@@ -48,8 +48,7 @@ class Wanted:
         what: to pass instead of a path that is none.
         remedy: for weights in another format; ``{key}`` stands for :attr:`key`.
         pickle: :data:`PICKLE` will do, too.
-        tokenizer: a tokenizer must be there.
-        family: it must be a model of a supported family.
+        tokenizer: a tokenizer must be there; family: it must be a model of a supported family.
         texts: patterns of the files that are wanted beside the weights.
     """
 
@@ -70,11 +69,7 @@ def main_file(names: Collection[str], where: str, wanted: Wanted = TARGET) -> st
     """The file through which weights are found, in transformers' order: the only one, an index, or a pickle.
 
     Args:
-        names: of the files in a folder or repository.
-        where: its name, for messages.
-
-    Raises:
-        ConfigError: there is none.
+        names: of the files in the folder or repository ``where``; ConfigError if no weights are among them.
     """
     accepted = (SINGLE, INDEX, PICKLE) if wanted.pickle else (SINGLE, INDEX)
     found = next((name for name in accepted if name in names), None)
@@ -97,8 +92,7 @@ def main_file(names: Collection[str], where: str, wanted: Wanted = TARGET) -> st
 def weight_files(folder: Path, wanted: Wanted = TARGET) -> list[str]:
     """Names of the files in ``folder`` that make up the model; those of an index may be missing.
 
-    Raises:
-        ConfigError: there are none, or their index cannot be read.
+    ConfigError if there are none, or if their index cannot be read.
     """
     main = main_file([file.name for file in folder.iterdir() if file.is_file()], str(folder), wanted)
     if main != INDEX:
@@ -109,21 +103,8 @@ def weight_files(folder: Path, wanted: Wanted = TARGET) -> list[str]:
     return sorted(set(files.values()))
 
 
-def missing_weights(folder: Path, wanted: Wanted = TARGET) -> str | None:
-    """The first weight file of ``folder`` that is missing, or None. Contents are not read."""
-    try:
-        names = weight_files(folder, wanted)
-    except ConfigError:
-        return SINGLE
-    return next((name for name in names if not (folder / name).is_file()), None)
-
-
 def open_weights(path: Path) -> safe_open:
-    """The safetensors file ``path``, mapped.
-
-    Raises:
-        SubspecError: it is missing, cannot be read, is cut off, or is something else.
-    """
+    """The safetensors file ``path``, mapped; SubspecError if it is missing, cut off, unreadable or something else."""
     if not path.is_file():
         raise SubspecError(f"{path.parent} lacks {path.name}; fetch or copy it again")
     try:
@@ -136,11 +117,7 @@ def open_weights(path: Path) -> safe_open:
 
 
 def data_offsets(path: Path) -> dict[str, int]:
-    """First byte of every tensor in the safetensors file ``path``, by name.
-
-    Raises:
-        SubspecError: the file cannot be read.
-    """
+    """First byte of every tensor in the safetensors file ``path``, by name; errors as :func:`open_weights`."""
     open_weights(path)  # checks the header
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -149,32 +126,21 @@ def data_offsets(path: Path) -> dict[str, int]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read, or holds something else.
-    """
+    """The JSON object in ``file``; FileNotFoundError without the file, ConfigError for all other failures."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of an object")
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         check_pointer(file)
         raise ConfigError(f"{file} cannot be read ({one_line(error)}); fetch or copy it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{file} cannot be read (a {type(content).__name__} instead of an object); fetch or copy it again"
-        )
     return content
 
 
 def check_pointer(file: Path) -> None:
-    """Refuse a Git LFS pointer in place of ``file``.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse (ConfigError) a Git LFS pointer in place of ``file``."""
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(len(_LFS)) == _LFS:
             raise ConfigError(f"{file} is a Git LFS pointer instead of the file: run `git lfs pull` in its folder")

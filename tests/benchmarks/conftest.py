@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from subspec.utils import network
-from tests.helpers.fake_hub import FakeHub
+from tests.helpers.fake_hub import FakeHub, use_hub
 
 SETTINGS = ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"]
 PROXIES = [f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")]
@@ -32,8 +32,7 @@ def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 
     cache: Path = tmp_path_factory.mktemp("hub")
     with FakeHub().serving() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        use_hub(hub.url, patch)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,19 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT / ".." / "shared" / "data"
 
 
-def file_config(name: str, path: Path | str, **keys: object) -> BenchmarkConfig:
-    return BenchmarkConfig(name=name, source=Source.file, path=str(path), **{"max_samples": None} | keys)
+def load(name: str, path: Path | None = None, seed: int = 0, **keys: object) -> Benchmark:
+    """All rows of a file; the packaged samples without one."""
+    source = Source.sample if path is None else Source.file
+    keys = {"source": source, "path": path and str(path), "max_samples": None} | keys
+    return load_benchmark(BenchmarkConfig(name=name, **keys), seed)
 
 
-def load_text(folder: Path, name: str, text: str | bytes, file: str = "rows.jsonl", **keys: object) -> Benchmark:
-    (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_benchmark(file_config(name, folder / file, **keys), seed=0)
+def load_text(
+    folder: Path, name: str, text: str | bytes | list, file: str = "rows.jsonl", seed: int = 0, **keys: object
+) -> Benchmark:
+    content = jsonl(text) if isinstance(text, list) else text
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load(name, folder / file, seed, **keys)
 
 
 def ids(benchmark: Benchmark) -> list[str]:
@@ -44,7 +49,7 @@ def ids(benchmark: Benchmark) -> list[str]:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_hub_rows_load_from_a_file(tmp_path: Path, name: str):
-    benchmark = load_text(tmp_path, name, jsonl(ROWS[name]))
+    benchmark = load_text(tmp_path, name, ROWS[name])
     assert (benchmark.source, benchmark.source_detail) == (Source.file, str(tmp_path / "rows.jsonl"))
     assert (benchmark.note, benchmark.skipped) == (None, [])
     assert benchmark.available == len(benchmark.samples) == len(ROWS[name])
@@ -54,7 +59,7 @@ def test_hub_rows_load_from_a_file(tmp_path: Path, name: str):
 
 
 def by_id(tmp_path: Path, name: str) -> dict[str, Sample]:
-    return {sample.id: sample for sample in load_text(tmp_path, name, jsonl(ROWS[name])).samples}
+    return {sample.id: sample for sample in load_text(tmp_path, name, ROWS[name]).samples}
 
 
 @pytest.mark.parametrize(
@@ -93,31 +98,27 @@ def test_answers_and_categories(tmp_path: Path):
 
 def test_own_ids(tmp_path: Path):
     rows = [{"id": id_, "question": "?", "answer": "#### 1"} for id_ in ("gsm8k/17", 18, None, "\ud83d")]
-    found = ids(load_text(tmp_path, "gsm8k", jsonl(rows)))
+    found = ids(load_text(tmp_path, "gsm8k", rows))
     assert set(found) == {f"gsm8k/{id_}" for id_ in (17, 18, 2, "?")}
 
 
 def test_columns_of_other_names(tmp_path: Path):
     first = by_id(tmp_path, "mt_bench")["mt_bench/901"]
     renamed = [{"prompt_id": 901, "category": "writing", "prompt": list(first.turns)}]
-    assert load_text(tmp_path, "mt_bench", jsonl(renamed)).samples == [first]
+    assert load_text(tmp_path, "mt_bench", renamed).samples == [first]
     said = [("user", first.turns[0]), ("assistant", "It is quiet."), ("user", first.turns[1])]
     messages = [{"role": role, "content": content} for role, content in said]
     resolved = {"question_id": 901, "category": "writing", "messages": messages, "turns": None}
     for name in ("mt_bench", "spec_bench", "speed_bench"):
-        (sample,) = load_text(tmp_path, name, jsonl([resolved])).samples
+        (sample,) = load_text(tmp_path, name, [resolved]).samples
         assert (sample.turns, sample.category) == (first.turns, "writing")
 
 
 def test_gpqa_order_depends_on_seed_and_id_only(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
     rows = [ROWS["gpqa"][0] | {"Record ID": f"rec{i}"} for i in range(40)]
-    path.write_text(jsonl(rows))
-    first = load_benchmark(file_config("gpqa", path), seed=1)
-    path.write_text(jsonl(rows[::-1]))
-    again = load_benchmark(file_config("gpqa", path), seed=1)
-    assert first.samples == again.samples
-    other = load_benchmark(file_config("gpqa", path), seed=2)
+    first = load_text(tmp_path, "gpqa", rows, seed=1)
+    assert first.samples == load_text(tmp_path, "gpqa", rows[::-1], seed=1).samples
+    other = load_text(tmp_path, "gpqa", rows, seed=2)
     assert {s.id: s.turns for s in first.samples} != {s.id: s.turns for s in other.samples}
     assert {sample.answer for sample in first.samples} == set("ABCD")
     for sample in first.samples:
@@ -137,7 +138,7 @@ def test_gpqa_order_depends_on_seed_and_id_only(tmp_path: Path):
 def test_real_rows(name: str, file: str, count: int):
     if not (SHARED / file).exists():
         pytest.skip("the real rows are not on this machine")
-    benchmark = load_benchmark(file_config(name, SHARED / file), seed=0)
+    benchmark = load(name, SHARED / file)
     assert benchmark.available == count == len(set(ids(benchmark)))
     assert {len(sample.turns) for sample in benchmark.samples} == ({2} if name == "mt_bench" else {1})
     if name in ("gsm8k", "aime"):
@@ -248,9 +249,9 @@ def test_broken_files(tmp_path: Path, text: str | bytes, message: str):
 )  # fmt: skip
 def test_unusable_rows_are_left_out_and_named(tmp_path: Path, name: str, row: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        load_text(tmp_path, name, jsonl([row]))
+        load_text(tmp_path, name, [row])
     good = [json.loads(json.dumps(one)) for one in ROWS[name]]
-    benchmark = load_text(tmp_path, name, jsonl([*good, row]))
+    benchmark = load_text(tmp_path, name, [*good, row])
     assert benchmark.available == len(benchmark.samples) == len(good)
     (skipped,) = benchmark.skipped
     assert skipped.startswith(f"line {len(good) + 1}: ")
@@ -259,14 +260,14 @@ def test_unusable_rows_are_left_out_and_named(tmp_path: Path, name: str, row: di
 
 def test_numbers_as_answers(tmp_path: Path):
     rows = [{"problem": "?", "answer": answer} for answer in (2.5, 3.0, 4)]
-    assert {s.answer for s in load_text(tmp_path, "math_500", jsonl(rows)).samples} == {"2.5", "3", "4"}
+    assert {s.answer for s in load_text(tmp_path, "math_500", rows).samples} == {"2.5", "3", "4"}
     degrees = [{"problem": "?", "answer": answer} for answer in ("336^\\circ", "033")]
-    assert {s.answer for s in load_text(tmp_path, "aime", jsonl(degrees)).samples} == {"336", "33"}
+    assert {s.answer for s in load_text(tmp_path, "aime", degrees).samples} == {"336", "33"}
 
 
 def test_many_unusable_rows(tmp_path: Path):
     rows = [*json.loads(f"[{GOOD}]"), *[{"question": "?", "answer": "so\n#### 2.5"}] * 5]
-    benchmark = load_text(tmp_path, "gsm8k", jsonl(rows), max_samples=1)
+    benchmark = load_text(tmp_path, "gsm8k", rows, max_samples=1)
     assert ids(benchmark) == ["gsm8k/0"]
     assert [text[:7] for text in benchmark.skipped] == [f"line {i}:" for i in range(2, 7)]
     assert benchmark.note.startswith("unusable rows left out: 5 (line 2: ")
@@ -274,14 +275,13 @@ def test_many_unusable_rows(tmp_path: Path):
 
 
 def test_placeholders_are_refused(tmp_path: Path):
-    masked = {"category": "qa", "turns": [f"{PLACEHOLDER} FROM THE SOURCE"]}
-    with pytest.raises(
-        DataUnavailableError, match=r"line 3 .*placeholder.*; .*preparation script.*benchmark\.path"
-    ) as e:
-        load_text(tmp_path, "speed_bench", jsonl([*ROWS["speed_bench"], masked]))
-    assert "\n" not in str(e.value)
+    rows = [*ROWS["speed_bench"], {"category": "qa", "turns": [f"{PLACEHOLDER} FROM THE SOURCE"]}]
+    message = r"line 3 .*placeholder.*; .*preparation script.*benchmark\.path"
+    with pytest.raises(DataUnavailableError, match=message) as caught:
+        load_text(tmp_path, "speed_bench", rows)
+    assert "\n" not in str(caught.value)
     # Categories that are whole can be run.
-    chosen = load_text(tmp_path, "speed_bench", jsonl([*ROWS["speed_bench"], masked]), categories=["coding"])
+    chosen = load_text(tmp_path, "speed_bench", rows, categories=["coding"])
     assert ids(chosen) == ["speed_bench/a1"]
 
 
@@ -289,23 +289,22 @@ def test_placeholders_are_refused(tmp_path: Path):
 def test_spec_bench_is_not_on_the_hub(key: str):
     hub = HubData(**{"path": "org/name", "split": "test"} | {key: ""})
     with pytest.raises(DataUnavailableError, match=r"https://\S+question\.jsonl; download .*benchmark\.path"):
-        load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.hub, hub=hub), seed=0)
-    benchmark = load_benchmark(BenchmarkConfig(name="spec_bench", source=Source.auto, hub=hub), seed=0)
+        load("spec_bench", source=Source.hub, hub=hub)
+    benchmark = load("spec_bench", source=Source.auto, hub=hub)
     assert benchmark.source is Source.sample
     assert "NOT the spec_bench data set" in benchmark.note
     assert "question.jsonl" in benchmark.note
 
 
 def test_broken_configurations(tmp_path: Path):
-    def fails(message: str, **keys: object) -> None:
+    for message, name, keys in (
+        (r"benchmark\.name=gsm9k is unknown; choose one of: aime, .*math_500, mt_bench", "gsm9k", {}),
+        (r"benchmark\.path=.*none\.jsonl does not exist", "gsm8k", {"path": tmp_path / "none.jsonl"}),
+        (r"is a folder", "gsm8k", {"path": tmp_path}),
+        (r"benchmark\.hub\.path is not set", "gsm8k", {"source": Source.hub}),
+    ):
         with pytest.raises(ConfigError, match=message):
-            load_benchmark(BenchmarkConfig(**{"name": "gsm8k"} | keys), seed=0)
-
-    fails(r"benchmark\.name=gsm9k is unknown; choose one of: aime, .*math_500, mt_bench", name="gsm9k")
-    missing = str(tmp_path / "none.jsonl")
-    fails(r"benchmark\.path=.*none\.jsonl does not exist", source=Source.file, path=missing)
-    fails(r"is a folder", source=Source.file, path=str(tmp_path))
-    fails(r"benchmark\.hub\.path is not set", source=Source.hub)
+            load(name, **keys)
 
 
 def test_unreadable_file(tmp_path: Path):
@@ -314,15 +313,14 @@ def test_unreadable_file(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.touch(mode=0o000)
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_benchmark(file_config("gsm8k", path), seed=0)
+        load("gsm8k", path)
 
 
 # ----------------------------------------------------------------------------------------------- selection
 
 
 def test_packaged_samples_say_what_they_are():
-    config = BenchmarkConfig(name="gsm8k", source=Source.sample, max_samples=2)
-    benchmark = load_benchmark(config, seed=0)
+    benchmark = load("gsm8k", max_samples=2)
     assert (benchmark.source, benchmark.source_detail) == (Source.sample, "packaged sample prompts")
     assert benchmark.note is None
     assert len(benchmark.samples) == 2 < benchmark.available
@@ -334,8 +332,8 @@ CATEGORIES = ["writing"] * 9 + ["math"] * 5 + ["stem"] * 2 + ["qa"] * 3
 
 def choose(folder: Path, name: str = "spec_bench", seed: int = 0, **keys: object) -> list[Sample]:
     rows = [{"question_id": i, "category": one, "turns": [f"{i}?"]} for i, one in enumerate(CATEGORIES)]
-    (folder / "rows.jsonl").write_text(jsonl([*rows, {"question_id": 99, "category": "qa", "turns": None}]))
-    return load_benchmark(file_config(name, folder / "rows.jsonl", **keys), seed).samples
+    unusable = {"question_id": 99, "category": "qa", "turns": None}
+    return load_text(folder, name, [*rows, unusable], seed=seed, **keys).samples
 
 
 def counts(samples: list[Sample]) -> Counter:
@@ -390,11 +388,7 @@ def test_order_does_not_depend_on_the_order_of_rows_or_on_other_rows(ids: list[s
 
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 12))
 def test_fewer_samples_are_a_prefix_of_more(seed: int, count: int):
-    def chosen(max_samples: int | None) -> list[str]:
-        config = BenchmarkConfig(name="math_500", source=Source.sample, max_samples=max_samples)
-        return ids(load_benchmark(config, seed))
-
-    assert chosen(count) == chosen(None)[:count]
+    assert ids(load("math_500", seed=seed, max_samples=count)) == ids(load("math_500", seed=seed))[:count]
 
 
 def test_seeds_differ():
@@ -403,29 +397,22 @@ def test_seeds_differ():
 
 
 def test_selection_is_the_same_in_every_process():
-    script = (
-        "from subspec.benchmarks import load_benchmark\n"
-        "from subspec.config.schema import BenchmarkConfig, Source\n"
-        "import sys\n"
-        "b = load_benchmark(BenchmarkConfig(name='gpqa', source=Source.sample, max_samples=None), 5)\n"
-        "print([(s.id, s.answer) for s in b.samples])\n"
-        "assert not {'datasets', 'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
-    command = [sys.executable, "-c", script]
+    script = """
+import sys
+from subspec.benchmarks import load_benchmark
+from subspec.config.schema import BenchmarkConfig, Source
+found = load_benchmark(BenchmarkConfig(name="gpqa", source=Source.sample, max_samples=None), 5)
+print([(one.id, one.answer) for one in found.samples])
+assert not {"datasets", "torch", "transformers", "huggingface_hub"} & set(sys.modules)
+"""
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONHASHSEED": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    config = BenchmarkConfig(name="gpqa", source=Source.sample, max_samples=None)
-    assert eval(done.stdout) == [(s.id, s.answer) for s in load_benchmark(config, 5).samples]
+    assert eval(done.stdout) == [(one.id, one.answer) for one in load("gpqa", seed=5).samples]
 
 
 def test_config_group_and_tasks_agree():
-    """Every option of the config group fits the schema, and every task has an option."""
     options = {path.stem: OmegaConf.load(path) for path in (ROOT / "conf" / "benchmark").glob("*.yaml")}
     assert options.keys() == TASKS.keys()
     for name, option in options.items():
-        option.pop("defaults")
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), option))
-        assert config.name == name
-        assert load_benchmark(replace(config, source=Source.sample), seed=0).samples
         on_hub = TASKS[name].published is None
-        assert (config.hub.path.count("/"), bool(config.hub.split)) == (int(on_hub), on_hub)
+        assert (option.name, option.hub.path.count("/"), bool(option.hub.split)) == (name, int(on_hub), on_hub)

@@ -10,11 +10,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
-from subspec.benchmarks import TASKS
 from subspec.config.checks import RANGES, check_keys, quantizes
 from subspec.config.defaults import fill_tree
 from subspec.config.effective import effective
 from subspec.config.help_text import (
+    FILES,
     GROUPS,
     description,
     help_on,
@@ -24,15 +24,7 @@ from subspec.config.help_text import (
     schema_of,
     top_level_keys,
 )
-from subspec.config.schema import (
-    SCHEMAS,
-    Config,
-    ServeConfig,
-    SmallModelDraftConfig,
-    register_schemas,
-    to_config,
-    to_plain,
-)
+from subspec.config.schema import SCHEMAS, Config, ServeConfig, register_schemas, to_config, to_plain
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import ConfigError
 from subspec.utils.paths import conf_dir
@@ -48,8 +40,6 @@ NEEDS = {
     ("draft", "pard"): ["draft.path=planted:tiny_draft"],
 }
 """What an option cannot do without."""
-FILES = ("experiment", "hparams_search")
-"""Groups whose options set keys of the other groups."""
 
 
 def composed(*overrides):
@@ -74,22 +64,15 @@ def test_the_groups_are_the_folders_of_conf():
     assert set(GROUPS) <= {field.name for field in dataclasses.fields(Config)}
 
 
-def validated(*overrides):
-    """The configuration, which passes every check."""
-    cfg = composed(*overrides)
-    check_keys(cfg)
-    config = to_config(cfg)
-    check_config(config)
-    if not (isinstance(config.draft, SmallModelDraftConfig) and "/" in (config.draft.path or "")):
-        check_against_target(config, large_model())  # a small model's own configuration lies on the hub
-    json.dumps(to_plain(cfg))
-    return config
-
-
 @pytest.mark.parametrize(("group", "name"), [one for one in OPTIONS if one[0] != "experiment"], ids=str)
 def test_every_option_composes_and_validates(group, name):
     """Experiments: tests/test_experiments.py."""
-    config = validated(f"{group}={name}", *NEEDS.get((group, name), []))
+    cfg = composed(f"{group}={name}", *NEEDS.get((group, name), []))
+    check_keys(cfg)
+    config = to_config(cfg)
+    check_config(config)
+    check_against_target(config, large_model())
+    json.dumps(to_plain(cfg))
     if (group, name) != ("target", "hub") and group not in FILES:
         assert getattr(config, group).name == name
 
@@ -139,24 +122,23 @@ def test_the_default_number_of_samples_does_not_limit_categories(overrides, expe
     assert to_config(cfg).benchmark.categories == ["math", "stem"]
 
 
-@pytest.mark.parametrize("override", ["benchmark.per_category=0", "benchmark.categories=[]"])
-def test_a_selection_of_nothing_is_refused(override):
-    with pytest.raises(ConfigError, match=override.split("=")[0]):
-        check_config(to_config(composed(override)))
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["decoding.texts=0"], r"decoding\.texts=0 must be"),
-        (["decoding.texts=many"], r"decoding\.texts=many must be"),
-        (["decoding.texts=2", "offload=accelerate", "draft=none"], "but offload=accelerate"),
-        (["decoding.texts=2", "draft=subspec", "draft.proposer=prompt_lookup"], r"but draft\.proposer=prompt_lookup"),
+        ("benchmark.per_category=0", r"benchmark\.per_category"),
+        ("benchmark.categories=[]", r"benchmark\.categories"),
+        ("decoding.texts=0", r"decoding\.texts=0 must be"),
+        ("decoding.texts=many", r"decoding\.texts=many must be"),
+        ("decoding.texts=2 offload=accelerate draft=none", "but offload=accelerate"),
+        ("decoding.texts=2 draft=subspec draft.proposer=prompt_lookup", r"but draft\.proposer=prompt_lookup"),
+        ("draft.kernel=int4_mma draft=subspec offload=none", r"draft\.kernel=int4_mma .* offload=stream"),
+        *((f"audit_margin={value}", r"audit_margin=.*finite") for value in ("inf", "nan", "-1")),
     ],
 )
-def test_texts_side_by_side_that_cannot_be_are_refused(overrides, message):
+def test_contradictions_are_refused(overrides, message):
+    """Most of them: tests/cli/test_bad_input.py."""
     with pytest.raises(ConfigError, match=message):
-        check_config(to_config(composed(*overrides)))
+        check_config(to_config(composed(*overrides.split())))
 
 
 @pytest.mark.parametrize("draft", ["none", "subspec", "small_model", "eagle2", "layer_skip", "prompt_lookup"])
@@ -185,6 +167,7 @@ def test_every_key_of_every_option_is_explained():
         if group not in FILES:
             keys = {entry.partition("=")[0].partition(".")[0] for entry, _ in rows}
             schema = schema_of(CONF, group, name)
+            assert schema in {SCHEMAS[key] for key in SCHEMAS if key.startswith(f"{group}/")}
             assert keys | {"name"} == {field.name for field in dataclasses.fields(schema)}
 
 
@@ -228,16 +211,8 @@ def test_help_on_what_is_not_there(word, message):
         ("draft=none quant.bits=4 tree.depth=3", "draft=none quant=higgs tree=chain", True),
         ("draft=eagle2 quant.bits=4", "draft=eagle2 quant.bits=3", True),
         ("draft=small_model quant.bits=4", "draft=small_model quant.bits=3", True),
-        (
-            "draft=small_model draft.quantize=true quant.bits=4",
-            "draft=small_model draft.quantize=true quant.bits=3",
-            False,
-        ),
-        (
-            "draft=none offload=stream offload.codec=substitute",
-            "draft=none offload=stream offload.codec=substitute quant.bits=3",
-            False,
-        ),
+        (SMALL := "draft=small_model draft.quantize=true", f"{SMALL} quant.bits=3", False),
+        (CODED := "draft=none offload=stream offload.codec=substitute", f"{CODED} quant.bits=3", False),
         ("draft=none seed=0", "draft=none seed=1", False),
         ("offload=stream offload.vram_gib=8", "offload=stream offload.vram_gib=8.0", True),
         ("offload=stream", "offload=stream offload.vram_counts=device", False),
@@ -297,22 +272,12 @@ def test_every_schema_is_used_by_a_file_of_its_group(key):
     assert set(cfg[group]) == {field.name for field in dataclasses.fields(SCHEMAS[key])}
 
 
-def test_every_file_has_a_schema():
-    for group, name in OPTIONS:
-        text = (CONF / group / f"{name}.yaml").read_text()
-        assert group in FILES or re.findall(r"/schema/(\w+)/\w+@_here_", text) == [group], (group, name)
-
-
 def test_every_range_is_of_a_key_that_exists():
     schemas = SCHEMAS | {"/run": Config, "serve/serve": ServeConfig}
     for key, _, _ in RANGES:
         group, _, name = key.rpartition(".")
         nodes = [node for path, node in schemas.items() if path.startswith(f"{group}/")]
         assert any(name in {field.name for field in dataclasses.fields(node)} for node in nodes), key
-
-
-def test_the_benchmarks_of_conf_are_those_of_the_code():
-    assert {name for group, name in OPTIONS if group == "benchmark"} == set(TASKS)
 
 
 def test_targets_of_the_hub_name_a_repository():
@@ -339,21 +304,6 @@ def test_the_checks_of_the_target_look_at_its_configuration():
     config = to_config(composed("quant.modules=[lm_head]"))
     with pytest.raises(ConfigError, match=r"quant\.group_size=64 .*331 groups of lm_head"):
         check_against_target(config, large_model(vocab_size=331, hidden_size=64, num_attention_heads=1))
-
-
-@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
-def test_a_margin_that_accepts_everything_is_refused(value):
-    with pytest.raises(ConfigError, match=r"audit_margin=.*finite"):
-        check_config(to_config(composed(f"audit_margin={value}")))
-
-
-@pytest.mark.parametrize("key", ["draft.kernel=int4_mma", "draft.overlap_launches=false"])
-def test_keys_of_captured_levels_belong_to_streaming(key):
-    with pytest.raises(ConfigError, match=rf"{re.escape(key)} .* offload=stream"):
-        check_config(to_config(composed(key, "draft=subspec", "offload=none")))
-
-
-def test_plain_decoding_has_no_use_for_the_checks_of_a_draft():
     config = to_config(composed("draft=none", "tree.width=6", "quant.skip_layers=[3]"))
     check_against_target(config, large_model(vocab_size=5, num_hidden_layers=2))
 

@@ -8,6 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" * 6 + "c0ff"
 
 
@@ -105,6 +108,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, error="EntryNotFound")
 
     do_GET = do_HEAD = do_POST = _answer
+
+
+def use_hub(url: str, patch: pytest.MonkeyPatch) -> None:
+    """Make ``url`` the hub, as ``HF_ENDPOINT`` does when it is set before the client is imported."""
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def _etag(content: bytes) -> str:

@@ -37,7 +37,6 @@ def tiny_packaged(folder: Path) -> Packaged:
         gguf_bytes=gguf.stat().st_size,
         gguf_sha256=digest(gguf),
         checkpoint_bytes=1_000_000,
-        split_digits=True,
     )
 
 

@@ -173,6 +173,17 @@ def edit_config(path: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def shard_weights(path: Path, **changes: Tensor) -> dict[str, dict[str, str]]:
+    """Write the weights of the folder ``path``, with ``changes``, into two shards beside them; returns their index."""
+    state = list((load_file(path / "model.safetensors") | changes).items())
+    files = {}
+    for part in range(2):
+        own, file = dict(state[part::2]), f"model-{part + 1:05}-of-00002.safetensors"
+        save_file(own, path / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(own, file)
+    return {"weight_map": files}
+
+
 def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Rewrite the one weight file of the checkpoint folder ``path`` after ``change(tensors)``."""
     file = Path(path) / "model.safetensors"

@@ -1,10 +1,7 @@
 """Models that would not be decoded exactly are refused at every door: the command line's and the library's."""
 
-import copy
-
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,11 +16,11 @@ from transformers import (
 )
 
 from subspec import build_engine, generate
-from subspec.config.schema import register_schemas, to_config
+from subspec.cli.compose import compose_config
+from subspec.config.schema import to_config
 from subspec.drafts.check_config import check_against_target
 from subspec.errors import ConfigError
 from subspec.targets.check_model import FAMILIES, check_model_config, shortest_window
-from subspec.utils.paths import conf_dir
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.tiny import tiny_model
 
@@ -33,19 +30,10 @@ SIZES |= {"initializer_range": 0.3}
 PROMPT = list(range(3, 15))
 
 
-@pytest.fixture(scope="module")
-def command_line():
-    """Checks a model's configuration as the command line does, for texts of ``max_length`` tokens."""
-    register_schemas()
-
-    def check(model, max_length):
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose(
-                "config", ["draft=none", f"decoding.max_length={max_length}", "decoding.max_new_tokens=2", "run_dir=x"]
-            )
-        check_against_target(to_config(cfg), model)
-
-    return check
+def command_line(model):
+    """Checks a model's configuration as the command line does, for texts of 64 tokens."""
+    cfg = compose_config(["draft=none", "decoding.max_length=64", "decoding.max_new_tokens=2"])
+    check_against_target(to_config(cfg), model)
 
 
 def built(family="llama", attn_implementation=None, **changes):
@@ -76,11 +64,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_both_doors_refuse_it_and_name_their_own_key(case, command_line):
+def test_both_doors_refuse_it_and_name_their_own_key(case):
     family, changes, message = REFUSED[case]
     model = built(family, **changes)
     with pytest.raises(ConfigError, match=message.format(key=r"decoding\.max_length")):
-        command_line(model.config, 64)
+        command_line(model.config)
     library = pytest.raises(ConfigError, match=message.format(key="(?<!decoding.)max_length"))
     for draft in ("none", "subspec"):
         with library as refused:
@@ -100,20 +88,19 @@ def test_both_doors_refuse_it_and_name_their_own_key(case, command_line):
         ({"quantization_config": "gptq"}, r"quantized weights \(gptq\)"),
     ],
 )
-def test_settings_that_no_model_is_built_with_are_refused_too(change, message, command_line):
+def test_settings_that_no_model_is_built_with_are_refused_too(change, message):
     model = tiny_model("llama")
-    model.config = copy.deepcopy(model.config)
     for key, value in change.items():
         setattr(model.config, key, value)
-    for check in (lambda: command_line(model.config, 64), lambda: build_engine(model)):
+    for check in (lambda: command_line(model.config), lambda: build_engine(model)):
         with pytest.raises(ConfigError, match=message):
             check()
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), MixtralConfig()], ids=lambda config: config.model_type)
-def test_other_families_are_refused(config, command_line):
+def test_other_families_are_refused(config):
     with pytest.raises(ConfigError, match=f"'{config.model_type}'.*{', '.join(FAMILIES)}"):
-        command_line(config, 64)
+        command_line(config)
 
 
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
@@ -132,9 +119,9 @@ YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
         ("qwen2", {"rope_parameters": YARN}),
     ],
 )
-def test_what_both_doors_accept_is_the_models_own_text(family, changes, command_line):
+def test_what_both_doors_accept_is_the_models_own_text(family, changes):
     model = built(family, **changes)
-    command_line(model.config, 64)
+    command_line(model.config)
     engine = build_engine(model, draft="layer_skip", max_length=64)
     assert engine.generate(PROMPT, max_new_tokens=24).token_ids == hf_greedy(model, PROMPT, 24)
 
@@ -162,6 +149,12 @@ def test_the_window_is_the_one_that_transformers_reads(config, window):
 
 
 # ------------------------------------------------------------------------------------------- loaded models
+
+
+def with_layer(change):
+    model = built()
+    change(model.model.layers[1])
+    return model
 
 
 class Wrapped(torch.nn.Module):
@@ -201,12 +194,6 @@ def test_what_is_no_model_to_decode_is_refused_in_one_line(make, message):
         build_engine(model, draft="none", max_length=64)
     assert "\n" not in str(refused.value)
     assert "model" in str(refused.value)
-
-
-def with_layer(change):
-    model = built()
-    change(model.model.layers[1])
-    return model
 
 
 def test_eager_attention_and_half_precision_are_fine():

@@ -17,7 +17,7 @@ from subspec.targets import load_target, load_target_config, open_source
 from subspec.targets.checkpoint import checkpoint_identity, rounded_type
 from subspec.targets.identity import folder_identity
 from subspec.targets.weight_files import INDEX
-from tests.helpers.tiny import END_ID, FAMILIES, edit_config, edit_weights, tiny_checkpoint, tiny_model
+from tests.helpers.tiny import END_ID, FAMILIES, edit_config, edit_weights, shard_weights, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_folder_loads_as_saved(tmp_path, family, tie, notes):
 
 
 def test_sharded_weights(tmp_path):
-    index = shards(tiny_checkpoint(tmp_path))
+    index = shard_weights(tiny_checkpoint(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     refused(tmp_path, ConfigError, rf"2 shards \(model-00001-of-00002.safetensors, ...\) without .*{INDEX}")
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -60,11 +60,29 @@ def test_the_configuration_alone(tmp_path):
     assert (config.model_type, config.num_hidden_layers) == ("qwen3", 3)
 
 
-def test_rounding_is_told(tmp_path, notes):
-    target = load(tiny_checkpoint(tmp_path), notes.append, dtype=Dtype.bfloat16)
-    assert target.dtype is torch.bfloat16 is next(target.model.parameters()).dtype
+def unending(folder):
+    (folder / "generation_config.json").write_text("{}")
+    edit_config(folder, eos_token_id=None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda folder: None, {"dtype": Dtype.bfloat16}, "float32 are rounded to bfloat16"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), {}, "no chat template"),
+        (unending, {}, "length limit only"),
+    ],
+)
+def test_what_a_reader_must_know_is_noted(tmp_path, notes, change, options, words):
+    change(tiny_checkpoint(tmp_path))
+    target = load(tmp_path, notes.append, **options)
+    assert target.dtype is getattr(torch, options.get("dtype", Dtype.float32).value)
+    assert (target.eos_token_ids == ()) == (words == "length limit only")
     assert notes == list(target.notes)
-    assert "float32 are rounded to bfloat16" in notes[0]
+    assert len(notes) == 1
+    assert words in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -82,23 +100,6 @@ def test_which_conversions_round(stored, dtype, lost):
     assert rounded_type(stored, dtype) == lost
 
 
-def test_no_chat_template_is_told(tmp_path, notes):
-    target = load(tiny_checkpoint(tmp_path, chat_template=False), notes.append)
-    assert not target.has_chat_template
-    assert "no chat template" in notes[0]
-
-
-def test_no_end_of_text_is_told(tmp_path, notes):
-    tiny_checkpoint(tmp_path)
-    (tmp_path / "generation_config.json").write_text("{}")
-    edit_config(tmp_path, eos_token_id=None)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings.pop("eos_token")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load(tmp_path, notes.append).eos_token_ids == ()
-    assert "length limit only" in notes[0]
-
-
 # ------------------------------------------------------------------------------------- broken folders
 
 
@@ -108,23 +109,16 @@ def refused(path, error, words, **config):
     assert "\n" not in str(caught.value)
 
 
-def test_a_path_that_is_nothing(tmp_path):
-    refused(tmp_path / "absent", ConfigError, "no such folder, and not a hub id")
-    refused("./absent", ConfigError, "no such folder")
-    refused("absent", ConfigError, "no such folder")
-
-
 def test_a_folder_that_is_none_and_a_configuration_that_is_none(tmp_path):
+    for path in (tmp_path / "absent", "./absent", "absent"):
+        refused(path, ConfigError, "no such folder, and not a hub id")
     refused(tmp_path, ConfigError, "no config.json")
     file = tiny_checkpoint(tmp_path) / "config.json"
     refused(file, ConfigError, "is a file; pass the checkpoint folder")
     refused(tmp_path, ConfigError, "revision is for hub ids", revision="main")
-    file.write_text("{ not json")
-    refused(tmp_path, ConfigError, "config.json cannot be read")
-    file.write_text("[]")
-    refused(tmp_path, ConfigError, "config.json cannot be read")
-    file.write_text("{}")
-    refused(tmp_path, ConfigError, "type None")
+    for text, words in (("{ not json", "cannot be read"), ("[]", "cannot be read"), ("{}", "type None")):
+        file.write_text(text)
+        refused(tmp_path, ConfigError, words)
 
 
 OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
@@ -136,7 +130,6 @@ OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
         ({"hidden_size": "wide"}, "not a valid llama configuration"),
         ({"model_type": "gpt2"}, "'gpt2'.*: llama, mistral, qwen2, qwen3"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized weights \(awq\)"),
-        ({"quantization_config": "awq"}, r"quantized weights \(awq\)"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"hidden_act": "nope"}, "not a valid llama configuration .*nope"),
         ({"sliding_window": "x"}, "not a valid llama configuration"),
@@ -144,7 +137,6 @@ OLD_ROPE = {"rope_parameters": None, "rope_theta": 1e4}
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
         (OLD_ROPE | {"rope_theta": "x"}, "not a valid llama configuration"),
         (OLD_ROPE | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type su is not supported"),
-        (OLD_ROPE | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "rope type mrope"),
         (OLD_ROPE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic rotary embeddings"),
         (OLD_ROPE | {"rope_scaling": {"type": None, "factor": 2.0}}, "not a valid llama configuration"),
     ],
@@ -224,23 +216,12 @@ def test_folders_of_another_kind(tmp_path, file, words):
     refused(tmp_path, ConfigError, words)
 
 
-def shards(folder, **tensors):
-    """Weights in two shards, without an index; returns the index."""
-    state = load_file(folder / "model.safetensors") | tensors
-    names = {}
-    for part in range(2):
-        own, file = dict(list(state.items())[part::2]), f"model-{part + 1:05}-of-00002.safetensors"
-        save_file(own, folder / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(own, file)
-    return {"weight_map": names}
-
-
 def test_of_two_sets_of_weights_transformers_own_choice_is_read(tmp_path, notes):
     """By every reader: whole, layer by layer, and digests."""
     norm = "model.norm.weight"
     expected = load_file(tiny_checkpoint(tmp_path) / "model.safetensors")
     before = folder_identity(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps(shards(tmp_path, **{norm: expected[norm] + 1})))
+    (tmp_path / INDEX).write_text(json.dumps(shard_weights(tmp_path, **{norm: expected[norm] + 1})))
     config = HubTargetConfig(name="mine", path=str(tmp_path))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight
     target = load(tmp_path, notes.append)

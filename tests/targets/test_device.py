@@ -9,14 +9,9 @@ from subspec.targets import device as module
 from subspec.targets import resolve_device, resolve_dtype
 
 
-def no_cuda(monkeypatch, *, built="13.0"):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", built)
-
-
 def test_auto_takes_the_current_gpu_and_without_one_the_cpu(monkeypatch):
     assert resolve_device(Device.cpu) == torch.device("cpu")
-    no_cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(Device.auto) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -25,23 +20,17 @@ def test_auto_takes_the_current_gpu_and_without_one_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize(("built", "why"), [(None, "built without CUDA"), ("13.0", "CUDA_VISIBLE_DEVICES")])
 def test_cuda_without_a_gpu_says_why(monkeypatch, built, why):
-    no_cuda(monkeypatch, built=built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(ConfigError, match=f"device=cuda but no CUDA device.*{why}.*device=cpu"):
         resolve_device(Device.cuda)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "device", "expected"),
-    [
-        (Dtype.auto, "cpu", torch.float32),
-        (Dtype.auto, "cuda", torch.bfloat16),
-        (Dtype.float32, "cuda", torch.float32),
-        (Dtype.bfloat16, "cpu", torch.bfloat16),
-        (Dtype.float16, "cuda", torch.float16),
-    ],
-)
-def test_dtypes(dtype, device, expected):
-    assert resolve_dtype(dtype, torch.device(device)) is expected
+def test_dtypes():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (resolve_dtype(Dtype.auto, cpu), resolve_dtype(Dtype.auto, cuda)) == (torch.float32, torch.bfloat16)
+    for dtype in set(Dtype) - {Dtype.auto}:
+        assert resolve_dtype(dtype, cpu) == resolve_dtype(dtype, cuda) == getattr(torch, dtype.value)
 
 
 def test_weights_that_cannot_fit_are_refused_with_both_figures(monkeypatch):

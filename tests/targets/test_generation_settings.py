@@ -19,7 +19,6 @@ from subspec.targets.generation_settings import (
     not_applied,
     read_generation_settings,
 )
-from subspec.targets.prepared import prepare_checkpoint
 from tests.helpers.cli import cli, tiny_run
 from tests.helpers.tiny import END_ID, edit_config, tiny_checkpoint
 
@@ -65,8 +64,8 @@ def target_of(folder):
     return HubTargetConfig(name="mine", path=str(folder))
 
 
-def prepared(folder):
-    return prepare_checkpoint(target_of(folder), lambda text: None)
+def opened(folder, note=lambda text: None):
+    return open_source(target_of(folder), torch.float32, CPU, note=note)
 
 
 # ------------------------------------------------------------------------------------------ end of text
@@ -92,7 +91,7 @@ def prepared(folder):
     ids=str,
 )
 def test_end_of_text_ids_are_read_whatever_else_stands_there(written, settings, expected):
-    assert prepared(written(settings)).eos_token_ids == expected
+    assert opened(written(settings)).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_end_of_text_ids_are_read_whatever_else_stands_there(written, settings, 
 )
 def test_a_file_that_cannot_be_read_is_refused(written, content):
     with pytest.raises(ConfigError, match=FILE.replace(".", r"\.")) as refused:
-        prepared(written(content))
+        opened(written(content))
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 600
 
@@ -122,7 +121,7 @@ def test_a_file_that_leads_nowhere_is_refused(written, tmp_path):
     (file := written(None) / FILE).symlink_to(tmp_path / "nowhere")
     try:
         with pytest.raises(ConfigError, match=FILE):
-            prepared(file.parent)
+            opened(file.parent)
     finally:
         file.unlink()
 
@@ -134,57 +133,29 @@ def test_defaults_are_not_named():
     assert not_applied(GenerationConfig().to_dict()) is None
     defaults = GenerationConfig._get_default_generation_params()
     assert not_applied(defaults) is None
+    neutral = CHANGES_OUTPUT | CHANGES_BEAMS | CHANGES_SAMPLES | OWN_SAMPLING
     for do_sample in (True, False):
-        for neutral in (CHANGES_OUTPUT, CHANGES_BEAMS, CHANGES_SAMPLES, OWN_SAMPLING):
-            nothing = dict.fromkeys(neutral) | {"do_sample": do_sample}
-            for settings in (nothing, neutral | {"do_sample": do_sample}):
-                named = not_applied(settings, sampling=Sampling())
-                assert named is None, named
-    for key, value in defaults.items():
-        for neutral in (CHANGES_OUTPUT, CHANGES_BEAMS, CHANGES_SAMPLES, OWN_SAMPLING):
-            if value is not None and key in neutral:
-                assert neutral[key] == value, key
+        for settings in (neutral, dict.fromkeys(neutral), {key: [] for key in neutral}):
+            assert not_applied(settings | {"do_sample": do_sample}, sampling=Sampling()) is None
+    known = {key: value for key, value in defaults.items() if value is not None and key in neutral}
+    assert known.items() <= neutral.items()
 
 
-OTHERS = {
-    "repetition_penalty": 1.05,
-    "encoder_repetition_penalty": 0.9,
-    "no_repeat_ngram_size": 3,
-    "encoder_no_repeat_ngram_size": 2,
-    "bad_words_ids": [[5]],
-    "force_words_ids": [[5]],
-    "constraints": [1],
-    "sequence_bias": [[[5], 2.0]],
-    "suppress_tokens": [5],
-    "begin_suppress_tokens": [5],
-    "forced_bos_token_id": 0,
-    "forced_eos_token_id": 5,
-    "forced_decoder_ids": [[1, 5]],
-    "min_length": 5,
-    "min_new_tokens": 5,
-    "exponential_decay_length_penalty": [5, 1.1],
-    "renormalize_logits": True,
-    "guidance_scale": 1.5,
-    "watermarking_config": {"bias": 2.5},
-    "token_healing": True,
-    "penalty_alpha": 0.6,
-    "dola_layers": "high",
-    "num_beams": 4,
-    "stop_strings": ["x"],
-    "max_time": 5.0,
-}
+CHANGED = {"forced_bos_token_id": 0, "bad_words_ids": [[5]], "sequence_bias": [[[5], 2.0]], "dola_layers": "high"}
+CHANGED |= {"watermarking_config": {"bias": 2.5}, "renormalize_logits": True, "token_healing": True}
 
 
 @pytest.mark.parametrize("key", CHANGES_OUTPUT)
 def test_every_setting_that_changes_the_output_is_named_with_its_value(key):
-    value = OTHERS[key]
+    value = CHANGED.get(key, 5)
     for settings, options in (({}, {}), ({"do_sample": True}, {"sampling": Sampling(1.0)})):
         assert f"{key}={json.dumps(value)}" in not_applied({key: value} | settings, **options)
 
 
 def test_all_of_them_are_named_in_one_line():
-    text = not_applied(OTHERS | {"length_penalty": 2.0, "cache_implementation": "quantized"})
-    assert all(f"{key}=" in text for key in [*OTHERS, "length_penalty", "cache_implementation"])
+    settings = dict.fromkeys(CHANGES_OUTPUT, 5) | {"length_penalty": 2.0, "cache_implementation": "quantized"}
+    text = not_applied(settings)
+    assert all(f"{key}=" in text for key in settings)
     assert "\n" not in text
 
 
@@ -203,21 +174,17 @@ def test_beams_are_named_with_beams_only():
 def test_own_settings_of_samples_are_named_where_nothing_else_was_chosen():
     text = not_applied(QWEN, own="the group")
     assert "repetition_penalty=1.05" in text
-    assert "do_sample=true with temperature=0.7, top_p=0.8, top_k=20" in text
-    assert "the group" in text
+    assert "do_sample=true with temperature=0.7, top_p=0.8, top_k=20 (the group" in text
     assert "do_sample" not in not_applied(QWEN, sampling=Sampling(0.5))
     assert not_applied({**QWEN, "repetition_penalty": 1.0}, sampling=Sampling(0.5)) is None
     assert "do_sample" not in not_applied({**QWEN, "do_sample": False})
     assert not_applied({"do_sample": True}).startswith("do_sample=true (")
 
 
-def test_long_values_are_shortened():
+def test_long_values_are_shortened_and_lengths_and_ids_are_a_runs_own():
     text = not_applied({"suppress_tokens": list(range(5000)), "sequence_bias": {(5, 6): 2.0}})
     assert len(text) < 300
     assert "suppress_tokens=[0, 1, 2" in text
-
-
-def test_lengths_and_ids_are_a_runs_own():
     own = {"max_length": 4096, "max_new_tokens": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     assert not_applied(own | {"use_cache": True, "output_attentions": True, "chat_format": "chatml"}) is None
 
@@ -229,7 +196,7 @@ def test_one_note_per_target_on_every_way_to_load(written):
     folder = written(QWEN)
     whole, layers = [], []
     target = load_target(target_of(folder), CPU, note=whole.append)
-    source = open_source(target_of(folder), torch.float32, CPU, note=layers.append)
+    source = opened(folder, layers.append)
     assert whole == layers == list(target.notes) == list(source.notes)
     assert len(whole) == 1
     assert "repetition_penalty=1.05" in whole[0]
@@ -240,9 +207,9 @@ def test_settings_of_old_checkpoints_stand_in_their_configuration(written):
     folder = written(None)
     edit_config(folder, repetition_penalty=1.3)
     try:
-        assert "repetition_penalty=1.3" in prepared(folder).not_applied
+        assert "repetition_penalty=1.3" in opened(folder).notes[0]
         # transformers does not look there then:
-        assert prepared(written({"eos_token_id": 2})).not_applied is None
+        assert opened(written({"eos_token_id": 2})).notes == ()
     finally:
         edit_config(folder, repetition_penalty=None)
 

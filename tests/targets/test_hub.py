@@ -2,6 +2,8 @@
 
 import json
 import socket
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from subspec.config.schema import HubTargetConfig
 from subspec.errors import ConfigError, SubspecError
-from subspec.targets import hub as module
 from subspec.targets import load_target, load_target_config
-from tests.helpers.fake_hub import COMMIT, FakeHub
+from tests.helpers.fake_hub import COMMIT, FakeHub, use_hub
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -29,23 +30,12 @@ def hub(tmp_path, monkeypatch):
     fake = FakeHub()
     fake.repositories[NAME] = tiny_checkpoint(tmp_path / "repository")
     with fake.serving():
-        use(fake.url, monkeypatch)
+        use_hub(fake.url, monkeypatch)
         yield fake
 
 
-def use(url, monkeypatch):
-    """Make ``url`` the hub, as ``HF_ENDPOINT`` does when it is set before the client is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-def config(path=NAME, **options):
-    return HubTargetConfig(name="mine", path=path, **options)
-
-
-def load(notes=None, **options):
-    return load_target(config(**options), CPU, note=(notes if notes is not None else []).append)
+def load(note=lambda text: None, path=NAME, **options):
+    return load_target(HubTargetConfig(name="mine", path=path, **options), CPU, note=note)
 
 
 def refused(error, words, **options):
@@ -54,21 +44,26 @@ def refused(error, words, **options):
     assert "\n" not in str(caught.value)
 
 
+def fetched(hub):
+    """Names of the files that were asked for."""
+    return {path.rsplit("/", 1)[-1] for path in hub.requests if "/resolve/" in path}
+
+
 def go_offline(monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        use(f"http://127.0.0.1:{probe.getsockname()[1]}", monkeypatch)
+        use_hub(f"http://127.0.0.1:{probe.getsockname()[1]}", monkeypatch)
 
 
 def test_a_repository_is_fetched_and_named_by_commit(hub, notes):
-    target = load(notes)
+    target = load(notes.append)
     ids = torch.tensor([[1, 50, 99]])
     assert torch.equal(target.model(ids).logits, tiny_model()(ids).logits)
     assert target.source == f"{NAME}@{COMMIT}"
     assert len(notes) == 1
     assert f"fetching {NAME}@{COMMIT[:12]}" in notes[0]
     notes.clear()
-    load(notes)
+    load(notes.append)
     assert notes == []
 
 
@@ -76,9 +71,8 @@ def test_only_what_a_target_needs_is_fetched(hub):
     for extra in ("pytorch_model.bin", "consolidated.safetensors", "README.md"):
         (hub.repositories[NAME] / extra).write_bytes(b"x")
     load()
-    fetched = {path.rsplit("/", 1)[-1] for path in hub.requests if "/resolve/" in path}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= fetched
-    assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "README.md"}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= fetched(hub)
+    assert not fetched(hub) & {"pytorch_model.bin", "consolidated.safetensors", "README.md"}
 
 
 def test_the_shards_that_an_index_names_are_fetched_and_no_others(hub):
@@ -90,22 +84,20 @@ def test_the_shards_that_an_index_names_are_fetched_and_no_others(hub):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
     (folder / f"{weights}.index.json").write_text(json.dumps({"weight_map": files}))
     load()
-    fetched = {path.rsplit("/", 1)[-1] for path in hub.requests if "/resolve/" in path}
-    assert {name for name in fetched if name.endswith(".safetensors")} == set(files.values())
+    assert {name for name in fetched(hub) if name.endswith(".safetensors")} == set(files.values())
     (folder / "part-1.safetensors").unlink()
     refused(ConfigError, r"lacks part-1\.safetensors, which its .*index\.json names")
 
 
 def test_the_configuration_alone_fetches_no_weights(hub):
-    assert load_target_config(config()).model_type == "llama"
-    assert not any(path.endswith("safetensors") for path in hub.requests)
+    assert load_target_config(HubTargetConfig(name="mine", path=NAME)).model_type == "llama"
+    assert fetched(hub) == {"config.json"}
 
 
 def test_a_cached_repository_loads_without_a_network(hub, monkeypatch, notes):
     load()
     go_offline(monkeypatch)
-    target = load(notes)
-    assert target.source == f"{NAME}@{COMMIT}"
+    assert load(notes.append).source == f"{NAME}@{COMMIT}"
     assert notes == [
         "the model hub is not used: 127.0.0.1 cannot be reached (Connection refused): "
         f"using the cached {NAME}@{COMMIT[:12]}"
@@ -127,26 +119,24 @@ def test_offline_is_honoured(hub, monkeypatch, notes):
     load()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert load(notes).source == f"{NAME}@{COMMIT}"
+    assert load(notes.append).source == f"{NAME}@{COMMIT}"
     assert hub.requests == notes == []
 
 
-def test_no_network_and_nothing_cached(hub, monkeypatch):
-    go_offline(monkeypatch)
-    refused(SubspecError, "no such folder, no complete copy in the hub cache, .*cannot be reached")
-
-
-def test_half_a_repository_in_the_cache_is_not_used(hub, monkeypatch):
+def test_no_network_and_nothing_whole_in_the_cache(hub, monkeypatch):
+    with monkeypatch.context() as patch:
+        go_offline(patch)
+        refused(SubspecError, "no such folder, no complete copy in the hub cache, .*cannot be reached")
     load()
-    next((module.Path(constants.HF_HUB_CACHE)).glob("*/snapshots/*/model.safetensors")).unlink()
+    next(Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/model.safetensors")).unlink()
     go_offline(monkeypatch)
-    refused(SubspecError, "no complete copy")
+    refused(SubspecError, "no complete copy")  # half a repository is not used
 
 
 def test_a_failing_hub_falls_back_on_the_cache_and_says_so(hub, notes):
     load()
     hub.statuses[NAME] = (500, None)
-    assert load(notes).source == f"{NAME}@{COMMIT}"
+    assert load(notes.append).source == f"{NAME}@{COMMIT}"
     assert "using the cached" in notes[0]
 
 
@@ -174,7 +164,7 @@ def test_a_hub_that_refuses(hub, status, words):
 def test_another_family_is_refused_before_its_weights_are_fetched(hub):
     edit_config(hub.repositories[NAME], model_type="gpt2")
     refused(ConfigError, "'gpt2'; targets of these types")
-    assert not any(path.endswith("safetensors") for path in hub.requests)
+    assert fetched(hub) == {"config.json"}
 
 
 @pytest.mark.parametrize(
@@ -195,12 +185,10 @@ def test_a_repository_that_lacks_something(hub, files, rename, words):
 def test_too_little_disk_is_said_before_the_weights(hub, monkeypatch):
     monkeypatch.setattr("subspec.utils.disk.free_space", lambda folder: 1000)
     refused(SubspecError, r"GB are free; make room, or set HF_HUB_CACHE")
-    assert not any(path.endswith("safetensors") for path in hub.requests)
+    assert fetched(hub) == {"config.json"}
 
 
 def test_a_disk_that_fills_up(hub, monkeypatch):
-    def full(**_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.huggingface_hub, "snapshot_download", full)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     refused(SubspecError, "the disk of the hub cache is full")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from subspec.config.schema import (
     Config,
@@ -18,7 +18,7 @@ from subspec.config.schema import (
 from subspec.session import weights_identity
 from subspec.targets import identity as module
 from tests.helpers.eagle import SHAPES, published
-from tests.helpers.tiny import edit_config, edit_weights, tiny_checkpoint
+from tests.helpers.tiny import edit_config, edit_weights, shard_weights, tiny_checkpoint
 
 
 def change_one_number(tensors):
@@ -37,18 +37,6 @@ def identities(folder, draft=None):
     return weights_identity(Config(target=target, draft=draft or NoDraftConfig(name="none")), lambda text: None)
 
 
-def shard(folder, parts=2):
-    """Split the one weight file of ``folder``."""
-    tensors = list(load_file(folder / "model.safetensors").items())
-    (folder / "model.safetensors").unlink()
-    files = {}
-    for part in range(parts):
-        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
-        save_file(dict(tensors[part::parts]), folder / name, metadata={"format": "pt"})
-        files |= dict.fromkeys(dict(tensors[part::parts]), name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-
-
 @pytest.mark.parametrize("sampled", [False, True])
 def test_an_identity_follows_the_contents(tmp_path, monkeypatch, sampled):
     folder = tiny_checkpoint(tmp_path / "model")
@@ -58,7 +46,8 @@ def test_an_identity_follows_the_contents(tmp_path, monkeypatch, sampled):
     assert list(first) == ["target"]
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, copy_function=shutil.copyfile)
-    shard(moved)
+    (moved / "model.safetensors.index.json").write_text(json.dumps(shard_weights(moved)))
+    (moved / "model.safetensors").unlink()
     (moved / "README.md").write_text("not read")
     assert identities(moved) == first
     for change in CHANGES.values():

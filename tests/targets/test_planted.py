@@ -13,9 +13,10 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
 from subspec.targets import load_target, load_target_config, open_source, planted, resolve_device
-from subspec.targets.meta_model import build_model, count_parameters, empty_model
+from subspec.targets.meta_model import count_parameters, empty_model
 from subspec.targets.planted import SHAPES, PlantedSource, Scales, layers_rms
 from subspec.targets.planted_tokenizer import MIN_VOCAB, planted_tokenizer
+from subspec.targets.source import build_model
 from tests.targets.test_checkpoint_source import assert_same
 
 CPU = torch.device("cpu")
@@ -42,11 +43,10 @@ def made(shape="tiny", dtype=torch.float32, device=CPU, **config):
 def test_shapes_are_those_of_the_architecture(shape):
     source = made(shape, device=META)
     model = empty_model(SHAPES[shape](), torch.bfloat16, META)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    mine = {name: torch.Size(shape) for name, shape in source._shared_shapes.items()}
+    mine = dict(source._shared_shapes)
     for index in range(source.config.num_hidden_layers):
         mine |= {f"model.layers.{index}.{name}": size for name, size in source.layer_shapes(index).items()}
-    assert mine == shapes
+    assert mine == {name: parameter.shape for name, parameter in model.named_parameters()}
     assert source.tokenizer.vocab_size == len(source.tokenizer) == source.config.vocab_size
 
 
@@ -64,12 +64,10 @@ def test_shapes_are_as_large_as_published():
 )
 def test_what_shapes_do_not_show(shape, theta, eps, positions):
     config = SHAPES[shape]()
-    assert config.rope_parameters["rope_theta"] == theta
-    assert (config.rms_norm_eps, config.max_position_embeddings) == (eps, positions)
-    assert config.rope_parameters["rope_type"] == ("llama3" if "llama" in shape else "default")
-    assert not config.tie_word_embeddings
-    assert config.initializer_range == 0.02
-    assert config.eos_token_id is None
+    rope = config.rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"]) == (theta, "llama3" if "llama" in shape else "default")
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.initializer_range) == (eps, positions, 0.02)
+    assert (config.tie_word_embeddings, config.eos_token_id) == (False, None)
 
 
 # --------------------------------------------------------------------------------------------- the same bits
@@ -81,8 +79,8 @@ def test_the_same_bits_at_every_call(shape, dtype):
     first, second = made(shape, dtype), made(shape, dtype)
     second.layer(0, CPU)  # the order of the calls must not matter
     for ask in (lambda source: source.layer(2, CPU), lambda source: source.shared(CPU)):
-        one, again, other = ask(first), ask(first), ask(second)
-        for name, tensor in one.items():
+        again, other = ask(first), ask(second)
+        for name, tensor in ask(first).items():
             assert tensor.dtype == dtype
             assert torch.equal(tensor, again[name])
             assert torch.equal(tensor, other[name])
@@ -129,9 +127,9 @@ def test_a_sample_tells_other_draws_apart(monkeypatch):
 
 def test_tables_are_never_whole_in_float32(monkeypatch):
     """A bf16 head of 152064 rows must not pass through a float32 copy: only a few rows at a time may."""
-    monkeypatch.setattr(planted, "CHUNK_ROWS", 128)
-    source = made(dtype=torch.bfloat16)
-    largest = 0
+    source, largest = made(dtype=torch.bfloat16), 0
+    whole = source.shared(CPU)["lm_head.weight"]
+    monkeypatch.setattr(planted, "CHUNK_ROWS", 100)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -142,15 +140,10 @@ def test_tables_are_never_whole_in_float32(monkeypatch):
             return result
 
     with Watch():
-        source.shared(CPU)
+        head = source.shared(CPU)["lm_head.weight"]
         source.layer(0, CPU)
-    assert 0 < largest <= 128 * source.config.hidden_size
-
-
-def test_chunks_do_not_show(monkeypatch):
-    whole = made().shared(CPU)["lm_head.weight"]
-    monkeypatch.setattr(planted, "CHUNK_ROWS", 100)
-    assert torch.equal(made().shared(CPU)["lm_head.weight"], whole)
+    assert 0 < largest <= 100 * source.config.hidden_size
+    assert torch.equal(head, whole)
 
 
 # ---------------------------------------------------------------------------------------------------- the map
@@ -222,13 +215,9 @@ def test_the_text_follows_the_map_and_the_substitute_mostly_agrees(tiny):
     assert len(set(result.token_ids)) > 120  # no loop
 
 
-def test_acceptance_is_like_that_of_a_real_text(tiny):
-    stats = tiny[-1].stats
-    assert 10 < stats.verified_tokens / stats.iterations < 16.5
-
-
-def test_a_deep_tree_is_neither_wasted_nor_exhausted(tiny):
+def test_acceptance_is_like_that_of_a_real_text_and_a_deep_tree_is_not_wasted(tiny):
     _, model, substitute, prompt, result = tiny
+    assert 10 < result.stats.verified_tokens / result.stats.iterations < 16.5
     engine = Engine(TargetModel(model), SubstituteDraft(substitute), Beam(48, 6), max_length=512)
     deep = engine.generate(prompt, max_new_tokens=70)
     assert deep.token_ids == result.token_ids[:70]  # lossless for any tree
@@ -239,9 +228,8 @@ def test_a_deep_tree_is_neither_wasted_nor_exhausted(tiny):
 def test_the_layers_matter(tiny):
     """The embedding is the smaller part of what the LM head sees, and its size is as derived from the shape."""
     source, model, _, prompt, _ = tiny
-    seen = []
+    seen, ids = [], torch.tensor([prompt])
     handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    ids = torch.tensor([prompt])
     logits = model(ids).logits
     added = seen.pop() - model.model.embed_tokens(ids)
     rms = float(added.square().mean().sqrt())
@@ -292,12 +280,7 @@ def test_text_and_ids_go_both_ways():
     assert tokenizer.decode([1234, 72, 4095, 300]) == "<1234>H<4095><300>"
     assert tokenizer("<1234>H<4095><300>").input_ids == [1234, 72, 4095, 300]
     assert max(tokenizer("<4096><99999>").input_ids) < 256  # no such ids: plain text
-
-
-def test_every_id_decodes():
-    tokenizer = planted_tokenizer(MIN_VOCAB + 10, 512)
-    for token in range(len(tokenizer)):
-        assert isinstance(tokenizer.decode([token], skip_special_tokens=True), str)
+    assert all(isinstance(tokenizer.decode([token], skip_special_tokens=True), str) for token in range(MIN_VOCAB + 9))
     with pytest.raises(ValueError, match="259"):
         planted_tokenizer(MIN_VOCAB - 1, 512)
 
@@ -319,30 +302,23 @@ def test_the_whole_model_is_the_layers(shape):
     target = load_target(config, resolve_device(Device.cpu), note=notes.append)
     source = open_source(config, torch.float32, CPU, note=notes.append)
     assert_same(source, target.model)
-    assert target.planted
-    assert source.planted
-    assert target.source == source.source
+    assert (target.planted, target.source) == (source.planted, source.source) == (True, source.source)
     assert "planted" in target.source
     assert target.eos_token_ids == source.eos_token_ids == ()
     assert target.model.config.tie_word_embeddings == (shape == "tiny_tied")
+    assert target.model.generation_config.eos_token_id is None
     assert notes == [*target.notes, *source.notes]
     assert "no language model" in notes[0]
-    assert target.model.generation_config.eos_token_id is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"shape": "gpt5"}, "target.shape=gpt5: no such planted shape; use qwen2_5_7b"),
-        ({"hard_share": 1.5}, "target.hard_share=1.5"),
-        ({"hard_share": float("nan")}, "target.hard_share=nan"),
-        ({"seed": -1}, "target.seed=-1"),
-    ],
-)
-def test_mistakes(change, message):
-    config = PlantedTargetConfig(**{"name": "p", "shape": "tiny", **change})
+MISTAKES = [("shape", "gpt5"), ("hard_share", 1.5), ("hard_share", float("nan")), ("seed", -1)]
+
+
+@pytest.mark.parametrize(("key", "value"), MISTAKES)
+def test_mistakes(key, value):
+    config = PlantedTargetConfig(**{"name": "p", "shape": "tiny", key: value})
     for door in (load_target_config, lambda config: load_target(config, CPU)):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f"target.{key}={value}: "):
             door(config)
 
 

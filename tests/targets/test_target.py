@@ -22,32 +22,22 @@ def make(*, chat_template=True):
     )
 
 
-def test_chat_ids_use_the_template_and_ask_for_an_answer():
-    target = make()
-    ids = target.chat_ids([{"role": "user", "content": "How many eggs?"}])
-    assert all(type(token) is int for token in ids)
-    assert target.tokenizer.decode(ids) == ("<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n")
-    assert ids.count(START_ID) == 2
-    assert ids.count(END_ID) == 1
-
-
-def test_chat_ids_keep_the_turns():
+def test_chat_ids_use_the_template_keep_the_turns_and_ask_for_an_answer():
     target = make()
     roles = ("user", "assistant", "user")
     ids = target.chat_ids([{"role": role, "content": f"said {n}"} for n, role in enumerate(roles)])
-    assert "assistant\nsaid 1<|im_end|>\n<|im_start|>user\nsaid 2" in target.tokenizer.decode(ids)
+    assert all(type(token) is int for token in ids)
+    said = "".join(f"<|im_start|>{role}\nsaid {n}<|im_end|>\n" for n, role in enumerate(roles))
+    assert target.tokenizer.decode(ids) == f"{said}<|im_start|>assistant\n"
+    assert (ids.count(START_ID), ids.count(END_ID)) == (4, 3)
 
 
 def test_chat_ids_without_a_template_join_the_contents():
     target = make(chat_template=False)
-    assert not target.has_chat_template
     ids = target.chat_ids([{"role": "user", "content": "one"}, {"role": "user", "content": "two"}])
     assert ids == target.tokenizer("one\n\ntwo")["input_ids"]
-
-
-def test_chat_ids_want_a_message():
     with pytest.raises(SubspecError, match="at least one message"):
-        make().chat_ids([])
+        target.chat_ids([])
 
 
 @pytest.mark.parametrize(
