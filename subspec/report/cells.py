@@ -1,15 +1,12 @@
-"""CSV tables of a report, with full precision; Markdown tables take cells of them too."""
+"""Tables of a report with full precision, as they are written to CSV; Markdown tables take cells of them too."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subspec.records.method import config_group, group_name, method_label
+from subspec.records.method import config_group, group_name
 from subspec.records.sweep_folder import config_digest
 from subspec.report.collect import RunData, State
-from subspec.report.rows import Row, audit_text, device_name
+from subspec.report.rows import Row
 
 Cells = dict[str, Any]
 
@@ -25,10 +22,10 @@ def method_cells(row: Row) -> Cells:
     """A row of ``methods.csv``. Speeds are tokens per second, memory GiB, times seconds."""
     totals, summary = row.totals, row.summary
     per_turn, accuracy, counts = summary["per_turn"], summary["accuracy"] or {}, summary["counts"]
-    speed, base = row.speed, row.baseline
+    speed, base, repeats = row.speed, row.baseline, row.repeats or (None, None)
     gain = base.speedup if base else None
     iteration = row.iteration or {}
-    compared = base is not None and not base.is_self
+    compared = base is not None and not row.is_baseline
     return {
         **_place_cells(row),
         "draft": row.draft,
@@ -44,8 +41,8 @@ def method_cells(row: Row) -> Cells:
         "tokens_per_s_high": speed.high if speed else None,
         "tokens_per_s_mean": per_turn["tokens_per_s"]["mean"],
         "tokens_per_s_sd": per_turn["tokens_per_s"]["sd"],
-        "tokens_per_s_slowest_repeat": row.repeats[0] if row.repeats else None,
-        "tokens_per_s_fastest_repeat": row.repeats[1] if row.repeats else None,
+        "tokens_per_s_slowest_repeat": repeats[0],
+        "tokens_per_s_fastest_repeat": repeats[1],
         "tokens_per_s_with_prefill": totals["tokens_per_s_total"],
         "texts": row.texts,
         "texts_beside_mean": per_turn["texts_beside"]["mean"],
@@ -109,23 +106,23 @@ def category_cells(row: Row) -> list[Cells]:
 
 def run_cells(run: RunData) -> Cells:
     """A row of ``runs.csv``: configuration, machine and progress of a run."""
-    context, totals = run.summary["context"], run.summary["totals"]
-    versions = run.environment.get("versions")
-    git = run.environment.get("git")
+    context, totals, counts = (run.summary[name] for name in ("context", "totals", "counts"))
+    named = {name: config_group(run.config, name).get("name") or context[name] for name in ("target", "benchmark")}
+    versions, git = (config_group(run.environment, name) for name in ("versions", "git"))
+    commit = str(git.get("commit") or "")[:12]
     return {
         "run": run.name,
         "folder": place(run.folder),
         "state": run.state.value,
         "experiment": group_name(run.config),
-        "method": method_label(run.config, run.facts),
-        "target": _name(run, "target") or context["target"],
-        "benchmark": _name(run, "benchmark") or context["benchmark"],
+        "method": run.method,
+        **named,
         "source": context["source"],
         "planted_weights": context["planted"],
         "sample_prompts": context["source"] == "sample" if context["source"] else None,
         "seed": run.config.get("seed"),
-        "turns": run.summary["counts"]["turns"],
-        "skipped": sum(run.summary["counts"]["skipped"].values()),
+        "turns": counts["turns"],
+        "skipped": sum(counts["skipped"].values()),
         "damaged_lines": run.damaged,
         "texts": context["texts"],
         "tokens_per_s": totals["tokens_per_s"],
@@ -133,22 +130,11 @@ def run_cells(run: RunData) -> Cells:
         "tau": totals["tau"],
         "overrides": " ".join(run.overrides) if run.overrides is not None else None,
         "config_digest": config_digest(run.config) if run.config else None,
-        "device": device_name(run),
-        "versions": _pairs(versions),
-        "commit": _commit(git),
+        "device": run.device,
+        "versions": " ".join(f"{name}={version}" for name, version in versions.items()) or None,
+        "commit": commit + " (changed)" * bool(commit and git.get("dirty")) or None,
         "notes": "; ".join(run.notes),
     }
-
-
-def csv_text(cells: Sequence[Cells]) -> str:
-    """CSV with a heading; unmeasured figures are empty fields."""
-    if not cells:
-        return ""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(cells[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in one.items()} for one in cells)
-    return buffer.getvalue()
 
 
 def place(folder: Path) -> str:
@@ -160,16 +146,19 @@ def place(folder: Path) -> str:
     return folder.as_posix()
 
 
-def _name(run: RunData, group: str) -> str | None:
-    name = config_group(run.config, group).get("name")
-    return str(name) if name else None
-
-
-def _pairs(value: Any) -> str | None:
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else None
-
-
-def _commit(git: Any) -> str | None:
-    if not isinstance(git, Mapping) or not git.get("commit"):
-        return None
-    return str(git["commit"])[:12] + (" (changed)" if git.get("dirty") else "")
+def audit_text(row: Row) -> str:
+    """``passed: 640 exact, 2 near-ties (gap 0.06)``, ``FAILED: ...`` or ``not run``."""
+    audit = row.summary["audit"]
+    if not audit:
+        return "not run"
+    verdict = "FAILED" if audit["errors"] else "passed"
+    bits = ", bit for bit" if audit["bitwise"] == audit["turns"] else ""
+    text = f"{verdict}: {audit['exact']} exact{bits}"
+    if audit["near_tie"]:
+        gap = f" (gap {audit['max_gap']:.2g})" if audit["max_gap"] is not None else ""
+        text += f", {audit['near_tie']} near-tie(s){gap}"
+    if audit["mismatch"]:
+        text += f", {audit['mismatch']} mismatch(es)"
+    if audit["turns"] < row.summary["counts"]["turns"]:
+        text += f"; {audit['turns']} of {row.summary['counts']['turns']} turns"
+    return text

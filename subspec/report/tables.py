@@ -1,110 +1,103 @@
 """Markdown tables and notes of a report, with rounded figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import pandas as pd
 
 from subspec.records.method import config_group
 from subspec.records.summary_table import shown_depths
 from subspec.report.bootstrap import Interval
-from subspec.report.cells import place
+from subspec.report.cells import audit_text, category_cells, place
 from subspec.report.collect import RunData, State
-from subspec.report.rows import OVERALL, Row, audit_text
+from subspec.report.rows import OVERALL, Row
+
+TURNS_NAMED = 10
+"""Turns that a note names."""
+
+TOGETHER = "texts at a time: tokens/s together"
 
 
-def markdown_table(headings: Mapping[str, str], cells: Sequence[Mapping[str, Any]], right: Sequence[str] = ()) -> str:
-    """A Markdown table of the named cells; ``right``: right-aligned columns."""
-    head = "| " + " | ".join(headings.values()) + " |"
-    rule = "|" + "|".join("---:" if key in right else "---" for key in headings) + "|"
-    lines = ["| " + " | ".join(_escaped(one.get(key)) for key in headings) + " |" for one in cells]
-    return "\n".join([head, rule, *lines])
+def markdown_table(table: pd.DataFrame, left: Sequence[str]) -> str:
+    """A Markdown table; columns but those of ``left`` are right-aligned."""
+    rule = "|".join("---" if name in left else "---:" for name in table.columns)
+    head, *lines = (" | ".join(map(_escaped, cells)) for cells in (table.columns, *table.itertuples(index=False)))
+    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in lines)])
 
 
-def measured_table(headings: Mapping[str, str], cells: Sequence[Mapping[str, str]], left: Sequence[str]) -> str:
-    """A Markdown table without columns that no row has; ``left``: left-aligned columns."""
-    shown = {key: name for key, name in headings.items() if any(one.get(key, "-") != "-" for one in cells)}
-    return markdown_table(shown, cells, [key for key in shown if key not in left])
-
-
-METHODS = {
-    "method": "method",
-    "speed": "tokens/s (95 %)",
-    "mean": "per turn: mean ± sd",
-    "together": "texts at a time: tokens/s together",
-    "tau": "tau",
-    "speedup": "speed-up (95 %)",
-    "accuracy": "correct",
-    "ttft": "first token (s)",
-    "blocks": "between blocks p50, p95, p99 (ms)",
-    "roofline": "share of roofline",
-    "vram": "GPU GiB",
-    "ram": "RAM GiB",
-    "audit": "audit",
-    "data": "samples",
-}
-"""Columns of the main table in Markdown."""
+def _escaped(value: Any) -> str:
+    text = "-" if value is None or value == "" else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def methods_table(rows: Sequence[Row]) -> str:
-    """The main table in Markdown."""
-    several = any(row.texts != "1" for row in rows)
-    headings = {key: name for key, name in METHODS.items() if several or key != "together"}
-    return measured_table(headings, [_method_text(row) for row in rows], left=("method", "audit", "data"))
+    """The main table, without columns that no row has."""
+    table = pd.DataFrame([_method_text(row) for row in rows])
+    shown = (table != "-").any()
+    shown[TOGETHER] = any(row.texts != "1" for row in rows)
+    return markdown_table(table.loc[:, shown], left=("method", "audit", "samples"))
 
 
 def _method_text(row: Row) -> dict[str, str]:
+    """Cells by heading."""
     totals, summary = row.totals, row.summary
-    counts, per_turn = summary["counts"], summary["per_turn"]
+    counts, per_turn, accuracy = summary["counts"], summary["per_turn"], summary["accuracy"]
     mean, sd = (per_turn["tokens_per_s"][name] for name in ("mean", "sd"))
-    data = f"{counts['samples']}" + (f" x {len(row.runs)} runs" if len(row.runs) > 1 else "")
+    samples = f"{counts['samples']}" + (f" x {len(row.runs)} runs" if len(row.runs) > 1 else "")
     unfinished = sum(run.state is not State.finished for run in row.runs)
-    data += f" ({unfinished} unfinished)" if unfinished else ""
-    data += f", {sum(counts['skipped'].values())} skipped" if counts["skipped"] else ""
+    samples += f" ({unfinished} unfinished)" if unfinished else ""
+    samples += f", {sum(counts['skipped'].values())} skipped" if counts["skipped"] else ""
     blocks = [totals[f"block_p{share}_s"] for share in (50, 95, 99)]
+    between = "-" if None in blocks else ", ".join(number(1e3 * seconds) for seconds in blocks)
     marks = (" **PLANTED**" if row.planted else "") + (" *sample prompts*" if row.sample else "")
+    correct = "-"
+    if accuracy:
+        share = f" ({100 * accuracy['accuracy']:.0f} %)" if accuracy["checked"] else ""
+        cut = f", {accuracy['unfinished']} cut" if accuracy["unfinished"] else ""
+        correct = f"{accuracy['correct']} of {accuracy['checked']}{share}{cut}"
+    speedup = "-" if row.baseline is None else "baseline" if row.is_baseline else _interval(row.baseline.speedup, "x")
+    if row.baseline and row.baseline.differences:
+        speedup += f" [differs: {'; '.join(row.baseline.differences)}]"
     return {
         "method": row.method + marks,
-        "speed": interval_text(row.speed),
-        "mean": number(mean) + (f" ± {number(sd)}" if sd is not None else ""),
-        "together": f"{row.texts}: {number(totals['tokens_per_s_together'])}",
+        "tokens/s (95 %)": _interval(row.speed),
+        "per turn: mean ± sd": number(mean) + (f" ± {number(sd)}" if sd is not None else ""),
+        TOGETHER: f"{row.texts}: {number(totals['tokens_per_s_together'])}",
         "tau": number(totals["tau"]),
-        "speedup": _speedup(row),
-        "accuracy": accuracy_text(summary["accuracy"]),
-        "ttft": number(per_turn["ttft_s"]["mean"]),
-        "blocks": "-" if None in blocks else ", ".join(number(1e3 * seconds) for seconds in blocks),
-        "roofline": number(totals["roofline_share"]),
-        "vram": number(summary["peak_vram_gib"]),
-        "ram": number(summary["peak_ram_gib"]),
+        "speed-up (95 %)": speedup,
+        "correct": correct,
+        "first token (s)": number(per_turn["ttft_s"]["mean"]),
+        "between blocks p50, p95, p99 (ms)": between,
+        "share of roofline": number(totals["roofline_share"]),
+        "GPU GiB": number(summary["peak_vram_gib"]),
+        "RAM GiB": number(summary["peak_ram_gib"]),
         "audit": audit_text(row),
-        "data": data,
+        "samples": samples,
     }
 
 
+CATEGORY_FIGURES = {
+    "tau": ("tau", lambda value: number(value)),
+    "tokens/s": ("tokens_per_s", lambda value: number(value)),
+    "speed-up": ("speedup", lambda value: f"{number(value)}x"),
+    "correct": ("accuracy", lambda value: f"{100 * value:.0f} %"),
+}
+"""Columns of ``categories.csv``, and their texts, by heading."""
+
+
 def category_tables(rows: Sequence[Row]) -> list[str]:
-    """Methods by categories: tau, speed, speed-up and accuracy, each a Markdown table; empty without categories."""
-    figures = {f"`{row.method}`": row.categories for row in rows}
-    names = sorted({name for one in figures.values() for name in one} - {OVERALL})
+    """Methods by categories: a Markdown table per figure, without methods that lack it; empty without categories."""
+    cells = pd.DataFrame([cells for row in rows for cells in category_cells(row)], dtype=object)
     tables = []
-    for label, field in CATEGORY_FIGURES.items():
-        cells = [
-            {"method": method, **{name: _category_text(field, one[name]) for name in one}}
-            for method, one in figures.items()
-        ]
-        cells = [one for one in cells if set(one.values()) - {"-", one["method"]}]
-        if cells:
-            headings = {"method": label} | {name: name for name in (*names, OVERALL)}
-            tables.append(markdown_table(headings, cells, (*names, OVERALL)))
+    for heading, (field, text) in CATEGORY_FIGURES.items() if len(cells) else ():
+        figures = cells.pivot(index="method", columns="category", values=field)
+        names = [*figures.columns.drop(OVERALL).sort_values(), OVERALL]
+        figures = figures.reindex(index=cells["method"].unique(), columns=names).dropna(how="all")
+        if len(figures):
+            table = figures.map(text, na_action="ignore").fillna("-")
+            table.insert(0, heading, [f"`{method}`" for method in table.index])
+            tables.append(markdown_table(table, left=[heading]))
     return tables
-
-
-CATEGORY_FIGURES = {"tau": "tau", "tokens/s": "tokens_per_s", "speed-up": "speedup", "correct": "accuracy"}
-"""Fields of :attr:`Row.categories <subspec.report.rows.Row.categories>` by heading."""
-
-
-def _category_text(field: str, one: Mapping[str, Any]) -> str:
-    value = one[field]
-    if field == "speedup":
-        return "-" if value is None else f"{number(value.value)}x"
-    return f"{100 * value:.0f} %" if field == "accuracy" and value is not None else number(value)
 
 
 def acceptance_tables(rows: Sequence[Row]) -> list[str]:
@@ -113,41 +106,23 @@ def acceptance_tables(rows: Sequence[Row]) -> list[str]:
     if not drafted:
         return []
     depths = shown_depths(max(len(row.totals["drafted_by_depth"]) for row in drafted))
-    ends = [(0, 0), *zip([1, *(depth + 1 for depth in depths)], depths, strict=False)]
     rates, lengths = [], []
     for row in drafted:
-        every, given = (row.totals[f"{kind}accept_rate_by_depth"] or [] for kind in ("", "conditional_"))
-        rates.append({"depth": f"`{row.method}`"} | {str(d): f"{_at(every, d)} / {_at(given, d)}" for d in depths})
-        passes, histogram = row.totals["iterations"], row.totals["accepted_histogram"]
-        shares = {_range(low, high): sum(histogram[low : high + 1]) / passes for low, high in ends}
-        lengths.append(
-            {"accepted": f"`{row.method}`"} | {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+        totals, name = row.totals, f"`{row.method}`"
+        every, given = (
+            dict(enumerate(totals[f"{kind}accept_rate_by_depth"] or [], start=1)) for kind in ("", "conditional_")
         )
-    captions = (
-        "Acceptance at a depth: of the passes that drafted it / of those that also accepted the depth before.",
-        "Passes by number of accepted draft tokens, passes without a tree included.",
-    )
+        rates.append({"depth": name} | {d: f"{number(every.get(d))} / {number(given.get(d))}" for d in depths})
+        lengths.append({"accepted": name})
+        for low, high in [(0, 0), *zip([1, *(depth + 1 for depth in depths)], depths, strict=False)]:
+            share = sum(totals["accepted_histogram"][low : high + 1]) / totals["iterations"]
+            lengths[-1][str(low) if low == high else f"{low}-{high}"] = f"{100 * share:.1f} %"
     return [
-        f"{caption}\n\n{markdown_table({name: name for name in cells[0]}, cells, list(cells[0])[1:])}"
-        for caption, cells in zip(captions, (rates, lengths), strict=True)
+        "Acceptance at a depth: of the passes that drafted it / of those that also accepted the depth before.\n\n"
+        + markdown_table(pd.DataFrame(rates), left=["depth"]),
+        "Passes by number of accepted draft tokens, passes without a tree included.\n\n"
+        + markdown_table(pd.DataFrame(lengths), left=["accepted"]),
     ]
-
-
-def _at(rates: Sequence[float | None], depth: int) -> str:
-    return number(rates[depth - 1]) if depth <= len(rates) else "-"
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
-    """``12 of 20 (60 %), 3 cut``; ``-`` if no answer was to be checked."""
-    if not accuracy:
-        return "-"
-    share = f" ({100 * accuracy['accuracy']:.0f} %)" if accuracy["checked"] else ""
-    cut = f", {accuracy['unfinished']} cut" if accuracy["unfinished"] else ""
-    return f"{accuracy['correct']} of {accuracy['checked']}{share}{cut}"
 
 
 def texts_note(row: Row) -> str | None:
@@ -168,10 +143,6 @@ def texts_note(row: Row) -> str | None:
     )
 
 
-TURNS_NAMED = 10
-"""Turns that a note names."""
-
-
 def setup_text(run: RunData) -> str:
     """How a run computed and where its weights lay, as far as its facts say."""
     facts, bitwise, parts = run.facts, config_group(run.facts, "bitwise"), []
@@ -183,25 +154,15 @@ def setup_text(run: RunData) -> str:
     if str(facts.get("device")).startswith("cuda"):
         parts.append("passes captured" if facts.get("captured_passes") else "passes launched kernel by kernel")
     if "modules_offloaded" in facts:
-        modules = facts.get("modules_on_device"), facts["modules_offloaded"]
-        parts.append("accelerate with {} modules on the device and {} on the host".format(*modules))
+        device, host = facts.get("modules_on_device"), facts["modules_offloaded"]
+        parts.append(f"accelerate with {device} modules on the device and {host} on the host")
     elif "resident_layers" in facts:
-        kind = "coded" if facts.get("codec") == "substitute" else "plain"
-        streamed = f"{(facts.get('streamed_bytes_per_pass') or 0) / 2**30:.2f} GiB of {kind} weights"
-        parts.append(f"{facts['resident_layers']} layers on the device and {streamed} streamed per pass")
+        kind, streamed = "coded" if run.is_coded else "plain", (facts.get("streamed_bytes_per_pass") or 0) / 2**30
+        streams = f"{streamed:.2f} GiB of {kind} weights streamed per pass"
+        parts.append(f"{facts['resident_layers']} layers on the device and {streams}")
     elif facts.get("device"):
         parts.append(f"all weights on {facts['device']}")
     return ", ".join(parts)
-
-
-def interval_text(interval: Interval | None, unit: str = "") -> str:
-    """``69.9 (65.1 to 74.0)``; without ends for one sample."""
-    if interval is None:
-        return "-"
-    text = number(interval.value) + unit
-    if interval.low is None:
-        return text
-    return f"{text} ({number(interval.low)} to {number(interval.high)})"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -216,15 +177,9 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - size)}f}"
 
 
-def _speedup(row: Row) -> str:
-    if row.baseline is None:
+def _interval(interval: Interval | None, unit: str = "") -> str:
+    """``69.9 (65.1 to 74.0)``; without ends for one sample."""
+    if interval is None:
         return "-"
-    if row.baseline.is_self:
-        return "baseline"
-    text = interval_text(row.baseline.speedup, "x")
-    return text if not row.baseline.differences else f"{text} [differs: {'; '.join(row.baseline.differences)}]"
-
-
-def _escaped(value: Any) -> str:
-    text = "-" if value is None or value == "" else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    text = number(interval.value) + unit
+    return text if interval.low is None else f"{text} ({number(interval.low)} to {number(interval.high)})"

@@ -9,6 +9,9 @@ import yaml
 
 from subspec.decoding.result import FinishReason, GenerationResult, GenerationStats
 from subspec.records.metrics import LinkInfo, summarise
+from subspec.report.baseline import make_rows
+from subspec.report.collect import collect
+from subspec.report.rows import Row
 from subspec.runs.turn import RunContext, turn_record
 
 
@@ -110,3 +113,8 @@ def plain_run(folder: Path, speeds: Sequence[float] = (10.0, 8.0, 12.0), **optio
     config, facts = options.pop("config", None), options.pop("facts", None)
     records = turns(speeds, draft="none", tau=1, **options)
     return write_run(folder, records, config or config_of("none"), facts=facts)
+
+
+def rows_below(folder: Path) -> list[Row]:
+    """Rows of the runs below a folder."""
+    return make_rows(collect([folder]))[0]

@@ -1,18 +1,13 @@
-"""Two runs, text by text: written by the test, and by the runner."""
+"""Two runs, text by text."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-import torch
 
 from subspec.errors import ConfigError
 from subspec.report.__main__ import main
 from subspec.report.compare import SHOWN, compare
-from tests.helpers.cli import cli, tiny_run
 from tests.helpers.records import record
-from tests.helpers.tiny import tiny_checkpoint
 
 from .runs import config_of, write_run
 
@@ -316,46 +311,3 @@ def test_a_folder_that_is_named_compare_has_a_report(tmp_path, capsys, monkeypat
         assert (code, err) == (0, "")
         assert "report: " in out
     assert run(capsys, "compare", "compare", "other")[0] == 0
-
-
-# --------------------------------------------------------------------------------------------- real runs
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Plain decoding, its twin with a draft, and two runs that are no twins."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("outputs")
-    tiny_checkpoint(root / "model", max_positions=4096)
-    quick = ["benchmark=mt_bench", "decoding.max_length=1024"]
-    for name, overrides in {
-        "plain": ["draft=none"],
-        "ours": ["draft=subspec", "tree.depth=4", "quant.group_size=32", "audit=true"],
-        "shorter": ["draft=none", "decoding.max_new_tokens=5"],
-        "sampled": ["draft=none", "decoding=sampling"],
-    }.items():
-        ran = cli(*tiny_run(root / "model", root / name), *quick, *overrides)
-        assert ran.code == 0, ran.err
-    return root
-
-
-def test_a_draft_and_its_plain_twin(outputs):
-    found = compare(outputs / "plain", outputs / "ours")
-    assert counts(found) == {"identical": 4}, "two samples of two turns"
-    assert found.equal_tokens == found.a.tokens == found.b.tokens > 0
-    assert found.not_twins == []
-
-
-def test_a_shorter_run_is_a_prefix(outputs):
-    found = compare(outputs / "plain", outputs / "shorter")
-    assert counts(found) == {"different": 2, "other_prompt": 2}
-    assert {(one.index, one.b) for one in found.differences} == {(5, None)}
-    assert [line.partition(": ")[0] for line in found.not_twins] == ["decoding.max_new_tokens"]
-
-
-def test_another_way_of_decoding_as_a_process(outputs):
-    command = [sys.executable, "-m", "subspec.report", "compare", outputs / "ours", outputs / "sampled"]
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (1, "")
-    assert "decoding.name" in ran.stdout
-    assert "2 other prompt" in ran.stdout
