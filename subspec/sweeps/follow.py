@@ -3,12 +3,12 @@
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from subspec.records.metrics import ratio
 from subspec.records.outcome import LOG, RUNNING, Outcome, read_outcome
@@ -17,13 +17,34 @@ from subspec.records.run_files import RECORDS
 if TYPE_CHECKING:
     from subspec.sweeps.progress import SweepProgress
 
-WATCH_S = 1.0
-"""Seconds between two checks of jobs that another project's launcher runs."""
+WATCH_S = 1.0  # between two checks of jobs that another project's launcher runs
 
 _PROGRESS = re.compile(rb"^\[(\d+)/(\d+)\] ", re.MULTILINE)
 
 
-@dataclass
+class GrowingFile:
+    """A file that another process appends to. ``position``: bytes read so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def skip(self) -> None:
+        """Leave out what it holds now."""
+        self.position = self.path.stat().st_size if self.path.exists() else 0
+
+    def new_lines(self) -> list[bytes]:
+        """Complete lines written since the last call."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.position)
+                data = stream.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self.position += len(whole)
+        return whole.splitlines()
+
+
 class FollowedJob:
     """A job and its figures so far.
 
@@ -32,65 +53,53 @@ class FollowedJob:
         label: name for people.
         gpu: the visible GPU; None: as the sweep itself, or unknown.
         done, total: finished and all samples; ``total`` is None until known.
-        tokens_per_s, tau: over the records so far; None before the first.
+        sums: over the records so far. samples: their ids.
     """
 
-    folder: Path
-    label: str = ""
-    gpu: str | None = None
-    done: int = 0
-    total: int | None = None
-    tokens_per_s: float | None = None
-    tau: float | None = None
-    _sums: dict[str, float] = field(default_factory=dict)
-    _at_done: float = 0.0
-    _samples: set[str] = field(default_factory=set)
-    _read: int = 0
-    _log_read: int = 0
-    _started: float = field(default_factory=time.monotonic)
+    def __init__(self, folder: Path, label: str = "") -> None:
+        self.folder, self.label = folder, label
+        self.gpu: str | None = None
+        self.done, self.total = 0, None
+        self.sums: Counter[str] = Counter()
+        self.samples: set[str] = set()
+        self.records, self.log = GrowingFile(folder / RECORDS), GrowingFile(folder / LOG)
+        self.started_s, self.at_done_s = time.monotonic(), 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self.started_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode speed so far."""
+        return ratio(self.sums["verified_tokens"], self.sums["decode_s"])
+
+    @property
+    def tau(self) -> float | None:
+        """Tokens per target pass so far."""
+        return ratio(self.sums["verified_tokens"], self.sums["iterations"])
 
     @property
     def expected_s(self) -> float | None:
         """Estimated duration, from the samples so far; None before the first."""
         if not self.done or not self.total:
             return None
-        a_sample = self._sums.get("loop_s", 0.0) / self.done
-        return self._at_done + a_sample * (self.total - self.done)
+        return self.at_done_s + self.sums["loop_s"] / self.done * (self.total - self.done)
 
     def follow(self) -> None:
         """Read new lines of the records and the log."""
-        for line in self._new_lines(self.folder / RECORDS, "_read"):
+        for line in self.records.new_lines():
             try:
-                self._count(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
-        for line in self._new_lines(self.folder / LOG, "_log_read"):
+            self.samples.add(str(record.get("sample_id")))
+            for name in ("verified_tokens", "iterations", "decode_s", "loop_s"):
+                self.sums[name] += record.get(name) or 0
+        for line in self.log.new_lines():
             if found := _PROGRESS.match(line):
-                self.done, self.total, self._at_done = int(found[1]), int(found[2]), self.seconds
-
-    def _new_lines(self, file: Path, position: str) -> list[bytes]:
-        """Complete lines written since the last call."""
-        try:
-            with file.open("rb") as stream:
-                stream.seek(getattr(self, position))
-                data = stream.read()
-        except OSError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        setattr(self, position, getattr(self, position) + len(whole))
-        return whole.splitlines()
-
-    def _count(self, record: Mapping[str, Any]) -> None:
-        self._samples.add(str(record.get("sample_id")))
-        for name in ("verified_tokens", "iterations", "decode_s", "loop_s"):
-            self._sums[name] = self._sums.get(name, 0) + (record.get(name) or 0)
-        self.tokens_per_s = ratio(self._sums["verified_tokens"], self._sums["decode_s"])
-        self.tau = ratio(self._sums["verified_tokens"], self._sums["iterations"])
+                self.done, self.total, self.at_done_s = int(found[1]), int(found[2]), self.seconds
 
 
 class ForeignJob(FollowedJob):
@@ -99,18 +108,17 @@ class ForeignJob(FollowedJob):
     def __init__(self, folder: Path, label: str) -> None:
         super().__init__(folder, label)
         before = read_outcome(folder)
-        self._attempts = before.attempts if before else 0
-        if (log := folder / LOG).exists():
-            self._log_read = log.stat().st_size
+        self.attempts_before = before.attempts if before else 0
+        self.log.skip()
         self.is_running = False
 
     def look(self) -> Outcome | None:
         """Update start and progress; returns the outcome once the job has ended."""
         outcome = read_outcome(self.folder)
-        if outcome is None or outcome.attempts <= self._attempts:
+        if outcome is None or outcome.attempts <= self.attempts_before:
             return None
         if not self.is_running:
-            self.is_running, self._started = True, time.monotonic()
+            self.is_running, self.started_s = True, time.monotonic()
         self.follow()
         return outcome if outcome.status != RUNNING else None
 
@@ -122,8 +130,7 @@ def watched(progress: "SweepProgress", jobs: Sequence[ForeignJob]) -> Iterator[N
 
     def look() -> None:
         for job in list(waiting):
-            known = job.is_running
-            outcome = job.look()
+            known, outcome = job.is_running, job.look()
             if job.is_running and not known:
                 progress.started(job)
             if outcome is not None:

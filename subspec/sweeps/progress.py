@@ -20,8 +20,7 @@ from subspec.runs.console import RunConsole, clock
 from subspec.sweeps.follow import FollowedJob
 from subspec.utils.terminal import one_line
 
-QUIET_S = 10.0
-"""Minimum seconds between two plain lines about running jobs."""
+QUIET_S = 10.0  # least seconds between two plain lines about running jobs
 
 
 class SweepProgress:
@@ -32,19 +31,17 @@ class SweepProgress:
         finished: those that earlier sessions have finished.
     """
 
-    def __init__(self, total: int, finished: int = 0, console: RunConsole | None = None) -> None:
+    def __init__(self, total: int = 0, finished: int = 0, console: RunConsole | None = None) -> None:
         self.console = console or RunConsole()
         self.total = total
         self.finished_before = finished
-        self.ended = 0
-        self.failed = 0
-        self._began = time.monotonic()
+        self.ended = self.failed = 0
+        self._began, self._last_line = time.monotonic(), 0.0
         self._live: Live | None = None
         self._running: Sequence[FollowedJob] = ()
         self._waiting: Sequence[str] = ()
         self._took: list[tuple[str, float]] = []
         self._said: dict[str, str] = {}
-        self._last_line = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[Self]:
@@ -72,21 +69,18 @@ class SweepProgress:
 
     def started(self, job: FollowedJob) -> None:
         """Report the start of a job."""
-        self._line(f"{self._count()} start    {describe(job)}, log: {job.folder / LOG}")
+        self._line("start", f"{describe(job)}, log: {job.folder / LOG}")
 
     def finished(self, job: FollowedJob, outcome: Outcome) -> None:
         """Report the end of a job."""
         self._running = [other for other in self._running if other is not job]
         self.ended += 1
         self.failed += outcome.status not in (OK, INTERRUPTED)
+        told = outcome.reason
         if outcome.status == OK:
             self._took.append((job.label, outcome.seconds))
-        parts = [f"{self._count()} {outcome.status:<8} {describe(job)}"]
-        if outcome.status == OK:
-            parts += [figures(job), clock(outcome.seconds)]
-        else:
-            parts.append(outcome.reason)
-        self._line("  ".join(parts) + f"  ({self._clocks()})")
+            told = f"{figures(job)}  {clock(outcome.seconds)}"
+        self._line(outcome.status, f"{describe(job)}  {told}  ({self._clocks()})")
 
     def update(self, running: Sequence[FollowedJob], waiting: Sequence[str] = ()) -> None:
         """Update the figures of the running jobs, and the labels of the waiting ones."""
@@ -97,11 +91,12 @@ class SweepProgress:
             text = figures(job)
             if job.done and self._said.get(job.label) != text:
                 self._said[job.label] = text
-                self._line(f"{self._count()} running  {describe(job)}  {text}  ({self._clocks()})")
+                self._line("running", f"{describe(job)}  {text}  ({self._clocks()})")
 
-    def _line(self, text: str) -> None:
+    def _line(self, event: str, text: str) -> None:
         self._last_line = time.monotonic()
-        self.console.rich.print(Text(one_line(text)), soft_wrap=not self.console.live)
+        count = f"[{self.finished_before + self.ended}/{self.total}]"
+        self.console.rich.print(Text(one_line(f"{count} {event:<8} {text}")), soft_wrap=not self.console.live)
 
     def _block(self) -> Group:
         """The lines at the bottom of a terminal."""
@@ -110,17 +105,13 @@ class SweepProgress:
         begun = sum(job.done / job.total for job in self._running if job.total)
         filled = int(24 * (done + begun) / max(self.total, 1))
         failed = f", {self.failed} failed" if self.failed else ""
-        head = f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"
-        lines = [head]
+        lines = [f"{'█' * filled}{'░' * (24 - filled)} {done}/{self.total} jobs{failed}  {self._clocks()}"]
         for job in self._running:  # a long line keeps its figures; the job's number identifies it
             told = f"  {figures(job)}  {clock(job.seconds)}"
             name = f"  {one_line(describe(job))}"
             room = max(width - 1 - len(told), 10)
             lines.append((name if len(name) <= room else f"{name[: room - 1]}…") + told)
         return Group(*(Text(line[: width - 1]) for line in lines))
-
-    def _count(self) -> str:
-        return f"[{self.finished_before + self.ended}/{self.total}]"
 
     def _clocks(self) -> str:
         return f"elapsed {clock(time.monotonic() - self._began)}, left {clock(self.remaining_s)}"

@@ -267,9 +267,7 @@ def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
     """
     sweep = tmp_path / "größe"
     monkeypatch.setattr(
-        JobProcess,
-        "_spawn",
-        lambda job, log: Forked(*job.spec.command[3:], log=log.fileno(), env=job_environment(job.gpu)),
+        JobProcess, "_spawn", lambda job, log: Forked(*job.command[3:], log=log.fileno(), env=job_environment(job.gpu))
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
