@@ -33,10 +33,6 @@ def test_many_samples_meet_normal_theory():
     assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
 
 
-def test_the_estimate_is_all_tokens_over_all_seconds():
-    assert speed_interval(samples(a=(10, 1), b=(90, 3))).value == 25.0
-
-
 def test_pairs_know_their_ratio_better_than_either_speed():
     baseline = of_speeds([1.0, 5.0, 20.0, 3.0, 9.0])
     twice = baseline.assign(seconds=baseline.seconds / 2)

@@ -7,9 +7,8 @@ import pytest
 
 from subspec.errors import SubspecError
 from subspec.report import write_report
-from subspec.report.__main__ import main
 
-from .runs import config_of, plain_run, turns, write_run
+from .runs import config_of, plain_run, refusal, run, turns, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -217,13 +216,6 @@ def test_rows_of_real_weights_and_prompts_carry_no_mark(tmp_path):
     assert ["**PLANTED**" in line for line in marked] == [True, False]
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return stop.value.code, output.out, output.err
-
-
 def test_the_command_line(sweep, tmp_path, capsys):
     code, out, err = run(capsys, sweep)
     assert (code, err) == (0, "")
@@ -248,19 +240,19 @@ def test_the_command_line(sweep, tmp_path, capsys):
 def test_failures_are_one_line(sweep, tmp_path, capsys, arguments, code, line):
     (tmp_path / "file").write_text("in the way")
     places = {"SWEEP": str(sweep), "FILE/below": str(tmp_path / "file" / "below")}
-    ended, _, err = run(capsys, *[places.get(argument, argument) for argument in arguments])
+    ended, err = refusal(capsys, *[places.get(argument, argument) for argument in arguments])
     assert ended == code
-    assert len(err.splitlines()) == 1
     assert re.search(f"^error: {line}", err), err
 
 
-def test_help_is_in_the_users_words(capsys):
-    code, out, _ = run(capsys, "--help")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["--baseline", "python -m subspec.report multirun", "report compare", "./compare"]),
+        (["compare", "--help"], ["FOLDER_A", "--json", "Exit status", "draft=none"]),
+    ],
+)
+def test_help_is_in_the_users_words(capsys, arguments, words):
+    code, out, _ = run(capsys, *arguments)
     assert code == 0
-    assert "--baseline" in out
-    assert "python -m subspec.report multirun" in out
-
-
-def test_a_library_call_refuses_like_the_command(tmp_path):
-    with pytest.raises(SubspecError, match="no run below"):
-        write_report([tmp_path], tmp_path / "out")
+    assert all(word in out for word in words)

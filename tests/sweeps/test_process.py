@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from subspec.errors import SubspecError
@@ -189,22 +189,15 @@ time.sleep(60)
 
 def test_a_job_does_not_outlive_a_sweep_that_is_killed():
     sweep = subprocess.Popen([sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    child = int(sweep.stdout.readline())
-    assert _state(child) != "Z"
+    child = psutil.Process(int(sweep.stdout.readline()))
+    assert child.status() != psutil.STATUS_ZOMBIE
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{child}") and "Z" not in _state(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _state(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_the_outcome_is_plain_json(tmp_path):
