@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 2000
-"""Number of draws: sufficient for two digits of a 95 % interval."""
-
-LEVEL, SEED = 0.95, 0
-"""Coverage of the intervals, and seed of the draws."""
+RESAMPLES, SEED = 2000, 0  # draws: sufficient for two digits of a 95 % interval
+LEVEL = 0.95  # coverage of the intervals
 
 
 @dataclass(frozen=True)

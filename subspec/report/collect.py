@@ -23,8 +23,7 @@ from subspec.records.run_files import CONFIG, ENVIRONMENT, FACTS, OVERRIDES, PLA
 from subspec.records.run_folder import Key, read_records
 from subspec.records.sweep_folder import MANIFEST, read_manifest
 
-PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}
-"""Folders that are not searched: they hold no runs and possibly very many files."""
+PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}  # they hold no runs and possibly very many files
 
 
 class State(StrEnum):

@@ -20,17 +20,10 @@ from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, speed_interval
 from subspec.report.collect import RunData
 
-PLAIN = "none"
-"""Draft of the default baseline."""
-
-OVERALL = "Overall"
-"""Name of all categories together."""
-
-NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}
-"""Configuration keys that do not separate rows."""
-
-SHOWN_DIFFERENCES = 3
-"""Number of keys added to labels that would otherwise be equal."""
+PLAIN = "none"  # draft of the default baseline
+OVERALL = "Overall"  # name of all categories together
+NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}  # configuration keys that do not separate rows
+SHOWN_DIFFERENCES = 3  # keys added to labels that would otherwise be equal
 
 
 @dataclass(frozen=True)

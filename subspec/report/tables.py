@@ -12,9 +12,7 @@ from subspec.report.cells import audit_text, category_cells, place
 from subspec.report.collect import RunData, State
 from subspec.report.rows import OVERALL, Row
 
-TURNS_NAMED = 10
-"""Turns that a note names."""
-
+TURNS_NAMED = 10  # in a note
 TOGETHER = "texts at a time: tokens/s together"
 
 

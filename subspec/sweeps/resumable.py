@@ -30,11 +30,8 @@ from subspec.sweeps.launcher import ProcessLauncher
 from subspec.sweeps.process import IN_PROCESS, job_result
 from subspec.sweeps.progress import SweepProgress
 
-Entry = tuple[Job, list[str], dict[str, Any]]
-"""A job, its overrides, and its resolved configuration."""
-
-ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}
-"""Keys that name or place a job, and do not vary it."""
+Entry = tuple[Job, list[str], dict[str, Any]]  # a job, its overrides, and its resolved configuration
+ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}  # name or place a job, and do not vary it
 
 
 def _check_one_job(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
