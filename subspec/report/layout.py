@@ -68,11 +68,11 @@ def bar_figure(
     legend: int = 0,
     room: float = 1.14,
 ) -> Figure | None:
-    """A column of panels with a labelled bar per row; None without rows.
+    """A column of panels with a labelled bar per row, drawn at its place by ``draw``; None without rows.
 
     Args:
-        title, label: of the figure and of the lowest axis.
-        draw: draws the bar of a row at its place; returns its length and the text at its end.
+        label: of the lowest axis.
+        draw: returns the length of the bar and the text at its end.
         legend: columns of the legend; 0: none.
         room: length of the axis over the longest bar.
     """

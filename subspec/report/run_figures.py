@@ -16,13 +16,7 @@ from subspec.report.plots import acceptance, roofline, tau_by_category, time_spl
 def run_figures(
     run_dir: Path, config: Mapping[str, Any], environment: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Figure]:
-    """Figures of one run by name; those without data are left out.
-
-    Args:
-        run_dir: its folder, for facts and plan.
-        config, environment: as builtin types.
-        records: all records of the run.
-    """
+    """Figures of one run by name; those without data are left out. ``run_dir``: for facts and plan."""
     facts, plan = (read_json(run_dir / file) or {} for file in (FACTS, PLAN))
     described = {"config": config, "overrides": None, "facts": facts, "plan": plan, "environment": environment}
     summary = summarise(records)

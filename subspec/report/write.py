@@ -9,17 +9,20 @@ import pandas as pd
 
 from subspec.records.summary_table import banners
 from subspec.report.baseline import make_rows
-from subspec.report.cells import acceptance_cells, category_cells, method_cells, run_cells
 from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.layout import save
 from subspec.report.plots import DRAWINGS
 from subspec.report.rows import Row
 from subspec.report.tables import (
+    acceptance_cells,
     acceptance_tables,
+    category_cells,
     category_tables,
     markdown_table,
+    method_cells,
     methods_table,
     number,
+    run_cells,
     setup_text,
     texts_note,
 )

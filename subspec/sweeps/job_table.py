@@ -99,12 +99,9 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def show_rows(
     console: RunConsole, rows: Sequence[Row], jobs: Sequence[Path], path: Path, title: str, word: str
 ) -> None:
-    """Print the table and write its files, each with the warnings of the jobs' summaries.
+    """Print the table and write its files ``path``.*, each with the warnings of the summaries in the ``jobs``' folders.
 
-    Args:
-        jobs: run folders.
-        path: files to write, without suffix.
-        title, word: heading of the Markdown file; name of the table on the console.
+    ``title``: heading of the Markdown file. ``word``: name of the table on the console.
     """
     summaries = filter(None, map(read_summary, jobs))
     notes = list(dict.fromkeys(line for summary in summaries for line in banners(summary)))

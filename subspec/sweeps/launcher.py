@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, setup_globals
@@ -63,7 +61,9 @@ class ProcessLauncher(Launcher):
         """
         setup_globals()
         configs = [self._compose(i, texts) for i, texts in enumerate(job_overrides, start=initial_job_idx)]
-        jobs = [job_process(config.hydra, config, self._label(config)) for config in configs]
+        jobs = [job_process(config.hydra, config) for config in configs]
+        for job in jobs:
+            job.label = self.labels.get(job.folder.name, job.label)
         self.progress = self.progress or SweepProgress(len(jobs))
         with _terminated_as_interrupted(), self.progress.shown() as progress:
             run_jobs(jobs, self.slots(all(job.device == "cpu" for job in jobs)), progress)
@@ -81,9 +81,6 @@ class ProcessLauncher(Launcher):
             config.hydra.sweep.dir = str(self.config.hydra.sweep.dir)
         HydraConfig.instance().set_config(config)
         return config
-
-    def _label(self, config: DictConfig) -> str:
-        return self.labels.get(str(config.hydra.sweep.subdir)) or " ".join(map(str, config.hydra.overrides.task))
 
     def width(self) -> int:
         """Number of jobs that run at the same time."""
@@ -159,12 +156,8 @@ def visible_gpus() -> list[str]:
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Treat SIGTERM, which batch systems send, as Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before: Any = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread, so signals are handled elsewhere
         yield
         return

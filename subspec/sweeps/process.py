@@ -29,7 +29,7 @@ from subspec.records.outcome import (
     write_outcome,
 )
 from subspec.records.run_files import take_lock
-from subspec.sweeps.follow import FollowedJob
+from subspec.sweeps.progress import FollowedJob
 from subspec.utils.files import RESUME_HINT, write_error
 from subspec.utils.paths import PACKAGE
 
@@ -76,9 +76,9 @@ class JobProcess(FollowedJob):
     ) -> None:
         super().__init__(folder, label)
         self.command, self.max_samples, self.optimise, self.device = command, max_samples, optimise, device
-        self.outcome: Outcome | None = None
+        self.outcome: Outcome | None = None  # of this attempt
         self._log_start, self._ended_by_us = 0, False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen
 
     def start(self) -> None:
         """Start the process.
@@ -116,19 +116,18 @@ class JobProcess(FollowedJob):
 
     def poll(self) -> Outcome | None:
         """Update the progress; returns the outcome once the process has ended."""
-        assert self._process is not None
         code = self._process.poll()
         self.follow()
         return None if code is None else self._ended(code)
 
     def interrupt(self) -> None:
         """Send SIGINT: the job ends and remains resumable."""
-        self._signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         """Send SIGKILL; finished turns remain."""
         self._ended_by_us = True
-        self._signal(signal.SIGKILL)
+        self._process.send_signal(signal.SIGKILL)
 
     def wait(self) -> Outcome:
         """Wait for the end and return the outcome."""
@@ -136,17 +135,10 @@ class JobProcess(FollowedJob):
             time.sleep(0.1)
         return outcome
 
-    def _signal(self, number: int) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-
     def _ended(self, code: int) -> Outcome:
-        assert self.outcome is not None
-        assert self._process is not None
         if self.total is None:  # the run had been finished before
             self.done = self.total = len(self.samples)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.stdin.close()
         if code == 0:
             status, reason = OK, ""
         elif self._ended_by_us or code in (INTERRUPT_EXIT, -signal.SIGINT):
@@ -169,13 +161,8 @@ class JobProcess(FollowedJob):
             return ""
 
 
-def job_process(hydra: DictConfig, task: DictConfig, label: str = "") -> JobProcess:
-    """The job of a composed configuration.
-
-    Args:
-        hydra: its ``hydra`` node.
-        task: the remaining keys.
-    """
+def job_process(hydra: DictConfig, task: DictConfig) -> JobProcess:
+    """The job of a composed configuration: its ``hydra`` node, and the remaining keys."""
     folder = Path(str(hydra.sweep.dir)) / str(hydra.sweep.subdir)
     sources = hydra.runtime.config_sources
     flags = [] if hydra.job.config_name == "config" else [f"--config-name={hydra.job.config_name}"]
@@ -189,7 +176,7 @@ def job_process(hydra: DictConfig, task: DictConfig, label: str = "") -> JobProc
         OmegaConf.select(task, "benchmark.max_samples"),
         word(OmegaConf.select(task, "optimise")),
         word(OmegaConf.select(task, "device")) or "auto",
-        label,
+        label=" ".join(map(str, hydra.overrides.task)),
     )
 
 

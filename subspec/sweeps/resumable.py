@@ -24,11 +24,10 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.records.outcome import FAILED, OK, RUNNING, Outcome, is_finished, read_outcome, write_outcome
 from subspec.records.same_run import FREE_KEYS
 from subspec.records.sweep_folder import Job, SweepFolder, config_digest
-from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.job_table import labels
 from subspec.sweeps.launcher import ProcessLauncher
 from subspec.sweeps.process import IN_PROCESS, job_result
-from subspec.sweeps.progress import SweepProgress
+from subspec.sweeps.progress import ForeignJob, SweepProgress, watched
 
 Entry = tuple[Job, list[str], dict[str, Any]]  # a job, its overrides, and its resolved configuration
 ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}  # name or place a job, and do not vary it

@@ -8,6 +8,7 @@ and the search continues. Hydra's Optuna plugin reads the search space; its swee
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ RESULTS = "optimization_results.yaml"  # as Hydra's own Optuna sweeper writes it
 STOPPED = "stopped"  # attribute of a study: numbers of trials whose measurement was stopped
 
 
+@dataclass
 class SearchSweeper(GridSweeper):
     """Searches with Optuna.
 
@@ -39,17 +41,15 @@ class SearchSweeper(GridSweeper):
         params: search space by key, in the grammar of the command line.
     """
 
-    def __init__(
-        self,
-        n_trials: int,
-        n_jobs: int | None = None,
-        sampler: str = "tpe",
-        startup: int = 8,
-        seed: int = 0,
-        params: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(params)
-        self.n_trials, self.n_jobs, self.sampler, self.startup, self.seed = n_trials, n_jobs, sampler, startup, seed
+    n_trials: int
+    n_jobs: int | None = None
+    sampler: str = "tpe"
+    startup: int = 8
+    seed: int = 0
+    params: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra.

@@ -3,9 +3,8 @@ import pytest
 from subspec.errors import SubspecError
 from subspec.records.metrics import LinkInfo
 from subspec.report.baseline import make_rows
-from subspec.report.cells import audit_text
 from subspec.report.collect import collect
-from subspec.report.tables import methods_table, number
+from subspec.report.tables import audit_text, methods_table, number
 
 from .runs import config_of, plain_run, rows_below, turns, write_run
 

@@ -11,8 +11,8 @@ import pytest
 
 from subspec.errors import ConfigError
 from subspec.records.outcome import Outcome, read_outcome
-from subspec.sweeps.follow import FollowedJob
 from subspec.sweeps.launcher import ProcessLauncher, _terminated_as_interrupted, run_jobs, visible_gpus
+from subspec.sweeps.progress import FollowedJob
 
 from .fakes import fake_job, sweep_progress
 

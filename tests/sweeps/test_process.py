@@ -16,8 +16,8 @@ from subspec.errors import SubspecError
 from subspec.records import outcome as outcomes
 from subspec.records.outcome import is_finished, objective, read_outcome
 from subspec.records.run_folder import RunFolder
-from subspec.sweeps import follow
 from subspec.sweeps.process import JobFailed, end_reason, job_result, run_in_process
+from subspec.sweeps.progress import ForeignJob, watched
 from tests.helpers.cli import ROOT
 
 from .fakes import fake_job, started, sweep_progress
@@ -208,13 +208,13 @@ def test_the_outcome_is_plain_json(tmp_path):
 
 def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
     """The launcher runs them one after another and tells nothing before the last has ended."""
-    monkeypatch.setattr(follow, "WATCH_S", 0.02)
+    monkeypatch.setattr("subspec.sweeps.progress.WATCH_S", 0.02)
     started(tmp_path / "1", "refused").wait()  # an earlier session's: its outcome is not this one's
     progress, out = sweep_progress(3, finished=1)
     seen = []
     monkeypatch.setattr(progress, "update", lambda jobs, waiting: seen.extend((job.label, job.done) for job in jobs))
-    jobs = [follow.ForeignJob(tmp_path / name, f"number {name}") for name in "01"]
-    with follow.watched(progress, jobs):
+    jobs = [ForeignJob(tmp_path / name, f"number {name}") for name in "01"]
+    with watched(progress, jobs):
         assert not out.getvalue()
         for job in (fake_job(tmp_path / "0", seconds=0.5), fake_job(tmp_path / "1", "refused", seconds=0.2)):
             with contextlib.suppress(JobFailed):
@@ -232,7 +232,7 @@ def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
 def test_watching_ends_with_what_it_watches(tmp_path):
     """An interrupt of the launcher is passed on, and a job that nobody started is no line."""
     progress, out = sweep_progress()
-    with pytest.raises(KeyboardInterrupt), follow.watched(progress, [follow.ForeignJob(tmp_path / "0", "never")]):
+    with pytest.raises(KeyboardInterrupt), watched(progress, [ForeignJob(tmp_path / "0", "never")]):
         raise KeyboardInterrupt
     assert not out.getvalue()
     assert not any(thread.name.startswith("watch") for thread in threading.enumerate())
