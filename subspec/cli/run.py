@@ -86,11 +86,11 @@ def _job(cfg: "DictConfig", failures: list[Exception]) -> float | None:
         cfg.experiment = cfg.study  # rows of one table are one group in W&B and in the report
     try:
         if sweep:
-            from subspec.sweeps.process import IN_PROCESS, job_spec, run_in_process
+            from subspec.sweeps.process import IN_PROCESS, job_process, run_in_process
 
             if settings.launcher["_target_"] != IN_PROCESS:
                 # A worker of another project's launcher: the job runs in a process of its own there too.
-                return run_in_process(job_spec(settings, cfg))
+                return run_in_process(job_process(settings, cfg))
         _begin(cfg)
         gc.enable()
         from subspec.runs.runner import run

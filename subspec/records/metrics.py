@@ -240,16 +240,18 @@ def _all_have(turns: Sequence[Record], name: str) -> bool:
     return all(record.get(name) is not None for record in turns)
 
 
-def by_category(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by reported category, in alphabetical order; those without one are left out.
+def category_group(record: Record) -> str | None:
+    """The category that a record counts for: some benchmarks report several categories of their data as one."""
+    task, category = TASKS.get(record.get("benchmark", "")), record.get("category")
+    return task.groups.get(category, category) if task else category
 
-    Some benchmarks report several categories of their data as one.
-    """
+
+def by_category(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by :func:`category_group`, in alphabetical order; those without one are left out."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        task, category = TASKS.get(record.get("benchmark", "")), record.get("category")
-        if category is not None:
-            found.setdefault(task.groups.get(category, category) if task else category, []).append(record)
+        if (category := category_group(record)) is not None:
+            found.setdefault(category, []).append(record)
     return dict(sorted(found.items()))
 
 

@@ -10,9 +10,23 @@ library::
     report.page, report.rows[0].speed
 """
 
-from subspec.report.baseline import make_rows
-from subspec.report.collect import RunData, State, collect
-from subspec.report.rows import Row
-from subspec.report.write import Report, write_report
+from importlib import import_module
+from typing import Any
 
+_HOME = {
+    "Report": "write",
+    "Row": "rows",
+    "RunData": "collect",
+    "State": "collect",
+    "collect": "collect",
+    "make_rows": "baseline",
+    "write_report": "write",
+}
 __all__ = ["Report", "Row", "RunData", "State", "collect", "make_rows", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: matplotlib and pandas take seconds to import, and `--help` and `compare` need neither.
+    if name in _HOME:
+        return getattr(import_module(f"subspec.report.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'subspec.report' has no attribute {name!r}")

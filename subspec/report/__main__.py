@@ -55,17 +55,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: it is wrong.
     """
-    tool = COMPARE if arguments and arguments[0] == COMPARE else "report"
-    program, text = "python -m subspec.report", HELP
-    if tool == COMPARE:
-        program, text, arguments = f"{program} {COMPARE}", COMPARE_HELP, arguments[1:]
-    parser = _Parser(program, description=text, formatter_class=argparse.RawTextHelpFormatter)
-    parser.set_defaults(tool=tool)
-    if tool == COMPARE:
+    program, layout = "python -m subspec.report", argparse.RawTextHelpFormatter
+    if list(arguments[:1]) == [COMPARE]:
+        parser = _Parser(f"{program} {COMPARE}", description=COMPARE_HELP, formatter_class=layout)
         for name in ("FOLDER_A", "FOLDER_B"):
             parser.add_argument("folders", metavar=name, type=Path, action="append", help="a run folder")
         parser.add_argument("--json", metavar="FILE", type=Path, help="everything, for a program")
-        return parser.parse_args(list(arguments))
+        parser.set_defaults(tool=COMPARE)
+        return parser.parse_args(arguments[1:])
+    parser = _Parser(program, description=HELP, formatter_class=layout)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="run folders, or anything above them")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: FOLDER/report, of the first)")
     parser.add_argument(
@@ -74,17 +72,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="what speed-ups are against: a draft (none), a method as the tables call it,\n"
         "an experiment, or a run's name or folder (default: plain decoding, draft=none)",
     )
-    return parser.parse_args(list(arguments))
+    parser.set_defaults(tool="report")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the module and of the console script ``subspec-report``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(guarded(lambda: _main(arguments)))
+    sys.exit(guarded(lambda: _main(parse(arguments))))
 
 
-def _main(arguments: Sequence[str]) -> None:
-    options = parse(arguments)
+def _main(options: argparse.Namespace) -> None:
     if options.tool == COMPARE:
         _compare(*options.folders, options.json)
         return
@@ -93,11 +91,9 @@ def _main(arguments: Sequence[str]) -> None:
     report = write_report(options.folders, options.out or options.folders[0] / "report", options.baseline)
     for note in report.notes:
         print(f"note: {note}")
-    planted = sum(row.planted for row in report.rows)
-    sample = sum(row.sample for row in report.rows)
-    print(
-        f"{len(report.runs)} runs in {len(report.rows)} rows ({planted} of planted weights, {sample} of sample prompts)"
-    )
+    planted, sample = (sum(getattr(row, name) for row in report.rows) for name in ("planted", "sample"))
+    marks = f"({planted} of planted weights, {sample} of sample prompts)"
+    print(f"{len(report.runs)} runs in {len(report.rows)} rows {marks}")
     print(f"report: {report.page}")
 
 

@@ -1,16 +1,15 @@
 """Compare the rows of a report with their baselines: speed-ups, differences besides the method, and texts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from subspec.errors import SubspecError
 from subspec.records.method import budget_text, config_group
 from subspec.records.run_folder import Key
-from subspec.report.bootstrap import Speed, speedup_interval
+from subspec.report.bootstrap import speedup_interval
 from subspec.report.collect import RunData, texts_of, turn_outcome
-from subspec.report.rows import PLAIN, Baseline, Row, is_coded, rows_of, text_of
+from subspec.report.rows import PLAIN, Baseline, Row, rows_of, text_of
 
 
 def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
@@ -30,22 +29,21 @@ def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[lis
         raise SubspecError(
             f"--baseline {baseline}: no such run; give a folder, or one of {'; '.join(methods) or '(no rows)'}"
         )
-    compared: list[Row] = []
-    notes: dict[str, None] = {}
+    notes = set()
     wanted = "run of plain decoding (draft=none)" if baseline is None else f"run of the baseline {baseline}"
     for row in rows:
         closest = _closest(row, [other for other in chosen if other.place == row.place])
         place = f"{row.target} on {row.benchmark}"
         if len(closest) == 1:
-            compared.append(replace(row, baseline=_compared(row, closest[0])))
-            continue
-        compared.append(row)
-        if closest and baseline is not None:
+            row.baseline = _compared(row, closest[0])
+        elif not closest:
+            notes.add(f"{place}: no {wanted}, so no speed-up")
+        elif baseline is None:
+            notes.add(f"{place}: several runs of plain decoding, none closest: name one with --baseline")
+        else:
             labels = "; ".join(other.method for other in closest)
             raise SubspecError(f"--baseline {baseline}: {place} has several such rows ({labels}): name one")
-        several = "several runs of plain decoding, none closest: name one with --baseline"
-        notes[f"{place}: {several if closest else f'no {wanted}, so no speed-up'}"] = None
-    return compared, sorted(notes)
+    return rows, sorted(notes)
 
 
 def _is_baseline(row: Row, baseline: str | None) -> bool:
@@ -59,11 +57,11 @@ def _is_baseline(row: Row, baseline: str | None) -> bool:
     return any(run.folder.resolve().is_relative_to(folder.resolve()) for run in row.runs)
 
 
-def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
+def _closest(row: Row, candidates: Sequence[Row]) -> Sequence[Row]:
     """The baselines most similar to the row: the row itself, or those that share most of the ordered criteria."""
     if row in candidates:
         return [row]
-    found, ours = list(candidates), _settings(row)
+    found, ours = candidates, _settings(row)
     for name in ("device", "texts", "decoding", "streamed", "offloading", "quantizer of coded weights", "experiment"):
         found = [other for other in found if _settings(other, row)[name] == ours[name]] or found
     return found
@@ -71,20 +69,19 @@ def _closest(row: Row, candidates: Sequence[Row]) -> list[Row]:
 
 def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
     """Settings besides the method. Of a candidate for ``compared``, the quantizer counts if its weights are coded."""
-    config = row.runs[0].config
-    decoding = {key: value for key, value in config_group(config, "decoding").items() if key != "texts"}
-    offload = config_group(config, "offload")
-    quantized = compared if compared is not None and not is_coded(row.runs[0]) else row
+    first = row.runs[0]
+    decoding = {key: value for key, value in config_group(first.config, "decoding").items() if key != "texts"}
+    quantized = compared if compared is not None and not first.is_coded else row
     return {
         "device": row.device,
         "seed": text_of(row.summary["context"]["seed"]),
         "texts": row.texts,
         "decoding": repr(decoding),
         "samples": row.summary["counts"]["samples"],
-        "prompts": frozenset(row.by_sample),
-        "weights": config_group(row.runs[0].facts, "weights").get("target"),
+        "prompts": frozenset(row.samples.index),
+        "weights": config_group(first.facts, "weights").get("target"),
         "streamed": bool(row.ceilings),
-        "offloading": (offload.get("name"), budget_text(config, row.runs[0].facts)),
+        "offloading": (config_group(first.config, "offload").get("name"), budget_text(first.config, first.facts)),
         "quantizer of coded weights": repr(config_group(quantized.runs[0].config, "quant")),
         "experiment": row.experiment,
     }
@@ -92,23 +89,23 @@ def _settings(row: Row, compared: Row | None = None) -> dict[str, Any]:
 
 def _compared(row: Row, other: Row) -> Baseline:
     if other is row:
-        return Baseline(row, True, None)
-
-    def own(one: Row, category: str) -> dict[str, Speed]:
-        return {key: speed for key, speed in one.by_sample.items() if one.category_of.get(key) == category}
-
-    alike = row.texts == other.texts  # the speed of a text depends on those beside it
-    categories = row.summary["categories"] if alike else ()
+        return Baseline(row)
+    speedup, by_category = None, {}
+    if row.texts == other.texts:  # the speed of a text depends on those beside it
+        speedup = speedup_interval(row.samples, other.samples)
+        by_category = {
+            name: speedup_interval(*(one.samples[one.samples.category == name] for one in (row, other)))
+            for name in row.summary["categories"]
+        }
     ours, theirs = _texts(row), _texts(other)
     outcomes = {key: turn_outcome(ours[key], theirs[key]) for key in ours if key in theirs}
     return Baseline(
         other,
-        False,
-        speedup_interval(row.by_sample, other.by_sample) if alike else None,
-        {name: speedup_interval(own(row, name), own(other, name)) for name in categories},
+        speedup,
+        by_category,
         _differences(row, other),
-        sum(outcome == "identical" for outcome in outcomes.values()),
-        tuple(key for key, outcome in outcomes.items() if outcome == "different"),
+        same_texts=sum(outcome == "identical" for outcome in outcomes.values()),
+        other_texts=tuple(key for key, outcome in outcomes.items() if outcome == "different"),
     )
 
 
@@ -129,7 +126,5 @@ def _differences(row: Row, other: Row) -> tuple[str, ...]:
         named["weights"] = "weights of the target"
     if "samples" not in found:
         named["prompts"] = "prompts"
-    shown = {
-        name: f"{name}: {ours[name]} against {theirs[name]}" for name in ("device", "seed", "texts", "samples")
-    } | named
-    return tuple(shown[name] for name in ours if name in found and name in shown)
+    named |= {name: f"{name}: {ours[name]} against {theirs[name]}" for name in ("device", "seed", "texts", "samples")}
+    return tuple(named[name] for name in ours if name in found and name in named)

@@ -8,7 +8,7 @@ missing summaries and unreadable files are counted and reported. Figures are com
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from typing import Any
 import yaml
 
 from subspec.errors import SubspecError
-from subspec.records.method import config_group
+from subspec.records.method import config_group, method_label
 from subspec.records.metrics import summarise
 from subspec.records.outcome import FAILED, OUTCOME, read_outcome
 from subspec.records.run_files import CONFIG, ENVIRONMENT, FACTS, OVERRIDES, PLAN, RECORDS, SUMMARY
 from subspec.records.run_folder import Key, read_records
 from subspec.records.sweep_folder import MANIFEST, read_manifest
 
-PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}
-"""Folders that are not searched: they hold no runs and possibly very many files."""
+PASSED_OVER = {"wandb", "__pycache__", ".git", "node_modules"}  # they hold no runs and possibly very many files
 
 
 class State(StrEnum):
@@ -61,12 +60,33 @@ class RunData:
     summary: Mapping[str, Any]
     state: State
     damaged: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def turns(self) -> list[Mapping[str, Any]]:
         """Records of generated turns; skipped prompts are left out."""
         return [record for record in self.records if not record.get("skipped")]
+
+    @property
+    def method(self) -> str:
+        """Label of its method."""
+        return method_label(self.config, self.facts)
+
+    @property
+    def device(self) -> str:
+        """Name of the GPU, or of the CPU with its threads; ``unknown`` if the folder does not say."""
+        hardware = config_group(self.environment, "hardware")
+        gpu = hardware.get("gpu")
+        if self.summary["context"]["device"] == "cuda" and isinstance(gpu, Mapping):
+            return str(gpu.get("name") or "unknown GPU")
+        cpu = hardware.get("cpu")
+        threads = self.facts.get("torch_threads") or hardware.get("torch_threads")
+        return f"{cpu}, {threads} thread(s)" if cpu else "unknown"
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether exact weights were streamed coded; the quantizer then decides the streamed bytes."""
+        return self.facts.get("codec") == "substitute"
 
 
 def collect(folders: Sequence[Path]) -> list[RunData]:
@@ -80,8 +100,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
         if not root.is_dir():
             raise SubspecError(f"{root}: no such folder; give run folders, sweep folders, or any folder above them")
         for folder in run_folders(root):
-            resolved = folder.resolve()
-            if resolved not in found:
+            if (resolved := folder.resolve()) not in found:
                 found[resolved] = read_run(folder, _name(folder, root))
     if not found:
         shown = ", ".join(map(str, folders))
@@ -90,13 +109,19 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     return list(found.values())
 
 
-def run_folders(root: Path) -> Iterator[Path]:
-    """Folders in or below ``root`` that hold a run; links are not followed."""
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """``root`` and all folders below it, each with its files; links are not followed."""
     for place, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in PASSED_OVER)
+        yield Path(place), files
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Folders in or below ``root`` that hold a run."""
+    for folder, files in _walk(root):
         # A folder with a plan alone is of plan_only=true.
         if RECORDS in files or (CONFIG in files and (ENVIRONMENT in files or OVERRIDES in files)):
-            yield Path(place)
+            yield folder
 
 
 def sweep_notes(folders: Sequence[Path]) -> list[str]:
@@ -106,9 +131,7 @@ def sweep_notes(folders: Sequence[Path]) -> list[str]:
     """
     notes: dict[Path, str] = {}
     for root in map(Path, folders):
-        for place, names, files in os.walk(root):
-            names[:] = sorted(name for name in names if name not in PASSED_OVER)
-            folder = Path(place)
+        for folder, files in _walk(root):
             outcome = read_outcome(folder) if OUTCOME in files else None
             if outcome is not None and outcome.status == FAILED:
                 notes.setdefault(folder.resolve(), f"{_name(folder, root)}: its job failed: {outcome.reason}")
@@ -123,35 +146,28 @@ def sweep_notes(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str | None = None) -> RunData:
     """Read one run folder. No content of it is an error."""
     notes: list[str] = []
-    config = _mapping(folder / CONFIG, notes)
-    environment = _mapping(folder / ENVIRONMENT, notes)
-    facts = _mapping(folder / FACTS, notes, optional=True)
-    plan = _mapping(folder / PLAN, notes, optional=True)
+    config, environment = (_load(folder / file, dict, notes, needed=True) for file in (CONFIG, ENVIRONMENT))
+    facts, plan = (_load(folder / file, dict, notes) for file in (FACTS, PLAN))
     records, damaged = _records(folder, notes)
-    records, broken = _usable(records)
-    if broken:
-        notes.append(f"{broken} record(s) lack fields that figures are computed from, and are left out")
-    if damaged:
-        notes.append(f"{damaged} damaged line(s) in {RECORDS} are left out")
-    written = _mapping(folder / SUMMARY, notes, optional=True)
+    written = _load(folder / SUMMARY, dict, notes) or {}
     if not config:
         notes.append(f"no readable {CONFIG}: the method is told by the records alone")
         config = _config_of(records)
+    overrides = _load(folder / OVERRIDES, list, [])
     summary = summarise(records)
-    if not summary["counts"]["turns"]:
-        state = State.empty
-    elif _is_whole(written, summary):
-        state = State.finished
-    else:
+    counts, covered = summary["counts"], config_group(written, "counts")
+    state = State.finished if counts["turns"] else State.empty
+    # A run that was resumed and killed still has its first summary.
+    if counts["turns"] and any(covered.get(key) != counts[key] for key in ("turns", "skipped")):
         state = State.unfinished
     return RunData(
         folder=folder,
         name=name or folder.name,
         config=config,
-        overrides=_overrides(folder / OVERRIDES),
+        overrides=None if overrides is None else tuple(map(str, overrides)),
         facts=facts or config_group(written, "run"),
-        plan=plan,
-        environment=environment,
+        plan=plan or {},
+        environment=environment or {},
         records=tuple(records),
         summary=summary,
         state=state,
@@ -185,25 +201,25 @@ def _name(folder: Path, root: Path) -> str:
     return root.resolve().name if below == "." else f"{root.resolve().name}/{below}"
 
 
-def _mapping(file: Path, notes: list[str], *, optional: bool = False) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping; {} with a note if it cannot be read."""
+def _load(file: Path, kind: type, notes: list[str], *, needed: bool = False) -> Any:
+    """The ``kind`` that a JSON or YAML file holds; None and a note if it is unreadable, or ``needed`` and absent."""
     try:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
-        if not optional:
-            notes.append(f"no {file.name}")
-        return {}
+        notes += [f"no {file.name}"] if needed else []
+        return None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         notes.append(f"{file.name} cannot be read ({type(error).__name__})")
-        return {}
-    if not isinstance(value, dict):
+        return None
+    if not isinstance(value, kind):
         notes.append(f"{file.name} cannot be read (it holds no mapping)")
-        return {}
+        return None
     return value
 
 
 def _records(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Records that can be pooled, and the number of damaged lines."""
     if not (folder / RECORDS).exists():
         return [], 0
     try:
@@ -213,16 +229,16 @@ def _records(folder: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]
         return [], 0
     damaged = [note for note in found if " damaged line " in note or "half-written" in note]
     notes += [note.rpartition(f"{RECORDS}: ")[2] for note in found if note not in damaged]
-    return records, len(damaged)
-
-
-def _usable(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Records that can be pooled, and the number of others: a JSON line need not be one of our records."""
-    kept = [record for record in records if _poolable(record)]
-    return kept, len(records) - len(kept)
+    usable = [record for record in records if _poolable(record)]
+    if broken := len(records) - len(usable):
+        notes.append(f"{broken} record(s) lack fields that figures are computed from, and are left out")
+    if damaged:
+        notes.append(f"{len(damaged)} damaged line(s) in {RECORDS} are left out")
+    return usable, len(damaged)
 
 
 def _poolable(record: Mapping[str, Any]) -> bool:
+    """Whether figures can be computed from a record: a JSON line need not be one of ours."""
     if record.get("skipped"):
         return isinstance(record["skipped"], Mapping)
     numbers = ("new_tokens", "verified_tokens", "iterations", "prefill_s", "decode_s")
@@ -242,18 +258,3 @@ def _config_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = records[0]
     groups = ("target", "draft", "benchmark")
     return {name: {"name": first[name]} for name in groups if first.get(name)} | {"seed": first.get("seed")}
-
-
-def _is_whole(written: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
-    """Whether ``summary.json`` covers the records: a run that was resumed and killed still has its first summary."""
-    counts = config_group(written, "counts")
-    ours = summary["counts"]
-    return counts.get("turns") == ours["turns"] and counts.get("skipped") == ours["skipped"]
-
-
-def _overrides(file: Path) -> tuple[str, ...] | None:
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return tuple(map(str, value)) if isinstance(value, list) else None

@@ -13,16 +13,14 @@ from rich import box
 from rich.table import Table
 
 from subspec.errors import ConfigError
-from subspec.records.method import config_group, method_label
+from subspec.records.method import config_group
 from subspec.records.run_files import RECORDS
 from subspec.records.run_folder import Key
 from subspec.records.same_run import config_differences
 from subspec.report.collect import RunData, State, read_run, run_folders, texts_of, turn_outcome
-from subspec.report.rows import device_name
 from subspec.utils.terminal import Terminal, one_line
 
-SHOWN, WIDTH = 20, 80
-"""Rows and columns of the printed table. The JSON file has every differing turn."""
+SHOWN, WIDTH = 20, 80  # rows and columns of the printed table; the JSON file has every differing turn
 
 NOT_COMPARED = {
     "other_prompt": "other prompt",
@@ -109,20 +107,15 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
     turns: dict[str, list[Key]] = {name: [] for name in ("identical", "different", *NOT_COMPARED)}
     for key in {**ours, **theirs}:
         turns[turn_outcome(ours.get(key), theirs.get(key))].append(key)
-    not_twins = _not_twins(a, b)
+    settings = _settings(a), _settings(b)
+    shared = settings[0].keys() & settings[1].keys()  # a file may be absent, or a configuration older
+    not_twins = config_differences(*({key: value for key, value in one.items() if key in shared} for one in settings))
     if not turns["identical"] and not turns["different"]:
         names, why = f"{folder_a} and {folder_b}", "; ".join([_left_out(turns), *not_twins])
         raise ConfigError(f"{names} have no turn with the same prompt in common: {why}")
     differences = [_difference(ours[key], theirs[key]) for key in turns["different"]]
-    equal = [len(ours[key]["token_ids"]) for key in turns["identical"]]
-    return Comparison(
-        a=_side(a, ours, turns),
-        b=_side(b, theirs, turns),
-        turns=turns,
-        differences=differences,
-        equal_tokens=sum(equal + [one.index for one in differences]),
-        not_twins=not_twins,
-    )
+    equal = [len(ours[key]["token_ids"]) for key in turns["identical"]] + [one.index for one in differences]
+    return Comparison(_side(a, ours, turns), _side(b, theirs, turns), turns, differences, sum(equal), not_twins)
 
 
 def show(found: Comparison, console: Terminal) -> None:
@@ -131,8 +124,7 @@ def show(found: Comparison, console: Terminal) -> None:
     tokens = f"{found.equal_tokens} tokens"
     if differing:
         tokens += f" before the differences; A {found.a.tokens}, B {found.b.tokens}"
-    headline = f"{same} of {same + differing} turns identical ({tokens})"
-    console.rich.print(headline, style="bold", soft_wrap=True)
+    console.rich.print(f"{same} of {same + differing} turns identical ({tokens})", style="bold", soft_wrap=True)
     for name, side in (("A", found.a), ("B", found.b)):
         for text in (f"{side.folder} ({side.method})", *side.notes):
             console.note(f"{name}: {text}")
@@ -167,7 +159,7 @@ def _side(run: RunData, texts: Mapping[Key, Mapping[str, Any]], turns: Mapping[s
     if turns["different"] and bitwise.get("on") is False:
         notes.append(f"bitwise is off ({bitwise.get('reason') or 'no reason recorded'})")
     tokens = sum(len(texts[key]["token_ids"]) for key in (*turns["identical"], *turns["different"]))
-    return Side(str(run.folder), method_label(run.config, run.facts), tokens, notes)
+    return Side(str(run.folder), run.method, tokens, notes)
 
 
 def _left_out(turns: Mapping[str, Sequence[Key]]) -> str:
@@ -192,22 +184,15 @@ def _top_two(side: str, record: Mapping[str, Any], index: int) -> TopTwo | None:
         return None
 
 
-def _not_twins(a: RunData, b: RunData) -> list[str]:
-    ours, theirs = _settings(a), _settings(b)
-    shared = [key for key in ours if key in theirs]  # a file may be absent, or a configuration older
-    return config_differences(*({key: side[key] for key in shared} for side in (ours, theirs)))
-
-
 def _settings(run: RunData) -> dict[str, Any]:
     """Settings besides the method that decide the text, by dotted key, as far as the folder knows them."""
-    context, bitwise, hardware = run.summary["context"], config_group(run.facts, "bitwise"), device_name(run)
-    target, decoding = config_group(run.config, "target"), config_group(run.config, "decoding")
+    context, target, decoding = run.summary["context"], *(config_group(run.config, n) for n in ("target", "decoding"))
     known = {name: context[name] for name in ("target", "benchmark", "source", "seed")} | {
         "dtype": run.facts.get("dtype"),
         "device": run.facts.get("device") or context["device"],
-        "hardware": hardware if hardware != "unknown" else None,
+        "hardware": run.device if run.device != "unknown" else None,
         "weights of the target": config_group(run.facts, "weights").get("target"),
-        "bitwise.on": bitwise.get("on"),  # the kernels' tile shapes change no bit
+        "bitwise.on": config_group(run.facts, "bitwise").get("on"),  # the kernels' tile shapes change no bit
     }
     return {
         **{key: value for key, value in known.items() if value is not None},

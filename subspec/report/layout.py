@@ -6,6 +6,7 @@ hatches repeat their information. Figures are made without pyplot, whose state i
 """
 
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,16 @@ from subspec.report.rows import Row
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""One more than colours: the eighth name repeats the first colour with another shape."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: the eighth name has another shape
+
+# Inches.
 WIDTH = 9.0
-"""Width of every figure in inches."""
-
 BAR = 0.36
-"""Inches per bar."""
-
-LABEL = 38
-"""Characters per line of a method's label."""
-
-FOOT = 0.45
-"""Inches of a footnote of up to two lines."""
-
-FOOT_LINE = 0.14
-"""Inches of each further line."""
-
+FOOT = 0.45  # a footnote of up to two lines
+FOOT_LINE = 0.14  # each further line
 LEGEND_LINE, LEGEND_EDGE = 0.18, 0.2
-"""Inches of a legend's line and of its frame."""
 
-FOOT_CHARACTERS = 150
-"""Characters of a footnote's line."""
+LABEL, FOOT_CHARACTERS = 38, 150  # characters per line
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -53,68 +42,67 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> Mapping[str, list[Row]]:
     """Rows by ``key``, in order."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
+        groups[key(row)].append(row)
     return groups
 
 
-def by_place(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by target, benchmark and source."""
-
-    def title(row: Row) -> str:
-        source = "sample prompts" if row.sample else row.source
-        return f"{target_label(row)}, {row.benchmark} ({source})"
-
-    return grouped(rows, title)
-
-
 def target_label(row: Row) -> str:
+    """Title of a panel of all prompts."""
     return f"{row.target} (PLANTED)" if row.planted else row.target
+
+
+def place_label(row: Row) -> str:
+    """Title of a panel of one benchmark."""
+    return f"{target_label(row)}, {row.benchmark} ({'sample prompts' if row.sample else row.source})"
 
 
 def bar_figure(
     rows: Sequence[Row],
     title: str,
     label: str,
-    draw: Callable[[Axes, int, Row], float],
+    draw: Callable[[Axes, int, Row], tuple[float, str]],
     legend: int = 0,
     room: float = 1.14,
 ) -> Figure | None:
-    """A column of panels with a labelled bar per row; None without rows.
+    """A column of panels with a labelled bar per row, drawn at its place by ``draw``; None without rows.
 
     Args:
-        title, label: of the figure and of the lowest axis.
-        draw: draws the bar of a row at its place and returns its length.
+        label: of the lowest axis.
+        draw: returns the length of the bar and the text at its end.
         legend: columns of the legend; 0: none.
         room: length of the axis over the longest bar.
     """
-    panels = by_place(rows)
-    if not panels:
+    if not rows:
         return None
+    panels = grouped(rows, place_label)
     heights = [BAR * max(len(members), 2) + 0.5 for members in panels.values()]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     several = len({row.experiment for row in rows}) > 1
     for axis, (name, members) in zip(axes, panels.items(), strict=True):
         axis.set_title(name, fontsize=9, loc="left")
-        labels = [textwrap.fill(_label(row, several), LABEL) for row in members]
-        axis.set_yticks(range(len(members)), labels, fontsize=8)
+        labels = [f"{row.experiment}: {row.method}" if row.experiment and several else row.method for row in members]
+        axis.set_yticks(range(len(members)), [textwrap.fill(one, LABEL) for one in labels], fontsize=8)
         axis.set_ylim(len(members) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
-        axis.set_xlim(0, room * max(draw(axis, place, row) for place, row in enumerate(members)))
+        ends = [draw(axis, place, row) for place, row in enumerate(members)]
+        for place, (end, text) in enumerate(ends):
+            axis.text(end, place, f" {text}", va="center", ha="left", fontsize=8)
+        axis.set_xlim(0, room * max(end for end, _ in ends))
     axes[-1].set_xlabel(label)
     figure.suptitle(title, fontsize=12)
-    return _finish(figure, rows, _legend(figure, axes, legend) if legend else 0.0)
+    return _finish(figure, rows, legend)
 
 
 def panel_figure(
-    rows: Sequence[Row], panels: Mapping[str, Sequence[Row]], title: str, draw: Callable[[Axes, Sequence[Row]], None]
+    panels: Mapping[str, Sequence[Row]], title: str, draw: Callable[[Axes, Sequence[Row]], None]
 ) -> Figure | None:
-    """Panels in two columns with a common legend; a single panel takes the whole width. None without rows."""
+    """Panels in two columns with a common legend; a single panel takes the whole width. None without panels."""
     if not panels:
         return None
     columns = min(len(panels), 2)
@@ -128,43 +116,37 @@ def panel_figure(
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=12)
-    return _finish(figure, rows, _legend(figure, axes[: len(panels)], columns=2))
+    return _finish(figure, [row for members in panels.values() for row in members], legend=2)
 
 
-def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> float:
-    """Add one legend below all panels, each entry once; returns its height in inches."""
+def _finish(figure: Figure, rows: Sequence[Row], legend: int) -> Figure:
+    """Add a legend of ``legend`` columns with each entry once, the warnings below it, and room for both."""
+    lines = [line for note in _warnings(rows) for line in textwrap.wrap(note, FOOT_CHARACTERS)]
+    foot = FOOT + FOOT_LINE * max(0, len(lines) - 2) if lines else 0.0
     entries: dict[str, Any] = {}
-    for axis in axes:
+    for axis in figure.axes if legend else ():
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = min(columns, len(entries))
-    height = LEGEND_LINE * -(-len(entries) // columns) + LEGEND_EDGE
-    figure.set_figheight(figure.get_figheight() + height)
-    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, fontsize=8)
-    return height
+    columns = min(legend, len(entries))
+    room = foot + (LEGEND_LINE * -(-len(entries) // columns) + LEGEND_EDGE if entries else 0.0)
+    height = figure.get_figheight() + room
+    figure.set_figheight(height)
+    figure.get_layout_engine().set(rect=(0, room / height, 1, 1 - room / height))
+    if entries:
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, foot / height)}
+        figure.legend(entries.values(), entries.keys(), ncols=columns, fontsize=8, **place)
+    if lines:
+        figure.text(0.01, 0.1 / height, "\n".join(lines), fontsize=7.5, va="bottom", ha="left", color="#8a2b00")
+    return figure
 
 
-def _finish(figure: Figure, rows: Sequence[Row], legend: float = 0.0) -> Figure:
-    """Add the warnings at the bottom, below the legend of ``legend`` inches, and make room for both."""
+def _warnings(rows: Sequence[Row]) -> list[str]:
     notes = dict.fromkeys(text.removeprefix("note: ") for row in rows for text in banners(row.summary))
     if PLANTED_DRAFT in notes:  # it says more of the same
         notes.pop(PLANTED_WEIGHTS, None)
     drafts = ", ".join(sorted({row.draft for row in rows if PLANTED_DRAFT in banners(row.summary)}))
-    lines = []
-    for note in notes:
-        text = f"{note} ({drafts})" if note == PLANTED_DRAFT else note
-        lines += textwrap.wrap(text[0].upper() + text[1:], FOOT_CHARACTERS)
-    foot = FOOT + FOOT_LINE * max(0, len(lines) - 2) if lines else 0.0
-    figure.set_figheight(figure.get_figheight() + foot)
-    height = figure.get_figheight()
-    share = (foot + legend) / height
-    figure.get_layout_engine().set(rect=(0, share, 1, 1 - share))
-    for box in figure.legends:
-        box.set_bbox_to_anchor((0.5, foot / height), figure.transFigure)
-    if lines:
-        text = "\n".join(lines)
-        figure.text(0.01, 0.1 / height, text, fontsize=7.5, va="bottom", ha="left", color="#8a2b00")
-    return figure
+    texts = [f"{note} ({drafts})" if note == PLANTED_DRAFT else note for note in notes]
+    return [text[0].upper() + text[1:] for text in texts]
 
 
 def whisker_lengths(interval: Interval) -> list[list[float]] | None:
@@ -177,15 +159,6 @@ def whisker_lengths(interval: Interval) -> list[list[float]] | None:
 def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, dash and marker by name; dashes change after the last colour."""
     return {
-        name: (
-            PALETTE[index % len(PALETTE)],
-            DASHES[index // len(PALETTE) % len(DASHES)],
-            MARKERS[index % len(MARKERS)],
-        )
-        for index, name in enumerate(names)
+        name: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)], MARKERS[i % len(MARKERS)])
+        for i, name in enumerate(names)
     }
-
-
-def _label(row: Row, several: bool) -> str:
-    """Name of a bar, with its experiment if the figure shows ``several``."""
-    return f"{row.experiment}: {row.method}" if row.experiment and several else row.method

@@ -10,29 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from subspec.records.method import config_group, method_label
-from subspec.report.layout import (
-    DASHES,
-    bar_figure,
-    by_place,
-    grouped,
-    panel_figure,
-    styles_of,
-    target_label,
-    whisker_lengths,
-)
-from subspec.report.rows import OVERALL, Row
+from subspec.report import layout
+from subspec.report.layout import bar_figure, grouped, panel_figure, styles_of, whisker_lengths
+from subspec.report.rows import OVERALL, PLAIN, Row
 from subspec.report.tables import number
 
-PHASES = {"draft": ("#E69F00", ""), "target": ("#0072B2", "//"), "other": ("#999999", "..")}
-PHASE_NAMES = {"draft": "drafting", "target": "target pass and verification", "other": "other"}
-
-
-SAME_PASS = 1.02
-"""Ratio up to which passes count as equally long; measurements of the link differ by as much."""
-
-
-SAME_SPOT = 0.02
-"""Relative distance up to which points of a figure cover each other."""
+PHASES = {
+    "draft": ("drafting", "#E69F00", ""),
+    "target": ("target pass and verification", "#0072B2", "//"),
+    "other": ("other", "#999999", ".."),
+}
+SAME_PASS = 1.02  # ratio up to which passes are equally long; measurements of the link differ by as much
+SAME_SPOT = 0.02  # relative distance up to which points cover each other
 
 Drawing = Callable[[Sequence[Row]], Figure | None]
 
@@ -40,33 +29,30 @@ Drawing = Callable[[Sequence[Row]], Figure | None]
 def speed(rows: Sequence[Row]) -> Figure | None:
     """Decoding speed: all tokens over all seconds; whiskers are 95 % bootstrap intervals over samples."""
     shown = [row for row in rows if row.speed is not None]
+    styles = styles_of(sorted({row.draft for row in shown}))
 
-    def draw(axis: Axes, place: int, row: Row) -> float:
+    def draw(axis: Axes, place: int, row: Row) -> tuple[float, str]:
         bar = row.speed
         axis.barh(place, bar.value, height=0.7, color=styles[row.draft][0])
         if (whiskers := whisker_lengths(bar)) is not None:
             axis.errorbar(bar.value, place, xerr=whiskers, fmt="none", ecolor="black", capsize=3, linewidth=1)
-        edge = bar.high if bar.high is not None else bar.value
-        axis.text(edge, place, f" {number(bar.value)}", va="center", ha="left", fontsize=8)
-        return bar.high or bar.value
+        return bar.high or bar.value, number(bar.value)
 
-    styles = styles_of(sorted({row.draft for row in shown}))
     label = "decoding speed (tokens/s); whiskers: 95 % interval over samples"
     return bar_figure(shown, "Decoding speed by method", label, draw)
 
 
 def tau_by_method(rows: Sequence[Row]) -> Figure | None:
     """Tokens per target pass, the bonus token included; independent of the hardware."""
-    shown = [row for row in rows if row.draft != "none" and row.totals["tau"] is not None]
+    shown = [row for row in rows if row.draft != PLAIN and row.totals["tau"] is not None]
+    styles = styles_of(sorted({row.draft for row in rows}))  # the colours of the plot of speeds
 
-    def draw(axis: Axes, place: int, row: Row) -> float:
+    def draw(axis: Axes, place: int, row: Row) -> tuple[float, str]:
         tau = row.totals["tau"]
         axis.barh(place, tau, height=0.7, color=styles[row.draft][0])
-        axis.text(tau, place, f" {number(tau)}", va="center", ha="left", fontsize=8)
         axis.axvline(1.0, color="black", linewidth=1, linestyle=":")
-        return tau
+        return tau, number(tau)
 
-    styles = styles_of(sorted({row.draft for row in rows}))  # the colours of the plot of speeds
     label = "tau (tokens per target pass); dotted: plain decoding"
     return bar_figure(shown, "Acceptance length by method", label, draw)
 
@@ -75,14 +61,13 @@ def time_split(rows: Sequence[Row]) -> Figure | None:
     """Time of an iteration by phase, prefill excluded."""
     shown = [row for row in rows if row.iteration is not None]
 
-    def draw(axis: Axes, place: int, row: Row) -> float:
+    def draw(axis: Axes, place: int, row: Row) -> tuple[float, str]:
         left = 0.0
-        for phase, (colour, hatch) in PHASES.items():
+        for phase, (name, colour, hatch) in PHASES.items():
             length, look = 1e3 * row.iteration[phase], {"color": colour, "hatch": hatch, "edgecolor": "white"}
-            axis.barh(place, length, left=left, height=0.7, linewidth=0, label=PHASE_NAMES[phase], **look)
+            axis.barh(place, length, left=left, height=0.7, linewidth=0, label=name, **look)
             left += length
-        axis.text(left, place, f" {number(left)} ms", va="center", ha="left", fontsize=8)
-        return left
+        return left, f"{number(left)} ms"
 
     label = "milliseconds per iteration (one draft tree and one target pass)"
     return bar_figure(shown, "Where the time of an iteration goes", label, draw, legend=3, room=1.18)
@@ -127,12 +112,12 @@ def _curves(rows: Sequence[Row], title: str, label: str, field: str) -> Figure |
         axis.set_xlim(left=-0.5 if counts else 0)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
-    return panel_figure(shown, by_place(shown), title, draw)
+    return panel_figure(grouped(shown, layout.place_label), title, draw)
 
 
 def tau_by_category(rows: Sequence[Row]) -> Figure | None:
     """Tokens per target pass by category of the samples."""
-    shown = [row for row in rows if row.draft != "none"]
+    shown = [row for row in rows if row.draft != PLAIN]
     return _categories(shown, rows, "Acceptance length by category", "tau (tokens per target pass)", "tau")
 
 
@@ -143,36 +128,38 @@ def speedup_by_category(rows: Sequence[Row]) -> Figure | None:
 
 
 def _categories(shown: Sequence[Row], rows: Sequence[Row], title: str, label: str, field: str) -> Figure | None:
+    """Bars of the figure ``field`` by category and method."""
     shown = [row for row in shown if row.categories]
     styles = styles_of(sorted({row.method for row in rows}))
 
     def draw(axis: Axes, members: Sequence[Row]) -> None:
         names = [*sorted({name for row in members for name in row.categories} - {OVERALL}), OVERALL]
         width = 0.8 / len(members)
-        for number_of, row in enumerate(members):
-            found = {name: row.categories[name][field] for name in names if name in row.categories}
-            heights = {name: one if field == "tau" else one.value for name, one in found.items() if one is not None}
-            places = [names.index(name) + (number_of - (len(members) - 1) / 2) * width for name in heights]
-            axis.bar(places, heights.values(), width, color=styles[row.method][0], label=row.method)
+        for index, row in enumerate(members):
+            figures = {name: one[field] for name, one in row.categories.items() if one[field] is not None}
+            heights = [getattr(figure, "value", figure) for figure in figures.values()]
+            places = [names.index(name) + (index - (len(members) - 1) / 2) * width for name in figures]
+            axis.bar(places, heights, width, color=styles[row.method][0], label=row.method)
         axis.set_axisbelow(True)
         axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
         axis.set_ylabel(label)
 
-    return panel_figure(shown, by_place(shown), title, draw)
+    return panel_figure(grouped(shown, layout.place_label), title, draw)
 
 
 def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
     """Tokens per target pass against the bits of the substitute."""
     shown = [row for row in rows if row.nominal_bits is not None and row.totals["tau"] is not None]
     stored = all(row.bits is not None for row in shown)
-    if len({_bits(row, stored) for row in shown}) < 2:
+    bits = {row: float(row.bits if stored else row.nominal_bits) for row in shown}
+    if len(set(bits.values())) < 2:
         return None
     styles = styles_of(sorted({_without_bits(row) for row in shown}))
 
     def draw(axis: Axes, members: Sequence[Row]) -> None:
         for name, series in grouped(members, _without_bits).items():
-            points = sorted((_bits(row, stored), row.totals["tau"]) for row in series)
+            points = sorted((bits[row], row.totals["tau"]) for row in series)
             colour, dash, marker = styles[name]
             axis.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=6, label=name)
         axis.set_xlabel("bits per weight" + (", scales and zeros included" if stored else " (nominal)"))
@@ -180,7 +167,14 @@ def tau_by_bits(rows: Sequence[Row]) -> Figure | None:
         axis.margins(0.12)
         axis.set_ylim(bottom=0)
 
-    return panel_figure(shown, grouped(shown, target_label), "Acceptance length by bits of the substitute", draw)
+    return panel_figure(grouped(shown, layout.target_label), "Acceptance length by bits of the substitute", draw)
+
+
+def _without_bits(row: Row) -> str:
+    """Label of the line of rows that differ in bits alone."""
+    run = row.runs[0]
+    quantizer = config_group(run.config, "quant").get("name")
+    return f"{row.benchmark}: {method_label({**run.config, 'quant': {}}, run.facts)}, {quantizer}"
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
@@ -194,7 +188,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
             colour = styles[methods[0]][0] if len(methods) == 1 else "#666666"
             ends = dict.fromkeys(number(1e3 * seconds) for seconds in (passes[0], passes[-1]))
             label = f"ceiling, {name}: {' to '.join(ends)} ms a pass"
-            line, dash = [0, most * len(passes) / sum(passes)], DASHES[index % len(DASHES)]
+            line, dash = [0, most * len(passes) / sum(passes)], layout.DASHES[index % len(layout.DASHES)]
             axis.plot([0, most], line, dash, color=colour, linewidth=1.2, alpha=0.8, label=label)
         points = [(row.totals["tau"], row.speed.value) for row in members]
         for index, (row, point) in enumerate(zip(members, points, strict=True)):
@@ -209,54 +203,11 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         axis.set_xlim(0, most)
         axis.set_ylim(0, 1.25 * max(row.totals["roofline_tokens_per_s"] for row in members))
 
-    return panel_figure(shown, grouped(shown, target_label), "Speed under the link's ceiling (roofline)", draw)
-
-
-DRAWINGS: dict[str, Drawing] = {
-    "speed": speed,
-    "tau_by_method": tau_by_method,
-    "acceptance": acceptance,
-    "conditional_acceptance": conditional_acceptance,
-    "accepted_lengths": accepted_lengths,
-    "tau_by_category": tau_by_category,
-    "speedup_by_category": speedup_by_category,
-    "tau_by_bits": tau_by_bits,
-    "time_split": time_split,
-    "roofline": roofline,
-}
-"""By file name, in the order of the report."""
-
-MISSING = {
-    "speed": "no run has decoded anything",
-    "tau_by_method": "no run drafts",
-    "acceptance": "no run drafts",
-    "conditional_acceptance": "no run drafts, or an earlier version has recorded a run",
-    "accepted_lengths": "no run drafts",
-    "tau_by_category": "no run drafts for samples with categories",
-    "speedup_by_category": "no run of samples with categories has a baseline",
-    "tau_by_bits": "no two runs quantize their draft to different bits",
-    "time_split": "no run has an iteration",
-    "roofline": "no run streams weights over a measured link (offload=stream)",
-}
-"""Reason of a missing figure."""
-
-
-# ------------------------------------------------------------------------------------------------ parts
+    return panel_figure(grouped(shown, layout.target_label), "Speed under the link's ceiling (roofline)", draw)
 
 
 def _is_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return all(isclose(*pair, rel_tol=SAME_SPOT) for pair in zip(one, other, strict=True))
-
-
-def _bits(row: Row, stored: bool) -> float:
-    return row.bits if stored and row.bits is not None else float(row.nominal_bits or 0)
-
-
-def _without_bits(row: Row) -> str:
-    """Label of the line of rows that differ in bits alone."""
-    config = {**row.runs[0].config, "quant": {}}
-    quantizer = config_group(row.runs[0].config, "quant").get("name")
-    return f"{row.benchmark}: {method_label(config, row.runs[0].facts)}, {quantizer}"
 
 
 def _ceilings(rows: Sequence[Row]) -> list[tuple[str, list[float], list[str]]]:
@@ -274,3 +225,18 @@ def _ceilings(rows: Sequence[Row]) -> list[tuple[str, list[float], list[str]]]:
         if method not in methods:
             methods.append(method)
     return sorted(found, key=lambda one: one[1])
+
+
+DRAWINGS: dict[Drawing, str] = {
+    speed: "no run has decoded anything",
+    tau_by_method: "no run drafts",
+    acceptance: "no run drafts",
+    conditional_acceptance: "no run drafts, or an earlier version has recorded a run",
+    accepted_lengths: "no run drafts",
+    tau_by_category: "no run drafts for samples with categories",
+    speedup_by_category: "no run of samples with categories has a baseline",
+    tau_by_bits: "no two runs quantize their draft to different bits",
+    time_split: "no run has an iteration",
+    roofline: "no run streams weights over a measured link (offload=stream)",
+}
+"""In the order of the report, each with the reason why it may be missing. A figure's file has its function's name."""

@@ -7,28 +7,22 @@ repeats: totals are pooled and the spread is shown. Rows are compared if they ra
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import fsum
+from dataclasses import dataclass, field
 from typing import Any
 
-from subspec.records.method import config_group, group_name, is_quantized, method_label
-from subspec.records.metrics import by_category, distinct_values, summarise
+import pandas as pd
+
+from subspec.records.method import config_group, group_name, is_quantized
+from subspec.records.metrics import category_group, distinct_values, summarise
 from subspec.records.run_folder import Key
 from subspec.records.same_run import FREE_KEYS, NEW
-from subspec.report.bootstrap import Interval, Speed, speed_interval
+from subspec.report.bootstrap import Interval, speed_interval
 from subspec.report.collect import RunData
 
-PLAIN = "none"
-"""Draft of the default baseline."""
-
-OVERALL = "Overall"
-"""Name of all categories together."""
-
-NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}
-"""Configuration keys that do not separate rows."""
-
-SHOWN_DIFFERENCES = 3
-"""Number of keys added to labels that would otherwise be equal."""
+PLAIN = "none"  # draft of the default baseline
+OVERALL = "Overall"  # name of all categories together
+NOT_COMPARED = FREE_KEYS | {"experiment", "plan_only", "profile"}  # configuration keys that do not separate rows
+SHOWN_DIFFERENCES = 3  # keys added to labels that would otherwise be equal
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Baseline:
     """What a row is compared with (:mod:`subspec.report.baseline`).
 
     Attributes:
-        row: the baseline; it has none itself. is_self: whether the compared row is the baseline.
+        row: the baseline, possibly the compared row itself.
         speedup: of decoding; None of the baseline itself, and if they differ in the number of texts at a time.
         by_category: the same by category.
         differences: besides the method.
@@ -45,12 +39,11 @@ class Baseline:
     """
 
     row: "Row"
-    is_self: bool
-    speedup: Interval | None
+    speedup: Interval | None = None
     by_category: Mapping[str, Interval | None] = field(default_factory=dict)
-    differences: tuple[str, ...] = ()
+    differences: Sequence[str] = ()
     same_texts: int = 0
-    other_texts: tuple[Key, ...] = ()
+    other_texts: Sequence[Key] = ()
 
     @property
     def label(self) -> str:
@@ -58,44 +51,42 @@ class Baseline:
         return self.row.method
 
 
-@dataclass(frozen=True)
 class Row:
-    """One configuration on one machine.
+    """One configuration on one machine. Figures are over the records of all repeats.
 
     Attributes:
-        experiment: experiment file; None without one.
-        target, benchmark, source: names; source is ``hub``, ``file`` or ``sample``.
+        runs: the repeats, in the order they were found.
         method: label, see :func:`~subspec.records.method.method_label`; unique among rows that compare.
-        draft: name of the draft. bits: bits per weight of a quantized draft, scales included; None if unknown.
-        nominal_bits: ``quant.bits`` of a quantized draft.
+        experiment: experiment file; None without one.
+        target, benchmark, source, draft: names; source is ``hub``, ``file`` or ``sample``.
+        texts: number of texts at a time; speeds are of one text among them.
         planted, sample: whether weights are planted; whether prompts are the packaged samples.
         device: GPU or CPU.
-        runs: the repeats, in the order they were found.
-        summary: over the records of all repeats.
+        bits: bits per weight of a quantized draft, scales included; None if unknown.
+        nominal_bits: ``quant.bits`` of a quantized draft.
+        samples: ``tokens``, ``seconds`` and ``category`` by prompt, for comparing rows.
         speed: tokens/s with a bootstrap interval over samples; None if nothing was decoded.
-        by_sample: tokens and seconds by prompt, for comparing rows. category_of: category of those that have one.
-        plain_bytes_per_pass: uncoded bytes of a pass; equal to the streamed bytes for plain weights.
         baseline: None without one.
     """
 
-    experiment: str | None
-    target: str
-    benchmark: str
-    source: str
-    method: str
-    draft: str
-    bits: float | None
-    nominal_bits: float | None
-    planted: bool
-    sample: bool
-    device: str
-    runs: tuple[RunData, ...]
-    summary: Mapping[str, Any]
-    speed: Interval | None
-    by_sample: Mapping[str, Speed]
-    category_of: Mapping[str, str]
-    plain_bytes_per_pass: float | None
-    baseline: Baseline | None = None
+    def __init__(self, runs: Sequence[RunData]) -> None:
+        records = [record for run in runs for record in run.records]
+        first, self.summary = runs[0], summarise(records)
+        context = self.summary["context"]
+        self.runs, self.method, self.device = runs, first.method, first.device
+        self.experiment = group_name(first.config)
+        self.target, self.benchmark, self.source, self.draft, self.texts = (
+            text_of(context[name]) for name in ("target", "benchmark", "source", "draft", "texts")
+        )
+        self.planted = True in distinct_values(context["planted"])
+        self.sample = "sample" in distinct_values(context["source"])
+        self.bits: float | None = config_group(first.facts, "substitute").get("bits_per_weight")
+        nominal = config_group(first.config, "quant").get("bits")
+        known = is_quantized(first.config, first.facts) and isinstance(nominal, int | float)
+        self.nominal_bits: float | None = nominal if known else None
+        self.samples = _samples(records)
+        self.speed = speed_interval(self.samples)
+        self.baseline: Baseline | None = None
 
     @property
     def totals(self) -> Mapping[str, Any]:
@@ -103,27 +94,21 @@ class Row:
         return self.summary["totals"]
 
     @property
-    def texts(self) -> str:
-        """Number of texts at a time; speeds are of one text among them."""
-        return text_of(self.summary["context"]["texts"])
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether it ran on a CPU."""
-        return self.summary["context"]["device"] == "cpu"
+    def is_baseline(self) -> bool:
+        """Whether it is its own baseline."""
+        return self.baseline is not None and self.baseline.row is self
 
     @property
     def repeats(self) -> tuple[float, float] | None:
         """Slowest and fastest repeat in tokens/s; None with one run."""
-        speeds = [run.summary["totals"]["tokens_per_s"] for run in self.runs if run.turns]
+        speeds = [run.summary["totals"]["tokens_per_s"] for run in self.runs]
         known = [speed for speed in speeds if speed is not None]
         return (min(known), max(known)) if len(self.runs) > 1 and known else None
 
     @property
     def iteration(self) -> dict[str, float] | None:
         """Seconds per iteration by phase: ``draft``, ``target`` (with verification), ``other``; None without any."""
-        totals = self.totals
-        count = totals["iterations"]
+        totals, count = self.totals, self.totals["iterations"]
         if not count:
             return None
         draft, target = totals["draft_s"] / count, totals["verify_s"] / count
@@ -135,7 +120,7 @@ class Row:
         streamed, link = self.totals["bytes_per_pass"], self.totals["link_gb_per_s"]
         if isinstance(streamed, list) or isinstance(link, list) or not streamed or not link:
             return []
-        plain = self.plain_bytes_per_pass
+        plain = _plain_bytes(self.runs[0].plan)
         if plain is None or plain <= streamed * 1.005:
             return [("plain weights", streamed / (link * 1e9))]
         return [("coded weights", streamed / (link * 1e9)), ("plain weights", plain / (link * 1e9))]
@@ -145,9 +130,8 @@ class Row:
         """Figures by category, and ``Overall``; empty without categories. ``speedup``: an interval or None."""
         if not self.summary["categories"]:
             return {}
-        accuracy, counts = self.summary["accuracy"], self.summary["counts"]
-        overall = {**self.totals, **counts, "accuracy": accuracy and accuracy["accuracy"]}
-        base = self.baseline
+        accuracy, base = self.summary["accuracy"], self.baseline
+        overall = {**self.totals, **self.summary["counts"], "accuracy": accuracy and accuracy["accuracy"]}
         gains = {} if base is None else {**base.by_category, OVERALL: base.speedup}
         every = {**self.summary["categories"], OVERALL: overall}
         return {name: {**one, "speedup": gains.get(name)} for name, one in every.items()}
@@ -164,29 +148,16 @@ def rows_of(runs: Sequence[RunData]) -> list[Row]:
     for run in runs:
         if run.turns:
             groups[_identity(run)].append(run)
-    rows = _unique_labels([_row(members) for members in groups.values()])
-    rows.sort(key=lambda row: (row.place, row.draft != PLAIN, row.experiment or "", row.method))
-    return rows
+    rows = [Row(members) for members in groups.values()]
+    _make_labels_unique(rows)
+    return sorted(rows, key=lambda row: (row.place, row.draft != PLAIN, row.experiment or "", row.method))
 
 
-# ---------------------------------------------------------------------------------------------- grouping
-
-
-def device_name(run: RunData) -> str:
-    """Name of the GPU, or of the CPU with its threads; ``unknown`` if the folder does not say."""
-    hardware = run.environment.get("hardware")
-    hardware = hardware if isinstance(hardware, Mapping) else {}
-    gpu = hardware.get("gpu")
-    if run.summary["context"]["device"] == "cuda" and isinstance(gpu, Mapping):
-        return str(gpu.get("name") or "unknown GPU")
-    cpu = hardware.get("cpu")
-    threads = run.facts.get("torch_threads") or hardware.get("torch_threads")
-    return f"{cpu}, {threads} thread(s)" if cpu else "unknown"
+# ------------------------------------------------------------------------------------------------ parts
 
 
 def _identity(run: RunData) -> str:
-    context = run.summary["context"]
-    parts = (group_name(run.config), _settings(run), context, device_name(run), run.facts.get("dtype"))
+    parts = group_name(run.config), _settings(run), run.summary["context"], run.device, run.facts.get("dtype")
     return json.dumps(parts, sort_keys=True, default=str)
 
 
@@ -199,13 +170,8 @@ def _settings(run: RunData) -> dict[str, Any]:
     kept = _kept(run.config) | {f"weights.{name}": str(digest)[:8] for name, digest in weights.items()}
     if config_group(run.config, "draft").get("name") != PLAIN:
         return kept
-    unused = ("tree.",) if is_coded(run) else ("quant.", "tree.")
+    unused = ("tree.",) if run.is_coded else ("quant.", "tree.")
     return {key: value for key, value in kept.items() if not key.startswith(unused)}
-
-
-def is_coded(run: RunData) -> bool:
-    """Whether exact weights were streamed coded; the quantizer then decides the streamed bytes."""
-    return run.facts.get("codec") == "substitute"
 
 
 def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
@@ -215,64 +181,32 @@ def _kept(config: Mapping[str, Any], key: str = "") -> dict[str, Any]:
         path = f"{key}.{name}" if key else str(name)
         if path in NOT_COMPARED or (path in NEW and value == NEW[path]):
             continue
-        if isinstance(value, Mapping):
-            flat |= _kept(value, path)
-        else:
-            flat[path] = value
+        flat |= _kept(value, path) if isinstance(value, Mapping) else {path: value}
     return flat
 
 
-def _row(runs: Sequence[RunData]) -> Row:
-    first = runs[0]
-    records = [record for run in runs for record in run.records]
-    summary = summarise(records)
-    context = summary["context"]
-    by_sample, category_of = _by_sample(records)
-    substitute = first.facts.get("substitute")
-    nominal = config_group(first.config, "quant").get("bits")
-    nominal = nominal if is_quantized(first.config, first.facts) else None
-    return Row(
-        experiment=group_name(first.config),
-        target=text_of(context["target"]),
-        benchmark=text_of(context["benchmark"]),
-        source=text_of(context["source"]),
-        method=method_label(first.config, first.facts),
-        draft=text_of(context["draft"]),
-        bits=substitute.get("bits_per_weight") if isinstance(substitute, Mapping) else None,
-        nominal_bits=nominal if isinstance(nominal, int | float) else None,
-        planted=True in distinct_values(context["planted"]),
-        sample="sample" in distinct_values(context["source"]),
-        device=device_name(first),
-        runs=tuple(runs),
-        summary=summary,
-        speed=speed_interval(by_sample),
-        by_sample=by_sample,
-        category_of=category_of,
-        plain_bytes_per_pass=_plain_bytes(first),
-    )
-
-
-def _by_sample(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Speed], dict[str, str]]:
+def _samples(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Tokens and seconds of every prompt over its turns and repeats, and its category, by sample id and digest."""
-    digests: dict[str, Any] = {}
+    digests: dict[Any, Any] = {}
     for record in records:
         if not record.get("turn"):
-            digests.setdefault(str(record.get("sample_id")), record.get("prompt_sha256"))
-    turns: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for record in records:
-        if not record.get("skipped"):
-            sample = str(record.get("sample_id"))
-            turns[f"{sample} {digests.get(sample)}"].append(record)
-    speeds = {
-        sample: (fsum(r["verified_tokens"] for r in own), fsum(r["decode_s"] for r in own))
-        for sample, own in turns.items()
-    }
-    return speeds, {sample: name for sample, own in turns.items() for name in by_category(own)}
+            digests.setdefault(record.get("sample_id"), record.get("prompt_sha256"))
+    turns = [
+        {
+            "sample": f"{record.get('sample_id')} {digests.get(record.get('sample_id'))}",
+            "tokens": float(record["verified_tokens"]),
+            "seconds": float(record["decode_s"]),
+            "category": category_group(record),
+        }
+        for record in records
+        if not record.get("skipped")
+    ]
+    sums = {"tokens": "sum", "seconds": "sum", "category": "last"}
+    return pd.DataFrame(turns, columns=["sample", *sums]).groupby("sample").agg(sums)
 
 
-def _plain_bytes(run: RunData) -> float | None:
-    """Uncoded bytes of the layers that cross the slower link, from the plan; None without one."""
-    plan = run.plan
+def _plain_bytes(plan: Mapping[str, Any]) -> float | None:
+    """Uncoded bytes of the layers that cross the slower link; None without a plan."""
     try:
         layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
         plain_layer = plan["plain_bytes_per_pass"] / (layers - plan["plain_resident"])
@@ -282,42 +216,21 @@ def _plain_bytes(run: RunData) -> float | None:
         return None
 
 
-def _unique_labels(rows: list[Row]) -> list[Row]:
+def _make_labels_unique(rows: Sequence[Row]) -> None:
     """Add differing settings to labels that would be equal in one table."""
     same: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         same[(row.place, row.experiment, row.method)].append(row)
-    unique = []
     for members in same.values():
-        if len(members) == 1:
-            unique += members
-            continue
         described = [{**_settings(row.runs[0]), "on": row.device} for row in members]
         keys = sorted({key for one in described for key in one})
         differing = [key for key in keys if len({repr(one.get(key)) for one in described}) > 1]
         for number, (row, one) in enumerate(zip(members, described, strict=True), start=1):
             shown = [f"{key}={one.get(key)}" for key in differing[:SHOWN_DIFFERENCES]] or [f"#{number}"]
-            unique.append(replace(row, method=f"{row.method} ({', '.join(shown)})"))
-    return unique
-
-
-def audit_text(row: Row) -> str:
-    """``passed: 640 exact, 2 near-ties (gap 0.06)``, ``FAILED: ...`` or ``not run``."""
-    audit = row.summary["audit"]
-    if not audit:
-        return "not run"
-    verdict = "FAILED" if audit["errors"] else "passed"
-    bits = ", bit for bit" if audit["bitwise"] == audit["turns"] else ""
-    text = f"{verdict}: {audit['exact']} exact{bits}"
-    if audit["near_tie"]:
-        gap = f" (gap {audit['max_gap']:.2g})" if audit["max_gap"] is not None else ""
-        text += f", {audit['near_tie']} near-tie(s){gap}"
-    if audit["mismatch"]:
-        text += f", {audit['mismatch']} mismatch(es)"
-    if audit["turns"] < row.summary["counts"]["turns"]:
-        text += f"; {audit['turns']} of {row.summary['counts']['turns']} turns"
-    return text
+            if len(members) > 1:
+                row.method += f" ({', '.join(shown)})"
 
 
 def text_of(value: Any) -> str:
+    """Distinct values as text."""
     return "unknown" if value is None else ", ".join(map(str, distinct_values(value)))

@@ -1,23 +1,28 @@
 """Write a report: REPORT.md with tables and plots, CSV files, and an index of the runs."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from subspec.records.summary_table import banners
 from subspec.report.baseline import make_rows
-from subspec.report.cells import acceptance_cells, category_cells, csv_text, method_cells, run_cells
 from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.layout import save
-from subspec.report.plots import DRAWINGS, MISSING
+from subspec.report.plots import DRAWINGS
 from subspec.report.rows import Row
 from subspec.report.tables import (
+    acceptance_cells,
     acceptance_tables,
+    category_cells,
     category_tables,
     markdown_table,
+    method_cells,
     methods_table,
     number,
+    run_cells,
     setup_text,
     texts_note,
 )
@@ -39,11 +44,11 @@ class Report:
 
     folder: Path
     page: Path
-    tables: tuple[Path, ...]
-    plots: dict[str, tuple[Path, ...]]
-    rows: tuple[Row, ...]
-    runs: tuple[RunData, ...]
-    notes: tuple[str, ...]
+    tables: Sequence[Path]
+    plots: Mapping[str, Sequence[Path]]
+    rows: Sequence[Row]
+    runs: Sequence[RunData]
+    notes: Sequence[str]
 
 
 def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None) -> Report:
@@ -67,12 +72,11 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     try:
         (out / PLOTS).mkdir(parents=True, exist_ok=True)
         tables = _write_tables(rows, runs, out)
-        plots: dict[str, tuple[Path, ...]] = {}
-        for name, draw in DRAWINGS.items():
-            figure = draw(rows)
-            stem = out / PLOTS / name
-            if figure is not None:
-                plots[name] = tuple(save(figure, stem))
+        plots: dict[str, Sequence[Path]] = {}
+        for draw in DRAWINGS:
+            stem = out / PLOTS / draw.__name__
+            if (figure := draw(rows)) is not None:
+                plots[draw.__name__] = save(figure, stem)
             else:  # files of an earlier report
                 for suffix in (".png", ".svg"):
                     stem.with_suffix(suffix).unlink(missing_ok=True)
@@ -80,61 +84,39 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
         write_atomic(page, _page(rows, runs, notes, plots).encode("utf-8", "replace"))
     except OSError as error:
         raise write_error(error, Path(error.filename or out), "choose another folder with --out") from error
-    return Report(out, page, tuple(tables), plots, tuple(rows), tuple(runs), tuple(notes))
+    return Report(out, page, tables, plots, rows, runs, notes)
 
 
 def _write_tables(rows: Sequence[Row], runs: Sequence[RunData], out: Path) -> list[Path]:
-    contents = {
-        "methods.csv": csv_text([method_cells(row) for row in rows]),
-        "acceptance.csv": csv_text([cells for row in rows for cells in acceptance_cells(row)]),
-        "runs.csv": csv_text([run_cells(run) for run in runs]),
+    tables = {
+        "methods.csv": [method_cells(row) for row in rows],
+        "acceptance.csv": [cells for row in rows for cells in acceptance_cells(row)],
+        "runs.csv": [run_cells(run) for run in runs],
+        "categories.csv": [cells for row in rows for cells in category_cells(row)],
     }
-    if categories := [cells for row in rows for cells in category_cells(row)]:
-        contents["categories.csv"] = csv_text(categories)
-    else:  # a file of an earlier report
+    if not tables["categories.csv"]:  # a file of an earlier report
         (out / "categories.csv").unlink(missing_ok=True)
-    for name, text in contents.items():
+        del tables["categories.csv"]
+    for name, cells in tables.items():
+        text = pd.DataFrame(cells, dtype=object).to_csv(index=False) if cells else ""
         write_atomic(out / name, text.encode("utf-8", "replace"))
-    return [out / name for name in contents]
+    return [out / name for name in tables]
 
 
 def _run_notes(runs: Sequence[RunData]) -> list[str]:
     """Notes about unfinished, empty and damaged runs."""
+    states, damaged = Counter(run.state for run in runs), sum(run.damaged for run in runs)
     notes = []
-    states = Counter(run.state for run in runs)
     if states[State.unfinished]:
         notes.append(f"{states[State.unfinished]} of {len(runs)} runs are unfinished: their rows may change")
     if states[State.empty]:
         notes.append(f"{states[State.empty]} of {len(runs)} runs have generated nothing yet, and are in no table")
-    damaged = sum(run.damaged for run in runs)
     if damaged:
         notes.append(f"{damaged} damaged record line(s) are left out")
-    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
-    return notes
+    return notes + [f"{run.name}: {note}" for run in runs for note in run.notes]
 
 
 # ------------------------------------------------------------------------------------------------- page
-
-
-def _page(
-    rows: Sequence[Row], runs: Sequence[RunData], notes: Sequence[str], plots: dict[str, tuple[Path, ...]]
-) -> str:
-    parts = [f"# {_title(rows)}", *_warnings(rows), _overview(rows, runs)]
-    if notes:
-        parts.append("**Read this first.**\n\n" + "\n".join(f"- {note}" for note in notes))
-    parts.append("## Results")
-    parts += _tables(rows) or ["No run has generated anything yet."]
-    parts.append(LEGEND)
-    parts.append("## Pictures")
-    for name in plots:
-        caption = " ".join(str(DRAWINGS[name].__doc__).split())
-        parts.append(f"![{caption}]({PLOTS}/{name}.png)\n\n{caption} ([SVG]({PLOTS}/{name}.svg))")
-    absent = [f"- {name}: {MISSING[name]}" for name in DRAWINGS if name not in plots]
-    if absent:
-        parts.append("Not drawn:\n\n" + "\n".join(absent))
-    parts += ["## Runs", *_index(runs)]
-    return "\n\n".join(parts) + "\n"
-
 
 LEGEND = """\
 *tokens/s*: decoding speed, all tokens over all seconds, prefill and warm-up excluded; in brackets a 95 % percentile
@@ -147,12 +129,30 @@ the others, *tokens/s together* is of all, prefill included; a speed-up needs a 
 precision, and more columns: [methods.csv](methods.csv), [acceptance.csv](acceptance.csv), [runs.csv](runs.csv)."""
 
 
+def _page(
+    rows: Sequence[Row], runs: Sequence[RunData], notes: Sequence[str], plots: Mapping[str, Sequence[Path]]
+) -> str:
+    states = Counter(run.state for run in runs)
+    told = ", ".join(f"{count} {state.value}" for state, count in states.items())
+    parts = [f"# {_title(rows)}", *_warnings(rows), f"{len(runs)} runs ({told}) in {len(rows)} rows."]
+    if notes:
+        parts.append("**Read this first.**\n\n" + "\n".join(f"- {note}" for note in notes))
+    parts += ["## Results", *(_tables(rows) or ["No run has generated anything yet."]), LEGEND, "## Pictures"]
+    absent = []
+    for draw, why_not in DRAWINGS.items():
+        name, caption = draw.__name__, " ".join(str(draw.__doc__).split())
+        if name in plots:
+            parts.append(f"![{caption}]({PLOTS}/{name}.png)\n\n{caption} ([SVG]({PLOTS}/{name}.svg))")
+        else:
+            absent.append(f"- {name}: {why_not}")
+    if absent:
+        parts.append("Not drawn:\n\n" + "\n".join(absent))
+    return "\n\n".join([*parts, "## Runs", *_index(runs)]) + "\n"
+
+
 def _title(rows: Sequence[Row]) -> str:
-    labels = []
-    if any(row.planted for row in rows):
-        labels.append("planted weights")
-    if any(row.sample for row in rows):
-        labels.append("sample prompts")
+    marks = {"planted weights": any(row.planted for row in rows), "sample prompts": any(row.sample for row in rows)}
+    labels = [label for label, there in marks.items() if there]
     if not labels:
         return "Report"
     extent = "" if all(row.planted or row.sample for row in rows) else "in part "
@@ -161,44 +161,30 @@ def _title(rows: Sequence[Row]) -> str:
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
     """Warnings about the figures, and the rows to which each applies."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
         for text in banners(row.summary):
-            found.setdefault(text.removeprefix("note: "), {})[f"{row.target} with draft {row.draft}"] = None
+            found[text.removeprefix("note: ")][f"{row.target} with draft {row.draft}"] = None
     return [f"> **{text[0].upper()}{text[1:]}.** Rows: {', '.join(where)}." for text, where in found.items()]
 
 
-def _overview(rows: Sequence[Row], runs: Sequence[RunData]) -> str:
-    states = Counter(run.state for run in runs)
-    told = ", ".join(f"{count} {state.value}" for state, count in states.items())
-    return f"{len(runs)} runs ({told}) in {len(rows)} rows."
-
-
 def _tables(rows: Sequence[Row]) -> list[str]:
-    """One table per target, benchmark, experiment and device."""
-    parts: dict[str, list[Row]] = {}
+    """One table per target, benchmark, experiment and device, and what belongs to it."""
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         planted = " (planted weights)" if row.planted else ""
         sample = "sample prompts" if row.sample else row.source
         experiment = f", experiment {row.experiment}" if row.experiment else ""
         heading = f"### {row.target}{planted}, {row.benchmark} ({sample}){experiment}\n\nOn {row.device}."
-        parts.setdefault(heading, []).append(row)
-    return [
-        "\n\n".join(
-            [
-                heading,
-                methods_table(members),
-                *_remarks(members),
-                *_under("#### By category", category_tables(members)),
-                *_under("#### Acceptance", acceptance_tables(members)),
-            ]
-        )
-        for heading, members in parts.items()
-    ]
-
-
-def _under(heading: str, blocks: list[str]) -> list[str]:
-    return [heading, *blocks] if blocks else []
+        groups[heading].append(row)
+    parts = []
+    for heading, members in groups.items():
+        parts += [heading, methods_table(members)]
+        if remarks := _remarks(members):
+            parts.append("\n".join(f"- {line}" for line in remarks))
+        for title, tables in (("By category", category_tables(members)), ("Acceptance", acceptance_tables(members))):
+            parts += [f"#### {title}", *tables] if tables else []
+    return parts
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
@@ -211,23 +197,22 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.repeats
     ]
-    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+    return lines
 
 
 def _index(runs: Sequence[RunData]) -> list[str]:
+    """The table of runs, and the machines and versions that they ran on."""
     cells = [run_cells(run) for run in runs]
     for one in cells:
         if one["overrides"] is not None:
             one["overrides"] = f"`{one['overrides']}`"
         marks = [("planted", one["planted_weights"]), ("sample prompts", one["sample_prompts"])]
-        one["marks"] = ", ".join(name for name, there in marks if there) or "-"
-    names = ("folder", "state", "method", "marks", "turns", "overrides", "notes")
-    blocks = [markdown_table({name: name for name in names}, cells, right=("turns",))]
-    places: dict[tuple[str, str, str], list[str]] = {}
-    for run, one in zip(runs, cells, strict=True):
-        key = (one["device"], one["versions"] or "unknown versions", one["commit"] or "unknown revision")
-        places.setdefault(key, []).append(run.name)
-    for (device, versions, commit), there in places.items():
-        which = "All runs" if len(places) == 1 else f"Runs {', '.join(there)}"
+        one["marks"] = ", ".join(name for name, there in marks if there)
+    table = pd.DataFrame(cells, dtype=object)
+    names = ["folder", "state", "method", "marks", "turns", "overrides", "notes"]
+    blocks = [markdown_table(table[names], left=[name for name in names if name != "turns"])]
+    machines = table.fillna({"versions": "unknown versions", "commit": "unknown revision"})
+    for (device, versions, commit), there in machines.groupby(["device", "versions", "commit"], sort=False):
+        which = "All runs" if len(there) == len(runs) else f"Runs {', '.join(there['run'])}"
         blocks.append(f"{which}: {device}; {versions}; revision {commit}.")
     return blocks

@@ -1,5 +1,6 @@
 """Translation of the command line of a sweep into Hydra's keys."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,6 @@ def is_sweep(overrides: Sequence[str], config_dir: str | None = None) -> bool:
 
     Args:
         config_dir: value of ``--config-dir``, searched first.
-
     """
     if "hydra.mode=RUN" in overrides:  # a job of a sweep
         return False
@@ -51,7 +51,7 @@ def place(overrides: Sequence[str], resume: bool) -> list[str]:
     Raises:
         ConfigError: ``resume=true`` without such a sweep.
     """
-    given = _for_jobs_only([_as_hydra_key(text) for text in overrides])
+    given = _for_jobs_only([re.sub(f"^{SWEEP_DIR}=", f"{HYDRA_SWEEP_DIR}=", text) for text in overrides])
     if any(text.startswith(f"{HYDRA_SWEEP_DIR}=") for text in given):
         return given
     from subspec.records.sweep_folder import unfinished_sweep
@@ -68,11 +68,6 @@ def place(overrides: Sequence[str], resume: bool) -> list[str]:
             "sweep_dir=FOLDER, or leave resume out"
         )
     return given
-
-
-def _as_hydra_key(text: str) -> str:
-    key, equals, value = text.partition("=")
-    return f"{HYDRA_SWEEP_DIR}={value}" if key == SWEEP_DIR and equals else text
 
 
 def _for_jobs_only(overrides: Sequence[str]) -> list[str]:

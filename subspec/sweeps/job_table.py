@@ -1,12 +1,10 @@
 """The table of a sweep: one row per job, printed and written as Markdown and CSV."""
 
-import csv
-import io
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from rich import box
 from rich.table import Table
 
@@ -19,8 +17,7 @@ from subspec.runs.console import RunConsole, clock
 from subspec.utils.files import write_atomic, write_error
 from subspec.utils.terminal import one_line
 
-UNFINISHED = "unfinished"
-"""Status of a job that was killed together with the sweep."""
+UNFINISHED = "unfinished"  # status of a job that was killed together with the sweep
 
 
 @dataclass
@@ -28,23 +25,28 @@ class Row:
     """A job and its outcome. Figures that were not measured are None."""
 
     job: int
-    label: str
-    status: str
+    parameters: dict[str, str] = field(default_factory=dict)
+    status: str = MISSING
     samples: int | None = None
     tokens_per_s: float | None = None
     tau: float | None = None
     seconds: float | None = None
     reason: str = ""
     value: float | None = None
-    parameters: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Its parameters."""
+        return _label(self.parameters)
+
+
+def _label(parameters: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in parameters.items()) or "(as configured)"
 
 
 def labels(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[int, str]:
     """Labels of the jobs of a sweep by job number. ``keys``: as for :func:`varying`."""
-    return {
-        number: " ".join(f"{key}={value}" for key, value in parameters.items()) or "(as configured)"
-        for number, parameters in varying(jobs, keys).items()
-    }
+    return {number: _label(parameters) for number, parameters in varying(jobs, keys).items()}
 
 
 def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[int, dict[str, str]]:
@@ -65,31 +67,28 @@ def varying(jobs: Sequence[Job], keys: Collection[str] | None = None) -> dict[in
     }
 
 
+def _bare(value: str) -> str:
+    """A value without quotes of Hydra's grammar."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
 def job_rows(
     folder: SweepFolder, jobs: Sequence[Job], optimise: str | None = None, keys: Collection[str] | None = None
 ) -> list[Row]:
     """Rows of all jobs, read from their folders. ``keys``: as for :func:`varying`."""
-    named, parameters = labels(jobs, keys), varying(jobs, keys)
-    return [
-        _row(folder.job_folder(job), job.number, named[job.number], parameters[job.number], optimise) for job in jobs
-    ]
-
-
-def _row(folder: Path, job: int, label: str, parameters: dict[str, str], optimise: str | None) -> Row:
-    outcome = read_outcome(folder)
-    row = Row(job, label, MISSING, parameters=parameters)
-    if outcome is not None:
-        row.status = UNFINISHED if outcome.status == RUNNING else outcome.status
-        row.seconds, row.reason = outcome.seconds, outcome.reason
-    summary = read_summary(folder)
-    if summary is not None:
-        row.tokens_per_s, row.tau = (summary["totals"].get(name) for name in ("tokens_per_s", "tau"))
-        row.value = objective(summary, optimise)
-    try:
-        row.samples = len({record["sample_id"] for record in read_records(folder)[0]})
-    except SubspecError:
-        row.samples = None
-    return row
+    rows = [Row(number, parameters) for number, parameters in varying(jobs, keys).items()]
+    for row, place in zip(rows, map(folder.job_folder, jobs), strict=True):
+        if (outcome := read_outcome(place)) is not None:
+            row.status = UNFINISHED if outcome.status == RUNNING else outcome.status
+            row.seconds, row.reason = outcome.seconds, outcome.reason
+        if (summary := read_summary(place)) is not None:
+            row.tokens_per_s, row.tau = (summary["totals"].get(name) for name in ("tokens_per_s", "tau"))
+            row.value = objective(summary, optimise)
+        try:
+            row.samples = len({record["sample_id"] for record in read_records(place)[0]})
+        except SubspecError:
+            row.samples = None
+    return rows
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
@@ -100,12 +99,9 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def show_rows(
     console: RunConsole, rows: Sequence[Row], jobs: Sequence[Path], path: Path, title: str, word: str
 ) -> None:
-    """Print the table and write its files, each with the warnings of the jobs' summaries.
+    """Print the table and write its files ``path``.*, each with the warnings of the summaries in the ``jobs``' folders.
 
-    Args:
-        jobs: run folders.
-        path: files to write, without suffix.
-        title, word: heading of the Markdown file; name of the table on the console.
+    ``title``: heading of the Markdown file. ``word``: name of the table on the console.
     """
     summaries = filter(None, map(read_summary, jobs))
     notes = list(dict.fromkeys(line for summary in summaries for line in banners(summary)))
@@ -126,8 +122,10 @@ def print_rows(console: RunConsole, rows: Sequence[Row], notes: Sequence[str]) -
     for name in ("samples", "tokens/s", "tau", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        samples = "-" if row.samples is None else str(row.samples)
+        figures = samples, decimals(row.tokens_per_s), decimals(row.tau), clock(row.seconds)
         style = None if row.status == OK else "yellow"
-        table.add_row(*(one_line(cell) for cell in _cells(row)), style=style)
+        table.add_row(str(row.job), one_line(row.label), row.status, *figures, style=style)
     console.rich.print(table)
     for row in rows:
         if row.reason and row.status != OK:
@@ -142,50 +140,30 @@ def write_rows(path: Path, rows: Sequence[Row], title: str, notes: Sequence[str]
     Raises:
         SubspecError: they cannot be written.
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row.parameters))
-    heads = ["job", *keys, "status", "samples", "tokens/s", "tau", "seconds", "why"]
-    body = [
-        [
-            str(row.job),
-            *(row.parameters.get(key, "") for key in keys),
-            row.status,
-            "" if row.samples is None else str(row.samples),
-            *("" if value is None else f"{value:.4g}" for value in (row.tokens_per_s, row.tau)),
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-            one_line(row.reason),
-        ]
+    keys = dict.fromkeys(key for row in rows for key in row.parameters)
+    cells = [
+        {
+            "job": row.job,
+            **{key: row.parameters.get(key, "") for key in keys},
+            "status": row.status,
+            "samples": row.samples,
+            "tokens/s": None if row.tokens_per_s is None else f"{row.tokens_per_s:.4g}",
+            "tau": None if row.tau is None else f"{row.tau:.4g}",
+            "seconds": None if row.seconds is None else f"{row.seconds:.1f}",
+            "why": one_line(row.reason),
+        }
         for row in rows
     ]
-    lines = [f"# {title}", "", _markdown_row(heads), _markdown_row(["---"] * len(heads))]
-    lines += [_markdown_row(cells) for cells in body]
+    heads = ["job", *keys, "status", "samples", "tokens/s", "tau", "seconds", "why"]
+    table = pd.DataFrame(cells, columns=heads, dtype=object).fillna("").map(str)
+    lines = [f"# {title}", ""]
+    for line in (heads, ["---"] * len(heads), *table.itertuples(index=False)):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([heads, *body])
-    files = {path.with_suffix(".md"): "\n".join(lines) + "\n", path.with_suffix(".csv"): text.getvalue()}
+    files = {path.with_suffix(".md"): "\n".join(lines) + "\n", path.with_suffix(".csv"): table.to_csv(index=False)}
     for file, content in files.items():
         try:
             write_atomic(file, content.encode("utf-8", "replace"))
         except OSError as error:
             raise write_error(error, file, "free some space and run the sweep again") from error
     return list(files)
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        str(row.job),
-        row.label,
-        row.status,
-        "-" if row.samples is None else str(row.samples),
-        decimals(row.tokens_per_s),
-        decimals(row.tau),
-        clock(row.seconds),
-    ]
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(re.sub(r"([|])", r"\\\1", cell) for cell in cells) + " |"
-
-
-def _bare(value: str) -> str:
-    """A value without quotes of Hydra's grammar."""
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value

@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, setup_globals
@@ -22,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from subspec.errors import ConfigError, SubspecError
 from subspec.records.outcome import FAILED, Outcome
-from subspec.sweeps.process import JobProcess, JobSpec, job_result, job_spec, word
+from subspec.sweeps.process import JobProcess, job_process, job_result, word
 from subspec.sweeps.progress import SweepProgress
 
 POLL_S = 0.2
@@ -33,13 +31,16 @@ class ProcessLauncher(Launcher):
 
     Args:
         jobs: number of jobs at a time; None: one per GPU, one without a GPU.
+
+    Attributes:
+        progress: display of the whole sweep; None: one of its own.
+        labels: labels of jobs by the name of their folder; others are called by their overrides.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
         self.jobs = jobs
         self.labels: Mapping[str, str] = {}
-        self.expected: int | None = None
-        self._progress: SweepProgress | None = None
+        self.progress: SweepProgress | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra.
@@ -52,20 +53,6 @@ class ProcessLauncher(Launcher):
         self.hydra_context = hydra_context
         self.config = config
 
-    def expect(self, total: int, labels: Mapping[str, str], finished: int = 0) -> None:
-        """Set the content of the progress display.
-
-        Args:
-            total: jobs of the whole sweep.
-            labels: labels of jobs by the name of their folder.
-            finished: jobs of ``total`` that earlier sessions finished.
-        """
-        self.labels = labels
-        if self._progress is None:
-            self._progress = SweepProgress(total, finished)
-        else:
-            self._progress.total, self._progress.finished_before = total, finished
-
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and return their results in order. A failed job does not affect the others.
 
@@ -74,15 +61,15 @@ class ProcessLauncher(Launcher):
         """
         setup_globals()
         configs = [self._compose(i, texts) for i, texts in enumerate(job_overrides, start=initial_job_idx)]
-        if self._progress is None:
-            self._progress = SweepProgress(len(configs))
-        specs = [job_spec(config.hydra, config) for config in configs]
-        jobs = [(spec, self._label(config)) for spec, config in zip(specs, configs, strict=True)]
-        with _terminated_as_interrupted(), self._progress.shown() as progress:
-            done = _Queue(jobs, self._slots(all(spec.device == "cpu" for spec in specs)), progress).run()
+        jobs = [job_process(config.hydra, config) for config in configs]
+        for job in jobs:
+            job.label = self.labels.get(job.folder.name, job.label)
+        self.progress = self.progress or SweepProgress(len(jobs))
+        with _terminated_as_interrupted(), self.progress.shown() as progress:
+            run_jobs(jobs, self.slots(all(job.device == "cpu" for job in jobs)), progress)
         return [
-            job_result(config.hydra.overrides.task, done[index], spec.folder, spec.optimise)
-            for index, (config, spec) in enumerate(zip(configs, specs, strict=True))
+            job_result(config.hydra.overrides.task, job.outcome, job.folder, job.optimise)
+            for config, job in zip(configs, jobs, strict=True)
         ]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
@@ -95,85 +82,66 @@ class ProcessLauncher(Launcher):
         HydraConfig.instance().set_config(config)
         return config
 
-    def _label(self, config: DictConfig) -> str:
-        name = str(config.hydra.sweep.subdir)
-        return self.labels.get(name) or " ".join(map(str, config.hydra.overrides.task))
-
     def width(self) -> int:
         """Number of jobs that run at the same time."""
-        return len(self._slots(word(OmegaConf.select(self.config, "device")) == "cpu"))
+        return len(self.slots(word(OmegaConf.select(self.config, "device")) == "cpu"))
 
-    def _slots(self, cpu: bool) -> list[str | None]:
+    def slots(self, cpu: bool) -> list[str | None]:
         """The GPU of every job that may run at the same time; None: nothing to choose. ``cpu``: asked for."""
-        if cpu:
-            return [None] * (self.jobs or 1)
-        gpus: list[str | None] = list(visible_gpus()) or [None]
-        count = self.jobs or len(gpus)
-        return [gpus[index % len(gpus)] for index in range(count)]
+        gpus: list[str | None] = [None] if cpu else [*visible_gpus()] or [None]
+        return [gpus[index % len(gpus)] for index in range(self.jobs or len(gpus))]
 
 
-class _Queue:
-    """Waiting and running jobs, and the outcomes of the others."""
+def run_jobs(jobs: Sequence[JobProcess], slots: Sequence[str | None], progress: SweepProgress) -> None:
+    """Run jobs in order, one per slot at a time; each has its outcome then.
 
-    def __init__(
-        self, jobs: Sequence[tuple[JobSpec, str]], slots: Sequence[str | None], progress: SweepProgress
-    ) -> None:
-        self.waiting = deque((index, spec, label) for index, (spec, label) in enumerate(jobs))
-        self.free = deque(slots)
-        self.running: dict[int, JobProcess] = {}
-        self.done: dict[int, Outcome] = {}
-        self.progress = progress
+    Args:
+        slots: the visible GPU of a job that runs there.
 
-    def run(self) -> dict[int, Outcome]:
-        try:
-            while self.waiting or self.running:
-                while self.waiting and self.free:
-                    self._start(*self.waiting.popleft())
-                for index, job in list(self.running.items()):
-                    if (outcome := job.poll()) is not None:
-                        self._finish(index, outcome)
-                self.progress.update(list(self.running.values()), [label for _, _, label in self.waiting])
-                if self.running:
-                    time.sleep(POLL_S)
-        except BaseException as stop:
-            self._stop(interrupted=isinstance(stop, KeyboardInterrupt))
-            raise
-        return self.done
+    Raises:
+        KeyboardInterrupt: interrupted; the running jobs have ended, and the waiting ones have no outcome.
+    """
+    waiting, free, running = deque(jobs), deque(slots), []
 
-    def _start(self, index: int, spec: JobSpec, label: str) -> None:
-        job = JobProcess(spec, label, gpu=self.free[0])
-        try:
-            job.start()
-        except SubspecError as error:
-            self.done[index] = Outcome(FAILED, error.exit_code, str(error))
-            self.progress.finished(job, self.done[index])
-            return
-        self.free.popleft()
-        self.running[index] = job
-        self.progress.started(job)
+    def finish(job: JobProcess, outcome: Outcome) -> None:
+        running.remove(job)
+        free.append(job.gpu)
+        progress.finished(job, outcome)
 
-    def _finish(self, index: int, outcome: Outcome) -> None:
-        job = self.running.pop(index)
-        self.free.append(job.gpu)
-        self.done[index] = outcome
-        self.progress.finished(job, outcome)
-
-    def _stop(self, interrupted: bool) -> None:
-        """Interrupt the running jobs; a second interrupt kills them."""
-        for job in self.running.values():
+    try:
+        while waiting or running:
+            while waiting and free:
+                job = waiting.popleft()
+                job.gpu = free[0]
+                try:
+                    job.start()
+                except SubspecError as error:
+                    job.outcome = Outcome(FAILED, error.exit_code, str(error))
+                    progress.finished(job, job.outcome)
+                    continue
+                free.popleft()
+                running.append(job)
+                progress.started(job)
+            for job in list(running):
+                if (outcome := job.poll()) is not None:
+                    finish(job, outcome)
+            progress.update(running, [job.label for job in waiting])
+            if running:
+                time.sleep(POLL_S)
+    except BaseException as stop:
+        for job in running:
             job.interrupt()
-        if interrupted and self.running:
-            self.progress.console.note(
-                "interrupted: waiting for the running job(s) to end; once more ends them at once"
-            )
+        if isinstance(stop, KeyboardInterrupt) and running:
+            progress.console.note("interrupted: waiting for the running job(s) to end; once more ends them at once")
         try:
-            for index, job in list(self.running.items()):
-                self._finish(index, job.wait())
+            for job in list(running):
+                finish(job, job.wait())
         except KeyboardInterrupt:
-            for job in self.running.values():
+            for job in running:
                 job.kill()
-            for index, job in list(self.running.items()):
-                self._finish(index, job.wait())
+            for job in list(running):
+                finish(job, job.wait())
+        raise
 
 
 def visible_gpus() -> list[str]:
@@ -188,12 +156,8 @@ def visible_gpus() -> list[str]:
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Treat SIGTERM, which batch systems send, as Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before: Any = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not the main thread, so signals are handled elsewhere
         yield
         return

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,7 @@ from subspec.records.outcome import (
     write_outcome,
 )
 from subspec.records.run_files import take_lock
-from subspec.sweeps.follow import FollowedJob
+from subspec.sweeps.progress import FollowedJob
 from subspec.utils.files import RESUME_HINT, write_error
 from subspec.utils.paths import PACKAGE
 
@@ -37,9 +37,7 @@ INTERRUPT_EXIT = 130
 IN_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 """``hydra/launcher=basic``: all jobs in the sweep's own process, one after another, for debugging."""
 
-LOCK_WAIT_S = 60.0
-"""Seconds that a job waits for the orphan of a killed sweep to leave its folder."""
-
+LOCK_WAIT_S = 60.0  # that a job waits for the orphan of a killed sweep to leave its folder
 _OF_THE_SWEEP = re.compile(r"hydra[./](sweep|sweeper|launcher|mode)\b")
 
 
@@ -55,81 +53,32 @@ class JobFailed(SubspecError):
         self.exit_code = exit_code
 
 
-@dataclass(frozen=True)
-class JobSpec:
-    """Specification of a job's process.
+class JobProcess(FollowedJob):
+    """A job in a process of its own.
 
-    Attributes:
+    Args:
         folder: run folder.
         command: command line.
-        samples: ``benchmark.max_samples``.
+        max_samples: ``benchmark.max_samples``.
         optimise: total that a search maximises; None outside a search.
         device: as configured: ``auto``, ``cpu`` or ``cuda``.
+        label: name for people.
     """
 
-    folder: Path
-    command: tuple[str, ...]
-    samples: int | None
-    optimise: str | None
-    device: str
-
-
-def job_spec(hydra: DictConfig, task: DictConfig) -> JobSpec:
-    """The job of a composed configuration.
-
-    Args:
-        hydra: its ``hydra`` node.
-        task: the remaining keys.
-    """
-    folder = Path(str(hydra.sweep.dir)) / str(hydra.sweep.subdir)
-    flags = [] if hydra.job.config_name == "config" else [f"--config-name={hydra.job.config_name}"]
-    for source in hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            flags.append(f"--config-dir={source.path}")
-    ours = [text for text in hydra.overrides.hydra if not _OF_THE_SWEEP.match(text.lstrip("+~"))]
-    given = [text for text in hydra.overrides.task if not re.match(r"\+*(resume|run_dir)=", text)]
-    end = ["hydra.mode=RUN", f"run_dir={folder}", "resume=true"]
-    return JobSpec(
-        folder,
-        (sys.executable, "-m", "subspec.cli.job", *flags, *given, *ours, *end),
-        OmegaConf.select(task, "benchmark.max_samples"),
-        word(OmegaConf.select(task, "optimise")),
-        word(OmegaConf.select(task, "device")) or "auto",
-    )
-
-
-def word(value: Any) -> str | None:
-    """A configured word, given as a string or as an enum of the schema."""
-    return None if value is None else str(getattr(value, "value", value))
-
-
-def job_environment(gpu: str | None) -> dict[str, str]:
-    """Environment of a job's process. ``gpu``: the visible one, in CUDA's naming; None: unchanged."""
-    environment = dict(os.environ)
-    # The same package as here, also from a checkout or an unpacked wheel that is on sys.path only.
-    root = str(PACKAGE.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    environment["PYTHONUNBUFFERED"] = "1"  # the log of a killed job is complete
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    return environment
-
-
-class JobProcess(FollowedJob):
-    """A running job.
-
-    Args:
-        spec: its command and folder.
-        label, gpu: see :class:`~subspec.sweeps.follow.FollowedJob`.
-    """
-
-    def __init__(self, spec: JobSpec, label: str = "", gpu: str | None = None) -> None:
-        super().__init__(spec.folder, label, gpu)
-        self.spec = spec
-        self.outcome: Outcome | None = None
-        self._log_start = 0
-        self._ended_by_us = False
-        self._process: subprocess.Popen | None = None
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        max_samples: int | None,
+        optimise: str | None,
+        device: str = "auto",
+        label: str = "",
+    ) -> None:
+        super().__init__(folder, label)
+        self.command, self.max_samples, self.optimise, self.device = command, max_samples, optimise, device
+        self.outcome: Outcome | None = None  # of this attempt
+        self._log_start, self._ended_by_us = 0, False
+        self._process: subprocess.Popen
 
     def start(self) -> None:
         """Start the process.
@@ -140,12 +89,16 @@ class JobProcess(FollowedJob):
         before = read_outcome(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._wait_for_folder()
-            self.outcome = Outcome(RUNNING, attempts=1 + (before.attempts if before else 0), samples=self.spec.samples)
+            lock = take_lock(self.folder, LOCK_WAIT_S)
+            if lock is None:
+                raise SubspecError(f"run_dir={self.folder} is in use by another process: wait for it, or end it")
+            lock.release()
+            attempts = 1 + (before.attempts if before else 0)
+            self.outcome = Outcome(RUNNING, attempts=attempts, samples=self.max_samples)
             write_outcome(self.folder, self.outcome)
-            with (self.folder / LOG).open("ab") as log:
-                self._log_start = self._log_read = log.tell()
-                self._started = time.monotonic()
+            self.log.skip()
+            self._log_start, self.started_s = self.log.position, time.monotonic()
+            with self.log.path.open("ab") as log:
                 self._process = self._spawn(log)
         except OSError as error:
             remedy = RESUME_HINT.format(run_dir=self.folder)
@@ -153,7 +106,7 @@ class JobProcess(FollowedJob):
 
     def _spawn(self, log: BinaryIO) -> subprocess.Popen:
         return subprocess.Popen(
-            self.spec.command,
+            self.command,
             stdin=subprocess.PIPE,  # open while the sweep lives, see subspec.cli.job
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -163,21 +116,18 @@ class JobProcess(FollowedJob):
 
     def poll(self) -> Outcome | None:
         """Update the progress; returns the outcome once the process has ended."""
-        assert self._process is not None
         code = self._process.poll()
         self.follow()
-        if code is None:
-            return None
-        return self._ended(code)
+        return None if code is None else self._ended(code)
 
     def interrupt(self) -> None:
         """Send SIGINT: the job ends and remains resumable."""
-        self._signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         """Send SIGKILL; finished turns remain."""
         self._ended_by_us = True
-        self._signal(signal.SIGKILL)
+        self._process.send_signal(signal.SIGKILL)
 
     def wait(self) -> Outcome:
         """Wait for the end and return the outcome."""
@@ -185,26 +135,10 @@ class JobProcess(FollowedJob):
             time.sleep(0.1)
         return outcome
 
-    def _signal(self, number: int) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def _wait_for_folder(self) -> None:
-        """Wait until the orphan of a killed sweep has left the folder."""
-        lock = take_lock(self.folder, LOCK_WAIT_S)
-        if lock is None:
-            raise SubspecError(f"run_dir={self.folder} is in use by another process: wait for it, or end it")
-        lock.release()
-
-    # ------------------------------------------------------------------------------------------- ending
-
     def _ended(self, code: int) -> Outcome:
-        assert self.outcome is not None
-        assert self._process is not None
         if self.total is None:  # the run had been finished before
-            self.done = self.total = len(self._samples)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+            self.done = self.total = len(self.samples)
+        self._process.stdin.close()
         if code == 0:
             status, reason = OK, ""
         elif self._ended_by_us or code in (INTERRUPT_EXIT, -signal.SIGINT):
@@ -222,11 +156,42 @@ class JobProcess(FollowedJob):
 
     def _log_text(self) -> str:
         try:
-            with (self.folder / LOG).open("rb") as log:
-                log.seek(self._log_start)
-                return log.read().decode("utf-8", "replace")
+            return self.log.path.read_bytes()[self._log_start :].decode("utf-8", "replace")
         except OSError:
             return ""
+
+
+def job_process(hydra: DictConfig, task: DictConfig) -> JobProcess:
+    """The job of a composed configuration: its ``hydra`` node, and the remaining keys."""
+    folder = Path(str(hydra.sweep.dir)) / str(hydra.sweep.subdir)
+    sources = hydra.runtime.config_sources
+    flags = [] if hydra.job.config_name == "config" else [f"--config-name={hydra.job.config_name}"]
+    flags += [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    ours = [text for text in hydra.overrides.hydra if not _OF_THE_SWEEP.match(text.lstrip("+~"))]
+    given = [text for text in hydra.overrides.task if not re.match(r"\+*(resume|run_dir)=", text)]
+    end = ["hydra.mode=RUN", f"run_dir={folder}", "resume=true"]
+    return JobProcess(
+        folder,
+        [sys.executable, "-m", "subspec.cli.job", *flags, *given, *ours, *end],
+        OmegaConf.select(task, "benchmark.max_samples"),
+        word(OmegaConf.select(task, "optimise")),
+        word(OmegaConf.select(task, "device")) or "auto",
+        label=" ".join(map(str, hydra.overrides.task)),
+    )
+
+
+def word(value: Any) -> str | None:
+    """A configured word, given as a string or as an enum of the schema."""
+    return None if value is None else str(getattr(value, "value", value))
+
+
+def job_environment(gpu: str | None) -> dict[str, str]:
+    """Environment of a job's process. ``gpu``: the visible one, in CUDA's naming; None: unchanged."""
+    # The same package as here, also from a checkout or an unpacked wheel that is on sys.path only.
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    # Unbuffered: the log of a killed job is complete.
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **visible}
 
 
 def end_reason(code: int, log: str) -> str:
@@ -239,15 +204,8 @@ def end_reason(code: int, log: str) -> str:
         memory = " (by hand, or by the system when memory ran out)" if name == "SIGKILL" else ""
         return f"killed by {name}{memory}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-    if said is not None:
-        return said.removeprefix("error: ")
-    return lines[-1] if lines else f"ended with status {code} and no word"
-
-
-def failure(outcome: Outcome, folder: Path) -> JobFailed:
-    """The exception for a failed outcome."""
-    return JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return [f"ended with status {code} and no word", *lines[-1:], *errors[-1:]][-1]
 
 
 class QuietReturn(JobReturn):
@@ -269,18 +227,29 @@ def job_result(
     overrides: Sequence[str], outcome: Outcome | None, folder: Path, optimise: str | None, error: object = None
 ) -> QuietReturn:
     """Hydra's result of a job. ``error``: of its launcher, if the folder tells no outcome."""
-    result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd())
-    if outcome is not None and outcome.status == OK:
-        result.status, result.return_value = JobStatus.COMPLETED, objective(read_summary(folder), optimise)
-    else:
-        known = outcome is not None and outcome.reason
-        result.status = JobStatus.FAILED
-        result.return_value = failure(outcome, folder) if known else JobFailed(f"its worker ended: {error}", 1)
+    result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd(), status=JobStatus.COMPLETED)
+    try:
+        if outcome is None or not (outcome.reason or outcome.status == OK):
+            raise JobFailed(f"its worker ended: {error}", 1)
+        result.return_value = _value(outcome, folder, optimise)
+    except JobFailed as failure:
+        result.status, result.return_value = JobStatus.FAILED, failure
     return result
 
 
-def run_in_process(spec: JobSpec) -> float | None:
-    """Run a job in a process of its own and wait for it, on a worker of another project's launcher.
+def _value(outcome: Outcome, folder: Path, optimise: str | None) -> float | None:
+    """The figure that a search maximises, if there is one.
+
+    Raises:
+        JobFailed: the job failed.
+    """
+    if outcome.status != OK:
+        raise JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
+    return objective(read_summary(folder), optimise)
+
+
+def run_in_process(job: JobProcess) -> float | None:
+    """Run a job and wait for it, on a worker of another project's launcher.
 
     Returns:
         The figure that a search maximises, if there is one.
@@ -289,7 +258,6 @@ def run_in_process(spec: JobSpec) -> float | None:
         JobFailed: it failed.
         KeyboardInterrupt: it was interrupted.
     """
-    job = JobProcess(spec)
     job.start()
     try:
         outcome = job.wait()
@@ -299,6 +267,4 @@ def run_in_process(spec: JobSpec) -> float | None:
         raise
     if outcome.status == INTERRUPTED:
         raise KeyboardInterrupt
-    if outcome.status != OK:
-        raise failure(outcome, spec.folder)
-    return objective(read_summary(spec.folder), spec.optimise)
+    return _value(outcome, job.folder, job.optimise)

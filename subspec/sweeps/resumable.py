@@ -5,11 +5,10 @@ It makes every sweep resumable, with any launcher and any sweeper.
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,17 +24,13 @@ from subspec.errors import ConfigError, SubspecError
 from subspec.records.outcome import FAILED, OK, RUNNING, Outcome, is_finished, read_outcome, write_outcome
 from subspec.records.same_run import FREE_KEYS
 from subspec.records.sweep_folder import Job, SweepFolder, config_digest
-from subspec.runs.console import RunConsole
-from subspec.sweeps.follow import ForeignJob, watched
 from subspec.sweeps.job_table import labels
+from subspec.sweeps.launcher import ProcessLauncher
 from subspec.sweeps.process import IN_PROCESS, job_result
-from subspec.sweeps.progress import SweepProgress
+from subspec.sweeps.progress import ForeignJob, SweepProgress, watched
 
-Entry = tuple[Job, list[str], dict[str, Any]]
-"""A job, its overrides, and its resolved configuration."""
-
-ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}
-"""Keys that name or place a job, and do not vary it."""
+Entry = tuple[Job, list[str], dict[str, Any]]  # a job, its overrides, and its resolved configuration
+ALIASES = {"resume", "run_dir", "experiment", "hparams_search", "study"}  # name or place a job, and do not vary it
 
 
 def _check_one_job(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
@@ -74,6 +69,7 @@ class ResumableLauncher:
 
     Attributes:
         jobs: the requested jobs in order, each once.
+        progress: display of the whole sweep.
     """
 
     inner: Launcher
@@ -83,13 +79,12 @@ class ResumableLauncher:
     total: int | None = None
     keys: Collection[str] | None = None
     jobs: list[Job] = field(default_factory=list, init=False)
-    finished_before: int = field(default=0, init=False)
-    console: RunConsole = field(default_factory=RunConsole, init=False)
-    _progress: SweepProgress | None = field(default=None, init=False)
+    progress: SweepProgress = field(default_factory=SweepProgress, init=False)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the missing jobs; returns one result per list of overrides, in order."""
         setup_globals()
+        note = self.progress.console.note
         overrides = [[t for t in texts if not t.startswith("resume=")] for texts in job_overrides]
         configs = [self._compose(texts) for texts in overrides]
         first: dict[str, dict[str, Any]] = {}
@@ -100,37 +95,23 @@ class ResumableLauncher:
         for entry in zip(jobs, overrides, configs, strict=True):
             wanted.setdefault(entry[0].number, entry)
         if len(wanted) < len(jobs) and self.total is None:
-            self.console.note(
-                f"{len(jobs)} combinations make {len(wanted)} runs: the others differ in keys without effect"
-            )
+            note(f"{len(jobs)} combinations make {len(wanted)} runs: the others differ in keys without effect")
         self.jobs += [job for job, _, _ in wanted.values() if job not in self.jobs]
         missing = [
             (job, texts, config)
             for job, texts, config in wanted.values()
             if not is_finished(self.folder.job_folder(job), config["benchmark"]["max_samples"], config["plan_only"])
         ]
-        self.finished_before += len(wanted) - len(missing)
-        if hasattr(self.inner, "expect"):
-            self.inner.expect(self.total or len(self.jobs), self._labels(), self.finished_before)
+        self.progress.total = self.total or len(self.jobs)
+        self.progress.finished_before += len(wanted) - len(missing)
         if self.total is None and len(missing) > 1:
-            self.console.note(_work([config for _, _, config in missing]))
-        error = self._run(missing, initial_job_idx)
-        return [self._result(job, config, error) for job, config in zip(jobs, configs, strict=True)]
-
-    def _labels(self) -> dict[str, str]:
-        """Labels of the jobs by the name of their folder."""
-        return {str(number): text for number, text in labels(self.jobs, self.keys).items()}
-
-    def _watched(self, jobs: Sequence[Job]) -> AbstractContextManager[None]:
-        """Progress for another project's launcher, from the files that its jobs write."""
-        if hasattr(self.inner, "expect") or self.config.hydra.launcher._target_ == IN_PROCESS:
-            return nullcontext()
-        named = self._labels()
-        foreign = [ForeignJob(self.folder.job_folder(job), named[str(job.number)]) for job in jobs]
-        self._progress = self._progress or SweepProgress(0)
-        self._progress.total = self.total or len(self.jobs)
-        self._progress.finished_before = self.finished_before
-        return watched(self._progress, foreign)
+            note(_work([config for _, _, config in missing]))
+        error = self._run(missing, initial_job_idx) if missing else None
+        results = []
+        for job, config in zip(jobs, configs, strict=True):
+            folder = self.folder.job_folder(job)
+            results.append(job_result(job.overrides, read_outcome(folder), folder, config["optimise"], error))
+        return results
 
     def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -139,56 +120,44 @@ class ResumableLauncher:
 
     def _run(self, missing: Sequence[Entry], first: int) -> Exception | None:
         """Launch the jobs and keep their outcomes; returns the error of a launcher that ended before all of them."""
-        if not missing:
-            return None
         place = str(self.config.hydra.sweep.dir).replace("\\", "\\\\").replace('"', '\\"')
         lists = [
             [*texts, f'hydra.sweep.dir="{place}"', f"hydra.sweep.subdir='{job.number}'", "resume=true"]
             for job, texts, _ in missing
         ]
         folders = [self.folder.job_folder(job) for job, _, _ in missing]
+        named = {str(number): text for number, text in labels(self.jobs, self.keys).items()}
         before, began = [read_outcome(folder) for folder in folders], time.time()
+        display, ours = nullcontext(), isinstance(self.inner, ProcessLauncher)
+        if ours:
+            self.inner.progress, self.inner.labels = self.progress, named
+        elif self.config.hydra.launcher._target_ != IN_PROCESS:
+            display = watched(self.progress, [ForeignJob(folder, named[folder.name]) for folder in folders])
         try:
-            with self._watched([job for job, _, _ in missing]):
+            with display:
                 results = self.inner.launch(lists, initial_job_idx=first)
         except Exception as error:
-            if not any(map(read_outcome, folders)):
-                raise self._launcher_failed(error) from error
-            return error  # other projects' launchers stop at the first worker that dies
+            if any(map(read_outcome, folders)):
+                return error  # other projects' launchers stop at the first worker that dies
+            if ours or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
+                raise
+            launcher = self.config.hydra.runtime.choices["hydra/launcher"]
+            raise SubspecError(
+                f"hydra/launcher={launcher} could not start a job ({str(error) or type(error).__name__}): see "
+                f"conf/hydra/launcher/{launcher}.yaml, or hydra/launcher=process runs the jobs on this machine"
+            ) from error
         for folder, (_, _, config), result, old in zip(folders, missing, results, before, strict=True):
-            self._keep(folder, config, result, time.time() - began, old)
+            found = read_outcome(folder)
+            if found is None or found == old or found.status == RUNNING:  # it ran in this process
+                samples = config["benchmark"]["max_samples"]
+                write_outcome(folder, _outcome(result, samples, time.time() - began, 1 + (old.attempts if old else 0)))
         return None
 
-    def _launcher_failed(self, error: Exception) -> Exception:
-        """The error for a launcher that started no job."""
-        if hasattr(self.inner, "expect") or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
-            return error
-        launcher = self.config.hydra.runtime.choices["hydra/launcher"]
-        return SubspecError(
-            f"hydra/launcher={launcher} could not start a job ({str(error) or type(error).__name__}): see "
-            f"conf/hydra/launcher/{launcher}.yaml, or hydra/launcher=process runs the jobs on this machine"
-        )
 
-    def _keep(
-        self, folder: Path, config: Mapping[str, Any], result: JobReturn, seconds: float, before: Outcome | None
-    ) -> None:
-        """Write the outcome of a job that ran in this process.
-
-        Args:
-            before: the outcome in its folder before this attempt.
-        """
-        found = read_outcome(folder)
-        if found != before and found is not None and found.status != RUNNING:
-            return
-        samples, attempts = config["benchmark"]["max_samples"], 1 + (before.attempts if before else 0)
-        outcome = Outcome(OK, 0, seconds=seconds, attempts=attempts, samples=samples)
-        if result.status is not JobStatus.COMPLETED:
-            error = result._return_value  # the property prints
-            reason = explain(error) if isinstance(error, CONFIG_EXCEPTIONS) else str(error)
-            outcome = Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, attempts, samples)
-        write_outcome(folder, outcome)
-
-    def _result(self, job: Job, config: Mapping[str, Any] | None, error: Exception | None = None) -> JobReturn:
-        """The result of a job, read from its folder."""
-        folder = self.folder.job_folder(job)
-        return job_result(job.overrides, read_outcome(folder), folder, (config or {}).get("optimise"), error)
+def _outcome(result: JobReturn, samples: int | None, seconds: float, attempts: int) -> Outcome:
+    """The outcome of a job that ran in this process."""
+    if result.status is JobStatus.COMPLETED:
+        return Outcome(OK, 0, "", seconds, attempts, samples)
+    error = result._return_value  # the property prints
+    reason = explain(error) if isinstance(error, CONFIG_EXCEPTIONS) else str(error)
+    return Outcome(FAILED, getattr(error, "exit_code", 1), reason, seconds, attempts, samples)

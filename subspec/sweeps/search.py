@@ -1,19 +1,18 @@
 """``hparams_search=NAME``: Optuna proposes values, a job measures each proposal, a table ranks them.
 
-Hydra's Optuna sweeper runs the search. This module stores the study in the sweep's folder (``search.db``), so that the
-same command continues a stopped search with the proposal that was being measured. A proposal is measured once. A failed
-proposal (no room in the budget) is recorded, and the search continues.
+The study is stored in the sweep's folder (``search.db``), so that the same command continues a stopped search with the
+proposal that was being measured. A proposal is measured once. A failed proposal (no room in the budget) is recorded,
+and the search continues. Hydra's Optuna plugin reads the search space; its sweeper cannot be continued.
 """
 
-import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.sweeper import Sweeper
+from hydra.core.utils import JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,19 +21,18 @@ from subspec.records.sweep_folder import SweepFolder
 from subspec.runs.console import RunConsole
 from subspec.sweeps.job_table import Row, job_rows, ranked, show_rows
 from subspec.sweeps.resumable import ResumableLauncher
-from subspec.sweeps.sweeper import command_of, continued_by, task_arguments
+from subspec.sweeps.sweeper import GridSweeper, interrupts_explained, without_resume
 
-STORAGE = "search.db"
-TABLE = "search"
-STOPPED = "stopped"
-"""Attribute of a study: numbers of trials whose measurement was stopped."""
+STORAGE, TABLE = "search.db", "search"
+RESULTS = "optimization_results.yaml"  # as Hydra's own Optuna sweeper writes it
+STOPPED = "stopped"  # attribute of a study: numbers of trials whose measurement was stopped
 
 
 @dataclass
-class SearchSweeper(Sweeper):
+class SearchSweeper(GridSweeper):
     """Searches with Optuna.
 
-    Attributes:
+    Args:
         n_trials: trials of the whole search.
         n_jobs: proposals at a time; None: as many as the launcher runs.
         sampler: ``tpe`` or ``random``.
@@ -48,10 +46,10 @@ class SearchSweeper(Sweeper):
     sampler: str = "tpe"
     startup: int = 8
     seed: int = 0
-    params: dict[str, str] | None = None
+    params: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        self.params = dict(self.params or {})
+        super().__init__(self.params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra.
@@ -66,26 +64,8 @@ class SearchSweeper(Sweeper):
             raise ConfigError(f"hydra.sweeper.sampler={self.sampler}: choose one of tpe, random")
         if OmegaConf.select(config, "optimise") is None:
             raise ConfigError("a search needs optimise=tokens_per_s or optimise=tau: what it maximises")
-        optuna = _import_optuna()
-        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
-
-        self.hydra_context = hydra_context
-        self.config = config
-        self.folder_path = Path(str(config.hydra.sweep.dir)).resolve()
-        self.storage = f"sqlite:///{self.folder_path / STORAGE}"
-        self.engine = OptunaSweeper(
-            sampler=optuna.samplers.RandomSampler(),  # replaced when the number of trials is known
-            direction="maximize",
-            storage=self.storage,
-            study_name=TABLE,
-            n_trials=self.n_trials,
-            n_jobs=1,
-            max_failure_rate=1.0,
-            search_space=None,
-            custom_search_space=None,
-            params=OmegaConf.create(self.params),
-        ).sweeper
-        self.engine.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.optuna, self.read_space = _import_optuna()
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Search, then print and write the ranking.
@@ -93,46 +73,47 @@ class SearchSweeper(Sweeper):
         Raises:
             SubspecError: no proposal could be measured.
         """
-        console = RunConsole()
-        optimise = self.config.optimise
-        with SweepFolder.open(self.folder_path, command_of(arguments)) as folder:
-            engine = self.engine
-            measured = self._prepare_study()
+        console, optimise = RunConsole(), self.config.optimise.value
+        wanted = without_resume(arguments)
+        with SweepFolder.open(Path(str(self.config.hydra.sweep.dir)).resolve(), wanted) as folder:
+            study, measured = self._open_study(folder.path / STORAGE)
             if measured:
                 console.note(f"continuing: {measured} of {self.n_trials} trials were measured before")
+            space, fixed = self.read_space([*(f"{key}={value}" for key, value in self.params.items()), *wanted])
+            keys = {*self.params, *space}
+            space = {key: values for key, values in space.items() if key not in fixed}
             left = self.n_trials - measured
-            keys = self._searched(arguments)
-            launcher = ResumableLauncher(
-                engine.launcher, self.hydra_context, self.config, folder, total=left, keys=keys
-            )
-            engine.n_trials = max(left, 0)
-            engine.n_jobs = self.n_jobs or getattr(engine.launcher, "width", lambda: 1)()
-            engine.launcher = launcher
-            try:
+            launcher = ResumableLauncher(self.launcher, self.hydra_context, self.config, folder, total=left, keys=keys)
+            width = self.n_jobs or getattr(self.launcher, "width", lambda: 1)()
+            with interrupts_explained(folder):
                 try:
-                    engine.sweep(task_arguments(arguments, {}))
-                except ValueError:
-                    if self._complete():
-                        raise
+                    for begin in range(0, left, width):
+                        trials = [study.ask(space) for _ in range(min(width, left - begin))]
+                        overrides = [[f"{k}={v}" for k, v in {**one.params, **fixed}.items()] for one in trials]
+                        results = launcher.launch(overrides, initial_job_idx=begin)
+                        for trial, result in zip(trials, results, strict=True):
+                            value = result.return_value if result.status is JobStatus.COMPLETED else None
+                            failed = {} if value is not None else {"state": self.optuna.trial.TrialState.FAIL}
+                            study.tell(trial, value, **failed)
                 finally:
-                    rows = self._show(console, folder, optimise.value, keys) if folder.jobs else []
-            except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(continued_by(folder)) from stop
+                    rows = _show(console, folder, optimise, keys) if folder.jobs else []
+            with suppress(ValueError):  # no trial has a value
+                best = {"best_params": study.best_params, "best_value": study.best_value}
+                OmegaConf.save(OmegaConf.create({"name": "optuna", **best}), folder.path / RESULTS)
             folder.write(finished=True)
         best = rows[0] if rows and rows[0].value is not None else None
         if best is None:
             raise SubspecError("the search found nothing: every trial failed, see the table above for why")
-        console.note(f"best {optimise.value}: {best.value:.4g} with {best.label} (job {best.job})")
+        console.note(f"best {optimise}: {best.value:.4g} with {best.label} (job {best.job})")
 
-    def _prepare_study(self) -> int:
-        """Create or load the study; returns the number of measured trials."""
-        optuna = _import_optuna()
+    def _open_study(self, file: Path) -> tuple[Any, int]:
+        """Create or load the study; returns it and the number of measured trials."""
+        samplers, states = self.optuna.samplers, self.optuna.trial.TrialState
         try:
-            study = optuna.create_study(
-                study_name=TABLE, storage=self.storage, direction="maximize", load_if_exists=True
+            study = self.optuna.create_study(
+                study_name=TABLE, storage=f"sqlite:///{file}", direction="maximize", load_if_exists=True
             )
             stopped = list(study.user_attrs.get(STOPPED, []))
-            states = optuna.trial.TrialState
             for trial in study.get_trials():
                 if trial.state is states.RUNNING:  # its session was killed: propose the same again
                     study.tell(trial.number, state=states.FAIL)
@@ -140,54 +121,40 @@ class SearchSweeper(Sweeper):
                     if trial.params:
                         study.enqueue_trial(trial.params)
             study.set_user_attr(STOPPED, stopped)
-            trials = [trial for trial in study.get_trials() if trial.state.is_finished()]
+            ended = [trial.number for trial in study.get_trials() if trial.state.is_finished()]
         except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
             raise SubspecError(
-                f"{self.folder_path / STORAGE} cannot be used ({_first_line(error)}): mend or delete it "
+                f"{file} cannot be used ({why}): mend or delete it "
                 "(finished jobs are kept and not measured again), or choose another folder with sweep_dir="
             ) from error
-        samplers = optuna.samplers
-        seed = self.seed + len(trials)  # a continued search must not propose the first trials again
-        self.engine.sampler = (
+        seed = self.seed + len(ended)  # a continued search must not propose the first trials again
+        study.sampler = (
             samplers.TPESampler(n_startup_trials=self.startup, seed=seed)
             if self.sampler == "tpe"
             else samplers.RandomSampler(seed=seed)
         )
-        return len([trial for trial in trials if trial.number not in stopped])
-
-    def _complete(self) -> bool:
-        optuna = _import_optuna()
-        study = optuna.load_study(study_name=TABLE, storage=self.storage)
-        return any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.get_trials())
-
-    def _searched(self, arguments: Sequence[str]) -> set[str]:
-        """Keys whose values are proposed."""
-        parsed = OverridesParser.create().parse_overrides(list(arguments))
-        return {*self.params, *(one.get_key_element() for one in parsed if one.is_sweep_override())}
-
-    def _show(self, console: RunConsole, folder: SweepFolder, optimise: str, keys: set[str]) -> list[Row]:
-        jobs = list(folder.jobs.values())
-        rows = ranked(job_rows(folder, jobs, optimise, keys))
-        paths = [folder.job_folder(job) for job in jobs]
-        title = f"Search, the highest {optimise} first"
-        show_rows(console, rows, paths, folder.path / TABLE, title, "ranking")
-        return rows
+        return study, len(set(ended) - set(stopped))
 
 
-def _import_optuna() -> Any:
+def _show(console: RunConsole, folder: SweepFolder, optimise: str, keys: Collection[str]) -> list[Row]:
+    jobs = list(folder.jobs.values())
+    rows = ranked(job_rows(folder, jobs, optimise, keys))
+    title = f"Search, the highest {optimise} first"
+    show_rows(console, rows, [folder.job_folder(job) for job in jobs], folder.path / TABLE, title, "ranking")
+    return rows
+
+
+def _import_optuna() -> tuple[Any, Any]:
+    """Optuna, and the function with which Hydra's plugin reads a search space."""
     try:
-        import hydra_plugins.hydra_optuna_sweeper.optuna_sweeper  # noqa: F401
         import optuna
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     except ImportError as error:
         raise SubspecError(
             f"a search needs packages that are not here ({error}): pip install 'subspec[sweep]' "
             "(in a checkout: '.[sweep]')"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.CRITICAL)  # the table says it
     warnings.filterwarnings("ignore", module="optuna|sqlalchemy|hydra_plugins")
-    return optuna
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return optuna, create_params_from_overrides

@@ -7,9 +7,9 @@ the same keys wins, except for ``experiment=`` itself, which named the table.
 
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -51,7 +51,7 @@ class GridSweeper(Sweeper):
         params: values of a table experiment by key, in the grammar of the command line.
     """
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
         self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -73,16 +73,14 @@ class GridSweeper(Sweeper):
         )
         self._check_tables(jobs)
         console = RunConsole()
-        with SweepFolder.open(str(self.config.hydra.sweep.dir), command_of(arguments)) as folder:
+        with SweepFolder.open(str(self.config.hydra.sweep.dir), without_resume(arguments)) as folder:
             launcher = ResumableLauncher(self.launcher, self.hydra_context, self.config, folder)
-            try:
+            with interrupts_explained(folder):  # of the jobs, or of the report
                 try:
                     launcher.launch(jobs, initial_job_idx=0)
                 finally:
                     # A misspelt value is refused before there is any job.
                     rows = show(console, folder, launcher) if launcher.jobs else []
-            except KeyboardInterrupt as stop:  # of the jobs, or of the report
-                raise KeyboardInterrupt(continued_by(folder)) from stop
             folder.write(finished=all(row.status == OK for row in rows))
             raise_failures(folder, rows)
 
@@ -107,13 +105,17 @@ def combinations(overrides: Sequence[str], context: HydraContext) -> list[list[s
             problem = "matches nothing (a glob sees no subfolders)"
         if problem:
             raise ConfigError(f"{override.input_line}: {problem}; list the values, {override.key_or_group}=A,B")
-    batches = BasicSweeper.split_arguments(parsed, None)
-    return list(itertools.chain.from_iterable(batches))
+    return list(itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None)))
 
 
-def task_arguments(arguments: Sequence[str], params: dict[str, Any]) -> list[str]:
+def without_resume(arguments: Sequence[str]) -> list[str]:
+    """The overrides by which the same sweep is found again."""
+    return [text for text in arguments if not text.startswith("resume=")]
+
+
+def task_arguments(arguments: Sequence[str], params: Mapping[str, str]) -> list[str]:
     """Arguments of the jobs: with the table's name as their ``study``, without ``resume``."""
-    kept = [text for text in arguments if not text.startswith("resume=")]
+    kept = without_resume(arguments)
     if "experiment" not in params:
         return kept
     table = [text.partition("=")[2] for text in kept if text.startswith("experiment=")]
@@ -121,22 +123,25 @@ def task_arguments(arguments: Sequence[str], params: dict[str, Any]) -> list[str
     return [*(f"study={name}" for name in table[-1:]), *kept]  # the user's own study takes precedence
 
 
-def command_of(arguments: Sequence[str]) -> list[str]:
-    """The overrides by which the same sweep is found again."""
-    return [text for text in arguments if not text.startswith("resume=")]
+@contextmanager
+def interrupts_explained(folder: SweepFolder) -> Iterator[None]:
+    """Tell with an interrupt how the sweep is continued."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        how = f"continue with the same command and {_named(folder)}"
+        raise KeyboardInterrupt(f"finished samples are kept; {how}") from stop
 
 
-def continued_by(folder: SweepFolder) -> str:
-    """How to continue a stopped sweep."""
-    again = shlex.quote(f"sweep_dir={folder.path}")
-    return f"finished samples are kept; continue with the same command and {again}"
+def _named(folder: SweepFolder) -> str:
+    return shlex.quote(f"sweep_dir={folder.path}")
 
 
 def show(console: RunConsole, folder: SweepFolder, launcher: ResumableLauncher) -> list[Row]:
     """Print and write the table of a sweep, and the report."""
     rows = job_rows(folder, launcher.jobs)
-    if launcher.finished_before:
-        console.note(f"{launcher.finished_before} of {len(rows)} job(s) had been finished before")
+    if launcher.progress.finished_before:
+        console.note(f"{launcher.progress.finished_before} of {len(rows)} job(s) had been finished before")
     paths = [folder.job_folder(job) for job in launcher.jobs]
     show_rows(console, rows, paths, folder.path / TABLE, "Jobs of this sweep", "table")
     if any((path / RECORDS).exists() for path in paths):  # the report also names failed jobs
@@ -169,5 +174,5 @@ def raise_failures(folder: SweepFolder, rows: Sequence[Row]) -> None:
     codes = [o.exit_code if o is not None and o.exit_code is not None else 1 for o in outcomes]
     stopped = sum(row.status == INTERRUPTED for row in failed)
     what = f"{len(failed)} of {len(rows)} jobs did not end well" + (f" ({stopped} interrupted)" if stopped else "")
-    again = shlex.quote(f"sweep_dir={folder.path}")
-    raise SweepFailed(f"{what}: see the table above; the same command with {again} runs only what is missing", codes)
+    remedy = f"see the table above; the same command with {_named(folder)} runs only what is missing"
+    raise SweepFailed(f"{what}: {remedy}", codes)

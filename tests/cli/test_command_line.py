@@ -97,11 +97,11 @@ import subspec.__main__ as commands
 def call(main, *arguments):
     try: main(list(arguments))
     except SystemExit as stop: print(stop.code)
-    assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules), arguments
+    assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'pandas'} & set(sys.modules), arguments
 def argv(*arguments):
     sys.argv[1:] = arguments
     call(lambda _: commands.main())
-argv(); argv('--version'); argv('run', '--help'); argv('predict', '--help')
+argv(); argv('--version'); argv('run', '--help'); argv('predict', '--help'); argv('report', '--help')
 call(run.main, 'draft.nosuch=1')
 assert not {'rich', 'psutil', 'filelock', 'subspec.sweeps.launcher', 'subspec.benchmarks'} & set(sys.modules)
 call(run.main, '--help', 'quant'); call(run.main, 'tree.depth=0'); call(run.main, 'quant.bits=5')

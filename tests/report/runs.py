@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from subspec.decoding.result import FinishReason, GenerationResult, GenerationStats
+from subspec.decoding.result import FinishReason
 from subspec.records.metrics import LinkInfo, summarise
+from subspec.report.__main__ import main
+from subspec.report.baseline import make_rows
+from subspec.report.collect import collect
+from subspec.report.rows import Row
 from subspec.runs.turn import RunContext, turn_record
+from tests.helpers.records import result
 
 
 def config_of(draft: str | dict[str, Any] = "subspec", **changes: Any) -> dict[str, Any]:
@@ -49,25 +55,22 @@ def turns(
         passes = 10 + index
         tokens = tau * passes
         seconds = tokens / speed
-        drafted = [passes] * 3 if draft != "none" else []
-        stats = GenerationStats(
-            prompt_tokens=20,
+        drafts = draft != "none"
+        generated = result(
+            verified=tokens,
             iterations=passes,
-            verified_tokens=tokens,
-            drafted_by_depth=drafted,
-            accepted_by_depth=[passes, passes - 2, passes // 2] if drafted else [],
-            reached_by_depth=[passes, passes, passes - 2] if drafted else [],
-            block_s=[seconds / passes] * passes,
-            drafted_nodes=2 * sum(drafted),
-            prefill_s=0.5,
+            drafted=(passes,) * 3 * drafts,
+            accepted=(passes, passes - 2, passes // 2) * drafts,
+            reached=(passes, passes, passes - 2) * drafts,
+            block_s=(seconds / passes,) * passes,
             decode_s=seconds,
-            draft_s=0.25 * seconds if drafted else 0.0,
+            draft_s=0.25 * seconds * drafts,
             verify_s=0.5 * seconds,
+            finish=FinishReason.length,
         )
-        result = GenerationResult(list(range(tokens + 1)), "text", FinishReason.length, stats)
         made = turn_record(
             context,
-            result,
+            generated,
             sample_id=f"s{index}",
             sample_index=index,
             messages=f"question {index} of {benchmark} from {source}",
@@ -110,3 +113,23 @@ def plain_run(folder: Path, speeds: Sequence[float] = (10.0, 8.0, 12.0), **optio
     config, facts = options.pop("config", None), options.pop("facts", None)
     records = turns(speeds, draft="none", tau=1, **options)
     return write_run(folder, records, config or config_of("none"), facts=facts)
+
+
+def rows_below(folder: Path) -> list[Row]:
+    """Rows of the runs below a folder."""
+    return make_rows(collect([folder]))[0]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """``python -m subspec.report ARGUMENTS``: exit status, output, errors."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code, *capsys.readouterr()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit status, and the one line on standard error."""
+    code, _, err = run(capsys, *arguments)
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: "), err
+    return code, err

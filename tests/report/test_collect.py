@@ -5,7 +5,7 @@ import pytest
 from subspec.errors import SubspecError
 from subspec.report.collect import State, collect, read_run
 
-from .runs import config_of, turns, write_run
+from .runs import turns, write_run
 
 
 def test_a_whole_run(tmp_path):
@@ -52,11 +52,9 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path):
 def test_a_field_of_a_wrong_type_costs_its_record_only(tmp_path, field):
     records = turns([10.0, 20.0])
     records[0][field] = "nonsense"
-    run = read_run(write_run(tmp_path / "run", turns([10.0, 20.0])))
-    (run.folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    again = read_run(run.folder)
-    assert [record["sample_id"] for record in again.records] == ["s1"]
-    assert "1 record(s) lack fields" in " ".join(again.notes)
+    run = read_run(write_run(tmp_path / "run", records, finished=False))
+    assert [record["sample_id"] for record in run.records] == ["s1"]
+    assert "1 record(s) lack fields" in " ".join(run.notes)
 
 
 def test_missing_and_broken_files_are_said(tmp_path):
@@ -96,8 +94,3 @@ def test_nothing_to_report(tmp_path):
         collect([tmp_path])
     with pytest.raises(SubspecError, match="no such folder"):
         collect([tmp_path / "missing"])
-
-
-def test_config_is_not_needed_to_be_ours(tmp_path):
-    folder = write_run(tmp_path / "run", turns([10.0]), config_of() | {"draft": None, "tree": "beam", "quant": 3})
-    assert read_run(folder).state is State.finished

@@ -1,20 +1,14 @@
-"""Two runs, text by text: written by the test, and by the runner."""
+"""Two runs, text by text."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-import torch
 
 from subspec.errors import ConfigError
-from subspec.report.__main__ import main
 from subspec.report.compare import SHOWN, compare
-from tests.helpers.cli import cli, tiny_run
 from tests.helpers.records import record
-from tests.helpers.tiny import tiny_checkpoint
 
-from .runs import config_of, write_run
+from .runs import config_of, refusal, run, write_run
 
 FACTS = {"dtype": "bfloat16", "device": "cuda"}
 
@@ -30,12 +24,10 @@ def audit(ids, logits):
 
 @pytest.fixture
 def compared(tmp_path):
-    """Two runs of the given records, as ``compare`` reads them."""
+    """Compares two runs of the given records."""
 
-    def write(a, b, **options):
-        return compare(
-            write_run(tmp_path / "a", a, config_of("none"), **options), write_run(tmp_path / "b", b, **options)
-        )
+    def write(a, b):
+        return compare(write_run(tmp_path / "a", a, config_of("none")), write_run(tmp_path / "b", b))
 
     return write
 
@@ -44,11 +36,9 @@ def counts(found):
     return {name: len(keys) for name, keys in found.turns.items() if keys}
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return stop.value.code, output.out, output.err
+def keys_of(found):
+    """Keys of the settings for which the runs are no twins."""
+    return [line.partition(": ")[0] for line in found.not_twins]
 
 
 # ------------------------------------------------------------------------------------------- differences
@@ -63,28 +53,23 @@ def test_identical_texts(compared):
     assert (found.a.method, found.b.method) == ("plain decoding", "subspec hqq4, beam 3x2")
 
 
-def test_the_first_difference_of_several(compared):
-    found = compared(
-        [text(0, [1, 2]), text(1, [5, 6, 7, 8, 9])],
-        [text(0, [1, 2]), text(1, [5, 6, 70, 8, 90, 91], finish_reason="length")],
-    )
+@pytest.mark.parametrize(
+    ("a", "b", "index", "ids"),
+    [
+        ([5, 6, 7, 8, 9], [5, 6, 70, 8, 90, 91], 2, (7, 70)),
+        ([5, 6], [5, 6, 7], 2, (None, 7)),
+        ([5, 6, 7], [5, 6], 2, (7, None)),
+        ([5], [6], 0, (5, 6)),
+        ([], [6], 0, (None, 6)),
+    ],
+)
+def test_the_first_difference(compared, a, b, index, ids):
+    found = compared([text(0, [1, 2]), text(1, a)], [text(0, [1, 2]), text(1, b, finish_reason="length")])
     assert found.turns["identical"] == [("s0", 0)]
     (one,) = found.differences
-    assert (one.sample_id, one.turn, one.index, one.a, one.b) == ("s1", 0, 2, 7, 70)
+    assert (one.sample_id, one.turn, one.index, (one.a, one.b)) == ("s1", 0, index, ids)
     assert (one.finish_a, one.finish_b, one.top) == ("eos", "length", None)
-    assert (found.a.tokens, found.b.tokens, found.equal_tokens) == (7, 8, 4)
-
-
-@pytest.mark.parametrize(("a", "b", "ids"), [([5, 6], [5, 6, 7], (None, 7)), ([5, 6, 7], [5, 6], (7, None))])
-def test_a_text_that_ends_before_the_other(compared, a, b, ids):
-    (one,) = compared([text(0, a)], [text(0, b)]).differences
-    assert (one.index, one.a, one.b) == (2, *ids)
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_difference_at_the_first_token(compared, first):
-    (one,) = compared([text(0, [5][first:])], [text(0, [6])]).differences
-    assert (one.index, one.a, one.b) == (0, None if first else 5, 6)
+    assert (found.a.tokens, found.b.tokens, found.equal_tokens) == (2 + len(a), 2 + len(b), 2 + index)
 
 
 def test_turns_with_another_prompt_are_counted_apart(compared):
@@ -106,9 +91,6 @@ def test_skipped_turns_and_turns_of_one_run_only(compared):
     assert found.equal_tokens == 1
 
 
-# --------------------------------------------------------------------------------------------- top logits
-
-
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_logits_of_the_side_that_was_audited(compared, side):
     known = audit([[1, 4], [2, 9], [3, 4]], [[3.0, 1.0], [17.25, 17.125], [2.0, 1.0]])
@@ -119,8 +101,7 @@ def test_logits_of_the_side_that_was_audited(compared, side):
 
 
 def test_logits_at_the_end_of_the_shorter_text_come_from_the_longer_one(compared):
-    short = audit([[1, 2]], [[2.0, 1.0]])
-    long = audit([[1, 2], [7, 8]], [[2.0, 1.0], [4.0, 3.5]])
+    short, long = audit([[1, 2]], [[2.0, 1.0]]), audit([[1, 2], [7, 8]], [[2.0, 1.0], [4.0, 3.5]])
     top = compared([text(0, [1], audit=short)], [text(0, [1, 7], audit=long)]).differences[0].top
     assert (top.side, top.ids, top.gap) == ("b", (7, 8), 0.5)
 
@@ -163,13 +144,12 @@ def test_runs_that_are_not_twins(tmp_path, key, config, facts, fields):
     bitwise = {"bitwise": {"on": True, "reason": "as asked", "kernels": "own"}}
     a = write_run(tmp_path / "a", [text(0, [1])], config_of("none", **base), facts=FACTS | bitwise)
     b = write_run(tmp_path / "b", [text(0, [1], **fields)], config_of(**(base | config)), facts=FACTS | bitwise | facts)
-    said = compare(a, b).not_twins
-    assert [line.partition(": ")[0] for line in said] == [key]
+    assert keys_of(compare(a, b)) == [key]
 
 
 def test_another_gpu_is_said(tmp_path):
     folders = [write_run(tmp_path / gpu, [text(0, [1], device="cuda")], facts=FACTS, gpu=gpu) for gpu in ("x", "y")]
-    assert [line.partition(": ")[0] for line in compare(*folders).not_twins] == ["hardware"]
+    assert keys_of(compare(*folders)) == ["hardware"]
 
 
 def test_what_a_folder_does_not_say_is_no_difference(tmp_path):
@@ -291,20 +271,9 @@ def test_failures_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
         write_run(tmp_path / name, records)
     (tmp_path / "damaged" / "records.jsonl").write_bytes(b'{"sample_id": "s0", \xff')
     (tmp_path / "nothing").mkdir()
-    code, _, err = run(capsys, "compare", *arguments)
+    code, line = refusal(capsys, "compare", *arguments)
     assert code == 2
-    assert len(err.splitlines()) == 1
-    assert err.startswith("error: ")
-    assert all(word in err for word in words), err
-
-
-def test_help_tells_the_exit_status_and_the_main_help_the_tool(capsys):
-    code, out, _ = run(capsys, "compare", "--help")
-    assert code == 0
-    assert all(word in out for word in ("FOLDER_A", "--json", "Exit status", "draft=none"))
-    code, out, _ = run(capsys, "--help")
-    assert code == 0
-    assert all(word in out for word in ("report compare", "./compare"))
+    assert all(word in line for word in words), line
 
 
 def test_a_folder_that_is_named_compare_has_a_report(tmp_path, capsys, monkeypatch):
@@ -316,46 +285,3 @@ def test_a_folder_that_is_named_compare_has_a_report(tmp_path, capsys, monkeypat
         assert (code, err) == (0, "")
         assert "report: " in out
     assert run(capsys, "compare", "compare", "other")[0] == 0
-
-
-# --------------------------------------------------------------------------------------------- real runs
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Plain decoding, its twin with a draft, and two runs that are no twins."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("outputs")
-    tiny_checkpoint(root / "model", max_positions=4096)
-    quick = ["benchmark=mt_bench", "decoding.max_length=1024"]
-    for name, overrides in {
-        "plain": ["draft=none"],
-        "ours": ["draft=subspec", "tree.depth=4", "quant.group_size=32", "audit=true"],
-        "shorter": ["draft=none", "decoding.max_new_tokens=5"],
-        "sampled": ["draft=none", "decoding=sampling"],
-    }.items():
-        ran = cli(*tiny_run(root / "model", root / name), *quick, *overrides)
-        assert ran.code == 0, ran.err
-    return root
-
-
-def test_a_draft_and_its_plain_twin(outputs):
-    found = compare(outputs / "plain", outputs / "ours")
-    assert counts(found) == {"identical": 4}, "two samples of two turns"
-    assert found.equal_tokens == found.a.tokens == found.b.tokens > 0
-    assert found.not_twins == []
-
-
-def test_a_shorter_run_is_a_prefix(outputs):
-    found = compare(outputs / "plain", outputs / "shorter")
-    assert counts(found) == {"different": 2, "other_prompt": 2}
-    assert {(one.index, one.b) for one in found.differences} == {(5, None)}
-    assert [line.partition(": ")[0] for line in found.not_twins] == ["decoding.max_new_tokens"]
-
-
-def test_another_way_of_decoding_as_a_process(outputs):
-    command = [sys.executable, "-m", "subspec.report", "compare", outputs / "ours", outputs / "sampled"]
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (1, "")
-    assert "decoding.name" in ran.stdout
-    assert "2 other prompt" in ran.stdout

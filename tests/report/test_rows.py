@@ -4,17 +4,23 @@ from subspec.errors import SubspecError
 from subspec.records.metrics import LinkInfo
 from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
-from subspec.report.rows import audit_text
-from subspec.report.tables import methods_table, number
+from subspec.report.tables import audit_text, methods_table, number
 
-from .runs import config_of, plain_run, turns, write_run
+from .runs import config_of, plain_run, rows_below, turns, write_run
 
 OURS, PLAIN = (30.0, 20.0, 24.0), (10.0, 8.0, 12.0)
+METHOD = "subspec hqq4, beam 3x2"
 
 
-def rows_of(folder, baseline=None):
+def compared(folder, baseline=None):
+    """Rows by method, and notes."""
     rows, notes = make_rows(collect([folder]), baseline)
     return {row.method: row for row in rows}, notes
+
+
+def by_folder(folder):
+    """Rows by the name of their first run's folder."""
+    return {row.runs[0].folder.name: row for row in rows_below(folder)}
 
 
 @pytest.fixture
@@ -25,10 +31,13 @@ def pair(tmp_path):
     return tmp_path
 
 
+# --------------------------------------------------------------------------------------------- one row
+
+
 def test_figures_recomputed_from_the_records(pair):
-    rows, notes = rows_of(pair)
+    rows, notes = compared(pair)
     assert notes == []
-    ours = rows["subspec hqq4, beam 3x2"]
+    ours = rows[METHOD]
     passes = [10, 11, 12]
     tokens = [3 * count for count in passes]
     seconds = [count / speed for count, speed in zip(tokens, OURS, strict=True)]
@@ -48,10 +57,46 @@ def test_figures_recomputed_from_the_records(pair):
     assert (ours.planted, ours.sample) == (False, False)
 
 
+def test_ceilings_of_plain_and_of_coded_weights(tmp_path):
+    link = LinkInfo(50.0, 5_000_000_000)
+    plan = {"resident_layers": [1], "streamed_layers": [0, 2], "plain_bytes_per_pass": 12e9, "plain_resident": 0}
+    write_run(tmp_path / "coded", turns([10.0], link=link), plan=plan)
+    write_run(tmp_path / "plain", turns([10.0], link=link), config_of(seed=1))
+    rows = by_folder(tmp_path)
+    assert rows["plain"].ceilings == [("plain weights", pytest.approx(0.1))]
+    # Two of three layers stream, each 4 GB uncoded.
+    assert rows["coded"].ceilings == [("coded weights", pytest.approx(0.1)), ("plain weights", pytest.approx(8 / 50))]
+
+
+@pytest.mark.parametrize(
+    ("audit", "text"),
+    [
+        ({}, "passed: 30 exact, 2 near-tie(s) (gap 0.06)"),
+        ({"mismatch": 1}, "FAILED: 30 exact, 2 near-tie(s) (gap 0.06), 1 mismatch(es)"),
+        (None, "not run"),
+    ],
+)
+def test_audits(tmp_path, audit, text):
+    good = {"exact": 30, "near_tie": 2, "mismatch": 0, "max_gap": 0.06, "margin": 0.5}
+    write_run(tmp_path / "run", turns([10.0], audit=None if audit is None else good | audit))
+    (row,) = rows_below(tmp_path)
+    assert audit_text(row) == text
+
+
+def test_an_edited_configuration_does_not_end_the_report(tmp_path):
+    broken = config_of() | {"draft": None, "tree": "beam", "quant": 3, "offload": []}
+    write_run(tmp_path / "run", turns([10.0]), broken)
+    (row,) = rows_below(tmp_path)
+    assert row.method == "unknown draft"
+
+
+# ------------------------------------------------------------------------------------- repeats, and labels
+
+
 def test_repeats_are_pooled_and_shown(tmp_path):
     write_run(tmp_path / "first", turns([10.0, 10.0]), config_of(run_dir="a", logger={"name": "wandb"}))
     write_run(tmp_path / "second", turns([20.0, 20.0]), config_of(run_dir="b"))
-    ((row,), _) = make_rows(collect([tmp_path]))
+    (row,) = rows_below(tmp_path)
     assert len(row.runs) == 2
     assert row.repeats == pytest.approx((10.0, 20.0))
     assert row.speed.value == pytest.approx(2 / (1 / 10 + 1 / 20)), "all tokens over all seconds"
@@ -62,7 +107,7 @@ def test_other_settings_and_other_machines_are_other_rows_with_other_names(tmp_p
     write_run(tmp_path / "0", turns([10.0]))
     write_run(tmp_path / "1", turns([10.0]), config_of(draft={"name": "subspec", "temperature": 1.0}))
     write_run(tmp_path / "2", turns([10.0], device="cuda"), gpu="H200")
-    rows, _ = rows_of(tmp_path)
+    rows, _ = compared(tmp_path)
     assert len(rows) == 3
     assert any("draft.temperature=1.0" in method for method in rows)
     assert any("on=H200" in method for method in rows)
@@ -71,30 +116,49 @@ def test_other_settings_and_other_machines_are_other_rows_with_other_names(tmp_p
 def test_plain_decoding_does_not_depend_on_a_quantizer_it_does_not_have(tmp_path):
     for bits in (4, 3):
         plain_run(tmp_path / str(bits), config=config_of("none", quant={"name": "hqq", "bits": bits}))
-    ((row,), _) = make_rows(collect([tmp_path]))
-    assert len(row.runs) == 2
-    assert row.nominal_bits is None
+    (row,) = rows_below(tmp_path)
+    assert (len(row.runs), row.nominal_bits) == (2, None)
 
 
 def test_plain_decoding_of_coded_weights_depends_on_the_quantizer_that_codes_them(tmp_path):
     """At other bits other bytes are streamed: no repeats of one another, and each the baseline of its own bits."""
     stream = {"name": "stream", "vram_gib": 8.0, "codec": "substitute"}
+
+    def run(name, draft, bits, **changes):
+        quant, facts = {"name": "hqq", "bits": bits}, {"codec": "substitute", "substitute": {"bits_per_weight": bits}}
+        records = turns((10.0, 8.0), draft=draft, tau=1 if draft == "none" else 3)
+        write_run(tmp_path / name, records, config_of(draft, quant=quant, offload=stream, **changes), facts=facts)
+
     for bits in (4, 8):
-        config = config_of("none", quant={"name": "hqq", "bits": bits}, offload=stream)
-        facts = {"codec": "substitute", "substitute": {"bits_per_weight": bits + 0.5}}
-        records = turns((10.0, 8.0), draft="none", tau=1)
-        write_run(tmp_path / f"plain{bits}", records, config, facts=facts)
-        ours = config_of(quant={"name": "hqq", "bits": bits}, offload=stream)
-        write_run(tmp_path / f"ours{bits}", turns(OURS[:2]), ours, facts=facts)
-    # Another tree is nothing to plain decoding, coded or not: a repeat.
-    again = config_of("none", quant={"name": "hqq", "bits": 4}, offload=stream, tree={"name": "chain"})
-    records = turns((10.0, 8.0), draft="none", tau=1)
-    write_run(tmp_path / "again", records, again, facts={"codec": "substitute"})
-    rows, notes = rows_of(tmp_path)
+        run(f"plain{bits}", "none", bits)
+        run(f"ours{bits}", "subspec", bits)
+    run("again", "none", 4, tree={"name": "chain"})  # another tree is nothing to plain decoding: a repeat
+    rows, notes = compared(tmp_path)
     plain = {bits: f"plain decoding, stream coded 8 GiB (quant.bits={bits})" for bits in (4, 8)}
     assert {name: len(row.runs) for name, row in rows.items() if row.draft == "none"} == {plain[4]: 2, plain[8]: 1}
     assert {row.nominal_bits: row.baseline.label for row in rows.values() if row.draft == "subspec"} == plain
     assert notes == []
+
+
+def test_a_budget_is_labelled_by_what_it_came_to_and_what_it_counts(tmp_path):
+    for counts in ("allocator", "device"):
+        stream = {"name": "stream", "vram_gib": "auto", "vram_counts": counts}
+        write_run(tmp_path / counts, turns(OURS), config_of(offload=stream), facts={"vram_gib": 6.9})
+    assert {row.method.partition("stream ")[2] for row in rows_below(tmp_path)} == {"6.9 GiB", "6.9 GiB with CUDA"}
+
+
+def test_other_weights_under_the_same_name_are_no_repeats(tmp_path):
+    plain_run(tmp_path / "plain", facts={"weights": {"target": "a" * 64}})
+    for weights in ("a", "b"):
+        write_run(tmp_path / weights, turns(OURS), facts={"weights": {"target": weights * 64}})
+    assert {row.method: row.baseline.differences for row in rows_below(tmp_path)} == {
+        "plain decoding": (),
+        f"{METHOD} (weights.target=aaaaaaaa)": (),
+        f"{METHOD} (weights.target=bbbbbbbb)": ("weights of the target",),
+    }
+
+
+# -------------------------------------------------------------------------------------------- baselines
 
 
 def test_only_the_same_prompts_of_the_same_target_compare(tmp_path):
@@ -110,22 +174,22 @@ def test_only_the_same_prompts_of_the_same_target_compare(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["subspec", "subspec hqq4, beam 3x2", "folder", "run"])
+@pytest.mark.parametrize("name", ["subspec", METHOD, "folder", "run"])
 def test_a_baseline_by_draft_label_folder_or_name(pair, name):
     named = {"folder": str(pair / "ours"), "run": f"{pair.name}/ours"}.get(name, name)
-    rows, _ = rows_of(pair, named)
-    assert rows["plain decoding"].baseline.label == "subspec hqq4, beam 3x2"
+    rows, _ = compared(pair, named)
+    assert rows["plain decoding"].baseline.label == METHOD
     assert rows["plain decoding"].baseline.speedup.value < 1
 
 
 def test_a_baseline_that_is_not_there_or_is_several(pair):
     with pytest.raises(SubspecError, match=r"--baseline nope: no such run; give a folder, or one of none; "):
-        rows_of(pair, "nope")
+        compared(pair, "nope")
     for temperature in (0.5, 1.0):
         draft = {"name": "subspec", "temperature": temperature}
         write_run(pair / str(temperature), turns(OURS), config_of(draft=draft))
     with pytest.raises(SubspecError, match="has several such rows"):
-        rows_of(pair, "subspec")
+        compared(pair, "subspec")
 
 
 def test_the_closest_plain_run_is_the_baseline(tmp_path):
@@ -133,38 +197,33 @@ def test_the_closest_plain_run_is_the_baseline(tmp_path):
     plain_run(tmp_path / "whole")
     plain_run(tmp_path / "streamed", config=config_of("none", offload=stream))
     write_run(tmp_path / "ours", turns(OURS), config_of(offload=stream))
-    rows, _ = rows_of(tmp_path)
-    assert rows["subspec hqq4, beam 3x2, stream 8 GiB"].baseline.label == "plain decoding, stream 8 GiB"
-
-
-def test_a_budget_is_labelled_by_what_it_came_to_and_what_it_counts(tmp_path):
-    for counts in ("allocator", "device"):
-        stream = {"name": "stream", "vram_gib": "auto", "vram_counts": counts}
-        write_run(tmp_path / counts, turns(OURS), config_of(offload=stream), facts={"vram_gib": 6.9})
-    rows, _ = rows_of(tmp_path)
-    assert {name.partition("stream ")[2] for name in rows} == {"6.9 GiB", "6.9 GiB with CUDA"}
+    assert by_folder(tmp_path)["ours"].baseline.label == "plain decoding, stream 8 GiB"
 
 
 def test_streamed_runs_compare_with_plain_streaming_however_their_weights_are_kept(tmp_path):
-    link, budget = LinkInfo(50.0, 5_000_000_000), {"vram_gib": 8.0}
-    other = {"name": "accelerate", **budget}
-    uncoded, coded = ({"name": name, **budget} for name in ("stream_uncoded", "stream"))
+    link = LinkInfo(50.0, 5_000_000_000)
+    other, uncoded, coded = ({"name": n, "vram_gib": 8.0} for n in ("accelerate", "stream_uncoded", "stream"))
     plain_run(tmp_path / "accelerate", config=config_of("none", offload=other))
     plain_run(tmp_path / "streamed", config=config_of("none", offload=uncoded), link=link)
     write_run(tmp_path / "ours", turns(OURS, link=link), config_of(offload=coded))
-    rows, notes = make_rows(collect([tmp_path]))
-    (ours,) = (row for row in rows if row.draft == "subspec")
-    assert ours.baseline.label == "plain decoding, stream_uncoded 8 GiB"
-    assert "offloading or budget" in ours.baseline.differences
-    assert notes == []
+    base = by_folder(tmp_path)["ours"].baseline
+    assert base.label == "plain decoding, stream_uncoded 8 GiB"
+    assert "offloading or budget" in base.differences
 
 
 def test_what_else_differs_from_the_baseline_is_said(tmp_path):
     plain_run(tmp_path / "plain", PLAIN[:2], config=config_of("none", decoding={"name": "sampling"}))
     write_run(tmp_path / "ours", turns(OURS, device="cuda"), gpu="H200")
-    rows, _ = rows_of(tmp_path)
-    said = rows["subspec hqq4, beam 3x2"].baseline.differences
+    said = by_folder(tmp_path)["ours"].baseline.differences
     assert said == ("device: H200 against a CPU, 2 thread(s)", "decoding settings", "samples: 3 against 2")
+
+
+def test_other_prompts_of_one_benchmark_are_a_difference(tmp_path):
+    plain_run(tmp_path / "plain")
+    write_run(tmp_path / "ours", turns(OURS, prompt_sha256="other"))
+    base = by_folder(tmp_path)["ours"].baseline
+    assert base.differences == ("prompts",)
+    assert not base.speedup.paired
 
 
 def test_figures_of_several_texts_at_a_time_stay_apart(tmp_path):
@@ -175,123 +234,56 @@ def test_figures_of_several_texts_at_a_time_stay_apart(tmp_path):
     write_run(tmp_path / "old", turns(OURS))  # of a version without the key
     write_run(tmp_path / "one", turns(OURS, texts=1), config_of(decoding={"name": "greedy", "texts": 1}))
     write_run(tmp_path / "four", turns(OURS, **company), config_of(decoding=decoding))
-    rows, notes = rows_of(tmp_path)
+    rows, notes = compared(tmp_path)
     assert notes == []
-    one, four = rows["subspec hqq4, beam 3x2"], rows["subspec hqq4, beam 3x2, 4 texts"]
+    one, four = rows[METHOD], rows[f"{METHOD}, 4 texts"]
     assert (one.texts, len(one.runs), four.texts, len(four.runs)) == ("1", 2, "4", 1)
     assert one.baseline.speedup is not None
     assert one.baseline.differences == ()
     assert four.baseline.speedup is None
     assert four.baseline.differences == ("texts: 4 against 1",)
     assert four.baseline.same_texts + len(four.baseline.other_texts) == 3
-    tokens = four.totals["new_tokens"]
-    assert four.totals["tokens_per_s_together"] == pytest.approx(tokens / 1.5)
+    together = four.totals["new_tokens"] / 1.5
+    assert four.totals["tokens_per_s_together"] == pytest.approx(together)
     page = methods_table([one, four])
-    assert "| texts at a time: tokens/s together |" in page
-    assert f"| 4: {number(tokens / 1.5)} |" in page
-    assert "| - [differs: texts: 4 against 1] |" in page
+    for cell in ("texts at a time: tokens/s together", f"4: {number(together)}", "- [differs: texts: 4 against 1]"):
+        assert f"| {cell} |" in page
     assert "texts at a time" not in methods_table([one])
-    write_run(
-        tmp_path / "plain4",
-        turns(PLAIN, draft="none", tau=1, **company),
-        config_of("none", decoding=decoding),
-        gpu="another",
-    )
-    four = rows_of(tmp_path)[0]["subspec hqq4, beam 3x2, 4 texts"]
-    assert four.baseline.label == "plain decoding, 4 texts"
-    assert four.baseline.speedup is not None
-
-
-def test_planted_and_sample_are_flagged(tmp_path):
-    write_run(tmp_path / "run", turns([10.0], planted=True, source="sample"))
-    ((row,), _) = make_rows(collect([tmp_path]))
-    assert (row.planted, row.sample) == (True, True)
-
-
-def test_ceilings_of_plain_and_of_coded_weights(tmp_path):
-    link = LinkInfo(50.0, 5_000_000_000)
-    plan = {"resident_layers": [1], "streamed_layers": [0, 2], "plain_bytes_per_pass": 12e9, "plain_resident": 0}
-    write_run(tmp_path / "coded", turns([10.0], link=link), plan=plan)
-    write_run(tmp_path / "plain", turns([10.0], link=link), config_of(seed=1))
-    rows, _ = make_rows(collect([tmp_path]))
-    ceilings = {row.runs[0].folder.name: row.ceilings for row in rows}
-    assert ceilings["plain"] == [("plain weights", pytest.approx(0.1))]
-    # Two of three layers stream, each 4 GB uncoded.
-    assert ceilings["coded"] == [("coded weights", pytest.approx(0.1)), ("plain weights", pytest.approx(8 / 50))]
-
-
-def test_audits(tmp_path):
-    good = {"exact": 30, "near_tie": 2, "mismatch": 0, "max_gap": 0.06, "margin": 0.5}
-    write_run(tmp_path / "good", turns([10.0], audit=good))
-    write_run(tmp_path / "bad", turns([10.0], audit={**good, "mismatch": 1}), config_of(seed=1))
-    write_run(tmp_path / "none", turns([10.0]), config_of(seed=2))
-    texts = {row.runs[0].folder.name: audit_text(row) for row in make_rows(collect([tmp_path]))[0]}
-    assert texts["good"] == "passed: 30 exact, 2 near-tie(s) (gap 0.06)"
-    assert texts["bad"] == "FAILED: 30 exact, 2 near-tie(s) (gap 0.06), 1 mismatch(es)"
-    assert texts["none"] == "not run"
-
-
-def test_an_edited_configuration_does_not_end_the_report(tmp_path):
-    broken = config_of() | {"draft": None, "tree": "beam", "quant": 3, "offload": []}
-    write_run(tmp_path / "run", turns([10.0]), broken)
-    ((row,), _) = make_rows(collect([tmp_path]))
-    assert row.method == "unknown draft"
+    records = turns(PLAIN, draft="none", tau=1, **company)
+    write_run(tmp_path / "plain4", records, config_of("none", decoding=decoding), gpu="another")
+    base = by_folder(tmp_path)["four"].baseline
+    assert base.label == "plain decoding, 4 texts"
+    assert base.speedup is not None
 
 
 def test_categories_have_their_own_speed_ups(tmp_path):
     """Two samples of one category and one of another, which gains less."""
-    plain, ours = (turns(PLAIN, draft="none", tau=1, benchmark="spec_bench"), turns(OURS, benchmark="spec_bench"))
-    for records in (plain, ours):
+    for name, draft, speeds, tau in (("plain", "none", PLAIN, 1), ("ours", "subspec", OURS, 3)):
+        records = turns(speeds, draft=draft, tau=tau, benchmark="spec_bench")
         for one, category in zip(records, ("writing", "rag", "stem"), strict=True):
             one["category"] = category
-    write_run(tmp_path / "plain", plain, config_of("none"))
-    write_run(tmp_path / "ours", ours)
-    (base, row), _ = make_rows(collect([tmp_path]))
+        write_run(tmp_path / name, records, config_of(draft))
+    base, row = rows_below(tmp_path)
     found = row.categories
     assert list(found) == ["multi-turn", "rag", "Overall"]
     assert [one["samples"] for one in found.values()] == [2, 1, 3]
     assert found["rag"]["speedup"].value == pytest.approx(20 / 8)
-    assert found["multi-turn"]["speedup"].value == pytest.approx(
-        (66 / (30 / 30 + 36 / 24)) / (22 / (10 / 10 + 12 / 12))
-    )
+    multi_turn = (66 / (30 / 30 + 36 / 24)) / (22 / (10 / 10 + 12 / 12))
+    assert found["multi-turn"]["speedup"].value == pytest.approx(multi_turn)
     assert found["Overall"]["speedup"] == row.baseline.speedup
     assert {one["speedup"] for one in base.categories.values()} == {None}
-    assert make_rows(collect([tmp_path / "ours"]))[0][0].categories["rag"]["speedup"] is None
+    assert rows_below(tmp_path / "ours")[0].categories["rag"]["speedup"] is None
 
 
 def test_texts_are_compared_with_the_baseline(tmp_path):
-    def alike(records, *changes):
+    for draft, other in (("none", None), ("subspec", None), ("eagle2", 1)):
+        records = turns(OURS, draft=draft)
         for index, one in enumerate(records):
-            one["token_ids"] = [1, 2, 3 + (index in changes)]
-        return records
-
-    plain_run(tmp_path / "plain", PLAIN)
-    write_run(tmp_path / "plain", alike(turns(PLAIN, draft="none", tau=1)), config_of("none"))
-    write_run(tmp_path / "same", alike(turns(OURS)))
-    write_run(tmp_path / "other", alike(turns(OURS, draft="eagle2"), 1), config_of("eagle2"))
-    bases = {row.draft: row.baseline for row in make_rows(collect([tmp_path]))[0]}
+            one["token_ids"] = [1, 2, 3 + (index == other)]
+        write_run(tmp_path / draft, records, config_of(draft))
+    bases = {row.draft: row.baseline for row in rows_below(tmp_path)}
     assert {draft: (base.same_texts, base.other_texts) for draft, base in bases.items()} == {
         "none": (0, ()),
         "subspec": (3, ()),
         "eagle2": (2, (("s1", 0),)),
     }
-
-
-def test_other_weights_under_the_same_name_are_no_repeats(tmp_path):
-    plain_run(tmp_path / "plain", facts={"weights": {"target": "a" * 64}})
-    for weights in ("a", "b"):
-        write_run(tmp_path / weights, turns(OURS), facts={"weights": {"target": weights * 64}})
-    rows = {row.method: row.baseline.differences for row in make_rows(collect([tmp_path]))[0]}
-    assert rows == {
-        "plain decoding": (),
-        "subspec hqq4, beam 3x2 (weights.target=aaaaaaaa)": (),
-        "subspec hqq4, beam 3x2 (weights.target=bbbbbbbb)": ("weights of the target",),
-    }
-
-
-def test_other_prompts_of_one_benchmark_are_a_difference(tmp_path):
-    plain_run(tmp_path / "plain")
-    write_run(tmp_path / "ours", turns(OURS, prompt_sha256="other"))
-    (_, ours), _ = make_rows(collect([tmp_path]))
-    assert ours.baseline.differences == ("prompts",)
-    assert not ours.baseline.speedup.paired

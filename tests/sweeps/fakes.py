@@ -1,10 +1,12 @@
 """Jobs that take a fraction of a second: a process that prints, writes records and ends as told."""
 
-import json
+import io
 import sys
 from pathlib import Path
 
-from subspec.sweeps.process import JobSpec
+from subspec.runs.console import RunConsole
+from subspec.sweeps.process import JobProcess
+from subspec.sweeps.progress import SweepProgress
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -35,12 +37,20 @@ elif ending == "killed":
 """
 
 
-def fake_job(folder: Path, ending: str = "ok", samples: int = 2, seconds: float = 0.0, device="cpu") -> JobSpec:
+def fake_job(folder: Path, ending: str = "ok", samples: int = 2, seconds: float = 0.0, label: str = "") -> JobProcess:
     """A job that does ``samples`` samples, waits, and ends: ``ok``, ``refused``, ``bug`` or ``killed``."""
     command = (sys.executable, "-c", SCRIPT, str(folder), str(samples), str(seconds), ending)
-    return JobSpec(folder, command, samples, "tau", device)
+    return JobProcess(folder, command, samples, "tau", "cpu", label)
 
 
-def seen(folder: Path) -> dict:
-    """What the fake job saw of its environment."""
-    return json.loads((folder / "env.json").read_text())
+def started(folder: Path, ending: str = "ok", samples: int = 2, seconds: float = 0.0) -> JobProcess:
+    """The same, running."""
+    job = fake_job(folder, ending, samples, seconds)
+    job.start()
+    return job
+
+
+def sweep_progress(total: int = 1, finished: int = 0, width: int | None = None) -> tuple[SweepProgress, io.StringIO]:
+    """A display, and what it prints."""
+    out = io.StringIO()
+    return SweepProgress(total, finished, RunConsole(file=out, width=width)), out

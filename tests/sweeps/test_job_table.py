@@ -9,10 +9,9 @@ from subspec.errors import SubspecError
 from subspec.records.sweep_folder import SweepFolder
 from subspec.runs.console import RunConsole
 from subspec.sweeps.job_table import Row, job_rows, print_rows, ranked, write_rows
-from subspec.sweeps.process import JobProcess
 from subspec.sweeps.sweeper import SweepFailed, raise_failures, write_report
 
-from .fakes import fake_job
+from .fakes import started
 
 
 @pytest.fixture
@@ -21,12 +20,8 @@ def sweep(tmp_path):
     with SweepFolder.open(tmp_path, []) as folder:
         jobs = folder.assign([([f"n={i}", "x=|"], {"n": i}) for i in range(4)])
         for number, ending in enumerate(["ok", "refused"]):
-            job = JobProcess(fake_job(tmp_path / str(number), ending))
-            job.start()
-            job.wait()
-        job = JobProcess(fake_job(tmp_path / "2"))
-        job.start()
-        job._process.wait()
+            started(tmp_path / str(number), ending).wait()
+        started(tmp_path / "2")._process.wait()
         yield folder, jobs
 
 
@@ -62,7 +57,7 @@ def test_the_screen_says_why_and_where_to_look(sweep):
 
 
 def test_a_search_is_ranked_best_first():
-    rows = [Row(job, "", "ok", value=value) for job, value in enumerate([2.0, None, 5.0, 2.0])]
+    rows = [Row(job, value=value) for job, value in enumerate([2.0, None, 5.0, 2.0])]
     assert [row.job for row in ranked(rows)] == [2, 0, 3, 1]
 
 

@@ -2,34 +2,25 @@
 
 import contextlib
 import errno
-import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from subspec.errors import SubspecError
 from subspec.records import outcome as outcomes
 from subspec.records.outcome import is_finished, objective, read_outcome
 from subspec.records.run_folder import RunFolder
-from subspec.runs.console import RunConsole
-from subspec.sweeps import follow
-from subspec.sweeps.process import JobFailed, JobProcess, end_reason, job_result, run_in_process
-from subspec.sweeps.progress import SweepProgress
+from subspec.sweeps.process import JobFailed, end_reason, job_result, run_in_process
+from subspec.sweeps.progress import ForeignJob, watched
 from tests.helpers.cli import ROOT
 
-from .fakes import fake_job
-
-
-def started(folder, **options):
-    job = JobProcess(fake_job(folder, **options), "a job")
-    job.start()
-    return job
+from .fakes import fake_job, started, sweep_progress
 
 
 def wait_for_sample(job):
@@ -46,7 +37,7 @@ def test_a_job_is_followed_to_its_end(tmp_path):
     assert (job.done, job.total) == (3, 3)
     assert job.tokens_per_s == pytest.approx(15.0)
     assert job.tau == pytest.approx(10.0)
-    assert job_result([], outcome, job.folder, job.spec.optimise).return_value == 10.0
+    assert job_result([], outcome, job.folder, job.optimise).return_value == 10.0
     assert read_outcome(tmp_path / "0") == outcome
     assert "[3/3] s2" in (tmp_path / "0" / "job.log").read_text()
 
@@ -198,22 +189,15 @@ time.sleep(60)
 
 def test_a_job_does_not_outlive_a_sweep_that_is_killed():
     sweep = subprocess.Popen([sys.executable, "-c", SWEEP, ORPHAN, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    child = int(sweep.stdout.readline())
-    assert _state(child) != "Z"
+    child = psutil.Process(int(sweep.stdout.readline()))
+    assert child.status() != psutil.STATUS_ZOMBIE
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{child}") and "Z" not in _state(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _state(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_the_outcome_is_plain_json(tmp_path):
@@ -222,35 +206,21 @@ def test_the_outcome_is_plain_json(tmp_path):
     assert {"status", "exit_code", "reason", "seconds", "attempts", "samples"} == set(found)
 
 
-class Foreign:
-    """A launcher of another project: it runs jobs one after another and tells nothing before the last has ended."""
-
-    def __init__(self, specs):
-        self.specs = specs
-
-    def launch(self):
-        for spec in self.specs:
-            with contextlib.suppress(JobFailed):
-                run_in_process(spec)
-
-
 def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
-    monkeypatch.setattr(follow, "WATCH_S", 0.02)
-    specs = [fake_job(tmp_path / "0", samples=2, seconds=0.5), fake_job(tmp_path / "1", "refused", seconds=0.2)]
-    old = JobProcess(specs[1])  # an earlier session's: its outcome is not this one's
-    old.start()
-    old.wait()
-    out = io.StringIO()
-    progress = SweepProgress(3, finished=1, console=RunConsole(file=out))
+    """The launcher runs them one after another and tells nothing before the last has ended."""
+    monkeypatch.setattr("subspec.sweeps.progress.WATCH_S", 0.02)
+    started(tmp_path / "1", "refused").wait()  # an earlier session's: its outcome is not this one's
+    progress, out = sweep_progress(3, finished=1)
     seen = []
     monkeypatch.setattr(progress, "update", lambda jobs, waiting: seen.extend((job.label, job.done) for job in jobs))
-    jobs = [follow.ForeignJob(spec.folder, f"number {spec.folder.name}") for spec in specs]
-    with follow.watched(progress, jobs):
+    jobs = [ForeignJob(tmp_path / name, f"number {name}") for name in "01"]
+    with watched(progress, jobs):
         assert not out.getvalue()
-        Foreign(specs).launch()
+        for job in (fake_job(tmp_path / "0", seconds=0.5), fake_job(tmp_path / "1", "refused", seconds=0.2)):
+            with contextlib.suppress(JobFailed):
+                run_in_process(job)
     lines = [line.split("  (elapsed")[0] for line in out.getvalue().splitlines()]
-    log = tmp_path / "0" / "job.log"
-    assert lines[0] == f"[1/3] start    job 0: number 0, log: {log}"
+    assert lines[0] == f"[1/3] start    job 0: number 0, log: {tmp_path / '0' / 'job.log'}"
     assert lines[1].startswith("[2/3] ok       job 0: number 0  2/2 samples  15.00 tokens/s  tau 10.00  0:00:0")
     assert lines[2].startswith("[2/3] start    job 1: number 1")
     assert lines[3] == "[3/3] failed   job 1: number 1  offload.vram_gib=1 cannot hold this run"
@@ -261,9 +231,8 @@ def test_jobs_that_others_run_are_watched(tmp_path, monkeypatch):
 
 def test_watching_ends_with_what_it_watches(tmp_path):
     """An interrupt of the launcher is passed on, and a job that nobody started is no line."""
-    out = io.StringIO()
-    progress = SweepProgress(1, console=RunConsole(file=out))
-    with pytest.raises(KeyboardInterrupt), follow.watched(progress, [follow.ForeignJob(tmp_path / "0", "never")]):
+    progress, out = sweep_progress()
+    with pytest.raises(KeyboardInterrupt), watched(progress, [ForeignJob(tmp_path / "0", "never")]):
         raise KeyboardInterrupt
     assert not out.getvalue()
     assert not any(thread.name.startswith("watch") for thread in threading.enumerate())

@@ -1,11 +1,11 @@
 """Sweeps through the command line: rows of tables, what is missing, refusals, in one process and in several."""
 
 import json
-import os
 import re
 import signal
 import time
 
+import psutil
 import pytest
 
 import subspec.benchmarks.loader
@@ -40,6 +40,11 @@ def _no_report(request):
 @pytest.fixture
 def real_report():
     """Keep the report."""
+
+
+def run_sweep(folder, *options):
+    """A sweep of tiny runs in the test's own process."""
+    return cli("-m", *TINY, *options, HERE, f"sweep_dir={folder}")
 
 
 def statuses(sweep):
@@ -97,20 +102,9 @@ def test_a_table_of_ones_own(tmp_path):
         "      experiment: planted/tiny_plain,planted/tiny_subspec\n      seed: 0,1\n"
     )
     sweep = tmp_path / "my sweep (1), a=b"
-    ran = cli(
-        f"--config-dir={tmp_path}",
-        "experiment=mine",
-        "seed=3",
-        "benchmark=gsm8k",
-        "benchmark.max_samples=1",
-        "decoding.max_new_tokens=4",
-        "warmup=0",
-        "tree.depth=2",
-        "logger=none",
-        "device=cpu",
-        HERE,
-        f"sweep_dir={sweep}",
-    )
+    quick = ["benchmark.max_samples=1", "decoding.max_new_tokens=4", "tree.depth=2", "warmup=0", "benchmark=gsm8k"]
+    here = ["logger=none", "device=cpu", HERE, f"sweep_dir={sweep}"]
+    ran = cli(f"--config-dir={tmp_path}", "experiment=mine", "seed=3", *quick, *here)
     assert ran.code == 0, ran.err
     drafts = [records_of(sweep / name)[0]["draft"] for name in "01"]
     assert drafts == ["none", "subspec"]
@@ -125,17 +119,9 @@ def test_a_table_of_ones_own(tmp_path):
 
 def test_a_key_that_only_the_rows_have(tmp_path):
     """The sweep's own configuration has ``offload=none``; every job has a budget."""
-    ran = cli(
-        "-m",
-        "experiment=planted/qwen2_5_7b_plain,planted/qwen2_5_7b_subspec",
-        "plan_only=true",
-        'offload.card="RTX 4090"',
-        "offload.vram_gib=9",
-        "decoding.stop=[]",
-        "target.seed=1",
-        HERE,
-        f"sweep_dir={tmp_path}",
-    )
+    rows = "experiment=planted/qwen2_5_7b_plain,planted/qwen2_5_7b_subspec"
+    keys = ['offload.card="RTX 4090"', "offload.vram_gib=9", "decoding.stop=[]", "target.seed=1"]
+    ran = cli("-m", rows, "plan_only=true", *keys, HERE, f"sweep_dir={tmp_path}")
     assert ran.code == 0, ran.err
     budgets = [json.loads((tmp_path / job / "plan.json").read_text())["budget"] for job in "01"]
     assert budgets == [9 * 2**30] * 2
@@ -143,12 +129,11 @@ def test_a_key_that_only_the_rows_have(tmp_path):
 
 def test_combinations_that_differ_in_keys_without_effect_are_one_run(tmp_path):
     """A baseline is measured once, also by later sessions with other values of these keys."""
-    options = ["-m", *TINY, "benchmark.max_samples=1", HERE, f"sweep_dir={tmp_path}"]
-    ran = cli(*options, "draft=none,layer_skip", "quant.bits=4,3")
+    ran = run_sweep(tmp_path, "benchmark.max_samples=1", "draft=none,layer_skip", "quant.bits=4,3")
     assert ran.code == 0, ran.err
     assert "4 combinations make 2 runs" in ran.out
     assert statuses(tmp_path) == ["ok", "ok"]
-    again = cli(*options, "draft=none", "quant=higgs", "tree.width=2", "benchmark.max_samples=2")
+    again = run_sweep(tmp_path, "draft=none", "quant=higgs", "tree.width=2")
     assert again.code == 0, again.err
     assert statuses(tmp_path) == ["ok", "ok"]
     assert len(records_of(tmp_path / "0")) == 2, again.out
@@ -193,54 +178,44 @@ def test_a_finished_sweep_is_measured_anew_by_the_same_command(tmp_path, monkeyp
 
 
 def test_more_samples_extend_the_jobs_and_more_values_add_some(tmp_path):
-    options = ["-m", *TINY, HERE, f"sweep_dir={tmp_path / 's'}"]
-    assert cli(*options, "draft=none", "seed=0,1").code == 0
-    before = sweep_records(tmp_path / "s")
-    assert cli(*options, "draft=none,prompt_lookup", "seed=1,0", "benchmark.max_samples=3").code == 0
-    after = sweep_records(tmp_path / "s")
+    assert run_sweep(tmp_path, "draft=none", "seed=0,1").code == 0
+    before = sweep_records(tmp_path)
+    assert run_sweep(tmp_path, "draft=none,prompt_lookup", "seed=1,0", "benchmark.max_samples=3").code == 0
+    after = sweep_records(tmp_path)
     assert [len(after[name]) for name in "0123"] == [3, 3, 3, 3]
     assert all(after[name][:2] == before[name] for name in "01")
 
 
 def test_a_damaged_record_of_a_finished_job_is_made_again(tmp_path):
-    options = ["-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={tmp_path / 's'}"]
-    assert cli(*options).code == 0
-    before = sweep_records(tmp_path / "s")
-    file = tmp_path / "s" / "1" / "records.jsonl"
+    def in_order():
+        every = sweep_records(tmp_path)
+        return {job: sorted(kept, key=lambda record: record["sample_id"]) for job, kept in every.items()}
+
+    assert run_sweep(tmp_path, "draft=none", "seed=0,1").code == 0
+    before, file = in_order(), tmp_path / "1" / "records.jsonl"
     first, rest = file.read_text().split("\n", 1)
     file.write_text(f"{first[:50]}\x00{first[50:90]}\n{rest}")
-    ran = cli(*options)
+    ran = run_sweep(tmp_path, "draft=none", "seed=0,1")
     assert ran.code == 0, ran.err
     assert "1 of 2 job(s) had been finished before" in ran.out
-    after = sweep_records(tmp_path / "s")
-    in_order = {job: sorted(kept, key=lambda record: record["sample_id"]) for job, kept in before.items()}
-    assert {job: sorted(kept, key=lambda one: one["sample_id"]) for job, kept in after.items()} == in_order
+    assert in_order() == before
 
 
 def test_a_job_that_failed_once_and_then_ends_well_has_ended_well(tmp_path):
-    rows, sweep = tmp_path / "rows.jsonl", tmp_path / "s"
-    source = ["benchmark=gsm8k", "benchmark.source=file", f"benchmark.path={rows}"]
-    options = ["-m", *TINY, *source, "draft=none", "seed=0", HERE, f"sweep_dir={sweep}"]
-    assert cli(*options).code != 0
-    assert statuses(sweep) == ["failed"]
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "s"
+    options = ["benchmark=gsm8k", "benchmark.source=file", f"benchmark.path={rows}", "draft=none", "seed=0"]
+    assert run_sweep(folder, *options).code != 0
+    assert statuses(folder) == ["failed"]
     rows.write_text(json.dumps({"question": "How much is one and one?", "answer": "#### 2"}) + "\n")
-    ran = cli(*options)
+    ran = run_sweep(folder, *options)
     assert ran.code == 0, ran.err
-    assert statuses(sweep) == ["ok"]
-    assert json.loads((sweep / "0" / "job.json").read_text())["attempts"] == 2
+    assert statuses(folder) == ["ok"]
+    assert json.loads((folder / "0" / "job.json").read_text())["attempts"] == 2
 
 
 def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
-    ran = cli(
-        "-m",
-        "plan_only=true",
-        "offload=stream",
-        "target=planted_qwen2_5_7b",
-        "offload.card=RTX 4090",
-        "offload.vram_gib=2,8",
-        f"sweep_dir={tmp_path}",
-        HERE,
-    )
+    budgets = ["offload=stream", "offload.card=RTX 4090", "offload.vram_gib=2,8"]
+    ran = cli("-m", "plan_only=true", "target=planted_qwen2_5_7b", *budgets, HERE, f"sweep_dir={tmp_path}")
     assert ran.code == 2
     assert statuses(tmp_path) == ["failed", "ok"]
     reason = json.loads((tmp_path / "0" / "job.json").read_text())["reason"]
@@ -253,7 +228,7 @@ def test_two_sweeps_in_one_folder(tmp_path):
     from subspec.records.sweep_folder import SweepFolder
 
     with SweepFolder.open(tmp_path, []):
-        ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path}")
+        ran = run_sweep(tmp_path, "draft=none")
     ran.refused(1, r"sweep_dir=\S+ is in use by another process: wait for it")
 
 
@@ -267,9 +242,7 @@ def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
     """
     sweep = tmp_path / "größe"
     monkeypatch.setattr(
-        JobProcess,
-        "_spawn",
-        lambda job, log: Forked(*job.spec.command[3:], log=log.fileno(), env=job_environment(job.gpu)),
+        JobProcess, "_spawn", lambda job, log: Forked(*job.command[3:], log=log.fileno(), env=job_environment(job.gpu))
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -316,7 +289,7 @@ def test_killed_twice_at_random_and_run_again(tmp_path, seed):
             process.communicate()
         else:
             (job,) = running_jobs(sweep)
-            os.kill(job, signal.SIGKILL)
+            job.kill()
             _, err = process.communicate(timeout=400)
             assert process.returncode == 1, err
             assert statuses(sweep).count("failed") == 1
@@ -350,18 +323,9 @@ def test_interrupted_and_continued_by_the_same_command(tmp_path):
 
 
 def running_jobs(sweep):
-    """Process ids of the jobs below a sweep's folder."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/cmdline", "rb") as file:
-                    words = file.read().split(b"\0")
-            except OSError:
-                continue
-            if b"subspec.cli.job" in words and any(str(sweep).encode() in word for word in words):
-                found.append(int(entry))
-    return found
+    """Processes of the jobs below a sweep's folder."""
+    commands = {one: " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
+    return [one for one, text in commands.items() if "subspec.cli.job" in text and str(sweep) in text]
 
 
 def test_an_interrupt_of_the_report_tells_how_to_go_on(tmp_path, monkeypatch):
@@ -369,7 +333,7 @@ def test_an_interrupt_of_the_report_tells_how_to_go_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("subspec.sweeps.sweeper.write_report", interrupted)
-    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran = run_sweep(tmp_path, "draft=none")
     ran.refused(130, r"interrupted: finished samples are kept; continue with the same command and sweep_dir=")
 
 
@@ -382,18 +346,17 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch):
 
     (basic,) = (one for one in Plugins.instance().discover(Launcher) if one.__name__ == "BasicLauncher")
     monkeypatch.setattr(basic, "launch", launch)
-    ran = cli("-m", *TINY, "draft=none", HERE, f"sweep_dir={tmp_path / 's'}")
+    ran = run_sweep(tmp_path, "draft=none")
     ran.refused(1, r"hydra/launcher=basic could not start a job \(no srun here\): .*hydra/launcher=process")
 
 
 def test_a_job_in_use_elsewhere_ends_no_other(tmp_path, monkeypatch):
-    sweep = tmp_path / "s"
-    assert cli("-m", *TINY, "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}").code == 0
-    (sweep / "1" / "job.json").unlink()
-    with RunFolder.open(sweep / "1", resume=True, config=_config_of(sweep / "1")):
-        ran = cli("-m", *TINY, "draft=none", "seed=0,1,2", HERE, f"sweep_dir={sweep}")
+    assert run_sweep(tmp_path, "draft=none", "seed=0,1").code == 0
+    (tmp_path / "1" / "job.json").unlink()
+    with RunFolder.open(tmp_path / "1", resume=True, config=_config_of(tmp_path / "1")):
+        ran = run_sweep(tmp_path, "draft=none", "seed=0,1,2")
     assert ran.code == 1
-    assert statuses(sweep) == ["ok", "failed", "ok"]
+    assert statuses(tmp_path) == ["ok", "failed", "ok"]
 
 
 def test_a_job_is_not_mixed_with_other_prompts(tmp_path, monkeypatch):
@@ -406,25 +369,24 @@ def test_a_job_is_not_mixed_with_other_prompts(tmp_path, monkeypatch):
         return Table(rows, "the hub"), None
 
     monkeypatch.setattr(subspec.benchmarks.loader, "load_rows", load_rows)
-    sweep, up = tmp_path / "s", False
-    command = ["-m", *TINY, "benchmark.source=auto", "draft=none", "seed=0,1", HERE, f"sweep_dir={sweep}"]
-    assert cli(*command).code == 0
-    (sweep / "1" / "job.json").unlink()
-    records = (sweep / "1" / "records.jsonl").read_bytes().splitlines(keepends=True)
-    (sweep / "1" / "records.jsonl").write_bytes(records[0])
+    options, up = ["benchmark.source=auto", "draft=none", "seed=0,1"], False
+    assert run_sweep(tmp_path, *options).code == 0
+    job, file = tmp_path / "1", tmp_path / "1" / "records.jsonl"
+    (job / "job.json").unlink()
+    first = file.read_bytes().splitlines(keepends=True)[0]
+    file.write_bytes(first)
 
     up = True
-    assert cli(*command).code == 2
-    assert statuses(sweep) == ["ok", "failed"]
-    reason = json.loads((sweep / "1" / "job.json").read_text())["reason"]
+    assert run_sweep(tmp_path, *options).code == 2
+    assert statuses(tmp_path) == ["ok", "failed"]
+    reason = json.loads((job / "job.json").read_text())["reason"]
     assert "benchmark.source comes to hub now" in reason
     assert "set benchmark.source=sample" in reason
-    assert (sweep / "1" / "records.jsonl").read_bytes() == records[0]
+    assert file.read_bytes() == first
 
-    ran = cli(f"run_dir={sweep / '1'}", "resume=true", "benchmark.source=sample")
+    ran = cli(f"run_dir={job}", "resume=true", "benchmark.source=sample")
     assert ran.code == 0, ran.err
-    assert {record["source"] for record in records_of(sweep / "1")} == {"sample"}
-    assert len(records_of(sweep / "1")) == 2
+    assert [record["source"] for record in records_of(job)] == ["sample"] * 2
 
 
 def _config_of(folder):
