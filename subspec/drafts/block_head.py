@@ -69,7 +69,7 @@ class BlockShape(Eagle3Shape):
 
     kind: ClassVar[str] = "block head"
     draft: ClassVar[str] = "block_head"
-    hidden_norm: ClassVar[str] = "hidden_norm.weight"
+    keeps_features: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = (
         *REQUIRED, *QK_NORMS, INPUT_NORM, "hidden_norm.weight", "norm.weight"
     )  # fmt: skip
@@ -94,9 +94,6 @@ class BlockShape(Eagle3Shape):
 
     def draft_rows(self, policy: TreePolicy) -> int:
         return self.block
-
-    def kept_features(self, policy: TreePolicy) -> int:
-        return 0
 
     @classmethod
     def largest(cls, target: PretrainedConfig) -> dict[str, Any]:
@@ -126,14 +123,16 @@ class BlockShape(Eagle3Shape):
             )
         if not flat.get("target_layer_ids"):
             raise ConfigError("the block head's config.json lacks target_layer_ids: fetch or copy it again")
+        markov = tuple(tensors[MARKOV[0]].shape) if MARKOV[0] in tensors else ()
+        hidden, inputs = len(tensors["fc.weight"]), tensors[CONFIDENCE[0]].shape[-1] if CONFIDENCE[0] in tensors else 0
         return super().own_fields(tensors, flat) | {
             "decoder_layers": _number(flat, "num_hidden_layers", least=1),
             "block": _number(flat, "block_size", least=2),
             "mask_id": _number(flat, "mask_token_id", least=0),
             "shifted": "markov_rank" in flat or "dspark" in str(flat.get("architectures")).lower(),
             "causal": any(flat.get(key) for key in CAUSAL),
-            "markov": tuple(tensors[MARKOV[0]].shape) if MARKOV[0] in tensors else (),
-            "confidence": tensors[CONFIDENCE[0]].shape[-1] if CONFIDENCE[0] in tensors else 0,
+            "markov": markov,
+            "confidence": hidden + sum(markov[1:]) if inputs not in (0, hidden) else inputs,
             "target_layers": flat.get("num_target_layers") or 0,
         }
 
@@ -158,13 +157,6 @@ class BlockShape(Eagle3Shape):
                 f"{target.vocab_size}: set draft.path to a head that was trained for this target"
             )
         return super().wants(target)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        found = super().shapes() | {name: torch.Size(self.markov) for name in MARKOV if self.markov}
-        if self.confidence:
-            rank = self.markov[-1] if self.markov and self.confidence != self.hidden else 0
-            found |= {CONFIDENCE[0]: torch.Size([1, self.hidden + rank]), CONFIDENCE[1]: torch.Size([1])}
-        return {own: size for name, size in found.items() for own in _in_layers([name], self.decoder_layers)}
 
     def config(self) -> dict[str, Any]:
         return (
@@ -275,3 +267,6 @@ class BlockHead(Eagle3Head):
         if self.shape.confidence > self.shape.hidden:
             features = torch.cat([features, self.markov_head["markov_w1"](tokens)], dim=-1)
         return self.confidence_head["proj"](features)[:, 0].float().sigmoid()
+
+
+BlockShape.head_class = BlockHead

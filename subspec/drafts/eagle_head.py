@@ -56,6 +56,7 @@ class EagleShape:
     Attributes:
         kind, draft: its name in messages, and the draft that reads it.
         required, optional: names of its tensors.
+        keeps_features: whether a level reads the features that the levels above it predicted.
         hidden: width of its features; those of EAGLE-1 and EAGLE-2 are the target's hidden states.
         heads, kv_heads, head_dim: of the attention.
         intermediate: width of the MLP.
@@ -64,12 +65,15 @@ class EagleShape:
         rope: rotary settings as in transformers' ``rope_parameters`` (``rope_theta``, ``rope_type``, ...).
         max_positions: that the rotary settings were made for.
         decoder_layers: of the head, all of the same sizes.
+        qk_norm: whether the heads of query and key have norms.
     """
 
     kind: ClassVar[str] = "EAGLE-1 or EAGLE-2 head"
     draft: ClassVar[str] = "eagle2"
     required: ClassVar[tuple[str, ...]] = REQUIRED
     optional: ClassVar[tuple[str, ...]] = OPTIONAL
+    head_class: ClassVar[type["EagleHead"]]
+    keeps_features: ClassVar[bool] = True
 
     hidden: int
     heads: int
@@ -81,6 +85,7 @@ class EagleShape:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     max_positions: int = 2048
     decoder_layers: int = 1
+    qk_norm: bool = False
 
     @classmethod
     def names(cls, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -99,9 +104,7 @@ class EagleShape:
             ConfigError: the shapes contradict each other, the configuration's number of heads, or its activation.
         """
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        hidden = shapes["fc.weight"][0]
         q, k = (shapes[f"{ATTENTION}{name}_proj.weight"][0] for name in "qk")
-        intermediate = shapes[f"{MLP}gate_proj.weight"][0]
         heads = config.get("num_attention_heads")
         if not isinstance(heads, int) or heads < 1:
             raise ConfigError(
@@ -118,11 +121,11 @@ class EagleShape:
                 "(num_attention_heads) do not divide into: its config.json belongs to another head"
             )
         shape = cls(
-            hidden=hidden,
+            hidden=shapes["fc.weight"][0],
             heads=heads,
             kv_heads=k // head_dim,
             head_dim=head_dim,
-            intermediate=intermediate,
+            intermediate=shapes[f"{MLP}gate_proj.weight"][0],
             biases=frozenset(name for name in OPTIONAL if name in shapes),
             eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=rope_settings(config),
@@ -157,10 +160,6 @@ class EagleShape:
     def draft_rows(self, policy: TreePolicy) -> int:
         """Rows of the draft region of its KV cache."""
         return policy.draft_rows
-
-    def kept_features(self, policy: TreePolicy) -> int:
-        """Nodes of a tree whose predicted features are kept."""
-        return policy.capacity
 
     @property
     def inputs(self) -> tuple[int, int]:
@@ -197,24 +196,8 @@ class EagleShape:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every tensor, by name."""
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        fc_inputs, inputs = self.inputs
-        linears = {
-            "fc": (self.hidden, fc_inputs),
-            f"{ATTENTION}q_proj": (width, inputs),
-            f"{ATTENTION}k_proj": (kv_width, inputs),
-            f"{ATTENTION}v_proj": (kv_width, inputs),
-            f"{ATTENTION}o_proj": (self.hidden, width),
-            f"{MLP}gate_proj": (self.intermediate, self.hidden),
-            f"{MLP}up_proj": (self.intermediate, self.hidden),
-            f"{MLP}down_proj": (self.hidden, self.intermediate),
-        }
-        found = {NORM: torch.Size([self.hidden])}
-        for name, size in linears.items():
-            found[f"{name}.weight"] = torch.Size(size)
-            if f"{name}.bias" in self.biases:
-                found[f"{name}.bias"] = torch.Size(size[:1])
-        return found
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in self.head_class(self).state_dict().items()}
 
     def layer_config(self) -> LlamaConfig:
         """The configuration of transformers' decoder layer."""
@@ -279,14 +262,12 @@ class EagleAttention(LlamaAttention):
 
     def __init__(self, config: LlamaConfig, shape: EagleShape, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        stored = shape.shapes()
-        for name in "qkvo":
-            size = stored[f"{ATTENTION}{name}_proj.weight"]
-            linear = nn.Linear(size[1], size[0], bias=f"{ATTENTION}{name}_proj.bias" in stored)
-            setattr(self, f"{name}_proj", linear)
+        for name in (f"{one}_proj" for one in "qkvo"):
+            outputs, inputs = getattr(self, name).weight.shape
+            inputs = inputs if name == "o_proj" else shape.inputs[1]
+            setattr(self, name, nn.Linear(inputs, outputs, bias=f"{ATTENTION}{name}.bias" in shape.biases))
         for name in ("q_norm", "k_norm"):
-            normed = f"{ATTENTION}{name}.weight" in stored
-            self.add_module(name, LlamaRMSNorm(self.head_dim, shape.eps) if normed else nn.Identity())
+            self.add_module(name, LlamaRMSNorm(self.head_dim, shape.eps) if shape.qk_norm else nn.Identity())
 
     def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -431,3 +412,6 @@ class EagleHead(nn.Module):
         """
         x = self.combine(embeddings, features)[1][None]
         self.layers[0].self_attn.store(x, *self.rotary(x, positions[None]), view)
+
+
+EagleShape.head_class = EagleHead

@@ -23,7 +23,7 @@ from subspec.decoding.hidden import NO_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
-from subspec.drafts.block_levels import BlockLevels
+from subspec.drafts.block_draft import BlockLevels
 from subspec.drafts.eagle import meta_states, observe_bytes
 from subspec.drafts.eagle_checkpoint import read_pickle
 from subspec.drafts.separate_cache import prompt_rows
