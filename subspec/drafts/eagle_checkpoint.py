@@ -69,18 +69,25 @@ NAMED = 6
 
 @dataclass
 class LoadedHead:
-    """A head in memory.
-
-    Attributes:
-        source: of ``Located``.
-        dropped: names of the file's tensors that are not used.
-        planted: whether the weights are made up.
-    """
+    """A head in memory; ``dropped``: names of the file's tensors that are not used."""
 
     head: EagleHead
     source: str
     dropped: list[str] = field(default_factory=list)
     planted: bool = False
+
+
+KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
+    Eagle2DraftConfig: EagleHead,
+    Eagle3DraftConfig: Eagle3Head,
+    BlockHeadDraftConfig: BlockHead,
+}
+"""Kinds of head, by the class of the configuration."""
+
+
+def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
+    """The kind of head that a draft reads."""
+    return KINDS[type(draft)]
 
 
 # ---------------------------------------------------------------------------------------------- finding
@@ -90,8 +97,7 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one.
 
     Raises:
-        SubspecError: as :func:`locate_head` or :meth:`PlantedHead.of`; or no head ships for the target, or the shipped
-            one is not there.
+        SubspecError: there is none for this target.
     """
     if draft.path == PLANTED:
         return PlantedHead.of(target, kind_of(draft))
@@ -111,25 +117,8 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     return Located(f"the shipped {shape.kind}", source, folder)
 
 
-KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
-    Eagle2DraftConfig: EagleHead,
-    Eagle3DraftConfig: Eagle3Head,
-    BlockHeadDraftConfig: BlockHead,
-}
-"""Kinds of head, by the class of the configuration."""
-
-
-def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
-    """The kind of head that a draft reads."""
-    return KINDS[type(draft)]
-
-
 def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
-    """Refuse to draft with a shipped head for any target but the embedded default.
-
-    Raises:
-        ConfigError: names ``draft.path``.
-    """
+    """Refuse to draft with a shipped head for any target but the embedded default."""
     if not isinstance(target, EmbeddedTargetConfig):
         shape = kind_of(draft).shape_class
         raise ConfigError(
@@ -169,11 +158,7 @@ def _as_target(path: str) -> HubTargetConfig:
 
 
 def read_config(files: Located) -> dict[str, Any]:
-    """The head's ``config.json``; nested parts (:data:`WRAPPERS`) on top of what surrounds them.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """The head's ``config.json``; nested parts (:data:`WRAPPERS`) on top of what surrounds them."""
     return _unwrapped(read_json(files.folder / CONFIG))
 
 
@@ -221,11 +206,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def head_identity(files: Located | PlantedHead) -> str:
-    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`).
-
-    Raises:
-        SubspecError: as :func:`read_tensors`.
-    """
+    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`)."""
     if isinstance(files, PlantedHead):
         return hashlib.sha256(files.source.encode()).hexdigest()
     return identity(read_tensors(files).items(), [files.folder / CONFIG])
@@ -277,13 +258,13 @@ def sort_tensors(
     return kept, sorted(dropped)
 
 
+def _is_unused(name: str) -> bool:
+    return name in UNUSED or name.endswith("rotary_emb.inv_freq") or name.startswith("verifier_")
+
+
 def with_article(kind: str) -> str:
     """A kind of head with its indefinite article."""
     return f"{'an' if kind.startswith('E') else 'a'} {kind}"
-
-
-def _is_unused(name: str) -> bool:
-    return name in UNUSED or name.endswith("rotary_emb.inv_freq") or name.startswith("verifier_")
 
 
 def kind_of_files(names: Iterable[str], config: Mapping[str, Any]) -> type[EagleHead]:
@@ -302,18 +283,16 @@ def _said(config: Mapping[str, Any]) -> str:
 
 def _other_kind(names: Iterable[str], config: Mapping[str, Any], kind: type[EagleHead]) -> str | None:
     """Another kind than ``kind``, if tensors or configuration tell, with the remedy."""
-    names, shape = list(names), kind_of_files(names, config).shape_class
+    names, shape, own = list(names), kind_of_files(names, config).shape_class, kind.shape_class
     other = ""
     if "medusa" in _said(config) or any("medusa_head" in n or n.endswith(".0.linear.weight") for n in names):
         other = "a set of Medusa heads"
-    elif shape is not kind.shape_class and "fc.weight" in names:
+    elif shape is not own and "fc.weight" in names:
         return f"{with_article(shape.kind)}: set draft={shape.draft} with the same draft.path"
     elif shape is EagleShape and any(key.startswith("speculators_") for key in config):
-        said = config.get("speculators_model_type")
-        other = f"a head ({said}) in the layout of the speculators library"
+        other = f"a head ({config.get('speculators_model_type')}) in the layout of the speculators library"
     elif "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
         other = "a whole language model (draft=small_model drafts with it)"
-    own = kind.shape_class
     reads = f"draft={own.draft} reads {with_article(own.kind)} as published"
     return other and f"{other}, and {reads}: set draft.path to one"
 
@@ -348,11 +327,7 @@ def load_head(
 
 @functools.lru_cache(maxsize=8)
 def head_shape(files: Located | PlantedHead, hidden: int, target: str, kind: type[EagleHead] = EagleHead) -> EagleShape:
-    """Sizes of a head without its weights, for planning; arguments as of :func:`load_head`.
-
-    Raises:
-        SubspecError: as :func:`load_head`.
-    """
+    """Sizes of a head without its weights, for planning; arguments and errors as of :func:`load_head`."""
     if isinstance(files, PlantedHead):
         return files.shape()
     return _read(files, hidden, target, kind)[2]
@@ -375,10 +350,8 @@ def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: typ
         ConfigError: they contradict each other, or a value of the configuration is invalid.
     """
     try:
-        shape = kind.shape_class.of(tensors, config)
-        shape.layer_config()  # the library checks rotary settings
+        return kind.shape_class.of(tensors, config)
     except SubspecError:
         raise
-    except Exception as error:
+    except Exception as error:  # also of the library, which checks rotary settings
         raise ConfigError(f"the {kind.shape_class.kind}'s config.json is not valid ({one_line(error)})") from error
-    return shape

@@ -35,7 +35,7 @@ class FeatureDraft(Draft):
         features: predicted ones by node number, so that a level finds its parents' wherever they are in the tree.
     """
 
-    rows: DraftRows
+    rows: DraftRows | None = None
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class FeatureDraft(Draft):
         return self.rows.cache
 
     def begin(self, cache: KVCache) -> None:
-        if not hasattr(self, "rows") or self.cache.max_length != cache.max_length:
+        if self.rows is None or self.cache.max_length != cache.max_length:
             shape, target = self.head.shape, self.target
             sizes: dict[str, Any] = {"max_length": cache.max_length, "draft_rows": self._draft_rows, "target_rows": 0}
             sizes |= {"layers": shape.decoder_layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
@@ -69,7 +69,7 @@ class FeatureDraft(Draft):
     def fork(self) -> Self:
         other = copy.copy(self)
         other.features = torch.zeros_like(self.features)
-        vars(other).pop("rows", None)
+        other.rows = None
         return other
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:

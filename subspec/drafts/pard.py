@@ -28,12 +28,11 @@ from subspec.drafts.eagle import meta_states, observe_bytes
 from subspec.drafts.eagle_checkpoint import read_pickle
 from subspec.drafts.separate_cache import prompt_rows
 from subspec.drafts.small_checkpoint import PLANTED, load_small_config, small_folder
-from subspec.drafts.small_model import SmallModelSpec, check_small_model
-from subspec.drafts.small_model_memory import OwnModelMemory
+from subspec.drafts.small_model import OwnModelMemory, SmallModelSpec, check_small_model
 from subspec.drafts.spec import BuiltDraft
 from subspec.errors import ConfigError
 from subspec.memory.allocator import Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.memory.draft_memory import SizingInputs
 from subspec.memory.trace import META, draft_level_bytes, token_ids
 from subspec.utils.console import Note
 from subspec.utils.disk import sha256
@@ -69,7 +68,6 @@ def pard_settings(config: Config) -> PardDraftConfig:
         ConfigError: it names no model.
     """
     draft = config.draft
-    assert isinstance(draft, PardDraftConfig)
     if draft.path is None:
         raise ConfigError(
             "draft=pard ships no model: set draft.path to the folder or hub id of a PARD model with the vocabulary of "
@@ -85,7 +83,6 @@ def pard_shape(config: Config, target: PretrainedConfig) -> PardShape:
         ConfigError: the model is no PARD model, or was made for another target.
     """
     path, small = pard_settings(config).path, load_small_config(config)
-    assert path is not None
     token = small.vocab_size - 1 if path.startswith(PLANTED) else getattr(small, "pard_token", None)
     if not isinstance(token, int) or not 0 <= token < small.vocab_size:
         raise ConfigError(
@@ -266,6 +263,8 @@ class PardMemory(OwnModelMemory):
 class PardSpec(SmallModelSpec):
     """``draft=pard``."""
 
+    memory = PardMemory
+
     @classmethod
     def check(cls, config: Config) -> None:
         draft = pard_settings(config)
@@ -277,10 +276,6 @@ class PardSpec(SmallModelSpec):
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         pard_shape(config, model)
         check_small_model(config, load_small_config(config))
-
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return PardMemory(inputs)
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:

@@ -5,6 +5,7 @@ the target's. After verification the rows of the accepted nodes move from the dr
 not computed again. Accepted nodes that were never run, such as one of the deepest level, are run then.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -59,15 +60,12 @@ class SeparateCacheDraft(Draft):
         self._is_warm = False
 
     def fork(self) -> "SeparateCacheDraft":
-        own = self.cache
-        return SeparateCacheDraft(
-            self.levels.fork(),
-            self.model,
-            max_length=own.max_length,
-            draft_rows=own.draft_rows,
-            vocab_size=self.vocab_size,
-            width=self._width,
+        other, own = copy.copy(self), self.cache
+        other.levels, other._is_warm = self.levels.fork(), False
+        other.cache = self.model.new_cache(
+            max_length=own.max_length, draft_rows=own.draft_rows, target_rows=own.target_rows
         )
+        return other
 
     def facts(self) -> dict[str, Any]:
         return {"graphs_captured": 0, **self.levels.facts()}

@@ -4,19 +4,25 @@ The parts of a fused Linear are adjacent in a layer's flat bytes (:func:`subspec
 the parameters of a transformers module and the fused Linears are views of the same bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.errors import ConfigError
-from subspec.levels.build import check_biases
-from subspec.levels.model import LevelLayer
+from subspec.levels.build import check_biases, level_model
+from subspec.levels.model import LevelLayer, LevelModel
 from subspec.quant.level_linear import Dense
 from subspec.targets.layer_bytes import NEIGHBOURS
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.rounding import is_power_of_two
+
+
+def dense_levels(model: PreTrainedModel, layers: Iterable[int]) -> LevelModel:
+    """The decoder layers ``layers`` of ``model``, laid out by :func:`flat_layer`, each on its own rows of the cache."""
+    modules = model.get_decoder().layers
+    return level_model(model, [dense_layer(layer_views(modules[index]), cache_layer=index) for index in layers])
 
 
 def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) -> LevelLayer:
