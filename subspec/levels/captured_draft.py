@@ -68,6 +68,7 @@ class CapturedDraft(LevelDraft):
     """
 
     shares_cache = True
+    whole_levels = True
 
     def __init__(
         self,
@@ -84,53 +85,39 @@ class CapturedDraft(LevelDraft):
         self.launches = launch.how(self.device, overlap)
         self.overlap = self.launches == launch.OVERLAPPING
         self._kernels = LevelKernels(model, self.overlap)
-        self._cache: KVCache | None = None
+        self.cache: KVCache | None = None  # that the levels run on, from begin() on
         self._shared = _Shared()
         self._scratch = Tree(1, self.device)
 
     def facts(self) -> dict[str, Any]:
         """Number of captured graphs, and how their kernels are launched (:func:`subspec.kernels.launch.how`)."""
-        graphs = 0 if self._cache is None else len(self._state.graphs)
+        graphs = 0 if self.cache is None else len(self._state.graphs)
         return {"graphs_captured": graphs, "draft_launches": self.launches}
 
     # ------------------------------------------------------------------------------- the draft interface
 
     def begin(self, cache: KVCache) -> None:
-        self._cache = cache
+        self.cache = cache
 
     def fork(self) -> "CapturedDraft":
         other = copy.copy(self)
-        other._cache, other._scratch = None, Tree(1, self.device)
+        other.cache, other._scratch = None, Tree(1, self.device)
         return other
 
     def move(self, cache: KVCache) -> None:
-        self._cache = cache
+        self.cache = cache
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
         pass
 
     @property
-    def cache(self) -> KVCache:
-        """The cache that the levels run on."""
-        if self._cache is None:
-            raise RuntimeError("begin() comes first")
-        return self._cache
-
-    @property
     def _state(self) -> _OnBuffer:
-        cache = self.cache
-        if self._shared not in cache.attached:
-            sizes = len(cache.buffer), cache.draft_rows
-            cache.attached[self._shared] = _OnBuffer(
-                *(torch.zeros(size, dtype=torch.int64, device=self.device) for size in sizes)
-            )
-        return cache.attached[self._shared]
+        known, sizes = self.cache.attached, (len(self.cache.buffer), self.cache.draft_rows)
+        if self._shared not in known:
+            known[self._shared] = _OnBuffer(*(torch.zeros(n, dtype=torch.int64, device=self.device) for n in sizes))
+        return known[self._shared]
 
     # ----------------------------------------------------------------------- on a cache of the draft's own
-
-    @property
-    def whole_levels(self) -> bool:
-        return True
 
     @property
     def node_of_row(self) -> Tensor:
@@ -251,7 +238,7 @@ class CapturedDraft(LevelDraft):
         """One buffer for the logits of all levels, so that captured levels do not keep one tensor each."""
         shared = self._shared
         if shared.logits is None or shared.logits.shape[0] < rows:
-            if self._cache is not None:
+            if self.cache is not None:
                 self._state.graphs.clear()  # they write to the narrower buffer
             shape, ids = (max(rows, USUAL_ROWS), self.model.vocab_size), self.model.ids
             shared.logits = torch.full(shape, NEVER, dtype=torch.bfloat16, device=self.device)
