@@ -5,12 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from subspec.decoding.engine import Engine
-from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.block_head import BlockShape
 from tests.helpers.eagle import random_head
 
@@ -36,16 +31,6 @@ BLOCKS = {
     ),
 }  # fmt: skip
 """Heads for targets of hidden size 64, eight layers and 320 tokens."""
-
-
-def block_engine(
-    model: PreTrainedModel, policy: TreePolicy, shape: str, draft: type[BlockDraft] = BlockDraft, **options: object
-) -> Engine:
-    """An engine that drafts with a random head."""
-    target = TargetModel(model)
-    kept = {"future": options.pop("future")} if "future" in options else {}
-    drafts = draft(random_head(BLOCKS[shape], std=0.1), target, policy, **kept)
-    return Engine(target, drafts, policy, **{"max_length": 256, "prefill_chunk": 4, **options})
 
 
 def published_block(

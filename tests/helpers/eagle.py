@@ -7,14 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from subspec.decoding.engine import Engine
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.block_head import BlockHead, BlockShape
-from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
 from tests.helpers.drafts import begin, grow, verified
@@ -79,22 +74,6 @@ def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHea
             else:
                 parameter.normal_(0.0, std, generator=generator)
     return head.eval().requires_grad_(False)
-
-
-def eagle_engine(
-    model: PreTrainedModel,
-    policy: TreePolicy,
-    shape: str = "qwen2",
-    *,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    **options: object,
-) -> Engine:
-    """An engine that drafts with a random head."""
-    target = TargetModel(model)
-    draft = EagleDraft(random_head((SHAPES | SHAPES3)[shape], seed), target, policy)
-    options = {"max_length": 256, "prefill_chunk": 16, **options}
-    return Engine(target, draft, policy, sampling=sampling, **options)
 
 
 def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0) -> Tensor:
