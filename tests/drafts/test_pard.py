@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from subspec import build_engine
-from subspec.config.schema import Eagle2TreeConfig, PardDraftConfig, PlantedTargetConfig, to_config
+from subspec.config.schema import Eagle2TreeConfig, PardDraftConfig, to_config
 from subspec.decoding.audit import Auditor
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.check_config import check_config
 from subspec.drafts.pard import WARP
 from subspec.errors import ConfigError
-from subspec.planning.plan import plan_run
-from subspec.session import assemble_streamed, weights_identity
-from subspec.targets.load import open_source
+from subspec.session import weights_identity
 from tests.config.test_config import composed
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import drafted_paths
-from tests.helpers.planning import settings
+from tests.helpers.streamed import streamed, streamed_settings
 from tests.helpers.taught import PARD_LEVELS, PARD_TOKEN, PARDS, POLICIES, PROMPT, draft_engine, pard_model, projection
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model
 
@@ -87,8 +85,7 @@ def test_published_models_load_and_run(tmp_path, capsys, model, text, warp):
 
 
 def test_the_identity_covers_the_projection(tmp_path):
-    target = PlantedTargetConfig(name="planted_tiny", shape="tiny")
-    config = replace(settings(), target=target, draft=PardDraftConfig(name="pard", path=str(tmp_path)))
+    config = streamed_settings(PardDraftConfig(name="pard", path=str(tmp_path)))
     found = set()
     for scale in (None, 1.0, 2.0):
         published(tmp_path, {"target_proj.weight": scale * projection()} if scale else None, **PARD2)
@@ -138,23 +135,18 @@ def test_settings_that_cannot_be_are_refused(options, words):
 @pytest.mark.parametrize("kind", ["planted", "pard2"])
 @pytest.mark.parametrize("tree", ["beam", "eagle2"])
 def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(tmp_path, kind, tree):
-    target, path = PlantedTargetConfig(name="planted_tiny", shape="tiny"), "planted:tiny_draft"
+    path = "planted:tiny_draft"
     if kind == "pard2":
         path = tmp_path
         tiny_checkpoint(path, "llama", layers=2, hidden_size=32, vocab_size=4096)
-        (path / "tokenizer.json").unlink()  # tokens as the planted target's
-        for file in path.glob("tokenizer*"):
+        for file in path.glob("tokenizer*"):  # tokens as the planted target's
             file.unlink()
         edit_config(path, pard_token=5, **PARD2 | {"pard2_target_dim": 768})
         torch.save({"target_proj.weight": torch.randn(32, 768)}, path / WARP)
-    config = settings(vram_gib=1.0, decoding={"max_length": 128}, resident_layers=2, tree=(3, 3))
-    config = replace(config, target=target, draft=PardDraftConfig(name="pard", path=str(path), block=4))
+    config = streamed_settings(PardDraftConfig(name="pard", path=str(path), block=4), resident_layers=2)
     if tree == "eagle2":
         config = replace(config, tree=Eagle2TreeConfig(name="eagle2", depth=6, width=3, total_tokens=12))
-    source = open_source(target, torch.bfloat16, CPU, note=lambda text: None)
-    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
-    assembly = assemble_streamed(config, source, plan, CPU, note=lambda text: None)
-    try:
+    with streamed(config) as (plan, assembly):
         found = {item.name: item.bytes for item in plan.items}
         assert found["small model's KV"] == assembly.engine.draft.cache.nbytes
         assert ("projection" in found) == (kind == "pard2")
@@ -164,5 +156,3 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(tmp_path,
         assert audit.mismatch == 0
         assert assembly.draft_facts["method"] == ("PARD" if kind == "planted" else "PARD-2")
         assert assembly.draft_facts["block"] == (3 if tree == "beam" else 4)
-    finally:
-        assembly.close()
