@@ -5,12 +5,13 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from subspec.config.checks import streams_from_disk
+from subspec.config.enums import AUTO
 from subspec.config.schema import Config, HqqConfig
 from subspec.decoding.cpu_pass import misfit
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.cpu_levels import why_modules
-from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization
+from subspec.levels.quantization import LevelQuantization, hqq_quantization
 from subspec.memory.allocator import Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int8CpuLinear

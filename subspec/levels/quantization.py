@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from subspec.config.enums import AUTO
 from subspec.config.quant_checks import MODULE_CLASSES, bits_by_linear, check_higgs, check_hqq, linear_names
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
@@ -17,8 +18,6 @@ from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, check_group_size, hqq_quantizer
 from subspec.quant.quantize_model import HEAD
 from subspec.quant.weight_format import WeightFormat, WeightQuantizer
-
-AUTO = "auto"
 
 TILE_ROWS = 16
 """Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.int4.interleave`)."""
@@ -82,8 +81,7 @@ def level_quantization(
     """The quantization of a target of these shapes that ``quant`` configures.
 
     Args:
-        layer: shape of every parameter of a layer by name.
-        head: vocabulary and hidden size.
+        layer: shape of every parameter of a layer by name. head: vocabulary and hidden size.
         kernel: ``draft.kernel``.
 
     Raises:
