@@ -111,15 +111,12 @@ class BlockShape(Eagle3Shape):
     @classmethod
     def own_fields(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         flat = {**config, **(config.get("dflash_config") or {})}
-        for key, values in NEUTRAL.items():
-            if flat.get(key) is not None and flat[key] not in values:
-                raise ConfigError(
-                    f"the block head's config.json says {key}={flat[key]}: such heads are not built; take another one"
-                )
+        changes = [f"{key}={flat[key]}" for key, same in NEUTRAL.items() if flat.get(key) not in (None, *same)]
         if "sliding_attention" in (flat.get("layer_types") or ()):
+            changes.append("sliding_attention in layer_types")
+        if changes:
             raise ConfigError(
-                "the block head's config.json names sliding_attention in layer_types: such heads are not built; take "
-                "another one"
+                f"the block head's config.json says {changes[0]}: such heads are not built; take another one"
             )
         if not flat.get("target_layer_ids"):
             raise ConfigError("the block head's config.json lacks target_layer_ids: fetch or copy it again")
@@ -141,21 +138,16 @@ class BlockShape(Eagle3Shape):
         return self.fc_inputs, self.hidden
 
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
+        why, vocab = "", target.vocab_size
         if self.target_layers not in (0, target.num_hidden_layers):
-            raise ConfigError(
-                f"the block head was made for a target of {self.target_layers} layers (num_target_layers), and this "
-                f"one has {target.num_hidden_layers}: set draft.path to a head that was trained for this target"
-            )
-        if self.mask_id >= (self.embeddings or target.vocab_size):
-            raise ConfigError(
-                f"the block head's mask_token_id={self.mask_id} is no row of the embedding table: set draft.path to a "
-                "head that was trained for this target"
-            )
-        if self.markov and self.markov[0] < target.vocab_size:
-            raise ConfigError(
-                f"the block head's Markov head knows {self.markov[0]} tokens, and the target's vocabulary has "
-                f"{target.vocab_size}: set draft.path to a head that was trained for this target"
-            )
+            made_for = f"a target of {self.target_layers} layers (num_target_layers)"
+            why = f" was made for {made_for}, and this one has {target.num_hidden_layers}"
+        elif self.mask_id >= (self.embeddings or vocab):
+            why = f"'s mask_token_id={self.mask_id} is no row of the embedding table"
+        elif self.markov and self.markov[0] < vocab:
+            why = f"'s Markov head knows {self.markov[0]} tokens, and the target's vocabulary has {vocab}"
+        if why:
+            raise ConfigError(f"the block head{why}: set draft.path to a head that was trained for this target")
         return super().wants(target)
 
     def config(self) -> dict[str, Any]:
@@ -184,11 +176,7 @@ def _in_layers(names: Iterable[str], layers: int) -> tuple[str, ...]:
 
 
 def _number(config: Mapping[str, Any], key: str, least: int) -> int:
-    """A whole number of a ``config.json``.
-
-    Raises:
-        ConfigError: it is missing, or smaller than ``least``.
-    """
+    """A whole number of a ``config.json``, at least ``least``."""
     value = config.get(key)
     if not isinstance(value, int) or value < least:
         raise ConfigError(

@@ -104,9 +104,6 @@ class EagleMemory(DraftMemory):
     With ``plan_only`` a head that is not on disk is not fetched: the largest possible head is counted, one layer of the
     target with a KV head per query head and every bias; for EAGLE-3 and block heads also five feature
     layers and an embedding and an LM head of its own.
-
-    Raises:
-        SubspecError: the head cannot be found or read, or belongs to another target.
     """
 
     captured = False
@@ -235,22 +232,14 @@ class EagleSpec(DraftSpec):
 
     def build(self, target: TargetModel) -> BuiltDraft:
         loaded, context = self._loaded, self.context
-        draft = self.memory.draft(loaded.head, target, context.policy, context.config.draft.temperature)
-        parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
+        head, shape = loaded.head, loaded.head.shape
+        draft = self.memory.draft(head, target, context.policy, context.config.draft.temperature)
+        parameters = sum(parameter.numel() for parameter in head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
-        facts = {
-            "head": loaded.source,
-            "planted": loaded.planted,
-            "dropped": loaded.dropped,
-            "dtype": dtype,
-            "parameters": parameters,
-            "heads": loaded.head.shape.heads,
-            "kv_heads": loaded.head.shape.kv_heads,
-            "graphs_captured": 0,
-        }
+        facts = {"head": loaded.source, "planted": loaded.planted, "dropped": loaded.dropped, "dtype": dtype}
+        facts |= {"parameters": parameters, "heads": shape.heads, "kv_heads": shape.kv_heads, "graphs_captured": 0}
         if draft.wants.layers:
             facts["feature_layers"] = list(draft.wants.layers)
-            facts["draft_vocab"] = target.vocab_size if loaded.head.d2t is None else len(loaded.head.d2t)
-        return BuiltDraft(
-            draft, facts=facts, summary=f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
-        )
+            facts["draft_vocab"] = target.vocab_size if head.d2t is None else len(head.d2t)
+        summary = f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
+        return BuiltDraft(draft, facts=facts, summary=summary)

@@ -27,7 +27,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle_head import ATTENTION, OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.errors import ConfigError
 
-INPUT_NORM, HIDDEN_NORM = "layers.0.input_layernorm.weight", "layers.0.hidden_norm.weight"
+INPUT_NORM = "layers.0.input_layernorm.weight"
 QK_NORMS = tuple(f"{ATTENTION}{name}_norm.weight" for name in "qk")
 EMBEDDING, LM_HEAD, D2T = "embed_tokens.weight", "lm_head.weight", "d2t"
 
@@ -53,7 +53,7 @@ class Eagle3Shape(EagleShape):
 
     kind: ClassVar[str] = "EAGLE-3 head"
     draft: ClassVar[str] = "eagle3"
-    required: ClassVar[tuple[str, ...]] = (*REQUIRED, INPUT_NORM, HIDDEN_NORM, "norm.weight")
+    required: ClassVar[tuple[str, ...]] = (*REQUIRED, INPUT_NORM, "layers.0.hidden_norm.weight", "norm.weight")
     optional: ClassVar[tuple[str, ...]] = (*OPTIONAL, *QK_NORMS, EMBEDDING, LM_HEAD, D2T)
 
     fc_inputs: int = 0
@@ -139,11 +139,7 @@ class Eagle3Shape(EagleShape):
 
 
 def _last_id(d2t: Tensor) -> int:
-    """The largest target id, or 0 for a tensor without numbers.
-
-    Raises:
-        ConfigError: the tensor holds no offsets of ids.
-    """
+    """The largest target id, or 0 for a tensor without numbers; a ConfigError if it holds no offsets of ids."""
     if d2t.is_meta:
         return 0
     ids = d2t + torch.arange(d2t.numel(), device=d2t.device)

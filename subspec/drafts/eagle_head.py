@@ -58,10 +58,8 @@ class EagleShape:
         required, optional: names of its tensors.
         keeps_features: whether a level reads the features that the levels above it predicted.
         hidden: width of its features; those of EAGLE-1 and EAGLE-2 are the target's hidden states.
-        heads, kv_heads, head_dim: of the attention.
         intermediate: width of the MLP.
         biases: names of the biases it has, from :data:`OPTIONAL`.
-        eps: of the norm.
         rope: rotary settings as in transformers' ``rope_parameters`` (``rope_theta``, ``rope_type``, ...).
         max_positions: that the rotary settings were made for.
         decoder_layers: of the head, all of the same sizes.
@@ -94,14 +92,13 @@ class EagleShape:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """Read off the weights; ``config`` only splits them into heads.
+        """Read off the weights; ``config``, the checkpoint's ``config.json``, only splits them into heads.
 
         Args:
             tensors: those of :meth:`names` that are there.
-            config: the checkpoint's ``config.json``.
 
         Raises:
-            ConfigError: the shapes contradict each other, the configuration's number of heads, or its activation.
+            ConfigError: the shapes contradict each other or the configuration.
         """
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         q, k = (shapes[f"{ATTENTION}{name}_proj.weight"][0] for name in "qk")
@@ -112,8 +109,7 @@ class EagleShape:
                 "weights alone do not tell where a head ends"
             )
         head_dim = q // heads
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
+        if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ConfigError(f"the {cls.kind}'s config.json says hidden_act={activation}: only silu is built")
         if q % heads or head_dim % 2 or k % head_dim or heads % (k // head_dim or 1):
             raise ConfigError(
@@ -167,11 +163,7 @@ class EagleShape:
         return 2 * self.hidden, self.hidden
 
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
-        """The hidden states that it reads of a target.
-
-        Raises:
-            ConfigError: the head was made for another target.
-        """
+        """The hidden states that it reads of a target; a ConfigError if it was made for another one."""
         return FINAL_HIDDEN
 
     @classmethod
@@ -180,9 +172,6 @@ class EagleShape:
 
         Args:
             path, target: names of the head and of the target, for messages.
-
-        Raises:
-            ConfigError: ``fc`` was made for another hidden size, or for another kind of head.
         """
         fc = list(tensors["fc.weight"].shape)
         if len(fc) != 2 or fc[1] != 2 * fc[0]:
@@ -234,8 +223,7 @@ class EagleShape:
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of a ``config.json``, whether written the old way (``rope_theta``, ``rope_scaling``) or the new.
 
-    Raises:
-        ConfigError: frequencies that depend on how far a pass reaches, or of an unknown kind.
+    Refused are frequencies that depend on how far a pass reaches.
     """
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = str(settings.pop("type", settings.get("rope_type", "default")))
@@ -337,11 +325,9 @@ class EagleHead(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.is_meta or "norm" in name:
-                    continue
                 if name.endswith(".bias"):
                     parameter.zero_()
-                else:
+                elif not parameter.is_meta and "norm" not in name:
                     parameter.normal_(0.0, 0.02, generator=generator)
 
     def add_modules(self, shape: EagleShape, layer: nn.Module) -> None:
@@ -352,12 +338,8 @@ class EagleHead(nn.Module):
     def from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """A head in eval mode, without gradients, whose parameters are ``tensors`` themselves.
 
-        Args:
-            tensors: as of :meth:`EagleShape.of`; of one device, and of one dtype but for indices.
-            config: the checkpoint's ``config.json``.
-
-        Raises:
-            ConfigError: as :meth:`EagleShape.of`.
+        Arguments and errors as of :meth:`EagleShape.of`; the tensors are of one device, and of one dtype but for
+        indices.
         """
         shape = cls.shape_class.of(tensors, config)
         with torch.device("meta"):

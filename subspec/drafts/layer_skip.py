@@ -32,14 +32,7 @@ def spread(layers: int, keep: int) -> tuple[int, ...]:
 
 
 def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] | None:
-    """The layers that ``draft`` names, ascending; None if it names none.
-
-    Args:
-        layers: of the target.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """The ones of a target's ``layers`` that ``draft`` names, ascending; None if it names none."""
     if draft.layers is not None and draft.keep is not None:
         raise ConfigError("draft.layers and draft.keep both choose the layers: set one of them to null")
     if draft.keep is not None:
@@ -65,14 +58,10 @@ def usual_layers(layers: int) -> tuple[int, ...]:
     return spread(layers, max(1, -(-layers // 2)))
 
 
-def streamed_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
-    """The layers that draft under ``offload=stream``: the chosen ones, else the resident ones.
+def drafting_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layers that draft: the chosen ones, else the resident ones of a target's ``layers``.
 
     If every layer is resident, half of them: all of them would be the target itself.
-
-    Args:
-        resident: layers on the device, the chosen ones included.
-        layers: of the target.
     """
     chosen = chosen_layers(draft, layers)
     if chosen is not None:
@@ -90,11 +79,7 @@ def skip_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 
 class LayerSkipMemory(DraftMemory):
-    """Resident layers of the target: a level's workspace is all it adds.
-
-    Raises:
-        ConfigError: the chosen layers are not the target's.
-    """
+    """Resident layers of the target: a level's workspace is all it adds."""
 
     required_by = "draft=layer_skip drafts with"
 
@@ -127,12 +112,9 @@ class LayerSkipSpec(DraftSpec):
         check_target_levels(config, model)
 
     def prepare(self) -> None:
-        """Choose the layers."""
         draft, count, plan = self.context.config.draft, self.context.model.num_hidden_layers, self.context.plan
-        if plan is None:
-            self._layers = chosen_layers(draft, count) or usual_layers(count)
-        else:
-            self._layers = streamed_layers(draft, plan.resident_layers, count)
+        # Without a plan all layers are on the device.
+        self._layers = drafting_layers(draft, range(count) if plan is None else plan.resident_layers, count)
 
     def build(self, target: TargetModel) -> BuiltDraft:
         config, layers, count = self.context.config.draft, self._layers, target.num_layers

@@ -127,12 +127,10 @@ class PromptLookupMemory(DraftMemory):
     def __init__(self, inputs: SizingInputs) -> None:
         vocab = inputs.target.model.vocab_size
         draft = TracedLookup(NgramIndex(1), vocab)
-
-        def level() -> int:
-            return draft_level_bytes(draft, inputs.policy, inputs.sampling, vocab)
-
-        key = ("prompt lookup", inputs.policy.width, inputs.sampling)
-        self.level = inputs.target.cached(key, level)
+        self.level = inputs.target.cached(
+            ("prompt lookup", inputs.policy.width, inputs.sampling),
+            lambda: draft_level_bytes(draft, inputs.policy, inputs.sampling, vocab),
+        )
 
 
 class PromptLookupSpec(DraftSpec):

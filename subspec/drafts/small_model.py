@@ -87,10 +87,7 @@ def check_vocabularies(draft: Vocabulary, target: Vocabulary) -> None:
         if draft.size != target.size:
             raise ConfigError(f"{both} have different vocabularies: {remedy}")
         return
-    ours, theirs = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (draft.tokenizer, target.tokenizer)
-    )
+    ours, theirs = ({i: token for token, i in model.tokenizer.get_vocab().items()} for model in (draft, target))
     common = ours.keys() & theirs.keys()
     alone = len(ours) + len(theirs) - 2 * len(common)
     different = [number for number in common if ours[number] != theirs[number]]
@@ -213,11 +210,7 @@ class SmallModelSpec(DraftSpec):
         return load_small_config(config)
 
     def prepare(self) -> None:
-        """Load the small model; captured levels and prompt passes read the same bytes.
-
-        Raises:
-            ConfigError: another vocabulary.
-        """
+        """Load the small model; captured levels and prompt passes read the same bytes."""
         context, draft = self.context, self.context.config.draft
         device, streamed = context.device, context.plan is not None
         dtype = small_dtype(draft, context.dtype)
@@ -268,15 +261,8 @@ class SmallModelSpec(DraftSpec):
         """``draft`` with its facts; ``cache``: its own. ``kind``: what runs its levels."""
         source = self._source
         parameters, dtype = count_parameters(source.config), str(source.dtype).removeprefix("torch.")
-        facts = {
-            "source": source.source,
-            "planted": source.planted,
-            "dtype": dtype,
-            "layers": source.config.num_hidden_layers,
-            "vocabulary": source.config.vocab_size,
-            "parameters": parameters,
-            "kv_cache_bytes": cache.nbytes,
-            "levels": kind,
-        }
+        facts = {"source": source.source, "planted": source.planted, "dtype": dtype, "parameters": parameters}
+        facts |= {"layers": source.config.num_hidden_layers, "vocabulary": source.config.vocab_size}
+        facts |= {"kv_cache_bytes": cache.nbytes, "levels": kind}
         summary = f"{source.source}, {parameters / 1e6:.1f} M parameters, {dtype}, {kind}"
         return BuiltDraft(draft, self._report, facts, summary)

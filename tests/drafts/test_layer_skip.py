@@ -8,7 +8,7 @@ from subspec.config.schema import LayerSkipDraftConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts.layer_skip import chosen_layers, skip_layers, spread, streamed_layers, usual_layers
+from subspec.drafts.layer_skip import chosen_layers, drafting_layers, skip_layers, spread, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
 from tests.helpers.drafts import begin, hf_greedy
@@ -123,6 +123,6 @@ def test_layers_that_are_not_there_are_refused(settings, message):
 
 def test_streamed_the_resident_layers_draft_unless_all_are():
     free = LayerSkipDraftConfig(name="layer_skip")
-    assert streamed_layers(free, (0, 4, 2), 5) == (0, 2, 4)
-    assert streamed_layers(free, range(5), 5) == usual_layers(5)
-    assert streamed_layers(LayerSkipDraftConfig(name="layer_skip", layers=[1]), (0, 1, 4), 5) == (1,)
+    assert drafting_layers(free, (0, 4, 2), 5) == (0, 2, 4)
+    assert drafting_layers(free, range(5), 5) == usual_layers(5)
+    assert drafting_layers(LayerSkipDraftConfig(name="layer_skip", layers=[1]), (0, 1, 4), 5) == (1,)
