@@ -155,11 +155,7 @@ class DraftSpec(ABC):
 
 
 def why_not_captured(context: DraftContext, model: PretrainedConfig, dtype: torch.dtype) -> str:
-    """Why a draft beside a whole target runs as modules; empty: its levels can be captured.
-
-    Args:
-        model, dtype: of the draft.
-    """
+    """Why a draft, of this ``model`` and ``dtype``, beside a whole target runs as modules; empty: it is captured."""
     if context.device.type != "cuda":
         return f"the target is whole on {context.device.type}"
     if not context.policy.whole_levels:

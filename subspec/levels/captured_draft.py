@@ -139,11 +139,7 @@ class CapturedDraft(LevelDraft):
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         """Logits of the frontier, which must be the whole last level."""
-        if frontier.numel() != tree.level_size:
-            raise ValueError(
-                f"captured levels draft whole levels: {frontier.numel()} of {tree.level_size} nodes were asked for"
-            )
-        return self._run([(tree, self.cache)], frontier.numel(), None)
+        return self._run([(tree, self.cache)], len(frontier), None)
 
     def read_length(self) -> None:
         """Take note of the prefix's length, for levels of a tree whose root is not run."""
@@ -153,18 +149,15 @@ class CapturedDraft(LevelDraft):
         return isinstance(policy, Beam)
 
     def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
-        """One level; of a greedy beam, the tree's new nodes are part of the captured graph."""
-        if perturb is not None or not self.captures(policy):
-            return super().extend(tree, frontier, policy, perturb)
-        self._run([(tree, self.cache)], len(frontier), policy.breadth)
-        tree.adopt_level(policy.breadth)
-        return tree.last_level
+        return self.extend_together([NextLevel(self, tree, frontier, perturb)], policy)[0]
 
     def extend_together(self, levels: Sequence[NextLevel], policy: TreePolicy) -> list[Tensor]:
-        """One level of all texts, which have the first caches of the buffer, in order, and trees of one shape."""
-        texts = [(own.tree, own.draft.cache) for own in levels]
-        assert [cache.place for _, cache in texts] == list(range(len(texts)))
-        rows = levels[0].frontier.numel()
+        """One level of all texts; of greedy beams, the trees' new nodes are part of the captured graph.
+
+        Several texts have the first caches of the buffer, in order, and trees of one shape.
+        """
+        texts, rows = [(own.tree, own.draft.cache) for own in levels], len(levels[0].frontier)
+        assert len(texts) == 1 or [cache.place for _, cache in texts] == list(range(len(texts)))
         if any(own.perturb is not None for own in levels) or not self.captures(policy):
             logits = self._run(texts, rows, None).split(rows)
             return [own.grow(policy, part) for own, part in zip(levels, logits, strict=True)]
@@ -181,7 +174,10 @@ class CapturedDraft(LevelDraft):
         Args:
             rows: of each text. width: the trees grow by as many nodes each; None: they do not grow.
         """
-        tree, count, state = texts[0][0], len(texts), self._state
+        tree, count = texts[0][0], len(texts)
+        if rows != tree.level_size:
+            raise ValueError(f"captured levels draft whole levels: {rows} of {tree.level_size} nodes were asked for")
+        state = self._state
         # Before the first level, of one row, is captured.
         self._logits_of(count * max(rows, width or 0))
         if tree.levels == 0:
