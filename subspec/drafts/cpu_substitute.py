@@ -5,7 +5,6 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from subspec.config.checks import streams_from_disk
-from subspec.config.enums import AUTO
 from subspec.config.schema import Config, HqqConfig
 from subspec.decoding.cpu_pass import misfit
 from subspec.drafts.vocabulary import known_tokens
@@ -37,7 +36,7 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
     if (why := why_modules(model)) is not None:
         return why
     layer, head = (parameter_shapes(model)[0], (known_tokens(config.draft, model.vocab_size), model.hidden_size))
-    found = hqq_quantization(quant, layer, head, AUTO, CpuFormat)
+    found = hqq_quantization(quant, layer, head, CpuFormat)
     known = {role: own for role, own in found.formats.items() if isinstance(own, CpuFormat)}
     own = {role: format_.own(*found.shapes[role]) for role, format_ in known.items()}
     formats: dict[str, WeightFormat] = {role: format_ for role, format_ in own.items() if format_ is not None}
