@@ -5,7 +5,7 @@ A new method of quantization is one entry in :data:`METHODS`, beside its
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -40,7 +40,6 @@ class LevelQuantization:
     formats: Mapping[str, WeightFormat]
     exact: Mapping[str, tuple[int, int]]
     keep_exact: frozenset[str]
-    bits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def head_bytes(self) -> int:
@@ -137,7 +136,7 @@ def hqq_quantization(
             )
         formats[role] = format_class(next(iter(own.values())), quant.group_size)
     quantizer = hqq_quantizer(quant.bits, quant.group_size, bits, format_class)
-    return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
+    return LevelQuantization(quantizer, shapes, formats, exact, keep_exact)
 
 
 def higgs_quantization(quant: HiggsConfig, layer: Mapping[str, torch.Size], head: tuple[int, int]) -> LevelQuantization:

@@ -23,7 +23,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts import shipped
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for, locate_head
-from subspec.drafts.eagle_head import NORM
+from subspec.drafts.eagle_head import ATTENTION, MLP, NORM
 from subspec.errors import ConfigError, SubspecError
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published, random_head
@@ -82,16 +82,16 @@ def test_safetensors_are_preferred_and_stored_frequencies_dropped(tmp_path):
     assert loaded(folder).dropped == ["embed_tokens.weight", "layers.0.self_attn.rotary_emb.inv_freq"]
 
 
+OTHER_NORM = {"norm.weight": torch.ones(64)}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (
-            {
-                "drop": ("layers.0.mlp.up_proj.weight", NORM),
-                "extra": {"norm.weight": torch.ones(64), "other.weight": torch.ones(4, 64)},
-            },
+            {"drop": ("layers.0.mlp.up_proj.weight", NORM), "extra": OTHER_NORM | {"o.weight": torch.ones(4, 64)}},
             r"no EAGLE-1 or EAGLE-2 head: missing layers\.0\.mlp\.up_proj\.weight, "
-            r"layers\.0\.post_attention_layernorm\.weight; surplus norm\.weight, other\.weight: set draft\.path",
+            r"layers\.0\.post_attention_layernorm\.weight; surplus norm\.weight, o\.weight: set draft\.path",
         ),
         (
             {"extra": {f"layers.{i}.self_attn.q_proj.weight": torch.zeros(64, 64) for i in range(1, 9)}},
@@ -100,40 +100,21 @@ def test_safetensors_are_preferred_and_stored_frequencies_dropped(tmp_path):
         ({"drop": ("fc.weight",)}, r"missing fc\.weight"),
         # Heads of another kind.
         ({"extra": {"d2t": torch.zeros(9), "midlayer.mlp.up_proj.weight": torch.zeros(2, 2)}}, "is an EAGLE-3 head"),
-        ({"extra": {"norm.weight": torch.ones(64)}, "architectures": ["LlamaForCausalLMEagle3"]}, "is an EAGLE-3 head"),
-        (
-            {"extra": {"norm.weight": torch.ones(64)}, "speculators_model_type": "eagle"},
-            "layout of the speculators library",
-        ),
+        ({"extra": OTHER_NORM, "architectures": ["LlamaForCausalLMEagle3"]}, "is an EAGLE-3 head"),
+        ({"extra": OTHER_NORM, "speculators_model_type": "eagle"}, "layout of the speculators library"),
         ({"extra": {"0.0.linear.weight": torch.ones(4, 4)}}, "Medusa"),
-        ({"extra": {"fc.weight": torch.zeros(64, 192)}}, r"fc\.weight as \[64, 192\], not as \[H, 2 H\].*EAGLE-3"),
-        # Invalid configurations.
-        *(
-            (config, r"config\.json is not valid")
-            for config in (
-                {"rms_norm_eps": "x"},
-                {"max_position_embeddings": None},
-                {"rope_parameters": [1]},
-                {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            )
-        ),
         # Wrong shapes and types.
-        (
-            {"extra": {"layers.0.mlp.down_proj.weight": torch.zeros(64, 100)}},
-            r"down_proj\.weight as \[64, 100\] where \[64, 128\]",
-        ),
-        (
-            {"extra": {"layers.0.self_attn.v_proj.weight": torch.zeros(32, 64)}},
-            r"v_proj\.weight as \[32, 64\] where \[64, 64\]",
-        ),
-        (
-            {"extra": {"layers.0.self_attn.q_proj.weight": torch.zeros(65, 64)}},
-            r"q_proj and k_proj have 65 and 64 outputs",
-        ),
-        *(
-            ({"extra": {"fc.weight": torch.zeros(64, 128, dtype=dtype)}}, rf"fc\.weight as {dtype}")
-            for dtype in (torch.int8, torch.float8_e4m3fn)
-        ),
+        ({"extra": {"fc.weight": torch.zeros(64, 192)}}, r"fc\.weight as \[64, 192\], not as \[H, 2 H\].*EAGLE-3"),
+        ({"extra": {f"{MLP}down_proj.weight": torch.zeros(64, 9)}}, r"down_proj\.weight as \[64, 9\] where \[64, 128"),
+        ({"extra": {f"{ATTENTION}v_proj.weight": torch.zeros(9, 64)}}, r"v_proj\.weight as \[9, 64\] where \[64, 64\]"),
+        ({"extra": {f"{ATTENTION}q_proj.weight": torch.zeros(65, 64)}}, r"q_proj and k_proj have 65 and 64 outputs"),
+        ({"extra": {"fc.weight": torch.zeros(64, 128, dtype=torch.int8)}}, r"fc\.weight as torch\.int8"),
+        ({"extra": {"fc.weight": torch.zeros(64, 128).to(torch.float8_e4m3fn)}}, r"fc\.weight as torch\.float8_e4m3fn"),
+        # Invalid configurations.
+        ({"rms_norm_eps": "x"}, r"config\.json is not valid"),
+        ({"max_position_embeddings": None}, r"config\.json is not valid"),
+        ({"rope_parameters": [1]}, r"config\.json is not valid"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config\.json is not valid"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path, options, words):
