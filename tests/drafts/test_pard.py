@@ -15,9 +15,9 @@ from subspec.drafts.pard import WARP
 from subspec.errors import ConfigError
 from subspec.session import weights_identity
 from tests.config.test_config import composed
+from tests.helpers.assembled import streamed, streamed_settings
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import drafted_paths
-from tests.helpers.streamed import streamed, streamed_settings
 from tests.helpers.taught import PARD_LEVELS, PARD_TOKEN, PARDS, POLICIES, PROMPT, draft_engine, pard_model, projection
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model
 

@@ -29,9 +29,9 @@ from subspec.records.summary_table import PLANTED_DRAFT
 from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
 from tests.config.test_config import composed
+from tests.helpers.assembled import TINY, planned_here, streamed, streamed_settings
 from tests.helpers.cli import cli, records_of, summary_of
 from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES
-from tests.helpers.streamed import TINY, planned_here, streamed, streamed_settings
 
 CPU = torch.device("cpu")
 PATH = Eagle2DraftConfig(name="eagle2", path="planted")

@@ -20,7 +20,7 @@ from subspec.drafts.small_model import (
 )
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.planted import planted_config
-from tests.helpers.streamed import planned_here, streamed, streamed_settings
+from tests.helpers.assembled import planned_here, streamed, streamed_settings
 from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

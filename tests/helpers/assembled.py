@@ -1,14 +1,26 @@
-"""A streamed run of a planted target in this process: planned, loaded, and closed again."""
+"""Engines as runs build them: of a streamed planted target, and of a substitute beside a whole target."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
-from subspec.config.schema import Config, DraftConfig, PlantedTargetConfig
+from subspec.config.schema import (
+    Cache,
+    Config,
+    DecodingConfig,
+    DraftConfig,
+    OffloadConfig,
+    PlantedTargetConfig,
+    QuantConfig,
+    SubstituteDraftConfig,
+)
+from subspec.decoding.tree_policy import TreePolicy
 from subspec.planning.plan import Plan, plan_run
-from subspec.session import Assembly, assemble_streamed
+from subspec.session import Assembly, assemble, assemble_streamed
+from subspec.targets import Target
 from subspec.targets.load import open_source
 from subspec.utils.console import Note
 from tests.helpers.planning import settings
@@ -38,3 +50,15 @@ def streamed(config: Config, note: Note = lambda text: None) -> Iterator[tuple[P
         yield plan, assembly
     finally:
         assembly.close()
+
+
+def substitute_beside(model: PreTrainedModel, quant: QuantConfig, policy: TreePolicy, **draft: object) -> Assembly:
+    """An engine that drafts with a substitute of ``model``, which is whole on its device."""
+    config = Config(
+        draft=SubstituteDraftConfig(name="subspec", **draft),
+        quant=replace(quant, cache=Cache.off),
+        decoding=DecodingConfig(name="greedy", max_length=64),
+        offload=OffloadConfig(name="none"),
+    )
+    target = Target("tiny", model, None, (), model.dtype, model.device, "", "")
+    return assemble(config, target, policy=policy, note=lambda text: None)
