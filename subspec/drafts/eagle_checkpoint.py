@@ -5,6 +5,9 @@ of the target's embedding table, which is dropped here because the target's own 
 names, in the layout of ``config.json`` and in optional tensors (:mod:`subspec.drafts.eagle3_head`), and so do block
 heads (:mod:`subspec.drafts.block_head`). Other missing or surplus tensors are named, so that a head of another kind
 (Medusa) is refused with a reason.
+
+Functions raise a ConfigError about files that are no such head or belong to another target, and a SubspecError about
+files that cannot be fetched or read.
 """
 
 import functools
@@ -94,11 +97,7 @@ def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
 
 
 def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Located | PlantedHead:
-    """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one.
-
-    Raises:
-        SubspecError: there is none for this target.
-    """
+    """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one."""
     if draft.path == PLANTED:
         return PlantedHead.of(target, kind_of(draft))
     if draft.path is not None:
@@ -137,10 +136,6 @@ def locate_head(path: str, note: Note, key: str = HEAD.key) -> Located:
 
     Args:
         key: of the configuration that gave ``path``, for messages.
-
-    Raises:
-        ConfigError: no such folder, or nothing that can be a draft head.
-        SubspecError: the hub cannot be reached, refuses, or has no such repository.
     """
     wanted = replace(HEAD, key=key)
     located = locate(_as_target(path), note, wanted)
@@ -170,11 +165,7 @@ def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tensors(files: Located) -> dict[str, Tensor]:
-    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used.
-
-    Raises:
-        SubspecError: a file is damaged, or is a pickle that holds more than tensors.
-    """
+    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used."""
     names, tensors = weight_files(files.folder, HEAD), {}
     if names == [PICKLE]:
         return read_pickle(files.folder / PICKLE)
@@ -185,11 +176,7 @@ def read_tensors(files: Located) -> dict[str, Tensor]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, on the CPU.
-
-    Raises:
-        SubspecError: it is damaged, or holds more than tensors.
-    """
+    """The tensors of a pickled state dict, on the CPU; refused if it holds more than tensors."""
     check_pointer(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -312,10 +299,6 @@ def load_head(
         hidden: the target's hidden size. target: its name, for messages.
         dtype, device: of the head: the target's.
         kind: what the files must hold.
-
-    Raises:
-        ConfigError: not such a head, or one for another target.
-        SubspecError: the files cannot be read.
     """
     if isinstance(files, PlantedHead):
         drawn, config = files.tensors(dtype, device), files.shape().config()
@@ -344,11 +327,7 @@ def _read(
 
 
 def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead) -> EagleShape:
-    """Sizes of a head, read off its tensors and its ``config.json``.
-
-    Raises:
-        ConfigError: they contradict each other, or a value of the configuration is invalid.
-    """
+    """Sizes of a head, read off its tensors and its ``config.json``."""
     try:
         return kind.shape_class.of(tensors, config)
     except SubspecError:

@@ -26,7 +26,7 @@ from subspec.decoding.tree import Tree
 from subspec.drafts.block_draft import BlockLevels
 from subspec.drafts.eagle import meta_states, observe_bytes
 from subspec.drafts.eagle_checkpoint import read_pickle
-from subspec.drafts.separate_cache import prompt_rows
+from subspec.drafts.separate_cache import prompt_rows, twin
 from subspec.drafts.small_checkpoint import PLANTED, load_small_config, small_folder
 from subspec.drafts.small_model import OwnModelMemory, SmallModelSpec, check_small_model
 from subspec.drafts.spec import BuiltDraft
@@ -143,10 +143,8 @@ class PardDraft(BlockLevels):
         self._block = torch.full((levels - 1,), shape.token, device=model.device)
 
     def fork(self) -> "PardDraft":
-        other, own = copy.copy(self), self.cache
-        other.cache = self.model.new_cache(
-            max_length=own.max_length, draft_rows=own.draft_rows, target_rows=own.target_rows
-        )
+        other = copy.copy(self)
+        other.cache = twin(self.cache, self.model)
         return other
 
     def begin(self, cache: KVCache) -> None:

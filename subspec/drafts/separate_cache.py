@@ -26,6 +26,12 @@ def prompt_rows(max_length: int) -> int:
     return min(PROMPT_ROWS, max_length)
 
 
+def twin(cache: KVCache, model: TargetModel) -> KVCache:
+    """Another cache of ``model``, of the same sizes."""
+    sizes = {"max_length": cache.max_length, "draft_rows": cache.draft_rows, "target_rows": cache.target_rows}
+    return model.new_cache(**sizes)
+
+
 class SeparateCacheDraft(Draft):
     """Drafts with another model than the target.
 
@@ -60,11 +66,9 @@ class SeparateCacheDraft(Draft):
         self._is_warm = False
 
     def fork(self) -> "SeparateCacheDraft":
-        other, own = copy.copy(self), self.cache
+        other = copy.copy(self)
         other.levels, other._is_warm = self.levels.fork(), False
-        other.cache = self.model.new_cache(
-            max_length=own.max_length, draft_rows=own.draft_rows, target_rows=own.target_rows
-        )
+        other.cache = twin(self.cache, self.model)
         return other
 
     def facts(self) -> dict[str, Any]:
