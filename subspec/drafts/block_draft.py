@@ -5,35 +5,49 @@ of the block behind them, whose logits every level takes its row of. So a level 
 one small product. No tree is deeper than the block.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
-from subspec.decoding.draft import fit_vocabulary
-from subspec.decoding.hidden import HiddenRequest
+from subspec.decoding.draft import Draft, Perturb, fit_vocabulary
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.block_head import BlockHead, BlockShape
-from subspec.drafts.block_levels import BlockLevels
 from subspec.drafts.eagle import EagleMemory, EagleSpec
 from subspec.drafts.feature_draft import SETTLE_ROWS, FeatureDraft
 from subspec.drafts.spec import BuiltDraft
-from subspec.memory.draft_memory import DraftMemory, SizingInputs
+
+
+class BlockLevels(Draft):
+    """Computes every level of a tree in one forward, at the tree's root. No tree is deeper than ``levels``.
+
+    All nodes of a level share its logits, unless a subclass adds to them.
+    """
+
+    levels: int
+
+    @abstractmethod
+    def run_block(self, root: Tensor) -> Tensor:
+        """Logits [levels, vocabulary of the target] of the tokens behind the token ``root``, int64 [1]."""
+
+    def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
+        if tree.levels == 0:
+            self._logits = self.run_block(tree.tokens[:1])
+        return self._logits[tree.levels].expand(len(frontier), -1)
+
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
+        if tree.levels == self.levels:
+            return frontier[:0]
+        return super().extend(tree, frontier, policy, perturb)
 
 
 class BlockDraft(BlockLevels, FeatureDraft):
     """Drafts with a block head; arguments as of :class:`~subspec.drafts.feature_draft.FeatureDraft`."""
 
-    def __init__(
-        self,
-        head: BlockHead,
-        target: TargetModel,
-        policy: TreePolicy,
-        temperature: float = 1.0,
-        wants: HiddenRequest | None = None,
-    ) -> None:
-        super().__init__(head, target, policy, temperature, wants)
-        self.head, self.levels = head, head.shape.levels
+    @property
+    def levels(self) -> int:
+        return self.head.shape.levels
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         for piece in states.split(SETTLE_ROWS):
@@ -72,15 +86,10 @@ class BlockMemory(EagleMemory):
 class BlockSpec(EagleSpec):
     """``draft=block_head``: a published or a planted head, in the target's dtype."""
 
-    draft = BlockDraft
-
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return BlockMemory(inputs)
+    memory = BlockMemory
 
     def build(self, target: TargetModel) -> BuiltDraft:
         shape, depth, built = self._loaded.head.shape, self.context.policy.max_depth, super().build(target)
-        assert isinstance(shape, BlockShape)
         if depth > shape.levels:
             self.context.note(
                 f"tree.depth={depth}: the {shape.method} head drafts {shape.levels} levels (block_size={shape.block}), "

@@ -69,7 +69,7 @@ class BlockShape(Eagle3Shape):
 
     kind: ClassVar[str] = "block head"
     draft: ClassVar[str] = "block_head"
-    hidden_norm: ClassVar[str] = "hidden_norm.weight"
+    keeps_features: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = (
         *REQUIRED, *QK_NORMS, INPUT_NORM, "hidden_norm.weight", "norm.weight"
     )  # fmt: skip
@@ -95,9 +95,6 @@ class BlockShape(Eagle3Shape):
     def draft_rows(self, policy: TreePolicy) -> int:
         return self.block
 
-    def kept_features(self, policy: TreePolicy) -> int:
-        return 0
-
     @classmethod
     def largest(cls, target: PretrainedConfig) -> dict[str, Any]:
         sizes = {"decoder_layers": LAYERS, "block": 16, "markov": (target.vocab_size, MARKOV_RANK)}
@@ -114,26 +111,25 @@ class BlockShape(Eagle3Shape):
     @classmethod
     def own_fields(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
         flat = {**config, **(config.get("dflash_config") or {})}
-        for key, values in NEUTRAL.items():
-            if flat.get(key) is not None and flat[key] not in values:
-                raise ConfigError(
-                    f"the block head's config.json says {key}={flat[key]}: such heads are not built; take another one"
-                )
+        changes = [f"{key}={flat[key]}" for key, same in NEUTRAL.items() if flat.get(key) not in (None, *same)]
         if "sliding_attention" in (flat.get("layer_types") or ()):
+            changes.append("sliding_attention in layer_types")
+        if changes:
             raise ConfigError(
-                "the block head's config.json names sliding_attention in layer_types: such heads are not built; take "
-                "another one"
+                f"the block head's config.json says {changes[0]}: such heads are not built; take another one"
             )
         if not flat.get("target_layer_ids"):
             raise ConfigError("the block head's config.json lacks target_layer_ids: fetch or copy it again")
+        markov = tuple(tensors[MARKOV[0]].shape) if MARKOV[0] in tensors else ()
+        hidden, inputs = len(tensors["fc.weight"]), tensors[CONFIDENCE[0]].shape[-1] if CONFIDENCE[0] in tensors else 0
         return super().own_fields(tensors, flat) | {
             "decoder_layers": _number(flat, "num_hidden_layers", least=1),
             "block": _number(flat, "block_size", least=2),
             "mask_id": _number(flat, "mask_token_id", least=0),
             "shifted": "markov_rank" in flat or "dspark" in str(flat.get("architectures")).lower(),
             "causal": any(flat.get(key) for key in CAUSAL),
-            "markov": tuple(tensors[MARKOV[0]].shape) if MARKOV[0] in tensors else (),
-            "confidence": tensors[CONFIDENCE[0]].shape[-1] if CONFIDENCE[0] in tensors else 0,
+            "markov": markov,
+            "confidence": hidden + sum(markov[1:]) if inputs not in (0, hidden) else inputs,
             "target_layers": flat.get("num_target_layers") or 0,
         }
 
@@ -142,29 +138,17 @@ class BlockShape(Eagle3Shape):
         return self.fc_inputs, self.hidden
 
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
+        why, vocab = "", target.vocab_size
         if self.target_layers not in (0, target.num_hidden_layers):
-            raise ConfigError(
-                f"the block head was made for a target of {self.target_layers} layers (num_target_layers), and this "
-                f"one has {target.num_hidden_layers}: set draft.path to a head that was trained for this target"
-            )
-        if self.mask_id >= (self.embeddings or target.vocab_size):
-            raise ConfigError(
-                f"the block head's mask_token_id={self.mask_id} is no row of the embedding table: set draft.path to a "
-                "head that was trained for this target"
-            )
-        if self.markov and self.markov[0] < target.vocab_size:
-            raise ConfigError(
-                f"the block head's Markov head knows {self.markov[0]} tokens, and the target's vocabulary has "
-                f"{target.vocab_size}: set draft.path to a head that was trained for this target"
-            )
+            made_for = f"a target of {self.target_layers} layers (num_target_layers)"
+            why = f" was made for {made_for}, and this one has {target.num_hidden_layers}"
+        elif self.mask_id >= (self.embeddings or vocab):
+            why = f"'s mask_token_id={self.mask_id} is no row of the embedding table"
+        elif self.markov and self.markov[0] < vocab:
+            why = f"'s Markov head knows {self.markov[0]} tokens, and the target's vocabulary has {vocab}"
+        if why:
+            raise ConfigError(f"the block head{why}: set draft.path to a head that was trained for this target")
         return super().wants(target)
-
-    def shapes(self) -> dict[str, torch.Size]:
-        found = super().shapes() | {name: torch.Size(self.markov) for name in MARKOV if self.markov}
-        if self.confidence:
-            rank = self.markov[-1] if self.markov and self.confidence != self.hidden else 0
-            found |= {CONFIDENCE[0]: torch.Size([1, self.hidden + rank]), CONFIDENCE[1]: torch.Size([1])}
-        return {own: size for name, size in found.items() for own in _in_layers([name], self.decoder_layers)}
 
     def config(self) -> dict[str, Any]:
         return (
@@ -192,11 +176,7 @@ def _in_layers(names: Iterable[str], layers: int) -> tuple[str, ...]:
 
 
 def _number(config: Mapping[str, Any], key: str, least: int) -> int:
-    """A whole number of a ``config.json``.
-
-    Raises:
-        ConfigError: it is missing, or smaller than ``least``.
-    """
+    """A whole number of a ``config.json``, at least ``least``."""
     value = config.get(key)
     if not isinstance(value, int) or value < least:
         raise ConfigError(
@@ -275,3 +255,6 @@ class BlockHead(Eagle3Head):
         if self.shape.confidence > self.shape.hidden:
             features = torch.cat([features, self.markov_head["markov_w1"](tokens)], dim=-1)
         return self.confidence_head["proj"](features)[:, 0].float().sigmoid()
+
+
+BlockShape.head_class = BlockHead

@@ -122,12 +122,13 @@ class CascadeDraft(Draft):
         nodes = self._locate(tree, frontier)
         if any(node not in self._scored for node in nodes):
             self._run(tree, frontier, nodes, None)
-        return self._kept(SCORED, nodes)
+        return self._kept(nodes)
 
-    def _kept(self, kind: int, nodes: list[int]) -> Tensor:
-        """The rows of ``nodes``, [n, vocabulary]."""
-        assert self._rows is not None
-        return self._rows[kind].index_select(0, torch.tensor(nodes, device=self._rows.device))
+    def _kept(self, nodes: list[int]) -> Tensor:
+        """[n, vocabulary]: the substitute's logits where it has scored a node, else the proposer's."""
+        kinds = [SCORED if node in self._scored else GUESSED for node in nodes]
+        places = [kind * self._known.capacity + node for kind, node in zip(kinds, nodes, strict=True)]
+        return self._rows.flatten(0, 1).index_select(0, torch.tensor(places, device=self._rows.device))
 
     def _keep(self, kind: int, nodes: list[int], rows: Tensor) -> None:
         if self._rows is None:
@@ -153,12 +154,11 @@ class CascadeDraft(Draft):
     ) -> Tensor:
         """Grow a level; nodes that were not scored have one child of probability 1."""
         scored = [row for row, node in enumerate(nodes) if node in self._scored]
-        logits = self._kept(SCORED, [nodes[row] for row in scored])
+        logits = self._kept([nodes[row] for row in scored])
         if perturb is not None:
             logits = perturb(logits)
         if len(scored) < len(nodes):
-            known = logits
-            logits = known.new_full((len(nodes), known.shape[1]), -torch.inf)
+            known, logits = logits, logits.new_full((len(nodes), logits.shape[1]), -torch.inf)
             logits[:, 0] = 0
             logits[torch.tensor(scored, device=known.device)] = known
         return policy.grow(tree, frontier, logits, self.temperature)
@@ -272,19 +272,11 @@ class CascadeDraft(Draft):
             Which nodes are scored, bool [n], and [n, ``count``]: logits, tokens, and whether a token is worth a row.
         """
         self._ask([node for node in nodes if node not in self._scored])
-        plain = self._likelihoods(nodes)
+        plain = self._kept(nodes).float()
         logits = plain if perturb is None else perturb(plain, ahead)
         best, tokens = logits.topk(min(count, logits.shape[1]), dim=-1)
         known = torch.tensor([node in self._scored for node in nodes], device=plain.device)
         return known, best, tokens, known[:, None] | (plain.gather(1, tokens) >= LEAST)
-
-    def _likelihoods(self, nodes: list[int]) -> Tensor:
-        """float32 [n, vocabulary]: the substitute's logits where it has scored a node, else the proposer's."""
-        assert self._rows is not None
-        rows = self._rows.flatten(0, 1)
-        kinds = [SCORED if node in self._scored else GUESSED for node in nodes]
-        places = [kind * self._known.capacity + node for kind, node in zip(kinds, nodes, strict=True)]
-        return rows.index_select(0, torch.tensor(places, device=rows.device)).float()
 
     def _ask(self, nodes: list[int]) -> None:
         """Let the proposer run ``nodes`` and those above them that it has not run, level by level."""

@@ -1,7 +1,7 @@
 """The specification of ``draft=subspec``, with or without ``draft.proposer``."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -69,6 +69,13 @@ def _about_proposer() -> Iterator[None]:
         raise type(error)(re.sub(r"\bdraft=(?!subspec)", "draft.proposer=", text)) from error
 
 
+@_about_proposer()
+def _ask_proposer(config: Config, ask: Callable[[type[DraftSpec], Config], Any]) -> Any:
+    """What ``ask`` returns of the proposer's kind and configuration; None: there is no proposer."""
+    found = proposer_of(config)
+    return None if found is None else ask(*found)
+
+
 class CascadeSpec(SubstituteSpec):
     """``draft=subspec``, with ``draft.proposer`` in front of it if there is one."""
 
@@ -76,7 +83,6 @@ class CascadeSpec(SubstituteSpec):
         self._proposer: DraftSpec | None = None
         if found := proposer_of(context.config):
             kind, config = found
-            assert isinstance(context.config.draft, SubstituteDraftConfig)
             self._policy, self._proposed = context.policy, context.config.draft.proposed
             sizes = GuessPolicy(context.policy, self._proposed)
             self._proposer = kind(replace(context, policy=sizes, config=config, quantizer=None))
@@ -92,50 +98,39 @@ class CascadeSpec(SubstituteSpec):
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
-        draft, found = config.draft, proposer_of(config)
-        path = getattr(draft, "proposer_path", None)
-        if path is not None and (found is None or draft.proposer is Proposer.prompt_lookup):
+        draft = config.draft
+        if draft.proposer_path is not None and draft.proposer in (Proposer.none, Proposer.prompt_lookup):
             raise ConfigError(
-                f"draft.proposer_path={path}: draft.proposer={draft.proposer.value} has no weights: leave it at null"
+                f"draft.proposer_path={draft.proposer_path}: draft.proposer={draft.proposer.value} has no weights: "
+                "leave it at null"
             )
-        if found is None:
-            return
         streamed = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
         if streamed and draft.proposer is Proposer.small_model:
             raise ConfigError(
                 "draft.proposer=small_model: beside a target that streams to a GPU a small model runs whole levels, "
                 "and a proposer single nodes: set draft.proposer=eagle2, eagle3, prompt_lookup or none, or offload=none"
             )
-        with _about_proposer():
-            found[0].check(found[1])
+        _ask_proposer(config, lambda kind, own: kind.check(own))
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
         super().check_target(config, model)
-        if found := proposer_of(config):
-            with _about_proposer():
-                found[0].check_target(found[1], model)
+        _ask_proposer(config, lambda kind, own: kind.check_target(own, model))
 
     @classmethod
     def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        if found := proposer_of(config):
-            with _about_proposer():
-                found[0].check_files(found[1], model, note)
+        _ask_proposer(config, lambda kind, own: kind.check_files(own, model, note))
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:
-        own = super().weights_identity(config, note)
-        if found := proposer_of(config):
-            with _about_proposer():
-                own = "+".join(filter(None, (own, found[0].weights_identity(found[1], note)))) or None
-        return own
+        other = _ask_proposer(config, lambda kind, own: kind.weights_identity(own, note))
+        return "+".join(filter(None, (super().weights_identity(config, note), other))) or None
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
         found = proposer_of(inputs.config)
         if found is None:
             return super().memory(inputs)
-        assert isinstance(inputs.config.draft, SubstituteDraftConfig)
         proposed, on_disk = inputs.config.draft.proposed, streams_from_disk(inputs.config)
         sizes = GuessPolicy(inputs.policy, proposed)
         passes = sizes if on_disk else passes_of(inputs.policy, proposed)
@@ -155,7 +150,6 @@ class CascadeSpec(SubstituteSpec):
         built = super().build(target)
         if self._proposer is None:
             return built
-        assert isinstance(built.draft, LevelDraft)
         with _about_proposer():
             proposer = self._proposer.build(target)
         levels: LevelDraft | PaddedLevels = built.draft

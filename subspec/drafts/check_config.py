@@ -31,11 +31,7 @@ from subspec.targets.meta_model import parameter_shapes
 
 
 def check_config(config: Config) -> None:
-    """Check a configuration without the target.
-
-    Raises:
-        ConfigError: the first contradiction found.
-    """
+    """Check a configuration without the target; raises a ConfigError about the first contradiction found."""
     check_values(config)
     spec = spec_of(config.draft)
     texts = config.decoding.texts
@@ -68,7 +64,7 @@ def one_text_key(config: Config) -> str | None:
 
 
 def _check_tree(config: Config) -> None:
-    tree = config.tree
+    tree, draft = config.tree, config.draft
     if not isinstance(tree, Eagle2TreeConfig):
         return
     most = drafted_nodes(tree.depth, tree.width)
@@ -77,24 +73,16 @@ def _check_tree(config: Config) -> None:
             f"tree.total_tokens={tree.total_tokens}, but tree.depth={tree.depth} levels of tree.width={tree.width} "
             f"draft {most} nodes: lower tree.total_tokens to at most {most}, or draft more"
         )
-    uncaptured = isinstance(config.draft, Eagle2DraftConfig | PardDraftConfig | PromptLookupDraftConfig)
-    uncaptured = uncaptured or streams_from_disk(config)
-    if isinstance(config.offload, StreamOffloadConfig) and not uncaptured:
+    captured = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
+    if captured and not isinstance(draft, Eagle2DraftConfig | PardDraftConfig | PromptLookupDraftConfig):
         raise ConfigError(
-            f"tree=eagle2 expands single nodes of a level, and draft={config.draft.name} with offload=stream "
+            f"tree=eagle2 expands single nodes of a level, and draft={draft.name} with offload=stream "
             "drafts whole levels as captured graphs: set tree=beam or tree=adaptive"
         )
 
 
 def check_against_target(config: Config, model: PretrainedConfig) -> None:
-    """Check a configuration against the target's.
-
-    Args:
-        model: the target's transformers configuration; no weights are needed.
-
-    Raises:
-        ConfigError: the first contradiction found.
-    """
+    """Check a configuration against the target's transformers configuration; raises as :func:`check_config`."""
     spec, width = spec_of(config.draft), getattr(config.tree, "width", None) or 1
     if spec is not None and width > model.vocab_size:
         raise ConfigError(

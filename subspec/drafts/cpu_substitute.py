@@ -10,7 +10,7 @@ from subspec.decoding.cpu_pass import misfit
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.cpu_levels import why_modules
-from subspec.levels.quantization import AUTO, LevelQuantization, hqq_quantization
+from subspec.levels.quantization import LevelQuantization, hqq_quantization
 from subspec.memory.allocator import Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.quant.cpu_linear import CpuFormat, CpuHeadFormat, Int8CpuLinear
@@ -36,7 +36,7 @@ def cpu_quantization(config: Config, model: PretrainedConfig) -> LevelQuantizati
     if (why := why_modules(model)) is not None:
         return why
     layer, head = (parameter_shapes(model)[0], (known_tokens(config.draft, model.vocab_size), model.hidden_size))
-    found = hqq_quantization(quant, layer, head, AUTO, CpuFormat)
+    found = hqq_quantization(quant, layer, head, CpuFormat)
     known = {role: own for role, own in found.formats.items() if isinstance(own, CpuFormat)}
     own = {role: format_.own(*found.shapes[role]) for role, format_ in known.items()}
     formats: dict[str, WeightFormat] = {role: format_ for role, format_ in own.items() if format_ is not None}

@@ -12,13 +12,13 @@ Rows of accepted nodes are written anew with the target's true features before t
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from subspec.config.schema import Config, Eagle2DraftConfig
+from subspec.config.schema import Config
 from subspec.decoding.draft import Draft, Perturb, fit_vocabulary
 from subspec.decoding.hidden import HiddenRequest
 from subspec.decoding.kv_cache import KVCache
@@ -35,7 +35,7 @@ from subspec.drafts.eagle_checkpoint import (
     load_head,
     locate_for,
 )
-from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
+from subspec.drafts.eagle_head import OPTIONAL, EagleShape
 from subspec.drafts.feature_draft import SETTLE_ROWS, FeatureDraft
 from subspec.drafts.planted_head import PLANTED, PlantedHead
 from subspec.drafts.spec import BuiltDraft, DraftSpec
@@ -49,29 +49,9 @@ from subspec.utils.console import Note, print_note
 class EagleDraft(FeatureDraft):
     """Drafts with an EAGLE head; arguments as of :class:`~subspec.drafts.feature_draft.FeatureDraft`."""
 
-    def __init__(
-        self,
-        head: EagleHead,
-        target: TargetModel,
-        policy: TreePolicy,
-        temperature: float = 1.0,
-        wants: HiddenRequest | None = None,
-    ) -> None:
-        super().__init__(head, target, policy, temperature, wants)
-        self.head = head
-        # By node number, so that a level finds its parents' features wherever they are in the tree.
-        size = policy.capacity, head.shape.hidden
-        self._predicted = torch.zeros(size, dtype=target.dtype, device=target.device)
-        self._pending: Tensor | None = None  # hidden states of the last committed token, [1, width]
-
     def begin(self, cache: KVCache) -> None:
         super().begin(cache)
-        self._pending = None
-
-    def fork(self) -> Self:
-        other = super().fork()
-        other._predicted = torch.zeros_like(self._predicted)
-        return other
+        self._pending: Tensor | None = None  # hidden states of the last committed token, [1, width]
 
     def settle(self, tokens: Tensor, states: Tensor) -> None:
         """Write rows with true features; the last token's feature waits for the token behind it."""
@@ -110,11 +90,11 @@ class EagleDraft(FeatureDraft):
             self.rows.used = 0
             features = head.fuse(self._pending)
         else:
-            features = self._predicted.index_select(0, tree.parents.index_select(0, frontier))
+            features = self.features.index_select(0, tree.parents.index_select(0, frontier))
         batch = self.rows.take(tree, frontier)
         mask = target.additive_mask(batch.visible())
         hidden = head(head.embed(batch.tokens, target), features, batch.positions, mask, batch.view)
-        self._predicted.index_copy_(0, frontier, hidden)
+        self.features.index_copy_(0, frontier, hidden)
         return head.logits(hidden, target)
 
 
@@ -124,9 +104,6 @@ class EagleMemory(DraftMemory):
     With ``plan_only`` a head that is not on disk is not fetched: the largest possible head is counted, one layer of the
     target with a KV head per query head and every bias; for EAGLE-3 and block heads also five feature
     layers and an embedding and an LM head of its own.
-
-    Raises:
-        SubspecError: the head cannot be found or read, or belongs to another target.
     """
 
     captured = False
@@ -136,13 +113,14 @@ class EagleMemory(DraftMemory):
     def __init__(self, inputs: SizingInputs) -> None:
         shape, note = _eagle_shape(inputs)
         policy, length, target = inputs.policy, inputs.config.decoding.max_length, inputs.target.model
-        kind, wants = kind_of(_settings(inputs.config)), shape.wants(inputs.model)
+        kind, wants = kind_of(inputs.config.draft), shape.wants(inputs.model)
         self.states = len(wants.layers)
+        shapes = shape.shapes()
         weights = {
             name: torch.empty(size, dtype=torch.int64 if name == D2T else target.dtype, device=META)
-            for name, size in shape.shapes().items()
+            for name, size in shapes.items()
         }
-        rows, layers, nodes = shape.draft_rows(policy), shape.decoder_layers, shape.kept_features(policy)
+        rows, layers, nodes = shape.draft_rows(policy), shape.decoder_layers, policy.capacity * shape.keeps_features
         cache = 2 * layers * shape.kv_heads * shape.head_dim * (rows + length) * inputs.itemsize
         features = nodes * shape.hidden * inputs.itemsize
         self.allocations = (
@@ -154,8 +132,7 @@ class EagleMemory(DraftMemory):
         if LM_HEAD not in weights:
             self.read += inputs.spec.vocab * inputs.spec.hidden * inputs.itemsize
         self.read //= min(shape.levels, policy.max_depth)
-
-        key = (shape.kv_heads, *shape.shapes().items())
+        key = (shape.kv_heads, *shapes.items())
 
         def begun(past: int) -> FeatureDraft:
             head = kind.from_tensors(weights, shape.config())
@@ -199,13 +176,8 @@ def observe_bytes(inputs: SizingInputs, draft: Draft, chunk: int) -> int:
     return peak_bytes(run)
 
 
-def _settings(config: Config) -> Eagle2DraftConfig:
-    assert isinstance(config.draft, Eagle2DraftConfig)
-    return config.draft
-
-
 def _eagle_shape(inputs: SizingInputs) -> tuple[EagleShape, str]:
-    config, spec, draft = inputs.config, inputs.spec, _settings(inputs.config)
+    config, spec, draft = inputs.config, inputs.spec, inputs.config.draft
     path, kind = draft.path, kind_of(draft)
     if config.plan_only and path not in (None, PLANTED) and not is_at_hand(path):
         attention = (spec.hidden, spec.heads, spec.heads, spec.head_dim, spec.intermediate)
@@ -224,11 +196,11 @@ def _layers(shape: EagleShape) -> str:
 class EagleSpec(DraftSpec):
     """``draft=eagle2``, ``draft=eagle3``: a published, the shipped or a planted head, in the target's dtype."""
 
-    draft: ClassVar[Callable[..., FeatureDraft]] = EagleDraft
+    memory = EagleMemory
 
     @classmethod
     def check(cls, config: Config) -> None:
-        draft = _settings(config)
+        draft = config.draft
         if draft.path is None:
             check_default(draft, config.target)
         elif not draft.path.strip():
@@ -238,21 +210,16 @@ class EagleSpec(DraftSpec):
 
     @classmethod
     def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        draft = _settings(config)
-        files = locate_for(draft, config.target, note)
-        head_shape(files, model.hidden_size, config.target.name, kind_of(draft)).wants(model)
-
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return EagleMemory(inputs)
+        files = locate_for(config.draft, config.target, note)
+        head_shape(files, model.hidden_size, config.target.name, kind_of(config.draft)).wants(model)
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:
-        return head_identity(locate_for(_settings(config), config.target, note))
+        return head_identity(locate_for(config.draft, config.target, note))
 
     def prepare(self) -> None:
         """Load the head, which is part of a streamed target's budget."""
-        context, draft = self.context, _settings(self.context.config)
+        context, draft = self.context, self.context.config.draft
         self._loaded = load_head(
             locate_for(draft, context.config.target, context.note),
             hidden=context.model.hidden_size,
@@ -265,22 +232,14 @@ class EagleSpec(DraftSpec):
 
     def build(self, target: TargetModel) -> BuiltDraft:
         loaded, context = self._loaded, self.context
-        draft = self.draft(loaded.head, target, context.policy, _settings(context.config).temperature)
-        parameters = sum(parameter.numel() for parameter in loaded.head.parameters())
+        head, shape = loaded.head, loaded.head.shape
+        draft = self.memory.draft(head, target, context.policy, context.config.draft.temperature)
+        parameters = sum(parameter.numel() for parameter in head.parameters())
         dtype = str(target.dtype).removeprefix("torch.")
-        facts = {
-            "head": loaded.source,
-            "planted": loaded.planted,
-            "dropped": loaded.dropped,
-            "dtype": dtype,
-            "parameters": parameters,
-            "heads": loaded.head.shape.heads,
-            "kv_heads": loaded.head.shape.kv_heads,
-            "graphs_captured": 0,
-        }
+        facts = {"head": loaded.source, "planted": loaded.planted, "dropped": loaded.dropped, "dtype": dtype}
+        facts |= {"parameters": parameters, "heads": shape.heads, "kv_heads": shape.kv_heads, "graphs_captured": 0}
         if draft.wants.layers:
             facts["feature_layers"] = list(draft.wants.layers)
-            facts["draft_vocab"] = target.vocab_size if loaded.head.d2t is None else len(loaded.head.d2t)
-        return BuiltDraft(
-            draft, facts=facts, summary=f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
-        )
+            facts["draft_vocab"] = target.vocab_size if head.d2t is None else len(head.d2t)
+        summary = f"head {loaded.source}, {parameters / 1e6:.1f} M parameters, {dtype}"
+        return BuiltDraft(draft, facts=facts, summary=summary)

@@ -27,7 +27,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts.eagle_head import ATTENTION, OPTIONAL, REQUIRED, EagleHead, EagleShape
 from subspec.errors import ConfigError
 
-INPUT_NORM, HIDDEN_NORM = "layers.0.input_layernorm.weight", "layers.0.hidden_norm.weight"
+INPUT_NORM = "layers.0.input_layernorm.weight"
 QK_NORMS = tuple(f"{ATTENTION}{name}_norm.weight" for name in "qk")
 EMBEDDING, LM_HEAD, D2T = "embed_tokens.weight", "lm_head.weight", "d2t"
 
@@ -47,23 +47,20 @@ class Eagle3Shape(EagleShape):
         draft_vocab: rows of its LM head; 0: the target's LM head is used.
         embeddings: rows of its embedding table; 0: the target's table is used.
         mapped: whether there is a ``d2t``. last_id: the largest target id that it names.
-        qk_norm: whether the heads of query and key have norms.
         norm_before_residual: whether the residual stream is the normed feature.
         layers: decoder layers of the target behind which the features are taken; empty: the usual ones.
     """
 
     kind: ClassVar[str] = "EAGLE-3 head"
     draft: ClassVar[str] = "eagle3"
-    required: ClassVar[tuple[str, ...]] = (*REQUIRED, INPUT_NORM, HIDDEN_NORM, "norm.weight")
+    required: ClassVar[tuple[str, ...]] = (*REQUIRED, INPUT_NORM, "layers.0.hidden_norm.weight", "norm.weight")
     optional: ClassVar[tuple[str, ...]] = (*OPTIONAL, *QK_NORMS, EMBEDDING, LM_HEAD, D2T)
-    hidden_norm: ClassVar[str] = HIDDEN_NORM
 
     fc_inputs: int = 0
     draft_vocab: int = 0
     embeddings: int = 0
     mapped: bool = False
     last_id: int = 0
-    qk_norm: bool = False
     norm_before_residual: bool = False
     layers: tuple[int, ...] = ()
 
@@ -135,18 +132,6 @@ class Eagle3Shape(EagleShape):
             )
         return HiddenRequest(layers=layers)
 
-    def shapes(self) -> dict[str, torch.Size]:
-        own = dict.fromkeys((INPUT_NORM, self.hidden_norm, "norm.weight"), (self.hidden,))
-        if self.qk_norm:
-            own |= dict.fromkeys(QK_NORMS, (self.head_dim,))
-        if self.embeddings:
-            own[EMBEDDING] = (self.embeddings, self.hidden)
-        if self.draft_vocab:
-            own[LM_HEAD] = (self.draft_vocab, self.hidden)
-        if self.mapped:
-            own[D2T] = (self.draft_vocab,)
-        return super().shapes() | {name: torch.Size(size) for name, size in own.items()}
-
     def config(self) -> dict[str, Any]:
         layers = {"target_layer_ids": list(self.layers)} if self.layers else {}
         own = {"architectures": ["LlamaForCausalLMEagle3"], "norm_before_residual": self.norm_before_residual}
@@ -154,11 +139,7 @@ class Eagle3Shape(EagleShape):
 
 
 def _last_id(d2t: Tensor) -> int:
-    """The largest target id, or 0 for a tensor without numbers.
-
-    Raises:
-        ConfigError: the tensor holds no offsets of ids.
-    """
+    """The largest target id, or 0 for a tensor without numbers; a ConfigError if it holds no offsets of ids."""
     if d2t.is_meta:
         return 0
     ids = d2t + torch.arange(d2t.numel(), device=d2t.device)
@@ -230,3 +211,6 @@ class Eagle3Head(EagleHead):
     def logits(self, features: Tensor, target: TargetModel) -> Tensor:
         features = self.finish(features)
         return self.lm_head(features) if self.shape.draft_vocab else target.logits(features)
+
+
+Eagle3Shape.head_class = Eagle3Head

@@ -5,6 +5,9 @@ of the target's embedding table, which is dropped here because the target's own 
 names, in the layout of ``config.json`` and in optional tensors (:mod:`subspec.drafts.eagle3_head`), and so do block
 heads (:mod:`subspec.drafts.block_head`). Other missing or surplus tensors are named, so that a head of another kind
 (Medusa) is refused with a reason.
+
+Functions raise a ConfigError about files that are no such head or belong to another target, and a SubspecError about
+files that cannot be fetched or read.
 """
 
 import functools
@@ -69,13 +72,7 @@ NAMED = 6
 
 @dataclass
 class LoadedHead:
-    """A head in memory.
-
-    Attributes:
-        source: of ``Located``.
-        dropped: names of the file's tensors that are not used.
-        planted: whether the weights are made up.
-    """
+    """A head in memory; ``dropped``: names of the file's tensors that are not used."""
 
     head: EagleHead
     source: str
@@ -83,16 +80,24 @@ class LoadedHead:
     planted: bool = False
 
 
+KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
+    Eagle2DraftConfig: EagleHead,
+    Eagle3DraftConfig: Eagle3Head,
+    BlockHeadDraftConfig: BlockHead,
+}
+"""Kinds of head, by the class of the configuration."""
+
+
+def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
+    """The kind of head that a draft reads."""
+    return KINDS[type(draft)]
+
+
 # ---------------------------------------------------------------------------------------------- finding
 
 
 def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Located | PlantedHead:
-    """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one.
-
-    Raises:
-        SubspecError: as :func:`locate_head` or :meth:`PlantedHead.of`; or no head ships for the target, or the shipped
-            one is not there.
-    """
+    """The head that a run asks for: ``draft.path``, one that is made up, or the shipped one."""
     if draft.path == PLANTED:
         return PlantedHead.of(target, kind_of(draft))
     if draft.path is not None:
@@ -111,25 +116,8 @@ def locate_for(draft: Eagle2DraftConfig, target: TargetConfig, note: Note) -> Lo
     return Located(f"the shipped {shape.kind}", source, folder)
 
 
-KINDS: dict[type[Eagle2DraftConfig], type[EagleHead]] = {
-    Eagle2DraftConfig: EagleHead,
-    Eagle3DraftConfig: Eagle3Head,
-    BlockHeadDraftConfig: BlockHead,
-}
-"""Kinds of head, by the class of the configuration."""
-
-
-def kind_of(draft: Eagle2DraftConfig) -> type[EagleHead]:
-    """The kind of head that a draft reads."""
-    return KINDS[type(draft)]
-
-
 def check_default(draft: Eagle2DraftConfig, target: TargetConfig) -> None:
-    """Refuse to draft with a shipped head for any target but the embedded default.
-
-    Raises:
-        ConfigError: names ``draft.path``.
-    """
+    """Refuse to draft with a shipped head for any target but the embedded default."""
     if not isinstance(target, EmbeddedTargetConfig):
         shape = kind_of(draft).shape_class
         raise ConfigError(
@@ -148,10 +136,6 @@ def locate_head(path: str, note: Note, key: str = HEAD.key) -> Located:
 
     Args:
         key: of the configuration that gave ``path``, for messages.
-
-    Raises:
-        ConfigError: no such folder, or nothing that can be a draft head.
-        SubspecError: the hub cannot be reached, refuses, or has no such repository.
     """
     wanted = replace(HEAD, key=key)
     located = locate(_as_target(path), note, wanted)
@@ -169,11 +153,7 @@ def _as_target(path: str) -> HubTargetConfig:
 
 
 def read_config(files: Located) -> dict[str, Any]:
-    """The head's ``config.json``; nested parts (:data:`WRAPPERS`) on top of what surrounds them.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """The head's ``config.json``; nested parts (:data:`WRAPPERS`) on top of what surrounds them."""
     return _unwrapped(read_json(files.folder / CONFIG))
 
 
@@ -185,11 +165,7 @@ def _unwrapped(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tensors(files: Located) -> dict[str, Tensor]:
-    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used.
-
-    Raises:
-        SubspecError: a file is damaged, or is a pickle that holds more than tensors.
-    """
+    """Every tensor of the head, on the CPU, mapped: bytes are read when they are used."""
     names, tensors = weight_files(files.folder, HEAD), {}
     if names == [PICKLE]:
         return read_pickle(files.folder / PICKLE)
@@ -200,11 +176,7 @@ def read_tensors(files: Located) -> dict[str, Tensor]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, on the CPU.
-
-    Raises:
-        SubspecError: it is damaged, or holds more than tensors.
-    """
+    """The tensors of a pickled state dict, on the CPU; refused if it holds more than tensors."""
     check_pointer(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -221,11 +193,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def head_identity(files: Located | PlantedHead) -> str:
-    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`).
-
-    Raises:
-        SubspecError: as :func:`read_tensors`.
-    """
+    """Hex digest of a head's weights and configuration (:func:`subspec.targets.identity.identity`)."""
     if isinstance(files, PlantedHead):
         return hashlib.sha256(files.source.encode()).hexdigest()
     return identity(read_tensors(files).items(), [files.folder / CONFIG])
@@ -277,13 +245,13 @@ def sort_tensors(
     return kept, sorted(dropped)
 
 
+def _is_unused(name: str) -> bool:
+    return name in UNUSED or name.endswith("rotary_emb.inv_freq") or name.startswith("verifier_")
+
+
 def with_article(kind: str) -> str:
     """A kind of head with its indefinite article."""
     return f"{'an' if kind.startswith('E') else 'a'} {kind}"
-
-
-def _is_unused(name: str) -> bool:
-    return name in UNUSED or name.endswith("rotary_emb.inv_freq") or name.startswith("verifier_")
 
 
 def kind_of_files(names: Iterable[str], config: Mapping[str, Any]) -> type[EagleHead]:
@@ -302,18 +270,16 @@ def _said(config: Mapping[str, Any]) -> str:
 
 def _other_kind(names: Iterable[str], config: Mapping[str, Any], kind: type[EagleHead]) -> str | None:
     """Another kind than ``kind``, if tensors or configuration tell, with the remedy."""
-    names, shape = list(names), kind_of_files(names, config).shape_class
+    names, shape, own = list(names), kind_of_files(names, config).shape_class, kind.shape_class
     other = ""
     if "medusa" in _said(config) or any("medusa_head" in n or n.endswith(".0.linear.weight") for n in names):
         other = "a set of Medusa heads"
-    elif shape is not kind.shape_class and "fc.weight" in names:
+    elif shape is not own and "fc.weight" in names:
         return f"{with_article(shape.kind)}: set draft={shape.draft} with the same draft.path"
     elif shape is EagleShape and any(key.startswith("speculators_") for key in config):
-        said = config.get("speculators_model_type")
-        other = f"a head ({said}) in the layout of the speculators library"
+        other = f"a head ({config.get('speculators_model_type')}) in the layout of the speculators library"
     elif "lm_head.weight" in names and any(name.startswith("model.layers.") for name in names):
         other = "a whole language model (draft=small_model drafts with it)"
-    own = kind.shape_class
     reads = f"draft={own.draft} reads {with_article(own.kind)} as published"
     return other and f"{other}, and {reads}: set draft.path to one"
 
@@ -333,10 +299,6 @@ def load_head(
         hidden: the target's hidden size. target: its name, for messages.
         dtype, device: of the head: the target's.
         kind: what the files must hold.
-
-    Raises:
-        ConfigError: not such a head, or one for another target.
-        SubspecError: the files cannot be read.
     """
     if isinstance(files, PlantedHead):
         drawn, config = files.tensors(dtype, device), files.shape().config()
@@ -348,11 +310,7 @@ def load_head(
 
 @functools.lru_cache(maxsize=8)
 def head_shape(files: Located | PlantedHead, hidden: int, target: str, kind: type[EagleHead] = EagleHead) -> EagleShape:
-    """Sizes of a head without its weights, for planning; arguments as of :func:`load_head`.
-
-    Raises:
-        SubspecError: as :func:`load_head`.
-    """
+    """Sizes of a head without its weights, for planning; arguments and errors as of :func:`load_head`."""
     if isinstance(files, PlantedHead):
         return files.shape()
     return _read(files, hidden, target, kind)[2]
@@ -369,16 +327,10 @@ def _read(
 
 
 def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead) -> EagleShape:
-    """Sizes of a head, read off its tensors and its ``config.json``.
-
-    Raises:
-        ConfigError: they contradict each other, or a value of the configuration is invalid.
-    """
+    """Sizes of a head, read off its tensors and its ``config.json``."""
     try:
-        shape = kind.shape_class.of(tensors, config)
-        shape.layer_config()  # the library checks rotary settings
+        return kind.shape_class.of(tensors, config)
     except SubspecError:
         raise
-    except Exception as error:
+    except Exception as error:  # also of the library, which checks rotary settings
         raise ConfigError(f"the {kind.shape_class.kind}'s config.json is not valid ({one_line(error)})") from error
-    return shape

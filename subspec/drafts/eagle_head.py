@@ -56,20 +56,22 @@ class EagleShape:
     Attributes:
         kind, draft: its name in messages, and the draft that reads it.
         required, optional: names of its tensors.
+        keeps_features: whether a level reads the features that the levels above it predicted.
         hidden: width of its features; those of EAGLE-1 and EAGLE-2 are the target's hidden states.
-        heads, kv_heads, head_dim: of the attention.
         intermediate: width of the MLP.
         biases: names of the biases it has, from :data:`OPTIONAL`.
-        eps: of the norm.
         rope: rotary settings as in transformers' ``rope_parameters`` (``rope_theta``, ``rope_type``, ...).
         max_positions: that the rotary settings were made for.
         decoder_layers: of the head, all of the same sizes.
+        qk_norm: whether the heads of query and key have norms.
     """
 
     kind: ClassVar[str] = "EAGLE-1 or EAGLE-2 head"
     draft: ClassVar[str] = "eagle2"
     required: ClassVar[tuple[str, ...]] = REQUIRED
     optional: ClassVar[tuple[str, ...]] = OPTIONAL
+    head_class: ClassVar[type["EagleHead"]]
+    keeps_features: ClassVar[bool] = True
 
     hidden: int
     heads: int
@@ -81,6 +83,7 @@ class EagleShape:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     max_positions: int = 2048
     decoder_layers: int = 1
+    qk_norm: bool = False
 
     @classmethod
     def names(cls, config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -89,19 +92,16 @@ class EagleShape:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """Read off the weights; ``config`` only splits them into heads.
+        """Read off the weights; ``config``, the checkpoint's ``config.json``, only splits them into heads.
 
         Args:
             tensors: those of :meth:`names` that are there.
-            config: the checkpoint's ``config.json``.
 
         Raises:
-            ConfigError: the shapes contradict each other, the configuration's number of heads, or its activation.
+            ConfigError: the shapes contradict each other or the configuration.
         """
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        hidden = shapes["fc.weight"][0]
         q, k = (shapes[f"{ATTENTION}{name}_proj.weight"][0] for name in "qk")
-        intermediate = shapes[f"{MLP}gate_proj.weight"][0]
         heads = config.get("num_attention_heads")
         if not isinstance(heads, int) or heads < 1:
             raise ConfigError(
@@ -109,8 +109,7 @@ class EagleShape:
                 "weights alone do not tell where a head ends"
             )
         head_dim = q // heads
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
+        if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ConfigError(f"the {cls.kind}'s config.json says hidden_act={activation}: only silu is built")
         if q % heads or head_dim % 2 or k % head_dim or heads % (k // head_dim or 1):
             raise ConfigError(
@@ -118,11 +117,11 @@ class EagleShape:
                 "(num_attention_heads) do not divide into: its config.json belongs to another head"
             )
         shape = cls(
-            hidden=hidden,
+            hidden=shapes["fc.weight"][0],
             heads=heads,
             kv_heads=k // head_dim,
             head_dim=head_dim,
-            intermediate=intermediate,
+            intermediate=shapes[f"{MLP}gate_proj.weight"][0],
             biases=frozenset(name for name in OPTIONAL if name in shapes),
             eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=rope_settings(config),
@@ -158,21 +157,13 @@ class EagleShape:
         """Rows of the draft region of its KV cache."""
         return policy.draft_rows
 
-    def kept_features(self, policy: TreePolicy) -> int:
-        """Nodes of a tree whose predicted features are kept."""
-        return policy.capacity
-
     @property
     def inputs(self) -> tuple[int, int]:
         """Inputs of ``fc`` and of the attention."""
         return 2 * self.hidden, self.hidden
 
     def wants(self, target: PretrainedConfig) -> HiddenRequest:
-        """The hidden states that it reads of a target.
-
-        Raises:
-            ConfigError: the head was made for another target.
-        """
+        """The hidden states that it reads of a target; a ConfigError if it was made for another one."""
         return FINAL_HIDDEN
 
     @classmethod
@@ -181,9 +172,6 @@ class EagleShape:
 
         Args:
             path, target: names of the head and of the target, for messages.
-
-        Raises:
-            ConfigError: ``fc`` was made for another hidden size, or for another kind of head.
         """
         fc = list(tensors["fc.weight"].shape)
         if len(fc) != 2 or fc[1] != 2 * fc[0]:
@@ -197,24 +185,8 @@ class EagleShape:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every tensor, by name."""
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        fc_inputs, inputs = self.inputs
-        linears = {
-            "fc": (self.hidden, fc_inputs),
-            f"{ATTENTION}q_proj": (width, inputs),
-            f"{ATTENTION}k_proj": (kv_width, inputs),
-            f"{ATTENTION}v_proj": (kv_width, inputs),
-            f"{ATTENTION}o_proj": (self.hidden, width),
-            f"{MLP}gate_proj": (self.intermediate, self.hidden),
-            f"{MLP}up_proj": (self.intermediate, self.hidden),
-            f"{MLP}down_proj": (self.hidden, self.intermediate),
-        }
-        found = {NORM: torch.Size([self.hidden])}
-        for name, size in linears.items():
-            found[f"{name}.weight"] = torch.Size(size)
-            if f"{name}.bias" in self.biases:
-                found[f"{name}.bias"] = torch.Size(size[:1])
-        return found
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in self.head_class(self).state_dict().items()}
 
     def layer_config(self) -> LlamaConfig:
         """The configuration of transformers' decoder layer."""
@@ -251,8 +223,7 @@ class EagleShape:
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of a ``config.json``, whether written the old way (``rope_theta``, ``rope_scaling``) or the new.
 
-    Raises:
-        ConfigError: frequencies that depend on how far a pass reaches, or of an unknown kind.
+    Refused are frequencies that depend on how far a pass reaches.
     """
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = str(settings.pop("type", settings.get("rope_type", "default")))
@@ -279,14 +250,12 @@ class EagleAttention(LlamaAttention):
 
     def __init__(self, config: LlamaConfig, shape: EagleShape, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        stored = shape.shapes()
-        for name in "qkvo":
-            size = stored[f"{ATTENTION}{name}_proj.weight"]
-            linear = nn.Linear(size[1], size[0], bias=f"{ATTENTION}{name}_proj.bias" in stored)
-            setattr(self, f"{name}_proj", linear)
+        for name in (f"{one}_proj" for one in "qkvo"):
+            outputs, inputs = getattr(self, name).weight.shape
+            inputs = inputs if name == "o_proj" else shape.inputs[1]
+            setattr(self, name, nn.Linear(inputs, outputs, bias=f"{ATTENTION}{name}.bias" in shape.biases))
         for name in ("q_norm", "k_norm"):
-            normed = f"{ATTENTION}{name}.weight" in stored
-            self.add_module(name, LlamaRMSNorm(self.head_dim, shape.eps) if normed else nn.Identity())
+            self.add_module(name, LlamaRMSNorm(self.head_dim, shape.eps) if shape.qk_norm else nn.Identity())
 
     def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -356,11 +325,9 @@ class EagleHead(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.is_meta or "norm" in name:
-                    continue
                 if name.endswith(".bias"):
                     parameter.zero_()
-                else:
+                elif not parameter.is_meta and "norm" not in name:
                     parameter.normal_(0.0, 0.02, generator=generator)
 
     def add_modules(self, shape: EagleShape, layer: nn.Module) -> None:
@@ -371,12 +338,8 @@ class EagleHead(nn.Module):
     def from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """A head in eval mode, without gradients, whose parameters are ``tensors`` themselves.
 
-        Args:
-            tensors: as of :meth:`EagleShape.of`; of one device, and of one dtype but for indices.
-            config: the checkpoint's ``config.json``.
-
-        Raises:
-            ConfigError: as :meth:`EagleShape.of`.
+        Arguments and errors as of :meth:`EagleShape.of`; the tensors are of one device, and of one dtype but for
+        indices.
         """
         shape = cls.shape_class.of(tensors, config)
         with torch.device("meta"):
@@ -431,3 +394,6 @@ class EagleHead(nn.Module):
         """
         x = self.combine(embeddings, features)[1][None]
         self.layers[0].self_attn.store(x, *self.rotary(x, positions[None]), view)
+
+
+EagleShape.head_class = EagleHead

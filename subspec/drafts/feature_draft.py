@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,13 @@ class FeatureDraft(Draft):
         policy: of the trees that will be drafted, for sizes.
         temperature: of the draft distribution (EAGLE-2: 1).
         wants: hidden states of the target; None: those that the head asks for.
+
+    Attributes:
+        rows: the draft region of the head's own cache, from :meth:`begin` on.
+        features: predicted ones by node number, so that a level finds its parents' wherever they are in the tree.
     """
+
+    rows: DraftRows | None = None
 
     def __init__(
         self,
@@ -41,21 +47,10 @@ class FeatureDraft(Draft):
     ) -> None:
         super().__init__(temperature)
         shape = head.shape
-        self.target, self.wants = target, wants or shape.wants(target.model.config)
-        self._sizes = {
-            "layers": shape.decoder_layers,
-            "kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "draft_rows": shape.draft_rows(policy),
-        }
-        self._rows: DraftRows | None = None
-
-    @property
-    def rows(self) -> DraftRows:
-        """The draft region of the head's own cache."""
-        if self._rows is None:
-            raise RuntimeError("begin() comes first")
-        return self._rows
+        self.head, self.target, self.wants = head, target, wants or shape.wants(target.model.config)
+        self._draft_rows = shape.draft_rows(policy)
+        nodes = policy.capacity if shape.keeps_features else 0
+        self.features = torch.zeros(nodes, shape.hidden, dtype=target.dtype, device=target.device)
 
     @property
     def cache(self) -> KVCache:
@@ -63,21 +58,18 @@ class FeatureDraft(Draft):
         return self.rows.cache
 
     def begin(self, cache: KVCache) -> None:
-        if self._rows is None or self.cache.max_length != cache.max_length:
-            own = KVCache(
-                **self._sizes,
-                max_length=cache.max_length,
-                target_rows=0,
-                dtype=self.target.dtype,
-                device=self.target.device,
-            )
-            self._rows = DraftRows(own, self.target.device)
+        if self.rows is None or self.cache.max_length != cache.max_length:
+            shape, target = self.head.shape, self.target
+            sizes: dict[str, Any] = {"max_length": cache.max_length, "draft_rows": self._draft_rows, "target_rows": 0}
+            sizes |= {"layers": shape.decoder_layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+            self.rows = DraftRows(KVCache(**sizes, dtype=target.dtype, device=target.device), target.device)
         self.cache.reset()
         self.rows.used = 0
 
     def fork(self) -> Self:
         other = copy.copy(self)
-        other._rows = None
+        other.features = torch.zeros_like(self.features)
+        other.rows = None
         return other
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:

@@ -14,12 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from subspec.config.schema import Config, LayerSkipDraftConfig
 from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels
+from subspec.drafts.spec import BuiltDraft, DraftSpec, capture, check_target_levels
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.errors import ConfigError
-from subspec.levels.build import level_model, role_shapes
-from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.dense import dense_layer, layer_views
+from subspec.levels.build import role_shapes
+from subspec.levels.dense import dense_levels
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.targets.layer_bytes import flat_bytes
@@ -33,14 +32,7 @@ def spread(layers: int, keep: int) -> tuple[int, ...]:
 
 
 def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] | None:
-    """The layers that ``draft`` names, ascending; None if it names none.
-
-    Args:
-        layers: of the target.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """The ones of a target's ``layers`` that ``draft`` names, ascending; None if it names none."""
     if draft.layers is not None and draft.keep is not None:
         raise ConfigError("draft.layers and draft.keep both choose the layers: set one of them to null")
     if draft.keep is not None:
@@ -66,14 +58,10 @@ def usual_layers(layers: int) -> tuple[int, ...]:
     return spread(layers, max(1, -(-layers // 2)))
 
 
-def streamed_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
-    """The layers that draft under ``offload=stream``: the chosen ones, else the resident ones.
+def drafting_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layers that draft: the chosen ones, else the resident ones of a target's ``layers``.
 
     If every layer is resident, half of them: all of them would be the target itself.
-
-    Args:
-        resident: layers on the device, the chosen ones included.
-        layers: of the target.
     """
     chosen = chosen_layers(draft, layers)
     if chosen is not None:
@@ -91,17 +79,12 @@ def skip_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 
 class LayerSkipMemory(DraftMemory):
-    """Resident layers of the target: a level's workspace is all it adds.
-
-    Raises:
-        ConfigError: the chosen layers are not the target's.
-    """
+    """Resident layers of the target: a level's workspace is all it adds."""
 
     required_by = "draft=layer_skip drafts with"
 
     def __init__(self, inputs: SizingInputs) -> None:
         draft, spec = inputs.config.draft, inputs.spec
-        assert isinstance(draft, LayerSkipDraftConfig)
         self._chosen = chosen_layers(draft, spec.layers)
         # Hardly any model drafts without its first and last layer.
         self.required_resident = self._chosen or spread(spec.layers, min(2, spec.layers))
@@ -121,38 +104,27 @@ class LayerSkipSpec(DraftSpec):
     """``draft=layer_skip``: the layers as modules, or the resident ones of a streamed target as captured levels."""
 
     from_disk = False
+    memory = LayerSkipMemory
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        assert isinstance(config.draft, LayerSkipDraftConfig)
         chosen_layers(config.draft, model.num_hidden_layers)
         check_target_levels(config, model)
 
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return LayerSkipMemory(inputs)
-
     def prepare(self) -> None:
-        """Choose the layers."""
-        draft, count, plan = (self.context.config.draft, self.context.model.num_hidden_layers, self.context.plan)
-        assert isinstance(draft, LayerSkipDraftConfig)
-        if plan is None:
-            self._layers = chosen_layers(draft, count) or usual_layers(count)
-        else:
-            self._layers = streamed_layers(draft, plan.resident_layers, count)
+        draft, count, plan = self.context.config.draft, self.context.model.num_hidden_layers, self.context.plan
+        # Without a plan all layers are on the device.
+        self._layers = drafting_layers(draft, range(count) if plan is None else plan.resident_layers, count)
 
     def build(self, target: TargetModel) -> BuiltDraft:
         config, layers, count = self.context.config.draft, self._layers, target.num_layers
-        assert isinstance(config, LayerSkipDraftConfig)
         draft: LevelDraft
         if self.context.plan is None:
             levels = "modules"
             draft = SubstituteDraft(skip_layers(target.model, layers), config.temperature)
         else:
             levels = "fused, bfloat16"
-            parts = [dense_layer(layer_views(target.base.layers[index]), cache_layer=index) for index in layers]
-            overlap = None if config.overlap_launches else False
-            draft = CapturedDraft(level_model(target.model, parts), config.temperature, overlap=overlap)
+            draft = capture(dense_levels(target.model, layers), config)
         listed = ", ".join(map(str, layers))
         return BuiltDraft(
             draft,

@@ -16,24 +16,23 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.config.schema import Config, PardDraftConfig
+from subspec.config.schema import Config
 from subspec.decoding.batch import TokenBatch
 from subspec.decoding.draft import fit_vocabulary
 from subspec.decoding.hidden import NO_HIDDEN, HiddenRequest
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree import Tree
-from subspec.drafts.block_levels import BlockLevels
+from subspec.drafts.block_draft import BlockLevels
 from subspec.drafts.eagle import meta_states, observe_bytes
 from subspec.drafts.eagle_checkpoint import read_pickle
-from subspec.drafts.separate_cache import prompt_rows
+from subspec.drafts.separate_cache import prompt_rows, twin
 from subspec.drafts.small_checkpoint import PLANTED, load_small_config, small_folder
-from subspec.drafts.small_model import SmallModelSpec, check_small_model
-from subspec.drafts.small_model_memory import OwnModelMemory
+from subspec.drafts.small_model import OwnModelMemory, SmallModelSpec, check_small_model
 from subspec.drafts.spec import BuiltDraft
 from subspec.errors import ConfigError
 from subspec.memory.allocator import Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.memory.draft_memory import SizingInputs
 from subspec.memory.trace import META, draft_level_bytes, token_ids
 from subspec.utils.console import Note
 from subspec.utils.disk import sha256
@@ -62,30 +61,13 @@ class PardShape:
         return len(self.wants.layers) + self.wants.final
 
 
-def pard_settings(config: Config) -> PardDraftConfig:
-    """The draft's configuration.
-
-    Raises:
-        ConfigError: it names no model.
-    """
-    draft = config.draft
-    assert isinstance(draft, PardDraftConfig)
-    if draft.path is None:
-        raise ConfigError(
-            "draft=pard ships no model: set draft.path to the folder or hub id of a PARD model with the vocabulary of "
-            f"target={config.target.name}"
-        )
-    return draft
-
-
 def pard_shape(config: Config, target: PretrainedConfig) -> PardShape:
     """Read it off the model's ``config.json``; a planted model's ``pard_token`` is its last.
 
     Raises:
         ConfigError: the model is no PARD model, or was made for another target.
     """
-    path, small = pard_settings(config).path, load_small_config(config)
-    assert path is not None
+    path, small = config.draft.path, load_small_config(config)
     token = small.vocab_size - 1 if path.startswith(PLANTED) else getattr(small, "pard_token", None)
     if not isinstance(token, int) or not 0 <= token < small.vocab_size:
         raise ConfigError(
@@ -161,10 +143,8 @@ class PardDraft(BlockLevels):
         self._block = torch.full((levels - 1,), shape.token, device=model.device)
 
     def fork(self) -> "PardDraft":
-        other, own = copy.copy(self), self.cache
-        other.cache = self.model.new_cache(
-            max_length=own.max_length, draft_rows=own.draft_rows, target_rows=own.target_rows
-        )
+        other = copy.copy(self)
+        other.cache = twin(self.cache, self.model)
         return other
 
     def begin(self, cache: KVCache) -> None:
@@ -217,17 +197,13 @@ def cache_rows(max_length: int, levels: int) -> int:
 
 
 class PardMemory(OwnModelMemory):
-    """A model in bfloat16 with a KV cache of its own; nothing is captured.
-
-    Raises:
-        ConfigError: as :func:`pard_shape`.
-    """
+    """A model in bfloat16 with a KV cache of its own; nothing is captured."""
 
     captured = False
 
     def __init__(self, inputs: SizingInputs) -> None:
         shape, length = pard_shape(inputs.config, inputs.model), inputs.config.decoding.max_length
-        levels = min(pard_settings(inputs.config).block, inputs.policy.max_depth)
+        levels = min(inputs.config.draft.block, inputs.policy.max_depth)
         super().__init__(inputs, 0, cache_rows(length, levels))
         model, self.states = self.trace.model, len(shape.wants.layers)
         width = shape.states * inputs.spec.hidden
@@ -266,9 +242,16 @@ class PardMemory(OwnModelMemory):
 class PardSpec(SmallModelSpec):
     """``draft=pard``."""
 
+    memory = PardMemory
+
     @classmethod
     def check(cls, config: Config) -> None:
-        draft = pard_settings(config)
+        draft = config.draft
+        if draft.path is None:
+            raise ConfigError(
+                "draft=pard ships no model: set draft.path to the folder or hub id of a PARD model with the vocabulary "
+                f"of target={config.target.name}"
+            )
         if draft.block < 1:
             raise ConfigError(f"draft.block={draft.block} must be at least 1: a pass drafts a token per row")
         super().check(config)
@@ -279,10 +262,6 @@ class PardSpec(SmallModelSpec):
         check_small_model(config, load_small_config(config))
 
     @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return PardMemory(inputs)
-
-    @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str:
         own, folder = super().weights_identity(config, note), small_folder(config, note)
         if folder is None or not (folder / WARP).is_file():
@@ -290,53 +269,37 @@ class PardSpec(SmallModelSpec):
         return hashlib.sha256(f"{own} {sha256(folder / WARP)}".encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Load the model, and PARD-2's projection.
-
-        Raises:
-            SubspecError: as :func:`pard_shape` and of another vocabulary; the projection is missing or damaged.
-        """
+        """Load the model, and PARD-2's projection."""
         self._shape = pard_shape(self.context.config, self.context.model)
         super().prepare()
-        model, self._pard = self._model, TargetModel(self._model)
-        if width := self._shape.states * self.context.model.hidden_size:
-            hidden = model.config.hidden_size
-            tensors = self._projection()
-            weight, bias = tensors.pop("target_proj.weight", None), tensors.pop("target_proj.bias", None)
-            if weight is None or weight.shape != (hidden, width) or tensors:
-                raise ConfigError(
-                    f"draft.path={self._source.name}: {WARP} holds no target_proj.weight of [{hidden}, {width}] alone: "
-                    "fetch or copy it again"
-                )
-            self._pard = FusedModel(model, weight, bias)
-
-    def _projection(self) -> dict[str, Tensor]:
-        """The tensors of PARD-2's file on the device, scaled."""
-        folder = small_folder(self.context.config, self.context.note)
+        model, shape = self._model, self._shape
+        self._pard = TargetModel(model)
+        if not (width := shape.states * self.context.model.hidden_size):
+            return
+        folder, name = small_folder(self.context.config, self.context.note), f"draft.path={self._source.name}"
         if folder is None or not (folder / WARP).is_file():
-            raise ConfigError(
-                f"draft.path={self._source.name} lacks {WARP}, which its config.json asks for (pard2): fetch or copy it"
-            )
+            raise ConfigError(f"{name} lacks {WARP}, which its config.json asks for (pard2): fetch or copy it")
         dtype, device = self._pard.dtype, self._pard.device
-        scale = self._shape.scale
-        return {
-            name: (tensor.to(device, torch.float32) * scale).to(dtype)
-            for name, tensor in read_pickle(folder / WARP).items()
+        scaled = {
+            key: (tensor.to(device, torch.float32) * shape.scale).to(dtype)
+            for key, tensor in read_pickle(folder / WARP).items()
         }
+        weight, bias = scaled.pop("target_proj.weight", None), scaled.pop("target_proj.bias", None)
+        hidden = model.config.hidden_size
+        if weight is None or weight.shape != (hidden, width) or scaled:
+            raise ConfigError(
+                f"{name}: {WARP} holds no target_proj.weight of [{hidden}, {width}] alone: fetch or copy it again"
+            )
+        self._pard = FusedModel(model, weight, bias)
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        context, draft = self.context, pard_settings(self.context.config)
+        context, draft = self.context, self.context.config.draft
         depth = context.policy.max_depth
         levels = min(draft.block, depth)
         if depth > levels:
             context.note(f"tree.depth={depth}: a pass drafts draft.block={levels} levels, and no tree is deeper")
-        made = PardDraft(
-            self._pard,
-            self._shape,
-            levels=levels,
-            max_length=context.config.decoding.max_length,
-            vocab_size=target.vocab_size,
-            temperature=draft.temperature,
-        )
+        sizes = {"levels": levels, "max_length": context.config.decoding.max_length, "vocab_size": target.vocab_size}
+        made = PardDraft(self._pard, self._shape, **sizes, temperature=draft.temperature)
         method = "PARD-2" if isinstance(self._pard, FusedModel) else "PARD"
         built = self.built(made, made.cache, f"{method}, {levels} in a pass")
         built.facts |= {"method": method, "block": levels, "graphs_captured": 0}

@@ -4,6 +4,7 @@ No checkpoint is read. It has the shape of the head that was published for the t
 time per level are the real ones. Its predictions are noise: tau is about 1.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,41 @@ class PlantedHead:
         head = {Eagle3Head: "an EAGLE-3 head", BlockHead: "a DFlash head"}.get(self.kind, "a head")
         return f"planted, random weights in the shape of {head} for {self.target_shape}, seed {self.seed}"
 
-    def shape(self) -> EagleShape:
-        """Its sizes."""
-        return planted_shape(self._target(), self.kind)
-
+    @functools.cached_property
     def _target(self) -> PretrainedConfig:
         return planted_config(PlantedTargetConfig(name=PLANTED, shape=self.target_shape))
+
+    def shape(self) -> EagleShape:
+        """Sizes of the head that is published for targets of this family.
+
+        EAGLE-2 heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target;
+        other heads have the target's KV heads and no bias. EAGLE-3 heads read three layers and use the target's
+        embedding. Block heads are DFlash's: five layers, features of five layers of the target (or of all of a smaller
+        one), 16 slots.
+        """
+        target = self._target
+        heads, number = target.num_attention_heads, target.num_hidden_layers
+        qwen = target.model_type == "qwen2" and self.kind is EagleHead
+        own: dict[str, Any] = {}
+        if self.kind is Eagle3Head:
+            own = {"fc_inputs": 3 * target.hidden_size, "draft_vocab": min(DRAFT_VOCAB, target.vocab_size // 2)}
+            own["mapped"] = True
+        if self.kind is BlockHead:
+            layers = usual_layers(min(MOST_FEATURES, number), number)
+            own = {"fc_inputs": len(layers) * target.hidden_size, "layers": layers, "target_layers": number}
+            own |= {"decoder_layers": LAYERS, "mask_id": target.vocab_size - 1, "qk_norm": True}
+        return self.kind.shape_class(
+            hidden=target.hidden_size,
+            heads=heads,
+            kv_heads=heads if qwen else target.num_key_value_heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            intermediate=target.intermediate_size,
+            biases=QKV_BIASES if qwen else frozenset(),
+            eps=target.rms_norm_eps,
+            rope=rope_settings({"rope_parameters": target.rope_parameters}),
+            max_positions=target.max_position_embeddings,
+            **own,
+        )
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Matrices and biases N(0, 0.02), norms 1, by their names; CPUs and GPUs draw different numbers.
@@ -80,40 +110,8 @@ class PlantedHead:
         for name, size in self.shape().shapes().items():
             if name == D2T:
                 own = torch.arange(*size, device=device)
-                drawn[name] = own * self._target().vocab_size // len(own) - own
+                drawn[name] = own * self._target.vocab_size // len(own) - own
                 continue
             tensor = torch.empty(size, dtype=dtype, device=device)
             drawn[name] = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, STD, generator=generator)
         return drawn
-
-
-def planted_shape(target: PretrainedConfig, kind: type[EagleHead] = EagleHead) -> EagleShape:
-    """Sizes of the head that is published for targets of this family.
-
-    EAGLE-2 heads for Qwen2.5 have as many KV heads as query heads and biases of q, k and v, unlike the target; other
-    heads have the target's KV heads and no bias. EAGLE-3 heads read three layers and use the target's embedding. Block
-    heads are DFlash's: five layers, features of five layers of the target (or of all of a smaller one), 16 slots.
-    """
-    heads = target.num_attention_heads
-    qwen = target.model_type == "qwen2" and kind is EagleHead
-    own: dict[str, Any] = {}
-    if kind is Eagle3Head:
-        own = {"fc_inputs": 3 * target.hidden_size, "draft_vocab": min(DRAFT_VOCAB, target.vocab_size // 2)}
-        own["mapped"] = True
-    if kind is BlockHead:
-        number = target.num_hidden_layers
-        layers = usual_layers(min(MOST_FEATURES, number), number)
-        own = {"fc_inputs": len(layers) * target.hidden_size, "layers": layers, "target_layers": number}
-        own |= {"decoder_layers": LAYERS, "mask_id": target.vocab_size - 1, "qk_norm": True}
-    return kind.shape_class(
-        hidden=target.hidden_size,
-        heads=heads,
-        kv_heads=heads if qwen else target.num_key_value_heads,
-        head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
-        intermediate=target.intermediate_size,
-        biases=QKV_BIASES if qwen else frozenset(),
-        eps=target.rms_norm_eps,
-        rope=rope_settings({"rope_parameters": target.rope_parameters}),
-        max_positions=target.max_position_embeddings,
-        **own,
-    )

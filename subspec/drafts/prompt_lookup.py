@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from subspec.config.schema import Config, PromptLookupDraftConfig
+from subspec.config.schema import Config
 from subspec.decoding.draft import Draft, Perturb
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
@@ -127,34 +127,28 @@ class PromptLookupMemory(DraftMemory):
     def __init__(self, inputs: SizingInputs) -> None:
         vocab = inputs.target.model.vocab_size
         draft = TracedLookup(NgramIndex(1), vocab)
-
-        def level() -> int:
-            return draft_level_bytes(draft, inputs.policy, inputs.sampling, vocab)
-
-        key = ("prompt lookup", inputs.policy.width, inputs.sampling)
-        self.level = inputs.target.cached(key, level)
+        self.level = inputs.target.cached(
+            ("prompt lookup", inputs.policy.width, inputs.sampling),
+            lambda: draft_level_bytes(draft, inputs.policy, inputs.sampling, vocab),
+        )
 
 
 class PromptLookupSpec(DraftSpec):
     """``draft=prompt_lookup``: the same for a whole and a streamed target."""
 
+    memory = PromptLookupMemory
+
     @classmethod
     def check(cls, config: Config) -> None:
         draft = config.draft
-        assert isinstance(draft, PromptLookupDraftConfig)
         if not 1 <= draft.shortest <= draft.longest:
             raise ConfigError(
                 f"draft.shortest={draft.shortest} and draft.longest={draft.longest}: contexts have at least 1 token, "
                 "and the longest are no shorter than the shortest"
             )
 
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return PromptLookupMemory(inputs)
-
     def build(self, target: TargetModel) -> BuiltDraft:
         draft = self.context.config.draft
-        assert isinstance(draft, PromptLookupDraftConfig)
         index = NgramIndex(draft.longest, draft.shortest)
         lookup = PromptLookupDraft(
             index, target.vocab_size, earlier_texts=draft.earlier_texts, temperature=draft.temperature

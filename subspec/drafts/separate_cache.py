@@ -5,6 +5,7 @@ the target's. After verification the rows of the accepted nodes move from the dr
 not computed again. Accepted nodes that were never run, such as one of the deepest level, are run then.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ PROMPT_ROWS = 256
 def prompt_rows(max_length: int) -> int:
     """Rows of the cache's target region: a chunk of the prompt."""
     return min(PROMPT_ROWS, max_length)
+
+
+def twin(cache: KVCache, model: TargetModel) -> KVCache:
+    """Another cache of ``model``, of the same sizes."""
+    sizes = {"max_length": cache.max_length, "draft_rows": cache.draft_rows, "target_rows": cache.target_rows}
+    return model.new_cache(**sizes)
 
 
 class SeparateCacheDraft(Draft):
@@ -59,15 +66,10 @@ class SeparateCacheDraft(Draft):
         self._is_warm = False
 
     def fork(self) -> "SeparateCacheDraft":
-        own = self.cache
-        return SeparateCacheDraft(
-            self.levels.fork(),
-            self.model,
-            max_length=own.max_length,
-            draft_rows=own.draft_rows,
-            vocab_size=self.vocab_size,
-            width=self._width,
-        )
+        other = copy.copy(self)
+        other.levels, other._is_warm = self.levels.fork(), False
+        other.cache = twin(self.cache, self.model)
+        return other
 
     def facts(self) -> dict[str, Any]:
         return {"graphs_captured": 0, **self.levels.facts()}

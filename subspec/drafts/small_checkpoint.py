@@ -1,6 +1,7 @@
 """The checkpoint of ``draft=small_model``: what ``draft.path`` names, its configuration, its weights.
 
-Any checkpoint that can be a target can be a draft, read by the same code (:mod:`subspec.targets`).
+Any checkpoint that can be a target can be a draft, read by the same code (:mod:`subspec.targets`). Functions raise a
+SubspecError about anything that the user can repair, in one line with the remedy.
 """
 
 import functools
@@ -12,21 +13,13 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from subspec.config.schema import (
-    CheckpointDraftConfig,
-    Config,
-    Dtype,
-    HubTargetConfig,
-    PlantedTargetConfig,
-    TargetConfig,
-)
+from subspec.config.schema import Config, Dtype, HubTargetConfig, PlantedTargetConfig, TargetConfig
 from subspec.drafts import shipped
 from subspec.errors import ConfigError, SubspecError
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.hub import locate
 from subspec.targets.load import weights_identity
-from subspec.targets.model_spec import ModelSpec
 from subspec.targets.planted import SHAPES, PlantedSource, planted_config
 from subspec.targets.source import LayerSource
 from subspec.targets.weight_files import SMALL_MODEL
@@ -38,14 +31,19 @@ SHIPPED = shipped.SMALL_MODEL
 PLANTED = "planted:"
 
 
-def small_model_config(config: Config) -> TargetConfig:
-    """The small model as a target's configuration.
+@contextmanager
+def _about_draft() -> Iterator[None]:
+    """Name ``draft.path`` in the messages of the code that reads checkpoints."""
+    try:
+        yield
+    except SubspecError as error:
+        text = str(error)
+        raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
 
-    Raises:
-        ConfigError: ``draft.path`` names nothing.
-    """
+
+def small_model_config(config: Config) -> TargetConfig:
+    """The small model as a target's configuration."""
     draft = config.draft
-    assert isinstance(draft, CheckpointDraftConfig)
     if draft.path is None:
         return shipped_small_model(draft.dtype)
     if draft.path.startswith(PLANTED):
@@ -59,11 +57,7 @@ def small_model_config(config: Config) -> TargetConfig:
 
 
 def shipped_small_model(dtype: Dtype = Dtype.auto) -> HubTargetConfig:
-    """The small model that ships with the project, as a target's configuration.
-
-    Raises:
-        ConfigError: this installation has none.
-    """
+    """The small model that ships with the project, as a target's configuration."""
     if not (SHIPPED / "config.json").is_file():
         raise ConfigError(
             "draft=small_model: the small model for the default target is not in this installation "
@@ -74,93 +68,44 @@ def shipped_small_model(dtype: Dtype = Dtype.auto) -> HubTargetConfig:
 
 
 def load_small_config(config: Config) -> PretrainedConfig:
-    """The small model's own configuration, without its weights.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    return _read(small_model_config(config))[0]
-
-
-def small_shapes(config: Config) -> ModelSpec:
-    """The shapes that a plan computes sizes from."""
-    return _read(small_model_config(config))[1]
-
-
-def _read(named: TargetConfig) -> tuple[PretrainedConfig, ModelSpec]:
-    if isinstance(named, PlantedTargetConfig):
-        return _describe(named.shape, None, planted=True)
-    assert isinstance(named, HubTargetConfig)
-    return _describe(named.path, named.revision, planted=False)
+    """The small model's own configuration, without its weights."""
+    named = small_model_config(config)
+    return planted_config(named) if isinstance(named, PlantedTargetConfig) else _read(named.path, named.revision)
 
 
 @functools.lru_cache(maxsize=8)
-def _describe(path: str, revision: str | None, *, planted: bool) -> tuple[PretrainedConfig, ModelSpec]:
-    """Cached: a plan computes sizes many times."""
-    if planted:
-        model = planted_config(PlantedTargetConfig(name=path, shape=path))
-    else:
-        with _about_draft():
-            named = HubTargetConfig(name=path, path=path, revision=revision)
-            model = check_folder_config(
-                locate(named, lambda text: None, SMALL_MODEL, weights=False).folder, path, SMALL_MODEL
-            )
-    return model, ModelSpec.of(model)
+@_about_draft()
+def _read(path: str, revision: str | None) -> PretrainedConfig:
+    named = HubTargetConfig(name=path, path=path, revision=revision)
+    folder = locate(named, lambda text: None, SMALL_MODEL, weights=False).folder
+    return check_folder_config(folder, path, SMALL_MODEL)
 
 
 def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, note: Note) -> LayerSource:
-    """The small model's weights, fetched first if need be.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
+    """The small model's weights, fetched first if need be."""
     named = small_model_config(config)
     if isinstance(named, PlantedTargetConfig):
         return PlantedSource(named, dtype, device)
     return open_checkpoint(named, dtype, note)
 
 
+@_about_draft()
 def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> CheckpointSource:
-    """A small model's weights on disk, fetched first if need be.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    with _about_draft():
-        located = locate(named, note, SMALL_MODEL)
-        if located.folder == SHIPPED:
-            located = replace(located, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
-        return CheckpointSource(located, named.name, dtype, SMALL_MODEL)
+    """A small model's weights on disk, fetched first if need be."""
+    located = locate(named, note, SMALL_MODEL)
+    if located.folder == SHIPPED:
+        located = replace(located, source=shipped.shipped_source(SHIPPED / "model.safetensors"))
+    return CheckpointSource(located, named.name, dtype, SMALL_MODEL)
 
 
+@_about_draft()
 def small_folder(config: Config, note: Note) -> Path | None:
-    """The small model's folder, fetched first if need be; None: it is planted.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
+    """The small model's folder, fetched first if need be; None: it is planted."""
     named = small_model_config(config)
-    if isinstance(named, PlantedTargetConfig):
-        return None
-    with _about_draft():
-        return locate(named, note, SMALL_MODEL).folder
+    return None if isinstance(named, PlantedTargetConfig) else locate(named, note, SMALL_MODEL).folder
 
 
+@_about_draft()
 def small_identity(config: Config, note: Note) -> str:
-    """Hex digest of the small model's weights, fetched first if need be.
-
-    Raises:
-        SubspecError: anything the user can repair, in one line with the remedy.
-    """
-    with _about_draft():
-        return weights_identity(small_model_config(config), SMALL_MODEL, note=note)
-
-
-@contextmanager
-def _about_draft() -> Iterator[None]:
-    """Name ``draft.path`` in the messages of the code that reads checkpoints."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error)
-        raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
+    """Hex digest of the small model's weights, fetched first if need be."""
+    return weights_identity(small_model_config(config), SMALL_MODEL, note=note)

@@ -3,41 +3,35 @@
 It needs no tokenizer. Its vocabulary may be padded otherwise than the target's: ids beyond either are never drafted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from subspec.config.schema import (
-    CheckpointDraftConfig,
-    Config,
-    Dtype,
-    NoQuantConfig,
-    SmallModelDraftConfig,
-    StreamOffloadConfig,
-)
+from subspec.config.schema import CheckpointDraftConfig, Config, Dtype, NoQuantConfig, StreamOffloadConfig
 from subspec.decoding.draft import Draft, LevelDraft
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts.quantized import quantize_draft
-from subspec.drafts.separate_cache import SeparateCacheDraft
+from subspec.drafts.separate_cache import SeparateCacheDraft, prompt_rows
 from subspec.drafts.small_checkpoint import load_small_config, open_small_model, small_identity, small_model_config
-from subspec.drafts.small_model_memory import SmallModelMemory
-from subspec.drafts.spec import BuiltDraft, DraftSpec, why_not_captured
+from subspec.drafts.spec import BuiltDraft, DraftSpec, capture, why_not_captured
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
-from subspec.levels.build import level_model
-from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.dense import check_level_support, dense_layer, layer_views
-from subspec.memory.draft_memory import DraftMemory, SizingInputs
+from subspec.levels.build import role_shapes
+from subspec.levels.dense import check_level_support, dense_levels
+from subspec.memory.allocator import Allocation
+from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
+from subspec.memory.draft_memory import CAPTURED_ITEMSIZE, DraftMemory, SizingInputs, kv_bytes
+from subspec.memory.trace import target_trace
 from subspec.quant.quantize_model import QuantReport
 from subspec.targets.check_model import check_model_config
 from subspec.targets.device import check_memory, resolve_dtype
-from subspec.targets.layer_bytes import flat_layer
+from subspec.targets.layer_bytes import flat_bytes, flat_layer
 from subspec.targets.meta_model import count_parameters, empty_model, fill
+from subspec.targets.model_spec import ModelSpec
 from subspec.targets.source import LayerSource
-from subspec.utils.console import Note
 
 EXTRA_SHARE = 0.01
 """Share of tokens that only one of two otherwise equal vocabularies may have: special tokens added later."""
@@ -49,11 +43,7 @@ def small_dtype(draft: CheckpointDraftConfig, target: torch.dtype) -> torch.dtyp
 
 
 def check_small_model(config: Config, model: PretrainedConfig) -> None:
-    """Check the small model's configuration.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Check the small model's configuration."""
     check_model_config(
         model,
         name=f"the small model {small_model_config(config).name}",
@@ -63,13 +53,8 @@ def check_small_model(config: Config, model: PretrainedConfig) -> None:
 
 
 def check_shipped(config: Config, target: PretrainedConfig) -> None:
-    """Refuse the shipped small model, which has no tokenizer, for a target with logits of another width.
-
-    Raises:
-        ConfigError: names both models and ``draft.path``.
-    """
-    draft = config.draft
-    if isinstance(draft, SmallModelDraftConfig) and draft.path is None:
+    """Refuse the shipped small model, which has no tokenizer, for a target with logits of another width."""
+    if config.draft.path is None:
         own, known = load_small_config(config).vocab_size, target.vocab_size
         if own != known:
             raise ConfigError(
@@ -102,10 +87,7 @@ def check_vocabularies(draft: Vocabulary, target: Vocabulary) -> None:
         if draft.size != target.size:
             raise ConfigError(f"{both} have different vocabularies: {remedy}")
         return
-    ours, theirs = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (draft.tokenizer, target.tokenizer)
-    )
+    ours, theirs = ({i: token for token, i in model.tokenizer.get_vocab().items()} for model in (draft, target))
     common = ours.keys() & theirs.keys()
     alone = len(ours) + len(theirs) - 2 * len(common)
     different = [number for number in common if ours[number] != theirs[number]]
@@ -151,15 +133,53 @@ def _cut(head: Tensor, vocab_size: int) -> Tensor:
     return head if head.shape[0] <= vocab_size else head[:vocab_size].clone()
 
 
+class OwnModelMemory(DraftMemory):
+    """A model with a KV cache of its own of ``draft_rows`` + ``decoding.max_length`` + ``rows`` rows."""
+
+    def __init__(self, inputs: SizingInputs, draft_rows: int, rows: int) -> None:
+        config, target = load_small_config(inputs.config), inputs.spec
+        self.model = model = ModelSpec.of(config)
+        known = min(model.vocab, target.vocab)
+        table = max(model.vocab, target.vocab) * model.hidden * CAPTURED_ITEMSIZE
+        head = known * model.hidden * CAPTURED_ITEMSIZE
+        layer = flat_bytes(model.layer, CAPTURED_ITEMSIZE)
+        length = inputs.config.decoding.max_length
+        self.trace = target_trace(config, CAPTURED_ITEMSIZE, bitwise=False)
+        cache = kv_bytes(model, length, draft_rows, rows, CAPTURED_ITEMSIZE)
+        self.allocations = (
+            Allocation(
+                "small model",
+                ((layer, model.layers), (table, 1), (head, int(not model.tied)), (model.hidden * CAPTURED_ITEMSIZE, 1)),
+                f"{model.layers} layers, {model.vocab} tokens, bfloat16",
+            ),
+            Allocation("small model's KV", ((cache, inputs.texts),), f"{draft_rows} + {length} + {rows} rows"),
+        )
+        self.read = layer * model.layers + head
+
+
+class SmallModelMemory(OwnModelMemory):
+    """It runs the prompt itself, and its levels as captured graphs."""
+
+    def __init__(self, inputs: SizingInputs) -> None:
+        vocab, policy, length = inputs.spec.vocab, inputs.policy, inputs.config.decoding.max_length
+        rows = prompt_rows(length)
+        super().__init__(inputs, policy.draft_rows, rows)
+        model = replace(self.model, vocab=min(self.model.vocab, vocab))
+        shape = LevelShape.of(model, fused_linears(role_shapes(model.layer), exact=True))
+        self.level = captured_level_bytes(replace(shape, target_vocab=vocab), policy.width, inputs.sampling)
+        self.workspaces = {f"the small model's prompt, {rows} tokens": self.trace.prefill_bytes(rows, length)}
+
+
 class SmallModelSpec(DraftSpec):
     """``draft=small_model``."""
 
     from_disk = False
+    memory = SmallModelMemory
+    weights_identity = staticmethod(small_identity)
 
     @classmethod
     def check(cls, config: Config) -> None:
         draft = config.draft
-        assert isinstance(draft, CheckpointDraftConfig)
         if draft.quantize and isinstance(config.quant, NoQuantConfig):
             raise ConfigError("draft.quantize=true needs a quantizer: set quant=hqq, or draft.quantize=false")
         if not isinstance(config.offload, StreamOffloadConfig):
@@ -176,7 +196,6 @@ class SmallModelSpec(DraftSpec):
 
     @classmethod
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        assert isinstance(config.draft, SmallModelDraftConfig)
         check_shipped(config, model)
         small = load_small_config(config)
         check_small_model(config, small)
@@ -190,22 +209,9 @@ class SmallModelSpec(DraftSpec):
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
         return load_small_config(config)
 
-    @classmethod
-    def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        return SmallModelMemory(inputs)
-
-    @classmethod
-    def weights_identity(cls, config: Config, note: Note) -> str:
-        return small_identity(config, note)
-
     def prepare(self) -> None:
-        """Load the small model; captured levels and prompt passes read the same bytes.
-
-        Raises:
-            ConfigError: another vocabulary.
-        """
+        """Load the small model; captured levels and prompt passes read the same bytes."""
         context, draft = self.context, self.context.config.draft
-        assert isinstance(draft, CheckpointDraftConfig)
         device, streamed = context.device, context.plan is not None
         dtype = small_dtype(draft, context.dtype)
         self._source = source = open_small_model(context.config, dtype, device, context.note)
@@ -232,21 +238,15 @@ class SmallModelSpec(DraftSpec):
             )
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        context, config = self.context, self.context.config.draft
-        assert isinstance(config, SmallModelDraftConfig)
+        context, config, source = self.context, self.context.config.draft, self._source
+        modules = config.quantize or why_not_captured(context, source.config, source.dtype)
         levels: LevelDraft
-        source = self._source
-        captured = context.plan is not None or not (
-            config.quantize or why_not_captured(context, source.config, source.dtype)
-        )
-        if not captured:
+        if modules and context.plan is None:
             kind, levels = "modules", SubstituteDraft(self._model, config.temperature)
             model = levels.model
         else:
             kind, model = "fused, bfloat16", TargetModel(self._model)
-            parts = [dense_layer(layer_views(layer)) for layer in model.base.layers]
-            overlap = None if config.overlap_launches else False
-            levels = CapturedDraft(level_model(self._model, parts), config.temperature, overlap=overlap)
+            levels = capture(dense_levels(self._model, range(model.num_layers)), config)
         draft = SeparateCacheDraft(
             levels,
             model,
@@ -261,15 +261,8 @@ class SmallModelSpec(DraftSpec):
         """``draft`` with its facts; ``cache``: its own. ``kind``: what runs its levels."""
         source = self._source
         parameters, dtype = count_parameters(source.config), str(source.dtype).removeprefix("torch.")
-        facts = {
-            "source": source.source,
-            "planted": source.planted,
-            "dtype": dtype,
-            "layers": source.config.num_hidden_layers,
-            "vocabulary": source.config.vocab_size,
-            "parameters": parameters,
-            "kv_cache_bytes": cache.nbytes,
-            "levels": kind,
-        }
+        facts = {"source": source.source, "planted": source.planted, "dtype": dtype, "parameters": parameters}
+        facts |= {"layers": source.config.num_hidden_layers, "vocabulary": source.config.vocab_size}
+        facts |= {"kv_cache_bytes": cache.nbytes, "levels": kind}
         summary = f"{source.source}, {parameters / 1e6:.1f} M parameters, {dtype}, {kind}"
         return BuiltDraft(draft, self._report, facts, summary)

@@ -19,7 +19,9 @@ from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import LEVEL_ROWS, TreePolicy
 from subspec.errors import ConfigError
 from subspec.levels.build import SubstituteBuilder
+from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support
+from subspec.levels.model import LevelModel
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.offload.loader import LoadingPlan
 from subspec.quant.quantize_model import Quantizer, QuantReport
@@ -81,6 +83,10 @@ class DraftSpec(ABC):
     A context manager, entered before a streamed target is loaded and left afterwards: ``prepare``, loading of the
     target, ``close``, ``build``. With a whole target, ``prepare`` and ``build`` follow each other.
 
+    Everything but ``close`` and ``build`` raises a SubspecError that names the key and the remedy. ``config.draft`` is
+    always of the class that :mod:`subspec.drafts.registry` maps to the kind; ``model`` is the target's transformers
+    configuration.
+
     Attributes:
         builder: consumes the layers of a streamed target; None: the draft takes nothing of them.
         coded: keeps what the target's exact layers are coded to; None: they are not coded, or not kept.
@@ -102,49 +108,29 @@ class DraftSpec(ABC):
 
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:
-        """Check a configuration by itself.
-
-        Raises:
-            ConfigError: naming the key and the remedy.
-        """
+        """Check a configuration by itself."""
 
     @classmethod  # noqa: B027 (optional)
     def check_target(cls, config: Config, model: PretrainedConfig) -> None:
-        """Check a configuration against the target's transformers configuration.
-
-        Raises:
-            SubspecError: naming the key and the remedy.
-        """
+        """Check a configuration against the target's."""
 
     @classmethod  # noqa: B027 (optional)
     def check_files(cls, config: Config, model: PretrainedConfig, note: Note) -> None:
-        """Check the draft's own files, before the target's weights are fetched or read.
-
-        Raises:
-            SubspecError: naming the key and the remedy.
-        """
+        """Check the draft's own files, before the target's weights are fetched or read."""
 
     @classmethod
     def quantized_model(cls, config: Config, model: PretrainedConfig) -> PretrainedConfig:
-        """The configuration of the model that ``quant`` quantizes: by default the target's, ``model``."""
+        """The configuration of the model that ``quant`` quantizes."""
         return model
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
-        """The draft's memory under ``offload=stream``, computed before anything is loaded.
-
-        Raises:
-            SubspecError: the draft has no plan, or its settings contradict the target.
-        """
+        """The draft's memory under ``offload=stream``, computed before anything is loaded."""
         raise ConfigError(f"offload=stream has no plan for draft={inputs.config.draft.name}: set offload=none")
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:
-        """Hex digest of the draft's own weights, fetched first if need be; None: it has none.
-
-        Raises:
-            SubspecError: naming the key and the remedy.
-        """
+        """Hex digest of the draft's own weights, fetched first if need be; None: it has none."""
         return None
 
     def prepare(self) -> None:  # noqa: B027 (optional)
@@ -169,11 +155,7 @@ class DraftSpec(ABC):
 
 
 def why_not_captured(context: DraftContext, model: PretrainedConfig, dtype: torch.dtype) -> str:
-    """Why a draft beside a whole target runs as modules; empty: its levels can be captured.
-
-    Args:
-        model, dtype: of the draft.
-    """
+    """Why a draft, of this ``model`` and ``dtype``, beside a whole target runs as modules; empty: it is captured."""
     if context.device.type != "cuda":
         return f"the target is whole on {context.device.type}"
     if not context.policy.whole_levels:
@@ -186,11 +168,12 @@ def why_not_captured(context: DraftContext, model: PretrainedConfig, dtype: torc
 
 
 def check_target_levels(config: Config, model: PretrainedConfig) -> None:
-    """Check that a draft of a streamed target can run the target's layers as captured levels.
-
-    Raises:
-        ConfigError: see :func:`~subspec.levels.dense.check_level_support`.
-    """
+    """Check that a draft of a streamed target can run the target's layers as captured levels."""
     if isinstance(config.offload, StreamOffloadConfig):
         dtype = resolve_dtype(config.target.dtype, torch.device("cuda"))
         check_level_support(model, dtype, f"target {config.target.name}")
+
+
+def capture(model: LevelModel, draft: Any) -> CapturedDraft:
+    """Captured levels, with the settings ``temperature`` and ``overlap_launches`` of a draft's configuration."""
+    return CapturedDraft(model, draft.temperature, overlap=None if draft.overlap_launches else False)

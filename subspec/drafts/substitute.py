@@ -10,6 +10,7 @@ import copy
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,11 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.cpu_substitute import CpuSubstituteMemory, cpu_quantization, head_format
 from subspec.drafts.quantized import quantize_draft
-from subspec.drafts.spec import BuiltDraft, DraftSpec, check_target_levels, why_not_captured
+from subspec.drafts.spec import BuiltDraft, DraftSpec, capture, check_target_levels, why_not_captured
 from subspec.drafts.substitute_memory import SubstituteMemory
 from subspec.drafts.vocabulary import draft_ids, file_digest, ids_digest, known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, SubstituteBuilder, level_model
-from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.cpu_levels import CpuLevels
 from subspec.levels.dense import layer_views
 from subspec.levels.quantization import LevelQuantization, level_quantization
@@ -63,18 +63,18 @@ class SubstituteDraft(LevelDraft):
     """
 
     shares_cache = True
+    whole_levels = True
+    rows: DraftRows | None = None  # the draft region of the cache, from begin() on
 
     def __init__(
         self, substitute: PreTrainedModel | TargetModel, temperature: float = SubstituteDraftConfig.temperature
     ) -> None:
         super().__init__(temperature)
         self.model = substitute if isinstance(substitute, TargetModel) else TargetModel(substitute)
-        self._rows: DraftRows | None = None
-        self._whole_levels = True
 
     def begin(self, cache: KVCache) -> None:
-        if self._rows is None or self._rows.cache is not cache:
-            self._rows = DraftRows(cache, self.model.device)
+        if self.rows is None or self.rows.cache is not cache:
+            self.rows = DraftRows(cache, self.model.device)
         self._start_tree()
 
     def fork(self) -> "SubstituteDraft":
@@ -88,16 +88,13 @@ class SubstituteDraft(LevelDraft):
 
     def extend_together(self, levels: Sequence[NextLevel], policy: TreePolicy) -> list[Tensor]:
         """One pass for all texts."""
-        batches = []
-        for own in levels:
-            assert isinstance(own.draft, SubstituteDraft)
-            batches.append(own.draft._take(own.tree, own.frontier))
+        batches = [own.draft._take(own.tree, own.frontier) for own in levels]
         logits = self.model.logits(self.model.forward(join(batches)).final)
         rows = logits.split([own.frontier.numel() for own in levels])
         return [own.grow(policy, part) for own, part in zip(levels, rows, strict=True)]
 
     def _take(self, tree: Tree, frontier: Tensor) -> TokenBatch:
-        self._whole_levels = self._whole_levels and frontier.numel() == tree.level_size
+        self.whole_levels = self.whole_levels and frontier.numel() == tree.level_size
         return self.rows.take(tree, frontier)
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
@@ -105,18 +102,7 @@ class SubstituteDraft(LevelDraft):
         self._start_tree()
 
     def _start_tree(self) -> None:
-        self.rows.used, self._whole_levels = 0, True
-
-    @property
-    def rows(self) -> DraftRows:
-        """The draft region of the cache."""
-        if self._rows is None:
-            raise RuntimeError("begin() comes first")
-        return self._rows
-
-    @property
-    def whole_levels(self) -> bool:
-        return self._whole_levels
+        self.rows.used, self.whole_levels = 0, True
 
     @property
     def node_of_row(self) -> Tensor:
@@ -139,7 +125,7 @@ class SubstituteSpec(DraftSpec):
                 "draft=subspec without a quantizer would be the target itself: set quant=hqq, "
                 "or draft=none for plain decoding"
             )
-        file_digest(getattr(config.draft, "vocab", None))  # reads a file of ids
+        file_digest(config.draft.vocab)  # reads a file of ids
 
     @classmethod
     def memory(cls, inputs: SizingInputs) -> DraftMemory:
@@ -155,46 +141,17 @@ class SubstituteSpec(DraftSpec):
                 "or offload=none"
             )
         width = getattr(config.tree, "width", None) or 1  # null until the device is known
-        draft_ids(getattr(config.draft, "vocab", None), model.vocab_size, width)
+        draft_ids(config.draft.vocab, model.vocab_size, width)
 
     @classmethod
     def weights_identity(cls, config: Config, note: Note) -> str | None:
-        return file_digest(getattr(config.draft, "vocab", None))
+        return file_digest(config.draft.vocab)
 
-    def prepare(self) -> None:
-        """Of a streamed target: choose the kernels by measurement, while the device is empty.
-
-        Raises:
-            ConfigError: no kernel computes with the quantizer's settings.
-        """
-        context, draft = self.context, self.context.config.draft
-        assert isinstance(draft, SubstituteDraftConfig)
-        if context.plan is None:
-            return
-        if streams_from_disk(context.config):
-            found = cpu_quantization(context.config, context.model)
-            assert not isinstance(found, str)  # check_target
-            self._open_cpu_builder(found)
-            return
-        self._started = time.perf_counter()
-        coded = context.plan.codec is Codec.substitute
-        self._quantization = self._captured_quantization()
-        try:
-            kernels = self._choose_kernels(draft, coded=coded)
-        except ConfigError as error:
-            if not coded or draft.kernel is not Kernel.auto:
-                raise
-            raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
-        coded_bytes = context.plan.layer_bytes if coded else None
-        self._open_builder(kernels, coded_bytes, torch.bfloat16)
-
-    def _captured_quantization(self) -> LevelQuantization:
-        config, model = self.context.config, self.context.model
-        draft = config.draft
-        assert isinstance(draft, SubstituteDraftConfig)
-        head = (known_tokens(draft, model.vocab_size), model.hidden_size)
-        layer = parameter_shapes(model)[0]
-        return level_quantization(config.quant, layer, head, kernel=draft.kernel.value)
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether levels are fused for a CPU, instead of captured."""
+        context = self.context
+        return streams_from_disk(context.config) or (context.plan is None and context.device.type == "cpu")
 
     @functools.cached_property
     def _ids(self) -> Tensor | None:
@@ -203,44 +160,73 @@ class SubstituteSpec(DraftSpec):
         ids = draft_ids(context.config.draft.vocab, context.model.vocab_size, context.policy.width)
         return None if ids is None else torch.tensor(ids)
 
-    def _choose_kernels(self, draft: SubstituteDraftConfig, *, coded: bool = False) -> KernelChoice:
-        context, quantization = self.context, self._quantization
-        return choose_kernels(
-            quantization.shapes,
-            context.level_rows,
-            context.device,
-            formats=quantization.formats,
-            kernel=draft.kernel.value,
-            allowed=RESTORED_KERNELS if coded else None,
-            overlap=None if draft.overlap_launches else False,
-            note=context.note,
-        )
+    def prepare(self) -> None:
+        """Of a streamed target: choose the kernels by measurement, while the device is empty.
 
-    def _open_builder(self, kernels: KernelChoice, coded_bytes: int | None, dtype: torch.dtype) -> None:
+        Raises:
+            ConfigError: no kernel computes with the quantizer's settings.
+        """
+        plan = self.context.plan
+        if plan is None:
+            return
+        coded, found = plan.codec is Codec.substitute, self._find_quantization()
+        assert not isinstance(found, str)  # check_target
+        try:
+            kernels = self._choose_kernels(found, coded=coded)
+        except ConfigError as error:
+            if not coded or self.context.config.draft.kernel is not Kernel.auto:
+                raise
+            raise ConfigError(f"{error}; offload.codec=none takes other kernels, too") from error
+        self._open_builder(found, kernels, plan.layer_bytes if coded else None)
+
+    def _find_quantization(self) -> LevelQuantization | str:
+        """The quantization of fused levels; or why there are none.
+
+        Raises:
+            ConfigError: settings contradict the target.
+        """
+        config, model = self.context.config, self.context.model
+        if self._on_cpu:
+            return cpu_quantization(config, model)
+        head = (known_tokens(config.draft, model.vocab_size), model.hidden_size)
+        return level_quantization(config.quant, parameter_shapes(model)[0], head, kernel=config.draft.kernel.value)
+
+    def _choose_kernels(self, quantization: LevelQuantization, *, coded: bool = False) -> KernelChoice:
+        self._started = time.perf_counter()
+        context, draft, model = self.context, self.context.config.draft, self.context.model
+        shapes, formats, options = quantization.shapes, quantization.formats, {}
+        if self._on_cpu:
+            shapes = {"head": (known_tokens(draft, model.vocab_size), model.hidden_size), **shapes}
+            formats = {"head": head_format(context.config, model), **formats}
+            options["bench"] = CpuBench()
+        else:
+            options = {"kernel": draft.kernel.value, "allowed": RESTORED_KERNELS if coded else None}
+            options["overlap"] = None if draft.overlap_launches else False
+        return choose_kernels(shapes, context.level_rows, context.device, formats=formats, note=context.note, **options)
+
+    def _open_builder(
+        self, quantization: LevelQuantization, kernels: KernelChoice, coded_bytes: int | None = None
+    ) -> None:
         """Open the caches and the builder of levels.
 
         Args:
             coded_bytes: exact bytes of a layer that is to be coded; None: no layer is.
-            dtype: of everything that is not quantized.
         """
-        context, quantization = self.context, self._quantization
-        quant = context.config.quant
+        context, quant = self.context, self.context.config.quant
+        self._quantization, self._kernels = quantization, kernels.variants
         skip_layers = frozenset(getattr(quant, "skip_layers", ()))
         self._layers = context.model.num_hidden_layers - len(skip_layers)
-        self._facts = {"target": context.identity, "dtype": str(context.dtype), **quantization.quantizer.facts}
+        facts = {"target": context.identity, "dtype": str(context.dtype), **quantization.quantizer.facts}
         if self._ids is not None and "head" in quantization.shapes:
-            self._facts["head_ids"] = ids_digest(self._ids.tolist())
-        self._cache = getattr(quant, "cache", Cache.off)
-        store = SubstituteStore(
-            self._facts,
-            cache=self._cache,
-            folder=getattr(quant, "folder", None),
-            expected_bytes=quantization.stored_bytes(self._layers),
-            note=context.note,
-        )
+            facts["head_ids"] = ids_digest(self._ids.tolist())
+        kept: dict[str, Any] = {"cache": getattr(quant, "cache", Cache.off), "note": context.note}
+        stored_bytes, folder = quantization.stored_bytes(self._layers), getattr(quant, "folder", None)
+        store = SubstituteStore(facts, folder=folder, expected_bytes=stored_bytes, **kept)
         self._quantizer = CachedQuantizer(quantization.quantizer, store)
-        if coded_bytes is not None:
-            self.coded = self._open_coded(coded_bytes)
+        if coded_bytes is not None:  # in the cache, even of a substitute in ``quant.folder``
+            linears = [f"{name}.weight" for role in quantization.shapes if role != "head" for name in ROLES[role]]
+            coded_bytes *= self._layers
+            self.coded = CodedCache(facts, self._quantizer, linears, expected_bytes=coded_bytes, **kept)
         self.builder = SubstituteBuilder(
             context.model,
             self._quantizer,
@@ -248,25 +234,12 @@ class SubstituteSpec(DraftSpec):
             kernel=kernels.variants,
             keep_exact=quantization.keep_exact,
             skip_layers=skip_layers,
-            dtype=dtype,
+            dtype=torch.float32 if self._on_cpu else torch.bfloat16,
             ids=self._ids,
         )
         self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
         self._report.details["formats"] = {role: str(kept) for role, kept in quantization.formats.items()}
-
-    def _open_coded(self, layer_bytes: int) -> CodedCache:
-        """The exact layers as earlier runs coded them; in the cache, even of a substitute in ``quant.folder``."""
-        roles = [role for role in self._quantization.shapes if role != "head"]
-        linears = [f"{name}.weight" for role in roles for name in ROLES[role]]
-        return CodedCache(
-            self._facts,
-            self._quantizer,
-            linears,
-            cache=self._cache,
-            expected_bytes=self._layers * layer_bytes,
-            note=self.context.note,
-        )
 
     def close(self) -> None:
         if self.builder is None:
@@ -279,98 +252,52 @@ class SubstituteSpec(DraftSpec):
             self._quantizer.store.close()
 
     def build(self, target: TargetModel) -> BuiltDraft:
-        draft = self.context.config.draft
-        assert isinstance(draft, SubstituteDraftConfig)
         if self.context.plan is None:
-            on_cpu = target.device.type == "cpu"
-            found = self._cpu_quantization(target, draft) if on_cpu else self._take_whole(target, draft)
-            if isinstance(found, str):
-                return self._build_modules(target, draft, found)
-            if found is not None:
-                builder = self._open_cpu_builder(found)
-                for index, layer in enumerate(target.base.layers):
-                    builder.take(index, layer_views(layer))
-                builder.head = builder.build_head(target.head.weight.data)
-                return self._build_cpu_levels(target, draft)
-        elif streams_from_disk(self.context.config):
-            return self._build_cpu_levels(target, draft)
-        assert self.builder is not None
-        builder = self.builder
-        model = level_model(target.model, builder.layers, builder.head, self._ids)
-        overlap = None if draft.overlap_launches else False
-        captured = CapturedDraft(model, draft.temperature, overlap=overlap)
-        return BuiltDraft(captured, self._finish_report(builder), {"levels": "captured"})
-
-    def _take_whole(self, target: TargetModel, draft: SubstituteDraftConfig) -> str | None:
-        """Quantize the layers of a target on a GPU for captured levels; or why the substitute runs as modules."""
-        context, self._started = self.context, time.perf_counter()
-        if draft.unpack is not Unpack.auto:
-            return f"draft.unpack={draft.unpack.value}"
-        if context.quantizer is not None:
-            return "the quantizer is for modules"
-        kernel = getattr(context.config.quant, "kernel", HiggsKernel.auto)
-        if kernel is not HiggsKernel.auto:
-            return f"quant.kernel={kernel.value}"
-        if why := why_not_captured(context, context.model, target.dtype):
-            return why
-        try:
-            self._quantization = self._captured_quantization()
-            kernels = self._choose_kernels(draft)
-        except ConfigError as error:  # modules take it, or refuse it with their own reason
-            return str(error)
-        self._open_builder(kernels, None, torch.bfloat16)
-        assert self.builder is not None
-        for index, layer in enumerate(target.base.layers):
-            self.builder.take(index, layer_views(layer))
-        self.builder.head = self.builder.build_head(target.head.weight.data)
-        return None
-
-    def _finish_report(self, builder: SubstituteBuilder) -> QuantReport:
+            if why := self._open_whole(target.dtype):
+                return self._build_modules(target, why)
+            for index, layer in enumerate(target.base.layers):
+                self.builder.take(index, layer_views(layer))
+            self.builder.head = self.builder.build_head(target.head.weight.data)
+        builder, draft = self.builder, self.context.config.draft
         report = self._report
         report.modules, report.weights = builder.modules, builder.weights
         report.stored_bytes, report.bits = builder.stored_bytes, builder.bits
         report.details["cache"] = self._quantizer.store.report()
         report.seconds = time.perf_counter() - self._started
-        return report
+        if self._on_cpu:
+            return self._build_cpu_levels(target)
+        model = level_model(target.model, builder.layers, builder.head, self._ids)
+        return BuiltDraft(capture(model, draft), report, {"levels": "captured"})
 
-    def _cpu_quantization(self, target: TargetModel, draft: SubstituteDraftConfig) -> LevelQuantization | str:
-        """The quantization of fused levels beside a whole target; or why the substitute runs as modules."""
-        if draft.unpack is not Unpack.auto:
-            return f"draft.unpack={draft.unpack.value}"
-        if self.context.quantizer is not None:
-            return "fused levels on a CPU take quant=hqq with quant.axis=1"
+    def _open_whole(self, dtype: torch.dtype) -> str:
+        """Open the builder beside a target in ``dtype`` that is whole; or why the substitute runs as modules."""
+        context, unpack = self.context, self.context.config.draft.unpack
+        kernel = getattr(context.config.quant, "kernel", HiggsKernel.auto)
+        if unpack is not Unpack.auto:
+            return f"draft.unpack={unpack.value}"
+        if context.quantizer is not None:
+            return "the quantizer is for modules"
+        if not self._on_cpu and kernel is not HiggsKernel.auto:
+            return f"quant.kernel={kernel.value}"
+        if not self._on_cpu and (why := why_not_captured(context, context.model, dtype)):
+            return why
         try:
-            return cpu_quantization(self.context.config, self.context.model)
-        except ConfigError:  # modules take it, or refuse it with their own reason
-            return "its Linears that would be fused are quantized differently"
+            found = self._find_quantization()
+            if isinstance(found, str):
+                return found
+            kernels = self._choose_kernels(found)
+        except ConfigError as error:  # modules take it, or refuse it with their own reason
+            return "its Linears that would be fused are quantized differently" if self._on_cpu else str(error)
+        self._open_builder(found, kernels)
+        return ""
 
-    def _open_cpu_builder(self, quantization: LevelQuantization) -> SubstituteBuilder:
-        """Choose the kernels of fused levels, and open the builder."""
-        self._started, self._quantization = time.perf_counter(), quantization
-        context = self.context
-        known = known_tokens(context.config.draft, context.model.vocab_size)
-        self._cpu_kernels = kernels = choose_kernels(
-            {"head": (known, context.model.hidden_size), **quantization.shapes},
-            context.level_rows,
-            context.device,
-            formats={"head": head_format(context.config, context.model), **quantization.formats},
-            bench=CpuBench(),
-            note=context.note,
-        )
-        self._open_builder(kernels, None, torch.float32)
-        assert self.builder is not None
-        return self.builder
-
-    def _build_cpu_levels(self, target: TargetModel, draft: SubstituteDraftConfig) -> BuiltDraft:
+    def _build_cpu_levels(self, target: TargetModel) -> BuiltDraft:
         """Fused levels of the layers that the builder has taken."""
-        builder, quantization, kernels = self.builder, self._quantization, self._cpu_kernels.variants
-        assert builder is not None
-        own = builder.head
+        builder, quantization, own, report = self.builder, self._quantization, self.builder.head, self._report
         if own is None:
             exact = target.head.weight.data
             rows = exact if self._ids is None else exact.index_select(0, self._ids)
-            own = CpuHeadFormat().linear(kernels["head"], rows.float(), swiglu=False)
-        report = self._finish_report(builder)
+            own = CpuHeadFormat().linear(self._kernels["head"], rows.float(), swiglu=False)
         # The integers' own size: kernels of a CPU hold them unpacked to whatever is the fastest.
         report.stored_bytes = quantization.stored_bytes(self._layers)
         report.bits = {
@@ -378,11 +305,11 @@ class SubstituteSpec(DraftSpec):
             for role, (n, k) in quantization.shapes.items()
         }
         levels = CpuLevels(target.model, level_model(target.model, builder.layers, own, self._ids))
-        facts = {"levels": "fused, CPU", "kernel": {role: variant.kernel for role, variant in kernels.items()}}
-        return BuiltDraft(SubstituteDraft(levels, draft.temperature), report, facts)
+        facts = {"levels": "fused, CPU", "kernel": {role: variant.kernel for role, variant in self._kernels.items()}}
+        return BuiltDraft(SubstituteDraft(levels, self.context.config.draft.temperature), report, facts)
 
-    def _build_modules(self, target: TargetModel, draft: SubstituteDraftConfig, why: str) -> BuiltDraft:
-        context, on_cpu = self.context, target.device.type == "cpu"
+    def _build_modules(self, target: TargetModel, why: str) -> BuiltDraft:
+        context, draft, on_cpu = self.context, self.context.config.draft, target.device.type == "cpu"
         if self._ids is not None:
             raise ConfigError(f"draft.vocab is for fused and captured levels ({why}): leave it at null")
         substitute = share_parameters(target.model)

@@ -1,7 +1,7 @@
 """Build draft levels from a target's exact layers: quantize, pack, and assign the chosen kernels."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -122,51 +122,34 @@ class SubstituteBuilder:
             keep: receives the quantized weights, by parameter name.
             known: all of the layer's quantized weights, by parameter name; None: quantize ``tensors``.
         """
-        bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in ("q", "k", "v")]
+        bias = [tensors.get(f"self_attn.{name}_proj.bias") for name in "qkv"]
 
         def small(name: str) -> Tensor | None:
             # A copy, because a view of a mapped file would keep all of its pages.
             return tensors[name].to(device, self.dtype, copy=True) if name in tensors else None
 
-        input_norm, post_norm = small("input_layernorm.weight"), small("post_attention_layernorm.weight")
-        assert input_norm is not None
-        assert post_norm is not None
-        linears = {role: self._linear(role, tensors, exact, index, keep, known) for role in ROLES}
-        self.quantizer.end_layer()
-        layer = LevelLayer(
-            **linears,
-            qkv_bias=torch.cat([b.to(device, self.dtype) for b in bias if b is not None])
-            if bias[0] is not None
-            else None,
-            input_norm=input_norm,
-            post_norm=post_norm,
-            q_norm=small("self_attn.q_norm.weight"),
-            k_norm=small("self_attn.k_norm.weight"),
-        )
-        return compact(layer)
+        def linear(role: str) -> LevelLinear:
+            names, swiglu = [f"{name}.weight" for name in ROLES[role]], role == "gate_up"
+            if exact or is_kept(role, self.keep_exact):
+                rows = stack_rows([tensors[name].to(self.dtype) for name in names], swiglu=swiglu)
+                return Dense(rows, swiglu=swiglu)
+            if known is not None:
+                return self._quantized(role, [known[name] for name in names])
+            codes = [
+                self.quantizer.quantize(tensors[name], None if index is None else f"{index}.{own}")
+                for name, own in zip(names, ROLES[role], strict=True)
+            ]
+            if keep is not None:
+                keep.update(zip(names, codes, strict=True))
+            return self._quantized(role, codes)
 
-    def _linear(
-        self,
-        role: str,
-        tensors: Mapping[str, Tensor],
-        exact: bool,
-        index: int | None,
-        keep: dict[str, QuantizedWeight] | None,
-        known: Mapping[str, QuantizedWeight] | None,
-    ) -> LevelLinear:
-        names = ROLES[role]
-        swiglu = role == "gate_up"
-        if known is not None and not (exact or is_kept(role, self.keep_exact)):
-            return self._quantized(role, [known[f"{name}.weight"] for name in names])
-        weights = [tensors[f"{name}.weight"] for name in names]
-        if exact or is_kept(role, self.keep_exact):
-            rows = stack_rows([weight.to(self.dtype) for weight in weights], swiglu=swiglu)
-            return Dense(rows, swiglu=swiglu)
-        remembered = [None if index is None else f"{index}.{n}" for n in names]
-        codes = self._codes(weights, remembered)
-        if keep is not None:
-            keep |= {f"{name}.weight": own for name, own in zip(names, codes, strict=True)}
-        return self._quantized(role, codes)
+        input_norm, post_norm = (small(f"{name}_layernorm.weight") for name in ("input", "post_attention"))
+        linears = {role: linear(role) for role in ROLES}
+        self.quantizer.end_layer()
+        joined = None if bias[0] is None else torch.cat([part.to(device, self.dtype) for part in bias])
+        q_norm, k_norm = (small(f"self_attn.{name}_norm.weight") for name in "qk")
+        small_ones = {"input_norm": input_norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm}
+        return compact(LevelLayer(**linears, qkv_bias=joined, **small_ones))
 
     def build_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
         """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
@@ -178,15 +161,12 @@ class SubstituteBuilder:
             return None
         if self.ids is not None:
             weight = weight.index_select(0, self.ids.to(weight.device))
-        codes = self._codes([weight], ["head.lm_head"])
+        codes = [self.quantizer.quantize(weight, "head.lm_head")]
         if keep is not None:
             keep += codes
         head = self._quantized("head", codes)
         self.quantizer.end_layer()
         return head
-
-    def _codes(self, weights: list[Tensor], names: Sequence[str | None]) -> list[QuantizedWeight]:
-        return [self.quantizer.quantize(weight, name) for weight, name in zip(weights, names, strict=True)]
 
     def _quantized(self, role: str, codes: list[QuantizedWeight]) -> LevelLinear:
         swiglu = role == "gate_up"
@@ -209,25 +189,21 @@ def compact(layer: LevelLayer, device: torch.device | None = None) -> LevelLayer
     Args:
         device: destination; None: their own device.
     """
-    tensors = [tensor for linear in _linears(layer) for tensor in linear.tensors]
-    sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
+    linears = layer.qkv, layer.out, layer.gate_up, layer.down
+    tensors = [tensor for linear in linears for tensor in linear.tensors]
     if not tensors:
         return layer
+    sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
     flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device or tensors[0].device)
-    views, offset = [], 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        bytes_ = tensor.numel() * tensor.element_size()
-        view = flat[offset : offset + bytes_].view(tensor.dtype).view(tensor.shape)
-        views.append(view.copy_(tensor))
-        offset += size
-    moved = iter(views)
-    for linear in _linears(layer):
+    moved = iter(
+        [
+            place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            for place, tensor in zip(flat.split(sizes), tensors, strict=True)
+        ]
+    )
+    for linear in linears:
         linear.adopt([next(moved) for _ in linear.tensors])
     return layer
-
-
-def _linears(layer: LevelLayer) -> tuple[LevelLinear, ...]:
-    return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
 def is_kept(role: str, keep_exact: frozenset[str]) -> bool:
@@ -269,21 +245,19 @@ def level_model(
     if ids is not None:
         ids = ids.to(final_norm.device)
         head = head if draft_head is not None else head.index_select(0, ids)
-    rotary = base.rotary_emb
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inverse: Any = rotary.inv_freq
+    rotary: Any = base.rotary_emb
     return LevelModel(
         layers=layers,
         embedding=embedding,
         final_norm=final_norm,
         head=None if head.is_meta else head,
         draft_head=draft_head,
-        inverse_frequency=inverse.float().to(final_norm.device),
+        inverse_frequency=rotary.inv_freq.float().to(final_norm.device),
         attention_scaling=float(getattr(rotary, "attention_scaling", 1.0)),
         eps=config.rms_norm_eps,
         q_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=dim,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         hidden=config.hidden_size,
         vocab_size=vocab_size,
         ids=ids,

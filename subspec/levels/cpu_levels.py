@@ -19,7 +19,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError
 from subspec.kernels.cpu import CpuKernels, Layer, Matrix, cpu_kernels, float_matrix
 from subspec.levels.build import ROLES, check_biases
-from subspec.levels.model import LevelLayer, LevelModel, spread
+from subspec.levels.model import NEVER, LevelLayer, LevelModel
 from subspec.levels.quantization import TILE_ROWS
 from subspec.quant.cpu_linear import OwnCpuLinear, gate_then_up
 from subspec.quant.level_linear import Dense, LevelLinear
@@ -118,9 +118,10 @@ class CpuLevels(TargetModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         levels = self.levels
-        assert levels.draft_head is not None
         known = levels.draft_head(hidden)[0].float()
-        return known if levels.ids is None else spread(known, levels.ids, levels.vocab_size)
+        if levels.ids is None:
+            return known
+        return known.new_full((len(known), levels.vocab_size), NEVER).index_copy_(1, levels.ids, known)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Half the operations of torch's own rms_norm.

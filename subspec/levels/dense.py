@@ -4,19 +4,25 @@ The parts of a fused Linear are adjacent in a layer's flat bytes (:func:`subspec
 the parameters of a transformers module and the fused Linears are views of the same bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.errors import ConfigError
-from subspec.levels.build import check_biases
-from subspec.levels.model import LevelLayer
+from subspec.levels.build import check_biases, level_model
+from subspec.levels.model import LevelLayer, LevelModel
 from subspec.quant.level_linear import Dense
 from subspec.targets.layer_bytes import NEIGHBOURS
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.rounding import is_power_of_two
+
+
+def dense_levels(model: PreTrainedModel, layers: Iterable[int]) -> LevelModel:
+    """The decoder layers ``layers`` of ``model``, laid out by :func:`flat_layer`, each on its own rows of the cache."""
+    modules = model.get_decoder().layers
+    return level_model(model, [dense_layer(layer_views(modules[index]), cache_layer=index) for index in layers])
 
 
 def dense_layer(views: Mapping[str, Tensor], *, cache_layer: int | None = None) -> LevelLayer:
@@ -56,22 +62,16 @@ def check_level_support(config: PretrainedConfig, dtype: torch.dtype, what: str)
             dtype.
     """
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    why = ""
     if dim < 16 or not is_power_of_two(dim):
-        raise ConfigError(
-            f"{what} has heads of {dim} numbers, and captured levels of offload=stream need a power of two of at "
-            "least 16: set offload=none, or take another draft"
-        )
+        why = f"has heads of {dim} numbers, and captured levels of offload=stream need a power of two of at least 16"
+    elif config.hidden_act not in ("silu", "swish"):
+        why = f"has the activation {config.hidden_act}, and captured levels of offload=stream compute silu"
+    elif (config.rope_parameters or {}).get("partial_rotary_factor", 1) != 1:
+        why = "turns a part of each head only (partial_rotary_factor), and captured levels turn all of it"
+    if why:
+        raise ConfigError(f"{what} {why}: set offload=none, or take another draft")
     check_biases(parameter_shapes(config)[0], what)
-    if config.hidden_act not in ("silu", "swish"):
-        raise ConfigError(
-            f"{what} has the activation {config.hidden_act}, and captured levels of offload=stream compute silu: set "
-            "offload=none, or take another draft"
-        )
-    if (config.rope_parameters or {}).get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(
-            f"{what} turns a part of each head only (partial_rotary_factor), and captured levels of offload=stream "
-            "turn all of it: set offload=none, or take another draft"
-        )
     if dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from subspec.quant.level_linear import LevelLinear
@@ -57,13 +56,6 @@ class LevelModel:
     vocab_size: int
     draft_head: LevelLinear | None = None
     ids: Tensor | None = None
-
-
-def spread(known: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """Logits [n, v] of ``ids`` as logits [n, ``vocab_size``], :data:`NEVER` for the others."""
-    return torch.full((len(known), vocab_size), NEVER, dtype=known.dtype, device=known.device).index_copy_(
-        1, ids, known
-    )
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ A new method of quantization is one entry in :data:`METHODS`, beside its
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from subspec.config.enums import AUTO
 from subspec.config.quant_checks import MODULE_CLASSES, bits_by_linear, check_higgs, check_hqq, linear_names
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
@@ -17,8 +18,6 @@ from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, check_group_size, hqq_quantizer
 from subspec.quant.quantize_model import HEAD
 from subspec.quant.weight_format import FormatQuantizer, WeightFormat
-
-AUTO = "auto"
 
 TILE_ROWS = 16
 """Rows of gate and up projections that alternate in one Linear (:func:`subspec.kernels.few_rows.interleave`)."""
@@ -41,7 +40,6 @@ class LevelQuantization:
     formats: Mapping[str, WeightFormat]
     exact: Mapping[str, tuple[int, int]]
     keep_exact: frozenset[str]
-    bits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def head_bytes(self) -> int:
@@ -82,8 +80,7 @@ def level_quantization(
     """The quantization of a target of these shapes that ``quant`` configures.
 
     Args:
-        layer: shape of every parameter of a layer by name.
-        head: vocabulary and hidden size.
+        layer: shape of every parameter of a layer by name. head: vocabulary and hidden size.
         kernel: ``draft.kernel``.
 
     Raises:
@@ -98,15 +95,22 @@ def level_quantization(
             f"this target's {ROLES['gate_up'][0]} has {outputs} outputs, and the substitute of offload=stream "
             f"takes a multiple of {TILE_ROWS}: set offload=none, or draft=none with offload.codec=none"
         )
-    return METHODS[type(quant)](quant, layer, head, kernel)
+    found = METHODS[type(quant)](quant, layer, head)
+    for role, (n, k) in found.shapes.items():
+        own = found.formats[role]
+        if kernel != AUTO and (reason := own.unfit(kernel, n, k)):
+            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
+        problems = {name: own.unfit(name, n, k) for name in own.kernels}
+        if kernel == AUTO and all(problems.values()):
+            raise ConfigError(
+                f"quant.group_size={quant.group_size}: no kernel of offload=stream takes {own.bits} bits for the {k} "
+                f"inputs of {_linears(role)[0]} ({'; '.join(f'{n}: {r}' for n, r in problems.items())}): take another"
+            )
+    return found
 
 
 def hqq_quantization(
-    quant: HqqConfig,
-    layer: Mapping[str, torch.Size],
-    head: tuple[int, int],
-    kernel: str,
-    format_class: type[HqqFormat] = HqqFormat,
+    quant: HqqConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], format_class: type[HqqFormat] = HqqFormat
 ) -> LevelQuantization:
     """HQQ: bits by role, groups along the inputs; ``format_class`` has the kernels."""
     check_hqq(quant.bits, quant.group_size, quant.axis)
@@ -122,7 +126,7 @@ def hqq_quantization(
     if HEAD in bits:
         check_group_size(*head, group_size=quant.group_size, axis=1, name=HEAD)
     formats: dict[str, WeightFormat] = {}
-    for role, (n, k) in shapes.items():
+    for role in shapes:
         own = {name: bits[name] for name in (path.rpartition(".")[2] for path in _linears(role))}
         if len(set(own.values())) > 1:
             said = ", ".join(f"{name} {number}" for name, number in own.items())
@@ -130,37 +134,22 @@ def hqq_quantization(
                 f"quant.bits_by: offload=stream makes one Linear of {' and '.join(own)}, which cannot have different "
                 f"bits ({said}): give them the same"
             )
-        number = next(iter(own.values()))
-        format_ = format_class(number, quant.group_size)
-        problems = {name: format_.unfit(name, n, k) for name in format_.kernels}
-        if kernel == AUTO and all(problems.values()):
-            raise ConfigError(
-                f"quant.group_size={quant.group_size}: no kernel of offload=stream takes {number} bits for the {k} "
-                f"inputs of {_linears(role)[0]} ({'; '.join(f'{n}: {r}' for n, r in problems.items())}): take another"
-            )
-        if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
-            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
-        formats[role] = format_
+        formats[role] = format_class(next(iter(own.values())), quant.group_size)
     quantizer = hqq_quantizer(quant.bits, quant.group_size, bits, format_class)
-    return LevelQuantization(quantizer, shapes, formats, exact, keep_exact, bits)
+    return LevelQuantization(quantizer, shapes, formats, exact, keep_exact)
 
 
-def higgs_quantization(
-    quant: HiggsConfig, layer: Mapping[str, torch.Size], head: tuple[int, int], kernel: str
-) -> LevelQuantization:
+def higgs_quantization(quant: HiggsConfig, layer: Mapping[str, torch.Size], head: tuple[int, int]) -> LevelQuantization:
     """HIGGS: one grid for all roles."""
     check_higgs(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
     shapes, exact, keep_exact = split_roles(quant.modules, layer, head)
     format_ = HiggsFormat(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size, quant.hadamard.value)
-    for role, (n, k) in shapes.items():
-        if kernel != AUTO and (reason := format_.unfit(kernel, n, k)):
-            raise ConfigError(f"draft.kernel={kernel} cannot compute {role}: {reason}; set draft.kernel=auto")
     quantizer = higgs_quantizer(quant.bits, quant.vector_dim, quant.group_size, quant.hadamard_size)
     return LevelQuantization(quantizer, shapes, dict.fromkeys(shapes, format_), exact, keep_exact)
 
 
 METHODS: dict[
-    type[QuantConfig], Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int], str], LevelQuantization]
+    type[QuantConfig], Callable[[QuantConfig, Mapping[str, torch.Size], tuple[int, int]], LevelQuantization]
 ] = {HqqConfig: hqq_quantization, HiggsConfig: higgs_quantization}
 """By the class of ``quant``'s configuration."""
 

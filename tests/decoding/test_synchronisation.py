@@ -21,7 +21,8 @@ from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
 from subspec.kernels.invariant_linear import CANDIDATES
 from tests.helpers.drafts import begin, engine_for, grow, verified
-from tests.helpers.eagle import SHAPES, eagle_engine, random_head
+from tests.helpers.eagle import SHAPES, random_head
+from tests.helpers.taught import draft_engine
 from tests.helpers.tiny import tiny_model
 
 SAMPLINGS = [Sampling(), Sampling(0.8, 5, 0.9)]
@@ -129,7 +130,7 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_nodes(samplin
     # A tree that is sampled in one piece; larger ones take an operation more per piece, to bound memory.
     few, many = (engine_for(tiny_model("llama"), Beam(4, w), sampling=sampling) for w in (2, 7))
     assert operations(few) == operations(many)
-    few, many = (eagle_engine(tiny_model("llama"), Eagle2(4, w, 5 * w), sampling=sampling) for w in (2, 6))
+    few, many = (draft_engine(tiny_model("llama"), Eagle2(4, w, 5 * w), sampling=sampling) for w in (2, 6))
     assert operations(few) == operations(many)
 
 

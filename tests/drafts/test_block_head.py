@@ -9,18 +9,16 @@ import torch
 from subspec import build_engine
 from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.eagle2 import Eagle2
-from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, IterationOutcome, level_mass
-from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.block_head import MARKOV, BlockHead
 from subspec.drafts.eagle_checkpoint import load_head, locate_head, sort_tensors
 from subspec.errors import ConfigError
-from tests.drafts.test_eagle import POLICIES, PROMPT, Teaching
 from tests.drafts.test_eagle3 import rms, rotated
-from tests.helpers.blocks import BLOCKS, block_engine, published_block
-from tests.helpers.drafts import begin, engine_for, grow, hf_greedy
+from tests.helpers.blocks import BLOCKS, published_block
+from tests.helpers.drafts import begin, grow, hf_greedy
 from tests.helpers.eagle import drafted_paths, published3, random_head
+from tests.helpers.taught import POLICIES, PROMPT, draft_engine
 from tests.helpers.tiny import tiny_model
 
 
@@ -32,12 +30,6 @@ def model():
 @pytest.fixture(scope="module")
 def text(model):
     return PROMPT + hf_greedy(model, PROMPT, 36)
-
-
-class Taught(Teaching, BlockDraft):
-    """A head that is taught."""
-
-    waiting = 0
 
 
 # ------------------------------------------------------------------------------------------------ the papers
@@ -100,7 +92,7 @@ def plain_logits(w, shape, model, slots, path):
 )
 @torch.inference_mode()
 def test_every_level_is_the_papers_before_and_after_acceptance(model, text, shape, policy):
-    engine = block_engine(model, POLICIES[policy](), shape, Taught, future=text)
+    engine = draft_engine(model, POLICIES[policy](), shape, future=text)
     w, shape = engine.draft.head.state_dict(), BLOCKS[shape]
     for seen, paths in drafted_paths(engine, PROMPT):
         assert max(len(path) for path, _ in paths) == min(shape.levels, engine.policy.max_depth)
@@ -115,7 +107,7 @@ def test_every_level_is_the_papers_before_and_after_acceptance(model, text, shap
 def test_the_confidence_heads_estimate_stops_an_adaptive_tree(model):
     """Of each level: the mean over its parents by their probability, times that of the levels above."""
     for name in ("dspark", "bare dspark"):
-        engine = block_engine(model, Beam(4, 3), name)
+        engine = draft_engine(model, Beam(4, 3), name)
         root = begin(engine, PROMPT)
         grow(engine, root, 10)
         tree, head, shape = engine.tree, engine.draft.head, BLOCKS[name]
@@ -137,32 +129,11 @@ def test_the_confidence_heads_estimate_stops_an_adaptive_tree(model):
     for bias in (9.0, -9.0):  # sure of all, sure of nothing
         adaptive = Adaptive(4, 3, level_cost=0.2, check_every=1, min_depth=1)
         adaptive.learn(IterationOutcome(4, 13, (3,), 0.0, 1.0))
-        engine = block_engine(model, adaptive, "dspark")
+        engine = draft_engine(model, adaptive, "dspark")
         engine.draft.head.confidence_head["proj"].bias.fill_(bias)
         grow(engine, begin(engine, PROMPT), 10)
         depths.append(engine.tree.levels)
     assert depths == [4, 1]
-
-
-# -------------------------------------------------------------------------------------------------- the text
-
-
-@pytest.mark.parametrize(
-    ("shape", "policy"),
-    [*(("dspark", policy) for policy in POLICIES), ("dflash", "eagle2"), ("jetspec", "beam"), ("bare dspark", "beam")],
-)
-def test_greedy_and_sampled_text_is_plain_decodings(model, text, shape, policy):
-    engine = block_engine(model, POLICIES[policy](), shape, Taught, future=text)
-    result = engine.generate(PROMPT, max_new_tokens=24)
-    assert result.token_ids == text[len(PROMPT) :][:24]
-    assert sum(result.stats.accepted_by_depth) > 0
-    assert len(result.stats.drafted_by_depth) <= BLOCKS[shape].levels
-    sampling = Sampling(0.9, 20, 0.95)
-    plain = engine_for(model, sampling=sampling)
-    engine = block_engine(model, POLICIES[policy](), shape, sampling=sampling, prefill_chunk=1)
-    for prompt in (PROMPT[:1], PROMPT):  # one engine for texts of any length
-        expected = plain.generate(prompt, max_new_tokens=8, seed=1).token_ids
-        assert engine.generate(prompt, max_new_tokens=8, seed=1).token_ids == expected
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

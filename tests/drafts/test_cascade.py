@@ -5,8 +5,6 @@ from functools import cache
 import pytest
 import torch
 
-from subspec.decoding.adaptive import Adaptive
-from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
@@ -18,20 +16,13 @@ from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.prompt_lookup import PromptLookupDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from tests.drafts.test_separate_cache import PartialBeam, disturbed
 from tests.helpers.drafts import RandomDraft
 from tests.helpers.eagle import SHAPES, random_head
+from tests.helpers.taught import ALL_POLICIES, disturbed
 from tests.helpers.tiny import tiny_model
 
 CPU = torch.device("cpu")
 PROMPT = [5, 17, 33, 99, 4, 8, 5, 17, 33]
-POLICIES = {
-    "chain": lambda: Beam(6, 1),
-    "beam": lambda: Beam(6, 4),
-    "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
-    "partial": lambda: PartialBeam(5, 4),
-    "eagle2": lambda: Eagle2(4, 3, 14),
-}
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +78,22 @@ def generated(engine, count=24):
 def alone(model, substitute):
     """What the substitute generates without a proposer, once for each policy and way of sampling."""
     return cache(
-        lambda policy, sampling: generated(engine_with(model, substitute, None, POLICIES[policy](), sampling=sampling))
+        lambda policy, sampling: generated(
+            engine_with(model, substitute, None, ALL_POLICIES[policy](), sampling=sampling)
+        )
     )
 
 
 @pytest.mark.parametrize(
     ("proposer", "policy", "sampled"),
     [(proposer, "beam", proposer == "relative") for proposer in PROPOSERS]
-    + [("relative", policy, False) for policy in POLICIES if policy != "beam"]
-    + [("lookup", policy, True) for policy in POLICIES],
+    + [("relative", policy, False) for policy in ALL_POLICIES if policy != "beam"]
+    + [("lookup", policy, True) for policy in ALL_POLICIES],
 )
 def test_trees_and_texts_are_the_substitutes_own(model, substitute, alone, proposer, policy, sampled):
     sampling = Sampling(0.9, top_k=20) if sampled else Sampling()
     expected, own = alone(policy, sampling)
-    found, trees = generated(engine_with(model, substitute, proposer, POLICIES[policy](), sampling=sampling))
+    found, trees = generated(engine_with(model, substitute, proposer, ALL_POLICIES[policy](), sampling=sampling))
     assert found.token_ids == expected.token_ids
     for (tokens, parents, scores, _), (own_tokens, own_parents, own_scores, _) in zip(trees, own, strict=True):
         assert (tokens, parents) == (own_tokens, own_parents)

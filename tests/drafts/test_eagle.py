@@ -5,98 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
-from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
 from tests.helpers.drafts import OracleDraft, begin, engine_for, grow, hf_greedy
-from tests.helpers.eagle import SHAPES, causal, drafted_paths, eagle_engine, random_head
+from tests.helpers.eagle import SHAPES, causal, drafted_paths, random_head
+from tests.helpers.taught import POLICIES, PROMPT, draft_engine
 from tests.helpers.tiny import tiny_model
-
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
-POLICIES = {
-    "chain": lambda: Beam(6, 1),
-    "beam": lambda: Beam(5, 4),
-    "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
-    "eagle2": lambda: Eagle2(5, 4, 20),
-}
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("qwen2", layers=3)
-
-
-class Teaching:
-    """Nudges a draft's guesses towards a known text, so that random weights get tokens accepted.
-
-    Its state is what the draft computes; only the logits it hands over are changed, but for every fourth position.
-    ``seen`` holds the draft's own logits of each branch of the last tree. ``waiting``: committed tokens without a row.
-    """
-
-    waiting = 1
-
-    def __init__(self, *arguments, future):
-        super().__init__(*arguments)
-        self.future = future
-        self.seen = {}
-
-    def expand(self, tree, frontier):
-        logits = super().expand(tree, frontier).clone()
-        for node, row in zip(frontier.tolist(), logits.clone(), strict=True):
-            self.seen[tuple(tree.tokens[tree.ancestors[node].nonzero()[:, 0]].tolist())] = row
-        at = self.cache.length + self.waiting + 1 + tree.levels
-        if at % 4 and at < len(self.future):
-            logits[:, self.future[at]] += 100.0
-        return logits
-
-
-class Teacher(Teaching, EagleDraft):
-    """A head that is taught."""
-
-
-def taught(model, policy, prompt, count, shape="qwen2", std=0.15, **options):
-    text = prompt + hf_greedy(model, prompt, count + 12)
-    decoder = TargetModel(model)
-    draft = Teacher(random_head(SHAPES[shape], std=std), decoder, policy, future=text)
-    options = {"max_length": 256, "prefill_chunk": 4, **options}
-    return Engine(decoder, draft, policy, **options), text
-
-
-@pytest.mark.parametrize(
-    ("family", "shape", "policy"),
-    [
-        *(("qwen2", "qwen2", policy) for policy in POLICIES),
-        ("llama", "llama3", "eagle2"),
-        ("qwen3", "wide heads", "eagle2"),
-    ],
-)
-def test_greedy_text_is_transformers_own_for_every_tree(family, shape, policy):
-    model = tiny_model(family, layers=2)
-    engine = eagle_engine(model, POLICIES[policy](), shape, prefill_chunk=4)
-    assert engine.generate(PROMPT, max_new_tokens=40).token_ids == hf_greedy(model, PROMPT, 40)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_greedy_text_is_transformers_own_when_much_is_accepted(model, policy):
-    engine, text = taught(model, POLICIES[policy](), PROMPT, 48)
-    result = engine.generate(PROMPT, max_new_tokens=48)
-    assert result.token_ids == text[len(PROMPT) :][:48]
-    assert result.stats.iterations < 30
-    assert sum(result.stats.accepted_by_depth) > 0
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_samples_are_those_of_plain_decoding(model, policy):
-    sampling = Sampling(0.9, 20, 0.95)
-    plain = engine_for(model, sampling=sampling)
-    engine = eagle_engine(model, POLICIES[policy](), sampling=sampling)
-    for seed in (0, 1):
-        expected = plain.generate(PROMPT, max_new_tokens=30, seed=seed)
-        assert engine.generate(PROMPT, max_new_tokens=30, seed=seed).token_ids == expected.token_ids
 
 
 @settings(max_examples=8, deadline=None)
@@ -114,7 +36,7 @@ def test_any_prompt_chunk_and_length_and_one_engine_for_many(model, prompts, chu
     eos = (hf_greedy(model, prompts[0], count)[count // 2],) if ends else ()
     options = {"prefill_chunk": chunk, "eos_token_ids": eos, "max_length": 64}
     plain = engine_for(model, **options)
-    engine = eagle_engine(model, Eagle2(depth, width, total), **options)
+    engine = draft_engine(model, Eagle2(depth, width, total), **options)
     for prompt in prompts:
         expected = plain.generate(prompt, max_new_tokens=count)
         got = engine.generate(prompt, max_new_tokens=count)
@@ -141,7 +63,8 @@ def reference_cache(model, draft, text):
 
 @pytest.mark.parametrize(("policy", "shape"), [("beam", "qwen2"), *(("eagle2", shape) for shape in SHAPES)])
 def test_after_many_iterations_the_heads_rows_are_those_of_one_pass_with_true_features(model, policy, shape):
-    engine, _ = taught(model, POLICIES[policy](), PROMPT, 40, shape)
+    future = PROMPT + hf_greedy(model, PROMPT, 52)
+    engine = draft_engine(model, POLICIES[policy](), shape, future=future)
     for prompt in (PROMPT, PROMPT[3:5], PROMPT[:1]):
         result = engine.generate(prompt, max_new_tokens=33)
         draft, length = engine.draft, engine.cache.length
@@ -175,7 +98,7 @@ def branch_logits(model, draft, text, branch):
 def test_every_level_is_fed_its_own_parents_features(model, policy, shape):
     """Each node's logits against its branch from scratch, before and after tokens were accepted."""
     # A head that amplifies less: rounding errors grow with every feature that is made of the last one.
-    engine, _ = taught(model, POLICIES[policy](), PROMPT, 30, shape, std=0.08)
+    engine = draft_engine(model, POLICIES[policy](), shape, future=PROMPT + hf_greedy(model, PROMPT, 42), std=0.08)
     with torch.inference_mode():
         for text, paths in drafted_paths(engine, PROMPT):
             for path, logits in paths[:: max(1, len(paths) // 9)]:
@@ -185,7 +108,7 @@ def test_every_level_is_fed_its_own_parents_features(model, policy, shape):
 
 
 def test_drafting_the_same_tree_twice_gives_the_same_tree(model):
-    engine = eagle_engine(model, Eagle2(4, 3, 15))
+    engine = draft_engine(model, Eagle2(4, 3, 15))
     with torch.inference_mode():
         root = begin(engine, PROMPT)
         grow(engine, root, 10)
@@ -202,11 +125,6 @@ def test_a_longer_context_takes_a_new_cache(model):
         engine = Engine(decoder, draft, policy, max_length=length)
         assert engine.generate(PROMPT).token_ids == hf_greedy(model, PROMPT, length - len(PROMPT))
         assert draft.cache.max_length == length
-
-
-def test_a_draft_needs_a_positive_temperature(model):
-    with pytest.raises(ValueError, match=r"draft\.temperature"):
-        EagleDraft(random_head(SHAPES["qwen2"]), TargetModel(model), Beam(2, 2), 0.0)
 
 
 def test_a_perfect_draft_is_accepted_whole_through_the_re_ranking(model):

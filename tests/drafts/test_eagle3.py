@@ -5,26 +5,14 @@ import math
 import pytest
 import torch
 
-from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.draft import Draft
-from subspec.decoding.eagle2 import Eagle2
-from subspec.decoding.engine import Engine
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.eagle import EagleDraft
-from tests.drafts.test_eagle import Teacher
-from tests.helpers.drafts import begin, engine_for, grow, hf_greedy
-from tests.helpers.eagle import SHAPES3, drafted_paths, eagle_engine, random_head
+from tests.helpers.drafts import begin, grow, hf_greedy
+from tests.helpers.eagle import SHAPES3, drafted_paths
+from tests.helpers.taught import POLICIES, PROMPT, draft_engine
 from tests.helpers.tiny import tiny_model
 
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
-POLICIES = {
-    "chain": lambda: Beam(6, 1),
-    "beam": lambda: Beam(5, 4),
-    "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
-    "eagle2": lambda: Eagle2(5, 4, 20),
-}
 ENTERED = {"official": (2, 4, 5), "speculators": (2, 4, 5), "deepspec": (2, 3, 4, 5, 6), "narrow": (5,)}
 """The layers that the features enter, of eight; transformers numbers its hidden states so. ``shared``: see below."""
 
@@ -32,19 +20,6 @@ ENTERED = {"official": (2, 4, 5), "speculators": (2, 4, 5), "deepspec": (2, 3, 4
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("qwen3", layers=8)
-
-
-class Reduced(Teacher):
-    """A teacher that changes logits over the target's ids."""
-
-    extend = Draft.extend
-
-
-def taught(model, policy, count, shape, std=0.15):
-    text = PROMPT + hf_greedy(model, PROMPT, count + 12)
-    target = TargetModel(model)
-    draft = Reduced(random_head(SHAPES3[shape], std=std), target, policy, future=text)
-    return Engine(target, draft, policy, max_length=256, prefill_chunk=4), text
 
 
 # ------------------------------------------------------------------------------------------------- the paper
@@ -120,7 +95,7 @@ def behind_last_layer(model, text):
 )
 @torch.inference_mode()
 def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, shape, policy):
-    engine, _ = taught(model, POLICIES[policy](), 30, shape, std=0.08)
+    engine = draft_engine(model, POLICIES[policy](), shape, future=PROMPT + hf_greedy(model, PROMPT, 42), std=0.08)
     head = engine.draft.head
     for text, paths in drafted_paths(engine, PROMPT):
         for path, logits in paths[:: max(1, len(paths) // 3)]:
@@ -133,7 +108,7 @@ def test_every_row_and_level_is_the_papers_before_and_after_acceptance(model, sh
 def test_choosing_among_the_heads_own_ids_gives_the_tree_of_the_targets_ids(model, policy):
     found = []
     for extend in (EagleDraft.extend, Draft.extend):
-        engine = eagle_engine(model, POLICIES[policy](), "official")
+        engine = draft_engine(model, POLICIES[policy](), "official")
         engine.draft.extend = extend.__get__(engine.draft)
         with torch.inference_mode():
             grow(engine, begin(engine, PROMPT), 10)
@@ -146,26 +121,6 @@ def test_choosing_among_the_heads_own_ids_gives_the_tree_of_the_targets_ids(mode
     assert set(found[0][0][1:].tolist()) <= known != set(range(160))
 
 
-# -------------------------------------------------------------------------------------------------- the text
-
-
-@pytest.mark.parametrize(
-    ("shape", "policy"),
-    [*(("official", policy) for policy in POLICIES if policy != "eagle2"), *((shape, "eagle2") for shape in SHAPES3)],
-)
-def test_greedy_and_sampled_text_is_plain_decodings(model, shape, policy):
-    engine, text = taught(model, POLICIES[policy](), 24, shape)
-    result = engine.generate(PROMPT, max_new_tokens=24)
-    assert result.token_ids == text[len(PROMPT) :][:24]
-    assert sum(result.stats.accepted_by_depth) > 0
-    engine = eagle_engine(model, POLICIES[policy](), shape, prefill_chunk=1)
-    assert engine.generate(PROMPT, max_new_tokens=12).token_ids == text[len(PROMPT) :][:12]
-    sampling = Sampling(0.9, 20, 0.95)
-    plain = engine_for(model, sampling=sampling).generate(PROMPT, max_new_tokens=12, seed=1)
-    engine = eagle_engine(model, POLICIES[policy](), shape, sampling=sampling)
-    assert engine.generate(PROMPT, max_new_tokens=12, seed=1).token_ids == plain.token_ids
-
-
 def test_a_tree_wider_than_the_heads_vocabulary_is_still_a_tree(model):
-    engine = eagle_engine(model, Beam(2, 200), "speculators")
+    engine = draft_engine(model, Beam(2, 200), "speculators")
     assert engine.generate(PROMPT, max_new_tokens=5).token_ids == hf_greedy(model, PROMPT, 5)

@@ -1,11 +1,10 @@
 """EAGLE-3 heads in every published format: read, run, planned, converted, refused in one line."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import convert_eagle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,15 +127,11 @@ def test_the_draft_that_reads_a_head_of_the_other_kind_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["official", "speculators", "deepspec", "narrow"])
 def test_the_script_converts_and_a_run_reads_the_same_head(tmp_path, capsys, monkeypatch, name):
-    script = Path(__file__).parents[2] / "scripts" / "convert_eagle.py"
-    spec = importlib.util.spec_from_file_location("convert_eagle", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     source = published3(tmp_path / "source", name)
     for target, options in (("out", []), ("shared", ["--share-tables"]))[: 1 + (name == "deepspec")]:
         arguments = ["convert_eagle.py", str(source), str(tmp_path / target), *options]
         monkeypatch.setattr(sys, "argv", arguments)
-        assert module.main() == 0, capsys.readouterr().err
+        assert convert_eagle.main() == 0, capsys.readouterr().err
     assert "read back bit for bit" in capsys.readouterr().out
     before, after = loaded(source), loaded(tmp_path / "out")
     assert after.head.shape == before.head.shape

@@ -1,11 +1,10 @@
 """Heads in the published format: read, run, refused in words."""
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
+import convert_eagle
 import pytest
 import torch
 from huggingface_hub import constants
@@ -24,6 +23,7 @@ from subspec.decoding.target_model import TargetModel
 from subspec.drafts import shipped
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for, locate_head
+from subspec.drafts.eagle_head import ATTENTION, MLP, NORM
 from subspec.errors import ConfigError, SubspecError
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published, random_head
@@ -82,51 +82,43 @@ def test_safetensors_are_preferred_and_stored_frequencies_dropped(tmp_path):
     assert loaded(folder).dropped == ["embed_tokens.weight", "layers.0.self_attn.rotary_emb.inv_freq"]
 
 
-def test_missing_and_surplus_tensors_are_named(tmp_path):
-    folder = published(
-        tmp_path / "head",
-        SHAPES["qwen2"],
-        drop=("layers.0.mlp.up_proj.weight", "layers.0.post_attention_layernorm.weight"),
-        extra={"norm.weight": torch.ones(64), "other.weight": torch.ones(4, 64)},
-    )
-    refused(
-        r"no EAGLE-1 or EAGLE-2 head: missing layers\.0\.mlp\.up_proj\.weight, "
-        r"layers\.0\.post_attention_layernorm\.weight; surplus norm\.weight, other\.weight: set draft\.path",
-        folder,
-    )
-
-
-def test_a_head_of_several_layers_is_refused(tmp_path):
-    extra = {f"layers.{i}.self_attn.q_proj.weight": torch.zeros(64, 64) for i in range(1, 9)}
-    refused(r"surplus layers\.1\..*layers\.6\.self_attn\.q_proj\.weight and 2 more", published(
-        tmp_path / "head", SHAPES["qwen2"], extra=extra))  # fmt: skip
+OTHER_NORM = {"norm.weight": torch.ones(64)}
 
 
 @pytest.mark.parametrize(
-    ("extra", "config", "words"),
+    ("options", "words"),
     [
-        ({"d2t": torch.zeros(9), "midlayer.mlp.up_proj.weight": torch.zeros(2, 2)}, {}, "is an EAGLE-3 head"),
-        ({"norm.weight": torch.ones(64)}, {"architectures": ["LlamaForCausalLMEagle3"]}, "is an EAGLE-3 head"),
-        ({"norm.weight": torch.ones(64)}, {"speculators_model_type": "eagle"}, "layout of the speculators library"),
-        ({"0.0.linear.weight": torch.ones(4, 4)}, {}, "Medusa"),
-        ({"fc.weight": torch.zeros(64, 192)}, {}, "EAGLE-3"),
+        (
+            {"drop": ("layers.0.mlp.up_proj.weight", NORM), "extra": OTHER_NORM | {"o.weight": torch.ones(4, 64)}},
+            r"no EAGLE-1 or EAGLE-2 head: missing layers\.0\.mlp\.up_proj\.weight, "
+            r"layers\.0\.post_attention_layernorm\.weight; surplus norm\.weight, o\.weight: set draft\.path",
+        ),
+        (
+            {"extra": {f"layers.{i}.self_attn.q_proj.weight": torch.zeros(64, 64) for i in range(1, 9)}},
+            r"surplus layers\.1\..*layers\.6\.self_attn\.q_proj\.weight and 2 more",
+        ),
+        ({"drop": ("fc.weight",)}, r"missing fc\.weight"),
+        # Heads of another kind.
+        ({"extra": {"d2t": torch.zeros(9), "midlayer.mlp.up_proj.weight": torch.zeros(2, 2)}}, "is an EAGLE-3 head"),
+        ({"extra": OTHER_NORM, "architectures": ["LlamaForCausalLMEagle3"]}, "is an EAGLE-3 head"),
+        ({"extra": OTHER_NORM, "speculators_model_type": "eagle"}, "layout of the speculators library"),
+        ({"extra": {"0.0.linear.weight": torch.ones(4, 4)}}, "Medusa"),
+        # Wrong shapes and types.
+        ({"extra": {"fc.weight": torch.zeros(64, 192)}}, r"fc\.weight as \[64, 192\], not as \[H, 2 H\].*EAGLE-3"),
+        ({"extra": {f"{MLP}down_proj.weight": torch.zeros(64, 9)}}, r"down_proj\.weight as \[64, 9\] where \[64, 128"),
+        ({"extra": {f"{ATTENTION}v_proj.weight": torch.zeros(9, 64)}}, r"v_proj\.weight as \[9, 64\] where \[64, 64\]"),
+        ({"extra": {f"{ATTENTION}q_proj.weight": torch.zeros(65, 64)}}, r"q_proj and k_proj have 65 and 64 outputs"),
+        ({"extra": {"fc.weight": torch.zeros(64, 128, dtype=torch.int8)}}, r"fc\.weight as torch\.int8"),
+        ({"extra": {"fc.weight": torch.zeros(64, 128).to(torch.float8_e4m3fn)}}, r"fc\.weight as torch\.float8_e4m3fn"),
+        # Invalid configurations.
+        ({"rms_norm_eps": "x"}, r"config\.json is not valid"),
+        ({"max_position_embeddings": None}, r"config\.json is not valid"),
+        ({"rope_parameters": [1]}, r"config\.json is not valid"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config\.json is not valid"),
     ],
 )
-def test_heads_of_another_kind_are_named(tmp_path, extra, config, words):
-    refused(words, published(tmp_path / "head", SHAPES["llama3"], extra=extra, **config))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"rms_norm_eps": "x"},
-        {"max_position_embeddings": None},
-        {"rope_parameters": [1]},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-    ],
-)
-def test_invalid_configurations_are_one_line(tmp_path, config):
-    refused(r"config\.json is not valid", published(tmp_path / "head", SHAPES["llama3"], **config))
+def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path, options, words):
+    refused(words, published(tmp_path / "head", SHAPES["qwen2"], **options))
 
 
 def test_a_whole_model_is_no_head(tmp_path):
@@ -150,34 +142,11 @@ def test_git_lfs_pointers_are_named(tmp_path, binary):
         refused(f"{file} is a Git LFS pointer", folder)
 
 
-def test_something_without_fc_is_refused(tmp_path):
-    refused(r"missing fc\.weight", published(tmp_path / "head", SHAPES["qwen2"], drop=("fc.weight",)))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "words"),
-    [
-        ("layers.0.mlp.down_proj.weight", (64, 100), r"down_proj\.weight as \[64, 100\] where \[64, 128\]"),
-        ("layers.0.self_attn.v_proj.weight", (32, 64), r"v_proj\.weight as \[32, 64\] where \[64, 64\]"),
-        ("layers.0.self_attn.q_proj.weight", (65, 64), r"q_proj and k_proj have 65 and 64 outputs"),
-        ("fc.weight", (64, 192), r"fc\.weight as \[64, 192\], not as \[H, 2 H\]"),
-    ],
-)
-def test_wrong_shapes_are_named(tmp_path, name, shape, words):
-    refused(words, published(tmp_path / "head", SHAPES["qwen2"], extra={name: torch.zeros(shape)}))
-
-
 def test_a_head_for_another_hidden_size_is_refused_with_both(tmp_path):
     folder = published(tmp_path / "head", SHAPES["qwen2"])
     refused("hidden size 64, and the target has 96: set draft.path", folder, hidden=96)
     with pytest.raises(ConfigError, match="hidden size 64, and another has 96"):
         head_shape(locate_head(str(folder), print), 96, "another")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_heads_are_refused(tmp_path, dtype):
-    extra = {"fc.weight": torch.zeros(64, 128, dtype=dtype)}
-    refused(rf"fc\.weight as {dtype}", published(tmp_path / "head", SHAPES["qwen2"], extra=extra))
 
 
 class Surprise:
@@ -300,22 +269,14 @@ def test_what_the_hub_does_not_have_is_refused(hub, monkeypatch):
 # --------------------------------------------------------------------------------------------- convert
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_eagle.py"
-
-
 @pytest.fixture
 def convert_here(capsys, monkeypatch):
     """The script without a process of its own: its exit status, what it printed, and its complaints."""
-    spec = importlib.util.spec_from_file_location("convert_eagle", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["convert_eagle.py", *map(str, arguments)])
-        status = module.main()
-        return status, *capsys.readouterr()
+        return convert_eagle.main(), *capsys.readouterr()
 
-    run.module = module
     return run
 
 
@@ -364,7 +325,7 @@ def test_the_script_notices_a_disk_that_returns_something_else(tmp_path, convert
     def save_wrongly(tensors, file, metadata):
         save_file(tensors | {"fc.bias": -tensors["fc.bias"]}, file, metadata)
 
-    monkeypatch.setattr(convert_here.module, "save_file", save_wrongly)
+    monkeypatch.setattr(convert_eagle, "save_file", save_wrongly)
     status, said, complaints = convert_here(source, tmp_path / "out")
     assert (status, said) == (1, "")
     assert "fc.bias was not read back as written" in complaints

@@ -8,14 +8,12 @@ from subspec.config.schema import LayerSkipDraftConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts.layer_skip import chosen_layers, skip_layers, spread, streamed_layers, usual_layers
+from subspec.drafts.layer_skip import chosen_layers, drafting_layers, skip_layers, spread, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
-from tests.drafts.test_separate_cache import POLICIES
 from tests.helpers.drafts import begin, hf_greedy
+from tests.helpers.taught import ALL_POLICIES, PROMPT
 from tests.helpers.tiny import FAMILIES, tiny_model
-
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
 
 
 def engine_with(model, layers, policy, **options):
@@ -29,9 +27,9 @@ def model():
     return tiny_model("qwen2", layers=4, std=0.08)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL_POLICIES)
 def test_greedy_text_is_transformers_own_for_every_tree(model, policy):
-    engine = engine_with(model, (0, 1, 3), POLICIES[policy]())
+    engine = engine_with(model, (0, 1, 3), ALL_POLICIES[policy]())
     for prompt in (PROMPT, PROMPT[::-1]):
         assert engine.generate(prompt, max_new_tokens=25).token_ids == hf_greedy(model, prompt, 25)
 
@@ -39,14 +37,14 @@ def test_greedy_text_is_transformers_own_for_every_tree(model, policy):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_is_transformers_own_for_every_family(family):
     model = tiny_model(family, layers=3, std=0.08)
-    engine = engine_with(model, (0, 2), POLICIES["beam"]())
+    engine = engine_with(model, (0, 2), ALL_POLICIES["beam"]())
     assert engine.generate(PROMPT, max_new_tokens=15).token_ids == hf_greedy(model, PROMPT, 15)
 
 
 def test_some_of_it_is_accepted_and_all_layers_are_a_perfect_draft(model):
     iterations = {}
     for layers in ((0, 1, 3), (0, 1, 2, 3)):
-        result = engine_with(model, layers, POLICIES["chain"]()).generate(PROMPT, max_new_tokens=1 + 28)
+        result = engine_with(model, layers, ALL_POLICIES["chain"]()).generate(PROMPT, max_new_tokens=1 + 28)
         iterations[len(layers)] = result.stats.iterations
     assert iterations[4] == 4  # depth 6: seven tokens a pass
     assert 4 < iterations[3] < 28
@@ -55,7 +53,7 @@ def test_some_of_it_is_accepted_and_all_layers_are_a_perfect_draft(model):
 def test_samples_are_those_of_plain_decoding(model):
     sampling = Sampling(0.8, 20, 0.9)
     plain = engine_with(model, None, None, sampling=sampling)
-    engine = engine_with(model, (0, 3), POLICIES["beam"](), sampling=sampling)
+    engine = engine_with(model, (0, 3), ALL_POLICIES["beam"](), sampling=sampling)
     for seed in range(2):
         expected = plain.generate(PROMPT, max_new_tokens=20, seed=seed).token_ids
         assert engine.generate(PROMPT, max_new_tokens=20, seed=seed).token_ids == expected
@@ -65,7 +63,7 @@ def test_samples_are_those_of_plain_decoding(model):
 def test_a_kept_layer_uses_the_cache_rows_of_its_own_number(family):
     """The reference: transformers' own model, its skipped layers made to do nothing, on the target's exact cache."""
     model, layers = tiny_model(family, layers=4), (0, 2, 3)
-    engine = engine_with(model, layers, POLICIES["chain"]())
+    engine = engine_with(model, layers, ALL_POLICIES["chain"]())
     with torch.inference_mode():
         root = begin(engine, PROMPT)
         logits = engine.draft.expand(engine.tree, engine.tree.plant(root))
@@ -125,6 +123,6 @@ def test_layers_that_are_not_there_are_refused(settings, message):
 
 def test_streamed_the_resident_layers_draft_unless_all_are():
     free = LayerSkipDraftConfig(name="layer_skip")
-    assert streamed_layers(free, (0, 4, 2), 5) == (0, 2, 4)
-    assert streamed_layers(free, range(5), 5) == usual_layers(5)
-    assert streamed_layers(LayerSkipDraftConfig(name="layer_skip", layers=[1]), (0, 1, 4), 5) == (1,)
+    assert drafting_layers(free, (0, 4, 2), 5) == (0, 2, 4)
+    assert drafting_layers(free, range(5), 5) == usual_layers(5)
+    assert drafting_layers(LayerSkipDraftConfig(name="layer_skip", layers=[1]), (0, 1, 4), 5) == (1,)

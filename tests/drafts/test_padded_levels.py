@@ -18,7 +18,7 @@ from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.padded_levels import PaddedLevels
 from subspec.drafts.prompt_lookup import PromptLookupDraft
 from tests.helpers.drafts import begin
-from tests.levels.test_captured_draft import DEVICES, fused_draft, model_of
+from tests.helpers.levels import DEVICES, fused_draft, model_of
 
 PROMPT = [5, 17, 33, 99, 5, 17, 33, 99, 5, 17]
 

@@ -6,32 +6,24 @@ import pytest
 import torch
 
 from subspec import build_engine
-from subspec.config.schema import Eagle2TreeConfig, PardDraftConfig, PlantedTargetConfig, to_config
+from subspec.config.schema import Eagle2TreeConfig, PardDraftConfig, to_config
 from subspec.decoding.audit import Auditor
 from subspec.decoding.eagle2 import Eagle2
-from subspec.decoding.engine import Engine
-from subspec.decoding.hidden import HiddenRequest
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.check_config import check_config
-from subspec.drafts.pard import WARP, FusedModel, PardDraft, PardShape
+from subspec.drafts.pard import WARP
 from subspec.errors import ConfigError
-from subspec.planning.plan import plan_run
-from subspec.session import assemble_streamed, weights_identity
-from subspec.targets.load import open_source
+from subspec.session import weights_identity
 from tests.config.test_config import composed
-from tests.drafts.test_eagle import POLICIES, PROMPT, Teaching
-from tests.helpers.drafts import engine_for, hf_greedy
+from tests.helpers.assembled import streamed, streamed_settings
+from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import drafted_paths
-from tests.helpers.planning import settings
+from tests.helpers.taught import PARD_LEVELS, PARD_TOKEN, PARDS, POLICIES, PROMPT, draft_engine, pard_model, projection
 from tests.helpers.tiny import edit_config, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
-PARD_TOKEN, LEVELS = 317, 5
 PARD2 = {"pard2": True, "pard2_target_layers": [-1, -4, 2], "pard2_target_dim": 192, "pard2_scale": 0.5}
-"""The final hidden states, those behind layer 4 of eight, and those behind layer 1."""
-KINDS = {"pard": PardShape(PARD_TOKEN), "pard2": PardShape(PARD_TOKEN, HiddenRequest(True, (4, 1)), 0.5)}
+"""As the shape of ``PARDS["pard2"]``."""
 
 
 @pytest.fixture(scope="module")
@@ -44,74 +36,27 @@ def text(model):
     return PROMPT + hf_greedy(model, PROMPT, 36)
 
 
-@pytest.fixture(scope="module")
-def small():
-    return tiny_model("llama", layers=2, hidden_size=32, seed=3)
-
-
-def projection():
-    return 0.3 * torch.randn(32, 192, generator=torch.Generator().manual_seed(5))
-
-
-class Taught(Teaching, PardDraft):
-    """A model that is taught."""
-
-    @property
-    def waiting(self):
-        return len(self._tokens)
-
-    def __init__(self, *arguments, future, **options):
-        PardDraft.__init__(self, *arguments, **options)
-        self.future, self.seen = future, {}
-
-
-def pard_engine(model, small, policy, kind, draft=PardDraft, **options):
-    shape = KINDS[kind]
-    drafter = FusedModel(small, shape.scale * projection()) if kind == "pard2" else TargetModel(small)
-    kept = {"future": options.pop("future")} if "future" in options else {}
-    sizes = {"levels": LEVELS, "max_length": 256, "vocab_size": 320}
-    engine_options = {"max_length": 256, "prefill_chunk": 4, **options}
-    return Engine(TargetModel(model), draft(drafter, shape, **sizes, **kept), policy, **engine_options)
-
-
 @pytest.mark.parametrize(("kind", "policy"), [("pard", "eagle2"), ("pard2", "beam"), ("pard2", "chain")])
 @torch.no_grad()
-def test_every_block_is_one_causal_pass_over_the_whole_text(model, small, text, kind, policy):
-    engine = pard_engine(model, small, POLICIES[policy](), kind, Taught, future=text)
+def test_every_block_is_one_causal_pass_over_the_whole_text(model, text, kind, policy):
+    engine, small = draft_engine(model, POLICIES[policy](), kind, future=text), pard_model()
     for seen, paths in drafted_paths(engine, PROMPT):
-        assert max(len(path) for path, _ in paths) == LEVELS
-        ids = torch.tensor([[*seen, paths[0][0][0]] + [PARD_TOKEN] * (LEVELS - 1)])
+        assert max(len(path) for path, _ in paths) == PARD_LEVELS
+        ids = torch.tensor([[*seen, paths[0][0][0]] + [PARD_TOKEN] * (PARD_LEVELS - 1)])
         embeddings = small.get_input_embeddings()(ids)
         if kind == "pard2":
             hidden = model.model(torch.tensor([seen]), output_hidden_states=True).hidden_states
             states = torch.cat([hidden[-1], hidden[-4], hidden[2]], dim=-1)[0]
-            rows = torch.cat([torch.zeros(1, 192), states, states[-1:].expand(LEVELS - 1, -1)])
+            rows = torch.cat([torch.zeros(1, 192), states, states[-1:].expand(PARD_LEVELS - 1, -1)])
             embeddings = embeddings + 0.5 * (rows @ projection().T)
-        logits = small(inputs_embeds=embeddings).logits[0, -LEVELS:]
+        logits = small(inputs_embeds=embeddings).logits[0, -PARD_LEVELS:]
         for path, found in paths:
             torch.testing.assert_close(found, logits[len(path) - 1], rtol=1e-3, atol=1e-4)
     assert len(seen) > len(PROMPT) + 3  # more than the three roots
 
 
-@pytest.mark.parametrize(
-    ("kind", "policy"), [*(("pard", policy) for policy in POLICIES), ("pard2", "eagle2"), ("pard2", "adaptive")]
-)
-def test_greedy_and_sampled_text_is_plain_decodings(model, small, text, kind, policy):
-    engine = pard_engine(model, small, POLICIES[policy](), kind, Taught, future=text)
-    result = engine.generate(PROMPT, max_new_tokens=24)
-    assert result.token_ids == text[len(PROMPT) :][:24]
-    assert sum(result.stats.accepted_by_depth) > 0
-    assert len(result.stats.drafted_by_depth) <= LEVELS
-    sampling = Sampling(0.9, 20, 0.95)
-    plain = engine_for(model, sampling=sampling)
-    engine = pard_engine(model, small, POLICIES[policy](), kind, sampling=sampling, prefill_chunk=1)
-    for prompt in (PROMPT[:1], PROMPT):  # one engine for texts of any length
-        expected = plain.generate(prompt, max_new_tokens=8, seed=1).token_ids
-        assert engine.generate(prompt, max_new_tokens=8, seed=1).token_ids == expected
-
-
-def test_a_text_may_fill_the_context(model, small):
-    engine = pard_engine(model, small, Beam(8, 2), "pard2", max_length=40)
+def test_a_text_may_fill_the_context(model):
+    engine = draft_engine(model, Beam(8, 2), "pard2", max_length=40)
     engine.draft.cache.max_length = 40
     assert engine.generate(PROMPT).token_ids == hf_greedy(model, PROMPT, 40 - len(PROMPT))
 
@@ -132,7 +77,7 @@ def published(folder, warp=None, **config):
 def test_published_models_load_and_run(tmp_path, capsys, model, text, warp):
     folder = published(tmp_path, warp)
     engine = build_engine(model, draft="pard", draft_path=folder, tree_policy=Eagle2(14, 3, 12), max_length=40)
-    assert (engine.draft.levels, engine.draft.wants) == (12, KINDS["pard2" if warp else "pard"].wants)
+    assert (engine.draft.levels, engine.draft.wants) == (12, PARDS["pard2" if warp else "pard"].wants)
     assert "tree.depth=14: a pass drafts draft.block=12 levels" in capsys.readouterr().err
     if warp:
         torch.testing.assert_close(engine.draft.model.projection, 0.5 * projection())
@@ -140,8 +85,7 @@ def test_published_models_load_and_run(tmp_path, capsys, model, text, warp):
 
 
 def test_the_identity_covers_the_projection(tmp_path):
-    target = PlantedTargetConfig(name="planted_tiny", shape="tiny")
-    config = replace(settings(), target=target, draft=PardDraftConfig(name="pard", path=str(tmp_path)))
+    config = streamed_settings(PardDraftConfig(name="pard", path=str(tmp_path)))
     found = set()
     for scale in (None, 1.0, 2.0):
         published(tmp_path, {"target_proj.weight": scale * projection()} if scale else None, **PARD2)
@@ -191,23 +135,18 @@ def test_settings_that_cannot_be_are_refused(options, words):
 @pytest.mark.parametrize("kind", ["planted", "pard2"])
 @pytest.mark.parametrize("tree", ["beam", "eagle2"])
 def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(tmp_path, kind, tree):
-    target, path = PlantedTargetConfig(name="planted_tiny", shape="tiny"), "planted:tiny_draft"
+    path = "planted:tiny_draft"
     if kind == "pard2":
         path = tmp_path
         tiny_checkpoint(path, "llama", layers=2, hidden_size=32, vocab_size=4096)
-        (path / "tokenizer.json").unlink()  # tokens as the planted target's
-        for file in path.glob("tokenizer*"):
+        for file in path.glob("tokenizer*"):  # tokens as the planted target's
             file.unlink()
         edit_config(path, pard_token=5, **PARD2 | {"pard2_target_dim": 768})
         torch.save({"target_proj.weight": torch.randn(32, 768)}, path / WARP)
-    config = settings(vram_gib=1.0, decoding={"max_length": 128}, resident_layers=2, tree=(3, 3))
-    config = replace(config, target=target, draft=PardDraftConfig(name="pard", path=str(path), block=4))
+    config = streamed_settings(PardDraftConfig(name="pard", path=str(path), block=4), resident_layers=2)
     if tree == "eagle2":
         config = replace(config, tree=Eagle2TreeConfig(name="eagle2", depth=6, width=3, total_tokens=12))
-    source = open_source(target, torch.bfloat16, CPU, note=lambda text: None)
-    plan = plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
-    assembly = assemble_streamed(config, source, plan, CPU, note=lambda text: None)
-    try:
+    with streamed(config) as (plan, assembly):
         found = {item.name: item.bytes for item in plan.items}
         assert found["small model's KV"] == assembly.engine.draft.cache.nbytes
         assert ("projection" in found) == (kind == "pard2")
@@ -217,5 +156,3 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(tmp_path,
         assert audit.mismatch == 0
         assert assembly.draft_facts["method"] == ("PARD" if kind == "planted" else "PARD-2")
         assert assembly.draft_facts["block"] == (3 if tree == "beam" else 4)
-    finally:
-        assembly.close()

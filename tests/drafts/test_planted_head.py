@@ -25,20 +25,16 @@ from subspec.drafts.eagle_checkpoint import head_identity, head_shape, load_head
 from subspec.drafts.eagle_head import EagleShape
 from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
-from subspec.planning.plan import plan_run
 from subspec.records.summary_table import PLANTED_DRAFT
 from subspec.report.baseline import make_rows
 from subspec.report.collect import collect
-from subspec.session import assemble_streamed
-from subspec.targets.load import open_source
 from tests.config.test_config import composed
+from tests.helpers.assembled import TINY, planned_here, streamed, streamed_settings
 from tests.helpers.cli import cli, records_of, summary_of
 from tests.helpers.eagle import LLAMA3_ROPE, QWEN2_BIASES
-from tests.helpers.planning import settings
 
 CPU = torch.device("cpu")
 PATH = Eagle2DraftConfig(name="eagle2", path="planted")
-TINY = PlantedTargetConfig(name="planted_tiny", shape="tiny")
 
 
 def located(shape="tiny", seed=0):
@@ -181,14 +177,9 @@ def test_a_run_emits_what_plain_decoding_does_and_says_that_the_head_is_made_up(
 # -------------------------------------------------------------------------------------------------- streamed
 
 
-def streamed_settings(path, draft=Eagle2DraftConfig):
+def planted_settings(path, draft):
     tree = Eagle2TreeConfig(name="eagle2", depth=3, width=3, total_tokens=10)
-    made = settings(vram_gib=1.0, decoding={"max_length": 128}, resident_layers=2)
-    return replace(made, target=TINY, draft=draft(name="eagle", path=str(path)), tree=tree)
-
-
-def planned(config, source):
-    return plan_run(config, source.config, link_gb_per_s=25.0, host_free=None, device=None)
+    return replace(streamed_settings(draft(name="eagle", path=str(path)), resident_layers=2), tree=tree)
 
 
 @pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig, BlockHeadDraftConfig])
@@ -196,8 +187,7 @@ def test_it_is_planned_like_the_same_head_from_a_file(tmp_path, kind):
     head = locate_for(kind(name="eagle", path="planted"), TINY, pytest.fail)
     save_file(head.tensors(torch.bfloat16, CPU), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(head.shape().config()))
-    source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
-    ours, theirs = (planned(streamed_settings(path, kind), source) for path in ("planted", tmp_path))
+    ours, theirs = (planned_here(planted_settings(path, kind)) for path in ("planted", tmp_path))
     assert [(item.name, item.bytes, item.place) for item in ours.items] == [
         (item.name, item.bytes, item.place) for item in theirs.items
     ]
@@ -210,11 +200,7 @@ def test_it_is_planned_like_the_same_head_from_a_file(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [Eagle2DraftConfig, Eagle3DraftConfig, BlockHeadDraftConfig])
 def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(kind):
-    config = streamed_settings("planted", kind)
-    source = open_source(TINY, torch.bfloat16, CPU, note=lambda text: None)
-    plan = planned(config, source)
-    assembly = assemble_streamed(config, source, plan, CPU, note=pytest.fail)
-    try:
+    with streamed(planted_settings("planted", kind), pytest.fail) as (plan, assembly):
         draft = assembly.engine.draft
         found = {item.name: item.bytes for item in plan.items}
         name = "block" if kind is BlockHeadDraftConfig else "EAGLE"
@@ -226,5 +212,3 @@ def test_a_streamed_target_takes_what_was_planned_and_passes_the_audit(kind):
         assert found[f"{name} KV cache"] == draft.cache.nbytes
         assert assembly.draft_facts["planted"]
         assert "head planted, random weights" in assembly.draft_summary
-    finally:
-        assembly.close()

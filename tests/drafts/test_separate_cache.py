@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from subspec.decoding.adaptive import Adaptive
 from subspec.decoding.draft import fit_vocabulary
-from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.result import FinishReason
 from subspec.decoding.sampling import Sampling
@@ -15,23 +13,8 @@ from subspec.drafts import separate_cache
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft
 from tests.helpers.drafts import hf_greedy
+from tests.helpers.taught import ALL_POLICIES, PROMPT, disturbed
 from tests.helpers.tiny import tiny_model
-
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 120, 6]
-POLICIES = {
-    "chain": lambda: Beam(6, 1),
-    "beam": lambda: Beam(5, 4),
-    "adaptive": lambda: Adaptive(10, 3, level_cost=0.05, check_every=2, min_depth=1),
-    "partial": lambda: PartialBeam(5, 4),
-    "eagle2": lambda: Eagle2(4, 3, 14),
-}
-
-
-class PartialBeam(Beam):
-    """A tree in which only some nodes of a level are run: every other one, the later ones first."""
-
-    def grow(self, tree, frontier, logits, temperature):
-        return super().grow(tree, frontier, logits, temperature).flip(0)[::2]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +33,6 @@ def reference(model):
     return hf_greedy(model, PROMPT, 60)
 
 
-def disturbed(model, noise, seed=1):
-    other = tiny_model(model.config.model_type, layers=model.config.num_hidden_layers)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs + noise * torch.randn(theirs.shape, generator=generator))
-    return other
-
-
 def engine_with(model, small, policy, *, sampling=None, **options):
     """An engine with the small model ``small`` (None: plain decoding)."""
     options = {"max_length": 256, "prefill_chunk": 16, **options}
@@ -75,9 +49,9 @@ def engine_with(model, small, policy, *, sampling=None, **options):
     return Engine(TargetModel(model), draft, policy, sampling=sampling, **options)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL_POLICIES)
 def test_greedy_text_is_transformers_own_for_every_tree(model, relative, reference, policy):
-    result = engine_with(model, relative, POLICIES[policy](), prefill_chunk=4).generate(PROMPT, max_new_tokens=40)
+    result = engine_with(model, relative, ALL_POLICIES[policy](), prefill_chunk=4).generate(PROMPT, max_new_tokens=40)
     assert result.token_ids == reference[:40]
     assert result.stats.iterations < 36  # something was accepted
 
@@ -89,9 +63,9 @@ def test_greedy_text_is_transformers_own_for_every_family(model, reference, fami
     assert engine.generate(PROMPT, max_new_tokens=20).token_ids == reference[:20]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL_POLICIES)
 def test_the_cache_is_what_a_run_from_scratch_computes(model, relative, policy):
-    engine = engine_with(model, relative, POLICIES[policy]())
+    engine = engine_with(model, relative, ALL_POLICIES[policy]())
     result = engine.generate(PROMPT, max_new_tokens=30)
     assert result.stats.iterations < 28
     cache = engine.draft.cache
@@ -125,7 +99,7 @@ class RowCount:
 
 @pytest.mark.parametrize("policy", ["chain", "beam", "adaptive"])
 def test_what_was_accepted_is_not_computed_again(model, relative, policy, monkeypatch):
-    engine = engine_with(model, relative, POLICIES[policy]())
+    engine = engine_with(model, relative, ALL_POLICIES[policy]())
     count = RowCount(engine.draft, monkeypatch)
     deepest = []
     commit = engine.draft.commit
@@ -183,7 +157,7 @@ def test_a_text_may_fill_the_cache_to_its_end(model, relative):
 def test_samples_are_those_of_plain_decoding(model, relative, policy):
     sampling = Sampling(0.8, 20, 0.9)
     plain = engine_with(model, None, None, sampling=sampling)
-    engine = engine_with(model, relative, POLICIES[policy](), sampling=sampling)
+    engine = engine_with(model, relative, ALL_POLICIES[policy](), sampling=sampling)
     for seed in range(2):
         expected = plain.generate(PROMPT, max_new_tokens=25, seed=seed)
         result = engine.generate(PROMPT, max_new_tokens=25, seed=seed)

@@ -6,20 +6,7 @@ import re
 import pytest
 import torch
 
-from subspec.config.schema import (
-    BeamTreeConfig,
-    BenchmarkConfig,
-    Config,
-    DecodingConfig,
-    DraftConfig,
-    HqqConfig,
-    LayerSkipDraftConfig,
-    NoLoggerConfig,
-    PlantedTargetConfig,
-    SamplingConfig,
-    SmallModelDraftConfig,
-    StreamOffloadConfig,
-)
+from subspec.config.schema import HqqConfig, LayerSkipDraftConfig, PlantedTargetConfig, SmallModelDraftConfig
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts import small_checkpoint
 from subspec.drafts.quantized import quantize_draft
@@ -32,31 +19,16 @@ from subspec.drafts.small_model import (
     load_small_model,
 )
 from subspec.errors import ConfigError, SubspecError
-from subspec.planning.plan import plan_run
-from subspec.session import assemble_streamed
-from subspec.targets.load import open_source
 from subspec.targets.planted import planted_config
+from tests.helpers.assembled import planned_here, streamed, streamed_settings
 from tests.helpers.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 SILENT = lambda text: None  # noqa: E731
 
 
-def config(draft: DraftConfig, vram_gib=1.0, depth=3, width=3, **offload) -> Config:
-    return Config(
-        target=PlantedTargetConfig(name="planted_tiny", shape="tiny"),
-        draft=draft,
-        quant=HqqConfig(name="hqq"),
-        tree=BeamTreeConfig(name="beam", depth=depth, width=width),
-        decoding=DecodingConfig(name="greedy", max_length=128),
-        offload=StreamOffloadConfig(name="stream", vram_gib=vram_gib, **offload),
-        benchmark=BenchmarkConfig(name="gsm8k"),
-        logger=NoLoggerConfig(name="none"),
-    )
-
-
-def small(path=None, **settings) -> Config:
-    return config(SmallModelDraftConfig(name="small_model", path=path and str(path), **settings))
+def small(path=None, **settings):
+    return streamed_settings(SmallModelDraftConfig(name="small_model", path=path and str(path), **settings))
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary
@@ -194,38 +166,30 @@ def storage_bytes(tensors):
 @pytest.mark.parametrize("path", ["planted:tiny_draft", "planted:tiny"])
 def test_the_plan_counts_what_a_streamed_small_model_takes(path):
     pytest.importorskip("triton")
-    settings = small(path)
-    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
-    found = {item.name: item for item in plan.items}
-    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
-    draft = assembly.engine.draft
-    assert found["small model"].bytes == storage_bytes(draft.model.model.parameters())
-    assert found["small model's KV"].bytes == draft.cache.nbytes
-    assert assembly.engine.cache.draft_rows == 0
-    assert found["KV cache"].note.startswith("0 + 128 + ")
-    looked_up = {"model.embed_tokens.weight", "model.norm.weight"}  # the table is untied: a level reads a few rows
-    others = sum(p.nbytes for n, p in draft.model.model.named_parameters() if n in looked_up)
-    assert plan.level_read_bytes == found["small model"].bytes - others
-    # The fused levels read the very bytes that the prompt pass reads.
-    known = {p.untyped_storage().data_ptr() for p in draft.model.model.parameters()}
-    fused = draft.levels.model
-    tensors = [fused.embedding, fused.head, fused.final_norm]
-    for layer in fused.layers:
-        tensors += [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        tensors += [layer.qkv_bias, layer.input_norm, layer.post_norm]
-    assert {t.untyped_storage().data_ptr() for t in tensors} == known
-    assert assembly.quant is None
-    assert assembly.draft_facts["levels"] == "fused, bfloat16"
-    assembly.close()
+    with streamed(small(path)) as (plan, assembly):
+        found, draft = {item.name: item for item in plan.items}, assembly.engine.draft
+        assert found["small model"].bytes == storage_bytes(draft.model.model.parameters())
+        assert found["small model's KV"].bytes == draft.cache.nbytes
+        assert assembly.engine.cache.draft_rows == 0
+        assert found["KV cache"].note.startswith("0 + 128 + ")
+        looked_up = {"model.embed_tokens.weight", "model.norm.weight"}  # the table is untied: a level reads a few rows
+        others = sum(p.nbytes for n, p in draft.model.model.named_parameters() if n in looked_up)
+        assert plan.level_read_bytes == found["small model"].bytes - others
+        # The fused levels read the very bytes that the prompt pass reads.
+        known = {p.untyped_storage().data_ptr() for p in draft.model.model.parameters()}
+        fused = draft.levels.model
+        tensors = [fused.embedding, fused.head, fused.final_norm]
+        for layer in fused.layers:
+            tensors += [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+            tensors += [layer.qkv_bias, layer.input_norm, layer.post_norm]
+        assert {t.untyped_storage().data_ptr() for t in tensors} == known
+        assert assembly.quant is None
+        assert assembly.draft_facts["levels"] == "fused, bfloat16"
 
 
 def test_the_plan_makes_the_layers_that_draft_resident():
-    def plan(**settings):
-        draft = LayerSkipDraftConfig(name="layer_skip", **settings.pop("draft", {}))
-        made = config(draft, **settings)
-        source = open_source(made.target, torch.bfloat16, CPU, note=SILENT)
-        return plan_run(made, source.config, link_gb_per_s=25.0, host_free=None, device=None)
+    def plan(draft=None, **offload):
+        return planned_here(streamed_settings(LayerSkipDraftConfig(name="layer_skip", **(draft or {})), **offload))
 
     two = plan(resident_layers=2)
     assert two.resident_layers == (0, 7)
@@ -245,22 +209,21 @@ def test_the_plan_makes_the_layers_that_draft_resident():
 @pytest.mark.parametrize("chosen", [{}, {"layers": [1, 6]}])
 def test_streamed_layers_draft_where_they_lie(chosen):
     pytest.importorskip("triton")
-    settings = config(LayerSkipDraftConfig(name="layer_skip", **chosen), resident_layers=4)
-    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
-    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
-    fused = assembly.engine.draft.model
-    layers = [layer.cache_layer for layer in fused.layers]
-    assert layers == (chosen["layers"] if chosen else list(plan.resident_layers))
-    for layer in fused.layers:
-        module = assembly.target.base.layers[layer.cache_layer]
-        assert layer.qkv.weight.data_ptr() == module.self_attn.q_proj.weight.data_ptr()
-        assert torch.equal(layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"]))
-        assert layer.gate_up.weight.data_ptr() == module.mlp.gate_proj.weight.data_ptr()
-        assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
-    assert fused.embedding.data_ptr() == assembly.target.table.data_ptr()
-    assert assembly.draft_facts["layers"] == layers
-    assembly.close()
+    config = streamed_settings(LayerSkipDraftConfig(name="layer_skip", **chosen), resident_layers=4)
+    with streamed(config) as (plan, assembly):
+        fused = assembly.engine.draft.model
+        layers = [layer.cache_layer for layer in fused.layers]
+        assert layers == (chosen["layers"] if chosen else list(plan.resident_layers))
+        for layer in fused.layers:
+            module = assembly.target.base.layers[layer.cache_layer]
+            assert layer.qkv.weight.data_ptr() == module.self_attn.q_proj.weight.data_ptr()
+            assert torch.equal(
+                layer.qkv.weight, torch.cat([getattr(module.self_attn, f"{n}_proj").weight for n in "qkv"])
+            )
+            assert layer.gate_up.weight.data_ptr() == module.mlp.gate_proj.weight.data_ptr()
+            assert torch.equal(layer.qkv_bias[-64:], module.self_attn.v_proj.bias)
+        assert fused.embedding.data_ptr() == assembly.target.table.data_ptr()
+        assert assembly.draft_facts["layers"] == layers
 
 
 @pytest.mark.parametrize(
@@ -276,16 +239,11 @@ def test_a_streamed_run_with_fused_levels_passes_the_audit(draft, sampling):
     from subspec.decoding.audit import Auditor
     from subspec.levels.model import Attention
 
-    settings = config(draft, depth=2, width=2, resident_layers=3)
-    if sampling:
-        settings.decoding = SamplingConfig(name="sampling", max_length=128, temperature=0.7)
-    source = open_source(settings.target, torch.bfloat16, CPU, note=SILENT)
-    plan = plan_run(settings, source.config, link_gb_per_s=25.0, host_free=None, device=None)
-    assembly = assemble_streamed(settings, source, plan, CPU, note=SILENT)
-    levels = getattr(assembly.engine.draft, "levels", assembly.engine.draft)
-    levels.attention = Attention(splits=2)  # the interpreter runs one slice after the other
-    result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=3, seed=3)
-    audit = Auditor(assembly.target, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
-    assert audit.mismatch == 0
-    assert result.stats.drafted_nodes > 0
-    assembly.close()
+    sampled = {"temperature": 0.7} if sampling else None
+    with streamed(streamed_settings(draft, (2, 2), resident_layers=3, sampling=sampled)) as (_, assembly):
+        levels = getattr(assembly.engine.draft, "levels", assembly.engine.draft)
+        levels.attention = Attention(splits=2)  # the interpreter runs one slice after the other
+        result = assembly.engine.generate([5, 17, 33, 99], max_new_tokens=3, seed=3)
+        audit = Auditor(assembly.target, assembly.sampling).audit([5, 17, 33, 99], result.token_ids, seed=3)
+        assert audit.mismatch == 0
+        assert result.stats.drafted_nodes > 0

@@ -3,18 +3,8 @@ import torch
 from transformers import DynamicCache
 
 from subspec.api import build_engine
-from subspec.config.enums import Cache, Unpack
-from subspec.config.schema import (
-    BitsByModule,
-    Config,
-    DecodingConfig,
-    HiggsConfig,
-    HqqConfig,
-    OffloadConfig,
-    SubstituteDraftConfig,
-)
-from subspec.decoding.adaptive import Adaptive
-from subspec.decoding.eagle2 import Eagle2
+from subspec.config.enums import Unpack
+from subspec.config.schema import BitsByModule, HiggsConfig, HqqConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
@@ -24,9 +14,9 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.cpu_levels import CpuLevels
 from subspec.quant.hqq import HqqQuantizer
 from subspec.quant.quantize_model import quantize_model
-from subspec.session import assemble
-from subspec.targets import Target
+from tests.helpers.assembled import substitute_beside
 from tests.helpers.drafts import begin, grow, hf_greedy, substitute_of
+from tests.helpers.taught import POLICIES
 from tests.helpers.tiny import FAMILIES, tiny_model
 
 PROMPT = [5, 17, 33, 99, 4, 8, 77]
@@ -126,14 +116,6 @@ def test_bits_by_module_and_a_quantized_head_change_no_token(unpack, tie):
         assert not torch.equal(draft.model.logits(x), TargetModel(model).logits(x))
 
 
-POLICIES = {
-    "beam": lambda: Beam(4, 3),
-    "chain": lambda: Beam(5, 1),
-    "eagle2": lambda: Eagle2(3, 3, 8),
-    "adaptive": lambda: Adaptive(6, 3, level_cost=0.1, check_every=2, min_depth=1),
-}
-
-
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_p=0.95)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fused_levels_on_a_cpu_change_no_token(policy, sampling):
@@ -159,15 +141,7 @@ def test_fused_levels_on_a_cpu_change_no_token(policy, sampling):
 )
 def test_the_record_names_the_kernels_or_why_modules_run(draft, quant, reason):
     model = tiny_model("llama", hidden_size=128, intermediate_size=128)
-    quant.cache = Cache.off
-    config = Config(
-        draft=SubstituteDraftConfig(name="subspec", **draft),
-        quant=quant,
-        decoding=DecodingConfig(name="greedy", max_length=64),
-        offload=OffloadConfig(name="none"),
-    )
-    target = Target("tiny", model, None, (), torch.float32, torch.device("cpu"), "", "")
-    built = assemble(config, target, policy=Beam(2, 2), note=lambda text: None)
+    built = substitute_beside(model, quant, Beam(2, 2), **draft)
     facts = built.facts()["draft"]
     assert built.quant.modules > 0
     if reason is None:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from subspec.config.schema import Cache, Config, DecodingConfig, HqqConfig, OffloadConfig, SubstituteDraftConfig
+from subspec.config.schema import HqqConfig
 from subspec.decoding.tree_policy import Beam
 from subspec.drafts.vocabulary import draft_ids, file_digest
 from subspec.errors import ConfigError
-from subspec.session import assemble
-from subspec.targets import Target
+from tests.helpers.assembled import substitute_beside
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.planning import planned, settings
 from tests.helpers.tiny import tiny_model
@@ -49,15 +48,8 @@ def test_a_wrong_number_is_refused(wrong):
         draft_ids(wrong, 320, 4)
 
 
-def engine_of(model, device, quant, **draft):
-    config = Config(
-        draft=SubstituteDraftConfig(name="subspec", **draft),
-        quant=HqqConfig(name="hqq", cache=Cache.off, **quant),
-        decoding=DecodingConfig(name="greedy", max_length=64),
-        offload=OffloadConfig(name="none"),
-    )
-    target = Target("tiny", model, None, (), model.dtype, device, "", "")
-    return assemble(config, target, policy=Beam(3, 3), note=lambda text: None).engine
+def engine_of(model, quant, **draft):
+    return substitute_beside(model, HqqConfig(name="hqq", **quant), Beam(3, 3), **draft).engine
 
 
 @pytest.mark.parametrize("quant", [{}, HEAD], ids=["exact head", "quantized head"])
@@ -69,7 +61,7 @@ def test_ids_outside_are_emitted_and_never_drafted(tmp_path, quant, device):
     expected = hf_greedy(model, PROMPT, 40) if dtype is torch.float32 else None
     known = sorted(set(range(0, 320, 2)))
     (tmp_path / "even.txt").write_text("\n".join(map(str, known)))
-    engine = engine_of(model, device, quant, vocab=str(tmp_path / "even.txt"))
+    engine = engine_of(model, quant, vocab=str(tmp_path / "even.txt"))
     drafted, finish = set(), engine.policy.finish
 
     def record(tree):
@@ -87,7 +79,7 @@ def test_ids_outside_are_emitted_and_never_drafted(tmp_path, quant, device):
 def test_modules_are_refused():
     model = tiny_model("llama", hidden_size=128, intermediate_size=192)
     with pytest.raises(ConfigError, match=r"draft\.vocab"):
-        engine_of(model, torch.device("cpu"), {"axis": 0}, vocab=64)
+        engine_of(model, {"axis": 0}, vocab=64)
 
 
 def test_the_plan_counts_the_rows_of_the_head():

@@ -1,18 +1,9 @@
 """Block heads with random weights, as modules and as folders in the published formats."""
 
-import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from subspec.decoding.engine import Engine
-from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree_policy import TreePolicy
-from subspec.drafts.block_draft import BlockDraft
 from subspec.drafts.block_head import BlockShape
-from tests.helpers.eagle import random_head
+from tests.helpers.eagle import random_head, write_head
 
 _SIZES = {
     "rope": {"rope_type": "default", "rope_theta": 1e6},
@@ -38,31 +29,14 @@ BLOCKS = {
 """Heads for targets of hidden size 64, eight layers and 320 tokens."""
 
 
-def block_engine(
-    model: PreTrainedModel, policy: TreePolicy, shape: str, draft: type[BlockDraft] = BlockDraft, **options: object
-) -> Engine:
-    """An engine that drafts with a random head."""
-    target = TargetModel(model)
-    kept = {"future": options.pop("future")} if "future" in options else {}
-    drafts = draft(random_head(BLOCKS[shape], std=0.1), target, policy, **kept)
-    return Engine(target, drafts, policy, **{"max_length": 256, "prefill_chunk": 4, **options})
-
-
-def published_block(
-    folder: Path, name: str, *, drop: tuple[str, ...] = (), extra: dict[str, Tensor] | None = None, **config: object
-) -> Path:
+def published_block(folder: Path, name: str, **changes: object) -> Path:
     """Write ``BLOCKS[name]`` in bfloat16 as its authors publish such heads.
 
     Args:
-        drop, extra: tensors left out and added.
-        config: keys changed in the config.json; those of ``dflash_config`` too.
+        changes: as of :func:`~tests.helpers.eagle.write_head`; keys of ``dflash_config`` too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shape = BLOCKS[name]
-    tensors = {key: tensor.bfloat16() for key, tensor in random_head(shape, std=0.1).state_dict().items()} | (
-        extra or {}
-    )
-    save_file({key: tensor for key, tensor in tensors.items() if key not in drop}, folder / "model.safetensors")
+    tensors = {key: tensor.bfloat16() for key, tensor in random_head(shape, std=0.1).state_dict().items()}
     own = {"target_layer_ids": list(shape.layers), "mask_token_id": shape.mask_id}
     if shape.shifted:
         own |= {"markov_rank": shape.markov[1], "markov_head_type": "vanilla", "num_anchors": 512}
@@ -92,6 +66,5 @@ def published_block(
         **own,
     }
     if not shape.shifted:
-        written["dflash_config"] |= config.pop("dflash_config", {})
-    (folder / "config.json").write_text(json.dumps(written | config))
-    return folder
+        written["dflash_config"] |= changes.pop("dflash_config", {})
+    return write_head(folder, tensors, written, changes)

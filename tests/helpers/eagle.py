@@ -3,18 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from subspec.decoding.engine import Engine
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.target_model import TargetModel
-from subspec.decoding.tree_policy import TreePolicy
 from subspec.drafts.block_head import BlockHead, BlockShape
-from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle3_head import Eagle3Head, Eagle3Shape
 from subspec.drafts.eagle_head import OPTIONAL, EagleHead, EagleShape
 from tests.helpers.drafts import begin, grow, verified
@@ -81,22 +77,6 @@ def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHea
     return head.eval().requires_grad_(False)
 
 
-def eagle_engine(
-    model: PreTrainedModel,
-    policy: TreePolicy,
-    shape: str = "qwen2",
-    *,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    **options: object,
-) -> Engine:
-    """An engine that drafts with a random head."""
-    target = TargetModel(model)
-    draft = EagleDraft(random_head((SHAPES | SHAPES3)[shape], seed), target, policy)
-    options = {"max_length": 256, "prefill_chunk": 16, **options}
-    return Engine(target, draft, policy, sampling=sampling, **options)
-
-
 def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0) -> Tensor:
     """Predicted features [batch, n, hidden] of whole texts at once, by transformers' own attention.
 
@@ -111,36 +91,44 @@ def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0
     return head.layers[0](x, attention_mask=mask, position_embeddings=tables)
 
 
+def write_head(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, object], changes: dict[str, Any], binary: bool = False
+) -> Path:
+    """Write a checkpoint: ``pytorch_model.bin`` if ``binary``, else ``model.safetensors``.
+
+    Args:
+        changes: ``drop``, ``extra``: tensors left out and added; ``prefix``: of all names; ``binary``; the rest are
+            keys of the config.json.
+    """
+    drop, extra, prefix = changes.pop("drop", ()), changes.pop("extra", {}), changes.pop("prefix", "")
+    binary = changes.pop("binary", binary)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {prefix + name: tensor for name, tensor in (tensors | extra).items() if name not in drop}
+    if binary:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
 def published(
     folder: Path,
     shape: EagleShape,
     *,
     vocab_size: int = 320,
-    binary: bool = False,
-    prefix: str = "",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     std: float = 0.15,
-    drop: tuple[str, ...] = (),
-    extra: dict[str, Tensor] | None = None,
-    **config: object,
+    **changes: object,
 ) -> Path:
     """Write a head as its authors publish them: with a copy of the embedding table, and a target's config.json.
 
     Args:
-        binary: ``pytorch_model.bin`` instead of ``model.safetensors``.
-        drop, extra: tensors left out and added.
-        config: keys changed in the config.json.
+        changes: as of :func:`write_head`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(dtype) for name, tensor in random_head(shape, seed, std).state_dict().items()}
     tensors["embed_tokens.weight"] = torch.randn(vocab_size, shape.hidden).to(dtype)
-    tensors |= extra or {}
-    tensors = {prefix + name: tensor for name, tensor in tensors.items() if name not in drop}
-    if binary:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        save_file(tensors, folder / "model.safetensors")
     rope = dict(shape.rope)
     written = {
         "architectures": ["Qwen2ForCausalLM" if shape.biases >= QWEN2_BIASES else "LlamaForCausalLM"],
@@ -156,28 +144,17 @@ def published(
         "rope_scaling": rope or None,
         "vocab_size": vocab_size,
     }
-    (folder / "config.json").write_text(json.dumps(written | config))
-    return folder
+    return write_head(folder, tensors, written, changes)
 
 
-def published3(
-    folder: Path,
-    name: str,
-    *,
-    layout: str = "",
-    drop: tuple[str, ...] = (),
-    extra: dict[str, Tensor] | None = None,
-    **config: object,
-) -> Path:
+def published3(folder: Path, name: str, *, layout: str = "", **changes: object) -> Path:
     """Write the EAGLE-3 head ``SHAPES3[name]`` in bfloat16 as it would be published.
 
     Args:
         layout: ``official``: ``midlayer`` in a pickle; ``speculators``: its nested configuration; else ``layers.0``.
             Empty: as ``name``.
-        drop, extra: tensors left out and added, under their published names.
-        config: keys changed in the config.json.
+        changes: as of :func:`write_head`; tensors have their published names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shape, layout = SHAPES3[name], layout or name
     tensors = {
         key: tensor if key == "d2t" else tensor.bfloat16() for key, tensor in random_head(shape).state_dict().items()
@@ -187,12 +164,6 @@ def published3(
         tensors["t2d"][tensors["d2t"] + torch.arange(shape.draft_vocab)] = True
     if layout == "official":
         tensors = {key.replace("layers.0.", "midlayer."): tensor for key, tensor in tensors.items()}
-    tensors |= extra or {}
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in drop}
-    if layout == "official":
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        save_file(tensors, folder / "model.safetensors")
     rope = dict(shape.rope)
     layer = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -216,8 +187,7 @@ def published3(
         own |= {"architectures": ["Eagle3Speculator"], "transformer_layer_config": layer}
     else:
         own = layer | own
-    (folder / "config.json").write_text(json.dumps(own | config))
-    return folder
+    return write_head(folder, tensors, own, changes, binary=layout == "official")
 
 
 def drafted_paths(

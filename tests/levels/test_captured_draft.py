@@ -12,43 +12,9 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.scheduler import Scheduler
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam
-from subspec.drafts.substitute import SubstituteDraft, share_parameters
-from subspec.levels.build import SubstituteBuilder, level_model
-from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
-from subspec.quant.hqq import hqq_quantizer
 from tests.helpers.drafts import begin, grow
-from tests.helpers.tiny import tiny_model
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
-
-
-def model_of(family, device, **shape):
-    options = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 192, **shape}
-    return tiny_model(family, **options).to(device, torch.bfloat16)
-
-
-def layer_tensors(model, index):
-    return dict(model.model.layers[index].named_parameters())
-
-
-def fused_draft(model, device, kernel="int4_mma", **options):
-    builder = SubstituteBuilder(model.config, hqq_quantizer(), kernel=kernel, keep_exact=frozenset())
-    layers = [builder.build_layer(layer_tensors(model, i), device) for i in range(len(model.model.layers))]
-    options = {"attention": Attention(splits=4), **options}
-    return CapturedDraft(level_model(model, layers), **options)
-
-
-def module_draft(model):
-    """The same quantized weights as plain modules."""
-    substitute = share_parameters(model)
-    for layer in substitute.model.layers:
-        for name, module in list(layer.named_modules()):
-            if name.endswith("_proj"):
-                weight = hqq_quantizer().quantize(module.weight.data).dequantize()
-                module.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-    return SubstituteDraft(substitute)
+from tests.helpers.levels import DEVICES, PROMPT, apart, fused_draft, grown_alike, model_of, module_draft
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,35 +26,10 @@ def module_draft(model):
 def test_a_tree_is_the_module_by_module_substitutes(family, layers, device):
     device = torch.device(device)
     model = model_of(family, device, layers=layers)
-    policy = Beam(3, 3)
-    fused = fused_draft(model, device)
-    options = {"max_length": 64, "prefill_chunk": 16}
-    engines = [Engine(TargetModel(model), draft, policy, **options) for draft in (module_draft(model), fused)]
-    logits = []
-    with torch.inference_mode():
-        for engine in engines:
-            root = begin(engine, PROMPT)
-            frontier = engine.tree.plant(root)
-            rows = []
-            for _ in range(policy.max_depth):
-                out = engine.draft.expand(engine.tree, frontier).clone()
-                rows.append(out.float())
-                # The reference's tree for both, so that a near-tie does not end the comparison.
-                reference = engines[0].tree
-                if engine is engines[0]:
-                    frontier = policy.grow(engine.tree, frontier, out, 0.2)
-                else:
-                    start, size = engine.tree.size, policy.width
-                    part = slice(start, start + size)
-                    frontier = engine.tree.append(
-                        reference.tokens[part], reference.parents[part], reference.scores[part]
-                    )
-            logits.append(rows)
+    engines, logits = grown_alike(model, [module_draft(model), fused_draft(model, device)], Beam(3, 3))
     for expected, got in zip(*logits, strict=True):
-        error = (got - expected).norm() / expected.norm()
-        assert error < 0.08, error  # bfloat16 in another order
-    expected, got = (engine.cache.rows[:, :, :, : engine.cache.draft_rows].float() for engine in engines)
-    assert (expected - got).norm() / expected.norm() < 0.08
+        assert apart(expected, got) < 0.08  # bfloat16 in another order
+    assert apart(*(engine.cache.rows[:, :, :, : engine.cache.draft_rows] for engine in engines)) < 0.08
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -199,18 +140,13 @@ def test_texts_side_by_side_draft_with_captured_levels(device):
 def test_both_kernels_give_the_same_logits():
     device = torch.device("cuda")
     model = model_of("llama", device, hidden_size=256, intermediate_size=512)
-    out = []
     pytest.importorskip("gemlite.core")
-    for kernel in ("int4_mma", "gemlite"):
-        engine = Engine(TargetModel(model), fused_draft(model, device, kernel), Beam(2, 3), max_length=64)
-        with torch.inference_mode():
-            frontier = engine.tree.plant(begin(engine, PROMPT))
-            out.append(engine.draft.expand(engine.tree, frontier).float().clone())
-    # gemlite keeps scales in bfloat16, ours in float16.
-    assert (out[0] - out[1]).norm() / out[0].norm() < 0.05
+    drafts = [fused_draft(model, device, kernel=kernel) for kernel in ("int4_mma", "gemlite")]
+    _, logits = grown_alike(model, drafts, Beam(1, 3))
+    assert apart(logits[0][0], logits[1][0]) < 0.05  # gemlite keeps scales in bfloat16, ours in float16
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_candidates_of_logits_without_numbers_are_tokens_all_the_same(device):
     from subspec.kernels import level
 

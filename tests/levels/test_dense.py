@@ -19,16 +19,8 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.dense import check_level_support, dense_layer
 from subspec.levels.model import NEVER, Attention
 from subspec.targets.layer_bytes import PlainCodec, flat_bytes, flat_layer
-from tests.helpers.drafts import begin
-from tests.helpers.tiny import FAMILIES, tiny_model
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PROMPT = [5, 17, 33, 99, 4, 8, 77, 12, 300]
-
-
-def model_of(family, device, **shape):
-    options = {"hidden_size": 128, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 192, **shape}
-    return tiny_model(family, **options).to(device, torch.bfloat16)
+from tests.helpers.levels import DEVICES, PROMPT, apart, grown_alike, model_of
+from tests.helpers.tiny import FAMILIES
 
 
 def fused_model(model, device, layers):
@@ -43,10 +35,6 @@ def fused_model(model, device, layers):
 def own_cache(levels, small, policy, vocab_size):
     options = {"max_length": 96, "draft_rows": policy.draft_rows, "width": policy.width}
     return SeparateCacheDraft(levels, TargetModel(small), vocab_size=vocab_size, **options)
-
-
-def same(one, two):
-    return (one.float() - two.float()).norm() / one.float().norm() < 0.08  # bfloat16 in another order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +61,7 @@ def test_a_flat_layer_is_the_layer(family):
 @pytest.mark.parametrize("kind", ["layer_skip", "small_model"])
 def test_a_fused_tree_is_the_module_by_module_one(kind, device):
     device = torch.device(device)
-    model, policy = model_of("qwen2", device), Beam(3, 3)
+    model, policy = model_of("qwen2", device, layers=3), Beam(3, 3)
     if kind == "layer_skip":
         layers = (0, 2)
         drafts = [
@@ -87,32 +75,17 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
             CapturedDraft(fused_model(small, device, (0, 1)), 1.0, attention=Attention(splits=4)),
         )
         drafts = [own_cache(each, small, policy, 320) for each in levels]
-    engines = [Engine(TargetModel(model), draft, policy, max_length=96, prefill_chunk=4) for draft in drafts]
-    rows = []
+    engines, rows = grown_alike(model, drafts, policy, 1.0)
+    for expected, got in zip(*rows, strict=True):
+        assert apart(expected, got) < 0.08  # bfloat16 in another order
     with torch.inference_mode():
-        reference = engines[0].tree
-        for engine in engines:
-            frontier = engine.tree.plant(begin(engine, PROMPT))
-            logits = []
-            for _ in range(policy.max_depth):
-                out = engine.draft.expand(engine.tree, frontier).clone()
-                logits.append(out)
-                if engine is engines[0]:
-                    frontier = policy.grow(engine.tree, frontier, out, 1.0)
-                else:  # the reference's tree for both, so that a near-tie does not end the comparison
-                    part = slice(engine.tree.size, engine.tree.size + policy.width)
-                    frontier = engine.tree.append(
-                        reference.tokens[part], reference.parents[part], reference.scores[part]
-                    )
-            rows.append(logits)
-        for expected, got in zip(*rows, strict=True):
-            assert same(expected, got)
         if kind == "layer_skip":
             kept = [engine.cache.rows[list(layers)][:, :, :, : policy.draft_rows] for engine in engines]
-            assert same(*kept)
+            assert apart(*kept) < 0.08
             assert (engines[1].cache.rows[1, :, :, : policy.draft_rows] == 0).all()
             return
         # Accept a path down to the deepest level: the last node has not run.
+        reference = engines[0].tree
         leaf = reference.size - 1
         path = reference.ancestors[leaf, : reference.size].nonzero()[:, 0]
         assert path.numel() == policy.max_depth + 1
@@ -122,7 +95,7 @@ def test_a_fused_tree_is_the_module_by_module_one(kind, device):
         caches = [draft.cache.rows[:, :, :, draft.cache.draft_rows :] for draft in drafts]
         end = len(PROMPT) + path.numel()
         for one, two in zip(*(cache[:, :, :, :end].unbind(3) for cache in caches), strict=True):
-            assert same(one, two)
+            assert apart(one, two) < 0.08
 
 
 @pytest.mark.parametrize("device", DEVICES)
