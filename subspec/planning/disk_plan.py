@@ -4,7 +4,7 @@
 many decoder layers as fit beside everything else stay in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from subspec.config.enums import AUTO, Codec, VramCounts
 from subspec.config.schema import Config, NoDraftConfig, Placement, StreamOffloadConfig
 from subspec.decoding.from_config import build_sampling, build_tree_policy
-from subspec.drafts.check_config import one_text_key
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom, least_budget
@@ -21,8 +20,8 @@ from subspec.memory.trace import target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.budget import Budget
 from subspec.planning.memory_layout import AUDIT_ROWS, CHUNK_GOAL, SLOT_PAGES, pass_peaks, spread
-from subspec.planning.plan import Bandwidth, Plan, most_texts, with_texts
-from subspec.planning.refusal import SHORTEST, arithmetic, ceil_gib
+from subspec.planning.plan import Bandwidth, Plan, with_most_texts
+from subspec.planning.refusal import arithmetic, ceil_gib, changes
 from subspec.targets.model_spec import ModelSpec
 
 LOADING_LAYERS = 3
@@ -55,10 +54,10 @@ class _Sizes:
         """Bytes of all allocations."""
         return sum(item.bytes for item in self.items(resident))
 
-    def most(self, budget: int) -> int | None:
-        """Most resident layers within ``budget`` bytes and its headroom; None: not even none."""
-        room = budget - headroom(budget)
-        return next((n for n in range(self.layers, -1, -1) if self.needed(n) <= room), None)
+    def resident(self, asked: int | None, budget: int) -> int | None:
+        """``asked`` resident layers, or as many as fit ``budget`` bytes and its headroom; None: these do not fit."""
+        room, counts = budget - headroom(budget), range(self.layers, -1, -1) if asked is None else (asked,)
+        return next((count for count in counts if self.needed(count) <= room), None)
 
 
 def plan_disk(config: Config, model: PretrainedConfig, *, itemsize: int, process_bytes: int, host_free: int) -> Plan:
@@ -83,24 +82,25 @@ def plan_disk(config: Config, model: PretrainedConfig, *, itemsize: int, process
         raise ConfigError(f"offload.resident_layers={offload.resident_layers}: the target has {layers} layers")
     free = host_free + process_bytes
     budget = free if offload.ram_gib is None else min(free, int(offload.ram_gib * GIB))
-    least, texts = _least_chunk(config), config.decoding.texts
-    if texts == AUTO:
+    least = min(config.decoding.prefill_chunk, config.decoding.max_length)
 
-        def streamed_beside(texts: int) -> int | None:
-            tried = _sizes(with_texts(config, texts), model, itemsize, process_bytes, least)
-            found = _resident(tried, offload, budget)
-            return None if found is None else layers - found
+    def sizes_of(config: Config, chunk: int) -> _Sizes:
+        return _sizes(config, model, itemsize, process_bytes, chunk)
 
-        texts = 1 if one_text_key(config) else most_texts(streamed_beside)
-        config = with_texts(config, texts)
+    def streamed_of(config: Config) -> int | None:
+        resident = sizes_of(config, least).resident(offload.resident_layers, budget)
+        return None if resident is None else layers - resident
+
+    if config.decoding.texts == AUTO:
+        config = with_most_texts(config, streamed_of)
     for chunk in (max(least, min(CHUNK_GOAL, config.decoding.max_length)), least):
-        sizes = _sizes(config, model, itemsize, process_bytes, chunk)
-        resident = _resident(sizes, offload, budget)
+        sizes = sizes_of(config, chunk)
+        resident = sizes.resident(offload.resident_layers, budget)
         if resident is not None:
             break
     else:
-        raise _refusal(config, model, itemsize, process_bytes, budget, by_free=budget == free)
-    plain = _sizes(_plainly(config), model, itemsize, process_bytes, chunk).most(budget)
+        raise _refusal(config, model, sizes_of, budget, by_free=budget == free)
+    plain = sizes_of(replace(config, draft=NoDraftConfig(name="none")), chunk).resident(None, budget)
     kept = spread(range(layers), resident)
     streamed = tuple(index for index in range(layers) if index not in kept)
     notes = () if streamed else ("every layer fits in memory: nothing is read from the disk while decoding",)
@@ -126,7 +126,7 @@ def plan_disk(config: Config, model: PretrainedConfig, *, itemsize: int, process
         level_read_bytes=0,
         link=link,
         notes=notes,
-        texts=texts,
+        texts=config.decoding.texts,
         disk_layers=streamed,
         disk=link,
     )
@@ -171,64 +171,26 @@ def _item(name: str, note: str, *tensors: tuple[int, int]) -> Allocation:
     return Allocation(name, tensors, note, Placement.host)
 
 
-def _least_chunk(config: Config) -> int:
-    return min(config.decoding.prefill_chunk, config.decoding.max_length)
-
-
-def _resident(sizes: _Sizes, offload: StreamOffloadConfig, budget: int) -> int | None:
-    """The number of resident layers that is asked for, or as many as fit; None: the budget is too small."""
-    if (asked := offload.resident_layers) is None:
-        return sizes.most(budget)
-    return asked if sizes.needed(asked) <= budget - headroom(budget) else None
-
-
-def _plainly(config: Config) -> Config:
-    return replace(config, draft=NoDraftConfig(name="none"))
-
-
 def _refusal(
-    config: Config, model: PretrainedConfig, itemsize: int, process: int, budget: int, *, by_free: bool
+    config: Config, model: PretrainedConfig, sizes_of: Callable[[Config, int], _Sizes], budget: int, *, by_free: bool
 ) -> ConfigError:
-    offload = config.offload
-    assert isinstance(offload, StreamOffloadConfig)
-
-    def least(changed: Config) -> tuple[int, list[Allocation]]:
-        sizes = _sizes(changed, model, itemsize, process, _least_chunk(changed))
-        assert isinstance(changed.offload, StreamOffloadConfig)
-        items = sizes.items(changed.offload.resident_layers or 0)
+    def least(config: Config) -> tuple[int, list[Allocation]]:
+        chunk = min(config.decoding.prefill_chunk, config.decoding.max_length)
+        assert isinstance(config.offload, StreamOffloadConfig)
+        items = sizes_of(config, chunk).items(config.offload.resident_layers or 0)
         return least_budget(sum(item.bytes for item in items)), items
 
     needed, items = least(config)
-    helps = next((text for text, changed in _changes(config) if least(changed)[0] <= budget), None)
+    found = changes(config, ModelSpec.of(model))
+    helps = next((text for text, changed in found if least(changed)[0] <= budget), None)
     remedy = f"or {helps}" if helps else "or choose a smaller target"
     items.append(_item("kept free", "", (needed - sum(item.bytes for item in items), 1)))
+    needs = f"needs {ceil_gib(needed)} GiB: {arithmetic(items)}"
     if by_free:
         return ConfigError(
-            f"offload=stream with device=cpu needs {ceil_gib(needed)} GiB: {arithmetic(items)}; {budget / GIB:.2f} GiB "
-            f"are free: free some memory, {remedy}"
+            f"offload=stream with device=cpu {needs}; {budget / GIB:.2f} GiB are free: free some memory, {remedy}"
         )
     return ConfigError(
-        f"offload.ram_gib={offload.ram_gib:g} cannot hold this run, which needs {ceil_gib(needed)} GiB: "
-        f"{arithmetic(items)}; raise offload.ram_gib to at least {ceil_gib(needed)}, {remedy}"
+        f"offload.ram_gib={budget / GIB:g} cannot hold this run, which {needs}; raise offload.ram_gib to at least "
+        f"{ceil_gib(needed)}, {remedy}"
     )
-
-
-def _changes(config: Config) -> Iterator[tuple[str, Config]]:
-    """Single changes that save memory, the cheapest first: (what to set, the changed configuration)."""
-    offload, decoding = config.offload, config.decoding
-    assert isinstance(offload, StreamOffloadConfig)
-    if offload.resident_layers:
-        yield ("set offload.resident_layers=null", replace(config, offload=replace(offload, resident_layers=None)))
-    if decoding.texts > 1:
-        yield "set decoding.texts=1", with_texts(config, 1)
-    for length in (decoding.max_length // 2, decoding.max_length // 4):
-        if length >= max(SHORTEST, 2 * (decoding.max_new_tokens or 0)):
-            shorter = replace(decoding, max_length=length)
-            yield f"set decoding.max_length={length}", replace(config, decoding=shorter)
-    if offload.ring_slots > 1:
-        yield (
-            "set offload.ring_slots=1 (slower: the disk then waits for the CPU)",
-            replace(config, offload=replace(offload, ring_slots=1)),
-        )
-    if not isinstance(config.draft, NoDraftConfig):
-        yield "set draft=none (plain decoding)", _plainly(config)

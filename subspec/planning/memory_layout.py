@@ -87,10 +87,10 @@ class MemoryLayout:
     """Sizes that a configuration fixes.
 
     Attributes:
-        draft: None for plain decoding.
+        draft: its memory. drafts: whether there is one.
         required_resident: layers that must be resident because the draft needs them exact on the device.
         coded: whether exact weights are coded by the substitute.
-        layer_bytes: of a streamed layer. resident_bytes: of a resident one, which is coded too if ``coded``.
+        exact_bytes: of a layer as it is. layer_bytes: of a streamed one, coded or not.
         coded_head_bytes: of the exact LM head if it is coded by the draft's own; else 0 (no such head, or the
             embedding is tied to it).
         head_loading_bytes: peak while the coded head is made, before other allocations but the embedding; or 0.
@@ -115,51 +115,64 @@ class MemoryLayout:
         self.target = target_trace(model, self.itemsize, bitwise=self.bitwise)
         self.sampling = build_sampling(config)
         self.texts: int = config.decoding.texts
+        self.most_chunk = length = config.decoding.max_length
+        self.least_chunk = min(config.decoding.prefill_chunk, length)
+        self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
 
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, spec) if quantizes else None
         plain = PlainCodec(self.itemsize)
-        codec: LayerCodec = plain
-        if self.coded and quantization is not None:
-            codec = SubstituteCodec(quantization)
+        codec: LayerCodec = SubstituteCodec(quantization) if self.coded and quantization is not None else plain
         self.exact_bytes, self.layer_bytes = plain.layer_bytes(spec.layer), codec.layer_bytes(spec.layer)
-        self.resident_bytes = self.layer_bytes if self.coded else self.exact_bytes
         self.scratch_bytes = codec.scratch_bytes(spec.layer)
         self.table_bytes = spec.vocab * spec.hidden * self.itemsize
 
-        self.draft: DraftMemory | None = None
-        self.required_resident: tuple[int, ...] = ()
+        self.draft, self.drafts = DraftMemory(), False
         self.nodes = self.rows = self.pass_rows = 1
-        self.draft_rows = self.width = self.levels = 0
-        if not isinstance(config.draft, NoDraftConfig):
+        self.levels = 0
+        tree_note, level_note = "the root alone", ""
+        if (kind := spec_of(config.draft)) is not None:
             policy = build_tree_policy(config.tree)
-            kind = spec_of(config.draft)
-            assert kind is not None
-            self.draft = draft = kind.memory(
-                SizingInputs(
-                    config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization, self.texts
-                )
+            inputs = SizingInputs(
+                config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization, self.texts
             )
-            self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
-            self.nodes = policy.capacity
+            self.draft, self.drafts = kind.memory(inputs), True
+            self.nodes, self.levels = policy.capacity, policy.max_depth
             self.rows = round_up(policy.capacity, ROW_MULTIPLE)
             self.pass_rows = round_up(policy.pass_nodes, ROW_MULTIPLE)
-            self.width, self.levels = policy.width, policy.max_depth
-        self.most_chunk = length = config.decoding.max_length
-        self.least_chunk = min(config.decoding.prefill_chunk, length)
-        self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
+            tree_note = f"{self.nodes} nodes" + f" in {self.rows} rows" * (self.rows != self.nodes)
+            level_note = f"width {policy.width}{', CUDA graphs' * self.draft.captured}"
+        self.required_resident = self.draft.required_resident
         self._check()
 
         # A substitute that restores the exact layers exists even if it does not draft.
-        self._substitute: tuple[Allocation, ...] = () if self.draft is None else self.draft.allocations
+        substitute = self.draft.allocations
         self.loading_bytes = self.packed_bytes = self.coded_head_bytes = self.head_loading_bytes = 0
         if quantization is not None:
             self._size_loading(quantization)
-            if self.draft is None:
-                self._substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
-        self._weights, self._tree = self._weight_allocations(), self._tree_allocation()
-        self._level = self._level_allocation()
+            if not self.drafts:
+                substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
+        # Allocations that do not depend on the decision.
+        table = f"{spec.vocab} x {spec.hidden}"
+        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(self.itemsize))
+        head = self.coded_head_bytes or self.table_bytes
+        self._weights = [
+            *substitute,
+            Allocation("norms and biases", (*vectors, (spec.hidden * self.itemsize, 1))),
+            Allocation(
+                "embedding and LM head" if spec.tied else "LM head",
+                ((head, 1),),
+                table + ", coded" * bool(self.coded_head_bytes),
+            ),
+        ]
+        draft_rows, each = self.draft.shared_rows, f", {self.texts} texts" * (self.texts > 1)
+        cache = kv_bytes(spec, length, draft_rows, self.pass_rows, self.itemsize, self.texts)
+        self._state = [
+            Allocation("KV cache", ((cache, 1),), f"{draft_rows} + {length} + {self.pass_rows} rows{each}"),
+            Allocation("tree", ((tree_bytes(self.rows), self.texts),), tree_note + each),
+        ]
+        self._level = Allocation("draft level", self.draft.level_tensors if self.drafts else (), level_note)
 
     def _size_loading(self, quantization: LevelQuantization) -> None:
         spec, room = self.spec, self.exact_bytes
@@ -178,10 +191,6 @@ class MemoryLayout:
 
     def _check(self) -> None:
         offload, layers = self.offload, self.spec.layers
-        for key in ("ring_slots", "link_gb_per_s", "ram_gib"):
-            value = getattr(offload, key)
-            if value is not None and value <= 0:
-                raise ConfigError(f"offload.{key}={value} must be positive")
         wrong = [index for index in self.required_resident if not 0 <= index < layers]
         if wrong:
             raise ConfigError(f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}")
@@ -189,7 +198,6 @@ class MemoryLayout:
         if resident is not None and not 0 <= resident <= layers:
             raise ConfigError(f"offload.resident_layers={resident}: the target has {layers} layers")
         if resident is not None and resident < required:
-            assert self.draft is not None
             raise ConfigError(
                 f"offload.resident_layers={resident}, but {self.draft.required_by} {required} layers exact on the "
                 f"device: set it to at least {required}, or to null"
@@ -223,67 +231,47 @@ class MemoryLayout:
         """Every allocation on the device and on the host, without empty ones."""
         return [one for one in [*self._device(decision), *self.host_allocations(decision)] if one.bytes]
 
-    def _weight_allocations(self) -> list[Allocation]:
-        """Substitute, norms and LM head, which do not depend on the decision."""
-        spec, itemsize = self.spec, self.itemsize
-        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(itemsize))
-        note = f"{spec.vocab} x {spec.hidden}{', coded' * bool(self.coded_head_bytes)}"
-        return [
-            *self._substitute,
-            Allocation("norms and biases", (*vectors, (spec.hidden * itemsize, 1))),
-            Allocation(
-                "embedding and LM head" if spec.tied else "LM head",
-                ((self.coded_head_bytes or self.table_bytes, 1),),
-                note,
-            ),
-        ]
-
-    def _tree_allocation(self) -> Allocation:
-        size = tree_bytes(self.rows)
-        return Allocation("tree", ((size, self.texts),), _tree_note(self.nodes, self.rows) + self._each)
-
-    def _level_allocation(self) -> Allocation:
-        draft = self.draft
-        if draft is None:
-            return Allocation("draft level", ())
-        return Allocation("draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}")
-
-    @property
-    def _each(self) -> str:
-        return f", {self.texts} texts" if self.texts > 1 else ""
-
     def _device(self, decision: Decision) -> list[Allocation]:
-        spec, resident, chunk = self.spec, decision.resident, decision.chunk
-        required, length = len(self.required_resident), self.config.decoding.max_length
-        slots, streamed = self.ring_slots(resident), spec.layers - resident
-        cache = kv_bytes(spec, length, self.draft_rows, self.pass_rows, self.itemsize, self.texts)
-        cache_note = f"{self.draft_rows} + {length} + {self.pass_rows} rows{self._each}"
-        largest, workspace = self._workspace(chunk)
-        restores = streamed > 0 or (self.coded and resident > required)
+        spec, resident, required = self.spec, decision.resident, len(self.required_resident)
+        slots = self.ring_slots(resident)
+        peaks = pass_peaks(
+            self.target,
+            self.draft,
+            self.sampling,
+            texts=self.texts,
+            rows=self.pass_rows,
+            levels=self.levels,
+            chunk=decision.chunk,
+            length=self.most_chunk,
+        )
+        largest = max(peaks, key=lambda name: peaks[name])
+        restores = resident < spec.layers or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
+        more = self.layer_bytes if self.coded else self.exact_bytes
+        plain = required if self.coded else resident
+        kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
         found = [
             *self._weights,
             Allocation("embedding", ((self.table_bytes, own_table),), f"{spec.vocab} x {spec.hidden}"),
             Allocation(
                 "resident layers",
-                ((self.exact_bytes, required), (self.resident_bytes, resident - required)),
-                self._resident_note(resident),
+                ((self.exact_bytes, required), (more, resident - required)),
+                f"{resident} of {spec.layers}, {kind}",
             ),
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
             Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
-            Allocation("KV cache", ((cache, 1),), cache_note),
-            self._tree,
-            Allocation("workspace", ((workspace, 1),), f"largest: {largest}"),
+            *self._state,
+            Allocation("workspace", ((peaks[largest], 1),), f"largest: {largest}"),
             self._level,
-            Allocation("audit", self._audit_tensors(workspace), "its own cache and logits"),
+            Allocation("audit", self._audit_tensors(peaks[largest]), "its own cache and logits"),
             Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
         ]
         extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
         found.append(Allocation("allocator", ((extra, 1),), "rounding, segments in part"))
         making = self.head_loading_bytes and self.head_loading_bytes + self.table_bytes * own_table
-        more = max(0, making - sum(one.bytes for one in found))
+        short = max(0, making - sum(one.bytes for one in found))
         note = "before the rest is there: what that takes beyond it"
-        return [*found, Allocation("coding the LM head", ((more, 1),), note)]
+        return [*found, Allocation("coding the LM head", ((short, 1),), note)]
 
     def staged_layers(self, decision: Decision) -> int:
         """Layers of the substitute that are staged on the host until loading has finished.
@@ -294,25 +282,6 @@ class MemoryLayout:
         room = sum(one.bytes for one in self._device(decision) if one.name in POST_LOAD)
         short = max(0, self.loading_bytes - room)
         return min(self.spec.layers, math.ceil(short / max(1, self.packed_bytes)))
-
-    def _resident_note(self, resident: int) -> str:
-        plain = len(self.required_resident) if self.coded else resident
-        kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
-        return f"{resident} of {self.spec.layers}, {kind}"
-
-    def _workspace(self, chunk: int) -> tuple[str, int]:
-        """The largest peak of a pass or of sampling, and its name."""
-        peaks = pass_peaks(
-            self.target,
-            self.draft or DraftMemory(),
-            self.sampling,
-            texts=self.texts,
-            rows=self.pass_rows,
-            levels=self.levels,
-            chunk=chunk,
-            length=self.config.decoding.max_length,
-        )
-        return max(peaks.items(), key=lambda named: named[1])
 
     def _audit_tensors(self, workspace: int) -> tuple[tuple[int, int], ...]:
         """The audit's KV cache, and its logits as far as they need more than the run's workspace."""
@@ -417,11 +386,6 @@ def _quantization(config: Config, spec: ModelSpec) -> LevelQuantization:
     kernel = getattr(config.draft, "kernel", Kernel.auto).value
     head = known_tokens(config.draft, spec.vocab), spec.hidden
     return level_quantization(config.quant, spec.layer, head, kernel=kernel)
-
-
-def _tree_note(nodes: int, rows: int) -> str:
-    count = "the root alone" if nodes == 1 else f"{nodes} nodes"
-    return count if rows == nodes else f"{count} in {rows} rows"
 
 
 def _itemsize(config: Config) -> int:

@@ -217,17 +217,15 @@ def plan_run(
     card = find_gpu(offload.card) if offload.card is not None else None
     vram = budget_of(offload, DeviceMemory.of_card(card) if card else device)
     budget = vram.allocator
-    texts, notes = config.decoding.texts, []
-    if texts == AUTO:
+    notes: list[str] = []
 
-        def streamed_beside(texts: int) -> int | None:
-            tried = MemoryLayout(with_texts(config, texts), model)
-            found = choose(tried, budget)
-            return None if found is None else tried.spec.layers - found.resident
+    def streamed(config: Config) -> int | None:
+        found = choose(MemoryLayout(config, model), budget)
+        return None if found is None else model.num_hidden_layers - found.resident
 
-        texts = 1 if one_text_key(config) else most_texts(streamed_beside)
-        notes.append(f"decoding.texts=auto: {texts}")
-        config = with_texts(config, texts)
+    if config.decoding.texts == AUTO:
+        config = with_most_texts(config, streamed)
+        notes.append(f"decoding.texts=auto: {config.decoding.texts}")
     layout = MemoryLayout(config, model)
     decision = choose(layout, budget)
     if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
@@ -242,7 +240,7 @@ def plan_run(
     if decision is None:
         raise refuse_device(layout, model, vram, lambda changed: choose(changed, budget))
     resident = layout.spread(decision.resident)
-    streamed = tuple(index for index in range(layout.spec.layers) if index not in resident)
+    others = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
     tiered = _tiers(layout, decision, host_limit)
     if tiered is None:
@@ -256,11 +254,11 @@ def plan_run(
 
     if offload.vram_gib == AUTO:
         notes.append(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
-    if not streamed:
+    if not others:
         notes.append("every layer fits on the device: nothing is streamed, and the link limits nothing")
     if host_limit is None:
         notes.append("host memory is not checked: set offload.ram_gib to check it")
-    plainly = layout.draft is None and not layout.coded
+    plainly = not layout.drafts and not layout.coded
     plain_layout = layout if plainly else layout.without_draft(model)
     plain = decision if plainly else choose(plain_layout, budget)
     plain = plain and _tiers(plain_layout, plain, host_limit)
@@ -272,26 +270,37 @@ def plan_run(
         host_limit=host_limit,
         items=(*vram.items, *layout.allocations(decision)),
         resident_layers=resident,
-        streamed_layers=streamed,
+        streamed_layers=others,
         ring_slots=layout.ring_slots(decision.resident),
         codec=Codec.substitute if layout.coded else Codec.none,
         embedding=decision.embedding,
         prefill_chunk=decision.chunk,
         layer_bytes=layout.layer_bytes,
-        streamed_bytes_per_pass=len(streamed) * layout.layer_bytes,
+        streamed_bytes_per_pass=len(others) * layout.layer_bytes,
         plain_bytes_per_pass=plain and (layout.spec.layers - plain.resident) * plain_layout.layer_bytes,
         plain_resident=plain and plain.resident,
-        level_read_bytes=layout.draft.level_read(decision.resident) if layout.draft else 0,
+        level_read_bytes=layout.draft.level_read(decision.resident),
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
-        texts=texts,
-        disk_layers=spread(streamed, decision.disk),
+        texts=layout.texts,
+        disk_layers=spread(others, decision.disk),
         coded_in_files=decision.in_files and layout.coded,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
+
+
+def with_most_texts(config: Config, streamed: Callable[[Config], int | None]) -> Config:
+    """``config`` with the number of texts that is worth the most side by side; 1 if its draft runs one at a time.
+
+    Args:
+        streamed: streamed layers of a configuration; None: it does not fit.
+    """
+    if one_text_key(config):
+        return with_texts(config, 1)
+    return with_texts(config, most_texts(lambda texts: streamed(with_texts(config, texts))))
 
 
 def most_texts(streamed: Callable[[int], int | None]) -> int:
