@@ -24,11 +24,13 @@ Nothing is loaded: of a target only its config.json is read.
   card=NAME          whose memory, link and bandwidth (RTX 4090, A100 40GB, ...); auto: measure this machine's GPU
   tau=NUMBER         tokens per target pass, as some run measured it with a tree of tau_depth levels
   tau_depth=N        default: tree.depth; of an adaptive tree its mean depth
-  --from RUN         instead of tau: acceptance by depth from a run's folder (also the time of a draft level, where
-                     the run was on the same card with the same target, draft, bits and tree.width)
+  passes=NUMBER      with draft.proposer: passes of the substitute per drafted level, as some run measured them
+  --from RUN         instead of tau and passes: acceptance by depth from a run's folder (also the time of a draft
+                     level, where the run was on the same card with the same target, draft, bits and tree.width)
   depths=[8,16,32]   tree depths to predict beside tree.depth
   memory_gb_per_s=X  device-memory bandwidth, GB/s, instead of the card's (offload.link_gb_per_s=X: the link's)
-  level_ms=X         milliseconds of a draft level, where you have measured one
+  level_ms=X         milliseconds of a draft level, where you have measured one (with draft.proposer: of a pass)
+  proposals_ms=X     with draft.proposer: milliseconds of its guesses for a pass (default: its weights are read)
   --plot FILE        a picture (.png, .svg, .pdf)
   --json FILE        everything, for a program
 
@@ -36,7 +38,7 @@ Everything else is as for `python -m subspec.run` (its --help lists the groups).
 quant=hqq, offload=stream with all of the card's memory.
 """
 
-OWN_KEYS = ("card", "depths", "tau", "tau_depth", "memory_gb_per_s", "level_ms")
+OWN_KEYS = ("card", "depths", "tau", "tau_depth", "passes", "memory_gb_per_s", "level_ms", "proposals_ms")
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -66,6 +68,11 @@ class PredictCommand:
         if not 0 < value < float("inf"):
             raise ConfigError(f"{key}={text}: expected a positive number")
         return value
+
+    def seconds(self, key: str) -> float | None:
+        """The same, given in milliseconds, in seconds."""
+        value = self.number(key)
+        return None if value is None else value / 1e3
 
 
 class _Parser(argparse.ArgumentParser):

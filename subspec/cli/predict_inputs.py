@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from subspec.cli.compose import compose_config
 from subspec.cli.predict import PredictCommand
-from subspec.config.enums import AUTO
+from subspec.config.enums import AUTO, Proposer
 from subspec.config.schema import Config, StreamOffloadConfig, to_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
@@ -132,23 +132,41 @@ def _machine(
     link = config.offload.link_gb_per_s or (gpu.link_gb_per_s if gpu else None)
     assert memory is not None
     assert link is not None
-    level_ms = command.number("level_ms")
-    if level_ms is not None:
-        return Machine(link, memory, level_ms / 1e3), "level_ms"
-    if measured is not None and measured.level_s and measured.fits(config, gpu):
-        return Machine(link, memory, measured.level_s), f"measured by that run on {measured.device}"
-    return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
+    level_s, proposals_s = command.seconds("level_ms"), command.seconds("proposals_ms")
+    source = f"from {EFFICIENCY:.0%} of the memory bandwidth, a constant per layer, and the rows behind the first 8"
+    if level_s is not None:
+        source = "level_ms, set by hand"
+    elif measured is not None and measured.level_s and measured.fits(config, gpu):
+        level_s, source = measured.level_s, f"measured by that run on {measured.device}"
+    return Machine(link, memory, level_s, tensor=gpu.tensor if gpu else None, proposals_s=proposals_s), source
 
 
 def _acceptance(command: PredictCommand, config: Config, measured: "Measured | None") -> Acceptance:
-    """The acceptance of a measured run, or of a single tau."""
+    """The acceptance of a measured run, or of a single tau; with ``draft.proposer`` its passes, too."""
     if measured is not None:
-        return measured.acceptance
-    tau, depth = command.number("tau"), command.number("tau_depth")
-    assert tau is not None
-    if depth is not None and depth != int(depth):
-        raise ConfigError(f"tau_depth={depth:g}: expected a number of levels")
-    return Acceptance.from_tau(tau, int(depth) if depth is not None else config.tree.depth)
+        found = measured.acceptance
+    else:
+        tau, depth = command.number("tau"), command.number("tau_depth")
+        assert tau is not None
+        if depth is not None and depth != int(depth):
+            raise ConfigError(f"tau_depth={depth:g}: expected a number of levels")
+        found = Acceptance.from_tau(tau, int(depth) if depth is not None else config.tree.depth)
+    proposes = getattr(config.draft, "proposer", Proposer.none) is not Proposer.none
+    passes, source = command.number("passes"), "set by hand"
+    if not proposes:
+        if passes is not None or command.number("proposals_ms") is not None:
+            raise ConfigError("passes and proposals_ms are for draft.proposer: set it, or leave them out")
+        return replace(found, passes=1.0)
+    if passes is None and found.passes < 1:
+        passes, source = found.passes, "measured by that run"
+    if passes is None:
+        raise ConfigError(
+            "passes is not set: with draft.proposer give passes=NUMBER, the substitute's passes per drafted level "
+            "(measured: experiments/drafts/cascade.md), or --from a run with a proposer"
+        )
+    if passes > 1:
+        raise ConfigError(f"passes={passes:g}: expected passes per drafted level, at most 1")
+    return replace(found, passes=passes, source=f"{found.source}; {passes:.2f} passes per level, {source}")
 
 
 def _depths(command: PredictCommand) -> tuple[int, ...] | None:

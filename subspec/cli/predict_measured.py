@@ -1,7 +1,7 @@
 """Measurements of finished runs that a prediction uses: acceptance by depth, and the time of a draft level."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ class Measured:
 
     Attributes:
         acceptance: survival by depth.
-        level_s: seconds of a draft level; None: nothing was drafted on a GPU.
+        level_s: seconds of a draft level, with ``draft.proposer`` of a pass and its proposals; None: nothing was
+            drafted on a GPU.
         target, device: recorded names, for which ``level_s`` holds.
         tree: its name. width: of it.
         planted: whether the weights are planted.
@@ -40,7 +41,8 @@ class Measured:
     def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
         wanted = asdict(config)
-        pairs = {f"draft.{key}": (self.draft[key], now) for key, now in _draft(wanted).items()}
+        draft = _draft(wanted)
+        pairs = {f"draft.{key}": (self.draft.get(key), draft.get(key)) for key in {**self.draft, **draft}}
         if self.quant is not None:
             pairs |= {f"quant.{key}": (self.quant[key], now) for key, now in _quant(wanted).items()}
         pairs["tree.width"] = (self.width, _width(wanted["tree"]))
@@ -92,22 +94,24 @@ def read_measured(place: Path) -> Measured:
     summary = summarise([record for run in runs for record in run.records])
     totals = summary["totals"]
     tree = config_group(first.config, "tree")
-    levels = sum(totals["drafted_by_depth"])
+    levels, draft = sum(totals["drafted_by_depth"]), _draft(first.config)
+    passes = (draft["proposer"] and totals.get("draft_passes")) or levels
     cuda = summary["context"]["device"] == "cuda"
     gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
     ((method, target),) = methods
-    source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    source = f"measured by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    acceptance = Acceptance.from_counts(
+        totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree.get("name") == "adaptive"
+    )
     return Measured(
-        Acceptance.from_counts(
-            totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree.get("name") == "adaptive"
-        ),
-        totals["draft_s"] / levels if cuda and levels and totals["draft_s"] else None,
+        replace(acceptance, passes=passes / levels),
+        totals["draft_s"] / passes if cuda and totals["draft_s"] else None,
         _target(first),
         str(gpu.get("name") or "unknown"),
         str(tree.get("name")),
         _width(tree),
         summary["context"]["planted"] is True,
-        _draft(first.config),
+        draft,
         _quant(first.config) if is_quantized(first.config, first.facts) else None,
     )
 
@@ -123,7 +127,11 @@ def _width(tree: Mapping[str, Any]) -> int | None:
 def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that select the drafting model."""
     draft = config_group(config, "draft")
-    return {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+    found = {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+    proposer = draft.get("proposer", "none")
+    proposer = getattr(proposer, "value", proposer)
+    own = ("proposer_path", "proposed") if proposer != "none" else ()
+    return found | {"proposer": proposer if own else None} | {key: draft.get(key) for key in own}
 
 
 def _quant(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,12 +185,13 @@ def _refusal(
     helps = next((text for text, changed in found if least(changed)[0] <= budget), None)
     remedy = f"or {helps}" if helps else "or choose a smaller target"
     items.append(_item("kept free", "", (needed - sum(item.bytes for item in items), 1)))
-    needs = f"needs {ceil_gib(needed)} GiB: {arithmetic(items)}"
+    shown = arithmetic(items)
     if by_free:
         return ConfigError(
-            f"offload=stream with device=cpu {needs}; {budget / GIB:.2f} GiB are free: free some memory, {remedy}"
+            f"offload=stream with device=cpu needs {ceil_gib(needed)} GiB: {shown}; {budget / GIB:.2f} GiB are free: "
+            f"free some memory, {remedy}"
         )
     return ConfigError(
-        f"offload.ram_gib={budget / GIB:g} cannot hold this run, which {needs}; raise offload.ram_gib to at least "
-        f"{ceil_gib(needed)}, {remedy}"
+        f"offload.ram_gib={budget / GIB:g} cannot hold this run, which needs {ceil_gib(needed)} GiB: {shown}; raise "
+        f"offload.ram_gib to at least {ceil_gib(needed)}, {remedy}"
     )

@@ -175,6 +175,7 @@ class Plan:
         if self.card is not None:
             plain["card"] = {**asdict(self.card), "link_gb_per_s": self.card.link_gb_per_s}
             plain["card"]["pcie"] = list(self.card.pcie)
+            del plain["card"]["tensor"]  # a plan needs none
         return plain | {
             "budget": self.budget,
             "vram_counts": self.vram.counts.value,

@@ -41,8 +41,14 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
     lines = [
         f"link {machine.link_gb_per_s:.1f} GB/s, device memory {machine.memory_gb_per_s:.0f} GB/s",
         f"acceptance: {prediction.acceptance.source}",
-        f"draft level: {1e3 * prediction.level_s:.2f} ms ({level_source})",
+        f"{_unit(prediction)}: {1e3 * prediction.level_s:.2f} ms ({level_source})",
     ]
+    if machine.disk_gb_per_s is not None:
+        lines[0] += f", disk {machine.disk_gb_per_s:.1f} GB/s"
+    if prediction.acceptance.passes < 1:
+        how = "the proposer's weights are read; the host's work is left out"
+        how = how if machine.proposals_s is None else "proposals_ms, set by hand"
+        lines.append(f"proposals for a pass: {1e3 * prediction.proposals_s:.2f} ms ({how})")
     if plain is None:
         lines.append("plain decoding: does not fit this budget")
     else:
@@ -95,6 +101,11 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     words = f"{title}\npredicted" + (", PLANTED weights" if planted else "")
     axes.set_title(words, fontsize=10)
     figure.savefig(file, dpi=150)
+
+
+def _unit(prediction: Prediction) -> str:
+    """A draft level, or a pass of a cascade, which grows several."""
+    return "draft level" if prediction.acceptance.passes == 1 else f"pass of the substitute, {prediction.rows} rows"
 
 
 def _speed(way: Iteration, is_best: bool) -> Text:
