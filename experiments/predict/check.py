@@ -88,7 +88,7 @@ def config(
 
 
 def _way(run: Config, link: float, acceptance: Acceptance) -> Iteration:
-    machine = Machine(link, find_gpu("H200").memory_gb_per_s)
+    machine = Machine(link, find_gpu("H200").memory_gb_per_s, tensor=find_gpu("H200").tensor)
     (one,) = predict(run, SHAPES[run.target.shape](), machine, acceptance, depths=()).depths
     return one.iteration
 

@@ -1,12 +1,13 @@
 """Predicted speeds over tree depths, from a configuration, a machine and an acceptance."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.enums import Proposer
+from subspec.config.enums import Codec, Proposer
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
@@ -16,15 +17,26 @@ from subspec.config.schema import (
     SubstituteDraftConfig,
 )
 from subspec.decoding.from_config import build_tree_policy
+from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.drafts.cascade import SHARE
 from subspec.drafts.cascade_spec import passes_of, proposer_of
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.plan import Plan, plan_run
-from subspec.planning.predict_timing import Iteration, Machine, Sizes, level_seconds, plain, proposals_seconds, serial
+from subspec.planning.predict_timing import (
+    RESTORE_RATE,
+    Iteration,
+    Machine,
+    Sizes,
+    level_seconds,
+    plain,
+    proposals_seconds,
+    serial,
+)
 from subspec.targets.layer_bytes import PlainCodec
 from subspec.targets.model_spec import ModelSpec
+from subspec.utils.rounding import round_up
 
 DEPTHS = (4, 8, 16, 24, 32, 48, 64)
 """Tree depths predicted besides the configured one."""
@@ -122,34 +134,35 @@ def predict(
             "offload.disk_gb_per_s to its bandwidth"
         )
     machine = replace(machine, disk_gb_per_s=plan.disk.gb_per_s if plan.disk else None)
-    spec, itemsize = ModelSpec.of(model), 4 if config.target.dtype is Dtype.float32 else 2
-    target = spec.layers * PlainCodec(itemsize).layer_bytes(spec.layer)
-    exact = Sizes.of(plan, target, spec.vocab * spec.hidden * itemsize)
+    planned = {depth: _try_plan(config, model, machine, depth) for depth in depths} | {configured: plan}
     drafting = _drafting(config, model, machine, plan)
-    found, too_deep = [], []
-    for depth in sorted({configured, *depths}):
-        try:
-            own = plan if depth == configured else _plan(config, model, machine, depth)
-        except ConfigError:
-            too_deep.append(depth)
-            continue
-        sizes = replace(Sizes.of(own, exact.target, exact.head), **drafting)
-        iteration = serial(sizes, machine, acceptance, depth)
-        resident, streamed = len(own.resident_layers), own.streamed_bytes_per_pass / 1e9
-        found.append(Depth(depth, resident, streamed, iteration, acceptance.extrapolated(depth)))
-    sizes = replace(exact, **drafting)
+    found = []
+    for depth, own in sorted(planned.items()):
+        if own is not None:
+            sizes = replace(_sizes(config, model, own, acceptance.levels(depth)), **drafting)
+            iteration = serial(sizes, machine, acceptance, depth)
+            resident, streamed = len(own.resident_layers), own.streamed_bytes_per_pass / 1e9
+            found.append(Depth(depth, resident, streamed, iteration, acceptance.extrapolated(depth)))
+    sizes = replace(_sizes(config, model, plan, configured), **drafting)
     return Prediction(
         plan=plan,
         machine=machine,
         acceptance=acceptance,
         level_s=level_seconds(sizes, machine),
-        plain=_plain(plan, exact, machine, config.offload.ring_slots),
+        plain=_plain(plan, sizes, machine, config.offload.ring_slots),
         depths=tuple(found),
-        too_deep=tuple(too_deep),
+        too_deep=tuple(depth for depth, own in sorted(planned.items()) if own is None),
         adaptive=isinstance(config.tree, AdaptiveTreeConfig),
         rows=sizes.rows,
         proposals_s=proposals_seconds(sizes, machine),
     )
+
+
+def _try_plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int) -> Plan | None:
+    try:
+        return _plan(config, model, machine, depth)
+    except ConfigError:
+        return None
 
 
 def _plan(config: Config, model: PretrainedConfig, machine: Machine, depth: int) -> Plan:
@@ -168,25 +181,51 @@ def _width(config: Config) -> int:
     return getattr(config.tree, "width", 1)
 
 
+def _sizes(config: Config, model: PretrainedConfig, plan: Plan, levels: float) -> Sizes:
+    """Sizes of a run whose trees have ``levels`` levels on average, and of levels without a proposer."""
+    spec, itemsize = ModelSpec.of(model), 4 if config.target.dtype is Dtype.float32 else 2
+    nodes = round_up(math.ceil(levels * _width(config)) + 1, ROW_MULTIPLE)
+    coded = plan.codec is Codec.substitute
+    return Sizes(
+        streamed=plan.streamed_bytes_per_pass,
+        ring=plan.ring_slots * plan.layer_bytes,
+        disk=plan.disk_bytes_per_pass,
+        level=plan.level_read_bytes,
+        target=spec.layers * PlainCodec(itemsize).layer_bytes(spec.layer),
+        head=spec.vocab * spec.hidden * itemsize,
+        layers=spec.layers,
+        operations=2 * nodes * _linear_weights(spec),
+        restored=_linear_weights(spec) * coded,
+        restored_head=spec.vocab * spec.hidden * bool(plan.coded_head_bytes),
+        restore_rate=RESTORE_RATE.get(config.quant.name, 1.0),
+    )
+
+
+def _linear_weights(spec: ModelSpec) -> int:
+    """Weights of the Linears of all layers."""
+    return spec.layers * sum(shape.numel() for shape in spec.layer.values() if len(shape) > 1)
+
+
 def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: Plan) -> dict[str, int]:
     """The fields of :class:`Sizes` that say what a substitute's level, or a cascade's pass, computes and reads."""
-    spec, rows, draft = ModelSpec.of(model), _width(config), config.draft
+    spec, width, draft = ModelSpec.of(model), _width(config), config.draft
     if not isinstance(draft, SubstituteDraftConfig):
         return {}
-    layer = sum(shape.numel() for shape in spec.layer.values() if len(shape) > 1)
-    weights = spec.layers * layer + known_tokens(draft, spec.vocab) * spec.hidden
-    found = {"row_operations": 2 * weights}
+    row = 2 * (_linear_weights(spec) + known_tokens(draft, spec.vocab) * spec.hidden)
     if proposer_of(config) is None:
-        return found | {"rows": rows}
+        return {"rows": width, "row_operations": row}
     if machine.tensor is None and machine.level_s is None:
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    passes = passes_of(build_tree_policy(config.tree), draft.proposed)
     alone = _plan(replace(config, draft=replace(draft, proposer=Proposer.none)), model, machine, config.tree.depth)
-    proposer = plan.level_read_bytes - alone.level_read_bytes
-    levels = guessed_levels(rows, draft.proposed)
-    return found | {"rows": passes.width, "level": alone.level_read_bytes, "proposals": levels * proposer}
+    level = alone.level_read_bytes
+    return {
+        "rows": passes_of(build_tree_policy(config.tree), draft.proposed).width,
+        "row_operations": row,
+        "level": level,
+        "proposals": guessed_levels(width, draft.proposed) * (plan.level_read_bytes - level),
+    }
 
 
 def guessed_levels(width: int, proposed: int) -> int:
@@ -198,11 +237,19 @@ def guessed_levels(width: int, proposed: int) -> int:
     return levels
 
 
-def _plain(plan: Plan, exact: Sizes, machine: Machine, slots: int) -> Iteration | None:
+def _plain(plan: Plan, sizes: Sizes, machine: Machine, slots: int) -> Iteration | None:
+    """Plain decoding, whose weights stream as they are."""
     if plan.plain_bytes_per_pass is None or plan.plain_resident is None:
         return None
-    streamed = exact.layers - plan.plain_resident
+    streamed = sizes.layers - plan.plain_resident
     layer = plan.plain_bytes_per_pass // streamed if streamed else 0
-    ring = min(slots, streamed) * layer
-    sizes = replace(exact, streamed=plan.plain_bytes_per_pass, ring=ring, level=0, disk=plan.plain_disk_bytes)
-    return plain(sizes, machine)
+    exact = replace(
+        sizes,
+        streamed=plan.plain_bytes_per_pass,
+        ring=min(slots, streamed) * layer,
+        disk=plan.plain_disk_bytes,
+        operations=0,
+        restored=0,
+        restored_head=0,
+    )
+    return plain(exact, machine)

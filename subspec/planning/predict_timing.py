@@ -1,31 +1,33 @@
 """Seconds of an iteration, from bytes and bandwidths.
 
-    draft level   layers * LEVEL_LAYER_S + (substitute + LM head) / (memory bandwidth * EFFICIENCY) + rows
+    draft level   layers * LEVEL_LAYER_S + bytes of substitute and LM head / memory + rows
     rows          for every TILE_ROWS nodes behind the first ones: operations / (multiprocessor GHz * rate), at a rate
                   of ROW_RATE or EFFICIENCY * the tensor cores' operations per cycle, the smaller of the two
     target pass   the largest of: streamed bytes / link, less the bytes that filled the ring during drafting; the same
-                  of the disk and its ring; all of the target's weights / (memory bandwidth * EFFICIENCY)
-    end of a pass LM head / (memory bandwidth * EFFICIENCY) + OTHER_S, while the links continue to fill the rings
+                  of the disk and its ring; restoring coded layers, then computing them
+    restoring     weights / (multiprocessor GHz * RESTORE_RATE), or RESTORE_BYTES of each / memory if that takes longer
+    computing     the target's bytes / memory, or its operations / (EFFICIENCY * the tensor cores') if that takes longer
+    end of a pass restoring a coded LM head, its bytes / memory, OTHER_S, while the links continue to fill the rings
     iteration     depth * draft level + target pass + end
 
-With ``draft.proposer`` a pass of the substitute, of more rows, grows several levels:
+``memory`` is EFFICIENCY * the device's memory bandwidth. With ``draft.proposer`` a pass of the substitute, of more
+rows, grows several levels:
 
     drafting      depth * passes per level * (draft level + proposals)
-    proposals     levels of guesses * the proposer's weights / (memory bandwidth * EFFICIENCY)
+    proposals     levels of guesses * the proposer's weights / memory
 
-During drafting the link is idle once the ring's slots are full. Left out: restoring coded layers, which overlaps with
-the link; restoring a coded LM head, which does not; and the host's work between the passes of a cascade.
+During drafting the link is idle once the ring's slots are full. Left out: attention, and the host's work between the
+passes of a cascade. Of a GPU with unknown tensor cores, rows, restoring and operations are left out, too.
 
-The constants of a draft level are fitted to measurements on one H200 (single levels of 7B and 32B at width 6, of 7B at
-6 and 64 rows); the check in ``experiments/predict`` repeats the fits and states the errors on whole runs, which are not
-part of them. On other GPUs the time of rows has not been measured.
+The constants are fitted to measurements on one H200 (single levels of 7B and 32B at width 6, of 7B at 6 and 64 rows,
+restored layers of 7B); the check in ``experiments/predict`` repeats the fits and states the errors on whole runs, which
+are not part of them. Rows, restoring and operations have not been measured on other GPUs.
 """
 
 import math
 from dataclasses import dataclass
 
 from subspec.planning.acceptance import Acceptance
-from subspec.planning.plan import Plan
 
 EFFICIENCY = 0.64
 """Share of the data-sheet memory bandwidth that long kernels reach (fitted)."""
@@ -40,6 +42,12 @@ ROW_RATE = 690
 """Operations per multiprocessor and cycle at which the 4-bit kernel multiplies further rows (fitted): on an H200 its
 loads of the rows limit it, to a sixth of what the tensor cores do."""
 
+RESTORE_RATE = {"hqq": 1.26, "higgs": 0.46}
+"""Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (305e9 and 112e9 weights/s)."""
+
+RESTORE_BYTES = 3.5
+"""Bytes of a restored weight: 16 bits written, some 7 of its code and 4.5 of the substitute read."""
+
 OTHER_S = 0.4e-3
 """Seconds of bookkeeping per iteration outside the timed phases: measured 0.3 to 0.6 ms."""
 
@@ -52,7 +60,7 @@ class Machine:
         link_gb_per_s, memory_gb_per_s: host-to-device and device-memory bandwidth, GB/s (1e9 bytes).
         level_s: measured seconds of a draft level, with ``draft.proposer`` of a pass and its proposals; None: computed.
         disk_gb_per_s: of the disk; None: no layer lies on it.
-        tensor: as of :class:`~subspec.planning.gpu_specs.GpuSpec`; None: unknown, and rows take no time.
+        tensor: as of :class:`~subspec.planning.gpu_specs.GpuSpec`; None: unknown.
         proposals_s: seconds of proposing for a pass; None: computed.
     """
 
@@ -63,21 +71,36 @@ class Machine:
     tensor: tuple[float, int] | None = None
     proposals_s: float | None = None
 
-    def read(self, size: int) -> float:
-        """Seconds of reading device memory."""
+    def read(self, size: float) -> float:
+        """Seconds of reading bytes of device memory."""
         return size / (self.memory_gb_per_s * 1e9 * EFFICIENCY)
+
+    def compute(self, operations: float, most: float = math.inf) -> float:
+        """Seconds of the tensor cores' operations, of which a multiprocessor does at most ``most`` a cycle."""
+        if self.tensor is None:
+            return 0.0
+        ghz, rate = self.tensor
+        return operations / (ghz * 1e9 * min(most, EFFICIENCY * rate))
+
+    def restore(self, weights: int, rate: float) -> float:
+        """Seconds of restoring coded weights, ``rate`` per multiprocessor and cycle."""
+        if self.tensor is None or not weights:
+            return 0.0
+        return max(weights / (self.tensor[0] * 1e9 * rate), self.read(RESTORE_BYTES * weights))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a planned run.
+    """Bytes and operations of a planned run.
 
     Attributes:
-        streamed: over the link per pass. ring: of all its slots. disk: of the streamed bytes, from a disk.
-        level: read by a draft level. target: all layers. head: the LM head.
+        streamed: bytes over the link per pass. ring: of all its slots. disk: of the streamed bytes, from a disk.
+        level: bytes that a draft level reads. target: of all layers. head: of the LM head.
         layers: their number.
         rows: of a draft level. row_operations: of each.
-        proposals: read by a proposer for a pass of the substitute.
+        proposals: bytes that a proposer reads for a pass of the substitute.
+        operations: of a target pass.
+        restored, restored_head: coded weights of layers and LM head. restore_rate: see :data:`RESTORE_RATE`.
     """
 
     streamed: int
@@ -90,15 +113,10 @@ class Sizes:
     rows: int = 1
     row_operations: int = 0
     proposals: int = 0
-
-    @classmethod
-    def of(cls, plan: Plan, target: int, head: int) -> "Sizes":
-        """From a plan, without rows and proposals; ``target`` and ``head`` are bytes of the exact weights."""
-        layers = len(plan.resident_layers) + len(plan.streamed_layers)
-        ring = plan.ring_slots * plan.layer_bytes
-        return cls(
-            plan.streamed_bytes_per_pass, ring, plan.level_read_bytes, target, head, layers, plan.disk_bytes_per_pass
-        )
+    operations: int = 0
+    restored: int = 0
+    restored_head: int = 0
+    restore_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,10 +157,7 @@ def level_seconds(sizes: Sizes, machine: Machine) -> float:
 def rows_seconds(sizes: Sizes, machine: Machine) -> float:
     """Seconds of a draft level that its rows behind the first :data:`TILE_ROWS` take."""
     tiles = math.ceil(sizes.rows / TILE_ROWS) - 1
-    if machine.tensor is None or tiles <= 0:
-        return 0.0
-    ghz, operations = machine.tensor
-    return tiles * TILE_ROWS * sizes.row_operations / (ghz * 1e9 * min(ROW_RATE, EFFICIENCY * operations))
+    return machine.compute(tiles * TILE_ROWS * sizes.row_operations, ROW_RATE)
 
 
 def proposals_seconds(sizes: Sizes, machine: Machine) -> float:
@@ -154,9 +169,11 @@ def proposals_seconds(sizes: Sizes, machine: Machine) -> float:
 
 def pass_seconds(sizes: Sizes, machine: Machine, draft_s: float) -> float:
     """Seconds of the target's pass and its end, after ``draft_s`` seconds in which the links filled their rings."""
-    end = machine.read(sizes.head) + OTHER_S
+    end = machine.restore(sizes.restored_head, sizes.restore_rate) + machine.read(sizes.head) + OTHER_S
     links = [seconds - min(ring, draft_s + end) for seconds, ring in _link_seconds(sizes, machine)]
-    return max(*links, machine.read(sizes.target)) + end
+    device = machine.restore(sizes.restored, sizes.restore_rate)
+    device += max(machine.read(sizes.target), machine.compute(sizes.operations))
+    return max(*links, device) + end
 
 
 def plain(sizes: Sizes, machine: Machine) -> Iteration:

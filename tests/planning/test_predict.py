@@ -28,7 +28,7 @@ from subspec.planning.predict_timing import (
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import settings
 
-ROOT = Path(__file__).parents[2]
+FOLDER = Path(__file__).parents[2] / "experiments" / "predict"
 
 SIZES = Sizes(
     streamed=10_000_000_000, ring=1_000_000_000, level=4_000_000_000, target=12_000_000_000, head=0, layers=20
@@ -36,15 +36,21 @@ SIZES = Sizes(
 MACHINE = Machine(link_gb_per_s=50.0, memory_gb_per_s=1000.0)
 
 
-@pytest.fixture(scope="module")
-def check():
-    """``experiments/predict/check.py`` as a module."""
-    file = ROOT / "experiments" / "predict" / "check.py"
-    spec = importlib.util.spec_from_file_location("predict_check", file)
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def script(name):
+    """A script of ``experiments/predict`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"predict_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def check():
+    return script("check")
 
 
 # ------------------------------------------------------------------------------------------- acceptance
@@ -129,6 +135,17 @@ def test_rows_behind_the_first_eight_take_the_time_of_their_operations(rows, til
     assert level_seconds(sizes, MACHINE) == level_seconds(SIZES, MACHINE), "of an unknown GPU they take none"
 
 
+def test_a_pass_waits_for_the_gpu_where_it_is_slower_than_the_link():
+    """It restores coded layers, then computes them; a coded LM head is restored at the end."""
+    machine = replace(MACHINE, tensor=(100.0, 1000))
+    slow = replace(SIZES, restored=10**11, operations=6.4 * 10**13, restore_rate=0.5)
+    assert pass_seconds(slow, machine, 1.0) == pytest.approx(2.0 + 1.0 + OTHER_S)
+    assert pass_seconds(replace(slow, restore_rate=50), machine, 1.0) == pytest.approx(3.5e11 / 0.64e12 + 1.0 + OTHER_S)
+    fast = replace(SIZES, restored=10**9, restore_rate=0.5, restored_head=10**9)
+    assert pass_seconds(fast, machine, 1.0) == pytest.approx(0.18 + 0.02 + OTHER_S)
+    assert pass_seconds(slow, MACHINE, 1.0) == pass_seconds(SIZES, MACHINE, 1.0), "of an unknown GPU"
+
+
 def test_a_cascade_by_hand():
     sizes = replace(SIZES, rows=32, row_operations=10**10, proposals=640_000_000)
     machine = replace(MACHINE, tensor=(100.0, 1000))
@@ -189,9 +206,8 @@ def test_the_constants_are_the_fit(check):
 
 
 def test_the_errors_are_those_the_page_states(check):
-    page = (ROOT / "experiments" / "predict" / "README.md").read_text(encoding="utf-8")
     lines = check.lines()
-    assert "\n".join(lines) in page, "run experiments/predict/check.py and put its table into the README"
+    assert "\n".join(lines) in PAGE, "run experiments/predict/check.py and put its table into the README"
     errors = {(one.run, one.note): one.error for one in check.compare()}
     exact_head = [e for (run, _), e in errors.items() if "own" not in run]
     assert len(exact_head) == 7
@@ -206,3 +222,10 @@ def test_levels_of_many_rows_are_predicted_on_the_card_they_were_fitted_on(check
     errors = {rows: predicted / measured - 1 for rows, measured, predicted in check.rows()}
     assert set(errors) == {6, 32, 48, 64}
     assert all(abs(error) < 0.065 for error in errors.values())
+
+
+def test_the_page_has_the_figures_of_other_cards():
+    cards = script("cards")
+    name = "prompt_lookup, 10 nodes"
+    for row in (cards.row("4-bit LM head"), cards.cascade_row(name, 0.5), cards.needed_row(name)):
+        assert row in PAGE, "run experiments/predict/cards.py and put its tables into the README"
