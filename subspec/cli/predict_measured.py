@@ -23,9 +23,9 @@ class Measured:
         level_s: seconds of a draft level, with ``draft.proposer`` of a pass and its proposals; None: nothing was
             drafted on a GPU.
         target, device: recorded names, for which ``level_s`` holds.
-        tree: its name. width: of it.
+        tree: its name.
         planted: whether the weights are planted.
-        draft: settings that select the drafting model. quant: those of its quantization; None: it is not quantized.
+        settings: that change acceptance and a level's time, by key (:func:`_settings`).
     """
 
     acceptance: Acceptance
@@ -33,20 +33,13 @@ class Measured:
     target: str
     device: str
     tree: str
-    width: int | None
     planted: bool
-    draft: Mapping[str, Any]
-    quant: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
 
     def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
-        wanted = asdict(config)
-        draft = _draft(wanted)
-        pairs = {f"draft.{key}": (self.draft.get(key), draft.get(key)) for key in {**self.draft, **draft}}
-        if self.quant is not None:
-            pairs |= {f"quant.{key}": (self.quant[key], now) for key, now in _quant(wanted).items()}
-        pairs["tree.width"] = (self.width, _width(wanted["tree"]))
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        """(of the runs, of ``config``) by key, where settings differ."""
+        wanted = _settings(asdict(config))
+        return {key: (own, wanted[key]) for key, own in self.settings.items() if own != wanted[key]}
 
     def check(self, config: Config) -> list[str]:
         """Lines for people about the differences.
@@ -93,26 +86,26 @@ def read_measured(place: Path) -> Measured:
     first = runs[0]
     summary = summarise([record for run in runs for record in run.records])
     totals = summary["totals"]
-    tree = config_group(first.config, "tree")
-    levels, draft = sum(totals["drafted_by_depth"]), _draft(first.config)
-    passes = (draft["proposer"] and totals.get("draft_passes")) or levels
+    tree, settings = str(config_group(first.config, "tree").get("name")), _settings(first.config)
+    if not is_quantized(first.config, first.facts):
+        settings = {key: value for key, value in settings.items() if not key.startswith("quant.")}
+    levels = sum(totals["drafted_by_depth"])
+    passes = (settings["draft.proposer"] and totals.get("draft_passes")) or levels
     cuda = summary["context"]["device"] == "cuda"
     gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
     ((method, target),) = methods
     source = f"measured by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
     acceptance = Acceptance.from_counts(
-        totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree.get("name") == "adaptive"
+        totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree == "adaptive"
     )
     return Measured(
         replace(acceptance, passes=passes / levels),
         totals["draft_s"] / passes if cuda and totals["draft_s"] else None,
-        _target(first),
+        target,
         str(gpu.get("name") or "unknown"),
-        str(tree.get("name")),
-        _width(tree),
+        tree,
         summary["context"]["planted"] is True,
-        draft,
-        _quant(first.config) if is_quantized(first.config, first.facts) else None,
+        settings,
     )
 
 
@@ -120,26 +113,19 @@ def _target(run: RunData) -> str:
     return str(run.summary["context"]["target"])
 
 
-def _width(tree: Mapping[str, Any]) -> int | None:
-    return tree.get("width", 1 if tree.get("name") == "chain" else None)
-
-
-def _draft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that select the drafting model."""
-    draft = config_group(config, "draft")
-    found = {key: draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
-    proposer = draft.get("proposer", "none")
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that select the drafting model, the bytes that its levels read, and their rows."""
+    draft, quant, tree = (config_group(config, group) for group in ("draft", "quant", "tree"))
+    found = {f"draft.{key}": draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
+    proposer = draft.get("proposer")
     proposer = getattr(proposer, "value", proposer)
-    own = ("proposer_path", "proposed") if proposer != "none" else ()
-    return found | {"proposer": proposer if own else None} | {key: draft.get(key) for key in own}
-
-
-def _quant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that determine the bytes a level reads."""
-    quant = config_group(config, "quant")
-    own = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
-    modules = sorted(quant.get("modules") or ())
-    return {"name": quant.get("name"), "bits": quant.get("bits"), "bits_by": own, "modules": modules}
+    proposes = proposer not in (None, "none")
+    found["draft.proposer"] = proposer if proposes else None
+    found |= {f"draft.{key}": draft.get(key) if proposes else None for key in ("proposer_path", "proposed")}
+    found |= {f"quant.{key}": quant.get(key) for key in ("name", "bits")}
+    found["quant.bits_by"] = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
+    found["quant.modules"] = sorted(quant.get("modules") or ())
+    return found | {"tree.width": tree.get("width", 1 if tree.get("name") == "chain" else None)}
 
 
 def _card_name(name: str) -> str:

@@ -12,20 +12,8 @@ from transformers import PretrainedConfig
 
 from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
 from subspec.config.enums import Codec, Kernel
-from subspec.config.schema import (
-    Config,
-    Device,
-    Dtype,
-    NoDraftConfig,
-    Placement,
-    StreamOffloadConfig,
-    SubstituteDraftConfig,
-)
-from subspec.decoding.audit import PROMPT_CHUNK
+from subspec.config.schema import Config, Device, Dtype, NoDraftConfig, Placement, SubstituteDraftConfig
 from subspec.decoding.bitwise import unsupported
-from subspec.decoding.from_config import build_sampling, build_tree_policy
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.shared_pass import JOINING_ROWS, LOGITS_ROWS
 from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
@@ -33,40 +21,20 @@ from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes, tree_bytes
-from subspec.memory.trace import TargetTrace, target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
+from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
-from subspec.utils.rounding import round_up
 
 CHUNK_STEP = 64
 """Prefill chunks are multiples of this."""
 
-CHUNK_GOAL = 512
-"""Prefill chunk whose workspace is reserved before any layer becomes resident.
-
-A chunk is one sweep over all streamed weights. 1024 tokens instead of 512 cost 0.08 GiB (7B), a fifth of a resident
-layer, and save one sweep of a prompt longer than 512 tokens; most are shorter. The chunk grows into half of the memory
-that the layers leave over.
-"""
-
-LOADING_LAYERS = 3
-"""Layers in host memory while loading: one being read, one being quantized, one to spare."""
-
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 
-SLOT_PAGES = 4
-"""Pages that a slot of a disk's ring holds beyond its layer, which may lie in two files, each with a page cut at both
-ends."""
-
 POST_LOAD = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
 """Device allocations made after weight loading has finished."""
-
-AUDIT_ROWS = 256
-"""Tokens per pass of an audit that compares no bits."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +51,10 @@ class Decision:
     in_files: bool = False
 
 
-class MemoryLayout:
-    """Sizes that a configuration fixes.
+class MemoryLayout(RunMemory):
+    """Sizes of a run on a GPU.
 
     Attributes:
-        draft: its memory. drafts: whether there is one.
         required_resident: layers that must be resident because the draft needs them exact on the device.
         coded: whether exact weights are coded by the substitute.
         exact_bytes: of a layer as it is. layer_bytes: of a streamed one, coded or not.
@@ -96,53 +63,29 @@ class MemoryLayout:
         head_loading_bytes: peak while the coded head is made, before other allocations but the embedding; or 0.
         loading_bytes: peak while a layer is loaded and quantized, before the allocations in :data:`POST_LOAD`; or 0.
         packed_bytes: of a substitute's layer, its quantized Linears alone.
-        goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, lower bound, upper bound.
-        texts: that run side by side.
-        nodes: most nodes of a tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
-            :data:`~subspec.decoding.text_loop.ROW_MULTIPLE`, or 1 without a draft.
 
     Raises:
         ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.
     """
 
     def __init__(self, config: Config, model: PretrainedConfig) -> None:
-        if not isinstance(config.offload, StreamOffloadConfig):
-            raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
-        self.config, self.offload = config, config.offload
-        self.spec = spec = ModelSpec.of(model)
-        self.itemsize = _itemsize(config)
-        self.bitwise = _bitwise(config, model, self.itemsize)
-        self.target = target_trace(model, self.itemsize, bitwise=self.bitwise)
-        self.sampling = build_sampling(config)
-        self.texts: int = config.decoding.texts
-        self.most_chunk = length = config.decoding.max_length
-        self.least_chunk = min(config.decoding.prefill_chunk, length)
-        self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
-
+        spec, itemsize = ModelSpec.of(model), _itemsize(config)
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, spec) if quantizes else None
-        plain = PlainCodec(self.itemsize)
+        super().__init__(
+            config,
+            model,
+            itemsize,
+            bitwise=_bitwise(config, model, itemsize),
+            row_multiple=ROW_MULTIPLE if spec_of(config.draft) else 1,
+            quantization=quantization,
+        )
+        plain = PlainCodec(itemsize)
         codec: LayerCodec = SubstituteCodec(quantization) if self.coded and quantization is not None else plain
         self.exact_bytes, self.layer_bytes = plain.layer_bytes(spec.layer), codec.layer_bytes(spec.layer)
         self.scratch_bytes = codec.scratch_bytes(spec.layer)
-        self.table_bytes = spec.vocab * spec.hidden * self.itemsize
-
-        self.draft, self.drafts = DraftMemory(), False
-        self.nodes = self.rows = self.pass_rows = 1
-        self.levels = 0
-        tree_note, level_note = "the root alone", ""
-        if (kind := spec_of(config.draft)) is not None:
-            policy = build_tree_policy(config.tree)
-            inputs = SizingInputs(
-                config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization, self.texts
-            )
-            self.draft, self.drafts = kind.memory(inputs), True
-            self.nodes, self.levels = policy.capacity, policy.max_depth
-            self.rows = round_up(policy.capacity, ROW_MULTIPLE)
-            self.pass_rows = round_up(policy.pass_nodes, ROW_MULTIPLE)
-            tree_note = f"{self.nodes} nodes" + f" in {self.rows} rows" * (self.rows != self.nodes)
-            level_note = f"width {policy.width}{', CUDA graphs' * self.draft.captured}"
+        self.table_bytes = spec.vocab * spec.hidden * itemsize
         self.required_resident = self.draft.required_resident
         self._check()
 
@@ -153,26 +96,17 @@ class MemoryLayout:
             self._size_loading(quantization)
             if not self.drafts:
                 substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
-        # Allocations that do not depend on the decision.
-        table = f"{spec.vocab} x {spec.hidden}"
-        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(self.itemsize))
+        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(itemsize))
         head = self.coded_head_bytes or self.table_bytes
         self._weights = [
             *substitute,
-            Allocation("norms and biases", (*vectors, (spec.hidden * self.itemsize, 1))),
+            Allocation("norms and biases", (*vectors, (spec.hidden * itemsize, 1))),
             Allocation(
                 "embedding and LM head" if spec.tied else "LM head",
                 ((head, 1),),
-                table + ", coded" * bool(self.coded_head_bytes),
+                f"{spec.vocab} x {spec.hidden}{', coded' * bool(self.coded_head_bytes)}",
             ),
         ]
-        draft_rows, each = self.draft.shared_rows, f", {self.texts} texts" * (self.texts > 1)
-        cache = kv_bytes(spec, length, draft_rows, self.pass_rows, self.itemsize, self.texts)
-        self._state = [
-            Allocation("KV cache", ((cache, 1),), f"{draft_rows} + {length} + {self.pass_rows} rows{each}"),
-            Allocation("tree", ((tree_bytes(self.rows), self.texts),), tree_note + each),
-        ]
-        self._level = Allocation("draft level", self.draft.level_tensors if self.drafts else (), level_note)
 
     def _size_loading(self, quantization: LevelQuantization) -> None:
         spec, room = self.spec, self.exact_bytes
@@ -234,17 +168,6 @@ class MemoryLayout:
     def _device(self, decision: Decision) -> list[Allocation]:
         spec, resident, required = self.spec, decision.resident, len(self.required_resident)
         slots = self.ring_slots(resident)
-        peaks = pass_peaks(
-            self.target,
-            self.draft,
-            self.sampling,
-            texts=self.texts,
-            rows=self.pass_rows,
-            levels=self.levels,
-            chunk=decision.chunk,
-            length=self.most_chunk,
-        )
-        largest = max(peaks, key=lambda name: peaks[name])
         restores = resident < spec.layers or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
         more = self.layer_bytes if self.coded else self.exact_bytes
@@ -260,10 +183,7 @@ class MemoryLayout:
             ),
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
             Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
-            *self._state,
-            Allocation("workspace", ((peaks[largest], 1),), f"largest: {largest}"),
-            self._level,
-            Allocation("audit", self._audit_tensors(peaks[largest]), "its own cache and logits"),
+            *self.run_allocations(decision.chunk),
             Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
         ]
         extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
@@ -282,17 +202,6 @@ class MemoryLayout:
         room = sum(one.bytes for one in self._device(decision) if one.name in POST_LOAD)
         short = max(0, self.loading_bytes - room)
         return min(self.spec.layers, math.ceil(short / max(1, self.packed_bytes)))
-
-    def _audit_tensors(self, workspace: int) -> tuple[tuple[int, int], ...]:
-        """The audit's KV cache, and its logits as far as they need more than the run's workspace."""
-        if not self.config.audit:
-            return ()
-        length = self.config.decoding.max_length
-        rows = judged = min(AUDIT_ROWS, length)
-        if self.bitwise:
-            rows, judged = min(PROMPT_CHUNK, length), 1
-        logits = self.target.audit_bytes(judged, self.sampling)
-        return ((kv_bytes(self.spec, length, 0, rows, self.itemsize), 1), (max(0, logits - workspace), 1))
 
     def host_allocations(self, decision: Decision) -> list[Allocation]:
         """Every allocation on the host, empty ones included."""
@@ -331,38 +240,6 @@ class MemoryLayout:
         """The layout of plain decoding, streamed uncoded, with as many resident layers as fit."""
         offload = replace(self.offload, resident_layers=None, codec=Codec.none)
         return MemoryLayout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
-
-
-def pass_peaks(
-    target: TargetTrace,
-    draft: DraftMemory,
-    sampling: Sampling,
-    *,
-    texts: int,
-    rows: int,
-    levels: int,
-    chunk: int,
-    length: int,
-) -> dict[str, int]:
-    """Peaks of a run's passes and of choosing tokens, by name.
-
-    Args:
-        rows, levels: of each text's tree. chunk: prompt tokens per pass. length: most tokens of a text.
-    """
-    states, beside = draft.states, min(chunk, JOINING_ROWS) if texts > 1 else 0
-    together = max(1, min(texts, LOGITS_ROWS // rows)) * rows
-    row = target.hidden(1).nbytes
-    # Logits are computed while the pass's states are held; of one text's final ones the trace knows itself.
-    kept = row * (states * rows if texts == 1 else (1 + states) * (texts * rows + beside))
-    noise = 0 if sampling.greedy else 4 * (texts - 1) * (levels + 2) * target.model.vocab_size
-    several = f"{texts} x " * (texts > 1)
-    return {
-        f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
-        f"pass over {several}{rows} rows": target.tree_pass_bytes(rows, levels, length, states, texts, beside),
-        f"logits of {together} rows": target.verify_bytes(together, levels, sampling) + kept + noise,
-        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk) + kept * (texts > 1),
-        **draft.workspaces,
-    }
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:

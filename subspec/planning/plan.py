@@ -299,9 +299,11 @@ def with_most_texts(config: Config, streamed: Callable[[Config], int | None]) ->
     Args:
         streamed: streamed layers of a configuration; None: it does not fit.
     """
-    if one_text_key(config):
-        return with_texts(config, 1)
-    return with_texts(config, most_texts(lambda texts: streamed(with_texts(config, texts))))
+
+    def with_texts(texts: int) -> Config:
+        return replace(config, decoding=replace(config.decoding, texts=texts))
+
+    return with_texts(1 if one_text_key(config) else most_texts(lambda texts: streamed(with_texts(texts))))
 
 
 def most_texts(streamed: Callable[[int], int | None]) -> int:
@@ -318,11 +320,6 @@ def most_texts(streamed: Callable[[int], int | None]) -> int:
         if texts / (1 + layers) >= worth:
             best, worth = texts, texts / (1 + layers)
     return best
-
-
-def with_texts(config: Config, texts: int) -> Config:
-    """``config`` for that many texts side by side."""
-    return replace(config, decoding=replace(config.decoding, texts=texts))
 
 
 def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decision | None:
@@ -342,17 +339,10 @@ def choose(layout: MemoryLayout, budget: int) -> Decision | None:
 
     None if none fits.
     """
-    best: Decision | None = None
-    for placement in layout.placements():
-        found = _choose(layout, budget - headroom(budget), placement)
-        # Resident layers, and the chunk up to its goal, matter more than the table's place.
-        if found and (best is None or _rank(found, layout) > _rank(best, layout)):
-            best = found
-    return best
-
-
-def _rank(decision: Decision, layout: MemoryLayout) -> tuple[int, int]:
-    return decision.resident, min(decision.chunk, layout.goal)
+    found = [_choose(layout, budget - headroom(budget), placement) for placement in layout.placements()]
+    # Resident layers, and the chunk up to its goal, matter more than the table's place.
+    fitting = [one for one in found if one is not None]
+    return max(fitting, key=lambda one: (one.resident, min(one.chunk, layout.goal)), default=None)
 
 
 def _choose(layout: MemoryLayout, room: int, embedding: Placement) -> Decision | None:
@@ -371,18 +361,15 @@ def _choose(layout: MemoryLayout, room: int, embedding: Placement) -> Decision |
         resident, chunks = least, _chunks(layout.least_chunk, layout.goal)
     else:
         return None
-    return Decision(resident, _largest(chunks, lambda chunk: used(resident, chunk) <= ceiling), embedding)
+    # The largest chunk that fits; the smallest one does, and larger ones take more.
+    place = bisect_left(chunks, True, lo=1, key=lambda chunk: used(resident, chunk) > ceiling)
+    return Decision(resident, chunks[place - 1], embedding)
 
 
 def _chunks(least: int, most: int) -> list[int]:
     """Candidate chunk sizes, ascending: both bounds and the multiples of 64 between them."""
     first = (least // CHUNK_STEP + 1) * CHUNK_STEP
     return sorted({least, *range(first, most, CHUNK_STEP), most})
-
-
-def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
-    """Largest size for which ``fits`` holds; assumes that ``sizes[0]`` fits and that ``fits`` is monotone."""
-    return sizes[bisect_left(sizes, True, lo=1, key=lambda size: not fits(size)) - 1]
 
 
 def _host_limit(layout: MemoryLayout, host_free: int | None) -> int | None:
