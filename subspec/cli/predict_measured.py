@@ -137,5 +137,4 @@ def _card_name(name: str) -> str:
 
 
 def _shape(target: str) -> str:
-    """The shape of a target, planted or not."""
     return target.removeprefix("planted_")

@@ -106,7 +106,6 @@ class Acceptance:
         return sum(shares[:depth]) + shares[-1] * max(0, depth - len(shares))
 
     def extrapolated(self, depth: int) -> bool:
-        """Whether a tree of ``depth`` levels is deeper than the measurement."""
         return depth > self.depth
 
 

@@ -154,11 +154,9 @@ class MemoryLayout(RunMemory):
         return min(self.offload.ring_slots, self.spec.layers - resident)
 
     def device_bytes(self, decision: Decision) -> int:
-        """Sum of the device allocations."""
         return sum(allocation.bytes for allocation in self._device(decision))
 
     def host_bytes(self, decision: Decision) -> int:
-        """Sum of the host allocations."""
         return sum(allocation.bytes for allocation in self.host_allocations(decision))
 
     def allocations(self, decision: Decision) -> list[Allocation]:

@@ -108,7 +108,6 @@ class Plan:
     disk: Bandwidth | None = None
 
     def total(self, place: Placement) -> int:
-        """Bytes of all items on ``place``."""
         return sum(item.bytes for item in self.items if item.place is place)
 
     @property
@@ -123,7 +122,6 @@ class Plan:
 
     @property
     def disk_bytes_per_pass(self) -> int:
-        """Bytes that one pass reads from a disk."""
         return len(self.disk_layers) * self.layer_bytes
 
     @property

@@ -86,12 +86,9 @@ class Prediction:
 
     @property
     def best(self) -> Depth:
-        """The fastest depth."""
         return max(self.depths, key=lambda one: one.iteration.tokens_per_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """Builtin types, for a file."""
-
         def iteration(one: Iteration | None) -> dict[str, Any] | None:
             return None if one is None else {**asdict(one), "tokens_per_s": one.tokens_per_s}
 
@@ -202,7 +199,6 @@ def _sizes(config: Config, model: PretrainedConfig, plan: Plan, levels: float) -
 
 
 def _linear_weights(spec: ModelSpec) -> int:
-    """Weights of the Linears of all layers."""
     return spec.layers * sum(shape.numel() for shape in spec.layer.values() if len(shape) > 1)
 
 

@@ -61,6 +61,10 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
     lines.append(f"best: depth {depth}{average}, {way.tokens_per_s:.1f} tokens/s{over}")
     if prediction.adaptive and not prediction.acceptance.drafted:
         lines.append("tree=adaptive stops by itself at about the best depth")
+    if way.ceiling is not None and way.pass_s > 1.1 * way.tau / way.ceiling:
+        lines.append(
+            "a pass waits for the GPU, not for the link: it restores coded layers and multiplies the tree's rows"
+        )
     lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
     lines.append("share: of the link's ceiling at that tau")
     if any(one.extrapolated for one in prediction.depths):

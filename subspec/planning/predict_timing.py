@@ -136,12 +136,10 @@ class Iteration:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the iteration."""
         return self.draft_s + self.pass_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed."""
         return self.tau / self.seconds
 
 

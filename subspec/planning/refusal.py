@@ -83,7 +83,6 @@ def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budg
 
 
 def least_decision(layout: MemoryLayout) -> Decision:
-    """The decision with the least device memory."""
     pinned = layout.offload.resident_layers
     resident = len(layout.required_resident) if pinned is None else pinned
     return Decision(resident, layout.least_chunk, layout.placements()[-1])

@@ -186,6 +186,15 @@ def test_a_cascade_names_the_source_of_its_passes(tmp_path, capsys, monkeypatch,
     assert ("the host's work is left out" if measured else "1.50 ms (proposals_ms, set by hand)") in out
 
 
+@pytest.mark.parametrize(("card", "waits"), [("rtx_4090", False), ("rtx_3060", True)])
+def test_a_pass_that_waits_for_the_gpu_is_said(capsys, card, waits):
+    code, out, err = run(
+        capsys, "target=planted_qwen2_5_7b", "offload.vram_gib=8", f"card={card}", "tau=26", "depths=8"
+    )
+    assert code == 0, err
+    assert ("a pass waits for the GPU" in out) == waits
+
+
 def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
     file = tmp_path / "found.json"
     asked = ["target=planted_qwen2_5_32b", "card=RTX 3090", "tau=10", "depths=8"]
