@@ -15,8 +15,9 @@ from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom, least_budget
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.budget import Budget
+from subspec.planning.choose import with_most_texts
 from subspec.planning.memory_layout import spread
-from subspec.planning.plan import Bandwidth, Plan, with_most_texts
+from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.refusal import arithmetic, ceil_gib, changes
 from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
 

@@ -27,9 +27,6 @@ from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
 
-CHUNK_STEP = 64
-"""Prefill chunks are multiples of this."""
-
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 

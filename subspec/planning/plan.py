@@ -4,7 +4,7 @@ The planner reads the target's transformers configuration, not its weights. It s
 aside (:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
 
 1. reserves the indispensable: substitute, norms, LM head, KV cache, tree, workspaces, ring;
-2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.memory_layout.CHUNK_GOAL`), of a
+2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.run_memory.CHUNK_GOAL`), of a
    smaller one only if it must;
 3. keeps as many layers resident as still fit, or exactly ``offload.resident_layers``;
 4. puts the embedding table on the host if that frees a layer (or the chunk of step 2), else on the device;
@@ -21,23 +21,20 @@ Example::
     plan.resident_layers, plan.pass_seconds, plan.ceiling(tau=12)
 """
 
-from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import Cache, Config, Placement, StreamOffloadConfig
-from subspec.drafts.check_config import one_text_key
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom
 from subspec.planning.budget import Budget, DeviceMemory, budget_of
+from subspec.planning.choose import choose, least_decision, with_most_texts, with_tiers
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
-from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout, spread
-from subspec.planning.refusal import least_decision, refuse_device, refuse_host
+from subspec.planning.memory_layout import MemoryLayout, spread
+from subspec.planning.refusal import refuse_device, refuse_host
 
 TAUS = (1, 4, 12, 26)
 """Acceptance lengths whose ceilings are shown: of no draft, a small head, a small model, the substitute."""
@@ -237,11 +234,11 @@ def plan_run(
         elif decision is None:
             layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_decision(tried)))
     if decision is None:
-        raise refuse_device(layout, model, vram, lambda changed: choose(changed, budget))
+        raise refuse_device(layout, model, vram)
     resident = layout.spread(decision.resident)
     others = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
-    tiered = _tiers(layout, decision, host_limit)
+    tiered = with_tiers(layout, decision, host_limit)
     if tiered is None:
         raise refuse_host(layout, decision, host_limit or 0, vram)
     decision = tiered
@@ -260,7 +257,7 @@ def plan_run(
     plainly = not layout.drafts and not layout.coded
     plain_layout = layout if plainly else layout.without_draft(model)
     plain = decision if plainly else choose(plain_layout, budget)
-    plain = plain and _tiers(plain_layout, plain, host_limit)
+    plain = plain and with_tiers(plain_layout, plain, host_limit)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -289,85 +286,6 @@ def plan_run(
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
-
-
-def with_most_texts(config: Config, streamed: Callable[[Config], int | None]) -> Config:
-    """``config`` with the number of texts that is worth the most side by side; 1 if its draft runs one at a time.
-
-    Args:
-        streamed: streamed layers of a configuration; None: it does not fit.
-    """
-
-    def with_texts(texts: int) -> Config:
-        return replace(config, decoding=replace(config.decoding, texts=texts))
-
-    return with_texts(1 if one_text_key(config) else most_texts(lambda texts: streamed(with_texts(texts))))
-
-
-def most_texts(streamed: Callable[[int], int | None]) -> int:
-    """The number of texts that is worth the most: a pass takes the time of its streamed layers, and one layer more.
-
-    Args:
-        streamed: layers beside a number of texts; None: they do not fit.
-    """
-    best, worth = 1, 0.0
-    for texts in range(1, MOST_TEXTS + 1):
-        layers = streamed(texts)
-        if layers is None:
-            break
-        if texts / (1 + layers) >= worth:
-            best, worth = texts, texts / (1 + layers)
-    return best
-
-
-def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decision | None:
-    """``decision`` with the fewest layers on a disk whose host allocations fit ``limit`` bytes; None: none fits.
-
-    Without ``offload.ram_gib`` no layer is left to a disk.
-    """
-    tried = [decision]
-    if layout.offload.ram_gib is not None:
-        most = layout.spec.layers - decision.resident
-        tried += [replace(decision, disk=disk, in_files=True) for disk in range(most + 1)]
-    return next((one for one in tried if limit is None or layout.host_bytes(one) <= limit), None)
-
-
-def choose(layout: MemoryLayout, budget: int) -> Decision | None:
-    """The best decision whose device allocations and headroom fit ``budget`` bytes: most resident layers first.
-
-    None if none fits.
-    """
-    found = [_choose(layout, budget - headroom(budget), placement) for placement in layout.placements()]
-    # Resident layers, and the chunk up to its goal, matter more than the table's place.
-    fitting = [one for one in found if one is not None]
-    return max(fitting, key=lambda one: (one.resident, min(one.chunk, layout.goal)), default=None)
-
-
-def _choose(layout: MemoryLayout, room: int, embedding: Placement) -> Decision | None:
-    def used(resident: int, chunk: int) -> int:
-        return layout.device_bytes(Decision(resident, chunk, embedding))
-
-    least, most = len(layout.required_resident), layout.spec.layers
-    if layout.offload.resident_layers is not None:
-        least = most = layout.offload.resident_layers
-    chunks, ceiling = _chunks(layout.goal, layout.most_chunk), room
-    resident = next((n for n in range(most, least - 1, -1) if used(n, layout.goal) <= room), None)
-    if resident is not None:
-        taken = used(resident, layout.goal)
-        ceiling = taken + (room - taken) // 2
-    elif used(least, layout.least_chunk) <= room:
-        resident, chunks = least, _chunks(layout.least_chunk, layout.goal)
-    else:
-        return None
-    # The largest chunk that fits; the smallest one does, and larger ones take more.
-    place = bisect_left(chunks, True, lo=1, key=lambda chunk: used(resident, chunk) > ceiling)
-    return Decision(resident, chunks[place - 1], embedding)
-
-
-def _chunks(least: int, most: int) -> list[int]:
-    """Candidate chunk sizes, ascending: both bounds and the multiples of 64 between them."""
-    first = (least // CHUNK_STEP + 1) * CHUNK_STEP
-    return sorted({least, *range(first, most, CHUNK_STEP), most})
 
 
 def _host_limit(layout: MemoryLayout, host_free: int | None) -> int | None:

@@ -1,7 +1,7 @@
 """Refusals of the planner: the arithmetic, and the change that would make the run fit, in one line."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from subspec.config.schema import AdaptiveTreeConfig, Config, NoDraftConfig, Pla
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, least_budget
 from subspec.planning.budget import Budget
-from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
+from subspec.planning.choose import CHUNK_STEP, choose, least_decision
+from subspec.planning.memory_layout import Decision, MemoryLayout
 from subspec.targets.model_spec import ModelSpec
 
 SMALL = GIB // 20
@@ -25,20 +26,21 @@ SHALLOWEST = 4
 """Smallest proposed ``tree.depth``."""
 
 
-def refuse_device(
-    layout: MemoryLayout, model: PretrainedConfig, vram: Budget, choose: Callable[[MemoryLayout], Decision | None]
-) -> ConfigError:
-    """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk.
+def refuse_device(layout: MemoryLayout, model: PretrainedConfig, vram: Budget) -> ConfigError:
+    """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk."""
 
-    Args:
-        choose: the decision for a changed layout in the same budget, or None.
-    """
+    def fits(config: Config) -> bool:
+        try:
+            return choose(MemoryLayout(config, model), vram.allocator) is not None
+        except ConfigError:
+            return False
+
     least = least_decision(layout)
     items = [item for item in layout.allocations(least) if item.place is Placement.device]
     used = sum(item.bytes for item in items)
     needed = vram.least(used)
     items += [*vram.items, Allocation("kept free", ((least_budget(used) - used, 1),))]
-    helps = next((text for text, changed in changes(layout.config, layout.spec) if _fits(changed, model, choose)), None)
+    helps = next((text for text, changed in changes(layout.config, layout.spec) if fits(changed)), None)
     remedy = f"or {helps}" if helps else "no other single change is enough"
     asked, more = f"{vram.bytes / GIB:g}", f"raise offload.vram_gib to at least {ceil_gib(needed)}"
     if layout.offload.vram_gib == AUTO:
@@ -82,12 +84,6 @@ def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budg
     )
 
 
-def least_decision(layout: MemoryLayout) -> Decision:
-    pinned = layout.offload.resident_layers
-    resident = len(layout.required_resident) if pinned is None else pinned
-    return Decision(resident, layout.least_chunk, layout.placements()[-1])
-
-
 def arithmetic(items: Sequence[Allocation]) -> str:
     """``substitute 3.4 + LM head 1.0 + ... + rest 0.1``, in GiB, largest first."""
     shown = sorted((item for item in items if item.bytes >= SMALL), key=lambda item: -item.bytes)
@@ -107,13 +103,6 @@ def _floor_gib(size: int) -> str:
 
 def _either(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
-
-
-def _fits(config: Config, model: PretrainedConfig, choose: Callable[[MemoryLayout], Decision | None]) -> bool:
-    try:
-        return choose(MemoryLayout(config, model)) is not None
-    except ConfigError:
-        return False
 
 
 def changes(config: Config, spec: ModelSpec) -> Iterator[tuple[str, Config]]:

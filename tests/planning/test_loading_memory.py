@@ -18,9 +18,9 @@ from subspec.memory.allocator import GIB, headroom
 from subspec.memory.trace import MemoryTrace
 from subspec.offload import loader
 from subspec.planning import loading_memory
+from subspec.planning.choose import choose
 from subspec.planning.loading_memory import ENCODING, PACKING, head_loading_bytes, loading_bytes
 from subspec.planning.memory_layout import POST_LOAD, MemoryLayout
-from subspec.planning.plan import choose
 from subspec.quant import grids, hqq
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import hqq_quantizer

@@ -12,8 +12,8 @@ from subspec.config.defaults import MOST_TEXTS
 from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, MIB, headroom
+from subspec.planning.choose import choose, most_texts
 from subspec.planning.memory_layout import MemoryLayout
-from subspec.planning.plan import choose, most_texts
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
