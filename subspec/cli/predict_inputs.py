@@ -126,19 +126,21 @@ def _machine(
     command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: "Measured | None"
 ) -> tuple["Machine", str]:
     """The machine, and the source of the time of a draft level."""
-    from subspec.planning.predict_timing import EFFICIENCY, Machine
+    from subspec.planning.predict_timing import EFFICIENCY, TILE_ROWS, Machine
 
     memory = command.number("memory_gb_per_s") or (gpu.memory_gb_per_s if gpu else None)
     link = config.offload.link_gb_per_s or (gpu.link_gb_per_s if gpu else None)
     assert memory is not None
     assert link is not None
+    tensor = gpu.tensor if gpu else None
     level_s, proposals_s = command.seconds("level_ms"), command.seconds("proposals_ms")
-    source = f"from {EFFICIENCY:.0%} of the memory bandwidth, a constant per layer, and the rows behind the first 8"
+    source = f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
+    source += f" and per row behind the first {TILE_ROWS}" if tensor else ""
     if level_s is not None:
         source = "level_ms, set by hand"
     elif measured is not None and measured.level_s and measured.fits(config, gpu):
         level_s, source = measured.level_s, f"measured by that run on {measured.device}"
-    return Machine(link, memory, level_s, tensor=gpu.tensor if gpu else None, proposals_s=proposals_s), source
+    return Machine(link, memory, level_s, tensor=tensor, proposals_s=proposals_s), source
 
 
 def _acceptance(command: PredictCommand, config: Config, measured: "Measured | None") -> Acceptance:

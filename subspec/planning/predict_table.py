@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from subspec.planning.predict import Prediction
-from subspec.planning.predict_timing import Iteration
 
 PLANTED = "planted weights: the speed is real, but they are no language model and their acceptance is not a text's"
 
@@ -17,21 +16,20 @@ def depth_table(prediction: Prediction) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for heading in ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = prediction.best
+    best, plain = prediction.best, prediction.plain
     for one in prediction.depths:
-        way = one.iteration
-        mark = "*" if one.extrapolated else ""
-        cells: list[str | Text] = [
-            f"{one.depth}{mark}",
+        way, fastest = one.iteration, one is best
+        speed = Text(f"{way.tokens_per_s:.1f}{' <' if fastest else '  '}", style="bold" if fastest else "")
+        table.add_row(
+            f"{one.depth}{'*' * one.extrapolated}",
             f"{way.tau:.2f}",
             f"{one.resident}",
             f"{way.draft_s:.3f}",
             f"{way.pass_s:.3f}",
-            _speed(way, one is best),
-            _over(way, prediction.plain),
+            speed,
+            "-" if plain is None else f"{way.tokens_per_s / plain.tokens_per_s:.1f}",
             "-" if way.ceiling is None else f"{way.tokens_per_s / way.ceiling:.2f}",
-        ]
-        table.add_row(*cells)
+        )
     return table
 
 
@@ -110,11 +108,3 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
 def _unit(prediction: Prediction) -> str:
     """A draft level, or a pass of a cascade, which grows several."""
     return "draft level" if prediction.acceptance.passes == 1 else f"pass of the substitute, {prediction.rows} rows"
-
-
-def _speed(way: Iteration, is_best: bool) -> Text:
-    return Text(f"{way.tokens_per_s:.1f}" + (" <" if is_best else "  "), style="bold" if is_best else "")
-
-
-def _over(way: Iteration, plain: Iteration | None) -> str:
-    return "-" if plain is None else f"{way.tokens_per_s / plain.tokens_per_s:.1f}"
