@@ -38,41 +38,21 @@ Everything else is as for `python -m subspec.run` (its --help lists the groups).
 quant=hqq, offload=stream with all of the card's memory.
 """
 
-OWN_KEYS = ("card", "depths", "tau", "tau_depth", "passes", "memory_gb_per_s", "level_ms", "proposals_ms")
+NUMBERS = ("tau", "tau_depth", "passes", "memory_gb_per_s", "level_ms", "proposals_ms")
 PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class PredictCommand:
-    """The parsed command line: keys of this command, overrides of the configuration, files."""
+    """The parsed command line: keys of this command, of them the positive ``numbers``, overrides, and files."""
 
-    own: dict[str, str]
+    card: str | None
+    depths: tuple[int, ...]
+    numbers: dict[str, float]
     overrides: list[str]
     source: Path | None
     plot: Path | None
     json: Path | None
-
-    def number(self, key: str) -> float | None:
-        """The positive number given for ``key``; None: it was not given.
-
-        Raises:
-            ConfigError: it is not a positive number.
-        """
-        text = self.own.get(key)
-        if text is None:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{key}={text}: expected a positive number")
-        return value
-
-    def seconds(self, key: str) -> float | None:
-        """The same, given in milliseconds, in seconds."""
-        value = self.number(key)
-        return None if value is None else value / 1e3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,16 +72,39 @@ def parse(arguments: Sequence[str]) -> PredictCommand:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_intermixed_args(list(arguments))
-    own, rest = {}, []
+    own: dict[str, str] = {}
+    rest: list[str] = []
     for text in parsed.overrides:
         key, equals, value = text.partition("=")
-        if key in OWN_KEYS and equals:
+        if key in ("card", "depths", *NUMBERS) and equals:
             own[key] = value
         else:
             rest.append(text)
     if parsed.plot is not None and parsed.plot.suffix not in PICTURES:
         raise ConfigError(f"--plot {parsed.plot}: the name must end in {', '.join(PICTURES)}")
-    return PredictCommand(own, rest, parsed.source, parsed.plot, parsed.json)
+    depths = _depths(own["depths"]) if "depths" in own else ()
+    numbers = {key: _positive(key, own[key]) for key in NUMBERS if key in own}
+    return PredictCommand(own.get("card"), depths, numbers, rest, parsed.source, parsed.plot, parsed.json)
+
+
+def _positive(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key}={text}: expected a positive number")
+    return value
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    try:
+        depths = tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        depths = (0,)
+    if min(depths) < 1:
+        raise ConfigError(f"depths={text}: expected numbers of levels, as in depths=[8,16,32]")
+    return depths
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
