@@ -184,7 +184,7 @@ def on_disk(monkeypatch):
     def tiers(layout, decision, limit):
         return replace(decision, disk=(layout.spec.layers - decision.resident) // 2, in_files=True)
 
-    monkeypatch.setattr(plan, "_tiers", tiers)
+    monkeypatch.setattr(plan, "with_tiers", tiers)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ FILES = (
 )
 """Runs with the kernels of today; ``NOTES`` names the one that is older."""
 NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms, now 6.7"}
+ROWS = "../rows/rows_h200.json"
+"""Times of levels of many rows."""
 LEVELS = (("qwen2_5_7b", "../quantizers/level_times_h200.json"), ("qwen2_5_32b", "level_32b_h200.json"))
 """Targets and times of single levels (``scripts/level_benchmark.py``) that the constants of a level come from. No whole
 run went into the fit."""
@@ -86,7 +88,7 @@ def config(
 
 
 def _way(run: Config, link: float, acceptance: Acceptance) -> Iteration:
-    machine = Machine(link, find_gpu("H200").memory_gb_per_s)
+    machine = Machine(link, find_gpu("H200").memory_gb_per_s, tensor=find_gpu("H200").tensor)
     (one,) = predict(run, SHAPES[run.target.shape](), machine, acceptance, depths=()).depths
     return one.iteration
 
@@ -155,6 +157,20 @@ def fitted() -> tuple[float, float]:
     return (t1 - n1 * inverse) / l1, 1 / inverse
 
 
+def rows() -> list[tuple[int, float, float]]:
+    """(rows, seconds as measured, as predicted) of a level of the 7B by its number of rows."""
+    content = json.loads((GPU / ROWS).read_text(encoding="utf-8"))["kernels"]["pieces of 32"]
+    gpu, model = find_gpu("H200"), SHAPES["qwen2_5_7b"]()
+    machine = Machine(55.5, gpu.memory_gb_per_s, tensor=gpu.tensor)
+    found = []
+    for label, one in content.items():
+        count = int(label.split()[1])
+        run = config("qwen2_5_7b", 24.0, 48, count, 0)
+        level = predict(run, model, machine, Acceptance.from_tau(20, 48), depths=()).level_s
+        found.append((count, one["ms"] / 1e3, level))
+    return found
+
+
 def lines() -> list[str]:
     """The table of the README."""
     head = [
@@ -174,13 +190,15 @@ def lines() -> list[str]:
 
 
 def main() -> None:
-    """Print the table and the fit."""
+    """Print the tables and the fit."""
     print("\n".join(lines()))
     layer, share = fitted()
     print(
         f"\nfitted: {1e6 * layer:.1f} microseconds per layer and {share:.3f} of the memory bandwidth; "
         f"used: {1e6 * LEVEL_LAYER_S:.0f} and {EFFICIENCY:.2f}"
     )
+    for count, measured, level in rows():
+        print(f"{count} rows: {1e3 * measured:.2f} ms measured, {1e3 * level:.2f} predicted")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from subspec.cli.compose import compose_config
 from subspec.cli.predict import PredictCommand
-from subspec.config.enums import AUTO
+from subspec.config.enums import AUTO, Proposer
 from subspec.config.schema import Config, StreamOffloadConfig, to_config
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
@@ -25,10 +25,13 @@ DEFAULTS = {"draft": "subspec", "quant": "hqq", "offload": "stream", "logger": "
 
 
 def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction", str, bool, str]:
-    """The prediction, a title, whether weights are planted, and the source of a draft level's time."""
+    """The prediction, a title, whether weights are planted, and the source of a draft level's time.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
     gpu = named_gpu(command)
     measured = _measured(command)
-    depths = _depths(command)
     config = compose(command, gpu)
     for difference in measured.check(config) if measured is not None else ():
         note(difference)
@@ -40,7 +43,7 @@ def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction"
     model = load_target_config(config.target, note=note)
     check_against_target(config, model)
     machine, level_source = _machine(command, config, gpu, measured)
-    prediction = predict(config, model, machine, _acceptance(command, config, measured), depths or DEPTHS)
+    prediction = predict(config, model, machine, _acceptance(command, config, measured), command.depths or DEPTHS)
     planted = hasattr(config.target, "shape") or (measured is not None and measured.planted)
     assert isinstance(config.offload, StreamOffloadConfig)
     title = f"{config.target.name} in {config.offload.vram_gib:g} GiB" + (f" on {gpu.name}" if gpu else "")
@@ -48,8 +51,12 @@ def predict_command(command: PredictCommand, note: "Note") -> tuple["Prediction"
 
 
 def named_gpu(command: PredictCommand) -> GpuSpec | None:
-    """The named or measured GPU; None: bandwidths are given instead."""
-    name = command.own.get("card")
+    """The named or measured GPU; None: bandwidths are given instead.
+
+    Raises:
+        ConfigError: neither is given.
+    """
+    name = command.card
     if name == AUTO:
         return measure_gpu()
     if name is not None:
@@ -60,7 +67,7 @@ def named_gpu(command: PredictCommand) -> GpuSpec | None:
             hint = "For another one give memory_gb_per_s, offload.link_gb_per_s and offload.vram_gib"
             raise ConfigError(f"{message} {hint}" if "unknown card" in message else message) from error
     given = {text.partition("=")[0] for text in command.overrides}
-    if "memory_gb_per_s" in command.own and {"offload.link_gb_per_s", "offload.vram_gib"} <= given:
+    if "memory_gb_per_s" in command.numbers and {"offload.link_gb_per_s", "offload.vram_gib"} <= given:
         return None
     raise ConfigError(
         "card is not set: give card=NAME (e.g. card=rtx_4090), card=auto for this machine's GPU, or memory_gb_per_s, "
@@ -69,18 +76,26 @@ def named_gpu(command: PredictCommand) -> GpuSpec | None:
 
 
 def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
-    """The configuration, checked as for a run."""
+    """The configuration, checked as for a run.
+
+    Raises:
+        ConfigError: as for a run.
+    """
     given = {text.partition("=")[0] for text in command.overrides}
     if "offload.card" in given:
         raise ConfigError("offload.card: here the card is given as card=NAME")
     defaults = dict(DEFAULTS)
     if gpu is not None:
         defaults |= {"offload.vram_gib": AUTO}
-        if command.own["card"] != AUTO:
+        if command.card != AUTO:
             defaults |= {"offload.card": f"'{gpu.name}'"}
     stream = not any(text.startswith("offload=") and text != "offload=stream" for text in command.overrides)
-    added = [key for key in defaults if key not in given and (stream or not key.startswith("offload."))]
-    config = to_config(compose_config(command.overrides, [f"{key}={defaults[key]}" for key in added]))
+    added = [
+        f"{key}={value}"
+        for key, value in defaults.items()
+        if key not in given and (stream or not key.startswith("offload."))
+    ]
+    config = to_config(compose_config(command.overrides, added))
     if not isinstance(config.offload, StreamOffloadConfig):
         raise ConfigError(f"offload={config.offload.name}: predictions are for offload=stream; leave offload out")
     if config.draft.name == "none":
@@ -92,9 +107,9 @@ def compose(command: PredictCommand, gpu: GpuSpec | None) -> Config:
 
 
 def _measured(command: PredictCommand) -> "Measured | None":
-    if command.source is not None and "tau" in command.own:
+    if command.source is not None and "tau" in command.numbers:
         raise ConfigError("tau= and --from both say how much is accepted: give one of them")
-    if command.source is None and "tau" not in command.own:
+    if command.source is None and "tau" not in command.numbers:
         raise ConfigError(
             "tau is not set: give tau=NUMBER as measured by a run (published for SubSpec, Qwen2.5-7B on MT-Bench: "
             "28.35), or --from RUN"
@@ -110,39 +125,47 @@ def _machine(
     command: PredictCommand, config: Config, gpu: GpuSpec | None, measured: "Measured | None"
 ) -> tuple["Machine", str]:
     """The machine, and the source of the time of a draft level."""
-    from subspec.planning.predict_timing import EFFICIENCY, Machine
+    from subspec.planning.predict_timing import EFFICIENCY, TILE_ROWS, Machine
 
-    memory = command.number("memory_gb_per_s") or (gpu.memory_gb_per_s if gpu else None)
+    given = command.numbers
+    memory = given.get("memory_gb_per_s") or (gpu.memory_gb_per_s if gpu else None)
     link = config.offload.link_gb_per_s or (gpu.link_gb_per_s if gpu else None)
     assert memory is not None
     assert link is not None
-    level_ms = command.number("level_ms")
-    if level_ms is not None:
-        return Machine(link, memory, level_ms / 1e3), "level_ms"
-    if measured is not None and measured.level_s and measured.fits(config, gpu):
-        return Machine(link, memory, measured.level_s), f"measured by that run on {measured.device}"
-    return Machine(link, memory), f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
+    tensor = gpu.tensor if gpu else None
+    level_s, proposals_s = (given[key] / 1e3 if key in given else None for key in ("level_ms", "proposals_ms"))
+    source = f"from {EFFICIENCY:.0%} of the memory bandwidth, and a constant per layer"
+    source += f" and per row behind the first {TILE_ROWS}" if tensor else ""
+    if level_s is not None:
+        source = "level_ms, set by hand"
+    elif measured is not None and measured.level_s and measured.fits(config, gpu):
+        level_s, source = measured.level_s, f"measured by that run on {measured.device}"
+    return Machine(link, memory, level_s, tensor=tensor, proposals_s=proposals_s), source
 
 
 def _acceptance(command: PredictCommand, config: Config, measured: "Measured | None") -> Acceptance:
-    """The acceptance of a measured run, or of a single tau."""
+    """The acceptance of a measured run, or of a single tau; with ``draft.proposer`` its passes, too."""
+    given = command.numbers
     if measured is not None:
-        return measured.acceptance
-    tau, depth = command.number("tau"), command.number("tau_depth")
-    assert tau is not None
-    if depth is not None and depth != int(depth):
-        raise ConfigError(f"tau_depth={depth:g}: expected a number of levels")
-    return Acceptance.from_tau(tau, int(depth) if depth is not None else config.tree.depth)
-
-
-def _depths(command: PredictCommand) -> tuple[int, ...] | None:
-    text = command.own.get("depths")
-    if text is None:
-        return None
-    try:
-        depths = tuple(int(part) for part in text.strip("[]").split(","))
-    except ValueError:
-        depths = (0,)
-    if min(depths) < 1:
-        raise ConfigError(f"depths={text}: expected numbers of levels, as in depths=[8,16,32]")
-    return depths
+        found = measured.acceptance
+    else:
+        depth = given.get("tau_depth", config.tree.depth)
+        if depth != int(depth):
+            raise ConfigError(f"tau_depth={depth:g}: expected a number of levels")
+        found = Acceptance.from_tau(given["tau"], int(depth))
+    proposes = getattr(config.draft, "proposer", Proposer.none) is not Proposer.none
+    passes, source = given.get("passes"), "set by hand"
+    if not proposes:
+        if {"passes", "proposals_ms"} & given.keys():
+            raise ConfigError("passes and proposals_ms are for draft.proposer: set it, or leave them out")
+        return replace(found, passes=1.0)
+    if passes is None and found.passes < 1:
+        passes, source = found.passes, "measured by that run"
+    if passes is None:
+        raise ConfigError(
+            "passes is not set: with draft.proposer give passes=NUMBER, the substitute's passes per drafted level "
+            "(measured: experiments/drafts/cascade.md), or --from a run with a proposer"
+        )
+    if passes > 1:
+        raise ConfigError(f"passes={passes:g}: expected passes per drafted level, at most 1")
+    return replace(found, passes=passes, source=f"{found.source}; {passes:.2f} passes per level, {source}")

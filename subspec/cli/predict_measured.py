@@ -1,7 +1,7 @@
 """Measurements of finished runs that a prediction uses: acceptance by depth, and the time of a draft level."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,33 @@ class Measured:
 
     Attributes:
         acceptance: survival by depth.
-        level_s: seconds of a draft level; None: nothing was drafted on a GPU.
+        level_s: seconds of a draft level, with ``draft.proposer`` of a pass and its proposals; None: nothing was
+            drafted on a GPU.
         target, device: recorded names, for which ``level_s`` holds.
+        tree: its name.
         planted: whether the weights are planted.
-        run: one of the runs, for its settings.
+        settings: that change acceptance and a level's time, by key (:func:`_settings`).
     """
 
     acceptance: Acceptance
     level_s: float | None
     target: str
     device: str
+    tree: str
     planted: bool
-    run: RunData
+    settings: Mapping[str, Any]
 
     def differences(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """(of the runs, of ``config``) by key, where settings differ that change acceptance and a level's time."""
-        quantized = is_quantized(self.run.config, self.run.facts)
-        theirs, ours = (_settings(one, quantized) for one in (self.run.config, asdict(config)))
-        return {key: (theirs[key], ours[key]) for key in theirs if theirs[key] != ours[key]}
+        """(of the runs, of ``config``) by key, where settings differ."""
+        wanted = _settings(asdict(config))
+        return {key: (own, wanted[key]) for key, own in self.settings.items() if own != wanted[key]}
 
     def check(self, config: Config) -> list[str]:
-        """Lines for people about the differences. Raises ConfigError if the runs are of another kind of draft."""
+        """Lines for people about the differences.
+
+        Raises:
+            ConfigError: the runs are of another kind of draft.
+        """
         found = self.differences(config)
         if "draft.name" in found:
             theirs, ours = found["draft.name"]
@@ -48,9 +54,9 @@ class Measured:
                 f"--from: that run has draft={theirs}, and this prediction is for draft={ours}: set draft={theirs}, "
                 f"or give a run with draft={ours}"
             )
-        before, now = config_group(self.run.config, "tree").get("name"), config.tree.name
-        if before != now and "adaptive" in (before, now):  # of the others, levels survive alike
-            found["tree"] = before, now
+        now = config.tree.name
+        if "adaptive" in (self.tree, now):  # of the others, levels survive alike
+            found |= {"tree": (self.tree, now)} if self.tree != now else {}
         return [f"acceptance was measured with {key}={a}, and this prediction has {b}" for key, (a, b) in found.items()]
 
     def fits(self, config: Config, card: GpuSpec | None) -> bool:
@@ -61,7 +67,11 @@ class Measured:
 
 
 def read_measured(place: Path) -> Measured:
-    """Read a run's folder, a folder above runs of one method, or a ``records.jsonl``."""
+    """Read a run's folder, a folder above runs of one method, or a ``records.jsonl``.
+
+    Raises:
+        ConfigError: nothing in it drafts, or several methods do.
+    """
     folder = place.parent if place.is_file() else place
     try:
         runs = [run for run in collect([folder]) if run.summary["totals"]["drafted_by_depth"]]
@@ -69,36 +79,52 @@ def read_measured(place: Path) -> Measured:
         raise ConfigError(f"--from {error}") from error
     if not runs:
         raise ConfigError(f"--from {place}: no run there drafts; take one with draft=subspec")
-    methods = {(method_label(run.config, run.facts), str(run.summary["context"]["target"])) for run in runs}
+    methods = {(method_label(run.config, run.facts), _target(run)) for run in runs}
     if len(methods) > 1:
         names = "; ".join(sorted(f"{method} of {target}" for method, target in methods))
         raise ConfigError(f"--from {place} holds runs of several methods ({names}): give the folder of one")
-    ((method, target),) = methods
-    first, summary = runs[0], summarise([record for run in runs for record in run.records])
-    totals, cuda = summary["totals"], summary["context"]["device"] == "cuda"
+    first = runs[0]
+    summary = summarise([record for run in runs for record in run.records])
+    totals = summary["totals"]
+    tree, settings = str(config_group(first.config, "tree").get("name")), _settings(first.config)
+    if not is_quantized(first.config, first.facts):
+        settings = {key: value for key, value in settings.items() if not key.startswith("quant.")}
+    levels = sum(totals["drafted_by_depth"])
+    passes = (settings["draft.proposer"] and totals.get("draft_passes")) or levels
+    cuda = summary["context"]["device"] == "cuda"
     gpu = ((first.environment.get("hardware") or {}).get("gpu") or {}) if cuda else {}
-    source = f"by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
-    by_depth = totals["drafted_by_depth"], totals["accepted_by_depth"]
-    adaptive = config_group(first.config, "tree").get("name") == "adaptive"
+    ((method, target),) = methods
+    source = f"measured by depth, of {method} of {target}: {len(runs)} run(s) in {place} (tau {totals['tau']:.2f})"
+    acceptance = Acceptance.from_counts(
+        totals["drafted_by_depth"], totals["accepted_by_depth"], source, adaptive=tree == "adaptive"
+    )
     return Measured(
-        Acceptance.from_counts(*by_depth, source, adaptive=adaptive),
-        totals["draft_s"] / sum(by_depth[0]) if cuda and totals["draft_s"] else None,
+        replace(acceptance, passes=passes / levels),
+        totals["draft_s"] / passes if cuda and totals["draft_s"] else None,
         target,
         str(gpu.get("name") or "unknown"),
+        tree,
         summary["context"]["planted"] is True,
-        first,
+        settings,
     )
 
 
-def _settings(config: Mapping[str, Any], quantized: bool) -> dict[str, Any]:
-    """Settings that select the drafting model, and determine the bytes that a level reads."""
+def _target(run: RunData) -> str:
+    return str(run.summary["context"]["target"])
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that select the drafting model, the bytes that its levels read, and their rows."""
     draft, quant, tree = (config_group(config, group) for group in ("draft", "quant", "tree"))
     found = {f"draft.{key}": draft.get(key) or None for key in ("name", "path", "layers", "keep", "quantize")}
-    if quantized:
-        found["quant.name"], found["quant.bits"] = quant.get("name"), quant.get("bits")
-        own = config_group(quant, "bits_by").items()
-        found["quant.bits_by"] = {key: bits for key, bits in own if bits is not None}
-        found["quant.modules"] = sorted(quant.get("modules") or ())
+    proposer = draft.get("proposer")
+    proposer = getattr(proposer, "value", proposer)
+    proposes = proposer not in (None, "none")
+    found["draft.proposer"] = proposer if proposes else None
+    found |= {f"draft.{key}": draft.get(key) if proposes else None for key in ("proposer_path", "proposed")}
+    found |= {f"quant.{key}": quant.get(key) for key in ("name", "bits")}
+    found["quant.bits_by"] = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
+    found["quant.modules"] = sorted(quant.get("modules") or ())
     return found | {"tree.width": tree.get("width", 1 if tree.get("name") == "chain" else None)}
 
 
@@ -111,5 +137,4 @@ def _card_name(name: str) -> str:
 
 
 def _shape(target: str) -> str:
-    """The shape of a target, planted or not."""
     return target.removeprefix("planted_")

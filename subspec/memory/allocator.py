@@ -45,7 +45,6 @@ class Allocation:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors."""
         return sum(size * count for size, count in self.tensors)
 
     @property

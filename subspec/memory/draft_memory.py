@@ -101,5 +101,4 @@ def kv_bytes(spec: ModelSpec, max_length: int, draft_rows: int, target_rows: int
 
 
 def tree_bytes(nodes: int) -> int:
-    """Bytes of a tree with room for ``nodes`` nodes."""
     return sum(value.nbytes for value in vars(Tree(nodes, META)).values() if isinstance(value, Tensor))

@@ -33,6 +33,7 @@ class Acceptance:
         source: origin of the figures, for people.
         notes: limitations, one line each.
         drafted: shares of passes that draft level 1, 2, ... of an adaptive tree; empty: all do.
+        passes: of the substitute for a drafted level: 1, or fewer with ``draft.proposer``.
     """
 
     measured: tuple[float, ...]
@@ -41,6 +42,7 @@ class Acceptance:
     source: str
     notes: tuple[str, ...] = ()
     drafted: tuple[float, ...] = ()
+    passes: float = 1.0
 
     @classmethod
     def from_tau(cls, tau: float, depth: int, source: str = "") -> "Acceptance":
@@ -50,7 +52,12 @@ class Acceptance:
             ConfigError: no tree of this depth has such a tau.
         """
         p = constant_survival(tau, depth)
-        return cls((), p, depth, source or f"tau {tau:g} at depth {depth}, the same survival {p:.4f} at every level")
+        return cls(
+            (),
+            p,
+            depth,
+            source or f"tau {tau:g} at depth {depth}, set by hand; the same survival {p:.4f} at every level",
+        )
 
     @classmethod
     def from_counts(
@@ -99,7 +106,6 @@ class Acceptance:
         return sum(shares[:depth]) + shares[-1] * max(0, depth - len(shares))
 
     def extrapolated(self, depth: int) -> bool:
-        """Whether a tree of ``depth`` levels is deeper than the measurement."""
         return depth > self.depth
 
 

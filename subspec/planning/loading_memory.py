@@ -1,11 +1,11 @@
 """Peak device memory while a target and its substitute are loaded, from shapes.
 
-These sizes are formulas: quantizing and coding read their own results back, so they do not run on the meta device. The
-loader (:mod:`subspec.offload.loader`) holds one exact layer with the quantized weights of its Linears and, one after
-another, the temporaries of quantizing a Linear, of packing a fused Linear, and of coding the exact weights. The KV
-cache, the ring, the resident layers and the workspaces are allocated later. If loading needs more room than they do,
-layers of the substitute are staged on the host (:meth:`subspec.planning.memory_layout.MemoryLayout.staged_layers`). A
-layer from the cache of coded layers needs less.
+These sizes are formulas, not traces: quantizing and coding do not run on the meta device, since HQQ's optimiser reads
+its error back to stop, and a code is as long as its weights make it. The loader (:mod:`subspec.offload.loader`) holds
+one exact layer with the quantized weights of its Linears and, one after another, the temporaries of quantizing a
+Linear, of packing a fused Linear, and of coding the exact weights. The KV cache, the ring, the resident layers and the
+workspaces are allocated later. If loading needs more room than they do, layers of the substitute are staged on the host
+(:meth:`subspec.planning.memory_layout.MemoryLayout.staged_layers`). A layer from the cache of coded layers needs less.
 """
 
 import math

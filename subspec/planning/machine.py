@@ -24,31 +24,26 @@ def measure_gpu() -> GpuSpec:
         known = "card=NAME (e.g. card=rtx_4090) predicts without one"
         raise ConfigError(f"card=auto measures a CUDA device, and there is none here: {known}")
     properties = torch.cuda.get_device_properties(device)
-    link = measure_link(device)
+    link, tensor = measure_link(device), None
     try:
-        memory = find_gpu(properties.name).memory_gb_per_s
+        known_gpu = find_gpu(properties.name)
+        memory, tensor = known_gpu.memory_gb_per_s, known_gpu.tensor
     except ConfigError:
         memory = measured_memory_gb_per_s(device) / COPY_SHARE
     # The driver reports less than the nominal size.
     total = properties.total_memory / 2**30 / DRIVER_SHARE
-    return GpuSpec(properties.name, total, memory, (4, 16), measured_link=link)
+    return GpuSpec(properties.name, total, memory, (4, 16), tensor, measured_link=link)
 
 
 def measured_memory_gb_per_s(device: object) -> float:
-    """Bytes read and written by device copies of 1 GiB, in GB/s (median of five)."""
+    """Bytes read and written by device copies of 1 GiB, in GB/s."""
     import torch
+    from torch.utils.benchmark import Timer
 
     size = 2**30
     source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    del source, target
+    copy = Timer("target.copy_(source)", globals={"source": source, "target": torch.empty_like(source)})
+    seconds = copy.timeit(5).median
+    del source, copy
     torch.cuda.empty_cache()
-    return 2 * size / sorted(times[1:])[2] / 1e9
+    return 2 * size / seconds / 1e9

@@ -12,20 +12,8 @@ from transformers import PretrainedConfig
 
 from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
 from subspec.config.enums import Codec, Kernel
-from subspec.config.schema import (
-    Config,
-    Device,
-    Dtype,
-    NoDraftConfig,
-    Placement,
-    StreamOffloadConfig,
-    SubstituteDraftConfig,
-)
-from subspec.decoding.audit import PROMPT_CHUNK
+from subspec.config.schema import Config, Device, Dtype, NoDraftConfig, Placement, SubstituteDraftConfig
 from subspec.decoding.bitwise import unsupported
-from subspec.decoding.from_config import build_sampling, build_tree_policy
-from subspec.decoding.sampling import Sampling
-from subspec.decoding.shared_pass import JOINING_ROWS, LOGITS_ROWS
 from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
@@ -33,40 +21,17 @@ from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
-from subspec.memory.draft_memory import DraftMemory, SizingInputs, kv_bytes, tree_bytes
-from subspec.memory.trace import TargetTrace, target_trace
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
+from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
-from subspec.utils.rounding import round_up
-
-CHUNK_STEP = 64
-"""Prefill chunks are multiples of this."""
-
-CHUNK_GOAL = 512
-"""Prefill chunk whose workspace is reserved before any layer becomes resident.
-
-A chunk is one sweep over all streamed weights. 1024 tokens instead of 512 cost 0.08 GiB (7B), a fifth of a resident
-layer, and save one sweep of a prompt longer than 512 tokens; most are shorter. The chunk grows into half of the memory
-that the layers leave over.
-"""
-
-LOADING_LAYERS = 3
-"""Layers in host memory while loading: one being read, one being quantized, one to spare."""
 
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 
-SLOT_PAGES = 4
-"""Pages that a slot of a disk's ring holds beyond its layer, which may lie in two files, each with a page cut at both
-ends."""
-
 POST_LOAD = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
 """Device allocations made after weight loading has finished."""
-
-AUDIT_ROWS = 256
-"""Tokens per pass of an audit that compares no bits."""
 
 
 @dataclass(frozen=True)
@@ -83,83 +48,62 @@ class Decision:
     in_files: bool = False
 
 
-class MemoryLayout:
-    """Sizes that a configuration fixes.
+class MemoryLayout(RunMemory):
+    """Sizes of a run on a GPU.
 
     Attributes:
-        draft: None for plain decoding.
         required_resident: layers that must be resident because the draft needs them exact on the device.
         coded: whether exact weights are coded by the substitute.
-        layer_bytes: of a streamed layer. resident_bytes: of a resident one, which is coded too if ``coded``.
+        exact_bytes: of a layer as it is. layer_bytes: of a streamed one, coded or not.
         coded_head_bytes: of the exact LM head if it is coded by the draft's own; else 0 (no such head, or the
             embedding is tied to it).
         head_loading_bytes: peak while the coded head is made, before other allocations but the embedding; or 0.
         loading_bytes: peak while a layer is loaded and quantized, before the allocations in :data:`POST_LOAD`; or 0.
         packed_bytes: of a substitute's layer, its quantized Linears alone.
-        goal, least_chunk, most_chunk: prefill chunk in tokens: reserved first, lower bound, upper bound.
-        texts: that run side by side.
-        nodes: most nodes of a tree. rows: of its tensors; pass_rows: of a verification pass. Both are multiples of
-            :data:`~subspec.decoding.text_loop.ROW_MULTIPLE`, or 1 without a draft.
 
     Raises:
         ConfigError: a draft or quantizer that has no plan, or keys that contradict the target.
     """
 
     def __init__(self, config: Config, model: PretrainedConfig) -> None:
-        if not isinstance(config.offload, StreamOffloadConfig):
-            raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
-        self.config, self.offload = config, config.offload
-        self.spec = spec = ModelSpec.of(model)
-        self.itemsize = _itemsize(config)
-        self.bitwise = _bitwise(config, model, self.itemsize)
-        self.target = target_trace(model, self.itemsize, bitwise=self.bitwise)
-        self.sampling = build_sampling(config)
-        self.texts: int = config.decoding.texts
-
+        spec, itemsize = ModelSpec.of(model), _itemsize(config)
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, spec) if quantizes else None
-        plain = PlainCodec(self.itemsize)
-        codec: LayerCodec = plain
-        if self.coded and quantization is not None:
-            codec = SubstituteCodec(quantization)
+        super().__init__(
+            config,
+            model,
+            itemsize,
+            bitwise=_bitwise(config, model, itemsize),
+            row_multiple=ROW_MULTIPLE if spec_of(config.draft) else 1,
+            quantization=quantization,
+        )
+        plain = PlainCodec(itemsize)
+        codec: LayerCodec = SubstituteCodec(quantization) if self.coded and quantization is not None else plain
         self.exact_bytes, self.layer_bytes = plain.layer_bytes(spec.layer), codec.layer_bytes(spec.layer)
-        self.resident_bytes = self.layer_bytes if self.coded else self.exact_bytes
         self.scratch_bytes = codec.scratch_bytes(spec.layer)
-        self.table_bytes = spec.vocab * spec.hidden * self.itemsize
-
-        self.draft: DraftMemory | None = None
-        self.required_resident: tuple[int, ...] = ()
-        self.nodes = self.rows = self.pass_rows = 1
-        self.draft_rows = self.width = self.levels = 0
-        if not isinstance(config.draft, NoDraftConfig):
-            policy = build_tree_policy(config.tree)
-            kind = spec_of(config.draft)
-            assert kind is not None
-            self.draft = draft = kind.memory(
-                SizingInputs(
-                    config, model, spec, self.target, self.itemsize, policy, self.sampling, quantization, self.texts
-                )
-            )
-            self.required_resident, self.draft_rows = draft.required_resident, draft.shared_rows
-            self.nodes = policy.capacity
-            self.rows = round_up(policy.capacity, ROW_MULTIPLE)
-            self.pass_rows = round_up(policy.pass_nodes, ROW_MULTIPLE)
-            self.width, self.levels = policy.width, policy.max_depth
-        self.most_chunk = length = config.decoding.max_length
-        self.least_chunk = min(config.decoding.prefill_chunk, length)
-        self.goal = max(self.least_chunk, min(length, CHUNK_GOAL))
+        self.table_bytes = spec.vocab * spec.hidden * itemsize
+        self.required_resident = self.draft.required_resident
         self._check()
 
         # A substitute that restores the exact layers exists even if it does not draft.
-        self._substitute: tuple[Allocation, ...] = () if self.draft is None else self.draft.allocations
+        substitute = self.draft.allocations
         self.loading_bytes = self.packed_bytes = self.coded_head_bytes = self.head_loading_bytes = 0
         if quantization is not None:
             self._size_loading(quantization)
-            if self.draft is None:
-                self._substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
-        self._weights, self._tree = self._weight_allocations(), self._tree_allocation()
-        self._level = self._level_allocation()
+            if not self.drafts:
+                substitute = substitute_allocations(quantization, spec.layers, 0, "decodes; ")
+        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(itemsize))
+        head = self.coded_head_bytes or self.table_bytes
+        self._weights = [
+            *substitute,
+            Allocation("norms and biases", (*vectors, (spec.hidden * itemsize, 1))),
+            Allocation(
+                "embedding and LM head" if spec.tied else "LM head",
+                ((head, 1),),
+                f"{spec.vocab} x {spec.hidden}{', coded' * bool(self.coded_head_bytes)}",
+            ),
+        ]
 
     def _size_loading(self, quantization: LevelQuantization) -> None:
         spec, room = self.spec, self.exact_bytes
@@ -178,10 +122,6 @@ class MemoryLayout:
 
     def _check(self) -> None:
         offload, layers = self.offload, self.spec.layers
-        for key in ("ring_slots", "link_gb_per_s", "ram_gib"):
-            value = getattr(offload, key)
-            if value is not None and value <= 0:
-                raise ConfigError(f"offload.{key}={value} must be positive")
         wrong = [index for index in self.required_resident if not 0 <= index < layers]
         if wrong:
             raise ConfigError(f"quant.skip_layers: no layer {wrong[0]} in a target with layers 0..{layers - 1}")
@@ -189,7 +129,6 @@ class MemoryLayout:
         if resident is not None and not 0 <= resident <= layers:
             raise ConfigError(f"offload.resident_layers={resident}: the target has {layers} layers")
         if resident is not None and resident < required:
-            assert self.draft is not None
             raise ConfigError(
                 f"offload.resident_layers={resident}, but {self.draft.required_by} {required} layers exact on the "
                 f"device: set it to at least {required}, or to null"
@@ -212,78 +151,42 @@ class MemoryLayout:
         return min(self.offload.ring_slots, self.spec.layers - resident)
 
     def device_bytes(self, decision: Decision) -> int:
-        """Sum of the device allocations."""
         return sum(allocation.bytes for allocation in self._device(decision))
 
     def host_bytes(self, decision: Decision) -> int:
-        """Sum of the host allocations."""
         return sum(allocation.bytes for allocation in self.host_allocations(decision))
 
     def allocations(self, decision: Decision) -> list[Allocation]:
         """Every allocation on the device and on the host, without empty ones."""
         return [one for one in [*self._device(decision), *self.host_allocations(decision)] if one.bytes]
 
-    def _weight_allocations(self) -> list[Allocation]:
-        """Substitute, norms and LM head, which do not depend on the decision."""
-        spec, itemsize = self.spec, self.itemsize
-        vectors = tuple((size, spec.layers) for size in spec.vector_sizes(itemsize))
-        note = f"{spec.vocab} x {spec.hidden}{', coded' * bool(self.coded_head_bytes)}"
-        return [
-            *self._substitute,
-            Allocation("norms and biases", (*vectors, (spec.hidden * itemsize, 1))),
-            Allocation(
-                "embedding and LM head" if spec.tied else "LM head",
-                ((self.coded_head_bytes or self.table_bytes, 1),),
-                note,
-            ),
-        ]
-
-    def _tree_allocation(self) -> Allocation:
-        size = tree_bytes(self.rows)
-        return Allocation("tree", ((size, self.texts),), _tree_note(self.nodes, self.rows) + self._each)
-
-    def _level_allocation(self) -> Allocation:
-        draft = self.draft
-        if draft is None:
-            return Allocation("draft level", ())
-        return Allocation("draft level", draft.level_tensors, f"width {self.width}{', CUDA graphs' * draft.captured}")
-
-    @property
-    def _each(self) -> str:
-        return f", {self.texts} texts" if self.texts > 1 else ""
-
     def _device(self, decision: Decision) -> list[Allocation]:
-        spec, resident, chunk = self.spec, decision.resident, decision.chunk
-        required, length = len(self.required_resident), self.config.decoding.max_length
-        slots, streamed = self.ring_slots(resident), spec.layers - resident
-        cache = kv_bytes(spec, length, self.draft_rows, self.pass_rows, self.itemsize, self.texts)
-        cache_note = f"{self.draft_rows} + {length} + {self.pass_rows} rows{self._each}"
-        largest, workspace = self._workspace(chunk)
-        restores = streamed > 0 or (self.coded and resident > required)
+        spec, resident, required = self.spec, decision.resident, len(self.required_resident)
+        slots = self.ring_slots(resident)
+        restores = resident < spec.layers or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
+        more = self.layer_bytes if self.coded else self.exact_bytes
+        plain = required if self.coded else resident
+        kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
         found = [
             *self._weights,
             Allocation("embedding", ((self.table_bytes, own_table),), f"{spec.vocab} x {spec.hidden}"),
             Allocation(
                 "resident layers",
-                ((self.exact_bytes, required), (self.resident_bytes, resident - required)),
-                self._resident_note(resident),
+                ((self.exact_bytes, required), (more, resident - required)),
+                f"{resident} of {spec.layers}, {kind}",
             ),
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
             Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
-            Allocation("KV cache", ((cache, 1),), cache_note),
-            self._tree,
-            Allocation("workspace", ((workspace, 1),), f"largest: {largest}"),
-            self._level,
-            Allocation("audit", self._audit_tensors(workspace), "its own cache and logits"),
+            *self.run_allocations(decision.chunk),
             Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
         ]
         extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
         found.append(Allocation("allocator", ((extra, 1),), "rounding, segments in part"))
         making = self.head_loading_bytes and self.head_loading_bytes + self.table_bytes * own_table
-        more = max(0, making - sum(one.bytes for one in found))
+        short = max(0, making - sum(one.bytes for one in found))
         note = "before the rest is there: what that takes beyond it"
-        return [*found, Allocation("coding the LM head", ((more, 1),), note)]
+        return [*found, Allocation("coding the LM head", ((short, 1),), note)]
 
     def staged_layers(self, decision: Decision) -> int:
         """Layers of the substitute that are staged on the host until loading has finished.
@@ -294,36 +197,6 @@ class MemoryLayout:
         room = sum(one.bytes for one in self._device(decision) if one.name in POST_LOAD)
         short = max(0, self.loading_bytes - room)
         return min(self.spec.layers, math.ceil(short / max(1, self.packed_bytes)))
-
-    def _resident_note(self, resident: int) -> str:
-        plain = len(self.required_resident) if self.coded else resident
-        kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
-        return f"{resident} of {self.spec.layers}, {kind}"
-
-    def _workspace(self, chunk: int) -> tuple[str, int]:
-        """The largest peak of a pass or of sampling, and its name."""
-        peaks = pass_peaks(
-            self.target,
-            self.draft or DraftMemory(),
-            self.sampling,
-            texts=self.texts,
-            rows=self.pass_rows,
-            levels=self.levels,
-            chunk=chunk,
-            length=self.config.decoding.max_length,
-        )
-        return max(peaks.items(), key=lambda named: named[1])
-
-    def _audit_tensors(self, workspace: int) -> tuple[tuple[int, int], ...]:
-        """The audit's KV cache, and its logits as far as they need more than the run's workspace."""
-        if not self.config.audit:
-            return ()
-        length = self.config.decoding.max_length
-        rows = judged = min(AUDIT_ROWS, length)
-        if self.bitwise:
-            rows, judged = min(PROMPT_CHUNK, length), 1
-        logits = self.target.audit_bytes(judged, self.sampling)
-        return ((kv_bytes(self.spec, length, 0, rows, self.itemsize), 1), (max(0, logits - workspace), 1))
 
     def host_allocations(self, decision: Decision) -> list[Allocation]:
         """Every allocation on the host, empty ones included."""
@@ -364,38 +237,6 @@ class MemoryLayout:
         return MemoryLayout(replace(self.config, draft=NoDraftConfig(name="none"), offload=offload), model)
 
 
-def pass_peaks(
-    target: TargetTrace,
-    draft: DraftMemory,
-    sampling: Sampling,
-    *,
-    texts: int,
-    rows: int,
-    levels: int,
-    chunk: int,
-    length: int,
-) -> dict[str, int]:
-    """Peaks of a run's passes and of choosing tokens, by name.
-
-    Args:
-        rows, levels: of each text's tree. chunk: prompt tokens per pass. length: most tokens of a text.
-    """
-    states, beside = draft.states, min(chunk, JOINING_ROWS) if texts > 1 else 0
-    together = max(1, min(texts, LOGITS_ROWS // rows)) * rows
-    row = target.hidden(1).nbytes
-    # Logits are computed while the pass's states are held; of one text's final ones the trace knows itself.
-    kept = row * (states * rows if texts == 1 else (1 + states) * (texts * rows + beside))
-    noise = 0 if sampling.greedy else 4 * (texts - 1) * (levels + 2) * target.model.vocab_size
-    several = f"{texts} x " * (texts > 1)
-    return {
-        f"prefill, {chunk} tokens": target.prefill_bytes(chunk, length, states),
-        f"pass over {several}{rows} rows": target.tree_pass_bytes(rows, levels, length, states, texts, beside),
-        f"logits of {together} rows": target.verify_bytes(together, levels, sampling) + kept + noise,
-        f"draft's rows of {chunk} tokens": draft.prompt_bytes(chunk) + kept * (texts > 1),
-        **draft.workspaces,
-    }
-
-
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
     """``count`` of ``layers``, evenly, with others at both ends."""
     return tuple(layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count))
@@ -417,11 +258,6 @@ def _quantization(config: Config, spec: ModelSpec) -> LevelQuantization:
     kernel = getattr(config.draft, "kernel", Kernel.auto).value
     head = known_tokens(config.draft, spec.vocab), spec.hidden
     return level_quantization(config.quant, spec.layer, head, kernel=kernel)
-
-
-def _tree_note(nodes: int, rows: int) -> str:
-    count = "the root alone" if nodes == 1 else f"{nodes} nodes"
-    return count if rows == nodes else f"{count} in {rows} rows"
 
 
 def _itemsize(config: Config) -> int:

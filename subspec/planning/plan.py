@@ -4,7 +4,7 @@ The planner reads the target's transformers configuration, not its weights. It s
 aside (:data:`~subspec.memory.allocator.HEADROOM`), and then, in this order:
 
 1. reserves the indispensable: substitute, norms, LM head, KV cache, tree, workspaces, ring;
-2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.memory_layout.CHUNK_GOAL`), of a
+2. reserves the workspace of a prefill chunk of 512 tokens (:data:`~subspec.planning.run_memory.CHUNK_GOAL`), of a
    smaller one only if it must;
 3. keeps as many layers resident as still fit, or exactly ``offload.resident_layers``;
 4. puts the embedding table on the host if that frees a layer (or the chunk of step 2), else on the device;
@@ -21,23 +21,20 @@ Example::
     plan.resident_layers, plan.pass_seconds, plan.ceiling(tau=12)
 """
 
-from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
 from subspec.config.schema import Cache, Config, Placement, StreamOffloadConfig
-from subspec.drafts.check_config import one_text_key
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, headroom
 from subspec.planning.budget import Budget, DeviceMemory, budget_of
+from subspec.planning.choose import choose, least_decision, with_most_texts, with_tiers
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
-from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout, spread
-from subspec.planning.refusal import least_decision, refuse_device, refuse_host
+from subspec.planning.memory_layout import MemoryLayout, spread
+from subspec.planning.refusal import refuse_device, refuse_host
 
 TAUS = (1, 4, 12, 26)
 """Acceptance lengths whose ceilings are shown: of no draft, a small head, a small model, the substitute."""
@@ -108,7 +105,6 @@ class Plan:
     disk: Bandwidth | None = None
 
     def total(self, place: Placement) -> int:
-        """Bytes of all items on ``place``."""
         return sum(item.bytes for item in self.items if item.place is place)
 
     @property
@@ -123,7 +119,6 @@ class Plan:
 
     @property
     def disk_bytes_per_pass(self) -> int:
-        """Bytes that one pass reads from a disk."""
         return len(self.disk_layers) * self.layer_bytes
 
     @property
@@ -175,6 +170,7 @@ class Plan:
         if self.card is not None:
             plain["card"] = {**asdict(self.card), "link_gb_per_s": self.card.link_gb_per_s}
             plain["card"]["pcie"] = list(self.card.pcie)
+            del plain["card"]["tensor"]  # a plan needs none
         return plain | {
             "budget": self.budget,
             "vram_counts": self.vram.counts.value,
@@ -217,17 +213,15 @@ def plan_run(
     card = find_gpu(offload.card) if offload.card is not None else None
     vram = budget_of(offload, DeviceMemory.of_card(card) if card else device)
     budget = vram.allocator
-    texts, notes = config.decoding.texts, []
-    if texts == AUTO:
+    notes: list[str] = []
 
-        def streamed_beside(texts: int) -> int | None:
-            tried = MemoryLayout(with_texts(config, texts), model)
-            found = choose(tried, budget)
-            return None if found is None else tried.spec.layers - found.resident
+    def streamed(config: Config) -> int | None:
+        found = choose(MemoryLayout(config, model), budget)
+        return None if found is None else model.num_hidden_layers - found.resident
 
-        texts = 1 if one_text_key(config) else most_texts(streamed_beside)
-        notes.append(f"decoding.texts=auto: {texts}")
-        config = with_texts(config, texts)
+    if config.decoding.texts == AUTO:
+        config = with_most_texts(config, streamed)
+        notes.append(f"decoding.texts=auto: {config.decoding.texts}")
     layout = MemoryLayout(config, model)
     decision = choose(layout, budget)
     if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
@@ -240,11 +234,11 @@ def plan_run(
         elif decision is None:
             layout = min(layout, plain, key=lambda tried: tried.device_bytes(least_decision(tried)))
     if decision is None:
-        raise refuse_device(layout, model, vram, lambda changed: choose(changed, budget))
+        raise refuse_device(layout, model, vram)
     resident = layout.spread(decision.resident)
-    streamed = tuple(index for index in range(layout.spec.layers) if index not in resident)
+    others = tuple(index for index in range(layout.spec.layers) if index not in resident)
     host_limit = _host_limit(layout, host_free)
-    tiered = _tiers(layout, decision, host_limit)
+    tiered = with_tiers(layout, decision, host_limit)
     if tiered is None:
         raise refuse_host(layout, decision, host_limit or 0, vram)
     decision = tiered
@@ -256,14 +250,14 @@ def plan_run(
 
     if offload.vram_gib == AUTO:
         notes.append(f"offload.vram_gib=auto: {vram.bytes / GIB:g} GiB")
-    if not streamed:
+    if not others:
         notes.append("every layer fits on the device: nothing is streamed, and the link limits nothing")
     if host_limit is None:
         notes.append("host memory is not checked: set offload.ram_gib to check it")
-    plainly = layout.draft is None and not layout.coded
+    plainly = not layout.drafts and not layout.coded
     plain_layout = layout if plainly else layout.without_draft(model)
     plain = decision if plainly else choose(plain_layout, budget)
-    plain = plain and _tiers(plain_layout, plain, host_limit)
+    plain = plain and with_tiers(plain_layout, plain, host_limit)
     return Plan(
         target=config.target.name,
         draft=config.draft.name,
@@ -272,107 +266,26 @@ def plan_run(
         host_limit=host_limit,
         items=(*vram.items, *layout.allocations(decision)),
         resident_layers=resident,
-        streamed_layers=streamed,
+        streamed_layers=others,
         ring_slots=layout.ring_slots(decision.resident),
         codec=Codec.substitute if layout.coded else Codec.none,
         embedding=decision.embedding,
         prefill_chunk=decision.chunk,
         layer_bytes=layout.layer_bytes,
-        streamed_bytes_per_pass=len(streamed) * layout.layer_bytes,
+        streamed_bytes_per_pass=len(others) * layout.layer_bytes,
         plain_bytes_per_pass=plain and (layout.spec.layers - plain.resident) * plain_layout.layer_bytes,
         plain_resident=plain and plain.resident,
-        level_read_bytes=layout.draft.level_read(decision.resident) if layout.draft else 0,
+        level_read_bytes=layout.draft.level_read(decision.resident),
         link=_link(offload.link_gb_per_s, link_gb_per_s, card),
         notes=tuple(notes),
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
-        texts=texts,
-        disk_layers=spread(streamed, decision.disk),
+        texts=layout.texts,
+        disk_layers=spread(others, decision.disk),
         coded_in_files=decision.in_files and layout.coded,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )
-
-
-def most_texts(streamed: Callable[[int], int | None]) -> int:
-    """The number of texts that is worth the most: a pass takes the time of its streamed layers, and one layer more.
-
-    Args:
-        streamed: layers beside a number of texts; None: they do not fit.
-    """
-    best, worth = 1, 0.0
-    for texts in range(1, MOST_TEXTS + 1):
-        layers = streamed(texts)
-        if layers is None:
-            break
-        if texts / (1 + layers) >= worth:
-            best, worth = texts, texts / (1 + layers)
-    return best
-
-
-def with_texts(config: Config, texts: int) -> Config:
-    """``config`` for that many texts side by side."""
-    return replace(config, decoding=replace(config.decoding, texts=texts))
-
-
-def _tiers(layout: MemoryLayout, decision: Decision, limit: int | None) -> Decision | None:
-    """``decision`` with the fewest layers on a disk whose host allocations fit ``limit`` bytes; None: none fits.
-
-    Without ``offload.ram_gib`` no layer is left to a disk.
-    """
-    tried = [decision]
-    if layout.offload.ram_gib is not None:
-        most = layout.spec.layers - decision.resident
-        tried += [replace(decision, disk=disk, in_files=True) for disk in range(most + 1)]
-    return next((one for one in tried if limit is None or layout.host_bytes(one) <= limit), None)
-
-
-def choose(layout: MemoryLayout, budget: int) -> Decision | None:
-    """The best decision whose device allocations and headroom fit ``budget`` bytes: most resident layers first.
-
-    None if none fits.
-    """
-    best: Decision | None = None
-    for placement in layout.placements():
-        found = _choose(layout, budget - headroom(budget), placement)
-        # Resident layers, and the chunk up to its goal, matter more than the table's place.
-        if found and (best is None or _rank(found, layout) > _rank(best, layout)):
-            best = found
-    return best
-
-
-def _rank(decision: Decision, layout: MemoryLayout) -> tuple[int, int]:
-    return decision.resident, min(decision.chunk, layout.goal)
-
-
-def _choose(layout: MemoryLayout, room: int, embedding: Placement) -> Decision | None:
-    def used(resident: int, chunk: int) -> int:
-        return layout.device_bytes(Decision(resident, chunk, embedding))
-
-    least, most = len(layout.required_resident), layout.spec.layers
-    if layout.offload.resident_layers is not None:
-        least = most = layout.offload.resident_layers
-    chunks, ceiling = _chunks(layout.goal, layout.most_chunk), room
-    resident = next((n for n in range(most, least - 1, -1) if used(n, layout.goal) <= room), None)
-    if resident is not None:
-        taken = used(resident, layout.goal)
-        ceiling = taken + (room - taken) // 2
-    elif used(least, layout.least_chunk) <= room:
-        resident, chunks = least, _chunks(layout.least_chunk, layout.goal)
-    else:
-        return None
-    return Decision(resident, _largest(chunks, lambda chunk: used(resident, chunk) <= ceiling), embedding)
-
-
-def _chunks(least: int, most: int) -> list[int]:
-    """Candidate chunk sizes, ascending: both bounds and the multiples of 64 between them."""
-    first = (least // CHUNK_STEP + 1) * CHUNK_STEP
-    return sorted({least, *range(first, most, CHUNK_STEP), most})
-
-
-def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
-    """Largest size for which ``fits`` holds; assumes that ``sizes[0]`` fits and that ``fits`` is monotone."""
-    return sizes[bisect_left(sizes, True, lo=1, key=lambda size: not fits(size)) - 1]
 
 
 def _host_limit(layout: MemoryLayout, host_free: int | None) -> int | None:

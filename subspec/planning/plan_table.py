@@ -49,12 +49,10 @@ class _PlanTable:
 
 
 def plan_table(plan: Plan) -> _PlanTable:
-    """The plan as a rich renderable."""
     return _PlanTable(plan)
 
 
 def title(plan: Plan) -> str:
-    """Target, draft, budget and GPU on one line."""
     card = f" on {plan.card.name}" if plan.card else ""
     return f"plan: target {plan.target}, draft {plan.draft}, {gib(plan.budget)} GiB{card}"
 

@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from subspec.planning.predict import Prediction
-from subspec.planning.predict_timing import Iteration
 
 PLANTED = "planted weights: the speed is real, but they are no language model and their acceptance is not a text's"
 
@@ -17,21 +16,20 @@ def depth_table(prediction: Prediction) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for heading in ("depth", "tau", "resident", "draft s", "pass s", "tokens/s", "x plain", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = prediction.best
+    best, plain = prediction.best, prediction.plain
     for one in prediction.depths:
-        way = one.iteration
-        mark = "*" if one.extrapolated else ""
-        cells: list[str | Text] = [
-            f"{one.depth}{mark}",
+        way, fastest = one.iteration, one is best
+        speed = Text(f"{way.tokens_per_s:.1f}{' <' if fastest else '  '}", style="bold" if fastest else "")
+        table.add_row(
+            f"{one.depth}{'*' * one.extrapolated}",
             f"{way.tau:.2f}",
             f"{one.resident}",
             f"{way.draft_s:.3f}",
             f"{way.pass_s:.3f}",
-            _speed(way, one is best),
-            _over(way, prediction.plain),
+            speed,
+            "-" if plain is None else f"{way.tokens_per_s / plain.tokens_per_s:.1f}",
             "-" if way.ceiling is None else f"{way.tokens_per_s / way.ceiling:.2f}",
-        ]
-        table.add_row(*cells)
+        )
     return table
 
 
@@ -41,8 +39,14 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
     lines = [
         f"link {machine.link_gb_per_s:.1f} GB/s, device memory {machine.memory_gb_per_s:.0f} GB/s",
         f"acceptance: {prediction.acceptance.source}",
-        f"draft level: {1e3 * prediction.level_s:.2f} ms ({level_source})",
+        f"{_unit(prediction)}: {1e3 * prediction.level_s:.2f} ms ({level_source})",
     ]
+    if machine.disk_gb_per_s is not None:
+        lines[0] += f", disk {machine.disk_gb_per_s:.1f} GB/s"
+    if prediction.acceptance.passes < 1:
+        how = "the proposer's weights are read; the host's work is left out"
+        how = how if machine.proposals_s is None else "proposals_ms, set by hand"
+        lines.append(f"proposals for a pass: {1e3 * prediction.proposals_s:.2f} ms ({how})")
     if plain is None:
         lines.append("plain decoding: does not fit this budget")
     else:
@@ -55,6 +59,10 @@ def remarks(prediction: Prediction, planted: bool, level_source: str) -> list[st
     lines.append(f"best: depth {depth}{average}, {way.tokens_per_s:.1f} tokens/s{over}")
     if prediction.adaptive and not prediction.acceptance.drafted:
         lines.append("tree=adaptive stops by itself at about the best depth")
+    if way.ceiling is not None and way.pass_s > 1.1 * way.tau / way.ceiling:
+        lines.append(
+            "a pass waits for the GPU, not for the link: it restores coded layers and multiplies the tree's rows"
+        )
     lines.append("pass s: what is left of a pass after drafting, during which the link has filled the ring")
     lines.append("share: of the link's ceiling at that tau")
     if any(one.extrapolated for one in prediction.depths):
@@ -97,9 +105,6 @@ def plot(prediction: Prediction, title: str, planted: bool, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _speed(way: Iteration, is_best: bool) -> Text:
-    return Text(f"{way.tokens_per_s:.1f}" + (" <" if is_best else "  "), style="bold" if is_best else "")
-
-
-def _over(way: Iteration, plain: Iteration | None) -> str:
-    return "-" if plain is None else f"{way.tokens_per_s / plain.tokens_per_s:.1f}"
+def _unit(prediction: Prediction) -> str:
+    """A draft level, or a pass of a cascade, which grows several."""
+    return "draft level" if prediction.acceptance.passes == 1 else f"pass of the substitute, {prediction.rows} rows"

@@ -1,18 +1,20 @@
 """Refusals of the planner: the arithmetic, and the change that would make the run fit, in one line."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from subspec.config.enums import AUTO, Codec
-from subspec.config.schema import AdaptiveTreeConfig, Config, NoDraftConfig, Placement
+from subspec.config.schema import AdaptiveTreeConfig, Config, NoDraftConfig, Placement, StreamOffloadConfig
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, Allocation, least_budget
 from subspec.planning.budget import Budget
-from subspec.planning.memory_layout import CHUNK_STEP, Decision, MemoryLayout
+from subspec.planning.choose import CHUNK_STEP, choose, least_decision
+from subspec.planning.memory_layout import Decision, MemoryLayout
+from subspec.targets.model_spec import ModelSpec
 
 SMALL = GIB // 20
 """Allocations below 0.05 GiB are summed up as the rest."""
@@ -24,20 +26,21 @@ SHALLOWEST = 4
 """Smallest proposed ``tree.depth``."""
 
 
-def refuse_device(
-    layout: MemoryLayout, model: PretrainedConfig, vram: Budget, choose: Callable[[MemoryLayout], Decision | None]
-) -> ConfigError:
-    """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk.
+def refuse_device(layout: MemoryLayout, model: PretrainedConfig, vram: Budget) -> ConfigError:
+    """The refusal of a run that does not fit with the fewest resident layers and the smallest prefill chunk."""
 
-    Args:
-        choose: the decision for a changed layout in the same budget, or None.
-    """
+    def fits(config: Config) -> bool:
+        try:
+            return choose(MemoryLayout(config, model), vram.allocator) is not None
+        except ConfigError:
+            return False
+
     least = least_decision(layout)
     items = [item for item in layout.allocations(least) if item.place is Placement.device]
     used = sum(item.bytes for item in items)
     needed = vram.least(used)
     items += [*vram.items, Allocation("kept free", ((least_budget(used) - used, 1),))]
-    helps = next((text for text, changed in _changes(layout) if _fits(layout, changed, model, choose)), None)
+    helps = next((text for text, changed in changes(layout.config, layout.spec) if fits(changed)), None)
     remedy = f"or {helps}" if helps else "no other single change is enough"
     asked, more = f"{vram.bytes / GIB:g}", f"raise offload.vram_gib to at least {ceil_gib(needed)}"
     if layout.offload.vram_gib == AUTO:
@@ -81,13 +84,6 @@ def refuse_host(layout: MemoryLayout, decision: Decision, limit: int, vram: Budg
     )
 
 
-def least_decision(layout: MemoryLayout) -> Decision:
-    """The decision with the least device memory."""
-    pinned = layout.offload.resident_layers
-    resident = len(layout.required_resident) if pinned is None else pinned
-    return Decision(resident, layout.least_chunk, layout.placements()[-1])
-
-
 def arithmetic(items: Sequence[Allocation]) -> str:
     """``substitute 3.4 + LM head 1.0 + ... + rest 0.1``, in GiB, largest first."""
     shown = sorted((item for item in items if item.bytes >= SMALL), key=lambda item: -item.bytes)
@@ -109,21 +105,13 @@ def _either(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
 
 
-def _fits(
-    layout: MemoryLayout, config: Config, model: PretrainedConfig, choose: Callable[[MemoryLayout], Decision | None]
-) -> bool:
-    try:
-        return choose(MemoryLayout(config, model)) is not None
-    except ConfigError:
-        return False
-
-
-def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
-    """Single changes, the cheapest first: (what to set, the changed configuration).
+def changes(config: Config, spec: ModelSpec) -> Iterator[tuple[str, Config]]:
+    """Single changes that save memory, the cheapest first: (what to set, the changed configuration).
 
     Fewer bits are not proposed: their cost in acceptance depends on the target.
     """
-    config, offload, decoding, tree = (layout.config, layout.offload, layout.config.decoding, layout.config.tree)
+    offload, decoding, tree = config.offload, config.decoding, config.tree
+    assert isinstance(offload, StreamOffloadConfig)
 
     def changed(group: str, **values: Any) -> tuple[str, Config]:
         text = ", ".join(f"{group}.{key}={_yaml(value)}" for key, value in values.items())
@@ -131,7 +119,7 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
 
     if offload.resident_layers is not None:
         yield changed("offload", resident_layers=None)
-    if offload.embedding is Placement.device and not layout.spec.tied:
+    if offload.embedding is Placement.device and not spec.tied:
         yield changed("offload", embedding=Placement.host)
     if offload.ring_slots > 2:
         yield changed("offload", ring_slots=2)
@@ -144,25 +132,19 @@ def _changes(layout: MemoryLayout) -> Iterator[tuple[str, Config]]:
         length = int(decoding.max_length * share) // CHUNK_STEP * CHUNK_STEP
         if length >= shortest:
             yield changed("decoding", max_length=length)
-    if not isinstance(config.draft, NoDraftConfig):
-        for share in (0.75, 0.5, 0.25):
-            depth = int(tree.depth * share)
-            if depth >= SHALLOWEST:
-                extra = (
-                    {"min_depth": depth}
-                    if isinstance(tree, AdaptiveTreeConfig) and (tree.min_depth or 0) > depth
-                    else {}
-                )
-                yield changed("tree", depth=depth, **extra)
+    drafts = not isinstance(config.draft, NoDraftConfig)
+    for depth in (int(tree.depth * share) for share in (0.75, 0.5, 0.25)) if drafts else ():
+        if depth >= SHALLOWEST:
+            adaptive = isinstance(tree, AdaptiveTreeConfig) and (tree.min_depth or 0) > depth
+            yield changed("tree", depth=depth, **{"min_depth": depth} if adaptive else {})
     if offload.ring_slots > 1:
         text, other = changed("offload", ring_slots=1)
         yield f"{text} (slower: copies then wait for the layer being computed)", other
-    plain, also = replace(config, draft=NoDraftConfig(name="none")), ""
-    if offload.codec is Codec.substitute:  # keeps the substitute without a draft too
-        plain, also = replace(plain, offload=replace(offload, codec=Codec.none)), " and offload.codec=none"
-    if not isinstance(config.draft, NoDraftConfig):
-        yield f"set draft=none{also} (plain decoding)", plain
-    elif also:
+    coded = offload.codec is Codec.substitute  # keeps the substitute without a draft too
+    plain = replace(config, draft=NoDraftConfig(name="none"), offload=replace(offload, codec=Codec.none))
+    if drafts:
+        yield f"set draft=none{' and offload.codec=none' * coded} (plain decoding)", plain
+    elif coded:
         yield "set offload.codec=none", plain
 
 

@@ -7,7 +7,7 @@ comes from the planner. As a library::
     from subspec.predict import Acceptance, Machine, predict
 
     found = predict(config, model_config, Machine(25.0, 1008.0), Acceptance.from_tau(26, depth=48))
-    depth, way = found.best
+    found.best.depth, found.best.iteration.tokens_per_s
 """
 
 from importlib import import_module

@@ -46,24 +46,22 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert plan.to_dict()["codec"] == "substitute"
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(2, 9.55), (3, 8.25), (4, 7.1), (8, 3.7)])
-def test_what_a_layer_takes_depends_on_what_the_substitute_knows(bits, expected):
-    plan = planned(settings(16.0, codec=CODED, quant={"bits": bits}))
-    linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
-    assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
-
-
 @pytest.mark.parametrize(
-    ("quant", "expected"),
+    ("kind", "quant", "expected"),
     [
-        ({}, 7.5),
-        ({"vector_dim": 1}, 7.64),
-        ({"bits": 3}, 8.46),
-        ({"bits": 2, "group_size": 64, "hadamard_size": 64}, 9.39),
+        ("hqq", {"bits": 2}, 9.55),
+        ("hqq", {"bits": 3}, 8.25),
+        ("hqq", {"bits": 4}, 7.1),
+        ("hqq", {"bits": 8}, 3.7),
+        ("higgs", {}, 7.5),
+        ("higgs", {"vector_dim": 1}, 7.64),
+        ("higgs", {"bits": 3}, 8.46),
+        ("higgs", {"bits": 2, "group_size": 64, "hadamard_size": 64}, 9.39),
     ],
 )
-def test_higgs_leaves_a_residual_as_large_as_its_grids_error(quant, expected):
-    plan = planned(higgs(settings(16.0, codec=CODED), **quant))
+def test_what_a_layer_takes_depends_on_what_the_substitute_knows(kind, quant, expected):
+    config = settings(16.0, codec=CODED)
+    plan = planned(higgs(config, **quant) if kind == "higgs" else settings(16.0, codec=CODED, quant=quant))
     linears = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
     assert 8 * plan.layer_bytes / linears == pytest.approx(expected, rel=0.001)
 
@@ -123,20 +121,15 @@ def test_plain_decoding_holds_the_substitute_only_to_decode():
     assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
 
 
-def test_higgs_decodes_without_a_draft_too():
-    plan = planned(higgs(settings(8.0, "none", codec=CODED)))
-    drafting = planned(higgs(settings(8.0, codec=CODED)))
-    hqq = planned(settings(8.0, "none", codec=CODED))
-    assert item(plan, "substitute") == item(drafting, "substitute") < item(hqq, "substitute")
-    head = {"modules": ["attention", "mlp", "lm_head"], "skip_layers": [0, 27]}
-    assert planned(higgs(settings(8.0, "none", codec=CODED), **head)) == plan
-
-
 def test_what_is_for_a_better_draft_is_not_asked_of_a_substitute_that_only_decodes():
     """An exact layer could not be coded, and nothing drafts with a head of its own."""
-    plan = planned(settings(8.0, "none", codec=CODED))
-    head = {"modules": ["attention", "mlp", "lm_head"], "bits_by": BitsByModule(lm_head=8)}
-    assert planned(settings(8.0, "none", codec=CODED, quant={"skip_layers": [0, 27], **head})) == plan
+    hqq, other = (planned(one(settings(8.0, "none", codec=CODED))) for one in (lambda config: config, higgs))
+    assert item(other, "substitute") == item(planned(higgs(settings(8.0, codec=CODED))), "substitute")
+    assert item(other, "substitute") < item(hqq, "substitute")
+    better = {"modules": ["attention", "mlp", "lm_head"], "skip_layers": [0, 27]}
+    assert planned(higgs(settings(8.0, "none", codec=CODED), **better)) == other
+    better["bits_by"] = BitsByModule(lm_head=8)
+    assert planned(settings(8.0, "none", codec=CODED, quant=better)) == hqq
 
 
 @pytest.mark.parametrize("gib", [8.0, 14.0])

@@ -96,5 +96,5 @@ def test_texts_side_by_side_have_a_cache_each():
     assert (eight["KV cache"], eight["tree"]) == (8 * one["KV cache"], 8 * one["tree"])
     assert eight["draft level"] == 8 * one["draft level"]
     assert planned(ram_gib=12, decoding={"texts": "auto"}).texts == 8
-    with pytest.raises(ConfigError, match=r"set decoding\.texts=1"):
+    with pytest.raises(ConfigError, match=r"set decoding\.texts=4"):
         planned(ram_gib=11, decoding={"texts": 8})

@@ -45,3 +45,23 @@ def test_link_rates():
     assert find_gpu("H200").link_gb_per_s == 55.5
     assert find_gpu("RTX 4090").link_gb_per_s == pytest.approx(27.4, abs=0.05)
     assert find_gpu("RTX 4060").link_gb_per_s == pytest.approx(13.7, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("RTX 3060", 25.5),
+        ("RTX 3090", 71.2),
+        ("RTX 4090", 165.2),
+        ("RTX 5090", 209.5),
+        ("A10", 125),
+        ("L4", 121),
+        ("L40S", 362),
+        ("A100 40GB", 312),
+        ("H100 PCIe", 756),
+        ("H200", 989),
+    ],
+)
+def test_tensor_rates_are_those_of_the_data_sheets(name, tflops):
+    ghz, operations = find_gpu(name).tensor
+    assert ghz * operations / 1e3 == pytest.approx(tflops, rel=0.01)

@@ -18,11 +18,11 @@ from subspec.memory.allocator import GIB, headroom
 from subspec.memory.trace import MemoryTrace
 from subspec.offload import loader
 from subspec.planning import loading_memory
+from subspec.planning.choose import choose
 from subspec.planning.loading_memory import ENCODING, PACKING, head_loading_bytes, loading_bytes
 from subspec.planning.memory_layout import POST_LOAD, MemoryLayout
-from subspec.planning.plan import choose
 from subspec.quant import grids, hqq
-from subspec.quant.codebook_linear import higgs_quantizer
+from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import hqq_quantizer
 from subspec.quant.pairs import ROUNDING_BYTES
 from subspec.targets.planted import SHAPES
@@ -43,6 +43,24 @@ def counted(function, *known):
     with torch.inference_mode(), MemoryTrace() as live:
         result = function()
     return live.peak, live.live, result
+
+
+def planned_budgets(layout):
+    """Budgets that hold a run, and their decisions."""
+    for tenths in range(50, 240, 5):
+        budget = int(tenths / 10 * GIB)
+        if (choice := choose(layout, budget)) is not None:
+            yield budget, choice
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Weights are encoded 4096 at a time, and nothing but coding takes memory."""
+    for module in (format, loading_memory):
+        monkeypatch.setattr(module, "BLOCK", 1 << 12)
+    monkeypatch.setattr(loading_memory, "PACKING", 0)
+    for kind in (hqq.HqqFormat, HiggsFormat):
+        monkeypatch.setattr(kind, "peak_bytes", lambda *_: 0)
 
 
 def parts(codes):
@@ -90,11 +108,9 @@ def test_packing_and_encoding_hold_what_is_counted(bits, monkeypatch):
     assert 0.9 * ENCODING < (peak - kept) / (1 << 16) < ENCODING
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_coding_a_layer_holds_what_the_formula_says(monkeypatch):
     """With everything on the way: the code of all Linears, the decoded one, and the run of bytes."""
-    block = 1 << 12
-    monkeypatch.setattr(format, "BLOCK", block)
-    monkeypatch.setattr(loading_memory, "BLOCK", block)
     model = tiny(layers=1)
     tensors = {name: p.data for name, p in model.model.layers[0].named_parameters()}
     # The torch decoder's own temporaries are a CPU's affair.
@@ -109,8 +125,6 @@ def test_coding_a_layer_holds_what_the_formula_says(monkeypatch):
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     head = (model.config.vocab_size, model.config.hidden_size)
     quantization = level_quantization(HqqConfig(name="hqq"), shapes, head)
-    monkeypatch.setattr(hqq.HqqFormat, "peak_bytes", lambda *_: 0)
-    monkeypatch.setattr(loading_memory, "PACKING", 0)
     stays = sum(tensor.nbytes for tensor in known[: len(tensors)])
     stays += sum(part.nbytes for own in quantized.values() for part in parts(own))
     formula = loading_bytes(quantization, shapes, head, 2, layer.nbytes)
@@ -126,11 +140,7 @@ def test_a_layer_in_the_making_fits_every_budget_that_is_planned(shape, quantize
         config = with_higgs(config)
     layout = MemoryLayout(config, SHAPES[shape]())
     waited = set()
-    for tenths in range(50, 240, 5):
-        budget = int(tenths / 10 * GIB)
-        choice = choose(layout, budget)
-        if choice is None:
-            continue
+    for budget, choice in planned_budgets(layout):
         items = [item for item in layout.allocations(choice) if item.place is Placement.device]
         waiting = layout.staged_layers(choice)
         there = sum(item.bytes for item in items if item.name not in POST_LOAD)
@@ -142,12 +152,10 @@ def test_a_layer_in_the_making_fits_every_budget_that_is_planned(shape, quantize
     assert len(waited) > 1
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("quant", ["hqq", "higgs"])
 def test_making_and_coding_a_head_holds_what_the_formula_says(quant, monkeypatch):
     """With everything but the quantizer's temporaries, which have tests of their own."""
-    block = 1 << 12
-    monkeypatch.setattr(format, "BLOCK", block)
-    monkeypatch.setattr(loading_memory, "BLOCK", block)
     model = tiny(layers=1)
     weight = gaussian(2003, 128)
     own = {"hqq": HqqConfig, "higgs": HiggsConfig}[quant](name=quant, modules=WITH_HEAD)
@@ -165,8 +173,6 @@ def test_making_and_coding_a_head_holds_what_the_formula_says(quant, monkeypatch
     peak, stays, code = counted(lambda: encode_head(weight, kept[0], head, room), *known)
     assert [part.shape[0] for part in code.parts] == [672, 672, 659]
     assert code.nbytes <= stays <= code.nbytes + 4096  # of a grid a table stays
-    monkeypatch.setattr(type(quantization.quantizer.format_of("lm_head")), "peak_bytes", lambda *_: 0)
-    monkeypatch.setattr(loading_memory, "PACKING", 0)
     there = weight.nbytes + sum(part.nbytes for part in parts(kept[0]))
     formula = head_loading_bytes(quantization, (2003, 128), room, code.nbytes)
     assert peak + there <= formula + 14 * 256 + 4096
@@ -179,16 +185,11 @@ def test_making_a_coded_head_fits_every_budget_that_is_planned(shape):
     config = settings(8.0, codec=Codec.substitute, quant={"modules": WITH_HEAD})
     layout = MemoryLayout(config, SHAPES[shape]())
     assert layout.head_loading_bytes > 3 * layout.table_bytes
-    found = 0
-    for tenths in range(50, 240, 5):
-        budget = int(tenths / 10 * GIB)
-        choice = choose(layout, budget)
-        if choice is None:
-            continue
-        found += 1
+    planned = list(planned_budgets(layout))
+    assert len(planned) > 5
+    for budget, choice in planned:
         own = layout.table_bytes * (choice.embedding is Placement.device)
         assert layout.head_loading_bytes + own <= layout.device_bytes(choice) <= budget - headroom(budget)
-    assert found > 5
 
 
 def test_where_a_head_in_the_making_needs_more_than_the_run_the_plan_says_so():

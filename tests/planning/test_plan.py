@@ -12,8 +12,8 @@ from subspec.config.defaults import MOST_TEXTS
 from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, MIB, headroom
+from subspec.planning.choose import choose, most_texts
 from subspec.planning.memory_layout import MemoryLayout
-from subspec.planning.plan import choose, most_texts
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
@@ -57,17 +57,13 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert plan.embedding is Placement.host
     assert found["embedding table"] == found["LM head"]
     assert found["streamed layers"] == 23 * plan.layer_bytes
+    assert plan.resident_layers == (2, 8, 14, 19, 25)  # spread, with streamed layers at both ends
+    assert sorted(plan.resident_layers + plan.streamed_layers) == list(range(28))
     assert plan.streamed_bytes_per_pass == 23 * plan.layer_bytes
     assert plan.pass_seconds == pytest.approx(23 * 0.4661 / 25, rel=1e-3)
     assert plan.ceiling(26) == pytest.approx(26 / plan.pass_seconds)
     assert plan.plain_resident == 13
     assert plan.plain_ceiling == pytest.approx(25 / (15 * 0.4661), rel=1e-3)
-
-
-def test_resident_layers_are_spread_with_streamed_layers_at_both_ends():
-    plan = planned(settings(8.0))
-    assert plan.resident_layers == (2, 8, 14, 19, 25)
-    assert sorted(plan.resident_layers + plan.streamed_layers) == list(range(28))
 
 
 def test_without_a_draft_more_layers_are_resident():
@@ -130,7 +126,7 @@ def test_rows_are_padded_wherever_the_engine_pads_them():
     assert notes[65]["workspace"].endswith("128 rows")
 
 
-@pytest.mark.parametrize(("vram", "free"), [(5.9, 64), (6.25, 64), (6.5, 67), (12.0, 123), (15.0, 154)])
+@pytest.mark.parametrize(("vram", "free"), [(5.9, 64), (6.5, 67), (15.0, 154)])
 def test_a_part_of_the_budget_stays_free(vram, free):
     plan = planned(settings(vram))
     assert free - 1 < plan.headroom / MIB <= free  # 1 %, at least 64 MiB
@@ -140,18 +136,15 @@ def test_a_part_of_the_budget_stays_free(vram, free):
 
 def test_when_everything_fits_nothing_is_streamed():
     plan = planned(settings(24.0), link_gb_per_s=25.0)
-    assert plan.streamed_layers == ()
-    assert plan.ring_slots == 0
-    assert plan.embedding is Placement.device
-    assert plan.prefill_chunk == 2048
-    assert plan.ceiling(26) is None
+    assert (plan.streamed_layers, plan.ring_slots, plan.ceiling(26)) == ((), 0, None)
+    assert (plan.embedding, plan.prefill_chunk) == (Placement.device, 2048)
     assert any("nothing is streamed" in note for note in plan.notes)
 
 
 def test_the_embedding_is_on_the_device_where_it_costs_no_layer():
-    tight, roomy = planned(settings(8.0)), planned(settings(20.0))
+    tight = planned(settings(8.0))
     assert tight.embedding is Placement.host
-    assert roomy.embedding is Placement.device
+    assert planned(settings(20.0)).embedding is Placement.device
     there = planned(settings(8.0, embedding=Placement.device))
     assert len(there.resident_layers) < len(tight.resident_layers)
 
@@ -164,20 +157,16 @@ def test_a_tied_table_is_the_lm_head():
         planned(settings(1.0, embedding=Placement.host), "tiny_tied")
 
 
-def test_layers_the_substitute_keeps_exact_are_resident():
-    plan = planned(settings(8.0, quant={"skip_layers": [0, 27]}))
-    assert {0, 27} <= set(plan.resident_layers)
-    assert by_name(plan)["substitute"] < by_name(planned(settings(8.0)))["substitute"]
-    with pytest.raises(ConfigError, match=r"resident_layers=1, but quant\.skip_layers keeps 2 layers"):
-        planned(settings(8.0, quant={"skip_layers": [0, 27]}, resident_layers=1))
-
-
 def test_what_the_substitute_keeps_exact_is_a_copy_of_resident_layers_too():
-    attention = (2 * 3584 + 2 * 512) * 3584 * 2
+    attention, mlp = (2 * 3584 + 2 * 512) * 3584 * 2, 3 * 3584 * 18944 * 2
+    plan = planned(settings(9.0, quant={"skip_layers": [0, 27]}))
+    assert {0, 27} <= set(plan.resident_layers)
+    assert by_name(plan)["exact substitute"] == 2 * (attention + mlp)
+    assert by_name(plan)["substitute"] < by_name(planned(settings(9.0)))["substitute"]
+    with pytest.raises(ConfigError, match=r"resident_layers=1, but quant\.skip_layers keeps 2 layers"):
+        planned(settings(9.0, quant={"skip_layers": [0, 27]}, resident_layers=1))
     plan = planned(settings(9.0, quant={"modules": ["mlp"]}))
     assert by_name(plan)["exact substitute"] == 28 * attention
-    plan = planned(settings(9.0, quant={"skip_layers": [3]}))
-    assert by_name(plan)["exact substitute"] == attention + 3 * 3584 * 18944 * 2
 
 
 def test_a_fixed_number_of_resident_layers_is_kept_or_refused():
@@ -292,8 +281,6 @@ def test_a_budget_that_nothing_saves_says_so():
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ConfigError, match=r"quant\.group_size=104 does not divide the 3584 inputs of self_attn"):
         planned(settings(8.0, quant={"group_size": 104}))
-    with pytest.raises(ConfigError, match=r"offload\.ring_slots=0 must be positive"):
-        planned(settings(8.0, ring_slots=0))
     accelerate = replace(settings(8.0), offload=AccelerateOffloadConfig(name="accelerate"))
     with pytest.raises(ConfigError, match="set offload=stream"):
         planned(accelerate)
@@ -312,13 +299,6 @@ def test_the_plan_is_json():
 # ------------------------------------------------------------------------------------------ properties
 
 
-def decide(vram_mib: int, max_length: int, **options):
-    """A layout and its best decision, or None for the latter."""
-    decoding = {"max_length": max_length, "max_new_tokens": 8}
-    layout = MemoryLayout(settings(decoding=decoding, **options), SHAPES["qwen2_5_7b"]())
-    return layout, choose(layout, vram_mib * MIB)
-
-
 @effort(max_examples=25, deadline=None)
 @given(
     vram=st.integers(2 * 1024, 24 * 1024),
@@ -331,10 +311,17 @@ def decide(vram_mib: int, max_length: int, **options):
     ring=st.integers(1, 8),
 )
 def test_any_plan_keeps_its_budget_and_is_monotone(vram, more, length, longer, tree, draft, quant, ring):
-    options = {"tree": tree, "draft": draft, "quant": quant, "ring_slots": ring}
-    layout, decision = decide(vram, length, **options)
+    layout, longest_layout = (
+        MemoryLayout(
+            settings(
+                decoding={"max_length": own, "max_new_tokens": 8}, tree=tree, draft=draft, quant=quant, ring_slots=ring
+            ),
+            SHAPES["qwen2_5_7b"](),
+        )
+        for own in (length, length + longer)
+    )
+    decision, longest = choose(layout, vram * MIB), choose(longest_layout, vram * MIB)
     larger = choose(layout, (vram + more) * MIB)
-    longest = decide(vram, length + longer, **options)[1]
     if decision is None:
         assert longest is None, "a longer text fits where a shorter one does not"
         return
@@ -359,7 +346,7 @@ def test_residents_grow_with_the_budget_one_by_one():
 
 def test_texts_side_by_side_take_memory_from_resident_layers():
     plans = [planned(settings(8.0, decoding={"texts": texts}), link_gb_per_s=25.0) for texts in (1, 4, 8)]
-    items = [{item.name: item.bytes for item in plan.items} for plan in plans]
+    items = [by_name(plan) for plan in plans]
     for one, four, eight in zip(*(own.items() for own in items), strict=False):
         if one[0] in ("substitute", "ring", "LM head"):
             assert one == four == eight

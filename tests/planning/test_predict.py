@@ -1,34 +1,23 @@
-"""Predictions: the arithmetic by hand, the committed measurements, and the command."""
+"""Predictions: the arithmetic by hand, and the committed measurements."""
 
 import importlib.util
-import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from subspec.cli.predict import main
-from subspec.cli.predict_measured import read_measured
-from subspec.config.enums import Codec
-from subspec.config.schema import (
-    BitsByModule,
-    HiggsConfig,
-    HqqConfig,
-    NoQuantConfig,
-    PlantedTargetConfig,
-    SmallModelDraftConfig,
-    SubstituteDraftConfig,
-)
+from subspec.config.enums import Codec, Proposer
+from subspec.config.schema import SubstituteDraftConfig
 from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance, constant_survival
-from subspec.planning.gpu_specs import GpuSpec, find_gpu
+from subspec.planning.gpu_specs import find_gpu
+from subspec.planning.predict import guessed_levels, predict
 from subspec.planning.predict_timing import (
     EFFICIENCY,
     LEVEL_LAYER_S,
     OTHER_S,
+    ROW_RATE,
     Machine,
     Sizes,
     level_seconds,
@@ -36,11 +25,10 @@ from subspec.planning.predict_timing import (
     plain,
     serial,
 )
+from subspec.targets.planted import SHAPES
 from tests.helpers.planning import settings
-from tests.helpers.tiny import tiny_checkpoint
-from tests.report.runs import config_of, plain_run, turns, write_run
 
-ROOT = Path(__file__).parents[2]
+FOLDER = Path(__file__).parents[2] / "experiments" / "predict"
 
 SIZES = Sizes(
     streamed=10_000_000_000, ring=1_000_000_000, level=4_000_000_000, target=12_000_000_000, head=0, layers=20
@@ -48,15 +36,21 @@ SIZES = Sizes(
 MACHINE = Machine(link_gb_per_s=50.0, memory_gb_per_s=1000.0)
 
 
-@pytest.fixture(scope="module")
-def check():
-    """``experiments/predict/check.py`` as a module."""
-    file = ROOT / "experiments" / "predict" / "check.py"
-    spec = importlib.util.spec_from_file_location("predict_check", file)
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def script(name):
+    """A script of ``experiments/predict`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"predict_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def check():
+    return script("check")
 
 
 # ------------------------------------------------------------------------------------------- acceptance
@@ -132,6 +126,76 @@ def test_with_everything_resident_the_device_is_the_limit():
     assert found.ceiling is None
 
 
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 0), (8, 0), (9, 1), (32, 3), (64, 7)])
+@pytest.mark.parametrize(("operations", "rate"), [(512, 512 * EFFICIENCY), (4096, ROW_RATE)])
+def test_rows_behind_the_first_eight_take_the_time_of_their_operations(rows, tiles, operations, rate):
+    sizes, machine = replace(SIZES, rows=rows, row_operations=10**10), replace(MACHINE, tensor=(100.0, operations))
+    more = level_seconds(sizes, machine) - level_seconds(SIZES, machine)
+    assert more == pytest.approx(tiles * 8 * 1e10 / (100e9 * rate))
+    assert level_seconds(sizes, MACHINE) == level_seconds(SIZES, MACHINE), "of an unknown GPU they take none"
+
+
+def test_a_pass_waits_for_the_gpu_where_it_is_slower_than_the_link():
+    """It restores coded layers, then computes them; a coded LM head is restored at the end."""
+    machine = replace(MACHINE, tensor=(100.0, 1000))
+    slow = replace(SIZES, restored=10**11, operations=6.4 * 10**13, restore_rate=0.5)
+    assert pass_seconds(slow, machine, 1.0) == pytest.approx(2.0 + 1.0 + OTHER_S)
+    assert pass_seconds(replace(slow, restore_rate=50), machine, 1.0) == pytest.approx(3.5e11 / 0.64e12 + 1.0 + OTHER_S)
+    fast = replace(SIZES, restored=10**9, restore_rate=0.5, restored_head=10**9)
+    assert pass_seconds(fast, machine, 1.0) == pytest.approx(0.18 + 0.02 + OTHER_S)
+    assert pass_seconds(slow, MACHINE, 1.0) == pass_seconds(SIZES, MACHINE, 1.0), "of an unknown GPU"
+
+
+def test_a_cascade_by_hand():
+    sizes = replace(SIZES, rows=32, row_operations=10**10, proposals=640_000_000)
+    machine = replace(MACHINE, tensor=(100.0, 1000))
+    cascade = replace(Acceptance.from_tau(4, 8), passes=0.5)
+    level = level_seconds(sizes, machine)
+    assert serial(sizes, machine, cascade, 8).draft_s == pytest.approx(4 * (level + 0.001))
+    assert serial(sizes, replace(machine, proposals_s=0.02), cascade, 8).draft_s == pytest.approx(4 * (level + 0.02))
+    assert serial(sizes, replace(machine, level_s=0.01), cascade, 8).draft_s == pytest.approx(0.04)
+    assert serial(sizes, machine, cascade, 1).draft_s == pytest.approx(level + 0.001), "a tree takes a pass"
+
+
+@pytest.mark.parametrize(("width", "proposed", "levels"), [(6, 32, 5), (1, 7, 7), (6, 6, 1), (6, 7, 2), (4, 64, 9)])
+def test_guesses_reach_several_levels(width, proposed, levels):
+    assert guessed_levels(width, proposed) == levels
+
+
+def test_a_cascade_computes_more_rows_and_keeps_the_proposals():
+    h200 = find_gpu("H200")
+    machine = Machine(50.0, h200.memory_gb_per_s, tensor=h200.tensor)
+    config, model = settings(8.0, codec=Codec.substitute), SHAPES["qwen2_5_7b"]()
+    draft = SubstituteDraftConfig(name="subspec", proposer=Proposer.prompt_lookup, proposed=26)
+    acceptance = replace(Acceptance.from_tau(24.0, 48), passes=0.5)
+    alone = predict(config, model, machine, Acceptance.from_tau(24.0, 48), depths=())
+    found = predict(replace(config, draft=draft), model, machine, acceptance, depths=())
+    assert (alone.rows, found.rows, found.proposals_s) == (6, 32, 0.0)
+    assert found.level_s > 1.5 * alone.level_s
+    assert found.depths[0].iteration.draft_s == pytest.approx(24 * found.level_s)
+    assert found.depths[0].resident <= alone.depths[0].resident
+    with pytest.raises(ConfigError, match="level_ms"):
+        predict(replace(config, draft=draft), model, Machine(50.0, 4800.0), acceptance, depths=())
+
+
+def test_layers_on_a_disk_are_read_at_its_bandwidth():
+    config, model = settings(8.0, codec=Codec.substitute, ram_gib=4.5), SHAPES["qwen2_5_7b"]()
+    machine, acceptance = Machine(50.0, 4000.0, level_s=0.001), Acceptance.from_tau(4.0, 8)
+    with pytest.raises(ConfigError, match=r"offload\.ram_gib=4\.5.*set offload\.disk_gb_per_s"):
+        predict(config, model, machine, acceptance)
+    slow, fast = (
+        predict(replace(config, offload=replace(config.offload, disk_gb_per_s=rate)), model, machine, acceptance, [8])
+        for rate in (0.5, 100.0)
+    )
+    one, plan = slow.depths[0].iteration, slow.plan
+    disk_s, drafted = plan.disk_bytes_per_pass / 0.5e9, 8 * 0.001
+    assert one.ceiling == pytest.approx(4 / disk_s)
+    assert disk_s - 2 * drafted < one.pass_s < disk_s + drafted, "its ring fills while the draft works"
+    assert slow.plain.seconds > plan.plain_disk_bytes / 0.5e9 - 1e-3
+    whole = settings(8.0, codec=Codec.substitute, ram_gib=64.0)
+    assert fast.depths[0].iteration == predict(whole, model, machine, acceptance, [8]).depths[0].iteration
+
+
 # --------------------------------------------------------------------------------- committed measurements
 
 
@@ -142,9 +206,8 @@ def test_the_constants_are_the_fit(check):
 
 
 def test_the_errors_are_those_the_page_states(check):
-    page = (ROOT / "experiments" / "predict" / "README.md").read_text(encoding="utf-8")
     lines = check.lines()
-    assert "\n".join(lines) in page, "run experiments/predict/check.py and put its table into the README"
+    assert "\n".join(lines) in PAGE, "run experiments/predict/check.py and put its table into the README"
     errors = {(one.run, one.note): one.error for one in check.compare()}
     exact_head = [e for (run, _), e in errors.items() if "own" not in run]
     assert len(exact_head) == 7
@@ -155,214 +218,14 @@ def test_the_errors_are_those_the_page_states(check):
     assert abs(streaming) < 0.01
 
 
-# ---------------------------------------------------------------------------------------------- measured
+def test_levels_of_many_rows_are_predicted_on_the_card_they_were_fitted_on(check):
+    errors = {rows: predicted / measured - 1 for rows, measured, predicted in check.rows()}
+    assert set(errors) == {6, 32, 48, 64}
+    assert all(abs(error) < 0.065 for error in errors.values())
 
 
-def test_acceptance_of_a_run(tmp_path):
-    folder = write_run(tmp_path / "run", turns([30.0, 20.0, 24.0]))
-    for place in (folder, folder / "records.jsonl", tmp_path):
-        found = read_measured(place)
-        assert [found.acceptance.survival(depth) for depth in (1, 2, 3)] == pytest.approx([1.0, 27 / 33, 16 / 33])
-        assert found.level_s is None, "a CPU's levels say nothing about a GPU's"
-        assert "of subspec hqq4, beam 3x2 of some_target: 1 run(s)" in found.acceptance.source
-
-
-def predicted(target="x", width=2, draft=None, quant=None):
-    """What a level's time is wanted for; as the runs of ``tests/report/runs.py``, which name no modules."""
-    return replace(
-        settings(tree=(3, width), codec=Codec.auto),
-        target=PlantedTargetConfig(name=target),
-        draft=draft or SubstituteDraftConfig(name="subspec"),
-        quant=quant or HqqConfig(name="hqq", modules=[]),
-    )
-
-
-def test_acceptance_of_an_adaptive_run_is_for_adaptive_trees(tmp_path):
-    config = config_of(tree={"name": "adaptive", "depth": 3, "width": 2})
-    found = read_measured(write_run(tmp_path / "run", turns([30.0]), config))
-    assert found.acceptance.drafted
-    (note,) = found.check(predicted(target="some_target"))
-    assert "tree=adaptive, and this prediction has beam" in note
-
-
-def test_a_level_of_a_gpu_run_counts_on_its_own_card_only(tmp_path):
-    records = turns([30.0, 20.0], device="cuda", target="planted_x", planted=True)
-    found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
-    drafting = 0.25 * (30 / 30.0 + 33 / 20.0)
-    assert found.level_s == pytest.approx(drafting / (3 * 10 + 3 * 11))
-    assert found.planted
-    assert found.fits(predicted(), find_gpu("H200"))
-    assert not found.fits(predicted(width=6), find_gpu("H200"))
-    assert not found.fits(predicted(target="y"), find_gpu("H200"))
-    assert not found.fits(predicted(), find_gpu("RTX 4090"))
-    assert not found.fits(predicted(), None)
-
-
-def test_a_measured_card_is_the_one_that_a_run_was_on(tmp_path):
-    """``card=auto`` has the driver's name, be the card in the table or not."""
-    for name in ("NVIDIA H200", "NVIDIA Something New"):
-        records = turns([30.0, 20.0], device="cuda", target="x")
-        found = read_measured(write_run(tmp_path / name, records, gpu=name))
-        assert found.fits(predicted(), GpuSpec(name, 150.3, 4800, (4, 16), measured_link=55.0))
-        assert not found.fits(predicted(), GpuSpec("NVIDIA L4", 24.0, 300, (4, 16), measured_link=20.0))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"draft": SmallModelDraftConfig(name="small_model")},
-        {"quant": HiggsConfig(name="higgs", modules=[])},
-        {"quant": HqqConfig(name="hqq", bits=8, modules=[])},
-        {"quant": HqqConfig(name="hqq", modules=["attention"])},
-        {"quant": HqqConfig(name="hqq", bits_by=BitsByModule(mlp=3), modules=[])},
-    ],
-)
-def test_a_level_of_another_draft_or_of_other_bits_does_not_count(tmp_path, other):
-    records = turns([30.0, 20.0], device="cuda", target="x")
-    found = read_measured(write_run(tmp_path / "run", records, gpu="NVIDIA H200"))
-    assert found.fits(predicted(), find_gpu("H200"))
-    assert found.check(predicted()) == []
-    assert not found.fits(predicted(**other), find_gpu("H200"))
-    if "draft" in other:
-        with pytest.raises(ConfigError, match=r"--from: .*draft=subspec.*draft=small_model"):
-            found.check(predicted(**other))
-    else:  # acceptance of other bits is a guess, and the prediction says so
-        assert found.check(predicted(**other))[0].startswith("acceptance was measured with quant.")
-
-
-def test_a_draft_that_is_not_quantized_has_no_bits_to_compare(tmp_path):
-    records = turns([30.0, 20.0], device="cuda", target="x", draft="small_model")
-    run = config_of({"name": "small_model", "path": "a/b", "temperature": 0.5})
-    found = read_measured(write_run(tmp_path / "run", records, run, facts={"substitute": None}, gpu="H200"))
-    same = predicted(draft=SmallModelDraftConfig(name="small_model", path="a/b"), quant=NoQuantConfig("none"))
-    assert found.fits(same, find_gpu("H200"))
-    assert not found.fits(replace(same, draft=SmallModelDraftConfig(name="small_model", path="a/c")), find_gpu("H200"))
-
-
-def test_runs_that_cannot_tell(tmp_path):
-    plain_run(tmp_path / "plain")
-    with pytest.raises(ConfigError, match="no run there drafts"):
-        read_measured(tmp_path / "plain")
-    write_run(tmp_path / "a", turns([10.0]))
-    write_run(tmp_path / "b", turns([10.0]), config_of(quant={"name": "hqq", "bits": 3}))
-    with pytest.raises(ConfigError, match="runs of several methods"):
-        read_measured(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------- the command
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return stop.value.code, output.out, output.err
-
-
-def test_the_question_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "110")
-    asked = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "card=rtx_4090", "tau=26", "depths=[16]"]
-    files = [f"--json={tmp_path / 'found.json'}", f"--plot={tmp_path / 'new' / 'found.png'}"]
-    code, out, err = run(capsys, *asked, *files)
-    assert (code, err) == (0, "")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["planted"] is True
-    assert "no language model" in out
-    assert [one["depth"] for one in found["depths"]] == [16, 48]
-    assert found["depths"][1]["iteration"]["tau"] == pytest.approx(26)
-    assert found["plan"]["card"]["name"] == "RTX 4090"
-    assert found["plan"]["budget"] == 8 * 2**30
-    plain = found["plan"]["plain_bytes_per_pass"] / (found["machine"]["link_gb_per_s"] * 1e9)
-    assert found["plain"]["tokens_per_s"] == pytest.approx(1 / plain, rel=1e-3)
-    shown = re.search(r"best: depth (\d+).*?, ([\d.]+) tokens/s", out)
-    assert found["plan"]["codec"] == "substitute"
-    best = max(one["iteration"]["tokens_per_s"] for one in found["depths"])
-    assert float(shown[2]) == pytest.approx(best, abs=0.05)
-    assert "pass s: what is left of a pass after drafting" in out
-    assert (tmp_path / "new" / "found.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_all_of_a_cards_memory_is_the_default(tmp_path, capsys):
-    file = tmp_path / "found.json"
-    asked = ["target=planted_qwen2_5_32b", "card=RTX 3090", "tau=10", "depths=8"]
-    code, _, err = run(capsys, *asked, f"--json={file}")
-    assert code == 0, err
-    budget = json.loads(file.read_text())["plan"]["budget"] / 2**30
-    assert budget == pytest.approx(21.4, abs=0.01)  # 0.93 x 24, less 0.9 for CUDA
-
-
-def test_a_local_folder_needs_no_weights_and_a_run_its_tau(tmp_path, capsys):
-    tiny_checkpoint(tmp_path / "model", "qwen2")
-    for weights in (tmp_path / "model").glob("*.safetensors"):
-        weights.unlink()
-    measured = write_run(tmp_path / "run", turns([30.0, 20.0]))
-    asked = ["target=hub", f"target.path={tmp_path / 'model'}", "memory_gb_per_s=500", "quant.group_size=32"]
-    asked += ["offload.link_gb_per_s=20", "offload.vram_gib=1", "tree.depth=3", "tree.width=2", "depths=2"]
-    code, out, err = run(capsys, *asked, "decoding.max_length=256", "--from", measured)
-    assert code == 0, err
-    assert "acceptance: by depth, of subspec hqq4" in out
-    assert "planted" not in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["tau=3"], "card is not set: give card=NAME"),
-        (["card=rtx_4090"], "tau is not set"),
-        (["card=foo", "tau=3"], "card=foo: unknown card; known are T4.*memory_gb_per_s"),
-        (["card=a100", "tau=3"], "card=a100 could be any of A100 40GB"),
-        (["card=rtx_4090", "tau=abc"], "tau=abc: expected a positive number"),
-        (["card=rtx_4090", "tau=-1"], "tau=-1: expected a positive number"),
-        (["card=rtx_4090", "tau=99"], "tau=99: a tree of depth 48 gives 1 to 49"),
-        (["card=rtx_4090", "tau=3", "tau_depth=2.5"], "tau_depth=2.5: expected a number of levels"),
-        (["card=rtx_4090", "tau=3", "--from", "x"], "tau= and --from both"),
-        (["card=rtx_4090", "--from", "missing"], "--from missing: no such folder"),
-        (["card=rtx_4090", "tau=3", "draft=none"], "draft=none: plain streaming is predicted in any case"),
-        (["card=rtx_4090", "tau=3", "target.dtype=float32"], "in float32, and captured levels .* bfloat16"),
-        (["card=rtx_4090", "tau=3", "offload=none"], "offload=none: predictions are for offload=stream"),
-        (["card=rtx_4090", "tau=3", "offload.vram_gib=3"], "offload.vram_gib=3 cannot hold this run"),
-        (["card=rtx_4070", "tau=3", "offload.vram_gib=30"], "more than the 12 GiB free on RTX 4070"),
-        (
-            ["memory_gb_per_s=500", "offload.link_gb_per_s=20", "offload.vram_gib=auto", "tau=3"],
-            "offload.vram_gib=auto needs a CUDA device",
-        ),
-        (["card=rtx_4090", "tau=3", "offload.card=L4"], "here the card is given as card=NAME"),
-        (["card=rtx_4090", "tau=3", "targt=x"], r"targt: no such key or group \(did you mean target"),
-        (["card=rtx_4090", "tau=3", "tree.depht=4"], r"tree.depht: no such key \(did you mean depth"),
-        (["card=rtx_4090", "tau=3", "depths=[a]"], "depths=.*expected numbers of levels"),
-        (["card=rtx_4090", "tau=3", "--plot", "x.foo"], "the name must end in .png"),
-        (["card=rtx_4090", "tau=3", "--nonsense"], "unrecognized arguments: --nonsense"),
-    ],
-)
-def test_failures_are_one_line(capsys, arguments, line):
-    code, out, err = run(capsys, "target=planted_qwen2_5_7b", *arguments)
-    assert code == 2, err
-    assert len(err.splitlines()) == 1
-    assert re.search(f"^error: .*{line}", err), err
-    assert "Traceback" not in out + err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to measure")
-def test_a_card_that_is_not_there_cannot_be_measured(capsys):
-    code, _, err = run(capsys, "card=auto", "tau=3")
-    assert code == 2
-    assert "card=auto measures a CUDA device, and there is none here" in err
-
-
-@pytest.mark.gpu
-def test_this_machines_card_is_measured(tmp_path, capsys):
-    file = tmp_path / "found.json"
-    asked = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "card=auto", "tau=20"]
-    code, out, err = run(capsys, *asked, f"--json={file}")
-    assert code == 0, err
-    machine = json.loads(file.read_text())["machine"]
-    assert 1 < machine["link_gb_per_s"] < 500
-    assert 100 < machine["memory_gb_per_s"] < 20_000
-    assert "best: depth" in out
-
-
-def test_help_is_in_the_users_words(capsys):
-    code, out, _ = run(capsys, "--help")
-    assert code == 0
-    for key in ("card=NAME", "tau=NUMBER", "--from RUN", "depths=", "level_ms="):
-        assert key in out
+def test_the_page_has_the_figures_of_other_cards():
+    cards = script("cards")
+    name = "prompt_lookup, 10 nodes"
+    for row in (cards.row("4-bit LM head"), cards.cascade_row(name, 0.5), cards.needed_row(name)):
+        assert row in PAGE, "run experiments/predict/cards.py and put its tables into the README"

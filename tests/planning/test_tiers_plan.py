@@ -10,11 +10,7 @@ from subspec.config.enums import Codec
 from subspec.config.schema import Cache, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB
-from subspec.planning.acceptance import Acceptance
 from subspec.planning.plan_table import plan_table
-from subspec.planning.predict import predict
-from subspec.planning.predict_timing import Machine
-from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
 LINK = {"link_gb_per_s": 50.0}
@@ -111,9 +107,3 @@ def test_coded_layers_on_a_disk_need_the_cache():
         planned(settings(8.0, codec=Codec.substitute, ram_gib=6.0, quant=quant))
     assert not planned(settings(8.0, codec=Codec.substitute, ram_gib=60.0, quant=quant)).disk_layers
     assert planned(settings(8.0, ram_gib=6.0, quant=quant)).disk_layers
-
-
-def test_predictions_do_not_cover_a_disk():
-    config, model = settings(8.0, codec=Codec.substitute, ram_gib=4.5), SHAPES["qwen2_5_7b"]()
-    with pytest.raises(ConfigError, match=r"offload\.ram_gib=4\.5.*plan_only"):
-        predict(config, model, Machine(50.0, 4000.0), Acceptance.from_tau(4.0, 8))
