@@ -19,7 +19,7 @@ from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import Attention
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.quant.level_linear import Variant
-from subspec.quant.weight_format import WeightQuantizer
+from subspec.quant.weight_format import FormatQuantizer
 from subspec.targets.model_spec import ModelSpec
 from tests.helpers.drafts import begin
 from tests.helpers.tiny import tiny_model
@@ -68,7 +68,7 @@ def fused_draft(
 def module_draft(
     model: PreTrainedModel,
     quant: HqqConfig | HiggsConfig = HQQ,
-    quantizer: WeightQuantizer | None = None,
+    quantizer: FormatQuantizer | None = None,
     names: Sequence[str] | None = None,
 ) -> SubstituteDraft:
     """The quantized weights of the same Linears as plain modules."""
