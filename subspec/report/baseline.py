@@ -8,15 +8,15 @@ from subspec.errors import SubspecError
 from subspec.records.method import budget_text, config_group
 from subspec.records.run_folder import Key
 from subspec.report.bootstrap import speedup_interval
-from subspec.report.collect import RunData, texts_of, turn_outcome
 from subspec.report.rows import PLAIN, Baseline, Row, rows_of, text_of
+from subspec.report.run_data import RunData, texts_of, turn_outcome
 
 
 def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
     """Rows of all runs that generated tokens, each with its baseline, and notes about their comparison.
 
     Args:
-        runs: of :func:`~subspec.report.collect.collect`.
+        runs: of :func:`~subspec.report.run_data.collect`.
         baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
 
     Raises:

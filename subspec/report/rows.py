@@ -18,7 +18,7 @@ from subspec.records.metrics import distinct_values, summarise
 from subspec.records.run_folder import Key
 from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, speed_interval
-from subspec.report.collect import RunData
+from subspec.report.run_data import RunData
 
 PLAIN = "none"  # draft of the default baseline
 OVERALL = "Overall"  # name of all categories together

@@ -9,10 +9,10 @@ import pandas as pd
 
 from subspec.records.summary_table import banners
 from subspec.report.baseline import make_rows
-from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.layout import save
 from subspec.report.plots import DRAWINGS
 from subspec.report.rows import Row
+from subspec.report.run_data import RunData, State, collect, sweep_notes
 from subspec.report.tables import (
     acceptance_cells,
     acceptance_tables,

@@ -28,7 +28,7 @@ from subspec.errors import ConfigError
 from subspec.planning.plan import plan_run
 from subspec.records.summary_table import PLANTED_DRAFT
 from subspec.report.baseline import make_rows
-from subspec.report.collect import collect
+from subspec.report.run_data import collect
 from subspec.session import assemble_streamed
 from subspec.targets.load import open_source
 from tests.config.test_config import composed
