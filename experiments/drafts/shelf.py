@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT)]  # a script's own folder is searched first, the check
 from experiments.default_target.compare import texts  # noqa: E402
 from experiments.drafts.table import tau  # noqa: E402
 from subspec.records.method import method_label  # noqa: E402
-from subspec.report.collect import RunData, read_run  # noqa: E402
+from subspec.report.run_data import RunData, read_run  # noqa: E402
 
 DEPTHS = (1, 2, 3, 4, 6, 8)
 

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT)]  # a script's own folder is searched first, the check
 
 from experiments.default_target.compare import texts  # noqa: E402
 from subspec.records.method import method_label  # noqa: E402
-from subspec.report.collect import RunData, read_run  # noqa: E402
+from subspec.report.run_data import RunData, read_run  # noqa: E402
 
 HEADER = "| draft | turns | tau | tau of turns 1, 2 | accepted at depth 1, 2, 4, 8 | token ids | audit |"
 DEPTHS = (1, 2, 4, 8)

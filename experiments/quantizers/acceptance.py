@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subspec.report.collect import RunData, read_run
+from subspec.report.run_data import RunData, read_run
 
 HERE = Path(__file__).parent
 LEVELS = HERE / "levels_h200.json"

@@ -76,7 +76,7 @@ def main() -> None:
     sweep = start(command)
     wait_for(options.killed, second, sweep)
     time.sleep(chance.uniform(0, 5))
-    jobs = [child for child in psutil.Process(sweep.pid).children() if "subspec.sweeps.job" in child.cmdline()]
+    jobs = [child for child in psutil.Process(sweep.pid).children() if "subspec.cli.job" in child.cmdline()]
     jobs[0].kill()
     print(f"-- SIGKILL to a job, with {written(options.killed)} of {turns} records written", flush=True)
     print(f"-- the sweep ended with status {sweep.wait()}", flush=True)

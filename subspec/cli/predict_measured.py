@@ -11,7 +11,7 @@ from subspec.planning.acceptance import Acceptance
 from subspec.planning.gpu_specs import GpuSpec, find_gpu
 from subspec.records.method import config_group, is_quantized, method_label
 from subspec.records.metrics import summarise
-from subspec.report.collect import RunData, collect
+from subspec.report.run_data import RunData, collect
 
 
 @dataclass(frozen=True)

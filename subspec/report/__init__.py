@@ -13,20 +13,18 @@ library::
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "Report": "write",
-    "Row": "rows",
-    "RunData": "collect",
-    "State": "collect",
-    "collect": "collect",
-    "make_rows": "baseline",
-    "write_report": "write",
+_MODULES = {
+    "write": ("Report", "write_report"),
+    "rows": ("Row",),
+    "run_data": ("RunData", "State", "collect"),
+    "baseline": ("make_rows",),
 }
-__all__ = ["Report", "Row", "RunData", "State", "collect", "make_rows", "write_report"]
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     # Lazily: matplotlib and pandas take seconds to import, and `--help` and `compare` need neither.
-    if name in _HOME:
-        return getattr(import_module(f"subspec.report.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"subspec.report.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'subspec.report' has no attribute {name!r}")

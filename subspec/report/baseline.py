@@ -1,22 +1,22 @@
 """Compare the rows of a report with their baselines: speed-ups, differences besides the method, and texts."""
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from subspec.errors import SubspecError
 from subspec.records.method import budget_text, config_group
-from subspec.records.run_folder import Key
 from subspec.report.bootstrap import speedup_interval
-from subspec.report.collect import RunData, texts_of, turn_outcome
 from subspec.report.rows import PLAIN, Baseline, Row, rows_of, text_of
+from subspec.report.run_data import RunData, texts_of, turn_outcome
 
 
 def make_rows(runs: Sequence[RunData], baseline: str | None = None) -> tuple[list[Row], list[str]]:
     """Rows of all runs that generated tokens, each with its baseline, and notes about their comparison.
 
     Args:
-        runs: of :func:`~subspec.report.collect.collect`.
+        runs: of :func:`~subspec.report.run_data.collect`.
         baseline: a draft (``none``), a method's label, an experiment, or a folder of runs; None: plain decoding.
 
     Raises:
@@ -97,7 +97,8 @@ def _compared(row: Row, other: Row) -> Baseline:
             name: speedup_interval(*(one.samples[one.samples.category == name] for one in (row, other)))
             for name in row.summary["categories"]
         }
-    ours, theirs = _texts(row), _texts(other)
+    # Each turn of the first run that has it.
+    ours, theirs = (ChainMap(*map(texts_of, one.runs)) for one in (row, other))
     outcomes = {key: turn_outcome(ours[key], theirs[key]) for key in ours if key in theirs}
     return Baseline(
         other,
@@ -107,14 +108,6 @@ def _compared(row: Row, other: Row) -> Baseline:
         same_texts=sum(outcome == "identical" for outcome in outcomes.values()),
         other_texts=tuple(key for key, outcome in outcomes.items() if outcome == "different"),
     )
-
-
-def _texts(row: Row) -> dict[Key, Mapping[str, Any]]:
-    """Records of the turns of a row, of the first run that has each."""
-    texts: dict[Key, Mapping[str, Any]] = {}
-    for run in row.runs:
-        texts = {**texts_of(run), **texts}
-    return texts
 
 
 def _differences(row: Row, other: Row) -> tuple[str, ...]:

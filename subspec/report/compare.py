@@ -17,7 +17,7 @@ from subspec.records.method import config_group
 from subspec.records.run_files import RECORDS
 from subspec.records.run_folder import Key
 from subspec.records.same_run import config_differences
-from subspec.report.collect import RunData, State, read_run, run_folders, texts_of, turn_outcome
+from subspec.report.run_data import RunData, State, read_run, run_folders, texts_of, turn_outcome
 from subspec.utils.terminal import Terminal, one_line
 
 SHOWN, WIDTH = 20, 80  # rows and columns of the printed table; the JSON file has every differing turn

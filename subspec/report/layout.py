@@ -6,7 +6,6 @@ hatches repeat their information. Figures are made without pyplot, whose state i
 """
 
 import textwrap
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from subspec.records.summary_table import PLANTED_DRAFT, PLANTED_WEIGHTS, banners
 from subspec.report.bootstrap import Interval
-from subspec.report.rows import Row
+from subspec.report.rows import Row, grouped
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -40,14 +39,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         figure.savefig(files[0], dpi=150)
         figure.savefig(files[1], metadata={"Date": None})
     return files
-
-
-def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> Mapping[str, list[Row]]:
-    """Rows by ``key``, in order."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return groups
 
 
 def target_label(row: Row) -> str:

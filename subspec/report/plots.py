@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from subspec.records.method import config_group, method_label
 from subspec.report import layout
-from subspec.report.layout import bar_figure, grouped, panel_figure, styles_of, whisker_lengths
-from subspec.report.rows import OVERALL, PLAIN, Row
+from subspec.report.layout import bar_figure, panel_figure, styles_of, whisker_lengths
+from subspec.report.rows import OVERALL, PLAIN, Row, grouped
 from subspec.report.tables import number
 
 PHASES = {

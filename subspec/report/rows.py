@@ -5,10 +5,9 @@ repeats: totals are pooled and the spread is shown. Rows are compared if they ra
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -17,7 +16,10 @@ from subspec.records.metrics import category_group, distinct_values, summarise
 from subspec.records.run_folder import Key
 from subspec.records.same_run import FREE_KEYS, NEW
 from subspec.report.bootstrap import Interval, speed_interval
-from subspec.report.collect import RunData
+from subspec.report.run_data import RunData
+
+Item = TypeVar("Item")
+Group = TypeVar("Group", bound=Hashable)
 
 PLAIN = "none"  # draft of the default baseline
 OVERALL = "Overall"  # name of all categories together
@@ -59,11 +61,13 @@ class Row:
         method: label, see :func:`~subspec.records.method.method_label`; unique among rows that compare.
         experiment: experiment file; None without one.
         target, benchmark, source, draft: names; source is ``hub``, ``file`` or ``sample``.
+        place: target, benchmark and source; rows are compared within one place.
         texts: number of texts at a time; speeds are of one text among them.
         planted, sample: whether weights are planted; whether prompts are the packaged samples.
         device: GPU or CPU.
         bits: bits per weight of a quantized draft, scales included; None if unknown.
         nominal_bits: ``quant.bits`` of a quantized draft.
+        summary: of all records. totals: part of it.
         samples: ``tokens``, ``seconds`` and ``category`` by prompt, for comparing rows.
         speed: tokens/s with a bootstrap interval over samples; None if nothing was decoded.
         baseline: None without one.
@@ -72,12 +76,13 @@ class Row:
     def __init__(self, runs: Sequence[RunData]) -> None:
         records = [record for run in runs for record in run.records]
         first, self.summary = runs[0], summarise(records)
-        context = self.summary["context"]
+        context, self.totals = self.summary["context"], self.summary["totals"]
         self.runs, self.method, self.device = runs, first.method, first.device
         self.experiment = group_name(first.config)
         self.target, self.benchmark, self.source, self.draft, self.texts = (
             text_of(context[name]) for name in ("target", "benchmark", "source", "draft", "texts")
         )
+        self.place = self.target, self.benchmark, self.source
         self.planted = True in distinct_values(context["planted"])
         self.sample = "sample" in distinct_values(context["source"])
         self.bits: float | None = config_group(first.facts, "substitute").get("bits_per_weight")
@@ -87,11 +92,6 @@ class Row:
         self.samples = _samples(records)
         self.speed = speed_interval(self.samples)
         self.baseline: Baseline | None = None
-
-    @property
-    def totals(self) -> Mapping[str, Any]:
-        """The pooled figures."""
-        return self.summary["totals"]
 
     @property
     def is_baseline(self) -> bool:
@@ -136,19 +136,18 @@ class Row:
         every = {**self.summary["categories"], OVERALL: overall}
         return {name: {**one, "speedup": gains.get(name)} for name, one in every.items()}
 
-    @property
-    def place(self) -> tuple[str, str, str]:
-        """Target, benchmark and source: rows are compared within one place."""
-        return self.target, self.benchmark, self.source
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Group]) -> dict[Group, list[Item]]:
+    """Items by ``key``, in order."""
+    groups: dict[Group, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def rows_of(runs: Sequence[RunData]) -> list[Row]:
     """Rows of all runs that generated tokens, not compared yet."""
-    groups: dict[str, list[RunData]] = defaultdict(list)
-    for run in runs:
-        if run.turns:
-            groups[_identity(run)].append(run)
-    rows = [Row(members) for members in groups.values()]
+    rows = [Row(members) for members in grouped((run for run in runs if run.turns), _identity).values()]
     _make_labels_unique(rows)
     return sorted(rows, key=lambda row: (row.place, row.draft != PLAIN, row.experiment or "", row.method))
 
@@ -218,10 +217,7 @@ def _plain_bytes(plan: Mapping[str, Any]) -> float | None:
 
 def _make_labels_unique(rows: Sequence[Row]) -> None:
     """Add differing settings to labels that would be equal in one table."""
-    same: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        same[(row.place, row.experiment, row.method)].append(row)
-    for members in same.values():
+    for members in grouped(rows, lambda row: (row.place, row.experiment, row.method)).values():
         described = [{**_settings(row.runs[0]), "on": row.device} for row in members]
         keys = sorted({key for one in described for key in one})
         differing = [key for key in keys if len({repr(one.get(key)) for one in described}) > 1]

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from subspec.records.metrics import summarise
 from subspec.records.run_files import FACTS, PLAN, read_json
 from subspec.report.baseline import make_rows
-from subspec.report.collect import RunData, State
 from subspec.report.plots import acceptance, roofline, tau_by_category, time_split
+from subspec.report.run_data import RunData, State
 
 
 def run_figures(

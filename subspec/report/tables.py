@@ -10,8 +10,8 @@ from subspec.records.method import config_group, group_name
 from subspec.records.summary_table import shown_depths
 from subspec.records.sweep_folder import config_digest
 from subspec.report.bootstrap import Interval
-from subspec.report.collect import RunData, State
 from subspec.report.rows import OVERALL, Row
+from subspec.report.run_data import RunData, State
 
 TURNS_NAMED = 10  # in a note
 TOGETHER = "texts at a time: tokens/s together"

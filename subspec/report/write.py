@@ -9,10 +9,10 @@ import pandas as pd
 
 from subspec.records.summary_table import banners
 from subspec.report.baseline import make_rows
-from subspec.report.collect import RunData, State, collect, sweep_notes
 from subspec.report.layout import save
 from subspec.report.plots import DRAWINGS
-from subspec.report.rows import Row
+from subspec.report.rows import Row, grouped
+from subspec.report.run_data import RunData, State, collect, sweep_notes
 from subspec.report.tables import (
     acceptance_cells,
     acceptance_tables,
@@ -170,21 +170,21 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 
 def _tables(rows: Sequence[Row]) -> list[str]:
     """One table per target, benchmark, experiment and device, and what belongs to it."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        planted = " (planted weights)" if row.planted else ""
-        sample = "sample prompts" if row.sample else row.source
-        experiment = f", experiment {row.experiment}" if row.experiment else ""
-        heading = f"### {row.target}{planted}, {row.benchmark} ({sample}){experiment}\n\nOn {row.device}."
-        groups[heading].append(row)
     parts = []
-    for heading, members in groups.items():
+    for heading, members in grouped(rows, _heading).items():
         parts += [heading, methods_table(members)]
         if remarks := _remarks(members):
             parts.append("\n".join(f"- {line}" for line in remarks))
         for title, tables in (("By category", category_tables(members)), ("Acceptance", acceptance_tables(members))):
             parts += [f"#### {title}", *tables] if tables else []
     return parts
+
+
+def _heading(row: Row) -> str:
+    planted = " (planted weights)" if row.planted else ""
+    sample = "sample prompts" if row.sample else row.source
+    experiment = f", experiment {row.experiment}" if row.experiment else ""
+    return f"### {row.target}{planted}, {row.benchmark} ({sample}){experiment}\n\nOn {row.device}."
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:

@@ -227,25 +227,18 @@ def job_result(
     overrides: Sequence[str], outcome: Outcome | None, folder: Path, optimise: str | None, error: object = None
 ) -> QuietReturn:
     """Hydra's result of a job. ``error``: of its launcher, if the folder tells no outcome."""
-    result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd(), status=JobStatus.COMPLETED)
-    try:
-        if outcome is None or not (outcome.reason or outcome.status == OK):
-            raise JobFailed(f"its worker ended: {error}", 1)
-        result.return_value = _value(outcome, folder, optimise)
-    except JobFailed as failure:
-        result.status, result.return_value = JobStatus.FAILED, failure
+    result = QuietReturn(overrides=list(overrides), working_dir=os.getcwd(), status=JobStatus.FAILED)
+    if outcome is not None and outcome.status == OK:
+        result.status, result.return_value = JobStatus.COMPLETED, objective(read_summary(folder), optimise)
+    elif outcome is not None and outcome.reason:
+        result.return_value = _failure(outcome, folder)
+    else:
+        result.return_value = JobFailed(f"its worker ended: {error}", 1)
     return result
 
 
-def _value(outcome: Outcome, folder: Path, optimise: str | None) -> float | None:
-    """The figure that a search maximises, if there is one.
-
-    Raises:
-        JobFailed: the job failed.
-    """
-    if outcome.status != OK:
-        raise JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
-    return objective(read_summary(folder), optimise)
+def _failure(outcome: Outcome, folder: Path) -> JobFailed:
+    return JobFailed(f"{outcome.reason} ({folder / LOG})", outcome.exit_code or 1)
 
 
 def run_in_process(job: JobProcess) -> float | None:
@@ -267,4 +260,6 @@ def run_in_process(job: JobProcess) -> float | None:
         raise
     if outcome.status == INTERRUPTED:
         raise KeyboardInterrupt
-    return _value(outcome, job.folder, job.optimise)
+    if outcome.status != OK:
+        raise _failure(outcome, job.folder)
+    return objective(read_summary(job.folder), job.optimise)

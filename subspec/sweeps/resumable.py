@@ -128,10 +128,10 @@ class ResumableLauncher:
         folders = [self.folder.job_folder(job) for job, _, _ in missing]
         named = {str(number): text for number, text in labels(self.jobs, self.keys).items()}
         before, began = [read_outcome(folder) for folder in folders], time.time()
-        display, ours = nullcontext(), isinstance(self.inner, ProcessLauncher)
-        if ours:
+        display = nullcontext()
+        if isinstance(self.inner, ProcessLauncher):
             self.inner.progress, self.inner.labels = self.progress, named
-        elif self.config.hydra.launcher._target_ != IN_PROCESS:
+        elif self.config.hydra.launcher._target_ != IN_PROCESS:  # another project's
             display = watched(self.progress, [ForeignJob(folder, named[folder.name]) for folder in folders])
         try:
             with display:
@@ -139,7 +139,7 @@ class ResumableLauncher:
         except Exception as error:
             if any(map(read_outcome, folders)):
                 return error  # other projects' launchers stop at the first worker that dies
-            if ours or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
+            if isinstance(self.inner, ProcessLauncher) or isinstance(error, (SubspecError, *CONFIG_EXCEPTIONS)):
                 raise
             launcher = self.config.hydra.runtime.choices["hydra/launcher"]
             raise SubspecError(

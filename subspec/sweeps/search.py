@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
@@ -92,9 +92,7 @@ class SearchSweeper(GridSweeper):
                         overrides = [[f"{k}={v}" for k, v in {**one.params, **fixed}.items()] for one in trials]
                         results = launcher.launch(overrides, initial_job_idx=begin)
                         for trial, result in zip(trials, results, strict=True):
-                            value = result.return_value if result.status is JobStatus.COMPLETED else None
-                            failed = {} if value is not None else {"state": self.optuna.trial.TrialState.FAIL}
-                            study.tell(trial, value, **failed)
+                            self._tell(study, trial, result)
                 finally:
                     rows = _show(console, folder, optimise, keys) if folder.jobs else []
             with suppress(ValueError):  # no trial has a value
@@ -105,6 +103,14 @@ class SearchSweeper(GridSweeper):
         if best is None:
             raise SubspecError("the search found nothing: every trial failed, see the table above for why")
         console.note(f"best {optimise}: {best.value:.4g} with {best.label} (job {best.job})")
+
+    def _tell(self, study: Any, trial: Any, result: JobReturn) -> None:
+        """Record what a job measured; without the figure it has failed."""
+        value = result.return_value if result.status is JobStatus.COMPLETED else None
+        if value is None:
+            study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, value)
 
     def _open_study(self, file: Path) -> tuple[Any, int]:
         """Create or load the study; returns it and the number of measured trials."""

@@ -27,7 +27,7 @@ from subspec.drafts.planted_head import PlantedHead
 from subspec.errors import ConfigError
 from subspec.records.summary_table import PLANTED_DRAFT
 from subspec.report.baseline import make_rows
-from subspec.report.collect import collect
+from subspec.report.run_data import collect
 from tests.config.test_config import composed
 from tests.helpers.assembled import TINY, planned_here, streamed, streamed_settings
 from tests.helpers.cli import cli, records_of, summary_of

@@ -12,8 +12,8 @@ from subspec.decoding.result import FinishReason
 from subspec.records.metrics import LinkInfo, summarise
 from subspec.report.__main__ import main
 from subspec.report.baseline import make_rows
-from subspec.report.collect import collect
 from subspec.report.rows import Row
+from subspec.report.run_data import collect
 from subspec.runs.turn import RunContext, turn_record
 from tests.helpers.records import result
 

@@ -3,7 +3,7 @@ import pytest
 from subspec.errors import SubspecError
 from subspec.records.metrics import LinkInfo
 from subspec.report.baseline import make_rows
-from subspec.report.collect import collect
+from subspec.report.run_data import collect
 from subspec.report.tables import audit_text, methods_table, number
 
 from .runs import config_of, plain_run, rows_below, turns, write_run

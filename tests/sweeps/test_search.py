@@ -23,6 +23,8 @@ def needs(module):
 
 
 optuna = needs("hydra_plugins.hydra_optuna_sweeper")
+submitit = needs("hydra_plugins.hydra_submitit_launcher")
+ray = needs("hydra_plugins.hydra_ray_launcher")
 
 
 def ranking(sweep):
@@ -68,16 +70,9 @@ def test_a_search_ranks_its_trials_and_continues(tmp_path):
 
 @optuna
 def test_a_trial_that_fails_ends_nothing_and_a_search_without_any_says_so(tmp_path):
-    options = [*SEARCH, *TINY, HERE, "hydra.sweeper.n_trials=2"]
-    some = cli(
-        *options,
-        f"sweep_dir={tmp_path / 'a'}",
-        "quant.bits=choice(4,5)",
-        "hydra.sweeper.sampler=random",
-        "hydra.sweeper.seed=1",
-        # proposes 5, 5, 4
-        "hydra.sweeper.n_trials=3",
-    )
+    options = [*SEARCH, *TINY, HERE, "hydra.sweeper.n_trials=3"]
+    proposes_5_5_4 = ["quant.bits=choice(4,5)", "hydra.sweeper.sampler=random", "hydra.sweeper.seed=1"]
+    some = cli(*options, f"sweep_dir={tmp_path / 'a'}", *proposes_5_5_4)
     assert some.code == 0, some.err
     assert set(statuses(tmp_path / "a")) == {"ok", "failed"}
     assert ranking(tmp_path / "a")[-1]["status"] == "failed"
@@ -109,21 +104,13 @@ def test_a_search_that_is_killed_goes_on_with_the_same_proposal(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "options"),
+    "options",
     [
-        pytest.param(
-            "hydra_submitit_launcher",
-            ["hydra/launcher=submitit_here"],
-            marks=needs("hydra_plugins.hydra_submitit_launcher"),
-        ),
-        pytest.param(
-            "hydra_ray_launcher",
-            ["hydra/launcher=ray_cluster", "hydra.launcher.ray.remote.num_gpus=0"],
-            marks=needs("hydra_plugins.hydra_ray_launcher"),
-        ),
+        pytest.param(["hydra/launcher=submitit_here"], marks=submitit, id="submitit"),
+        pytest.param(["hydra/launcher=ray_cluster", "hydra.launcher.ray.remote.num_gpus=0"], marks=ray, id="ray"),
     ],
 )
-def test_launchers_of_other_projects(tmp_path, module, options):
+def test_launchers_of_other_projects(tmp_path, options):
     """A process per job there too; one job fails, and the second time only that one is tried again."""
     sweep = tmp_path / "s"
     arguments = ["-m", *TINY, "draft=none,subspec", "quant=none", *options, f"sweep_dir={sweep}"]
@@ -139,7 +126,7 @@ def test_launchers_of_other_projects(tmp_path, module, options):
     assert len(records_of(sweep / "0")) == 2
 
 
-@needs("hydra_plugins.hydra_submitit_launcher")
+@submitit
 def test_the_slurm_configuration_is_what_submitit_knows(tmp_path):
     """Composed, and handed to submitit's own check of its parameters, without a cluster."""
     from hydra import compose, initialize_config_dir

@@ -261,7 +261,7 @@ def test_jobs_in_processes_of_their_own(tmp_path, monkeypatch, real_report):
 
 def wait_for_records(sweep, count, process):
     deadline = time.monotonic() + 200
-    while sum(file.read_bytes().count(b"\n") for file in sweep.glob("*/records.jsonl")) < count:
+    while sum(file.read_bytes().count(b"\n") for file in sweep.rglob("records.jsonl")) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -304,11 +304,7 @@ def test_killed_twice_at_random_and_run_again(tmp_path, seed):
 def test_interrupted_and_continued_by_the_same_command(tmp_path):
     options = ["-m", *TINY, "draft=none,subspec", "decoding.max_new_tokens=200"]
     process = command(*options, cwd=tmp_path)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("multirun/*/*/0/records.jsonl")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_records(tmp_path, 1, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+import subspec.report
 from subspec.errors import SubspecError
-from subspec.report.collect import State, collect, read_run
+from subspec.report.run_data import State, collect, read_run
 
 from .runs import turns, write_run
 
@@ -94,3 +95,8 @@ def test_nothing_to_report(tmp_path):
         collect([tmp_path])
     with pytest.raises(SubspecError, match="no such folder"):
         collect([tmp_path / "missing"])
+
+
+def test_the_package_has_what_it_names():
+    """Names are imported when they are asked for; no module of the package has one of them."""
+    assert all(callable(getattr(subspec.report, name)) for name in subspec.report.__all__)
