@@ -236,7 +236,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class EagleRotary(LlamaRotaryEmbedding):
-    """transformers' rotary tables, whose frequencies stay float32 when the module's dtype changes."""
+    """transformers' rotary tables; the frequencies stay float32 when the module's dtype changes."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EagleRotary":
         for name, buffer in self._buffers.items():
@@ -274,14 +274,11 @@ class EagleAttention(LlamaAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the base class; on a cache, keys and values are not repeated for the query heads of a group."""
-        if past_key_values is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, **options)
-        assert attention_mask is not None
+        attention_mask: Tensor,
+        past_key_values: Any,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """As the base class on a cache; keys and values are not repeated for the query heads of a group."""
         query, key, value = self.project(hidden_states, *position_embeddings)
         count, groups = query.shape[2], self.num_key_value_groups
         key, value = past_key_values.update(key, value, self.layer_idx)

@@ -29,11 +29,7 @@ def check_biases(names: Iterable[str], what: str) -> None:
     """Refuse a layer that adds a bias anywhere but in its query, key and value projections.
 
     Args:
-        names: of the layer's parameters.
-        what: the model, for the message.
-
-    Raises:
-        ConfigError: names the biased Linear.
+        names: of the layer's parameters. what: the model, for the message.
     """
     for name in names:
         linear, _, leaf = name.rpartition(".")
@@ -48,8 +44,7 @@ class SubstituteBuilder:
     """Builds :class:`LevelLayer` objects from exact layer weights.
 
     Args:
-        config: the target's configuration.
-        quantizer: of single weights.
+        config: the target's.
         formats: of each role's quantized weight (``head``: the draft has an LM head of its own); None: HQQ with 4 bits
             in groups of 64 for a layer's Linears.
         kernel: of the quantized Linears by role (:func:`subspec.quant.choose_kernels.choose_kernels`), or the name of
@@ -60,7 +55,6 @@ class SubstituteBuilder:
         ids: int64, rows of the LM head that the draft's own has; None: all.
 
     Attributes:
-        layers: the layers taken so far.
         head: the draft's own LM head; None: the target's.
         codes: the quantized weights of the layer taken last, by parameter name, while ``keeps_codes``.
     """
@@ -93,7 +87,6 @@ class SubstituteBuilder:
         self.bits: dict[str, float] = {}
 
     def needs(self, index: int) -> bool:
-        """Every layer is needed."""
         return True
 
     def take(self, index: int, layer: Mapping[str, Tensor]) -> None:
@@ -154,8 +147,7 @@ class SubstituteBuilder:
     def build_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
         """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
 
-        Args:
-            keep: receives the quantized weight.
+        ``keep`` receives the quantized weight.
         """
         if "head" not in self.formats:
             return None
@@ -214,12 +206,7 @@ def is_kept(role: str, keep_exact: frozenset[str]) -> bool:
 def role_shapes(
     layer: Mapping[str, torch.Size], keep_exact: frozenset[str] = frozenset()
 ) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of a layer's quantized fused Linears.
-
-    Args:
-        layer: shapes of a layer's parameters by name.
-        keep_exact: names of Linears that are not quantized.
-    """
+    """(outputs, inputs) of a layer's quantized fused Linears, from the shapes of its parameters by name."""
     return {
         role: (sum(layer[f"{name}.weight"][0] for name in names), layer[f"{names[0]}.weight"][1])
         for role, names in ROLES.items()

@@ -17,7 +17,7 @@ from subspec.errors import ConfigError
 from tests.drafts.test_eagle3 import rms, rotated
 from tests.helpers.blocks import BLOCKS, published_block
 from tests.helpers.drafts import begin, grow, hf_greedy
-from tests.helpers.eagle import drafted_paths, published3, random_head
+from tests.helpers.eagle import drafted_paths, random_head
 from tests.helpers.taught import POLICIES, PROMPT, draft_engine
 from tests.helpers.tiny import tiny_model
 
@@ -231,12 +231,3 @@ def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path, model, name, op
     with pytest.raises(ConfigError, match=words) as caught:
         build_engine(model, draft="block_head", draft_path=folder)
     assert "\n" not in str(caught.value)
-
-
-def test_the_draft_that_reads_a_head_of_another_kind_is_named(tmp_path, model):
-    folder = published_block(tmp_path / "block", "dflash")
-    for draft in ("eagle2", "eagle3"):
-        with pytest.raises(ConfigError, match="is a block head: set draft=block_head"):
-            build_engine(model, draft=draft, draft_path=folder)
-    with pytest.raises(ConfigError, match="is an EAGLE-3 head: set draft=eagle3"):
-        build_engine(model, draft="block_head", draft_path=published3(tmp_path / "three", "official"))

@@ -14,6 +14,7 @@ from subspec.decoding.eagle2 import Eagle2
 from subspec.drafts.eagle3_head import Eagle3Head
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_head
 from subspec.errors import ConfigError
+from tests.helpers.blocks import published_block
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, SHAPES3, published, published3, random_head
 from tests.helpers.tiny import tiny_checkpoint, tiny_model
@@ -113,16 +114,25 @@ def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path, name, options, 
     assert "\n" not in str(caught.value)
 
 
-def test_the_draft_that_reads_a_head_of_the_other_kind_is_named(tmp_path):
-    for layout in ("official", "renamed"):
-        folder = published3(tmp_path / layout, "official", layout=layout)
-        with pytest.raises(ConfigError, match="is an EAGLE-3 head: set draft=eagle3"):
-            build_engine(TARGET, draft="eagle2", draft_path=folder)
-    folder = published(tmp_path / "two", SHAPES["llama3"])
-    with pytest.raises(ConfigError, match="is an EAGLE-1 or EAGLE-2 head: set draft=eagle2"):
-        build_engine(TARGET, draft="eagle3", draft_path=folder)
-    with pytest.raises(ConfigError, match=r"whole language model.*draft=small_model"):
-        build_engine(TARGET, draft="eagle3", draft_path=tiny_checkpoint(tmp_path / "model"))
+@pytest.mark.parametrize(
+    ("write", "words", "drafts"),
+    [
+        (lambda to: published3(to, "official"), "is an EAGLE-3 head: set draft=eagle3", ("eagle2", "block_head")),
+        (lambda to: published3(to, "official", layout="renamed"), "is an EAGLE-3 head: set draft=eagle3", ("eagle2",)),
+        (
+            lambda to: published(to, SHAPES["llama3"]),
+            "is an EAGLE-1 or EAGLE-2 head: set draft=eagle2",
+            ("eagle3", "block_head"),
+        ),
+        (lambda to: published_block(to, "dflash"), "is a block head: set draft=block_head", ("eagle2", "eagle3")),
+        (tiny_checkpoint, r"whole language model.*draft=small_model", ("eagle2", "eagle3", "block_head")),
+    ],
+)
+def test_the_draft_that_reads_a_head_of_another_kind_is_named(tmp_path, write, words, drafts):
+    folder = write(tmp_path / "head")
+    for draft in drafts:
+        with pytest.raises(ConfigError, match=words):
+            build_engine(TARGET, draft=draft, draft_path=folder)
 
 
 @pytest.mark.parametrize("name", ["official", "speculators", "deepspec", "narrow"])

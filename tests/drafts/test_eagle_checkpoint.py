@@ -16,19 +16,22 @@ from subspec.config.schema import (
     Eagle3DraftConfig,
     EmbeddedTargetConfig,
     HubTargetConfig,
+    to_config,
 )
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.engine import Engine
 from subspec.decoding.target_model import TargetModel
 from subspec.drafts import shipped
+from subspec.drafts.check_config import check_config
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.eagle_checkpoint import head_shape, load_head, locate_for, locate_head
 from subspec.drafts.eagle_head import ATTENTION, MLP, NORM
 from subspec.errors import ConfigError, SubspecError
+from tests.config.test_config import composed
 from tests.helpers.drafts import hf_greedy
 from tests.helpers.eagle import SHAPES, published, random_head
 from tests.helpers.fake_hub import COMMIT, FakeHub
-from tests.helpers.tiny import tiny_checkpoint, tiny_model
+from tests.helpers.tiny import tiny_model
 
 CPU = torch.device("cpu")
 PROMPT = [5, 17, 33, 99, 4]
@@ -121,10 +124,6 @@ def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path, options, words)
     refused(words, published(tmp_path / "head", SHAPES["qwen2"], **options))
 
 
-def test_a_whole_model_is_no_head(tmp_path):
-    refused("is a whole language model.*draft=small_model", tiny_checkpoint(tmp_path))
-
-
 def test_a_copy_of_the_lm_head_and_vllms_nested_configuration_are_read(tmp_path):
     folder = published(tmp_path / "head", SHAPES["llama3"], extra={"lm_head.weight": torch.ones(4, 64)})
     config = json.loads((folder / "config.json").read_text())
@@ -207,7 +206,8 @@ def test_paths_that_are_no_heads_are_refused(tmp_path):
 )
 def test_without_a_path_a_head_ships_for_the_default_target_alone(tmp_path, monkeypatch, draft, script):
     monkeypatch.setitem(shipped.HEADS, draft.name, tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=rf"train one with scripts/{script}\.py and set draft\.path"):
+    check_config(to_config(composed(f"draft={draft.name}")))
+    with pytest.raises(ConfigError, match=rf"not in this .*train one with scripts/{script}\.py and set draft\.path"):
         locate_for(draft, EmbeddedTargetConfig(name="smollm2_135m"), print)
     with pytest.raises(ConfigError, match=rf"draft={draft.name} .* target=qwen2_5_7b set draft\.path"):
         locate_for(draft, HubTargetConfig(name="qwen2_5_7b", path="ORG/NAME"), print)

@@ -10,7 +10,6 @@ import torch
 from subspec.config.schema import to_config
 from subspec.decoding.eagle2 import Eagle2
 from subspec.decoding.from_config import build_tree_policy
-from subspec.drafts import eagle_checkpoint, shipped
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.drafts.eagle_head import EagleShape
 from subspec.errors import ConfigError
@@ -113,14 +112,6 @@ def test_the_published_settings_are_the_defaults():
     assert (policy.max_depth, policy.width, policy.total_tokens) == (6, 10, 60)
     assert (policy.capacity, policy.pass_nodes, policy.draft_rows) == (511, 60, 51)
     assert (config.draft.temperature, config.draft.path) == (1.0, None)
-
-
-def test_a_head_that_is_not_shipped_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(shipped.HEADS, "eagle2", tmp_path / "nowhere")
-    config = to_config(composed("draft=eagle2"))
-    check_config(config)
-    with pytest.raises(ConfigError, match=r"^[^\n]*not in this installation[^\n]*set draft\.path[^\n]*$"):
-        eagle_checkpoint.locate_for(config.draft, config.target, print)
 
 
 @pytest.mark.gpu

@@ -77,8 +77,15 @@ def random_head(shape: EagleShape, seed: int = 0, std: float = 0.15) -> EagleHea
     return head.eval().requires_grad_(False)
 
 
+class Uncached:
+    """In place of a cache: the keys and values of this pass alone."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return key, value
+
+
 def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0) -> Tensor:
-    """Predicted features [batch, n, hidden] of whole texts at once, by transformers' own attention.
+    """Predicted features [batch, n, hidden] of whole texts at once.
 
     Args:
         embeddings, features: [batch, n, hidden].
@@ -88,7 +95,7 @@ def causal(head: EagleHead, embeddings: Tensor, features: Tensor, first: int = 0
     x = head.fc(torch.cat([embeddings, features], dim=-1))
     mask = torch.full((count, count), torch.finfo(x.dtype).min).triu(1)[None, None]
     tables = head.rotary(x, torch.arange(first, first + count)[None])
-    return head.layers[0](x, attention_mask=mask, position_embeddings=tables)
+    return head.layers[0](x, attention_mask=mask, position_embeddings=tables, past_key_values=Uncached())
 
 
 def write_head(
