@@ -12,9 +12,8 @@ import copy
 from pathlib import Path
 
 import torch
-from training.corpus import load_corpus
-from training.publish import train_and_publish
-from training.setup import add_target_options, add_training_options, arithmetic, open_target, report, schedule_of
+from training.course import Course
+from training.setup import report, training_parser
 from training.student import StudentLesson, build_student
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -28,9 +27,7 @@ verification pass of a single chain of eight."""
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_target_options(parser)
-    add_training_options(parser, lr=3e-3, rows=32, decay=0.05)
+    parser = training_parser(__doc__, lr=3e-3, weight_decay=0.05)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=4)
@@ -53,29 +50,21 @@ def save_student(student: LlamaForCausalLM, folder: Path) -> int:
 
 
 def main() -> None:
-    options = parse()
-    schedule = schedule_of(options)
-    target = open_target(options.target, options.device, options.dtype)
-    corpus = load_corpus(options.text, held_out=options.held_out)
-    print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
-    shape = {key: getattr(options, key) for key in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
-    counts = torch.bincount(corpus.ids.flatten(), minlength=target.model.config.vocab_size)
-    student = build_student(target.model, counts, **shape, seed=options.seed)
-    train_and_publish(
-        options,
-        schedule,
-        target,
-        corpus,
-        StudentLesson(target.model, student, arithmetic(target)),
+    course = Course(parse())
+    shape = course.chosen("hidden", "layers", "heads", "kv_heads", "intermediate")
+    model = course.target.model
+    counts = torch.bincount(course.corpus.ids.flatten(), minlength=model.config.vocab_size)
+    student = build_student(model, counts, **shape, seed=course.options.seed)
+    course.publish(
+        StudentLesson(model, student, course.dtype),
         lambda folder: save_student(student, folder),
-        folder="small_model",
-        checkpoint="student.ckpt",
         identity=shape,
         settings=shape,
-        title=f"Small draft model for {target.name}",
+        folder="small_model",
+        checkpoint="student.ckpt",
+        title=f"Small draft model for {course.target.name}",
         what=WHAT,
         meaning=MEANING,
-        parameters=student.num_parameters(),
     )
 
 

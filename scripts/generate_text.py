@@ -15,15 +15,14 @@ from pathlib import Path
 from training.chat_writer import ChatFrame, ChatWriter, Start
 from training.corpus import shard_path, write_shard
 from training.prompts import messages
-from training.setup import add_target_options, open_target, report
+from training.setup import open_target, report, target_parser
 
 from subspec.errors import SubspecError
 from subspec.targets import Target
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_target_options(parser)
+    parser = target_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--minutes", type=float, help="start no shard that would end later than this")
     parser.add_argument("--shards", type=int, default=16, help="most shards, those already there included")
@@ -56,7 +55,7 @@ def main() -> None:
         raise SubspecError("--self-asked and --greedy are shares between 0 and 1")
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    target = open_target(options.target, options.device, options.dtype)
+    target = open_target(options)
     frame = ChatFrame.of(target.tokenizer)
     if options.length <= 2 * len(frame.opening):
         raise SubspecError(

@@ -10,20 +10,9 @@ import argparse
 
 import torch
 from training.block import BlockLesson
-from training.corpus import load_corpus
-from training.eagle import balance_inputs, shape_for, usual_states
-from training.losses import SampledVocabulary
-from training.publish import save_head, train_and_publish
-from training.setup import (
-    add_target_options,
-    add_training_options,
-    add_vocabulary_options,
-    arithmetic,
-    occurrences,
-    open_target,
-    report,
-    schedule_of,
-)
+from training.course import Course
+from training.eagle import shape_for
+from training.setup import head_parser, report
 from training.student import projected
 
 from subspec.drafts.block_head import BlockHead, BlockShape
@@ -38,10 +27,7 @@ right so far. `chain_tau`: tokens per verification pass of a single chain of a b
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_target_options(parser)
-    add_training_options(parser, lr=1e-3, rows=32, decay=0.01)
-    add_vocabulary_options(parser)
+    parser = head_parser(__doc__)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers")
     parser.add_argument("--features", type=int, default=3, help="layers of the target whose states it reads")
     parser.add_argument("--block", type=int, default=7, help="slots")
@@ -55,15 +41,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    schedule = schedule_of(options)
-    target = open_target(options.target, options.device, options.dtype)
-    corpus = load_corpus(options.text, held_out=options.held_out)
-    print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
-    counts, config = occurrences(corpus, target), target.model.config
-    table = target.model.get_input_embeddings().weight
+    course = Course(options)
+    model = course.target.model
+    config, table = model.config, model.get_input_embeddings().weight
     layers = usual_layers(options.features, config.num_hidden_layers)
     shape = shape_for(
-        target.model,
+        model,
         BlockShape,
         intermediate=options.intermediate,
         fc_inputs=len(layers) * config.hidden_size,
@@ -79,33 +62,20 @@ def main() -> None:
     )
     head = BlockHead(shape, seed=options.seed)
     with torch.no_grad():
-        head.norm.weight.copy_(target.model.get_decoder().norm.weight)
-        markov = head.markov_head
+        head.norm.weight.copy_(model.get_decoder().norm.weight)
         # Tokens of similar embeddings begin with similar continuations: a product of two tables near 0 learns slowly.
-        markov["markov_w1"].weight.copy_(projected(table, counts, options.markov_rank, std=0.5))
-    head = head.to(target.device)
-    settings = {key: getattr(options, key) for key in ("anchors", "decay")}
-    vocabulary = SampledVocabulary.of(counts.to(target.device), options.frequent, options.sampled)
-    lesson = BlockLesson(target.model, head, **settings, vocabulary=vocabulary, dtype=arithmetic(target))
-    states = usual_states(target, corpus, lesson.wants)
-    balance_inputs(head, states.chunk(len(layers), dim=-1))
-    keys = ("frequent", "sampled", "layers", "features", "block", "markov_rank", "intermediate")
-    settings |= {key: getattr(options, key) for key in keys}
-    train_and_publish(
-        options,
-        schedule,
-        target,
-        corpus,
-        lesson,
-        lambda folder: save_head(head, folder, len(table)),
+        start = projected(table, course.occurrences(), options.markov_rank, std=0.5)
+        head.markov_head["markov_w1"].weight.copy_(start)
+    settings = course.chosen("anchors", "decay")
+    keys = ("layers", "features", "block", "markov_rank", "intermediate")
+    course.publish_head(
+        course.head_lesson(BlockLesson, head, **settings),
+        settings=settings | course.chosen(*keys),
         folder="block_head",
         checkpoint="block_head.ckpt",
-        identity=settings | shape.config(),
-        settings=settings,
-        title=f"Block head for {target.name}",
+        title=f"Block head for {course.target.name}",
         what=WHAT,
         meaning=MEANING,
-        parameters=sum(p.numel() for p in head.parameters()),
     )
 
 

@@ -10,20 +10,9 @@ import argparse
 from typing import Any
 
 import torch
-from training.corpus import load_corpus
-from training.eagle import EagleLesson, balance_inputs, shape_for, usual_states
-from training.losses import SampledVocabulary
-from training.publish import save_head, train_and_publish
-from training.setup import (
-    add_target_options,
-    add_training_options,
-    add_vocabulary_options,
-    arithmetic,
-    occurrences,
-    open_target,
-    report,
-    schedule_of,
-)
+from training.course import Course
+from training.eagle import EagleLesson, shape_for
+from training.setup import head_parser, report
 
 from subspec.drafts.eagle3_head import Eagle3Head
 from subspec.drafts.eagle_head import EagleHead
@@ -43,10 +32,7 @@ was right so far (fed with its own features). `chain_tau`: tokens per verificati
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_target_options(parser)
-    add_training_options(parser, lr=1e-3, rows=32, decay=0.01)
-    add_vocabulary_options(parser)
+    parser = head_parser(__doc__)
     parser.add_argument("--kind", choices=KINDS, default="eagle2")
     parser.add_argument("--passes", type=int, default=3, help="draft levels trained on the head's own features")
     parser.add_argument("--decay", type=float, default=0.9, help="weight of each further level")
@@ -74,54 +60,35 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    schedule = schedule_of(options)
-    target = open_target(options.target, options.device, options.dtype)
-    corpus = load_corpus(options.text, held_out=options.held_out)
-    print(f"{corpus.tokens:,} tokens of text, {corpus.answer_tokens:,} to learn from", flush=True)
-    counts, kind, three = occurrences(corpus, target), KINDS[options.kind], options.kind == "eagle3"
-    vocabulary = SampledVocabulary.of(counts.to(target.device), options.frequent, options.sampled)
-    table, lm_head = (
-        module.weight for module in (target.model.get_input_embeddings(), target.model.get_output_embeddings())
-    )
+    course = Course(options)
+    model, kind, three = course.target.model, KINDS[options.kind], options.kind == "eagle3"
+    frequent = course.occurrences().argsort(descending=True, stable=True)
+    ids = frequent[: options.draft_vocab if three else 0].sort().values
     own: dict[str, Any] = {}
     if three:
-        own = {"fc_inputs": 3 * target.model.config.hidden_size, "layers": tuple(options.feature_layers)}
-    ids = counts.argsort(descending=True, stable=True)[: options.draft_vocab].sort().values
-    if three and len(ids):
+        own = {"fc_inputs": 3 * model.config.hidden_size, "layers": tuple(options.feature_layers)}
+    if len(ids):
         own |= {"draft_vocab": len(ids), "mapped": True, "last_id": int(ids[-1])}
-    shape = shape_for(
-        target.model, kind.shape_class, kv_heads=options.kv_heads, intermediate=options.intermediate, **own
-    )
+    shape = shape_for(model, kind.shape_class, kv_heads=options.kv_heads, intermediate=options.intermediate, **own)
     head = kind(shape, seed=options.seed)
     with torch.no_grad():
         if isinstance(head, Eagle3Head):
-            head.norm.weight.copy_(target.model.get_decoder().norm.weight)
-        if three and len(ids):
+            head.norm.weight.copy_(model.get_decoder().norm.weight)
+        if len(ids):
+            lm_head = model.get_output_embeddings().weight
             head.lm_head.weight.copy_(lm_head[ids.to(lm_head.device)])
             head.d2t.copy_(ids - torch.arange(len(ids)))
-    head = head.to(target.device)
-    settings = {key: getattr(options, key) for key in ("passes", "decay", "regression", "noise")}
+    settings = course.chosen("passes", "decay", "regression", "noise")
     if options.regression is None:
         settings["regression"] = 0.0 if three else 0.1
-    lesson = EagleLesson(target.model, head, **settings, vocabulary=vocabulary, dtype=arithmetic(target))
-    states = usual_states(target, corpus, lesson.wants)
-    balance_inputs(head, states.chunk(3, dim=-1) if three else (table, states))
-    settings |= {key: getattr(options, key) for key in ("frequent", "sampled", "draft_vocab", "feature_layers")}
-    train_and_publish(
-        options,
-        schedule,
-        target,
-        corpus,
-        lesson,
-        lambda folder: save_head(head, folder, len(table)),
+    course.publish_head(
+        course.head_lesson(EagleLesson, head, **settings),
+        settings=settings | course.chosen("draft_vocab", "feature_layers"),
         folder="eagle3" if three else "eagle",
         checkpoint=f"{options.kind}.ckpt",
-        identity=settings | shape.config(),
-        settings=settings,
-        title=f"{'EAGLE-3' if three else 'EAGLE'} head for {target.name}",
+        title=f"{'EAGLE-3' if three else 'EAGLE'} head for {course.target.name}",
         what=WHAT[options.kind],
         meaning=MEANING,
-        parameters=sum(p.numel() for p in head.parameters()),
     )
 
 

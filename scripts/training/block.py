@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from subspec.drafts.block_head import BlockHead
 from training.corpus import move
-from training.eagle import target_states
-from training.losses import SampledVocabulary, soft_cross_entropy
+from training.eagle import HeadLesson, target_states
+from training.losses import soft_cross_entropy
 from training.measures import greedy_ranks
 
 
@@ -47,33 +46,25 @@ def block_mask(anchors: Tensor, block: int, length: int, dtype: torch.dtype) -> 
 
 
 @dataclass
-class BlockLesson:
+class BlockLesson(HeadLesson):
     """A block head learns its target's distributions of the next few tokens.
 
     Attributes:
-        target: in eval mode; its forward pass is part of every step.
-        module: the head, float32, of the DSpark kind with a Markov head.
+        module: of the DSpark kind with a Markov head.
         anchors: drafts per text and step.
         decay: weight of each further slot against the one before.
-        vocabulary: of the losses; None: every id.
-        dtype: of the head's arithmetic.
     """
 
-    target: PreTrainedModel
     module: BlockHead
     anchors: int = 64
     decay: float = 0.8
-    vocabulary: SampledVocabulary | None = None
-    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         shape = self.module.shape
         assert shape.shifted
         assert shape.markov
         assert not shape.causal
-        self.table = self.target.get_input_embeddings()
-        self.head_weight = self.target.get_output_embeddings().weight
-        self.wants = shape.wants(self.target.config)
 
     def _judged(self, learn: Tensor, anchors: Tensor) -> Tensor:
         """Slots whose token the target chose, and all those before it: bool [texts, anchors, block]; on the CPU."""
@@ -83,9 +74,8 @@ class BlockLesson:
 
     def _states(self, ids: Tensor, states: Tensor, anchors: Tensor) -> Tensor:
         """Normed states of every slot, [texts, anchors, block, hidden]."""
-        head, block, length = self.module, self.module.shape.block, ids.shape[1]
-        bf16, device = self.dtype is torch.bfloat16, ids.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        head, block, length, device = self.module, self.module.shape.block, ids.shape[1], ids.device
+        with self.arithmetic():
             tokens = torch.full((len(ids), len(anchors), block), head.shape.mask_id, device=device)
             tokens[:, :, 0] = ids[:, anchors]
             positions = (anchors[:, None] + torch.arange(block, device=device)).flatten()

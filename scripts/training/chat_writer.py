@@ -108,7 +108,6 @@ class ChatWriter:
         frame: of its chat template.
         rows, length: conversations side by side, and tokens of each.
         max_answer, max_question: most tokens of a turn; a longer one is ended by force, and that end is not learnt.
-        question_temperature: of the user's turns.
     """
 
     def __init__(
@@ -120,7 +119,6 @@ class ChatWriter:
         length: int,
         max_answer: int = 256,
         max_question: int = 96,
-        question_temperature: float = 1.0,
     ) -> None:
         self.model, self.frame = model, frame
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
@@ -128,7 +126,6 @@ class ChatWriter:
         self.cache = BatchCache(model, rows, length)
         self.count, self.length = rows, length
         self.limits = (max_question, max_answer)
-        self.question_temperature = question_temperature
 
     @torch.inference_mode()
     def write(
@@ -186,7 +183,7 @@ class ChatWriter:
                 logits = self._forward(token, step).float()
                 asked = logits.index_select(1, forbidden).masked_fill(~assistant[:, None], -torch.inf)
                 logits.index_copy_(1, forbidden, asked)
-                scale = torch.where(assistant, warmth, self.question_temperature)
+                scale = torch.where(assistant, warmth, 1.0)
                 # argmax(logits / T + Gumbel noise) is a sample; scaled by T it is greedy at T = 0.
                 noise = torch.empty_like(logits).exponential_(generator=generator)
                 noise = noise.clamp_(min=1e-30).log_().mul_(scale[:, None])

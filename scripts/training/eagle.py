@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from subspec.decoding.hidden import Hidden, HiddenRequest
 from subspec.drafts.eagle_head import EagleHead, EagleShape
-from subspec.targets import Target
-from training.corpus import Corpus, move
+from training.corpus import move
 from training.losses import SampledVocabulary, soft_cross_entropy
 from training.measures import chain_tau, greedy_ranks
 
@@ -60,12 +59,6 @@ def target_states(model: PreTrainedModel, ids: Tensor, wants: HiddenRequest) -> 
     wanted = wants.select(Hidden(out.last_hidden_state, layers))
     assert wanted is not None
     return out.last_hidden_state, wanted
-
-
-def usual_states(target: Target, corpus: Corpus, wants: HiddenRequest) -> Tensor:
-    """Hidden states [n, width] of held-out text without its first tokens, whose states are far larger than others."""
-    some = corpus.held_ids[:8].long().to(target.device)
-    return target_states(target.model, some, wants)[1][:, 4:].flatten(0, 1)
 
 
 @torch.no_grad()
@@ -135,26 +128,18 @@ def unroll(
 
 
 @dataclass
-class EagleLesson:
-    """An EAGLE-2 or EAGLE-3 head learns its target's next distributions.
+class HeadLesson:
+    """A draft head and the target that it learns from.
 
     Attributes:
         target: in eval mode; its forward pass is part of every step.
         module: the head, float32.
-        passes: unrolled per step.
-        decay: weight of each further pass against the one before.
-        regression: weight of the smooth L1 distance of features beside the cross-entropy.
-        noise: half-width of the uniform noise on the target's features.
         vocabulary: of the losses; None: every id.
         dtype: of the head's arithmetic.
     """
 
     target: PreTrainedModel
     module: EagleHead
-    passes: int = 3
-    decay: float = 0.9
-    regression: float = 0.1
-    noise: float = 0.0
     vocabulary: SampledVocabulary | None = None
     dtype: torch.dtype = torch.float32
 
@@ -163,9 +148,29 @@ class EagleLesson:
         self.head_weight = self.target.get_output_embeddings().weight
         self.wants = self.module.shape.wants(self.target.config)
 
+    def arithmetic(self) -> torch.autocast:
+        """The context of the head's forward pass."""
+        return torch.autocast(self.head_weight.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
+
+
+@dataclass
+class EagleLesson(HeadLesson):
+    """An EAGLE-2 or EAGLE-3 head learns its target's next distributions.
+
+    Attributes:
+        passes: unrolled per step.
+        decay: weight of each further pass against the one before.
+        regression: weight of the smooth L1 distance of features beside the cross-entropy.
+        noise: half-width of the uniform noise on the target's features.
+    """
+
+    passes: int = 3
+    decay: float = 0.9
+    regression: float = 0.1
+    noise: float = 0.0
+
     def _predict(self, ids: Tensor, states: Tensor, passes: int, noise: Tensor | None = None) -> list[Tensor]:
-        bf16 = self.dtype is torch.bfloat16
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        with self.arithmetic():
             embeddings = self.table(ids[:, 1:-1]).to(self.dtype)
             features = self.module.fuse(states[:, :-2].to(self.dtype))
             return unroll(self.module, embeddings, features, passes, noise)

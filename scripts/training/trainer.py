@@ -23,6 +23,8 @@ from training.corpus import Batches, Corpus
 
 Note = Callable[[str], None]
 
+SPEAK_EVERY_S, SAVE_EVERY_S = 10.0, 30.0
+
 
 class Lesson(Protocol):
     """A module to train, and its losses.
@@ -105,7 +107,6 @@ class Trainer:
         checkpoint: file that training can be resumed from.
         settings: of the lesson; a checkpoint of other settings is refused.
         note: receives progress lines.
-        interval: seconds between progress lines; save_every: between checkpoints.
     """
 
     def __init__(
@@ -116,12 +117,9 @@ class Trainer:
         checkpoint: Path,
         settings: dict[str, Any],
         note: Note = print,
-        interval: float = 10.0,
-        save_every: float = 30.0,
     ) -> None:
         self.lesson, self.corpus, self.schedule = lesson, corpus, schedule
         self.checkpoint, self.note = checkpoint, note
-        self.interval, self.save_every = interval, save_every
         self.batches = Batches(corpus, schedule.rows, schedule.seed)
         # The end may change when resuming; everything else determines the weights.
         kept = {key: value for key, value in asdict(schedule).items() if key not in ("steps", "minutes")}
@@ -197,10 +195,10 @@ class Trainer:
                     running[name] = running.get(name, 0.0) + value
                 now = time.perf_counter()
                 self.seconds = now - started
-                if now - spoke >= self.interval:
+                if now - spoke >= SPEAK_EVERY_S:
                     self._speak(running, self.step - spoke_step, now - spoke)
                     spoke, spoke_step, running = time.perf_counter(), self.step, {}
-                if asked or now - saved >= self.save_every:
+                if asked or now - saved >= SAVE_EVERY_S:
                     self.save()
                     saved = time.perf_counter()
                 if asked:
