@@ -46,11 +46,13 @@ class _OnBuffer:
     Attributes:
         lengths: int64 [texts], tokens of the prefixes.
         node_of_row: int64 [draft rows], the same for every text.
+        levels: nodes of the tree up to each level, and of it, whose rows ``node_of_row`` holds.
         graphs: with their logits, by (tree, number of texts, level, nodes of the level, new nodes of each tree).
     """
 
     lengths: Tensor
     node_of_row: Tensor
+    levels: dict[int, tuple[int, int]] = field(default_factory=dict)
     graphs: dict[tuple[int, int, int, int, int | None], tuple[torch.cuda.CUDAGraph, Tensor]] = field(
         default_factory=dict
     )
@@ -183,6 +185,7 @@ class CapturedDraft(LevelDraft):
         if tree.levels == 0:
             for _, cache in texts:
                 state.lengths[cache.place].fill_(cache.length)
+        self._remember(tree, rows)
         if self.device.type != "cuda":
             return self._level(tree, count, rows, width)
         key = (id(tree), count, tree.levels, rows, width)  # a graph holds its trees' addresses
@@ -194,6 +197,15 @@ class CapturedDraft(LevelDraft):
         graph.replay()
         return logits
 
+    def _remember(self, tree: Tree, rows: int) -> None:
+        """Store the nodes of the last level's draft rows, which differ with the width of trees (beside other texts)."""
+        state, level = self._state, (tree.size, rows)
+        if state.levels.get(tree.levels) == level:
+            return
+        state.levels = {n: known for n, known in state.levels.items() if n < tree.levels} | {tree.levels: level}
+        first = self.cache.draft_rows - tree.size
+        state.node_of_row[first : first + rows] = tree._slots[tree.size - rows : tree.size]
+
     def _level(self, tree: Tree, texts: int, rows: int, width: int | None) -> Tensor:
         """The level's kernels; arguments and result as of :meth:`_run`, ``tree`` the first of the trees."""
         model, kernels, state, cache = self.model, self._kernels, self._state, self.cache
@@ -203,8 +215,6 @@ class CapturedDraft(LevelDraft):
             tokens, depths = (tree.stack[name][:texts, last].flatten().contiguous() for name in ("tokens", "depths"))
         lengths = state.lengths if texts > 1 else state.lengths[cache.place :]
         level = LevelRows(tree, cache, texts, rows, nodes, depths, lengths, state.node_of_row)
-        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # constant: once per level
-            state.node_of_row[level.start_row : level.start_row + rows] = nodes
         with launch.overlapping(self.overlap):
             residual, partial = kernels.embed(tokens), None
             for place, layer in enumerate(model.layers):

@@ -50,6 +50,25 @@ def test_every_setting_of_attention_gives_the_same_logits(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_tree_does_not_depend_on_the_widths_of_those_before(device):
+    """Widths change with the number of texts; levels that were captured are replayed."""
+    device = torch.device(device)
+    model = model_of("qwen2", device, layers=1)
+    engine = Engine(TargetModel(model), fused_draft(model, device), Beam(3, 3), max_length=64, prefill_chunk=16)
+    seen = {}
+    with torch.inference_mode():
+        root = begin(engine, PROMPT)
+        for policy in (Beam(3, 3), Beam(4, 2), Beam(3, 3), Beam(4, 2)):
+            engine.policy = policy
+            grow(engine, root, 10)
+            tree = engine.tree
+            now = [tree.tokens[: tree.size].clone(), tree.scores[: tree.size].clone()]
+            before = seen.setdefault(policy.width, now)
+            assert torch.equal(now[0], before[0])
+            torch.testing.assert_close(now[1], before[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_growth_in_the_kernel_is_the_beams(device):
     device = torch.device(device)
     model = model_of("qwen2", device, vocab_size=4200, layers=1)  # two blocks of logits
