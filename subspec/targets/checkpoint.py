@@ -123,12 +123,7 @@ def checkpoint_identity(folder: Path, source: str) -> str:
 
 
 def read_headers(folder: Path, wanted: Wanted = TARGET) -> dict[str, StoredTensor]:
-    """Every tensor of ``folder`` by name, from headers alone; files are checked to be complete.
-
-    Raises:
-        ConfigError: no safetensors.
-        SubspecError: a file is missing, cut off, or not safetensors.
-    """
+    """Every tensor of ``folder`` by name, from headers alone; SubspecError if a file is missing or cut off."""
     tensors = {}
     for file in weight_files(folder, wanted):
         with open_weights(folder / file) as handle:
@@ -139,12 +134,8 @@ def read_headers(folder: Path, wanted: Wanted = TARGET) -> dict[str, StoredTenso
 
 
 def load_tokenizer(folder: Path, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``.
-
-    Raises:
-        ConfigError: there is none, it cannot be read, or it has ids beyond the model's vocabulary, other than tokens
-            that were added to it.
-    """
+    """The tokenizer in ``folder``; ConfigError if there is none or it cannot be read, or for ids beyond the model's
+    vocabulary other than those of added tokens."""
     if not has_tokenizer(folder):
         raise ConfigError(f"{name} has no tokenizer (tokenizer.json); save the model's own beside its weights")
     try:

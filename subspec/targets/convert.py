@@ -33,8 +33,7 @@ def convert(gguf: Path, folder: Path, weights_sha256: str, probe_sha256: str) ->
         gguf: alone in its folder (transformers would read a configuration beside it).
         weights_sha256, probe_sha256: expected :func:`weights_digest` and :func:`probe_digest`; empty: no check.
 
-    Raises:
-        SubspecError: the file cannot be read, or this version of transformers reads it differently.
+    SubspecError if the file cannot be read, or if this version of transformers reads it differently.
     """
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     # The GGUF reader's own progress bar obeys no switch.

@@ -59,15 +59,17 @@ def download_wheel(requirement: str, folder: Path, *, size: int, note: Note) -> 
             f"fetching {requirement} needs pip, which this Python lacks; `python -m ensurepip` installs it, {remedy}"
         )
     if says_full_disk(output):
-        problem = f"the disk of {folder} is full; make room, or set SUBSPEC_CACHE to a folder on a larger disk"
+        problem = f"cannot fetch {requirement}: the disk of {folder} is full; "
+        problem += "make room, or set SUBSPEC_CACHE to a folder on a larger disk"
     elif any(mark in output for mark in _NO_NETWORK):
-        problem = "the package index cannot be reached; check the network and pip's settings "
-        problem += f"(`python -m pip config list`), {remedy}"
+        problem = f"cannot fetch {requirement}: the package index cannot be reached; "
+        problem += f"check the network and pip's settings (`python -m pip config list`), {remedy}"
     elif "No matching distribution" in output:
-        problem = f"pip's package index does not have it; check `python -m pip config list`, {remedy}"
+        problem = f"cannot fetch {requirement}: pip's package index does not have it; "
+        problem += f"check `python -m pip config list`, {remedy}"
     else:
-        problem = f"pip failed ({_last_error(output)}); {remedy.removeprefix('or ')}"
-    raise SubspecError(f"cannot fetch {requirement}: {problem}")
+        problem = f"cannot fetch {requirement}: pip failed ({_last_error(output)}); {remedy.removeprefix('or ')}"
+    raise SubspecError(problem)
 
 
 def _run(command: list[str], temporary: Path, progress: ByteProgress) -> tuple[int | None, str]:

@@ -54,25 +54,14 @@ class GenerationSettings:
     def eos_token_ids(self, *others: object) -> tuple[int, ...]:
         """Every id that ends a text, ascending; without any here, those of the first of ``others`` that has some.
 
-        Args:
-            others: objects with an ``eos_token_id``.
-
-        Raises:
-            ConfigError: the value is no id and no list of ids.
+        ``others``: objects with an ``eos_token_id``. ConfigError if the value here is no id and no list of ids.
         """
         ids = self.values.get("eos_token_id")
         return eos_ids(*others) if ids is None or ids == [] else eos_tuple(ids, f"eos_token_id in {self.file}")
 
 
 def read_generation_settings(folder: Path, name: str) -> GenerationSettings:
-    """The settings in ``folder``; old checkpoints have them in ``config.json``.
-
-    Args:
-        name: of the checkpoint, for messages.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """The settings in the folder of checkpoint ``name``, of old ones in ``config.json``; ConfigError if unreadable."""
     for file in (folder / FILE, folder / CONFIG):
         if file.exists() or file.is_symlink():
             try:

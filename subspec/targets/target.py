@@ -23,19 +23,12 @@ CLOCK = "strftime_now"
 
 @dataclass
 class Target:
-    """The model whose output a run reproduces, ready for inference.
+    """The model whose output a run reproduces, ready for inference. Other attributes: see :class:`LayerSource`.
 
     Attributes:
-        name: the config option, or the path that was configured.
         model: in eval mode, without gradients, in ``dtype``, with SDPA attention.
         tokenizer: use :meth:`chat_ids` for prompts.
-        eos_token_ids: every id that ends a text, ascending; empty when the checkpoint names none.
-        dtype: arithmetic and storage type of every weight.
         device: of the weights, or of the ring that they are streamed to.
-        source: recorded origin: hub id @ commit, folder as given, or wheel name, version and hash.
-        identity: of the weights (``LayerSource.identity``).
-        planted: whether the weights are made up (such a target is never reported without that word).
-        notes: for readers of a run's figures, as printed while loading.
     """
 
     name: str
