@@ -1,5 +1,7 @@
 """``draft.vocab``: tokens outside it are never drafted, and are emitted all the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,8 +87,7 @@ def test_modules_are_refused():
 def test_the_plan_counts_the_rows_of_the_head():
     config = settings()
     whole = planned(config)
-    config.draft.vocab = 32000
-    part = planned(config)
+    part = planned(replace(config, draft=replace(config.draft, vocab=32000)))
     names = {item.name: item.bytes for item in part.items}
     assert names["draft's LM head"] == 32000 * 3584 * 2
     assert whole.level_read_bytes - part.level_read_bytes == (152064 - 32000) * 3584 * 2
