@@ -33,6 +33,7 @@ class LayerRing(ABC):
         self._used_count = 0  # layers whose readers are done, or enqueued
         self.bytes_copied = 0  # of all copies begun so far
         self._taken = (0, 0.0)
+        self._waits = False  # from the wait for a layer on, until it has come: the wait may fail or be interrupted
 
     def prefetch(self) -> None:
         """Begin every copy that has a free slot."""
@@ -46,7 +47,9 @@ class LayerRing(ABC):
         """The slot of the next layer; its readers find it filled."""
         self.prefetch()
         slot = self._used_count % self.count
+        self._waits = True
         self._wait(slot)
+        self._waits = False
         return slot
 
     def release(self) -> None:
@@ -61,8 +64,8 @@ class LayerRing(ABC):
         return self._used_count % len(self.sizes)
 
     def rewind(self) -> None:
-        """Make the first layer the next one, after a pass that was interrupted."""
-        if self.position != 0:
+        """Make the first layer the next one, after a pass that failed or was interrupted."""
+        if self._waits or self.position != 0:
             self.restart()
 
     def restart(self) -> None:
@@ -71,6 +74,7 @@ class LayerRing(ABC):
         # Both counters go on from a common multiple, so that slot and layer numbering start afresh.
         period = len(self.sizes) * self.count
         self._used_count = self._copied_count = round_up(max(self._copied_count, self._used_count), period)
+        self._waits = False
 
     def take(self) -> tuple[int, float]:
         """(bytes of copies begun, seconds of finished copies) since the last call; never waits.

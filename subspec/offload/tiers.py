@@ -45,7 +45,6 @@ class TieredStreamer(LayerStreamer):
         self._copier = ThreadPoolExecutor(1, "copier")
         self._begun: list[Future[None] | None] = [None] * slots
         self._failure: BaseException | None = None
-        self._raises = False  # whether the model's thread has been told, or was interrupted while it waited
 
     def _fill(self, slot: int, layer: int) -> None:
         from_disk = self.layers[layer].is_meta
@@ -79,20 +78,13 @@ class TieredStreamer(LayerStreamer):
     def _wait(self, slot: int) -> None:
         begun = self._begun[slot]
         assert begun is not None
-        self._raises = True
         begun.result()
-        self._raises = False
         super()._wait(slot)
-
-    def rewind(self) -> None:
-        if self._raises:
-            self.restart()
-        super().rewind()
 
     def _settle(self) -> None:
         self._copier.submit(int).result()  # behind everything that was begun
         super()._settle()
-        self._failure, self._raises = None, False
+        self._failure = None
         self.disk.restart()  # also where the first layer's read has failed
 
     def close(self) -> None:
