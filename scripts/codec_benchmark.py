@@ -41,7 +41,7 @@ def measure(name: str, source: PlantedSource, device: torch.device) -> dict[str,
     """One layer's figures beside one substitute."""
     quantizer, kept, kernel = substitute_of(name)
     formats = dict.fromkeys(ROLES, kept)
-    builder = SubstituteBuilder(source.config, quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats)
+    builder = SubstituteBuilder(quantizer, kernel=kernel, keep_exact=frozenset(), formats=formats)
     codes, tensors = {}, source.layer(0, device)
     substitute = builder.build_layer(tensors, device, index=0, keep=codes)
     coded, flat = encode_layer(tensors, codes, substitute)

@@ -73,7 +73,6 @@ def drafts_of(target: Target, kernels: list[str]) -> dict[str, SubstituteDraft]:
     drafts = {}
     for kernel in kernels:
         builder = SubstituteBuilder(
-            model.config,
             quantizer,
             formats=dict.fromkeys(ROLES, CpuFormat()),
             kernel=dict.fromkeys(ROLES, Variant(kernel)),

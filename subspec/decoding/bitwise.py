@@ -194,9 +194,10 @@ def _prefix(part: TokenBatch) -> Tensor:
 
 
 def _together(parts: Sequence[TokenBatch], heads: Heads) -> list[list[TokenBatch]]:
-    """Texts in groups that are launched together: a launch per text and layer keeps the host longer than the link.
+    """Texts in groups that are launched together, which saves the host most launches of a pass (``experiments/texts``).
 
-    A group are trees of as many rows, whose caches follow each other in one buffer, within the rows of a launch.
+    The trees of a group have the same number of rows. Their caches are equally far apart in one buffer, and all rows
+    fit into one launch of attention.
     """
     groups: list[list[TokenBatch]] = []
     for part in parts:

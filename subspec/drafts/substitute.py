@@ -228,7 +228,6 @@ class SubstituteSpec(DraftSpec):
             coded_bytes *= self._layers
             self.coded = CodedCache(facts, self._quantizer, linears, expected_bytes=coded_bytes, **kept)
         self.builder = SubstituteBuilder(
-            context.model,
             self._quantizer,
             formats=quantization.formats,
             kernel=kernels.variants,

@@ -1,7 +1,7 @@
 """Weights of the kernels for a draft level's few rows (``csrc/few_rows.cu``): their order, activation and launches.
 
 The kernels are compiled once per process by the run-time compiler that ships with PyTorch; no CUDA toolkit is needed. A
-launch takes any number of rows, and reads the weights once for every 32 of them.
+launch takes any number of rows, and reads the weights once for every 32 of them (64 where ``int4_wide.cu`` runs).
 """
 
 import functools

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from subspec.errors import ConfigError
 from subspec.levels.model import LevelLayer, LevelModel
@@ -44,7 +44,6 @@ class SubstituteBuilder:
     """Builds :class:`LevelLayer` objects from exact layer weights.
 
     Args:
-        config: the target's.
         formats: of each role's quantized weight (``head``: the draft has an LM head of its own); None: HQQ with 4 bits
             in groups of 64 for a layer's Linears.
         kernel: of the quantized Linears by role (:func:`subspec.quant.choose_kernels.choose_kernels`), or the name of
@@ -61,7 +60,6 @@ class SubstituteBuilder:
 
     def __init__(
         self,
-        config: PretrainedConfig,
         quantizer: FormatQuantizer,
         *,
         kernel: str | Mapping[str, Variant],
@@ -71,7 +69,7 @@ class SubstituteBuilder:
         dtype: torch.dtype = torch.bfloat16,
         ids: Tensor | None = None,
     ) -> None:
-        self.config, self.dtype, self.ids = config, dtype, ids
+        self.dtype, self.ids = dtype, ids
         self.skip_layers = skip_layers
         self.layers: list[LevelLayer] = []
         self.head: LevelLinear | None = None

@@ -33,7 +33,7 @@ def builder_of(model, keep_exact=(), quant="hqq", skip=(), *, bits=4, head=False
     quantizer = higgs_quantizer() if quant == "higgs" else hqq_quantizer(bits)
     formats = dict.fromkeys([*ROLES, "head"] if head else ROLES, quantizer.default)
     kept = {"keep_exact": frozenset(keep_exact), "skip_layers": frozenset(skip)}
-    return SubstituteBuilder(model.config, quantizer, kernel=quantizer.default.kernels[0], formats=formats, **kept)
+    return SubstituteBuilder(quantizer, kernel=quantizer.default.kernels[0], formats=formats, **kept)
 
 
 def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), keep_exact=(), quant="hqq"):

@@ -58,7 +58,7 @@ def fused_draft(
     found = quantization_of(model, quant)
     kernel = kernel or {role: kept.reference(role) for role, kept in found.formats.items()}
     kept = {"formats": found.formats, "keep_exact": found.keep_exact}
-    builder = SubstituteBuilder(model.config, found.quantizer, kernel=kernel, **kept)
+    builder = SubstituteBuilder(found.quantizer, kernel=kernel, **kept)
     layers = model.get_decoder().layers
     built = [builder.build_layer(dict(one.named_parameters()), device, index=n) for n, one in enumerate(layers)]
     head = builder.build_head(model.get_output_embeddings().weight.data)

@@ -21,7 +21,6 @@ compiled = pytest.mark.skipif(isinstance(cpu_kernels(), str), reason="no CPU ker
 
 def level_draft(model, kernel):
     builder = SubstituteBuilder(
-        model.config,
         hqq_quantizer(format_class=CpuFormat),
         formats=dict.fromkeys(ROLES, CpuFormat()),
         kernel=dict.fromkeys(ROLES, Variant(kernel)),

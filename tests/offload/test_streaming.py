@@ -109,7 +109,7 @@ def test_streamed_speculation_passes_the_audit(device):
     model = tiny_model("qwen2", layers=2, hidden_size=128, intermediate_size=192).to(device, torch.bfloat16)
     source = ModelSource(model)
     exact = {"keep_exact": frozenset(), "skip_layers": frozenset({1})}
-    builder = SubstituteBuilder(model.config, hqq_quantizer(), kernel="int4_mma", **exact)
+    builder = SubstituteBuilder(hqq_quantizer(), kernel="int4_mma", **exact)
     loaded = load_streamed(source, plan_for([1]), device, builder=builder)
     draft = CapturedDraft(loaded.substitute, attention=Attention(splits=4))
     policy = Beam(4, 3) if device.type == "cuda" else Beam(2, 2)

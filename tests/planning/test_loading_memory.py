@@ -163,7 +163,7 @@ def test_making_and_coding_a_head_holds_what_the_formula_says(quant, monkeypatch
     quantization = level_quantization(own, shapes, (2003, 128))
     kernel, formats = {"hqq": "int4_mma", "higgs": "lut_mma"}[quant], quantization.formats
     options = {"kernel": kernel, "keep_exact": frozenset(), "formats": formats}
-    builder = SubstituteBuilder(model.config, quantization.quantizer, **options)
+    builder = SubstituteBuilder(quantization.quantizer, **options)
     kept = []
     head = builder.build_head(weight, kept)
     # The torch decoder's own temporaries are a CPU's affair.

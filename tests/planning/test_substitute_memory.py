@@ -49,7 +49,7 @@ def test_the_plans_bytes_are_those_of_the_tensors(quant, kernel):
     quantization = quantization_of(model, quant, kernel)
     choice = choose_kernels(quantization.shapes, 3, CPU, formats=quantization.formats, kernel=kernel)
     options = {"formats": quantization.formats, "kernel": choice.variants, "keep_exact": quantization.keep_exact}
-    builder = SubstituteBuilder(model.config, quantization.quantizer, **options)
+    builder = SubstituteBuilder(quantization.quantizer, **options)
     for index, layer in enumerate(model.model.layers):
         skipped = index in quant.skip_layers
         packed, dense = substitute_allocations(quantization, not skipped, skipped)

@@ -58,7 +58,7 @@ def built(model, *, exact=(), keep=frozenset(), **options):
     with SubstituteStore(FACTS, note=notes.append, **options) as store:
         quantizer = CachedQuantizer(hqq_quantizer(), store)
         options = {"kernel": "int4_mma", "keep_exact": frozenset(keep)}
-        builder = SubstituteBuilder(model.config, quantizer, **options)
+        builder = SubstituteBuilder(quantizer, **options)
         layers = []
         for index, layer in enumerate(model.model.layers):
             tensors = dict(layer.named_parameters())
