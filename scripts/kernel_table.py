@@ -33,7 +33,7 @@ import subspec
 from subspec.config.schema import PlantedTargetConfig
 from subspec.decoding.bitwise import ROLES
 from subspec.decoding.sampling import Sampling
-from subspec.kernels import int4, modules
+from subspec.kernels import int4_wide, modules
 from subspec.kernels.invariant_linear import CANDIDATES
 from subspec.levels.build import role_shapes
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
@@ -108,10 +108,11 @@ CUDA = [
     ),
     *(
         kernel
-        for warps, own in int4.WIDE_SETTINGS.items()
+        for groups in range(1, int4_wide.MOST_WARP_GROUPS + 1)
+        for eights in int4_wide.EIGHTS
         for kernel in settings(
-            WIDE, [FEW_ROWS, "int4_wide.cu"], TILES=TILES, WARPS=(warps,), EIGHTS=int4.WIDE_EIGHTS,
-            SWIGLU=BOTH, OVERLAP=BOTH, **{key: (value,) for key, value in own.items()},
+            WIDE, [FEW_ROWS, "int4_wide.cu"], TILES=(4,), SWIGLU=BOTH, TILED=(1,), OVERLAP=(1,),
+            **{key: (value,) for key, value in int4_wide.WideGrid(8 * eights, 1, groups, 1).macros.items()},
         )
     ),
     *settings(

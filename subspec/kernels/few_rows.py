@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from subspec.kernels import launch
 from subspec.kernels.compile import compile_cuda
+from subspec.kernels.int4_wide import WideGrid
 
 STEP = 64
 """Inputs that a warp takes at once: four tensor-core instructions."""
@@ -124,6 +125,19 @@ class PackedWeight(ABC):
         args = [*self.sources, x, out, rows, self.padded, steps, -(-steps // splits)]
         with launch.overlapping(self.overlaps and launch.is_overlapping()):
             launch.launch(kernel, (blocks, splits, pieces), warps * 32, args)
+
+    def wide(self, rows: int) -> WideGrid | None:
+        """How :meth:`multiply_tiles` shares the work for this number of rows; None: :meth:`multiply` is faster."""
+        return None
+
+    def multiply_tiles(self, x: Tensor, out: Tensor, grid: WideGrid, *, tiled: bool = False) -> None:
+        """As :meth:`multiply`, of x in tiles.
+
+        Args:
+            grid: of :meth:`wide`, whose number of splits ``out`` has.
+            tiled: write the activation in such tiles, too.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def unpack(self) -> Tensor:

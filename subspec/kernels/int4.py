@@ -3,17 +3,16 @@
 Integers lie in 4-bit words. 2 and 3 bits take a word of 4. 8 bits are two planes of 4, ``q = low + 16 * high``: the
 same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are
 exact in bfloat16, sums and the scales applied to them are float32. Many rows of 4 bits and less have a kernel of their
-own on compute capability 9.0 (``int4_wide.cu``).
+own on compute capability 9.0 (:mod:`subspec.kernels.int4_wide`).
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels import launch
+from subspec.kernels import int4_wide, launch
 from subspec.kernels.compile import problem
 from subspec.kernels.few_rows import WARPS, PackedWeight, compiled
 
@@ -22,27 +21,6 @@ GROUP = 64
 
 PACKED_AT_ONCE = 1 << 24
 """Words' worth of weights whose widened copies exist at a time while a weight is packed."""
-
-WIDE_FROM = 25
-"""Rows from which ``int4_wide.cu`` is faster where it runs (``experiments/rows``)."""
-
-WIDE_EIGHTS = (4, 6, 8)
-"""Eights of rows that a block of ``int4_wide.cu`` can multiply with."""
-
-WIDE_SETTINGS = {4: {"BLOCKS": 5, "DEPTH": 2}, 8: {"BLOCKS": 2, "DEPTH": 4}}
-"""Macros of ``int4_wide.cu`` by its warps: the fastest of those tried (``experiments/rows``)."""
-
-
-@functools.cache
-def _has_warp_groups(device: int) -> bool:
-    """Whether the device has ``wgmma``, which compute capability 9.0 alone has."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def wide_blocks(rows: int) -> tuple[int, int]:
-    """Eights of rows per block of ``int4_wide.cu``, and such blocks side by side."""
-    pieces = -(-rows // (8 * WIDE_EIGHTS[-1]))
-    return next(eights for eights in WIDE_EIGHTS if 8 * eights * pieces >= rows), pieces
 
 
 @dataclass(frozen=True)
@@ -66,17 +44,20 @@ class PackedInt4(PackedWeight):
     def macros(self) -> dict[str, int]:
         return {"PLANES": self.planes, "OVERLAP": int(launch.is_overlapping())}
 
-    def multiply(self, x: Tensor, out: Tensor, *, splits: int = 1, warps: int = WARPS) -> None:
-        rows, device = x.shape[0], x.device.index or 0
-        if rows < WIDE_FROM or self.planes > 1 or not _has_warp_groups(device):
-            super().multiply(x, out, splits=splits, warps=warps)
-            return
-        (eights, pieces), groups = wide_blocks(rows), self.words.shape[1]
-        macros = {"TILES": self.tiles, "WARPS": warps, "EIGHTS": eights, "SWIGLU": int(self.swiglu)}
-        own = WIDE_SETTINGS[warps] | {"OVERLAP": int(launch.is_overlapping())}
-        kernel = compiled("int4_wide", device, "90a", **macros, **own)
-        args = [*self.sources, x, out, rows, self.padded, groups, -(-groups // splits)]
-        launch.launch(kernel, (-(-self.padded // (16 * warps)), splits, pieces), warps * 32, args)
+    def wide(self, rows: int) -> int4_wide.WideGrid | None:
+        device = self.words.device
+        if rows < int4_wide.FROM or self.planes > 1 or device.type != "cuda" or not int4_wide.runs_on(device.index):
+            return None
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        return int4_wide.wide_grid(rows, self.padded, self.words.shape[1], count, whole=self.swiglu)
+
+    def multiply_tiles(self, x: Tensor, out: Tensor, grid: int4_wide.WideGrid, *, tiled: bool = False) -> None:
+        groups, warps = self.words.shape[1], 4 * grid.warp_groups
+        macros = {"TILES": self.tiles, "SWIGLU": int(self.swiglu), "TILED": int(tiled)} | grid.macros
+        kernel = compiled("int4_wide", x.device.index, "90a", **macros, OVERLAP=int(launch.is_overlapping()))
+        args = [*self.sources, x, out, x.shape[0], self.padded, groups, -(-groups // grid.splits)]
+        blocks = -(-self.padded // (16 * warps)), grid.splits, grid.tiles
+        launch.launch(kernel, blocks, 32 * (warps + 1), args)
 
     def unpack_integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments of :func:`pack`: uint8 [out_features, inputs], float32 scales and zeros per 64 inputs."""

@@ -28,14 +28,25 @@ def embed_rows(table, tokens, out, hidden: tl.constexpr, BLOCK: tl.constexpr, OV
     tl.store(out + row * hidden + columns, value, mask=inside)
 
 
+@triton.jit
+def place(row, column, columns: tl.constexpr, TILE: tl.constexpr):
+    """Where a number lies: row by row, or in tiles of TILE rows (``int4_wide.py``: ``in_tiles``)."""
+    at = row * columns + column
+    if TILE > 0:
+        chunk = column % 16 // 2 ^ row % 8
+        group = row // TILE * (columns // 64) + column // 64
+        at = (group * TILE + row % TILE) * 64 + chunk * 8 + column % 64 // 16 * 2 + column % 2
+    return at
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_rms_norm(
     residual, partial, weight, out, rows, eps, hidden: tl.constexpr, stride: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr = 0, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """residual += sum of the partial sums; out = RMSNorm(residual) * weight. Grid: rows.
 
-    partial: float32 [SPLITS, rows, stride]; residual, out, weight: of one dtype.
+    partial: float32 [SPLITS, rows, stride]; residual, out, weight: of one dtype. TILE: rows of a tile of ``out``, or 0.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -57,7 +68,7 @@ def add_rms_norm(
         value = rounded.to(tl.float32)
     variance = tl.sum(value * value, axis=0) / hidden
     scaled = (value * tl.rsqrt(variance + eps)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * hidden + columns, (scaled * gain).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place(row, columns, hidden, TILE), (scaled * gain).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "write_row"])
@@ -213,9 +224,12 @@ def tree_attention(
 def merge_attention(
     partial_out, partial_max, partial_sum, out, rows,
     q_heads: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
+    TILE: tl.constexpr = 0, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: bfloat16 [rows, q_heads * D]."""
+    """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: bfloat16 [rows, q_heads * D].
+
+    TILE: rows of a tile of ``out``, or 0.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -228,7 +242,7 @@ def merge_attention(
     denominator = tl.sum(tl.load(partial_sum + slot) * factor, axis=0)
     parts = tl.load(partial_out + slot[:, None] * D + dims[None, :])
     total = tl.sum(parts * factor[:, None], axis=0) / denominator
-    tl.store(out + (row * q_heads + head) * D + dims, total.to(tl.bfloat16))
+    tl.store(out + place(row, head * D + dims, q_heads * D, TILE), total.to(tl.bfloat16))
 
 
 @triton.jit

@@ -219,11 +219,11 @@ class CapturedDraft(LevelDraft):
             residual, partial = kernels.embed(tokens), None
             for place, layer in enumerate(model.layers):
                 index = place if layer.cache_layer is None else layer.cache_layer
-                x = kernels.norm(residual, partial, layer.input_norm)
+                x = kernels.norm(residual, partial, layer.input_norm, layer.qkv)
                 attended = kernels.attention(level, index, layer, layer.qkv(x), self.attention)
-                x = kernels.norm(residual, layer.out(attended), layer.post_norm)
-                partial = layer.down(layer.gate_up(x))
-            logits = self._head(kernels.norm(residual, partial, model.final_norm))
+                x = kernels.norm(residual, layer.out(attended), layer.post_norm, layer.gate_up)
+                partial = kernels.multiply(layer, x)
+            logits = self._head(kernels.norm(residual, partial, model.final_norm, model.draft_head))
             if width is not None:
                 kernels.grow(level, logits, width, self.temperature)
         return logits

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
+from subspec.kernels.int4_wide import empty_rows, in_tiles
 from subspec.kernels.modules import triton_kernels
 from subspec.levels.model import Attention, LevelLayer, LevelModel
+from subspec.quant.level_linear import FewRowsLinear, LevelLinear
 from subspec.utils.rounding import next_power_of_two
 
 TOP_K_BLOCK = 4096
 SUM_BLOCK = 4096
+
+MOST_PROGRAMS, FEWEST_SLICES = 768, 4
+"""Programs of attention beyond which fewer slices of the keys, down to the least, save the writing and reading of
+partial sums (``experiments/rows``)."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,26 @@ class LevelKernels:
         )
         return residual
 
-    def norm(self, residual: Tensor, partial: Tensor | None, weight: Tensor) -> Tensor:
-        """Add the partial sums of a Linear to ``residual``, in place, and norm it."""
+    def norm(
+        self, residual: Tensor, partial: Tensor | None, weight: Tensor, reader: LevelLinear | None = None
+    ) -> Tensor:
+        """Add the partial sums of a Linear to ``residual``, in place, and norm it for the Linear that reads it."""
         rows, hidden = residual.shape
         splits, stride = (0, 0) if partial is None else (partial.shape[0], partial.shape[-1])
-        out = torch.empty_like(residual)
+        out = empty_rows(rows, hidden, self.device)
         self.kernels.add_rms_norm[(rows,)](
             residual, residual if partial is None else partial, weight, out, rows, self.model.eps, hidden, stride,
-            SPLITS=splits, BLOCK=next_power_of_two(hidden), num_warps=8, **self._overlapped,
+            SPLITS=splits, BLOCK=next_power_of_two(hidden), TILE=reader.tile(rows) if reader else 0, num_warps=8,
+            **self._overlapped,
         )  # fmt: skip
         return out
+
+    def multiply(self, layer: LevelLayer, x: Tensor) -> Tensor:
+        """The partial sums of a layer's MLP."""
+        tile = layer.down.tile(x.shape[0])
+        if isinstance(layer.gate_up, FewRowsLinear) and layer.gate_up.tile(x.shape[0]):
+            return layer.down(layer.gate_up(x, tiled=tile > 0))
+        return layer.down(in_tiles(layer.gate_up(x), tile))
 
     def add_slices(self, partial: Tensor, out: Tensor) -> None:
         """Write the sum of a Linear's slices, [slices, n, stride], to ``out``, [n, v]."""
@@ -102,13 +118,14 @@ class LevelKernels:
             SPLITS=qkv.shape[0], HAS_BIAS=layer.qkv_bias is not None, HAS_NORM=norm, HALF=dim // 2,
             HALF_BLOCK=next_power_of_two(dim // 2), num_warps=1, **self._overlapped,
         )  # fmt: skip
-        # More texts are more programs: fewer slices then save the writing and reading of partial sums.
-        splits = min(how.splits, max(8, 2 * how.splits // next_power_of_two(texts)))
         group = next_power_of_two(level.rows * heads // kv_heads)
         chunk = max(16, min(how.chunk or group, group))
+        chunks = -(-level.rows * heads // kv_heads // chunk)
+        splits = how.splits
+        while splits > FEWEST_SLICES and splits * kv_heads * texts * chunks > MOST_PROGRAMS:
+            splits //= 2
         sums = self._empty(2, splits, rows, heads)
         outs = self._empty(splits, rows, heads, dim)
-        chunks = -(-level.rows * heads // kv_heads // chunk)
         self.kernels.tree_attention[(kv_heads, splits, texts * chunks)](
             query, k_rows, v_rows, level.tree.ancestors.view(torch.int8), level.nodes, level.node_of_row, level.lengths,
             outs, sums[0], sums[1], level.rows, level.start_row, level.tree.size, level.tree.capacity,
@@ -117,10 +134,11 @@ class LevelKernels:
             OPERAND=self.kernels.tl.bfloat16 if self.device.type == "cuda" else self.kernels.tl.float32,
             MASKS_PREFIX=how.masks_prefix, num_warps=how.warps, num_stages=how.stages, **self._overlapped,
         )  # fmt: skip
-        attended = self._empty(rows, heads * dim, dtype=torch.bfloat16)
+        attended = empty_rows(rows, heads * dim, self.device)
         self.kernels.merge_attention[(rows, heads)](
-            outs, sums[0], sums[1], attended, rows, heads, SPLITS=splits, D=dim, num_warps=1, **self._overlapped
-        )
+            outs, sums[0], sums[1], attended, rows, heads, SPLITS=splits, D=dim, TILE=layer.out.tile(rows), num_warps=1,
+            **self._overlapped,
+        )  # fmt: skip
         return attended
 
     def grow(self, level: LevelRows, logits: Tensor, width: int, temperature: float) -> None:

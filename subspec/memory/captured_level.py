@@ -10,6 +10,7 @@ from torch import Tensor
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.tree_policy import Beam
+from subspec.kernels import int4_wide
 from subspec.levels.build import ROLES
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.levels.model import LevelLayer, LevelModel
@@ -17,8 +18,8 @@ from subspec.memory.trace import LAYERS, META, draft_level_bytes, token_ids
 from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
 
-LINEAR_SPLITS = 4
-"""Float32 partial sums of a quantized Linear (the kernel's choice for a 7B on 132 multiprocessors)."""
+LINEAR_SPLITS, WIDE_SPLITS = 4, 9
+"""Float32 partial sums of a quantized Linear of few and of many rows (a 7B's on 132 multiprocessors)."""
 
 Linear = tuple[str, int, int, bool]
 """Role, outputs and inputs of a fused Linear, and whether it is exact."""
@@ -65,6 +66,12 @@ class _QuantizedShape(FewRowsLinear):
 
     def __init__(self, outputs: int, *, splits: int, swiglu: bool) -> None:
         self.stride, self.splits, self.swiglu = outputs, splits, swiglu
+
+    def tile(self, rows: int) -> int:
+        return 0
+
+    def slices(self, rows: int) -> int:
+        return self.splits if rows < int4_wide.FROM or self.splits == 1 else WIDE_SPLITS
 
 
 def captured_draft(shape: LevelShape) -> CapturedDraft:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subspec.kernels import launch
+from subspec.kernels.int4_wide import empty_rows
 from subspec.kernels.timing import graph_time, slug
 from subspec.quant import gemlite
 from subspec.quant.gemlite import GemLite, load_tuning, save_tuning
@@ -167,4 +168,4 @@ def variant_time(
     on = launch.how(device, overlap) == launch.OVERLAPPING
     with torch.inference_mode(), launch.overlapping(on):
         linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
-        return rotated_time(linears, torch.randn(rows, k, device=device, dtype=torch.bfloat16))
+        return rotated_time(linears, empty_rows(rows, k, device).normal_())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subspec.kernels.few_rows import WARPS, PackedWeight, apply_swiglu
+from subspec.kernels.int4_wide import empty_rows
 from subspec.quant.quantized_weight import QuantizedWeight
 
 
@@ -41,10 +42,11 @@ class LevelLinear(ABC):
 
     A call maps x, bfloat16 [rows, in], to partial sums [splits, rows, stride] of any floating dtype, which the reader
     adds up (``kernels/level.py``), or, for a fused gate/up pair, to the activation, bfloat16 [rows, inputs of down].
+    Where :meth:`tile` is not 0, x lies in tiles (:mod:`subspec.kernels.int4_wide`).
 
     Attributes:
         kind: name of the kernel, for records.
-        splits, stride: leading and last size of the result.
+        stride: last size of the result.
         nbytes: device bytes of the weights.
         parts: attributes that hold the quantized weights, or their fields (``weight.words``), which the owner may move
             to a place of its choice; empty: they stay.
@@ -52,13 +54,16 @@ class LevelLinear(ABC):
 
     kind: str
     parts: ClassVar[tuple[str, ...]] = ()
-    splits: int = 1
     stride: int
     nbytes: int
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """x: bfloat16 [rows, in]; see the class for the result. May be captured in a CUDA graph."""
+
+    def tile(self, rows: int) -> int:
+        """Rows of a tile of x that has ``rows`` rows; 0: x lies row by row."""
+        return 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -83,10 +88,13 @@ class LevelLinear(ABC):
 class FewRowsLinear(LevelLinear):
     """A Linear of one of our CUDA kernels (:mod:`subspec.kernels.few_rows`); on a CPU its torch reference.
 
-    ``splits``: slices of the input dimension; 0: a rule of thumb. ``warps``: per block; 0: the usual number.
+    ``splits``: slices of the input dimension; 0: a rule of thumb. ``warps``: per block; 0: the usual number. Neither
+    counts where x lies in tiles.
     """
 
     parts = ("weight.words", "weight.scales")
+
+    splits = 1
 
     def __init__(self, weight: PackedWeight, splits: int = 0, warps: int = 0) -> None:
         self.weight, self.swiglu, self.warps = weight, weight.swiglu, warps or WARPS
@@ -95,17 +103,29 @@ class FewRowsLinear(LevelLinear):
             count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
             self.splits = splits or weight.splits_for(count)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def tile(self, rows: int) -> int:
+        grid = self.weight.wide(rows)
+        return grid.tile if grid else 0
+
+    def slices(self, rows: int) -> int:
+        """Leading size of the result for ``rows`` rows."""
+        grid = self.weight.wide(rows)
+        return grid.splits if grid else self.splits
+
+    def __call__(self, x: Tensor, *, tiled: bool = False) -> Tensor:
+        """As for every Linear; ``tiled``: the activation is written in tiles, as x is read."""
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
             y = self.weight.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
         if self.swiglu:
-            out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device)
+            out = empty_rows(rows, width, x.device)
         else:
-            out = torch.empty(self.splits, rows, width, dtype=torch.float32, device=x.device)
-        if x.is_cuda:
+            out = torch.empty(self.slices(rows), rows, width, dtype=torch.float32, device=x.device)
+        if x.is_cuda and (grid := self.weight.wide(rows)):
+            self.weight.multiply_tiles(x, out, grid, tiled=tiled)
+        elif x.is_cuda:
             self.weight.multiply(x, out, splits=self.splits, warps=self.warps)
         return out
 

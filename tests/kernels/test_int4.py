@@ -109,7 +109,7 @@ def test_shapes_the_kernel_has_not_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 6, 8, 24, 25, 38, 64, 70])
+@pytest.mark.parametrize("rows", [1, 6, 8, 38, 70])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "tiles"), [(37888, 3584, 4), (3584, 18944, 2), (960, 576, 2)])
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -120,14 +120,7 @@ def test_the_kernel_computes_the_reference(rows, bits, n, k, tiles, swiglu, warp
     x, splits = inputs(rows, k, "cuda"), 1 if swiglu else 3
     out = empty_output(weight, rows, splits, "cuda")
     weight.multiply(x, out, splits=splits, warps=warps)
-    # Many rows of 4-bit weights: weights are rounded to bfloat16.
-    check(weight, x, out, 1e-3 if bits == 8 or rows < int4.WIDE_FROM else 8e-3)
-
-
-def test_blocks_of_many_rows():
-    assert [int4.wide_blocks(rows) for rows in (25, 32, 33, 48, 64, 65, 128, 129)] == [
-        (4, 1), (4, 1), (6, 1), (6, 1), (8, 1), (6, 2), (8, 2), (6, 3),
-    ]  # fmt: skip
+    check(weight, x, out, 1e-3)
 
 
 def empty_output(weight, rows, slices, device="cpu"):
