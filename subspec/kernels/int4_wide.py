@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from subspec.utils.rounding import round_up
 
-FROM = 9
-"""Rows from which the kernel is faster than ``int4.cu`` (``experiments/rows``)."""
+FROM = 17
+"""Rows from which a level is faster than with ``int4.cu`` (``experiments/rows``)."""
 
-EIGHTS = (2, 3, 4, 6, 8)
+EIGHTS = (3, 4, 6, 8)
 """Eights of rows that a block of threads can multiply with."""
 
 GROUP = 64

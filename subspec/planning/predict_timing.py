@@ -40,7 +40,7 @@ TILE_ROWS = 8
 
 ROW_RATE = 690
 """Operations per multiprocessor and cycle at which ``int4.cu`` multiplies further rows (fitted): on an H200 its loads
-of the rows limit it, to a sixth of what the tensor cores do. The faster ``int4_wide.cu`` is not modelled."""
+of the rows limit it, to a sixth of what the tensor cores do. ``int4_wide.cu``, which is faster, is not modelled."""
 
 RESTORE_RATE = {"hqq": 1.26, "higgs": 0.46}
 """Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (305e9 and 112e9 weights/s)."""

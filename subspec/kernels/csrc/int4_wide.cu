@@ -14,7 +14,7 @@
 // Weights become bfloat16, s (q - z): q is exact, s and s z are rounded, and so is the result. int4.cu's float32 scales would
 // make every group of inputs wait for the sums of the one before. The product's error is 0.4 %; that of 4 bits is 7 %.
 //
-// TILES: of the packed weight. EIGHTS: 1 to 4, 6 or 8. BLOCKS: that a multiprocessor has registers for. DEPTH: groups of
+// TILES: of the packed weight. EIGHTS: 3, 4, 6 or 8. BLOCKS: that a multiprocessor has registers for. DEPTH: groups of
 // weights in registers. TILED: write the activation as tiles for a kernel like this one. WARPS: 4 * WARP_GROUPS. One plane of
 // 4 bits only. SWIGLU, OVERLAP and splits as in int4.cu.
 
@@ -65,20 +65,13 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
 #define WGMMA(n, sums, operands) \
   "{.reg .pred p; setp.ne.b32 p, 1, 0;\n\twgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" sums "}, " operands \
   ", p, 1, 1, 0;}"
-#define NAMES8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define NAMES12 NAMES8 ",%8,%9,%10,%11"
+#define NAMES12 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
 #define NAMES16 NAMES12 ",%12,%13,%14,%15"
 #define NAMES24 NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 
 // acc += A x, 64 weight rows x 16 inputs x ROWS.
 __device__ __forceinline__ void wgmma(float (&acc)[4 * EIGHTS], const unsigned (&a)[4], unsigned long long b) {
-#if EIGHTS == 1
-  asm volatile(WGMMA("8", "%0,%1,%2,%3", "{%4,%5,%6,%7}, %8")
-      : SUMS4(0)
-#elif EIGHTS == 2
-  asm volatile(WGMMA("16", NAMES8, "{%8,%9,%10,%11}, %12")
-      : SUMS8(0)
-#elif EIGHTS == 3
+#if EIGHTS == 3
   asm volatile(WGMMA("24", NAMES12, "{%12,%13,%14,%15}, %16")
       : SUMS8(0), SUMS4(8)
 #elif EIGHTS == 4
