@@ -16,9 +16,9 @@ from subspec.utils.rounding import next_power_of_two
 TOP_K_BLOCK = 4096
 SUM_BLOCK = 4096
 
-MOST_PROGRAMS, LEAST_KEYS, FEWEST_SLICES = 768, 128, 4
+MOST_PROGRAMS, FEWEST_SLICES = 768, 4
 """Programs of attention beyond which fewer slices of the keys, down to the fewest, save the writing and reading of
-partial sums; and keys that a slice of the longest prefix should have (``experiments/rows``)."""
+partial sums (``experiments/rows``)."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class LevelKernels:
         group = next_power_of_two(level.rows * heads // kv_heads)
         chunk = max(16, min(how.chunk or group, group))
         chunks = -(-level.rows * heads // kv_heads // chunk)
-        splits, most = how.splits, min(MOST_PROGRAMS // (kv_heads * texts * chunks), cache.max_length // LEAST_KEYS)
-        while splits > max(most, FEWEST_SLICES):
+        splits = how.splits
+        while splits > max(FEWEST_SLICES, MOST_PROGRAMS // (kv_heads * texts * chunks)):
             splits //= 2
         sums = self._empty(2, splits, rows, heads)
         outs = self._empty(splits, rows, heads, dim)

@@ -13,8 +13,7 @@ from subspec.decoding.tree_policy import Beam
 from subspec.kernels import int4_wide
 from subspec.levels.build import ROLES
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.levels.level_kernels import LEAST_KEYS
-from subspec.levels.model import Attention, LevelLayer, LevelModel
+from subspec.levels.model import LevelLayer, LevelModel
 from subspec.memory.trace import LAYERS, META, draft_level_bytes, token_ids
 from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
@@ -119,7 +118,7 @@ def captured_level_bytes(shape: LevelShape, width: int, sampling: Sampling, text
         layers=LAYERS,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_length=Attention.splits * LEAST_KEYS,  # attention in as many slices as there can be
+        max_length=1,
         draft_rows=policy.draft_rows,
         target_rows=0,
         dtype=torch.bfloat16,
