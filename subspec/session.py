@@ -23,6 +23,7 @@ from subspec.config.schema import (
 from subspec.decoding.bitwise_choice import Bitwise, choose_bitwise, why_not
 from subspec.decoding.engine import Engine
 from subspec.decoding.from_config import build_sampling, build_tree_policy
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import TreePolicy
@@ -179,9 +180,9 @@ def assemble_streamed(
         streamed = load_streamed(source, plan, device, stored=stored, note=note)
     else:
         with spec:
-            streamed = load_streamed(
-                source, plan, device, builder=spec.builder, coded=spec.coded, stored=stored, note=note
-            )
+            passes = None if bitwise.reason else PassShapes.of(source.config, source.dtype.itemsize, sliced=True)
+            known = {"builder": spec.builder, "coded": spec.coded, "stored": stored, "passes": passes}
+            streamed = load_streamed(source, plan, device, note=note, **known)
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
     return _assembly(

@@ -19,7 +19,7 @@ from subspec.codec.restore import Restorer, Rows
 from subspec.decoding.bitwise import BitwiseArithmetic
 from subspec.quant.level_linear import LevelLinear
 from subspec.quant.quantized_weight import QuantizedWeight
-from subspec.utils.rounding import round_up
+from subspec.utils.rounding import equal_slices
 
 ROW_MULTIPLE = 32
 """Rows of a slice, but for the last one: products and their logits begin at multiples of 64 bytes."""
@@ -52,12 +52,10 @@ def slice_rows(vocabulary: int, hidden: int, room: int) -> list[tuple[int, int]]
     Raises:
         ValueError: not even :data:`ROW_MULTIPLE` rows fit.
     """
-    most = room // (ITEMSIZE * hidden) // ROW_MULTIPLE * ROW_MULTIPLE
-    if most == 0:
+    most = room // (ITEMSIZE * hidden)
+    if most < ROW_MULTIPLE:
         raise ValueError(f"{ROW_MULTIPLE} rows of {hidden} weights do not fit into {room} bytes")
-    slices = -(-vocabulary // most)
-    rows = round_up(-(-vocabulary // slices), ROW_MULTIPLE)
-    return [(first, min(rows, vocabulary - first)) for first in range(0, vocabulary, rows)]
+    return equal_slices(vocabulary, most, ROW_MULTIPLE)
 
 
 def encode_head(weight: Tensor, codes: QuantizedWeight, substitute: LevelLinear, room: int) -> HeadCode:

@@ -3,17 +3,20 @@
 The run of a decoder layer holds, first, the parameters that are not coded (norms, biases, Linears that are not
 quantized) as they are, then the starts of chunks and the bits of every coded Linear (:mod:`subspec.codec.format`).
 Layers are restored to bfloat16 in one buffer, in turn: the device computes a layer in far less time than the link takes
-for its bytes, so a second buffer would only take room from resident layers.
+for its bytes, so a second buffer would only take room from resident layers. In batch-invariant passes the buffer is a
+fifth of a layer: its matrices are restored slice by slice, each behind the product with the one before.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from subspec.codec import format
 from subspec.codec.format import encode
 from subspec.codec.restore import Restoration, Restorer, Rows, Spans, restore_into
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import SubspecError
 from subspec.kernels.timing import EventLog, logged
 from subspec.levels.build import ROLES
@@ -42,9 +45,13 @@ class CodedPart:
     spans: Spans
     margin: float
 
-    def piece(self, out: Tensor, linear: LevelLinear) -> Restoration:
-        """What restores it into ``out`` by the substitute's ``linear``."""
-        return Restoration(out, linear, self.rows, self.spans, self.margin)
+    def piece(self, out: Tensor, linear: LevelLinear, first: int = 0) -> Restoration:
+        """What restores its rows from ``first`` on, a multiple of 16, into ``out`` by the substitute's ``linear``."""
+        chunk, rest = divmod(first * out.shape[1], format.CHUNK)
+        assert rest == first % 16 == 0
+        starts = self.spans.starts[0] + 4 * chunk, -(-out.numel() // format.CHUNK)
+        rows = Rows(self.rows.first + first * (1 + self.rows.interleaved), self.rows.interleaved)
+        return Restoration(out, linear, rows, Spans(starts, self.spans.stream), self.margin)
 
 
 def bits_per_weight(parts: Iterable[CodedPart]) -> float:
@@ -149,18 +156,42 @@ def encode_layer(
     return CodedLayer(exact, exact_bytes, encoder.parts, encoder.nbytes), flat
 
 
+def slice_shapes(shapes: Mapping[str, torch.Size], role: str, first: int, count: int) -> dict[str, torch.Size]:
+    """Shapes of a slice of a role's matrices, those of them that ``shapes`` has."""
+    names = [f"{module}.weight" for module in ROLES[role]]
+    known = {name: shapes[name] for name in names if name in shapes}
+    return {name: torch.Size((min(count, n - first), k)) for name, (n, k) in known.items()}
+
+
+def restored_bytes(shapes: Mapping[str, torch.Size], coded: Collection[str], passes: PassShapes | None) -> int:
+    """Bytes of a :class:`LayerRestorer`'s buffer.
+
+    Args:
+        shapes: of a layer's parameters by name. coded: names of those that are coded.
+        passes: that run the layers; None: transformers' modules do, which need all parameters at once.
+    """
+    size = PlainCodec().layer_bytes
+    if passes is None:
+        return size(shapes)
+    matrices = {name: shapes[name] for name in coded}
+    slices = [slice_shapes(matrices, role, *rows) for role in ROLES for rows in passes.slices(role)]
+    return size({name: shapes[name] for name in shapes if name not in coded}) + max(map(size, slices))
+
+
 class LayerRestorer:
-    """Restores layers in one buffer on ``device``.
+    """Restores layers in one buffer on ``device``, whole or slice by slice.
 
     Args:
         layers: layouts of the coded layers, by layer number.
         substitute: the fused layers, all of them.
         shapes: of a layer's parameters.
         resident: bytes of the coded layers that stay on the device.
+        passes: that run the layers; None: they are restored whole.
 
     Attributes:
-        parameters: views into the buffer by parameter name: the parameters of the layer restored last.
-        log: takes (layer number, begin, end) of every layer restored, when it is a list.
+        parameters: by name, those of the layer restored last, as views into the buffer; in slices the coded ones have
+            a shape only, and :meth:`restored` has their rows.
+        log: takes (layer number, begin, end) of everything restored, when it is a list.
     """
 
     def __init__(
@@ -170,20 +201,42 @@ class LayerRestorer:
         shapes: Mapping[str, torch.Size],
         resident: Mapping[int, Tensor],
         device: torch.device,
+        passes: PassShapes | None = None,
     ) -> None:
-        self.layers, self.resident = layers, resident
+        self.layers, self.resident, self.passes = layers, resident, passes
         # The parameters that are not coded come first, as in the coded bytes: one copy moves all of them.
-        first = next(iter(layers.values())).exact
-        ordered = {**first, **{name: shape for name, shape in shapes.items() if name not in first}}
-        self.buffer = torch.empty(PlainCodec().layer_bytes(ordered), dtype=torch.uint8, device=device)
-        self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
-        self._restorers = {
-            index: Restorer(
-                [part.piece(self.parameters[part.name], getattr(substitute[index], part.role)) for part in layer.parts]
-            )
-            for index, layer in layers.items()
-        }
+        exact = next(iter(layers.values())).exact
+        coded = {name: shape for name, shape in shapes.items() if name not in exact}
+        self.buffer = torch.empty(restored_bytes(shapes, coded, passes), dtype=torch.uint8, device=device)
+        self.parameters = parameter_views(self.buffer, exact if passes else {**exact, **coded}, torch.bfloat16)
+        if passes is not None:
+            self.parameters |= {
+                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in coded.items()
+            }
+        self._whole: dict[int, Restorer] = {}
+        self._slices: dict[tuple[int, str, int], tuple[Restorer, list[Tensor]]] = {}
+        for index, layer in layers.items():
+            own = substitute[index]
+            if passes is None:
+                pieces = [part.piece(self.parameters[part.name], getattr(own, part.role)) for part in layer.parts]
+                self._whole[index] = Restorer(pieces)
+                continue
+            for role in ROLES:
+                for first, count in passes.slices(role):
+                    self._slices[index, role, first] = self._slice(layer, getattr(own, role), role, first, count)
+        self._current: tuple[int, Tensor] | None = None
         self.log: EventLog | None = None
+
+    def _slice(
+        self, layer: CodedLayer, linear: LevelLinear, role: str, first: int, count: int
+    ) -> tuple[Restorer, list[Tensor]]:
+        """What restores rows of a role's matrices, and the rows in the buffer."""
+        parts = {part.name: part for part in layer.parts}
+        slices = slice_shapes({name: part.shape for name, part in parts.items()}, role, first, count)
+        views = parameter_views(self.buffer[layer.exact_bytes :], slices, torch.bfloat16)
+        pieces = [parts[name].piece(view, linear, first) for name, view in views.items()]
+        exact = {name: tensor[first : first + count] for name, tensor in self.parameters.items() if name not in parts}
+        return Restorer(pieces), [(views | exact)[f"{module}.weight"] for module in ROLES[role]]
 
     @property
     def bits_per_weight(self) -> float:
@@ -191,8 +244,19 @@ class LayerRestorer:
         return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
     def restore(self, index: int, flat: Tensor) -> None:
-        """Fill the buffer with layer ``index`` from its bytes ``flat`` (uint8, on the device)."""
+        """Begin with layer ``index``, from its bytes ``flat`` (uint8, on the device); in slices they are read later."""
         with logged(self.log, index):
             exact = self.layers[index].exact_bytes
             self.buffer[:exact].copy_(flat[:exact])
-            self._restorers[index](flat)
+            if self.passes is None:
+                self._whole[index](flat)
+        self._current = index, flat
+
+    def restored(self, role: str, first: int, count: int) -> list[Tensor]:
+        """A slice of a role's matrices, bfloat16, in the buffer until the next one is asked for."""
+        assert self._current is not None
+        index, flat = self._current
+        restorer, rows = self._slices[index, role, first]
+        with logged(self.log, index):
+            restorer(flat)
+        return rows

@@ -12,6 +12,7 @@ from torch import Tensor
 from subspec.codec.coded_cache import CodedCache, KeptLayer, codes_checksum
 from subspec.codec.coded_layer import CodedLayer, LayerRestorer, encode_layer
 from subspec.codec.restore import Restorer
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.model import LevelLayer
@@ -181,13 +182,16 @@ class TargetCoding:
             self.streamed[index] = self._memory.allocate(self.layers[index].nbytes)
             self.streamed[index].copy_(self._take(index))
 
-    def decoder(self) -> LayerRestorer | None:
-        """Restores the coded layers; resident ones' bytes are moved to the device. None: no layer is coded."""
+    def decoder(self, passes: PassShapes | None) -> LayerRestorer | None:
+        """Restores the coded layers; resident ones' bytes are moved to the device. None: no layer is coded.
+
+        ``passes``: as of :class:`~subspec.codec.coded_layer.LayerRestorer`.
+        """
         if not self.layers:
             return None
         shapes, device = self._source.layer_shapes(0), self._device
         resident = {index: self._take(index).to(device) for index in sorted(self._planned & self.layers.keys())}
-        return LayerRestorer(self.layers, self._builder.layers, shapes, resident, device)
+        return LayerRestorer(self.layers, self._builder.layers, shapes, resident, device, passes)
 
 
 def _problem(kept: KeptLayer, substitute: LevelLayer, sample: Mapping[str, Tensor], device: torch.device) -> str | None:

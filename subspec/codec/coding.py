@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from subspec.codec.coded_head import slice_rows
+from subspec.codec.coded_layer import restored_bytes
 from subspec.codec.restore import KERNELS
 from subspec.config.enums import Codec, Dtype, Kernel
 from subspec.config.quant_checks import MODULE_CLASSES, linear_names
@@ -17,6 +18,7 @@ from subspec.config.schema import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, is_kept
 from subspec.levels.quantization import LevelQuantization
@@ -102,9 +104,11 @@ class SubstituteCodec:
 
     Args:
         quantization: of the substitute; Linears that it leaves exact are not coded.
+        passes: that run the layers (:func:`~subspec.codec.coded_layer.restored_bytes`).
     """
 
-    def __init__(self, quantization: LevelQuantization) -> None:
+    def __init__(self, quantization: LevelQuantization, passes: PassShapes | None) -> None:
+        self.passes = passes
         self._bits: dict[str, float] = {}
         for role in quantization.shapes:
             if role == "head":
@@ -119,5 +123,5 @@ class SubstituteCodec:
         return PlainCodec().layer_bytes(exact) + int(coded)
 
     def scratch_bytes(self, shapes: Mapping[str, torch.Size]) -> int:
-        """One restored layer."""
-        return PlainCodec().layer_bytes(shapes)
+        """One restored layer, or a slice."""
+        return restored_bytes(shapes, self._bits.keys(), self.passes)

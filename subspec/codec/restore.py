@@ -45,7 +45,8 @@ class Rows:
         """Rows [count, ...] of ``fused`` [n, ...]."""
         if not self.interleaved:
             return fused[self.first : self.first + count]
-        return fused.unflatten(0, (-1, 2, 16))[:, self.first // 16].flatten(0, 1)[:count]
+        rows = torch.arange(count, device=fused.device)
+        return fused[self.first + rows // 16 * 32 + rows % 16]
 
 
 @dataclass(frozen=True)

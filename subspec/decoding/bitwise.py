@@ -10,18 +10,18 @@ the model's dtype, partial sums are float32 until they are added to it.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from subspec.decoding.batch import JointBatch, TokenBatch
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.kernels.invariant_attention import Heads, attend, path_table
 from subspec.kernels.invariant_linear import Tiling, multiply, split_k
 from subspec.kernels.modules import triton_kernels
-from subspec.utils.rounding import next_power_of_two, round_up
+from subspec.utils.rounding import next_power_of_two
 
 ROLES = ("qkv", "out", "gate_up", "down", "head")
 """The matrices of a pass; each has a tile shape of its own."""
@@ -29,14 +29,7 @@ ROLES = ("qkv", "out", "gate_up", "down", "head")
 DTYPES = (torch.bfloat16, torch.float16)
 """Arithmetic that is covered: in float32 rounding is far below the gaps between logits."""
 
-ALIGNMENT = 256
-"""Bytes: every buffer of a pass begins at a multiple."""
-
 ACTIVATION_BLOCK = 1024
-
-MLP_ROWS = 384
-"""Most rows whose gate and up are in memory at once: more are processed in equal pieces, which changes no bits. The
-paper's tree of 289 nodes is one piece."""
 
 
 def uncovered(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -91,70 +84,6 @@ def altered(model: PreTrainedModel) -> str | None:
         if not all(type(linear) is nn.Linear and linear.weight.is_contiguous() for linear in linears):
             return "a Linear is not torch's own, or keeps its weight in another order"
     return None
-
-
-@dataclass(frozen=True)
-class PassShapes:
-    """The sizes that the buffers of a pass depend on."""
-
-    hidden: int
-    intermediate: int
-    heads: Heads
-    itemsize: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig, itemsize: int) -> "PassShapes":
-        """Read off a transformers configuration."""
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim)
-        return cls(config.hidden_size, config.intermediate_size, heads, itemsize)
-
-    @property
-    def qkv(self) -> int:
-        """Outputs of the query, key and value projections together."""
-        return (self.heads.query + 2 * self.heads.kv) * self.heads.dim
-
-    def matrices(self, vocab: int) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of the matrices by role."""
-        query = self.heads.query * self.heads.dim
-        return {
-            "qkv": (self.qkv, self.hidden),
-            "out": (self.hidden, query),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-            "head": (vocab, self.hidden),
-        }
-
-    def mlp_piece(self, rows: int) -> int:
-        """Rows of the MLP at a time; multiples of 16, so that every piece begins at an aligned address."""
-        pieces = -(-rows // MLP_ROWS)
-        return rows if pieces == 1 else round_up(-(-rows // pieces), 16)
-
-    def added_parts(self) -> int:
-        """Most parts of a sum that is added to the residual stream."""
-        query = self.heads.query * self.heads.dim
-        return max(split_k(self.hidden, query).parts, split_k(self.hidden, self.intermediate).parts)
-
-    def buffers(self, rows: int, groups: Sequence[tuple[int, int]]) -> dict[str, int]:
-        """Bytes of each buffer of a pass over ``rows`` tokens.
-
-        Args:
-            groups: rows that are launched together, and a number that no position of theirs reaches.
-
-        ``normed`` holds a layer's normed input, later attention's output. ``wide`` holds, one after the other, the sums
-        of the q/k/v projection, attention's partial sums, and gate, up and their product; ``added`` the queries and the
-        sums that are added to the residual stream.
-        """
-        query = rows * self.heads.query * self.heads.dim * self.itemsize
-        sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
-        partial = 4 * max(self.heads.partial_floats(*group) for group in groups)
-        mlp = 3 * self.mlp_piece(rows) * self.intermediate * self.itemsize + ALIGNMENT
-        sizes = {
-            "normed": max(rows * self.hidden * self.itemsize, query),
-            "wide": max(sums, partial, mlp),
-            "added": max(4 * self.added_parts() * rows * self.hidden, query),
-        }
-        return {name: round_up(size, ALIGNMENT) for name, size in sizes.items()}
 
 
 class _Rows:
@@ -264,17 +193,29 @@ class BitwisePass:
         return self._arithmetic.norm(self, norm.weight, self.residual)
 
 
+def _linears(layer: nn.Module, role: str) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return {
+        "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+        "out": [attention.o_proj],
+        "gate_up": [mlp.gate_proj, mlp.up_proj],
+        "down": [mlp.down_proj],
+    }[role]
+
+
 class BitwiseArithmetic:
     """Runs decoder layers so that a row's bits do not depend on the rows beside it.
 
     Args:
         model: a causal LM of a supported family; only its configuration, rotary frequencies and parameters are used.
         tilings: tile shape by role (:data:`ROLES`).
+        sliced: multiply the MLP's matrices in slices. A layer may then have an attribute ``restored``: (role, first
+            row, number of rows) -> these rows of the role's matrices, until it is called again.
     """
 
-    def __init__(self, model: PreTrainedModel, tilings: Mapping[str, Tiling]) -> None:
+    def __init__(self, model: PreTrainedModel, tilings: Mapping[str, Tiling], *, sliced: bool = False) -> None:
         config, base = model.config, model.get_decoder()
-        self.shapes = PassShapes.of(config, model.get_input_embeddings().weight.dtype.itemsize)
+        self.shapes = PassShapes.of(config, model.get_input_embeddings().weight.dtype.itemsize, sliced=sliced)
         self.tilings = dict(tilings)
         self.eps: float = config.rms_norm_eps
         self.inverse_frequency: Tensor = base.rotary_emb.inv_freq
@@ -283,49 +224,56 @@ class BitwiseArithmetic:
 
     def run_layer(self, state: BitwisePass, layer: nn.Module) -> None:
         """Run a decoder layer with the parameters of ``layer``; its keys and values go to the cache."""
-        shapes, attention, mlp = self.shapes, layer.self_attn, layer.mlp
-        rows, hidden = state.rows, shapes.hidden
-        normed = state.buffer("normed", rows, hidden)
+        normed = state.buffer("normed", state.rows, self.shapes.hidden)
         self.norm(state, layer.input_layernorm.weight, normed)
-        attended = self._attention(state, attention, normed)
-        self._add(state, "out", attended, attention.o_proj)
+        attended = self._attention(state, layer, normed)
+        state.partial = self._parts(state, layer.self_attn.o_proj)
+        self._multiply(layer, "out", attended, state.partial)
         self.norm(state, layer.post_attention_layernorm.weight, normed)
-        self._mlp(state, mlp, normed)
+        self._mlp(state, layer, normed)
 
     def linear(self, role: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """x [n, k] @ weight [m, k].T into ``out`` [n, m], whose rows may be strided; returns it."""
         multiply(x, (weight,), (None,), out, self.tilings[role])
         return out
 
-    def _multiply(self, role: str, x: Tensor, linears: tuple[nn.Module, ...], out: Tensor) -> None:
-        weights = [linear.weight for linear in linears]
-        multiply(x, weights, [linear.bias for linear in linears], out, self.tilings[role])
+    def _multiply(self, layer: nn.Module, role: str, x: Tensor, out: Tensor) -> None:
+        """x times the matrices of a role; those of the MLP slice by slice."""
+        for first, weights, biases in self._weights(layer, role):
+            own = out[..., first : first + sum(len(weight) for weight in weights)]
+            multiply(x, weights, biases, own, self.tilings[role], out.shape[-1])
 
-    def _add(self, state: BitwisePass, role: str, x: Tensor, linear: nn.Module) -> None:
-        """Multiply, and leave the parts of the sum for the next norm to add to the residual stream."""
-        state.partial = self._parts(state, linear)
-        self._multiply(role, x, (linear,), state.partial)
+    def _weights(self, layer: nn.Module, role: str) -> Iterator[tuple[int, list[Tensor], list[Tensor | None]]]:
+        """First row, and rows, of every slice of a role's matrices, with their biases."""
+        linears, restored = _linears(layer, role), getattr(layer, "restored", None)
+        for first, count in self.shapes.slices(role):
+            rows = slice(first, first + count)
+            weights = restored(role, first, count) if restored else [linear.weight[rows] for linear in linears]
+            yield first, weights, [None if linear.bias is None else linear.bias[rows] for linear in linears]
 
     def _parts(self, state: BitwisePass, linear: nn.Module) -> Tensor:
+        """Place for the parts of a sum, which the next norm adds to the residual stream."""
         n, k = linear.weight.shape
         return state.buffer("added", split_k(n, k).parts, state.rows, n, dtype=torch.float32)
 
-    def _mlp(self, state: BitwisePass, mlp: nn.Module, normed: Tensor) -> None:
+    def _mlp(self, state: BitwisePass, layer: nn.Module, normed: Tensor) -> None:
         invariant = triton_kernels("invariant", normed.device)
         inner = self.shapes.intermediate
-        state.partial = self._parts(state, mlp.down_proj)
+        state.partial = self._parts(state, layer.mlp.down_proj)
         for first in range(0, state.rows, self.shapes.mlp_piece(state.rows)):
             x = normed[first : first + self.shapes.mlp_piece(state.rows)]
-            count = x.shape[0]
-            gate_up = state.buffer("wide", count, 2 * inner)
-            product = state.buffer("wide", count, inner, after=round_up(gate_up.nbytes, ALIGNMENT))
-            self._multiply("gate_up", x, (mlp.gate_proj, mlp.up_proj), gate_up)
-            blocks = -(-inner // ACTIVATION_BLOCK)
-            invariant.swiglu[(count, blocks)](gate_up, product, inner, BLOCK=ACTIVATION_BLOCK)
-            self._multiply("down", product, (mlp.down_proj,), state.partial[:, first : first + count])
+            rows = x.shape[0]
+            product, behind = state.buffer("wide", rows, inner), self.shapes.mlp_bytes(rows)[0]
+            for column, weights, biases in self._weights(layer, "gate_up"):
+                count = len(weights[0])
+                gate_up = state.buffer("wide", rows, 2 * count, after=behind)
+                multiply(x, weights, biases, gate_up, self.tilings["gate_up"])
+                blocks = -(-count // ACTIVATION_BLOCK)
+                invariant.swiglu[(rows, blocks)](gate_up, product[:, column:], count, inner, BLOCK=ACTIVATION_BLOCK)
+            self._multiply(layer, "down", product, state.partial[:, first : first + rows])
 
     def norm(self, state: BitwisePass, weight: Tensor, out: Tensor) -> Tensor:
-        """residual += the parts that :meth:`_add` left; ``out`` = its RMS norm."""
+        """residual += the parts that wait for it; ``out`` = its RMS norm."""
         level = triton_kernels("level", out.device)
         partial, hidden = state.partial, self.shapes.hidden
         level.add_rms_norm[(state.rows,)](
@@ -344,12 +292,12 @@ class BitwiseArithmetic:
         state.partial = None
         return out
 
-    def _attention(self, state: BitwisePass, attention: nn.Module, normed: Tensor) -> Tensor:
-        level = triton_kernels("level", normed.device)
+    def _attention(self, state: BitwisePass, layer: nn.Module, normed: Tensor) -> Tensor:
+        level, attention = triton_kernels("level", normed.device), layer.self_attn
         heads, rows = self.shapes.heads, state.rows
         parts = split_k(self.shapes.qkv, self.shapes.hidden).parts
         sums = state.buffer("wide", parts, rows, self.shapes.qkv, dtype=torch.float32)
-        self._multiply("qkv", normed, (attention.q_proj, attention.k_proj, attention.v_proj), sums)
+        self._multiply(layer, "qkv", normed, sums)
         query = state.buffer("added", rows, heads.query, heads.dim)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         for group in state.groups:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from subspec.decoding.bitwise import BitwiseArithmetic, PassShapes, altered, uncovered
+from subspec.decoding.bitwise import BitwiseArithmetic, altered, uncovered
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import ConfigError, SubspecError
 from subspec.kernels.choose_tiling import choose_tilings
@@ -32,7 +33,7 @@ class Bitwise:
     def apply(self, target: TargetModel) -> None:
         """Let ``target`` compute in the chosen arithmetic."""
         if not self.reason:
-            target.bitwise = BitwiseArithmetic(target.model, self.tilings)
+            target.bitwise = BitwiseArithmetic(target.model, self.tilings, sliced=not target.whole)
 
     def facts(self) -> dict[str, Any]:
         """For records."""

@@ -67,15 +67,15 @@ def linear(
 
 
 @triton.jit
-def swiglu(gate_up, out, n, BLOCK: tl.constexpr):
-    """out = silu(gate) * up. Grid: (rows, blocks of n). gate_up: [rows, 2 n], gate first; out: [rows, n]."""
+def swiglu(gate_up, out, n, out_stride, BLOCK: tl.constexpr):
+    """out = silu(gate) * up. Grid: (rows, blocks of n). gate_up: [rows, 2 n], gate first; out: rows of n, strided."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
     gate = tl.load(gate_up + row * 2 * n + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * n + n + column, mask=inside, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * n + column, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "shared_causal", "path_width", "total_rows"])

@@ -75,7 +75,12 @@ def split_k(n: int, k: int) -> KSplit:
 
 
 def multiply(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor, tiling: Tiling
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out: Tensor,
+    tiling: Tiling,
+    outputs: int | None = None,
 ) -> None:
     """x @ concatenation(weights).T + biases.
 
@@ -83,13 +88,14 @@ def multiply(
         x: [rows, k].
         weights, biases: of one to three matrices [n_i, k] of one dtype; all or no biases.
         out: [rows, sum of n_i] in the dtype of ``x``: the result; its rows may be strided. Or float32
-            [parts, rows, sum of n_i], rows of which may be a slice: the parts of :func:`split_k`, whose sum it is.
+            [parts, rows, sum of n_i], a slice in any way: the parts of :func:`split_k`, whose sum it is.
+        outputs: of the matrix of which these are some rows; None: all.
     """
     invariant = triton_kernels("invariant", x.device)
     rows, k = x.shape
     partial = out.dim() == 3
     sizes = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
-    split = split_k(sum(sizes), k) if partial else KSplit(1, round_up(k, K_STEP))
+    split = split_k(outputs or sum(sizes), k) if partial else KSplit(1, round_up(k, K_STEP))
     if partial and out.shape[0] != split.parts:
         raise ValueError(f"{out.shape[0]} parts, but the matrix is cut into {split.parts}")
     has_bias = biases[0] is not None

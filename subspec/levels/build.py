@@ -84,6 +84,12 @@ class SubstituteBuilder:
         self.modules = self.weights = self.stored_bytes = 0
         self.bits: dict[str, float] = {}
 
+    @property
+    def linears(self) -> list[str]:
+        """Names of a layer's quantized parameters."""
+        roles = [role for role in ROLES if not is_kept(role, self.keep_exact)]
+        return [f"{name}.weight" for role in roles for name in ROLES[role]]
+
     def needs(self, index: int) -> bool:
         return True
 

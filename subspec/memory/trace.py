@@ -135,14 +135,14 @@ class TargetTrace:
     Args:
         config: of the target.
         itemsize: bytes per weight: 2 is bfloat16, 4 float32.
-        bitwise: whether passes run in batch-invariant arithmetic.
+        bitwise: whether passes run in batch-invariant arithmetic. sliced: whether layers stream to it.
     """
 
-    def __init__(self, config: PretrainedConfig, itemsize: int, *, bitwise: bool) -> None:
+    def __init__(self, config: PretrainedConfig, itemsize: int, *, bitwise: bool, sliced: bool = False) -> None:
         dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         self.model = target = TargetModel(empty_model(shortened(config), dtype, META))
         if bitwise:
-            target.bitwise = BitwiseArithmetic(target.model, dict.fromkeys(ROLES, REFERENCE))
+            target.bitwise = BitwiseArithmetic(target.model, dict.fromkeys(ROLES, REFERENCE), sliced=sliced)
         self._peaks: dict[tuple[object, ...], int] = {}
 
     def cached(self, key: tuple[object, ...], measure: Callable[[], int]) -> int:
@@ -283,9 +283,9 @@ def shortened(config: PretrainedConfig) -> PretrainedConfig:
 _TARGETS: dict[tuple[str, int, bool], TargetTrace] = {}
 
 
-def target_trace(config: PretrainedConfig, itemsize: int, *, bitwise: bool) -> TargetTrace:
+def target_trace(config: PretrainedConfig, itemsize: int, *, bitwise: bool, sliced: bool = False) -> TargetTrace:
     """The traces of a target's configuration, which every plan in this process shares."""
-    key = (config.to_json_string(use_diff=False), itemsize, bitwise)
+    key = (config.to_json_string(use_diff=False), itemsize, bitwise, sliced)
     if key not in _TARGETS:
-        _TARGETS[key] = TargetTrace(config, itemsize, bitwise=bitwise)
+        _TARGETS[key] = TargetTrace(config, itemsize, bitwise=bitwise, sliced=sliced)
     return _TARGETS[key]

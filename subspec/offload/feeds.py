@@ -106,6 +106,8 @@ class DiskFeed(LayerFeed):
 class CodedFeed(LayerFeed):
     """Coded layers, restored into one buffer from bytes on the device or in a ring slot.
 
+    A layer that is restored slice by slice keeps its slot until it is released.
+
     Args:
         template: a decoder layer; the copy's parameters are views into the buffer.
         restorer: restores a layer from its coded bytes; holds those of the resident layers.
@@ -119,6 +121,9 @@ class CodedFeed(LayerFeed):
         self.layers, self.resident = sorted(restorer.layers), sorted(restorer.resident)
         self._module = copy.deepcopy(template)
         fill(self._module, restorer.parameters)
+        self._sliced = restorer.passes is not None
+        if self._sliced:
+            self._module.restored = restorer.restored
 
     def acquire(self, index: int) -> nn.Module:
         restorer, streamer = self.restorer, self.streamer
@@ -129,5 +134,10 @@ class CodedFeed(LayerFeed):
         assert streamer is not None
         slot = streamer.slots[streamer.acquire()]
         restorer.restore(index, slot[: restorer.layers[index].nbytes])
-        streamer.release()  # the layer is in the buffer: its slot can be refilled at once
+        if not self._sliced:
+            streamer.release()  # the layer is in the buffer: its slot can be refilled at once
         return self._module
+
+    def release(self, index: int) -> None:
+        if self._sliced and self.streamer is not None and index not in self.restorer.resident:
+            self.streamer.release()

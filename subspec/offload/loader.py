@@ -24,9 +24,11 @@ from torch import Tensor
 
 from subspec.codec.coded_cache import CodedCache
 from subspec.codec.coded_head import CodedHead, HeadCode, encode_head
+from subspec.codec.coded_layer import restored_bytes
 from subspec.codec.coded_load import TargetCoding
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder, compact, level_model
 from subspec.levels.model import LevelModel
@@ -59,6 +61,7 @@ class LoadingPlan(Protocol):
     waiting_layers: int
     coded_head_bytes: int
     texts: int
+    restored_bytes: int
 
 
 class LayerConsumer(Protocol):
@@ -170,6 +173,7 @@ def load_streamed(
     builder: SubstituteBuilder | None = None,
     coded: CodedCache | None = None,
     stored: Sequence[StoredLayer] = (),
+    passes: PassShapes | None = None,
     note: Note = print_note,
 ) -> LoadedStream:
     """Load a target for streaming.
@@ -179,6 +183,7 @@ def load_streamed(
         coded: layers that earlier runs coded with this substitute; None: they are not kept.
         stored: layers in files; those that are not resident stream from there, and all others from host memory. Coded
             layers of ``plan.disk_layers`` stream from the files of ``coded``.
+        passes: the batch-invariant passes that will run; None: transformers' modules.
 
     Raises:
         SubspecError: host memory cannot be locked, or a file cannot be written or read.
@@ -191,8 +196,9 @@ def load_streamed(
     disk = _ring([layer for layer in stored if layer.index not in resident], plan, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
+    buffer = 0 if builder is None else restored_bytes(source.layer_shapes(0), builder.linears, passes)
     if plan.coded_head_bytes and builder is not None:
-        head_code = _code_head(shared, builder, PlainCodec(source.dtype.itemsize).layer_bytes(source.layer_shapes(0)))
+        head_code = _code_head(shared, builder, buffer)
         _release_temporaries(device)
     fill(model, shared)
     if source.config.tie_word_embeddings:
@@ -220,8 +226,8 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.place(room, plan.ring_slots)
-        restorer = coding.decoder()
+        coding.place(room - max(0, buffer - plan.restored_bytes), plan.ring_slots)
+        restorer = coding.decoder(passes)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded
             coded_head = CodedHead(head_code, builder.head, restorer.buffer)

@@ -14,6 +14,7 @@ from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, de
 from subspec.config.enums import Codec, Kernel
 from subspec.config.schema import Config, Device, Dtype, NoDraftConfig, Placement, SubstituteDraftConfig
 from subspec.decoding.bitwise import unsupported
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.decoding.text_loop import ROW_MULTIPLE
 from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
@@ -30,7 +31,7 @@ from subspec.targets.model_spec import ModelSpec
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
 
-POST_LOAD = ("resident layers", "ring", "decoded layer", "KV cache", "tree", "workspace", "draft level", "audit")
+POST_LOAD = ("resident layers", "ring", "restored weights", "KV cache", "tree", "workspace", "draft level", "audit")
 """Device allocations made after weight loading has finished."""
 
 
@@ -79,9 +80,13 @@ class MemoryLayout(RunMemory):
             quantization=quantization,
         )
         plain = PlainCodec(itemsize)
-        codec: LayerCodec = SubstituteCodec(quantization) if self.coded and quantization is not None else plain
+        passes = PassShapes.of(model, itemsize, sliced=True) if self.bitwise else None
+        codec: LayerCodec = plain
+        if self.coded and quantization is not None:
+            codec = SubstituteCodec(quantization, passes)
         self.exact_bytes, self.layer_bytes = plain.layer_bytes(spec.layer), codec.layer_bytes(spec.layer)
         self.scratch_bytes = codec.scratch_bytes(spec.layer)
+        self._restored_note = f"{'a slice' if passes else 'a layer'} at a time, bfloat16"
         self.table_bytes = spec.vocab * spec.hidden * itemsize
         self.required_resident = self.draft.required_resident
         self._check()
@@ -106,7 +111,7 @@ class MemoryLayout(RunMemory):
         ]
 
     def _size_loading(self, quantization: LevelQuantization) -> None:
-        spec, room = self.spec, self.exact_bytes
+        spec, room = self.spec, self.scratch_bytes
         head, coded = (spec.vocab, spec.hidden), self.layer_bytes * self.coded
         # The head is restored into the buffer of restored layers, which needs a coded layer.
         whole = quantization.shapes.get("head") == head
@@ -177,7 +182,7 @@ class MemoryLayout(RunMemory):
                 f"{resident} of {spec.layers}, {kind}",
             ),
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
-            Allocation("decoded layer", ((self.scratch_bytes, int(restores)),), "one at a time, bfloat16"),
+            Allocation("restored weights", ((self.scratch_bytes, int(restores)),), self._restored_note),
             *self.run_allocations(decision.chunk),
             Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
         ]

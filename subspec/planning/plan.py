@@ -75,6 +75,7 @@ class Plan:
         waiting_layers: first layers of the substitute that are staged on the host until loading has finished.
         coded_head_bytes: of the exact LM head coded by the draft's own (an estimate); 0: it is not coded.
         texts: that run side by side.
+        restored_bytes: of the buffer for restored weights.
     """
 
     target: str
@@ -99,6 +100,7 @@ class Plan:
     waiting_layers: int = 0
     coded_head_bytes: int = 0
     texts: int = 1
+    restored_bytes: int = 0
     disk_layers: tuple[int, ...] = ()
     coded_in_files: bool = False
     plain_disk_bytes: int = 0
@@ -281,6 +283,7 @@ def plan_run(
         waiting_layers=layout.staged_layers(decision),
         coded_head_bytes=layout.coded_head_bytes,
         texts=layout.texts,
+        restored_bytes=layout.scratch_bytes,
         disk_layers=spread(others, decision.disk),
         coded_in_files=decision.in_files and layout.coded,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,

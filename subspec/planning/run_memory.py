@@ -67,7 +67,7 @@ class RunMemory:
             raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
         self.config, self.offload, self.itemsize, self.bitwise = config, config.offload, itemsize, bitwise
         self.spec = spec = ModelSpec.of(model)
-        self.target = target_trace(model, itemsize, bitwise=bitwise)
+        self.target = target_trace(model, itemsize, bitwise=bitwise, sliced=True)
         self.sampling = build_sampling(config)
         self.texts: int = config.decoding.texts
         self.most_chunk = length = config.decoding.max_length

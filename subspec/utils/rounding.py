@@ -11,6 +11,16 @@ def next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def equal_slices(count: int, most: int, multiple: int) -> list[tuple[int, int]]:
+    """First number and size of the slices of ``count``: as few and as equal as ``most`` allows.
+
+    Sizes are multiples of ``multiple``, which ``most`` is not below, but for the last one.
+    """
+    slices = -(-count // (most // multiple * multiple))
+    size = round_up(-(-count // slices), multiple)
+    return [(first, min(size, count - first)) for first in range(0, count, size)]
+
+
 def is_power_of_two(number: int) -> bool:
     """Whether ``number`` is 1, 2, 4, ..."""
     return number > 0 and number & (number - 1) == 0

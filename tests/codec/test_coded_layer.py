@@ -5,11 +5,14 @@ import torch
 
 from subspec.codec import coded_layer, format
 from subspec.codec import restore as kernel
-from subspec.codec.coded_layer import encode_layer
+from subspec.codec.coded_layer import encode_layer, restored_bytes
 from subspec.codec.coding import SubstituteCodec
 from subspec.config.enums import Codec
 from subspec.config.schema import HiggsConfig, HqqConfig
+from subspec.decoding import pass_shapes
+from subspec.decoding.bitwise_choice import choose_bitwise
 from subspec.decoding.engine import Engine
+from subspec.decoding.pass_shapes import PassShapes
 from subspec.decoding.target_model import TargetModel
 from subspec.errors import SubspecError
 from subspec.levels.build import ROLES, SubstituteBuilder
@@ -91,6 +94,67 @@ def test_layers_are_restored_bit_for_bit_and_the_text_is_the_models(family, resi
     coded.close()
 
 
+def sliced_passes(model):
+    return PassShapes.of(model.config, 2, sliced=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("quant", "resident", "keep_exact"), [("hqq", (1,), ()), ("higgs", (), ()), ("hqq", (), ("o_proj", "down_proj"))]
+)
+def test_slices_are_restored_bit_for_bit(quant, resident, keep_exact, device, monkeypatch):
+    """A layer's matrices slice by slice, from bytes that stay or stream; a slot is kept until its layer is released."""
+    monkeypatch.setattr(pass_shapes, "SLICE_BYTES", 1)
+    model = tiny_model("qwen2", layers=2, hidden_size=256, intermediate_size=320).to(torch.device(device))
+    model, passes = model.to(torch.bfloat16), sliced_passes(model)
+    slices = {role: passes.slices(role) for role in ROLES}
+    assert slices["gate_up"] == [(0, 128), (128, 128), (256, 64)]
+    assert slices["down"] == [(0, 128), (128, 128)]
+    plan, builder = (
+        plan_for(resident, 1, codec=Codec.substitute, layer_bytes=ROOM),
+        builder_of(model, keep_exact, quant),
+    )
+    loaded = load_streamed(ModelSource(model), plan, torch.device(device), builder=builder, passes=passes)
+    target = loaded.target
+    shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
+    assert target.restorer.buffer.numel() == restored_bytes(shapes, builder.linears, passes)
+    assert target.restorer.buffer.numel() < 0.7 * restored_bytes(shapes, builder.linears, None)
+    for _ in range(2):
+        for index, layer in enumerate(model.model.layers):
+            exact = dict(layer.named_parameters())
+            with target.layer(index) as module:
+                for name, tensor in module.named_parameters():
+                    if name not in builder.linears:
+                        assert torch.equal(tensor.view(torch.int16), exact[name].data.view(torch.int16)), name
+                for role, names in ROLES.items():
+                    for first, count in slices[role]:
+                        for name, own in zip(names, module.restored(role, first, count), strict=True):
+                            expected = exact[f"{name}.weight"].data[first : first + count]
+                            assert torch.equal(own.view(torch.int16), expected.view(torch.int16)), (index, name, first)
+    loaded.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["hqq", "higgs"])
+def test_coded_layers_in_slices_give_the_bits_of_the_whole_model(quant, monkeypatch):
+    monkeypatch.setattr(pass_shapes, "SLICE_BYTES", 1)
+    device = torch.device("cuda")
+    model = tiny_model("qwen2", layers=3, hidden_size=256, intermediate_size=320).to(device, torch.bfloat16)
+    chosen = choose_bitwise(True, model.config, torch.bfloat16, device, print)
+    plan = plan_for((1,), 2, codec=Codec.substitute, layer_bytes=ROOM)
+    options = {"builder": builder_of(model, quant=quant), "passes": sliced_passes(model)}
+    loaded, results = load_streamed(ModelSource(model), plan, device, **options), []
+    for target in (TargetModel(model), loaded.target):
+        chosen.apply(target)
+        engine = Engine(target, max_length=96, prefill_chunk=8)
+        engine.keeps_digests = True
+        results.append(engine.generate(PROMPT * 3, max_new_tokens=40))
+    assert loaded.target.bitwise.shapes.sliced
+    assert results[0].token_ids == results[1].token_ids
+    assert results[0].digests == results[1].digests
+    loaded.close()
+
+
 def test_layers_and_linears_that_are_not_quantized_stay_as_they_are():
     model = tiny()
     loaded = load(model, (0, 2), skip=(2,), keep_exact=("o_proj", "down_proj"))
@@ -151,7 +215,7 @@ def test_the_plan_bounds_the_bytes_of_a_coded_layer(quant, monkeypatch):
     loaded = load(model, (), quant=quant.name)
     shapes = {name: p.shape for name, p in model.model.layers[0].named_parameters()}
     head = (model.config.vocab_size, model.config.hidden_size)
-    planned = SubstituteCodec(level_quantization(quant, shapes, head)).layer_bytes(shapes)
+    planned = SubstituteCodec(level_quantization(quant, shapes, head), None).layer_bytes(shapes)
     actual = loaded.target.restorer.layers[0].nbytes
     # Sums of 256-byte roundings are not in the estimate of a toy; a real layer has 200 MB.
     assert planned * 0.85 < actual < planned + 14 * 256 + 4096

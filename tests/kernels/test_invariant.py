@@ -353,11 +353,28 @@ def test_pieces_of_the_mlp_change_no_bits(monkeypatch):
     decoder, text = arithmetic(model), torch.arange(17, device=device)
     found = []
     for most in (384, 12):
-        monkeypatch.setattr("subspec.decoding.bitwise.MLP_ROWS", most)
+        monkeypatch.setattr("subspec.decoding.pass_shapes.MLP_ROWS", most)
         cache = decoder.new_cache(max_length=32, draft_rows=0, target_rows=17)
         with torch.inference_mode():
             found.append(decoder.append(text, cache).final)
     assert decoder.bitwise.shapes.mlp_piece(17) == 16
+    assert same_bits(*found)
+
+
+def test_slices_of_the_mlps_matrices_change_no_bits(monkeypatch):
+    device = device_of_tests()
+    shape = {"hidden_size": 160, "heads": 2, "kv_heads": 1, "intermediate_size": 272, "layers": 1, "vocab_size": 33}
+    model = tiny_model("qwen2", **shape).to(device, torch.bfloat16)
+    whole, sliced, text = arithmetic(model), arithmetic(model), torch.arange(5, device=device)
+    monkeypatch.setattr("subspec.decoding.pass_shapes.SLICE_BYTES", 1)
+    sliced.bitwise = BitwiseArithmetic(model, whole.bitwise.tilings, sliced=True)
+    assert sliced.bitwise.shapes.slices("gate_up") == [(0, 128), (128, 128), (256, 16)]
+    assert sliced.bitwise.shapes.slices("down") == [(0, 128), (128, 32)]
+    found = []
+    for decoder in (whole, sliced):
+        cache = decoder.new_cache(max_length=32, draft_rows=0, target_rows=5)
+        with torch.inference_mode():
+            found.append(decoder.append(text, cache).final)
     assert same_bits(*found)
 
 

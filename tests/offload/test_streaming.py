@@ -53,6 +53,7 @@ def plan_for(resident, slots=2, embedding=Placement.device, codec=Codec.none, la
     plan, values = object.__new__(Plan), (tuple(resident), slots, embedding, codec, layer_bytes, tuple(disk))
     names = ("resident_layers", "ring_slots", "embedding", "codec", "layer_bytes", "disk_layers")
     object.__setattr__(plan, "coded_in_files", bool(disk))
+    object.__setattr__(plan, "restored_bytes", 10**9)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(plan, name, value)
     return plan

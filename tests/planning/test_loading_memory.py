@@ -184,7 +184,7 @@ def test_making_a_coded_head_fits_every_budget_that_is_planned(shape):
     """It comes first, when the embedding table is all that is there."""
     config = settings(8.0, codec=Codec.substitute, quant={"modules": WITH_HEAD})
     layout = MemoryLayout(config, SHAPES[shape]())
-    assert layout.head_loading_bytes > 3 * layout.table_bytes
+    assert layout.head_loading_bytes > 2.7 * layout.table_bytes
     planned = list(planned_budgets(layout))
     assert len(planned) > 5
     for budget, choice in planned:
