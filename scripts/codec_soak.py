@@ -33,6 +33,7 @@ from subspec.config.schema import (
     SubstituteDraftConfig,
 )
 from subspec.decoding.engine import Engine
+from subspec.levels.build import ROLES
 from subspec.offload.bandwidth import measure_link
 from subspec.planning.budget import DeviceMemory
 from subspec.planning.plan import plan_run
@@ -46,8 +47,8 @@ BLOCK = 4096
 
 
 def block_sums(buffer: Tensor) -> Tensor:
-    """int64 [blocks]: wrapping sums of a buffer's (uint8, a multiple of 8) 64-bit words, a block at a time."""
-    words = buffer.view(torch.int64)
+    """int64 [blocks]: wrapping sums of a buffer's 64-bit words (it has whole ones), a block at a time."""
+    words = buffer.flatten().view(torch.int64)
     whole = words.numel() // BLOCK * BLOCK
     return torch.cat([words[:whole].view(-1, BLOCK).sum(1), words[whole:].sum().view(1)])
 
@@ -56,32 +57,41 @@ class Watch:
     """Stands between a layer's decoding and its use.
 
     Attributes:
-        expected: sums of each layer once it was compared with the original.
+        expected: sums of each slice once it was compared with the original. index: the layer in use.
         wrong: int64 on the device, blocks that ever differed.
         decoded: layers decoded.
     """
 
     def __init__(self, decoding: LayerRestorer, source: PlantedSource) -> None:
         self.decoding, self.source = decoding, source
-        self.expected: dict[int, Tensor] = {}
+        self.expected: dict[tuple[int, str, int], Tensor] = {}
+        self.index = -1
         self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         self.decoded = 0
-        self._restore = decoding.restore
-        decoding.restore = self.restore  # type: ignore[method-assign]
+        self._restore, self._restored = decoding.restore, decoding.restored
+        decoding.restore, decoding.restored = self.restore, self.restored  # type: ignore[method-assign]
 
     def restore(self, index: int, flat: Tensor) -> None:
-        """As :meth:`LayerRestorer.restore`, then checked."""
+        """As :meth:`LayerRestorer.restore`."""
         self._restore(index, flat)
+        self.index = index
         self.decoded += 1
-        sums = block_sums(self.decoding.buffer)
-        if index in self.expected:
-            self.wrong += (sums != self.expected[index]).sum()
-            return
-        for name, exact in self.source.layer(index, torch.device("cuda")).items():
-            rebuilt = self.decoding.parameters[name]
-            if not torch.equal(rebuilt.view(torch.int16), exact.contiguous().view(torch.int16)):
-                sys.exit(f"layer {index}: {name} was not rebuilt bit for bit")
-        self.expected[index] = sums
+
+    def restored(self, role: str, first: int, count: int) -> list[Tensor]:
+        """As :meth:`LayerRestorer.restored`, then checked."""
+        found = self._restored(role, first, count)
+        sums = torch.cat([block_sums(rows) for rows in found])
+        key = self.index, role, first
+        if key in self.expected:
+            self.wrong += (sums != self.expected[key]).sum()
+            return found
+        layer = self.source.layer(self.index, torch.device("cuda"))
+        for name, rows in zip(ROLES[role], found, strict=True):
+            exact = layer[f"{name}.weight"][first : first + count]
+            if not torch.equal(rows.view(torch.int16), exact.contiguous().view(torch.int16)):
+                sys.exit(f"layer {self.index}: {name} was not rebuilt bit for bit")
+        self.expected[key] = sums
+        return found
 
 
 def main() -> None:
@@ -143,7 +153,7 @@ def main() -> None:
         prompt = torch.randint(0, source.config.vocab_size, (64,), generator=generator).tolist()
         left = options.passes - passes
         engine.generate(prompt, max_new_tokens=min(options.text, left), ignore_eos=True)
-        passes = watch.decoded // len(watch.expected)  # prefill included
+        passes = watch.decoded // len(streamed.target.restorer.layers)  # prefill included
         print(f"{passes} passes, {watch.decoded} layers decoded, {int(watch.wrong)} blocks differed", flush=True)
     seconds = time.perf_counter() - started
     wrong = int(watch.wrong)

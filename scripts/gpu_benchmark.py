@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,13 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     )
 
 
-def run_mode(options: argparse.Namespace, mode: str, source: PlantedSource, link: float) -> list[dict[str, Any]]:
+def run_mode(
+    options: argparse.Namespace, mode: str, source: PlantedSource, link: float, *, bitwise: bool
+) -> list[dict[str, Any]]:
     """One or, for ``subspec``, several measurements (one per tree) of one loaded target."""
     device = torch.device("cuda")
     config = configuration(options, mode)
+    config = replace(config, decoding=replace(config.decoding, bitwise=bitwise))
     cap_device(options.vram, device)
     started = time.perf_counter()
     facts: dict[str, Any] = {"mode": mode}
@@ -136,10 +140,8 @@ def run_mode(options: argparse.Namespace, mode: str, source: PlantedSource, link
     results = []
     engine = draft = None
     arithmetic = streamed.target.bitwise
-    variants = options.trees.split(",") if mode == "subspec" else [None]
-    for variant, bitwise in itertools.product(variants, options.bitwise.split(",")):
+    for variant in options.trees.split(",") if mode == "subspec" else [None]:
         engine = draft = None  # its KV cache and graphs go before the next one's come
-        streamed.target.bitwise = arithmetic if bitwise == "on" else None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -156,7 +158,7 @@ def run_mode(options: argparse.Namespace, mode: str, source: PlantedSource, link
         # Plain decoding: every pass takes the same time, so a few will do.
         tokens = options.new_tokens if variant is not None else min(options.new_tokens, 40)
         name = {"mode": mode if variant is None else f"{mode} {variant}"}
-        if bitwise == "on" and arithmetic is not None:
+        if arithmetic is not None:
             name["mode"] += " bitwise"
             facts |= {"tilings": {role: str(tiling) for role, tiling in arithmetic.tilings.items()}}
         results.append(measure(options, engine, source, link, facts | name, tokens))
@@ -178,16 +180,16 @@ def decode_time(decoder: StreamedTarget) -> float | None:
     if not flats:  # what lies in a slot is as good as any
         index = next(iter(decoding.layers))
         flats = {index: torch.zeros(decoding.layers[index].nbytes, dtype=torch.uint8, device="cuda")}
-    for index, flat in flats.items():
-        decoding.restore(index, flat)
-    torch.cuda.synchronize()
-    decoding.log = []
-    for index, flat in flats.items():
-        decoding.restore(index, flat)
-    torch.cuda.synchronize()
-    times = [begin.elapsed_time(end) for _, begin, end in decoding.log]
+    for log in (None, []):
+        decoding.log = log
+        for index, flat in flats.items():
+            decoding.restore(index, flat)
+            for rows in decoding.slices:
+                decoding.restored(*rows)
+        torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for _, begin, end in decoding.log or ()]
     decoding.log = None
-    return sum(times) / len(times)
+    return sum(times) / len(flats)
 
 
 def at_context(engine: Engine, source: PlantedSource, length: int, seed: int) -> dict[str, Any]:
@@ -328,8 +330,8 @@ def main() -> None:
     config = PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target)
     source = PlantedSource(config, torch.bfloat16, device)
     results = []
-    for mode in options.modes.split(","):
-        results += run_mode(options, mode, source, link)
+    for mode, bitwise in itertools.product(options.modes.split(","), options.bitwise.split(",")):
+        results += run_mode(options, mode, source, link, bitwise=bitwise == "on")
         gc.collect()
         torch.cuda.empty_cache()
     summary = {

@@ -191,6 +191,7 @@ class LayerRestorer:
     Attributes:
         parameters: by name, those of the layer restored last, as views into the buffer; in slices the coded ones have
             a shape only, and :meth:`restored` has their rows.
+        slices: role, first row and number of rows of each, in the order of use; empty: layers are restored whole.
         log: takes (layer number, begin, end) of everything restored, when it is a list.
     """
 
@@ -213,6 +214,7 @@ class LayerRestorer:
             self.parameters |= {
                 name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in coded.items()
             }
+        self.slices = [(role, *rows) for role in ROLES for rows in passes.slices(role)] if passes else []
         self._whole: dict[int, Restorer] = {}
         self._slices: dict[tuple[int, str, int], tuple[Restorer, list[Tensor]]] = {}
         for index, layer in layers.items():
@@ -220,10 +222,8 @@ class LayerRestorer:
             if passes is None:
                 pieces = [part.piece(self.parameters[part.name], getattr(own, part.role)) for part in layer.parts]
                 self._whole[index] = Restorer(pieces)
-                continue
-            for role in ROLES:
-                for first, count in passes.slices(role):
-                    self._slices[index, role, first] = self._slice(layer, getattr(own, role), role, first, count)
+            for role, first, count in self.slices:
+                self._slices[index, role, first] = self._slice(layer, getattr(own, role), role, first, count)
         self._current: tuple[int, Tensor] | None = None
         self.log: EventLog | None = None
 
