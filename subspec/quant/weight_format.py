@@ -19,7 +19,7 @@ from subspec.quant.quantized_weight import QuantizedWeight
 TILES = {"qkv": 2, "out": 2, "gate_up": 4, "down": 2, "head": 4}
 """Outputs per block, in sixteens, where nothing is measured: enough blocks for every multiprocessor."""
 
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 6, 7, 8)
 """Slices of the inputs that are tried."""
 
 WHOLE_SUMS = ("gate_up", "head")
