@@ -4,7 +4,7 @@ The run of a decoder layer holds, first, the parameters that are not coded (norm
 quantized) as they are, then the starts of chunks and the bits of every coded Linear (:mod:`subspec.codec.format`).
 Layers are restored to bfloat16 in one buffer, in turn: the device computes a layer in far less time than the link takes
 for its bytes, so a second buffer would only take room from resident layers. In batch-invariant passes the buffer is a
-fifth of a layer: its matrices are restored slice by slice, each behind the product with the one before.
+fifth of a layer: the MLP's matrices are restored slice by slice, each behind the product with the one before.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from subspec.codec import format
 from subspec.codec.format import encode
 from subspec.codec.restore import Restoration, Restorer, Rows, Spans, restore_into
-from subspec.decoding.pass_shapes import PassShapes
+from subspec.decoding.pass_shapes import SLICED, PassShapes
 from subspec.errors import SubspecError
 from subspec.kernels.timing import EventLog, logged
 from subspec.levels.build import ROLES
@@ -163,6 +163,11 @@ def slice_shapes(shapes: Mapping[str, torch.Size], role: str, first: int, count:
     return {name: torch.Size((min(count, n - first), k)) for name, (n, k) in known.items()}
 
 
+def sliced_parameters(passes: PassShapes | None) -> list[str]:
+    """Names of a layer's parameters that are restored slice by slice; the others are restored together."""
+    return [f"{module}.weight" for role in SLICED for module in ROLES[role]] if passes else []
+
+
 def restored_bytes(shapes: Mapping[str, torch.Size], coded: Collection[str], passes: PassShapes | None) -> int:
     """Bytes of a :class:`LayerRestorer`'s buffer.
 
@@ -170,12 +175,12 @@ def restored_bytes(shapes: Mapping[str, torch.Size], coded: Collection[str], pas
         shapes: of a layer's parameters by name. coded: names of those that are coded.
         passes: that run the layers; None: transformers' modules do, which need all parameters at once.
     """
-    size = PlainCodec().layer_bytes
-    if passes is None:
-        return size(shapes)
-    matrices = {name: shapes[name] for name in coded}
-    slices = [slice_shapes(matrices, role, *rows) for role in ROLES for rows in passes.slices(role)]
-    return size({name: shapes[name] for name in shapes if name not in coded}) + max(map(size, slices))
+    size, sliced = PlainCodec().layer_bytes, [name for name in sliced_parameters(passes) if name in coded]
+    matrices = {name: shapes[name] for name in sliced}
+    slices = [slice_shapes(matrices, role, *rows) for role in SLICED for rows in passes.slices(role)] if passes else []
+    exact = size({name: shapes[name] for name in shapes if name not in coded})
+    together = size({name: shapes[name] for name in shapes if name not in sliced})
+    return max([together, *(exact + size(own) for own in slices)])
 
 
 class LayerRestorer:
@@ -189,8 +194,8 @@ class LayerRestorer:
         passes: that run the layers; None: they are restored whole.
 
     Attributes:
-        parameters: by name, those of the layer restored last, as views into the buffer; in slices the coded ones have
-            a shape only, and :meth:`restored` has their rows.
+        parameters: by name, those of the layer restored last, as views into the buffer; those that are restored in
+            slices have a shape only.
         slices: role, first row and number of rows of each, in the order of use; empty: layers are restored whole.
         log: takes (layer number, begin, end) of everything restored, when it is a list.
     """
@@ -207,23 +212,26 @@ class LayerRestorer:
         self.layers, self.resident, self.passes = layers, resident, passes
         # The parameters that are not coded come first, as in the coded bytes: one copy moves all of them.
         exact = next(iter(layers.values())).exact
-        coded = {name: shape for name, shape in shapes.items() if name not in exact}
-        self.buffer = torch.empty(restored_bytes(shapes, coded, passes), dtype=torch.uint8, device=device)
-        self.parameters = parameter_views(self.buffer, exact if passes else {**exact, **coded}, torch.bfloat16)
-        if passes is not None:
-            self.parameters |= {
-                name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in coded.items()
-            }
-        self.slices = [(role, *rows) for role in ROLES for rows in passes.slices(role)] if passes else []
-        self._whole: dict[int, Restorer] = {}
+        ordered = {**exact, **{name: shape for name, shape in shapes.items() if name not in exact}}
+        self.buffer = torch.empty(
+            restored_bytes(shapes, ordered.keys() - exact.keys(), passes), dtype=torch.uint8, device=device
+        )
+        sliced = {name: ordered.pop(name) for name in sliced_parameters(passes) if name not in exact}
+        self.parameters = parameter_views(self.buffer, ordered, torch.bfloat16)
+        self.parameters |= {
+            name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in sliced.items()
+        }
+        self.slices = [(role, *rows) for role in SLICED for rows in passes.slices(role)] if passes else []
+        self._together: dict[int, Restorer] = {}
         self._slices: dict[tuple[int, str, int], tuple[Restorer, list[Tensor]]] = {}
         for index, layer in layers.items():
-            own = substitute[index]
-            if passes is None:
-                pieces = [part.piece(self.parameters[part.name], getattr(own, part.role)) for part in layer.parts]
-                self._whole[index] = Restorer(pieces)
+            parts = [part for part in layer.parts if part.name in ordered]
+            self._together[index] = Restorer(
+                [part.piece(self.parameters[part.name], getattr(substitute[index], part.role)) for part in parts]
+            )
             for role, first, count in self.slices:
-                self._slices[index, role, first] = self._slice(layer, getattr(own, role), role, first, count)
+                linear = getattr(substitute[index], role)
+                self._slices[index, role, first] = self._slice(layer, linear, role, first, count)
         self._current: tuple[int, Tensor] | None = None
         self.log: EventLog | None = None
 
@@ -244,16 +252,17 @@ class LayerRestorer:
         return bits_per_weight(part for layer in self.layers.values() for part in layer.parts)
 
     def restore(self, index: int, flat: Tensor) -> None:
-        """Begin with layer ``index``, from its bytes ``flat`` (uint8, on the device); in slices they are read later."""
+        """Begin with layer ``index``, from its bytes ``flat`` (uint8, on the device); slices are read later."""
         with logged(self.log, index):
             exact = self.layers[index].exact_bytes
             self.buffer[:exact].copy_(flat[:exact])
-            if self.passes is None:
-                self._whole[index](flat)
+            self._together[index](flat)
         self._current = index, flat
 
     def restored(self, role: str, first: int, count: int) -> list[Tensor]:
-        """A slice of a role's matrices, bfloat16, in the buffer until the next one is asked for."""
+        """Rows of a role's matrices, bfloat16; a slice is in the buffer until the next one is asked for."""
+        if role not in SLICED:
+            return [self.parameters[f"{module}.weight"] for module in ROLES[role]]
         assert self._current is not None
         index, flat = self._current
         restorer, rows = self._slices[index, role, first]
