@@ -72,26 +72,30 @@ class Watch:
         decoding.restore, decoding.restored = self.restore, self.restored  # type: ignore[method-assign]
 
     def restore(self, index: int, flat: Tensor) -> None:
-        """As :meth:`LayerRestorer.restore`."""
+        """As :meth:`LayerRestorer.restore`, then checked as far as it is restored."""
         self._restore(index, flat)
         self.index = index
         self.decoded += 1
+        names = [name for name, tensor in self.decoding.parameters.items() if not tensor.is_meta]
+        self._check((index, "", 0), names, [self.decoding.parameters[name] for name in names], slice(None))
 
     def restored(self, role: str, first: int, count: int) -> list[Tensor]:
         """As :meth:`LayerRestorer.restored`, then checked."""
         found = self._restored(role, first, count)
-        sums = torch.cat([block_sums(rows) for rows in found])
-        key = self.index, role, first
+        names = [f"{name}.weight" for name in ROLES[role]]
+        self._check((self.index, role, first), names, found, slice(first, first + count))
+        return found
+
+    def _check(self, key: tuple[int, str, int], names: list[str], found: list[Tensor], rows: slice) -> None:
+        sums = torch.cat([block_sums(tensor) for tensor in found])
         if key in self.expected:
             self.wrong += (sums != self.expected[key]).sum()
-            return found
+            return
         layer = self.source.layer(self.index, torch.device("cuda"))
-        for name, rows in zip(ROLES[role], found, strict=True):
-            exact = layer[f"{name}.weight"][first : first + count]
-            if not torch.equal(rows.view(torch.int16), exact.contiguous().view(torch.int16)):
+        for name, tensor in zip(names, found, strict=True):
+            if not torch.equal(tensor.view(torch.int16), layer[name][rows].contiguous().view(torch.int16)):
                 sys.exit(f"layer {self.index}: {name} was not rebuilt bit for bit")
         self.expected[key] = sums
-        return found
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from subspec.config.enums import Codec, Kernel, VramCounts
+from subspec.config.enums import AUTO, Codec, Kernel, VramCounts
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
@@ -101,7 +101,7 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
 
 
 def run_mode(
-    options: argparse.Namespace, mode: str, source: PlantedSource, link: float, *, bitwise: bool
+    options: argparse.Namespace, mode: str, source: PlantedSource, link: float, bitwise: bool | str
 ) -> list[dict[str, Any]]:
     """One or, for ``subspec``, several measurements (one per tree) of one loaded target."""
     device = torch.device("cuda")
@@ -331,7 +331,9 @@ def main() -> None:
     source = PlantedSource(config, torch.bfloat16, device)
     results = []
     for mode, bitwise in itertools.product(options.modes.split(","), options.bitwise.split(",")):
-        results += run_mode(options, mode, source, link, bitwise=bitwise == "on")
+        if mode == "accelerate" and bitwise != options.bitwise.split(",")[0]:
+            continue  # it has no such passes
+        results += run_mode(options, mode, source, link, AUTO if bitwise == "on" else False)
         gc.collect()
         torch.cuda.empty_cache()
     summary = {

@@ -204,7 +204,7 @@ def recorded() -> list[Launch]:
     for shape in TARGETS:
         config = planted_config(PlantedTargetConfig(name=shape, shape=shape))
         spec = ModelSpec.of(config)
-        target = TargetTrace(config, 2, bitwise=True)
+        target = TargetTrace(config, 2, bitwise=True, sliced=True)
         assert target.model.bitwise is not None
         for tiling in CANDIDATES:
             target.model.bitwise.tilings = dict.fromkeys(ROLES, tiling)

@@ -181,8 +181,9 @@ def assemble_streamed(
     else:
         with spec:
             passes = None if bitwise.reason else PassShapes.of(source.config, source.dtype.itemsize, sliced=True)
-            known = {"builder": spec.builder, "coded": spec.coded, "stored": stored, "passes": passes}
-            streamed = load_streamed(source, plan, device, note=note, **known)
+            streamed = load_streamed(
+                source, plan, device, builder=spec.builder, coded=spec.coded, stored=stored, passes=passes, note=note
+            )
     bitwise.apply(streamed.target)
     built = spec.build(streamed.target) if spec is not None and drafts else None
     return _assembly(

@@ -3,8 +3,9 @@
 The run of a decoder layer holds, first, the parameters that are not coded (norms, biases, Linears that are not
 quantized) as they are, then the starts of chunks and the bits of every coded Linear (:mod:`subspec.codec.format`).
 Layers are restored to bfloat16 in one buffer, in turn: the device computes a layer in far less time than the link takes
-for its bytes, so a second buffer would only take room from resident layers. In batch-invariant passes the buffer is a
-fifth of a layer: the MLP's matrices are restored slice by slice, each behind the product with the one before.
+for its bytes, so a second buffer would only take room from resident layers. In batch-invariant passes the buffer holds
+attention's matrices or a slice of the MLP's, whichever is larger (a fifth of a 7B's layer): slices are restored one by
+one, each behind the product with the one before.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -243,8 +244,9 @@ class LayerRestorer:
         slices = slice_shapes({name: part.shape for name, part in parts.items()}, role, first, count)
         views = parameter_views(self.buffer[layer.exact_bytes :], slices, torch.bfloat16)
         pieces = [parts[name].piece(view, linear, first) for name, view in views.items()]
-        exact = {name: tensor[first : first + count] for name, tensor in self.parameters.items() if name not in parts}
-        return Restorer(pieces), [(views | exact)[f"{module}.weight"] for module in ROLES[role]]
+        names = [f"{module}.weight" for module in ROLES[role]]
+        rows = [views[name] if name in views else self.parameters[name][first : first + count] for name in names]
+        return Restorer(pieces), rows
 
     @property
     def bits_per_weight(self) -> float:

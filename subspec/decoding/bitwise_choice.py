@@ -33,7 +33,7 @@ class Bitwise:
     def apply(self, target: TargetModel) -> None:
         """Let ``target`` compute in the chosen arithmetic."""
         if not self.reason:
-            target.bitwise = BitwiseArithmetic(target.model, self.tilings, sliced=not target.whole)
+            target.bitwise = BitwiseArithmetic(target.model, self.tilings, sliced=target.sliced)
 
     def facts(self) -> dict[str, Any]:
         """For records."""

@@ -1,4 +1,4 @@
-"""Sizes of a batch-invariant pass: its matrices, the slices of those of a layer that streams, and its buffers."""
+"""Sizes of a batch-invariant pass: its matrices, the slices of those of a coded layer, and its buffers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ ALIGNMENT = 256
 """Bytes: every buffer of a pass begins at a multiple."""
 
 MLP_ROWS = 384
-"""Most rows whose gate and up are in memory at once: more are processed in equal pieces, which changes no bits. The
-paper's tree of 289 nodes is one piece."""
+"""Most rows whose gate and up are in memory at once, where matrices are whole: more are processed in equal pieces,
+which changes no bits. The paper's tree of 289 nodes is one piece."""
 
 SLICED = ("gate_up", "down")
-"""Roles whose matrices are multiplied in slices where layers stream."""
+"""Roles whose matrices are multiplied in slices where layers are coded."""
 
 SLICE_BYTES, SLICE_ROWS = 96 << 20, 128
-"""Most bytes of a slice, and a tile's rows, whose multiple its rows are. A coded matrix is restored slice by slice, and
-takes no more memory than that; slices change no bits."""
+"""Most bytes of a slice, and a tile's rows, whose multiple its rows are. A coded matrix is restored slice by slice;
+slices change no bits."""
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,11 @@ class TargetModel:
         bitwise: the batch-invariant arithmetic of passes and logits; None: the model's own modules.
         cpu_reason: why passes over few rows do not run by our kernels for CPUs; empty if they do.
         whole: whether all layers stay where they are.
+        sliced: whether batch-invariant passes ask for the MLP's matrices slice by slice.
     """
 
     whole = True
+    sliced = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

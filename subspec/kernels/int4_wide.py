@@ -26,8 +26,8 @@ EIGHTS = (3, 4, 6, 8)
 GROUP = 64
 """Inputs of a tile."""
 
-MOST_WARP_GROUPS = 5
-"""Of a block: more leave a thread too few registers."""
+OUTPUTS, MOST_WARP_GROUPS = 64, 5
+"""Of a warp group; and warp groups of a block, more of which would leave a thread too few registers."""
 
 
 @functools.cache
@@ -70,7 +70,7 @@ class WideGrid:
 
     Attributes:
         tile, tiles: rows of a tile of x, and their number.
-        warp_groups: of a block, 64 outputs each.
+        warp_groups: of a block.
         splits: slices of the inputs.
     """
 
@@ -94,7 +94,7 @@ def wide_grid(rows: int, outputs: int, groups: int, multiprocessors: int, *, who
     Args:
         groups: of 64 inputs. whole: sums must be whole, not slices.
     """
-    (tile, tiles), pieces = tiles_of(rows), -(-outputs // GROUP)
+    (tile, tiles), pieces = tiles_of(rows), -(-outputs // OUTPUTS)
     splits = 1 if whole else max(1, min(multiprocessors // (-(-pieces // 4) * tiles), groups // 4))
     splits = -(-groups // -(-groups // splits))  # none is empty
 

@@ -334,8 +334,8 @@ def grow_level(
 
     candidate = tl.arange(0, CANDIDATES)
     exists = (row < rows)[:, None] & (candidate < BLOCKS * K)[None, :]
-    place = row[:, None] * (BLOCKS * K) + candidate[None, :]
-    joint = tl.load(best + place, mask=exists, other=-float("inf")) + base[:, None]
+    entry = row[:, None] * (BLOCKS * K) + candidate[None, :]
+    joint = tl.load(best + entry, mask=exists, other=-float("inf")) + base[:, None]
     joint = tl.where(exists, joint, -float("inf"))
     flat = row[:, None] * CANDIDATES + candidate[None, :]
     columns = tl.arange(0, CAPACITY)

@@ -63,7 +63,7 @@ class Attention:
     """Settings of a level's attention (``kernels/level.py``: ``tree_attention``); the best ones depend on the prefix.
 
     Attributes:
-        splits: slices of the keys, processed in parallel; a power of two.
+        splits: slices of the keys at most, processed in parallel; a power of two.
         block: keys per step.
         chunk: rows times heads of a KV head per program, a power of two of at least 16; 0: all.
         warps: of a program.

@@ -18,8 +18,11 @@ from subspec.memory.trace import LAYERS, META, draft_level_bytes, token_ids
 from subspec.quant.level_linear import Dense, FewRowsLinear, LevelLinear
 from subspec.targets.model_spec import ModelSpec
 
-LINEAR_SPLITS, WIDE_SPLITS = 4, 9
-"""Float32 partial sums of a quantized Linear of few and of many rows (a 7B's on 132 multiprocessors)."""
+LINEAR_SPLITS = 4
+"""Float32 partial sums of a quantized Linear of few rows (the kernel's choice for a 7B on 132 multiprocessors)."""
+
+MULTIPROCESSORS = 132
+"""Of the cards that read x in tiles (H100, H200): their number decides how many partial sums many rows have."""
 
 Linear = tuple[str, int, int, bool]
 """Role, outputs and inputs of a fused Linear, and whether it is exact."""
@@ -64,14 +67,18 @@ class _QuantizedShape(FewRowsLinear):
 
     kind = "shape"
 
-    def __init__(self, outputs: int, *, splits: int, swiglu: bool) -> None:
-        self.stride, self.splits, self.swiglu = outputs, splits, swiglu
+    def __init__(self, outputs: int, inputs: int, *, splits: int, swiglu: bool) -> None:
+        self.stride, self.inputs, self.splits, self.swiglu = outputs, inputs, splits, swiglu
 
     def tile(self, rows: int) -> int:
         return 0
 
     def slices(self, rows: int) -> int:
-        return self.splits if rows < int4_wide.FROM or self.splits == 1 else WIDE_SPLITS
+        if rows < int4_wide.FROM:
+            return self.splits
+        groups = -(-self.inputs // int4_wide.GROUP)
+        grid = int4_wide.wide_grid(rows, self.stride, groups, MULTIPROCESSORS, whole=self.swiglu)
+        return max(self.splits, grid.splits)
 
 
 def captured_draft(shape: LevelShape) -> CapturedDraft:
@@ -86,7 +93,7 @@ def captured_draft(shape: LevelShape) -> CapturedDraft:
         linears[role] = (
             Dense(weight(outputs, inputs), swiglu=swiglu, interleaved=False)
             if exact
-            else _QuantizedShape(outputs, splits=LINEAR_SPLITS, swiglu=swiglu)
+            else _QuantizedShape(outputs, inputs, splits=LINEAR_SPLITS, swiglu=swiglu)
         )
     norm = weight(shape.hidden)
     layer = LevelLayer(**linears, qkv_bias=None, input_norm=norm, post_norm=norm)
@@ -96,7 +103,7 @@ def captured_draft(shape: LevelShape) -> CapturedDraft:
             embedding=weight(shape.vocab, shape.hidden),
             final_norm=norm,
             head=weight(shape.known, shape.hidden),
-            draft_head=_QuantizedShape(shape.known, splits=1, swiglu=False) if shape.own_head else None,
+            draft_head=_QuantizedShape(shape.known, shape.hidden, splits=1, swiglu=False) if shape.own_head else None,
             inverse_frequency=weight(shape.head_dim // 2),
             attention_scaling=1.0,
             eps=1e-6,

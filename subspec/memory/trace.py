@@ -135,7 +135,7 @@ class TargetTrace:
     Args:
         config: of the target.
         itemsize: bytes per weight: 2 is bfloat16, 4 float32.
-        bitwise: whether passes run in batch-invariant arithmetic. sliced: whether layers stream to it.
+        bitwise: whether passes run in batch-invariant arithmetic. sliced: whether they restore the MLP slice by slice.
     """
 
     def __init__(self, config: PretrainedConfig, itemsize: int, *, bitwise: bool, sliced: bool = False) -> None:

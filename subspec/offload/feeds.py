@@ -109,7 +109,7 @@ class CodedFeed(LayerFeed):
     A layer that is restored slice by slice keeps its slot until it is released.
 
     Args:
-        template: a decoder layer; the copy's parameters are views into the buffer.
+        template: a decoder layer; the copy's parameters are the restorer's.
         restorer: restores a layer from its coded bytes; holds those of the resident layers.
         streamer: copies the bytes of the layers that are not resident; None: all are.
     """

@@ -196,9 +196,9 @@ def load_streamed(
     disk = _ring([layer for layer in stored if layer.index not in resident], plan, source, note)
     shared = _load_shared(source, plan, memory, device)
     head_code: HeadCode | None = None
-    buffer = 0 if builder is None else restored_bytes(source.layer_shapes(0), builder.linears, passes)
+    buffer_bytes = 0 if builder is None else restored_bytes(source.layer_shapes(0), builder.linears, passes)
     if plan.coded_head_bytes and builder is not None:
-        head_code = _code_head(shared, builder, buffer)
+        head_code = _code_head(shared, builder, buffer_bytes)
         _release_temporaries(device)
     fill(model, shared)
     if source.config.tie_word_embeddings:
@@ -226,7 +226,8 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= max(0, head_code.nbytes - plan.coded_head_bytes)
-        coding.place(room - max(0, buffer - plan.restored_bytes), plan.ring_slots)
+        room -= max(0, buffer_bytes - plan.restored_bytes)  # passes may turn out not to be batch-invariant
+        coding.place(room, plan.ring_slots)
         restorer = coding.decoder(passes)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded

@@ -74,6 +74,10 @@ class StreamedTarget(TargetModel):
         return next((feed.restorer for feed in self.feeds if isinstance(feed, CodedFeed)), None)
 
     @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.restorer is not None and self.restorer.passes is not None
+
+    @property
     def resident_layers(self) -> list[int]:
         """Numbers of the layers on the device, coded ones included."""
         return sorted(index for feed in self.feeds for index in feed.resident)

@@ -76,6 +76,7 @@ class MemoryLayout(RunMemory):
             model,
             itemsize,
             bitwise=_bitwise(config, model, itemsize),
+            coded=self.coded,
             row_multiple=ROW_MULTIPLE if spec_of(config.draft) else 1,
             quantization=quantization,
         )

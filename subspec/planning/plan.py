@@ -227,7 +227,7 @@ def plan_run(
     layout = MemoryLayout(config, model)
     decision = choose(layout, budget)
     if layout.coded and offload.codec is Codec.auto and (decision is None or offload.resident_layers is None):
-        # If every layer fits as it is, coding gains nothing. If only the buffer of the restored layer does not fit, the
+        # If every layer fits as it is, coding gains nothing. If only the buffer of restored weights does not fit, the
         # target streams uncoded.
         plain = MemoryLayout(replace(config, offload=replace(offload, codec=Codec.none)), model)
         whole = choose(plain, budget)

@@ -39,7 +39,7 @@ class RunMemory:
 
     Args:
         itemsize: bytes per weight of the target.
-        bitwise: whether passes run in batch-invariant arithmetic.
+        bitwise: whether passes run in batch-invariant arithmetic. coded: whether they restore layers.
         row_multiple: rows of a tree and of its pass are rounded up to it.
         quantization: of a substitute on a GPU.
 
@@ -60,6 +60,7 @@ class RunMemory:
         itemsize: int,
         *,
         bitwise: bool = False,
+        coded: bool = False,
         row_multiple: int = 1,
         quantization: LevelQuantization | None = None,
     ) -> None:
@@ -67,7 +68,7 @@ class RunMemory:
             raise ConfigError(f"offload={config.offload.name} has no plan: set offload=stream")
         self.config, self.offload, self.itemsize, self.bitwise = config, config.offload, itemsize, bitwise
         self.spec = spec = ModelSpec.of(model)
-        self.target = target_trace(model, itemsize, bitwise=bitwise, sliced=True)
+        self.target = target_trace(model, itemsize, bitwise=bitwise, sliced=coded)
         self.sampling = build_sampling(config)
         self.texts: int = config.decoding.texts
         self.most_chunk = length = config.decoding.max_length

@@ -131,7 +131,7 @@ def check_engine(shape, draft, tree, sampling, **decoding):
     target = layout.target.model
     if draft in HEADS and draft != "eagle2":  # whose states of several layers are held at once
         with patch.object(trace, "LAYERS", 4 if draft == "eagle3" else 6):
-            target = TargetTrace(model, layout.itemsize, bitwise=layout.bitwise, sliced=True).model
+            target = TargetTrace(model, layout.itemsize, bitwise=layout.bitwise, sliced=layout.coded).model
     proposer, policy = meta_draft(layout, model, draft, target), build_tree_policy(config.tree)
     engine = Engine(
         target,

@@ -6,7 +6,7 @@
 // per warp, with all rows of x: A comes from registers and has the layout of mma.m16n8k16, so that the words of int4.py
 // are what a thread needs. B is x in shared memory, a stage of 64 inputs by 8 * EIGHTS rows in the layout "K-major, 128-byte
 // swizzle" (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"). The kernel that wrote x has put it into this
-// layout (int4_wide.py: `tiled`), so one thread of the last warp brings a stage with one bulk copy, STAGES of them
+// layout (int4_wide.py: `in_tiles`), so one thread of the last warp brings a stage with one bulk copy, STAGES of them
 // ahead. Barriers in shared memory count what has come and what is free; warps do not wait for each other.
 //
 // While one half of a stage is multiplied, the other half's weights are unpacked.
