@@ -123,7 +123,7 @@ class Restorer:
             kernel, fields = describe(own)
             parts.setdefault(kernel, []).append((fields, blocks_of(own.out)))
         self._launches = [
-            GroupedLaunch(_kernel(*kernel, device.index or 0), members, THREADS, device)
+            GroupedLaunch(_kernel(*kernel, device.index or 0), members, THREADS, device, inputs=1)
             for kernel, members in parts.items()
         ]
 

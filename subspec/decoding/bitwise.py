@@ -11,6 +11,7 @@ the model's dtype, partial sums are float32 until they are added to it.
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from subspec.utils.rounding import next_power_of_two
 
 ROLES = ("qkv", "out", "gate_up", "down", "head")
 """The matrices of a pass; each has a tile shape of its own."""
+
+LINEARS = {
+    "qkv": attrgetter("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": lambda layer: (layer.self_attn.o_proj,),
+    "gate_up": attrgetter("mlp.gate_proj", "mlp.up_proj"),
+    "down": lambda layer: (layer.mlp.down_proj,),
+}
+"""A decoder layer's Linears by role."""
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Arithmetic that is covered: in float32 rounding is far below the gaps between logits."""
@@ -193,16 +202,6 @@ class BitwisePass:
         return self._arithmetic.norm(self, norm.weight, self.residual)
 
 
-def _linears(layer: nn.Module, role: str) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return {
-        "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
-        "out": [attention.o_proj],
-        "gate_up": [mlp.gate_proj, mlp.up_proj],
-        "down": [mlp.down_proj],
-    }[role]
-
-
 class BitwiseArithmetic:
     """Runs decoder layers so that a row's bits do not depend on the rows beside it.
 
@@ -245,7 +244,7 @@ class BitwiseArithmetic:
 
     def _weights(self, layer: nn.Module, role: str) -> Iterator[tuple[int, list[Tensor], list[Tensor | None]]]:
         """First row, and rows, of every slice of a role's matrices, with their biases."""
-        linears, restored = _linears(layer, role), getattr(layer, "restored", None)
+        linears, restored = LINEARS[role](layer), getattr(layer, "restored", None)
         for first, count in self.shapes.slices(role):
             rows = slice(first, first + count)
             weights = restored(role, first, count) if restored else [linear.weight[rows] for linear in linears]

@@ -24,6 +24,7 @@ before they read anything but constants, and before they write anything.**
 """
 
 import ctypes
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -126,3 +127,14 @@ def launch(kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[T
     )
     library = torch.cuda._utils._get_gpu_runtime_library()
     torch.cuda._utils._check_cuda(library.cuLaunchKernelEx(ctypes.byref(config), kernel.func, pointers, None))
+
+
+def launch_pointers(kernel: Any, blocks: int, threads: int, pointers: ctypes.Array[ctypes.c_void_p]) -> None:
+    """Launch a kernel in one dimension on the current stream, with the addresses of its arguments."""
+    shape, stream = (blocks, 1, 1, threads, 1, 1), torch.cuda.current_stream()._as_parameter_
+    torch.cuda._utils._check_cuda(_driver().cuLaunchKernel(kernel.func, *shape, 0, stream, pointers, None))
+
+
+@functools.cache
+def _driver() -> Any:
+    return torch.cuda._utils._get_gpu_runtime_library()
