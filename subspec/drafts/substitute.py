@@ -38,7 +38,7 @@ from subspec.levels.cpu_levels import CpuLevels
 from subspec.levels.dense import layer_views
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
-from subspec.quant.choose_kernels import KernelChoice, choose_kernels
+from subspec.quant.choose_kernels import KernelChoice, choose_kernels, settings_rows
 from subspec.quant.cpu_linear import CpuHeadFormat
 from subspec.quant.kernel_times import CpuBench
 from subspec.quant.quantize_model import QuantReport
@@ -202,7 +202,8 @@ class SubstituteSpec(DraftSpec):
         else:
             options = {"kernel": draft.kernel.value, "allowed": RESTORED_KERNELS if coded else None}
             options["overlap"] = None if draft.overlap_launches else False
-        return choose_kernels(shapes, context.level_rows, context.device, formats=formats, note=context.note, **options)
+        rows = settings_rows(context.level_rows, context.policy.width, formats.values(), context.device)
+        return choose_kernels(shapes, rows, context.device, formats=formats, note=context.note, **options)
 
     def _open_builder(
         self, quantization: LevelQuantization, kernels: KernelChoice, coded_bytes: int | None = None

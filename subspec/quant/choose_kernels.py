@@ -12,7 +12,7 @@ Example::
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from subspec.errors import ConfigError
+from subspec.kernels import int4_wide
 from subspec.kernels.launch import OVERLAPPING
 from subspec.kernels.timing import TimesFile
 from subspec.quant import gemlite
@@ -182,6 +183,16 @@ def choose_kernels(
         file.write()
     seconds = time.perf_counter() - started
     return KernelChoice(kernel, rows, picked, problems, seconds, str(file.path), bench.launches)
+
+
+def settings_rows(rows: int, width: int, formats: Iterable[WeightFormat], device: torch.device) -> int:
+    """Rows for which kernels are chosen, where texts of ``width`` rows make levels of ``rows`` rows.
+
+    Levels that read x in tiles take no settings, so those of a text that runs alone are chosen then.
+    """
+    if rows < int4_wide.FROM or device.type != "cuda" or not int4_wide.runs_on(device.index or 0):
+        return rows
+    return min(width, int4_wide.FROM - 1) if all(own.reads_tiles for own in formats) else rows
 
 
 def candidates(

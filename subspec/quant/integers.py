@@ -120,6 +120,10 @@ class IntegerFormat(WeightFormat):
     def kernels(self) -> tuple[str, ...]:
         return Int4Linear.kind, GemLite.kind
 
+    @property
+    def reads_tiles(self) -> bool:
+        return int4.planes_of(self.bits) == 1
+
     def restore(
         self, stored: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
     ) -> QuantizedIntegers | None:

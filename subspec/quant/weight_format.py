@@ -92,6 +92,11 @@ class WeightFormat(ABC):
     def unavailable(self, kernel: str, device: torch.device) -> str | None:
         """Why ``kernel`` cannot run on ``device``, in a few words; None if it can."""
 
+    @property
+    def reads_tiles(self) -> bool:
+        """Whether levels of many rows read x in tiles (:mod:`subspec.kernels.int4_wide`) where the device can."""
+        return False
+
     @abstractmethod
     def variants(self, kernel: str, role: str, n: int, k: int) -> list[Variant]:
         """Settings of ``kernel`` worth measuring for a weight [n, k] in this role."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from subspec.errors import ConfigError
+from subspec.kernels import int4_wide
 from subspec.kernels.few_rows import apply_swiglu
 from subspec.kernels.timing import slug
-from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels
+from subspec.quant.choose_kernels import MARGIN, candidates, choose_kernels, settings_rows
+from subspec.quant.codebook_linear import HiggsFormat
 from subspec.quant.gemlite import load_tuning
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.kernel_times import CudaBench
@@ -330,3 +332,15 @@ def test_gemlites_tuning_is_kept(tmp_path):
     tuned = json.loads(kept[0].read_text())
     assert tuned["GEMM_SPLITK"]
     assert load_tuning(kept[0], print)
+
+
+def test_settings_are_those_of_one_text_where_many_rows_take_none(monkeypatch):
+    monkeypatch.setattr(int4_wide, "runs_on", lambda device: True)
+    four, eight = HqqFormat(4), HqqFormat(8)
+    assert settings_rows(32, 6, [four], CUDA) == 6
+    assert settings_rows(40, 40, [four], CUDA) == int4_wide.FROM - 1
+    assert settings_rows(12, 6, [four], CUDA) == 12
+    assert settings_rows(32, 6, [four, eight], CUDA) == settings_rows(32, 6, [HiggsFormat()], CUDA) == 32
+    assert settings_rows(32, 6, [four], torch.device("cpu")) == 32
+    monkeypatch.setattr(int4_wide, "runs_on", lambda device: False)
+    assert settings_rows(32, 6, [four], CUDA) == 32
