@@ -208,14 +208,15 @@ class BitwiseArithmetic:
     Args:
         model: a causal LM of a supported family; only its configuration, rotary frequencies and parameters are used.
         tilings: tile shape by role (:data:`ROLES`).
-        sliced: multiply the MLP's matrices in slices. A layer may then have an attribute ``restored``: (role, first
-            row, number of rows) -> these rows of the role's matrices, until it is called again.
+        sliced: multiply the MLP's matrices in slices. A layer may then have an attribute ``restorer``, whose
+            ``restored`` is asked for each slice (:class:`~subspec.codec.coded_layer.LayerRestorer`).
     """
 
     def __init__(self, model: PreTrainedModel, tilings: Mapping[str, Tiling], *, sliced: bool = False) -> None:
         config, base = model.config, model.get_decoder()
         self.shapes = PassShapes.of(config, model.get_input_embeddings().weight.dtype.itemsize, sliced=sliced)
         self.tilings = dict(tilings)
+        self._slices = {role: self.shapes.slices(role) for role in LINEARS}
         self.eps: float = config.rms_norm_eps
         self.inverse_frequency: Tensor = base.rotary_emb.inv_freq
         self.attention_scaling: float = base.rotary_emb.attention_scaling
@@ -244,10 +245,14 @@ class BitwiseArithmetic:
 
     def _weights(self, layer: nn.Module, role: str) -> Iterator[tuple[int, list[Tensor], list[Tensor | None]]]:
         """First row, and rows, of every slice of a role's matrices, with their biases."""
-        linears, restored = LINEARS[role](layer), getattr(layer, "restored", None)
-        for first, count in self.shapes.slices(role):
+        linears, restorer = LINEARS[role](layer), getattr(layer, "restorer", None)
+        for first, count in self._slices[role]:
             rows = slice(first, first + count)
-            weights = restored(role, first, count) if restored else [linear.weight[rows] for linear in linears]
+            weights = (
+                [linear.weight[rows] for linear in linears]
+                if restorer is None
+                else restorer.restored(role, first, count)
+            )
             yield first, weights, [None if linear.bias is None else linear.bias[rows] for linear in linears]
 
     def _parts(self, state: BitwisePass, linear: nn.Module) -> Tensor:
@@ -262,7 +267,7 @@ class BitwiseArithmetic:
         for first in range(0, state.rows, self.shapes.mlp_piece(state.rows)):
             x = normed[first : first + self.shapes.mlp_piece(state.rows)]
             rows = x.shape[0]
-            product, behind = state.buffer("wide", rows, inner), self.shapes.mlp_bytes(rows)[0]
+            product, behind = state.buffer("wide", rows, inner), self.shapes.product_bytes(rows)
             for column, weights, biases in self._weights(layer, "gate_up"):
                 count = len(weights[0])
                 gate_up = state.buffer("wide", rows, 2 * count, after=behind)

@@ -71,10 +71,9 @@ class PassShapes:
         pieces = 1 if self.sliced else -(-rows // MLP_ROWS)  # each would restore all slices
         return rows if pieces == 1 else round_up(-(-rows // pieces), 16)
 
-    def mlp_bytes(self, rows: int) -> tuple[int, int]:
-        """Bytes of the MLP's product, and of the gate and up of a slice."""
-        product = round_up(rows * self.intermediate * self.itemsize, ALIGNMENT)
-        return product, 2 * rows * self.slices("gate_up")[0][1] * self.itemsize
+    def product_bytes(self, rows: int) -> int:
+        """Bytes of the product of gate and up, behind which those of a slice lie."""
+        return round_up(rows * self.intermediate * self.itemsize, ALIGNMENT)
 
     def added_parts(self) -> int:
         """Most parts of a sum that is added to the residual stream."""
@@ -94,7 +93,8 @@ class PassShapes:
         query = rows * self.heads.query * self.heads.dim * self.itemsize
         sums = 4 * split_k(self.qkv, self.hidden).parts * rows * self.qkv
         partial = 4 * max(self.heads.partial_floats(*group) for group in groups)
-        mlp = sum(self.mlp_bytes(self.mlp_piece(rows)))
+        piece = self.mlp_piece(rows)
+        mlp = self.product_bytes(piece) + 2 * piece * self.slices("gate_up")[0][1] * self.itemsize
         sizes = {
             "normed": max(rows * self.hidden * self.itemsize, query),
             "wide": max(sums, partial, mlp),

@@ -280,7 +280,7 @@ def shortened(config: PretrainedConfig) -> PretrainedConfig:
     return short
 
 
-_TARGETS: dict[tuple[str, int, bool], TargetTrace] = {}
+_TARGETS: dict[tuple[str, int, bool, bool], TargetTrace] = {}
 
 
 def target_trace(config: PretrainedConfig, itemsize: int, *, bitwise: bool, sliced: bool = False) -> TargetTrace:

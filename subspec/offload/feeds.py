@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from subspec.codec.coded_layer import LayerRestorer
 from subspec.offload.disk import DiskRing
@@ -123,7 +123,7 @@ class CodedFeed(LayerFeed):
         fill(self._module, restorer.parameters)
         self._sliced = restorer.passes is not None
         if self._sliced:
-            self._module.restored = self._restored
+            self._module.restorer = restorer
 
     def acquire(self, index: int) -> nn.Module:
         restorer, streamer = self.restorer, self.streamer
@@ -137,9 +137,6 @@ class CodedFeed(LayerFeed):
         if not self._sliced:
             streamer.release()  # the layer is in the buffer: its slot can be refilled at once
         return self._module
-
-    def _restored(self, role: str, first: int, count: int) -> list[Tensor]:
-        return self.restorer.restored(role, first, count)
 
     def release(self, index: int) -> None:
         if self._sliced and self.streamer is not None and index not in self.restorer.resident:
