@@ -31,6 +31,7 @@ from subspec.drafts.check_config import one_text_key
 from subspec.drafts.registry import spec_of
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.errors import ConfigError
+from subspec.memory.allocator import GIB
 from subspec.memory.device import bytes_of_others, index_of
 from subspec.memory.draft_memory import kv_bytes
 from subspec.offload.accelerate import AccelerateTarget, host_bytes
@@ -49,7 +50,6 @@ from subspec.targets.source import LayerSource
 from subspec.utils.console import Note, print_note
 
 CPU = torch.device("cpu")
-GIB = 2**30
 
 ACCELERATE_RESERVE = 1.5
 """GiB of the budget that ``offload=accelerate`` leaves for activations, logits and the layer on its way."""

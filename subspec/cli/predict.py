@@ -120,7 +120,7 @@ def _main(arguments: Sequence[str]) -> None:
     command = parse(arguments)
     # Imported here, what takes seconds last: the help and a wrong command line need none of it.
     from subspec.cli.predict_inputs import predict_command
-    from subspec.utils.files import write_error, write_json
+    from subspec.utils.files import write_json, writing
     from subspec.utils.terminal import Terminal
 
     console = Terminal()
@@ -139,9 +139,7 @@ def _main(arguments: Sequence[str]) -> None:
     ):
         if file is None:
             continue
-        try:
+        with writing(file, "choose another file"):
             file.parent.mkdir(parents=True, exist_ok=True)
             write(file)
-        except OSError as error:
-            raise write_error(error, file, "choose another file") from error
         console.note(f"written: {file}")

@@ -45,7 +45,7 @@ class DiskLayout(RunMemory):
 
     def allocations(self, resident: int, chunk: int) -> list[Allocation]:
         """Every allocation; what loading takes gives way to the ring and the resident layers."""
-        slots, layer = min(self.offload.ring_slots, self.spec.layers - resident), self.layer_bytes
+        slots, layer = self.ring_slots(resident), self.layer_bytes
         later = [
             Allocation("resident layers", ((layer, resident),), f"{resident} of {self.spec.layers}, exact"),
             Allocation("ring", ((layer + SLOT_PAGES * ALIGNMENT, slots),), f"{slots} layers in flight"),
@@ -119,7 +119,7 @@ def plan_disk(config: Config, model: PretrainedConfig, *, itemsize: int, process
         items=tuple(layout.allocations(resident, chunk)),
         resident_layers=kept,
         streamed_layers=streamed,
-        ring_slots=min(offload.ring_slots, len(streamed)),
+        ring_slots=layout.ring_slots(resident),
         codec=Codec.none,
         embedding=Placement.device,  # of the run, which is the CPU: where it is loaded to anyway
         prefill_chunk=chunk,

@@ -152,10 +152,6 @@ class MemoryLayout(RunMemory):
         asked = self.offload.embedding
         return (Placement.device, Placement.host) if asked is Placement.auto else (asked,)
 
-    def ring_slots(self, resident: int) -> int:
-        """Slots of the ring: at most as many as there are streamed layers."""
-        return min(self.offload.ring_slots, self.spec.layers - resident)
-
     def device_bytes(self, decision: Decision) -> int:
         return sum(allocation.bytes for allocation in self._device(decision))
 

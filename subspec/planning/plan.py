@@ -67,9 +67,9 @@ class Plan:
         layer_bytes: of one streamed layer, on the host and over the link.
         streamed_bytes_per_pass: over the link in one target pass.
         plain_bytes_per_pass: the same for plain decoding in this budget; None: it does not fit.
+        plain_disk_bytes: of plain_bytes_per_pass, from the disk.
         plain_resident: resident layers of plain decoding in this budget.
         level_read_bytes: device memory that a draft level reads (weights and LM head); 0 without a draft.
-        plain_disk_bytes: of them, from the disk.
         link, disk: bandwidths of the predictions; None: unknown. On a CPU the link is the disk's.
         notes: remarks for people, one line each.
         waiting_layers: first layers of the substitute that are staged on the host until loading has finished.

@@ -101,6 +101,10 @@ class RunMemory:
             f"width {width}{', CUDA graphs' * draft.captured}",
         )
 
+    def ring_slots(self, resident: int) -> int:
+        """Slots of the ring: at most as many as there are streamed layers."""
+        return min(self.offload.ring_slots, self.spec.layers - resident)
+
     def run_allocations(self, chunk: int) -> list[Allocation]:
         """KV cache, tree, workspace, draft level and audit, with prefill chunks of ``chunk`` tokens."""
         peaks = self._pass_peaks(chunk)

@@ -15,13 +15,13 @@ from subspec.config.enums import Codec
 from subspec.config.schema import AccelerateOffloadConfig, Config, StreamOffloadConfig, to_config
 from subspec.drafts.check_config import check_against_target, check_config
 from subspec.errors import SubspecError
+from subspec.memory.allocator import GIB
 from subspec.offload.disk import StoredLayer, measure_disk, stored_layers
 from subspec.planning.plan import Bandwidth, Plan
 from subspec.planning.plan_table import plan_table
 from subspec.records.metrics import LinkInfo
 from subspec.runs.console import RunConsole
 from subspec.session import (
-    GIB,
     Assembly,
     assemble,
     assemble_accelerate,

@@ -14,7 +14,7 @@ from subspec.records.run_folder import read_records
 from subspec.records.summary_table import banners, decimals
 from subspec.records.sweep_folder import Job, SweepFolder
 from subspec.runs.console import RunConsole, clock
-from subspec.utils.files import write_atomic, write_error
+from subspec.utils.files import write_atomic, writing
 from subspec.utils.terminal import one_line
 
 UNFINISHED = "unfinished"  # status of a job that was killed together with the sweep
@@ -162,8 +162,6 @@ def write_rows(path: Path, rows: Sequence[Row], title: str, notes: Sequence[str]
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     files = {path.with_suffix(".md"): "\n".join(lines) + "\n", path.with_suffix(".csv"): table.to_csv(index=False)}
     for file, content in files.items():
-        try:
+        with writing(file, "free some space and run the sweep again"):
             write_atomic(file, content.encode("utf-8", "replace"))
-        except OSError as error:
-            raise write_error(error, file, "free some space and run the sweep again") from error
     return list(files)

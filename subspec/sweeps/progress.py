@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from subspec.records.metrics import ratio
+from subspec.records.metrics import add_turn, speeds
 from subspec.records.outcome import INTERRUPTED, LOG, OK, RUNNING, Outcome, read_outcome
 from subspec.records.run_files import RECORDS
 from subspec.records.summary_table import decimals
@@ -83,12 +83,12 @@ class FollowedJob:
     @property
     def tokens_per_s(self) -> float | None:
         """Decode speed so far."""
-        return ratio(self.sums["verified_tokens"], self.sums["decode_s"])
+        return speeds(self.sums)["tokens_per_s"]
 
     @property
     def tau(self) -> float | None:
         """Tokens per target pass so far."""
-        return ratio(self.sums["verified_tokens"], self.sums["iterations"])
+        return speeds(self.sums)["tau"]
 
     @property
     def expected_s(self) -> float | None:
@@ -105,8 +105,7 @@ class FollowedJob:
             except ValueError:
                 continue
             self.samples.add(str(record.get("sample_id")))
-            for name in ("verified_tokens", "iterations", "decode_s", "loop_s"):
-                self.sums[name] += record.get(name) or 0
+            add_turn(self.sums, record)
         for line in self.log.new_lines():
             if found := _PROGRESS.match(line):
                 self.done, self.total, self.at_done_s = int(found[1]), int(found[2]), self.seconds
