@@ -79,11 +79,11 @@ class Watch:
         names = [name for name, tensor in self.decoding.parameters.items() if not tensor.is_meta]
         self._check((index, "", 0), names, [self.decoding.parameters[name] for name in names], slice(None))
 
-    def restored(self, role: str, first: int, count: int) -> list[Tensor]:
+    def restored(self, role: str, first: int) -> list[Tensor]:
         """As :meth:`LayerRestorer.restored`, then checked."""
-        found = self._restored(role, first, count)
+        found = self._restored(role, first)
         names = [f"{name}.weight" for name in ROLES[role]]
-        self._check((self.index, role, first), names, found, slice(first, first + count))
+        self._check((self.index, role, first), names, found, slice(first, first + len(found[0])))
         return found
 
     def _check(self, key: tuple[int, str, int], names: list[str], found: list[Tensor], rows: slice) -> None:

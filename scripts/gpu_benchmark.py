@@ -184,8 +184,8 @@ def decode_time(decoder: StreamedTarget) -> float | None:
         decoding.log = log
         for index, flat in flats.items():
             decoding.restore(index, flat)
-            for rows in decoding.slices:
-                decoding.restored(*rows)
+            for role, first, _ in decoding.slices:
+                decoding.restored(role, first)
         torch.cuda.synchronize()
     times = [begin.elapsed_time(end) for _, begin, end in decoding.log or ()]
     decoding.log = None

@@ -77,7 +77,7 @@ def pass_ms(model: LevelModel, layers: int, rows: int) -> float:
     tokens = torch.arange(rows, device=DEVICE)
     nodes = tree.append(tokens, root.expand(rows), torch.zeros(rows, device=DEVICE))
     draft.expand(tree, nodes)
-    return graph_time(lambda: draft._level(tree, 1, rows, None)) * 1e3
+    return graph_time(lambda: draft._level(tree, 1, None)) * 1e3
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ For more than one text build the engine once with :func:`build_engine` and call 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -51,7 +50,7 @@ from subspec.decoding.sampling import Sampling
 from subspec.decoding.stopping import TextDecoder, eos_ids
 from subspec.decoding.text import TokenCallback
 from subspec.decoding.tree_policy import TreePolicy
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError, reworded
 from subspec.quant.quantize_model import Quantizer
 from subspec.session import assemble
 from subspec.targets import Target
@@ -164,7 +163,7 @@ def build_engine(
         decoding=DecodingConfig(name="library", max_length=max_length, prefill_chunk=prefill_chunk, bitwise=bitwise),
         offload=OffloadConfig(name="none"),
     )
-    with _argument_names():
+    with reworded(_argument_names):
         kind = target.device.type
         policy = tree_policy or Adaptive(16, **whole_tree(kind))
         return assemble(config, target, policy=policy, sampling=sampling, quantizer=quantizer).engine
@@ -183,16 +182,11 @@ def _draft_config(draft: DraftName, path: str | Path | None) -> DraftConfig:
     return kinds[draft](name=draft)
 
 
-@contextmanager
-def _argument_names() -> Iterator[None]:
-    """Replace keys of configurations in messages by the names of arguments."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error)
-        for key, argument in ARGUMENTS.items():
-            text = text.replace(key, argument)
-        raise type(error)(text) from error
+def _argument_names(text: str) -> str:
+    """Replace keys of configurations in a message by the names of arguments."""
+    for key, argument in ARGUMENTS.items():
+        text = text.replace(key, argument)
+    return text
 
 
 def _length(model: PreTrainedModel, max_length: int | None) -> int:

@@ -5,6 +5,9 @@ Everything a user can cause or repair (a wrong key, a missing file, no network) 
 it); any other exception is a bug and keeps its traceback.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class SubspecError(Exception):
     """A failure the user can repair. The message names the config key or file, and the remedy.
@@ -26,6 +29,15 @@ class AuditError(SubspecError):
     """The losslessness audit found a token that the target itself would not have emitted."""
 
     exit_code = 3
+
+
+@contextmanager
+def reworded(change: Callable[[str], str]) -> Iterator[None]:
+    """Change the text of a SubspecError."""
+    try:
+        yield
+    except SubspecError as error:
+        raise type(error)(change(str(error))) from error
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

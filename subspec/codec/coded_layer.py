@@ -261,8 +261,8 @@ class LayerRestorer:
             self._together[index](flat)
         self._current = index, flat
 
-    def restored(self, role: str, first: int, count: int) -> list[Tensor]:
-        """Rows of a role's matrices, bfloat16; a slice is in the buffer until the next one is asked for."""
+    def restored(self, role: str, first: int) -> list[Tensor]:
+        """The slice of a role's matrices from row ``first`` on, bfloat16, until the next one is asked for."""
         if role not in SLICED:
             return [self.parameters[f"{module}.weight"] for module in ROLES[role]]
         assert self._current is not None

@@ -24,9 +24,6 @@ from subspec.kernels.invariant_linear import Tiling, multiply, split_k
 from subspec.kernels.modules import triton_kernels
 from subspec.utils.rounding import next_power_of_two
 
-ROLES = ("qkv", "out", "gate_up", "down", "head")
-"""The matrices of a pass; each has a tile shape of its own."""
-
 LINEARS = {
     "qkv": attrgetter("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "out": lambda layer: (layer.self_attn.o_proj,),
@@ -34,6 +31,9 @@ LINEARS = {
     "down": lambda layer: (layer.mlp.down_proj,),
 }
 """A decoder layer's Linears by role."""
+
+ROLES = (*LINEARS, "head")
+"""The matrices of a pass; each has a tile shape of its own."""
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Arithmetic that is covered: in float32 rounding is far below the gaps between logits."""
@@ -238,7 +238,7 @@ class BitwiseArithmetic:
         return out
 
     def _multiply(self, layer: nn.Module, role: str, x: Tensor, out: Tensor) -> None:
-        """x times the matrices of a role; those of the MLP slice by slice."""
+        """x times the matrices of a role, slice by slice; of gate and up :meth:`_mlp` needs the parts."""
         for first, weights, biases in self._weights(layer, role):
             own = out[..., first : first + sum(len(weight) for weight in weights)]
             multiply(x, weights, biases, own, self.tilings[role], out.shape[-1])
@@ -249,9 +249,7 @@ class BitwiseArithmetic:
         for first, count in self._slices[role]:
             rows = slice(first, first + count)
             weights = (
-                [linear.weight[rows] for linear in linears]
-                if restorer is None
-                else restorer.restored(role, first, count)
+                [linear.weight[rows] for linear in linears] if restorer is None else restorer.restored(role, first)
             )
             yield first, weights, [None if linear.bias is None else linear.bias[rows] for linear in linears]
 
@@ -264,8 +262,9 @@ class BitwiseArithmetic:
         invariant = triton_kernels("invariant", normed.device)
         inner = self.shapes.intermediate
         state.partial = self._parts(state, layer.mlp.down_proj)
-        for first in range(0, state.rows, self.shapes.mlp_piece(state.rows)):
-            x = normed[first : first + self.shapes.mlp_piece(state.rows)]
+        piece = self.shapes.mlp_piece(state.rows)
+        for first in range(0, state.rows, piece):
+            x = normed[first : first + piece]
             rows = x.shape[0]
             product, behind = state.buffer("wide", rows, inner), self.shapes.product_bytes(rows)
             for column, weights, biases in self._weights(layer, "gate_up"):

@@ -20,8 +20,8 @@ SLICED = ("gate_up", "down")
 """Roles whose matrices are multiplied in slices where layers are coded."""
 
 SLICE_BYTES, SLICE_ROWS = 96 << 20, 128
-"""Most bytes of a slice, and a tile's rows, whose multiple its rows are. A coded matrix is restored slice by slice;
-slices change no bits."""
+"""Most bytes of a slice, unless a tile has more; rows of a tile, of which a slice has a multiple. A coded matrix is
+restored slice by slice; slices change no bits."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The specification of ``draft=subspec``, with or without ``draft.proposer``."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.drafts.substitute import SubstituteSpec
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError, reworded
 from subspec.levels.captured_draft import CapturedDraft
 from subspec.memory.allocator import Allocation
 from subspec.memory.draft_memory import DraftMemory, SizingInputs, tree_bytes
@@ -59,17 +58,12 @@ def proposer_of(config: Config) -> tuple[type[DraftSpec], Config] | None:
     return kind, replace(config, draft=settings(**options))
 
 
-@contextmanager
-def _about_proposer() -> Iterator[None]:
-    """Name the proposer's keys in its own messages."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error).replace("draft.path", "draft.proposer_path")
-        raise type(error)(re.sub(r"\bdraft=(?!subspec)", "draft.proposer=", text)) from error
+def _about_proposer(text: str) -> str:
+    """Name the proposer's keys in one of its own messages."""
+    return re.sub(r"\bdraft=(?!subspec)", "draft.proposer=", text.replace("draft.path", "draft.proposer_path"))
 
 
-@_about_proposer()
+@reworded(_about_proposer)
 def _ask_proposer(config: Config, ask: Callable[[type[DraftSpec], Config], Any]) -> Any:
     """What ``ask`` returns of the proposer's kind and configuration; None: there is no proposer."""
     found = proposer_of(config)
@@ -135,7 +129,7 @@ class CascadeSpec(SubstituteSpec):
         sizes = GuessPolicy(inputs.policy, proposed)
         passes = sizes if on_disk else passes_of(inputs.policy, proposed)
         own = super().memory(replace(inputs, policy=passes))
-        with _about_proposer():
+        with reworded(_about_proposer):
             other = found[0].memory(replace(inputs, config=found[1], policy=sizes))
         rows = passes.draft_rows if on_disk else passes.capacity
         return CascadeMemory(own, other, rows, sizes.capacity * inputs.spec.vocab * inputs.itemsize)
@@ -143,14 +137,14 @@ class CascadeSpec(SubstituteSpec):
     def prepare(self) -> None:
         super().prepare()
         if self._proposer is not None:
-            with _about_proposer():
+            with reworded(_about_proposer):
                 self._proposer.prepare()
 
     def build(self, target: TargetModel) -> BuiltDraft:
         built = super().build(target)
         if self._proposer is None:
             return built
-        with _about_proposer():
+        with reworded(_about_proposer):
             proposer = self._proposer.build(target)
         levels: LevelDraft | PaddedLevels = built.draft
         if isinstance(levels, CapturedDraft):

@@ -326,7 +326,7 @@ def _read(
     return tensors, dropped, shape_of(tensors, config, kind)
 
 
-def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead] = EagleHead) -> EagleShape:
+def shape_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: type[EagleHead]) -> EagleShape:
     """Sizes of a head, read off its tensors and its ``config.json``."""
     try:
         return kind.shape_class.of(tensors, config)

@@ -5,8 +5,6 @@ SubspecError about anything that the user can repair, in one line with the remed
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from transformers import PretrainedConfig
 
 from subspec.config.schema import Config, Dtype, HubTargetConfig, PlantedTargetConfig, TargetConfig
 from subspec.drafts import shipped
-from subspec.errors import ConfigError, SubspecError
+from subspec.errors import ConfigError, reworded
 from subspec.targets.checkpoint import check_folder_config
 from subspec.targets.checkpoint_source import CheckpointSource
 from subspec.targets.hub import locate
@@ -31,14 +29,9 @@ SHIPPED = shipped.SMALL_MODEL
 PLANTED = "planted:"
 
 
-@contextmanager
-def _about_draft() -> Iterator[None]:
-    """Name ``draft.path`` in the messages of the code that reads checkpoints."""
-    try:
-        yield
-    except SubspecError as error:
-        text = str(error)
-        raise type(error)(text if "draft." in text else f"draft.path: {text}") from error
+def _about_draft(text: str) -> str:
+    """Name ``draft.path`` in a message of the code that reads checkpoints."""
+    return text if "draft." in text else f"draft.path: {text}"
 
 
 def small_model_config(config: Config) -> TargetConfig:
@@ -74,7 +67,7 @@ def load_small_config(config: Config) -> PretrainedConfig:
 
 
 @functools.lru_cache(maxsize=8)
-@_about_draft()
+@reworded(_about_draft)
 def _read(path: str, revision: str | None) -> PretrainedConfig:
     named = HubTargetConfig(name=path, path=path, revision=revision)
     folder = locate(named, lambda text: None, SMALL_MODEL, weights=False).folder
@@ -89,7 +82,7 @@ def open_small_model(config: Config, dtype: torch.dtype, device: torch.device, n
     return open_checkpoint(named, dtype, note)
 
 
-@_about_draft()
+@reworded(_about_draft)
 def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> CheckpointSource:
     """A small model's weights on disk, fetched first if need be."""
     located = locate(named, note, SMALL_MODEL)
@@ -98,14 +91,14 @@ def open_checkpoint(named: HubTargetConfig, dtype: torch.dtype, note: Note) -> C
     return CheckpointSource(located, named.name, dtype, SMALL_MODEL)
 
 
-@_about_draft()
+@reworded(_about_draft)
 def small_folder(config: Config, note: Note) -> Path | None:
     """The small model's folder, fetched first if need be; None: it is planted."""
     named = small_model_config(config)
     return None if isinstance(named, PlantedTargetConfig) else locate(named, note, SMALL_MODEL).folder
 
 
-@_about_draft()
+@reworded(_about_draft)
 def small_identity(config: Config, note: Note) -> str:
     """Hex digest of the small model's weights, fetched first if need be."""
     return weights_identity(small_model_config(config), SMALL_MODEL, note=note)

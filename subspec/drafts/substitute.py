@@ -33,7 +33,7 @@ from subspec.drafts.spec import BuiltDraft, DraftSpec, capture, check_target_lev
 from subspec.drafts.substitute_memory import SubstituteMemory
 from subspec.drafts.vocabulary import draft_ids, file_digest, ids_digest, known_tokens
 from subspec.errors import ConfigError
-from subspec.levels.build import ROLES, SubstituteBuilder, level_model
+from subspec.levels.build import SubstituteBuilder, level_model
 from subspec.levels.cpu_levels import CpuLevels
 from subspec.levels.dense import layer_views
 from subspec.levels.quantization import LevelQuantization, level_quantization
@@ -224,10 +224,6 @@ class SubstituteSpec(DraftSpec):
         stored_bytes, folder = quantization.stored_bytes(self._layers), getattr(quant, "folder", None)
         store = SubstituteStore(facts, folder=folder, expected_bytes=stored_bytes, **kept)
         self._quantizer = CachedQuantizer(quantization.quantizer, store)
-        if coded_bytes is not None:  # in the cache, even of a substitute in ``quant.folder``
-            linears = [f"{name}.weight" for role in quantization.shapes if role != "head" for name in ROLES[role]]
-            coded_bytes *= self._layers
-            self.coded = CodedCache(facts, self._quantizer, linears, expected_bytes=coded_bytes, **kept)
         self.builder = SubstituteBuilder(
             self._quantizer,
             formats=quantization.formats,
@@ -237,6 +233,9 @@ class SubstituteSpec(DraftSpec):
             dtype=torch.float32 if self._on_cpu else torch.bfloat16,
             ids=self._ids,
         )
+        if coded_bytes is not None:  # in the cache, even of a substitute in ``quant.folder``
+            coded_bytes *= self._layers
+            self.coded = CodedCache(facts, self._quantizer, self.builder.linears, expected_bytes=coded_bytes, **kept)
         self._report = QuantReport(quant.name, f"fused level, {kernels.summary()}")
         self._report.details["kernels"] = kernels.to_dict()
         self._report.details["formats"] = {role: str(kept) for role, kept in quantization.formats.items()}

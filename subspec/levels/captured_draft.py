@@ -46,7 +46,8 @@ class _OnBuffer:
     Attributes:
         lengths: int64 [texts], tokens of the prefixes.
         node_of_row: int64 [draft rows], the same for every text.
-        levels: nodes of the tree up to each level, and of it, whose rows ``node_of_row`` holds.
+        levels: by level, what ``node_of_row`` was last written for: nodes of the tree up to the level and with it, and
+            nodes of the level.
         graphs: with their logits, by (tree, number of texts, level, nodes of the level, new nodes of each tree).
     """
 
@@ -185,36 +186,36 @@ class CapturedDraft(LevelDraft):
         if tree.levels == 0:
             for _, cache in texts:
                 state.lengths[cache.place].fill_(cache.length)
-        self._remember(tree, rows)
+        self._remember(tree)
         if self.device.type != "cuda":
-            return self._level(tree, count, rows, width)
+            return self._level(tree, count, width)
         key = (id(tree), count, tree.levels, rows, width)  # a graph holds its trees' addresses
         if key not in state.graphs:
             shared = self._shared
-            state.graphs[key] = captured(lambda: self._level(tree, count, rows, width), shared.pool)
+            state.graphs[key] = captured(lambda: self._level(tree, count, width), shared.pool)
             shared.pool = state.graphs[key][0].pool()
         graph, logits = state.graphs[key]
         graph.replay()
         return logits
 
-    def _remember(self, tree: Tree, rows: int) -> None:
+    def _remember(self, tree: Tree) -> None:
         """Store the nodes of the last level's draft rows, which differ with the width of trees (beside other texts)."""
-        state, level = self._state, (tree.size, rows)
+        state, level = self._state, (tree.size, tree.level_size)
         if state.levels.get(tree.levels) == level:
             return
         state.levels = {n: known for n, known in state.levels.items() if n < tree.levels} | {tree.levels: level}
         first = self.cache.draft_rows - tree.size
-        state.node_of_row[first : first + rows] = tree._slots[tree.size - rows : tree.size]
+        state.node_of_row[first : first + tree.level_size] = tree.last_level
 
-    def _level(self, tree: Tree, texts: int, rows: int, width: int | None) -> Tensor:
+    def _level(self, tree: Tree, texts: int, width: int | None) -> Tensor:
         """The level's kernels; arguments and result as of :meth:`_run`, ``tree`` the first of the trees."""
         model, kernels, state, cache = self.model, self._kernels, self._state, self.cache
-        last = slice(tree.size - rows, tree.size)
-        nodes, tokens, depths = tree._slots[last], tree.tokens[last], tree.depths[last]
+        last = slice(tree.size - tree.level_size, tree.size)
+        tokens, depths = tree.tokens[last], tree.depths[last]
         if texts > 1:
             tokens, depths = (tree.stack[name][:texts, last].flatten().contiguous() for name in ("tokens", "depths"))
         lengths = state.lengths if texts > 1 else state.lengths[cache.place :]
-        level = LevelRows(tree, cache, texts, rows, nodes, depths, lengths, state.node_of_row)
+        level = LevelRows(tree, cache, texts, tree.level_size, tree.last_level, depths, lengths, state.node_of_row)
         with launch.overlapping(self.overlap):
             residual, partial = kernels.embed(tokens), None
             for place, layer in enumerate(model.layers):

@@ -72,9 +72,7 @@ class LevelKernels:
         )
         return residual
 
-    def norm(
-        self, residual: Tensor, partial: Tensor | None, weight: Tensor, reader: LevelLinear | None = None
-    ) -> Tensor:
+    def norm(self, residual: Tensor, partial: Tensor | None, weight: Tensor, reader: LevelLinear | None) -> Tensor:
         """Add the partial sums of a Linear to ``residual``, in place, and norm it for the Linear that reads it."""
         rows, hidden = residual.shape
         splits, stride = (0, 0) if partial is None else (partial.shape[0], partial.shape[-1])

@@ -119,29 +119,25 @@ def check_model_config(model: PretrainedConfig, *, name: str, max_length: int, k
         )
 
 
-def check_loaded_model(model: Any, argument: str = "model") -> None:
-    """Refuse (ConfigError) an object that is not a whole, exact causal language model, ready on one device.
-
-    Args:
-        argument: its name in the caller's signature.
-    """
+def check_loaded_model(model: Any) -> None:
+    """Refuse (ConfigError) an object that is not a whole, exact causal language model, ready on one device."""
     kind = type(model).__name__
-    named = f"{argument} ({kind})"
+    named = f"model ({kind})"
     if not isinstance(model, PreTrainedModel):
         merge = ": merge its adapter first (merge_and_unload())" if hasattr(model, "merge_and_unload") else ""
         raise ConfigError(
-            f"{argument} is a {kind}, not a transformers model{merge}; pass what AutoModelForCausalLM.from_pretrained "
+            f"model is a {kind}, not a transformers model{merge}; pass what AutoModelForCausalLM.from_pretrained "
             "returns"
         )
     check_family(model.config.model_type, named)
     if not isinstance(model, getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type])):
         raise ConfigError(
-            f"{argument} is a {kind}, not a causal language model with its LM head; pass what "
+            f"model is a {kind}, not a causal language model with its LM head; pass what "
             "AutoModelForCausalLM.from_pretrained returns"
         )
     check_unquantized(getattr(model.config, "quantization_config", None), named)
     if any(module.training for module in model.modules()):
-        raise ConfigError(f"{named} is in training mode: call {argument}.eval() first")
+        raise ConfigError(f"{named} is in training mode: call model.eval() first")
     attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
     if attention not in ATTENTION:
         raise ConfigError(
