@@ -77,7 +77,7 @@ def kernels(shapes: dict[str, tuple[int, int]], formats: dict[str, HqqFormat], b
             linears = rotation(format_.random_linear(variant, n, k, DEVICE, swiglu=swiglu), DEVICE)
             times = {}
             for rows in rows_list:
-                x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
+                x = torch.randn(rows, k, device=DEVICE, dtype=linears[0].reads)
                 times[rows] = rotated_time(linears, x) * 1e6
             results.append(
                 {

@@ -30,6 +30,7 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 
 import subspec
+from subspec.codec.format import CHUNK
 from subspec.config.schema import PlantedTargetConfig
 from subspec.decoding.bitwise import ROLES
 from subspec.decoding.sampling import Sampling
@@ -104,14 +105,14 @@ TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 CUDA = [
     *settings(
         "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
-        SWIGLU=BOTH, OVERLAP=BOTH,
+        SWIGLU=BOTH, HALF_OUT=(1,), OVERLAP=BOTH,
     ),
     *(
         kernel
         for groups in range(1, int4_wide.MOST_WARP_GROUPS + 1)
         for eights in int4_wide.EIGHTS
         for kernel in settings(
-            WIDE, [FEW_ROWS, "int4_wide.cu"], TILES=(4,), SWIGLU=BOTH, TILED=(1,), OVERLAP=(1,),
+            WIDE, [FEW_ROWS, "int4_wide.cu"], TILES=(4,), SWIGLU=BOTH, HALF_OUT=(1,), TILED=(1,), OVERLAP=(1,),
             **{key: (value,) for key, value in int4_wide.WideGrid(8 * eights, 1, groups, 1).macros.items()},
         )
     ),
@@ -119,8 +120,8 @@ CUDA = [
         "codebook_linear", [FEW_ROWS, "codebook.cu"], BITS=BITS, GROUP_STEPS=(4,), TILES=TILES, WARPS=(8,),
         EIGHTS=EIGHTS, SWIGLU=BOTH,
     ),
-    *settings("restore_integers", [RESTORE, "restore_integers.cu"], WIDTH=(8, *BITS)),
-    *settings("restore_codebook", [RESTORE, "restore_codebook.cu"]),
+    *settings("restore_integers", [RESTORE, "restore_integers.cu"], CHUNK=(CHUNK,), WIDTH=(8, *BITS)),
+    *settings("restore_codebook", [RESTORE, "restore_codebook.cu"], CHUNK=(CHUNK,)),
     *settings("codebook_dequantize", [RESTORE, "codebook_dequantize.cu"], BITS=BITS, STEPS=(1, 2, 4, 8)),
 ]  # fmt: skip
 

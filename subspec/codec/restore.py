@@ -178,4 +178,4 @@ def _kernel(name: str, bits: int, device: int) -> Any:
 
 def macros_of(bits: int) -> dict[str, int]:
     """Macros of a :data:`Kernel`."""
-    return {"WIDTH": bits} if bits else {}
+    return {"CHUNK": CHUNK} | ({"WIDTH": bits} if bits else {})

@@ -39,6 +39,11 @@ def eights_of(rows: int) -> tuple[int, int]:
     return -(-eights // pieces), pieces
 
 
+def half_out(out: Tensor) -> dict[str, int]:
+    """The macro of kernels that write a float16 activation."""
+    return {"HALF_OUT": 1} if out.dtype is torch.float16 else {}
+
+
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """Rows of a gate and an up projection [n, ...] alternating 16 by 16: [2 n, ...]; n a multiple of 16."""
     pair = torch.stack([gate.unflatten(0, (-1, 16)), up.unflatten(0, (-1, 16))], dim=1)
@@ -57,6 +62,7 @@ class PackedWeight(ABC):
 
     Attributes:
         kernel: name of its file.
+        reads: dtype of x.
         overlaps: whether its launches overlap inside :func:`subspec.kernels.launch.overlapping`.
         words: int32 [blocks, steps, tiles, ...].
         scales: float16 [blocks, ...].
@@ -69,6 +75,7 @@ class PackedWeight(ABC):
 
     kernel: ClassVar[str]
     overlaps: ClassVar[bool] = False
+    reads: ClassVar[torch.dtype] = torch.bfloat16
     words: Tensor
     scales: Tensor
     out_features: int
@@ -113,15 +120,15 @@ class PackedWeight(ABC):
         """Run the kernel.
 
         Args:
-            x: bfloat16 [rows, inputs], contiguous.
-            out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16
-                [rows, padded / 2] and ``splits`` 1.
+            x: [rows, inputs] of the dtype that the kernel reads, contiguous.
+            out: float32 [splits, rows, padded], to be added over the splits by the reader; with SwiGLU bfloat16 or
+                float16 [rows, padded / 2] and ``splits`` 1.
             warps: of a block, which share the steps of its slice.
         """
         rows, (blocks, steps) = x.shape[0], self.words.shape[:2]
         device, (eights, pieces) = x.device.index or 0, eights_of(rows)
         macros = {"TILES": self.tiles, "WARPS": warps, "EIGHTS": eights, "SWIGLU": int(self.swiglu)}
-        kernel = compiled(self.kernel, device, **macros, **self.macros)
+        kernel = compiled(self.kernel, device, **macros, **self.macros, **half_out(out))
         args = [*self.sources, x, out, rows, self.padded, steps, -(-steps // splits)]
         with launch.overlapping(self.overlaps and launch.is_overlapping()):
             launch.launch(kernel, (blocks, splits, pieces), warps * 32, args)

@@ -2,8 +2,9 @@
 
 Integers lie in 4-bit words. 2 and 3 bits take a word of 4. 8 bits are two planes of 4, ``q = low + 16 * high``: the
 same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are
-exact in bfloat16, sums and the scales applied to them are float32. Many rows of 4 bits and less have a kernel of their
-own on compute capability 9.0 (:mod:`subspec.kernels.int4_wide`).
+exact in float16, sums and the scales applied to them are float32. A group's scale and zero share 16 bits
+(:mod:`subspec.kernels.group_scales`). Many rows of 4 bits and less have a kernel of their own on compute capability 9.0
+(:mod:`subspec.kernels.int4_wide`).
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from subspec.kernels import int4_wide, launch
+from subspec.kernels import group_scales, int4_wide, launch
 from subspec.kernels.compile import problem
-from subspec.kernels.few_rows import WARPS, PackedWeight, compiled
+from subspec.kernels.few_rows import WARPS, PackedWeight, compiled, half_out
+from subspec.kernels.group_scales import containing, zeros_in
 
 GROUP = 64
 """Inputs that share a scale and a zero in the kernel's order; larger groups repeat theirs."""
@@ -29,11 +31,12 @@ class PackedInt4(PackedWeight):
 
     Attributes:
         words: int32 [blocks, groups * planes, tiles, 32 lanes, 4], eight nibbles each; a group's low nibbles first.
-        scales: float16 [blocks, groups * planes, 8, 2 * tiles, 2]: scale and zero of each row.
+        scales: float16 [blocks, groups * planes, 8, tiles, 2]: of rows g and g + 8 of each tile.
     """
 
     kernel = "int4"
     overlaps = True
+    reads = torch.float16
 
     @property
     def planes(self) -> int:
@@ -54,7 +57,8 @@ class PackedInt4(PackedWeight):
     def multiply_tiles(self, x: Tensor, out: Tensor, grid: int4_wide.WideGrid, *, tiled: bool = False) -> None:
         groups, warps = self.words.shape[1], 4 * grid.warp_groups
         macros = {"TILES": self.tiles, "SWIGLU": int(self.swiglu), "TILED": int(tiled)} | grid.macros
-        kernel = compiled("int4_wide", x.device.index, "90a", **macros, OVERLAP=int(launch.is_overlapping()))
+        macros |= half_out(out) | {"OVERLAP": int(launch.is_overlapping())}
+        kernel = compiled("int4_wide", x.device.index, "90a", **macros)
         args = [*self.sources, x, out, x.shape[0], self.padded, groups, -(-groups // grid.splits)]
         blocks = -(-self.padded // (16 * warps)), grid.splits, grid.tiles
         launch.launch(kernel, blocks, 32 * (warps + 1), args)
@@ -68,9 +72,8 @@ class PackedInt4(PackedWeight):
         q = nibbles.view(blocks, groups, tiles, 8, 4, 4, 2, 2, 2).permute(0, 2, 8, 3, 1, 4, 5, 7, 6)
         q = q.reshape(blocks * tiles * 16, groups // planes, planes, GROUP)[:n].to(torch.uint8)
         q = q[:, :, 0] | q[:, :, 1] << 4 if planes == 2 else q[:, :, 0]
-        scales = self.scales.float().view(blocks, groups, 8, tiles, 2, 2).permute(0, 3, 4, 2, 1, 5)
-        scales = scales.reshape(blocks * tiles * 16, groups, 2)[:n, ::planes]
-        return q.flatten(1), scales[..., 0].contiguous(), scales[..., 1].contiguous()
+        scale = self.scales.permute(0, 3, 4, 2, 1).reshape(blocks * tiles * 16, groups)[:n, ::planes].float()
+        return q.flatten(1), scale, zeros_in(scale, self.bits)
 
     def unpack(self) -> Tensor:
         q, scale, zero = self.unpack_integers()
@@ -84,7 +87,7 @@ def planes_of(bits: int) -> int:
 
 def packed_bytes(n: int, k: int, bits: int) -> int:
     """Bytes of a packed weight [n, k] whose outputs fill whole blocks."""
-    return planes_of(bits) * (n * k // 2 + 4 * n * (k // GROUP))
+    return planes_of(bits) * (n * k // 2 + 2 * n * (k // GROUP))
 
 
 def unfit(k: int, group: int) -> str | None:
@@ -101,12 +104,12 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
 
     Args:
         q: integers below 2**bits, uint8 [n, k], k a multiple of 64.
-        scale, zero: [n, k / group size], the group size a multiple of 64.
+        scale, zero: [n, k / group size], the group size a multiple of 64; a scale contains its zero.
         tiles: 2, 4 or 8 tiles of 16 rows per block.
         swiglu: rows are interleaved gate and up (see :func:`~subspec.kernels.few_rows.interleave`).
 
     Raises:
-        ValueError: inputs or groups are no multiples of 64.
+        ValueError: inputs or groups are no multiples of 64, or a scale does not contain its zero.
     """
     n, k = q.shape
     if reason := unfit(k, k // scale.shape[1]):
@@ -127,14 +130,15 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, *, tiles: int, bits: int = 4, s
         part = part.permute(0, 4, 1, 3, 5, 6, 8, 7, 2).reshape(-1, groups * planes, tiles, 32, 4, 8)
         word = (part << shifts).sum(-1)
         words[start : start + step] = torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
-    meta = torch.stack([scale.float(), zero.float()], dim=-1).repeat_interleave(groups // scale.shape[1], 1)
-    if planes == 2:  # 16 * scale is exact in float16, so is the sum of both planes in float32 up to its rounding
-        high = torch.stack([16 * meta[..., 0].half().float(), torch.zeros_like(meta[..., 0])], dim=-1)
-        meta = torch.stack([meta, high], dim=2).flatten(1, 2)
-    meta = functional.pad(meta.to(torch.float16), (0, 0, 0, 0, 0, -n % rows))
-    meta = meta.view(blocks, tiles, 2, 8, groups * planes, 2).permute(0, 4, 3, 1, 2, 5)
-    meta = meta.reshape(blocks, groups * planes, 8, 2 * tiles, 2).contiguous()
-    return PackedInt4(words, meta, n, bits, swiglu)
+    scales = scale.half()
+    if not (torch.equal(scales.float(), scale.float()) and torch.equal(zeros_in(scales, bits), zero.float())):
+        raise ValueError(f"a scale does not contain its zero: see {group_scales.__name__}")
+    scales = scales.repeat_interleave(groups // scale.shape[1], 1)
+    if planes == 2:  # the high nibbles; the sum of both planes in float32 is exact up to its rounding
+        scales = torch.stack([scales, 16 * scales], dim=2).flatten(1)
+    scales = functional.pad(scales, (0, 0, 0, -n % rows)).view(blocks, tiles, 2, 8, groups * planes)
+    scales = scales.permute(0, 4, 3, 1, 2).contiguous()
+    return PackedInt4(words, scales, n, bits, swiglu)
 
 
 def random_packed(n: int, k: int, *, tiles: int, bits: int, swiglu: bool, device: torch.device) -> PackedInt4:
@@ -142,9 +146,9 @@ def random_packed(n: int, k: int, *, tiles: int, bits: int, swiglu: bool, device
     blocks, groups = -(-n // (tiles * 16)), k // GROUP * planes_of(bits)
     shape = (blocks, groups, tiles, 32, 4)
     words = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=device)
-    meta = torch.empty(blocks, groups, 8, 2 * tiles, 2, dtype=torch.float16, device=device)
-    meta[..., 0], meta[..., 1] = 0.005, 7.5
-    return PackedInt4(words, meta, n, bits, swiglu)
+    scale = containing(torch.tensor(0.005), torch.tensor(7.5), bits).item()
+    scales = torch.full((blocks, groups, 8, tiles, 2), scale, dtype=torch.float16, device=device)
+    return PackedInt4(words, scales, n, bits, swiglu)
 
 
 def unavailable() -> str | None:

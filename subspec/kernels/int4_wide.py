@@ -42,14 +42,14 @@ def tiles_of(rows: int) -> tuple[int, int]:
     return next(8 * eights for eights in EIGHTS if 8 * eights * count >= rows), count
 
 
-def empty_rows(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Uninitialized bfloat16 [rows, columns] in memory that has whole tiles."""
+def empty_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Uninitialized [rows, columns], of 16 bits each, in memory that has whole tiles."""
     tile, count = tiles_of(rows) if rows >= FROM else (rows, 1)
-    return torch.empty(tile * count, columns, dtype=torch.bfloat16, device=device)[:rows]
+    return torch.empty(tile * count, columns, dtype=dtype, device=device)[:rows]
 
 
 def in_tiles(x: Tensor, tile: int) -> Tensor:
-    """A copy of x, bfloat16 [rows, columns], in tiles of ``tile`` rows; columns are a multiple of 64. 0: x itself.
+    """A copy of x [rows, columns], 16 bits each, in tiles of ``tile`` rows; columns are a multiple of 64. 0: x itself.
 
     Number ``16 t + 2 c + e`` of a row of a tile (t below 4, e below 2) lies in chunk ``c ^ (row % 8)`` of eight, at
     ``2 t + e``. ``c`` counts the pairs that a thread ``t`` holds; the rest is the "128-byte swizzle" of ``wgmma``.

@@ -46,7 +46,8 @@ def add_rms_norm(
 ):  # fmt: skip
     """residual += sum of the partial sums; out = RMSNorm(residual) * weight. Grid: rows.
 
-    partial: float32 [SPLITS, rows, stride]; residual, out, weight: of one dtype. TILE: rows of a tile of ``out``, or 0.
+    partial: float32 [SPLITS, rows, stride]; residual, weight: of one dtype; out: of 16 bits. TILE: rows of a tile of
+    ``out``, or 0.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -226,7 +227,7 @@ def merge_attention(
     q_heads: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr = 0, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: bfloat16 [rows, q_heads * D].
+    """Add up the slices of :func:`tree_attention`. Grid: (rows, q_heads). out: [rows, q_heads * D].
 
     TILE: rows of a tile of ``out``, or 0.
     """
@@ -242,7 +243,7 @@ def merge_attention(
     denominator = tl.sum(tl.load(partial_sum + slot) * factor, axis=0)
     parts = tl.load(partial_out + slot[:, None] * D + dims[None, :])
     total = tl.sum(parts * factor[:, None], axis=0) / denominator
-    tl.store(out + place(row, head * D + dims, q_heads * D, TILE), total.to(tl.bfloat16))
+    tl.store(out + place(row, head * D + dims, q_heads * D, TILE), total.to(out.dtype.element_ty))
 
 
 @triton.jit

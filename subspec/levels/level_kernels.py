@@ -76,7 +76,7 @@ class LevelKernels:
         """Add the partial sums of a Linear to ``residual``, in place, and norm it for the Linear that reads it."""
         rows, hidden = residual.shape
         splits, stride = (0, 0) if partial is None else (partial.shape[0], partial.shape[-1])
-        out = empty_rows(rows, hidden, self.device)
+        out = empty_rows(rows, hidden, self.device, reader.reads if reader else torch.bfloat16)
         self.kernels.add_rms_norm[(rows,)](
             residual, residual if partial is None else partial, weight, out, rows, self.model.eps, hidden, stride,
             SPLITS=splits, BLOCK=next_power_of_two(hidden), TILE=reader.tile(rows) if reader else 0, num_warps=8,
@@ -86,10 +86,13 @@ class LevelKernels:
 
     def multiply(self, layer: LevelLayer, x: Tensor) -> Tensor:
         """The partial sums of a layer's MLP."""
-        tile = layer.down.tile(x.shape[0])
-        if isinstance(layer.gate_up, FewRowsLinear) and layer.gate_up.tile(x.shape[0]):
-            return layer.down(layer.gate_up(x, tiled=tile > 0))
-        return layer.down(in_tiles(layer.gate_up(x), tile))
+        gate_up, down, rows = layer.gate_up, layer.down, x.shape[0]
+        tile = down.tile(rows)
+        if not isinstance(gate_up, FewRowsLinear):
+            return down(in_tiles(gate_up(x).to(down.reads), tile))
+        tiled = tile > 0 and gate_up.tile(rows) > 0
+        x = gate_up(x, dtype=down.reads, tiled=tiled)
+        return down(x if tiled else in_tiles(x, tile))
 
     def add_slices(self, partial: Tensor, out: Tensor) -> None:
         """Write the sum of a Linear's slices, [slices, n, stride], to ``out``, [n, v]."""
@@ -100,7 +103,7 @@ class LevelKernels:
         )  # fmt: skip
 
     def attention(self, level: LevelRows, index: int, layer: LevelLayer, qkv: Tensor, how: Attention) -> Tensor:
-        """Store keys and values in layer ``index`` of the cache, and attend: bfloat16 [n, heads * dim]."""
+        """Store keys and values in layer ``index`` of the cache, and attend: [n, heads * dim] for ``layer.out``."""
         model, cache, texts, rows = self.model, level.cache, level.texts, level.texts * level.rows
         heads, kv_heads, dim = model.q_heads, model.kv_heads, model.head_dim
         k_rows, v_rows = cache.buffer[0, index] if texts > 1 else cache.rows[index]
@@ -132,7 +135,7 @@ class LevelKernels:
             OPERAND=self.kernels.tl.bfloat16 if self.device.type == "cuda" else self.kernels.tl.float32,
             MASKS_PREFIX=how.masks_prefix, num_warps=how.warps, num_stages=how.stages, **self._overlapped,
         )  # fmt: skip
-        attended = empty_rows(rows, heads * dim, self.device)
+        attended = empty_rows(rows, heads * dim, self.device, layer.out.reads)
         self.kernels.merge_attention[(rows, heads)](
             outs, sums[0], sums[1], attended, rows, heads, SPLITS=splits, D=dim, TILE=layer.out.tile(rows), num_warps=1,
             **self._overlapped,

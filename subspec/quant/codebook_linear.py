@@ -91,8 +91,8 @@ class CodebookLinear(FewRowsLinear):
         group = self.rotation.padded // scale.shape[1]
         return QuantizedPairs(pairs, scale, self.grid, group, self.rotation)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(self._rotate(x, self.rotation))
+    def __call__(self, x: Tensor, *, dtype: torch.dtype = torch.bfloat16, tiled: bool = False) -> Tensor:
+        return super().__call__(self._rotate(x, self.rotation), dtype=dtype, tiled=tiled)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ PLAIN = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class CpuFormat(HqqFormat):
     """HQQ's integers for a CPU, the same as those of modules, for any of its kernels or for ``only`` one."""
 
-    round_zero: ClassVar[bool] = True
+    as_modules: ClassVar[bool] = True
     only: str | None = None
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from subspec.config.quant_checks import check_hqq
 from subspec.errors import ConfigError
-from subspec.quant.integers import IntegerFormat, QuantizedIntegers
+from subspec.quant.integers import IntegerFormat, QuantizedIntegers, nearest_integers
 from subspec.quant.weight_format import FormatQuantizer, check_finite, plain_linear
 
 SLICE_WEIGHTS = 1 << 26
@@ -28,18 +28,19 @@ that take 32.4 bytes in float32 (counted on a CPU)."""
 class HqqFormat(IntegerFormat):
     """Integers of HQQ (axis 1).
 
-    Scales and zeros are rounded to float16, as they are stored on a device and on disk: a weight that is read back from
-    a cache is bit for bit the one that was quantized.
+    A scale and its zero take 16 bits together (:mod:`subspec.kernels.group_scales`), for which integers are chosen a
+    last time (:func:`~subspec.quant.integers.nearest_integers`).
 
     Attributes:
-        round_zero: whether the optimiser of 4 bits starts at a whole zero, as that of ``HQQLinear`` does.
+        as_modules: whether weights are those of ``HQQLinear``: 4 bits start at a whole zero, and scales and zeros are
+            rounded to float16 after the integers were chosen.
     """
 
-    round_zero: ClassVar[bool] = False
+    as_modules: ClassVar[bool] = False
 
     @property
     def facts(self) -> dict[str, Any]:
-        own = {"round_zero": True} if self.round_zero else {}
+        own = {"round_zero": True} if self.as_modules else {"scales": "short"}
         return own | {
             "quantizer": "hqq",
             "version": importlib.metadata.version("hqq"),
@@ -70,10 +71,12 @@ class HqqFormat(IntegerFormat):
             group_size=self.group,
             axis=1,
             bitpack=False,
-            round_zero=self.round_zero and self.bits == 4,
+            round_zero=self.as_modules and self.bits == 4,
             device=str(weight.device),
         )
         scale, zero = (meta[name].half().float().view(n, -1) for name in ("scale", "zero"))
+        if not self.as_modules:
+            return nearest_integers(weight, zero, self.bits)
         return QuantizedIntegers(q.to(torch.uint8).view(n, k), scale, zero, self.group, self.bits)
 
 

@@ -168,4 +168,4 @@ def variant_time(
     on = launch.how(device, overlap) == launch.OVERLAPPING
     with torch.inference_mode(), launch.overlapping(on):
         linears = rotation(format_.random_linear(variant, n, k, device, swiglu=swiglu), device)
-        return rotated_time(linears, empty_rows(rows, k, device).normal_())
+        return rotated_time(linears, empty_rows(rows, k, device, linears[0].reads).normal_())

@@ -40,12 +40,13 @@ class Variant:
 class LevelLinear(ABC):
     """One Linear (or fused Linears) of a draft level.
 
-    A call maps x, bfloat16 [rows, in], to partial sums [splits, rows, stride] of any floating dtype, which the reader
-    adds up (``kernels/level.py``), or, for a fused gate/up pair, to the activation, bfloat16 [rows, inputs of down].
-    Where :meth:`tile` is not 0, x lies in tiles (:mod:`subspec.kernels.int4_wide`).
+    A call maps x [rows, in] to partial sums [splits, rows, stride] of any floating dtype, which the reader adds up
+    (``kernels/level.py``), or, for a fused gate/up pair, to the activation [rows, inputs of down], in bfloat16 unless
+    another dtype is asked for. Where :meth:`tile` is not 0, x lies in tiles (:mod:`subspec.kernels.int4_wide`).
 
     Attributes:
         kind: name of the kernel, for records.
+        reads: dtype of x.
         stride: last size of the result.
         nbytes: device bytes of the weights.
         parts: attributes that hold the quantized weights, or their fields (``weight.words``), which the owner may move
@@ -54,12 +55,13 @@ class LevelLinear(ABC):
 
     kind: str
     parts: ClassVar[tuple[str, ...]] = ()
+    reads: torch.dtype = torch.bfloat16
     stride: int
     nbytes: int
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """x: bfloat16 [rows, in]; see the class for the result. May be captured in a CUDA graph."""
+        """See the class. May be captured in a CUDA graph."""
 
     def tile(self, rows: int) -> int:
         """Rows of a tile of x that has ``rows`` rows; 0: x lies row by row."""
@@ -98,7 +100,7 @@ class FewRowsLinear(LevelLinear):
 
     def __init__(self, weight: PackedWeight, splits: int = 0, warps: int = 0) -> None:
         self.weight, self.swiglu, self.warps = weight, weight.swiglu, warps or WARPS
-        self.stride, self.nbytes = weight.padded, weight.nbytes
+        self.reads, self.stride, self.nbytes = weight.reads, weight.padded, weight.nbytes
         if weight.words.is_cuda and not weight.swiglu:  # the activation needs whole sums
             count = torch.cuda.get_device_properties(weight.words.device).multi_processor_count
             self.splits = splits or weight.splits_for(count)
@@ -112,15 +114,15 @@ class FewRowsLinear(LevelLinear):
         grid = self.weight.wide(rows)
         return grid.splits if grid else self.splits
 
-    def __call__(self, x: Tensor, *, tiled: bool = False) -> Tensor:
-        """As for every Linear; ``tiled``: the activation is written in tiles, as x is read."""
+    def __call__(self, x: Tensor, *, dtype: torch.dtype = torch.bfloat16, tiled: bool = False) -> Tensor:
+        """As for every Linear; the activation has ``dtype``, and lies in tiles if ``tiled``, as x does."""
         rows, width = x.shape[0], self.stride // 2 if self.swiglu else self.stride
         if x.device.type == "cpu":
             y = self.weight.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
-            return y.to(torch.bfloat16) if self.swiglu else y.unsqueeze(0)
+            return y.to(dtype) if self.swiglu else y.unsqueeze(0)
         if self.swiglu:
-            out = empty_rows(rows, width, x.device)
+            out = empty_rows(rows, width, x.device, dtype)
         else:
             out = torch.empty(self.slices(rows), rows, width, dtype=torch.float32, device=x.device)
         if x.is_cuda and (grid := self.weight.wide(rows)):

@@ -123,16 +123,24 @@ static void release_next() {}
 static void wait_for_previous() {}
 
 struct Word4;
+struct Word2;
 static Word4 load_once(const Word4* p);
+static Word2 load_once(const Word2* p);
 static Word4 load(const Word4* p);
 
-static void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+static float half_value(unsigned half) {  // of a finite one
+  const unsigned exponent = (half >> 10) & 31, fraction = half & 1023;
+  const float size = exponent ? ldexpf(1024 + fraction, (int)exponent - 25) : ldexpf(fraction, -24);
+  return half >> 15 & 1 ? -size : size;
+}
+
+static void mma_half(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned(*all)[6] = emulated::lanes[warp];
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(all[lane], own, sizeof own);
   __syncwarp();
-  const auto half = [](unsigned word, int k) { return emulated::from_bits(k & 1 ? word & 0xffff0000u : word << 16); };
+  const auto half = [](unsigned word, int k) { return half_value(k & 1 ? word >> 16 : word & 0xffff); };
   for (int j = 0; j < 4; ++j) {  // PTX ISA, fragments of mma.m16n8k16
     const int row = lane / 4 + (j >= 2 ? 8 : 0), column = 2 * (lane % 4) + (j & 1);
     float sum = 0.f;
@@ -146,15 +154,17 @@ static void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   __syncwarp();
 }
 
-static unsigned nibbles_on_128(unsigned value) { return (value & 0x000F000Fu) | 0x43004300u; }
+template <unsigned MASK, unsigned BASE>
+static unsigned masked_on(unsigned value) { return (value & MASK) | BASE; }
 
-static float2 half_pair(unsigned v) {
-  const auto wide = [](unsigned half) {  // scales and zeros are finite
-    const unsigned exponent = (half >> 10) & 31, fraction = half & 1023;
-    const float size = exponent ? ldexpf(1024 + fraction, (int)exponent - 25) : ldexpf(fraction, -24);
-    return half >> 15 ? -size : size;
-  };
-  return {wide(v & 0xffff), wide(v >> 16)};
+static float2 half_pair(unsigned v) { return {half_value(v & 0xffff), half_value(v >> 16)}; }
+
+static unsigned short to_half(float v) {
+  const float size = fminf(fabsf(v), 65504.f);
+  int exponent = -14;
+  if (size > 0.f) frexpf(size, &exponent), exponent = std::max(exponent - 1, -14);
+  const unsigned steps = (unsigned)nearbyintf(ldexpf(size, 10 - exponent));  // a carry goes on to the exponent
+  return (unsigned short)((v < 0.f ? 0x8000u : 0u) | (((unsigned)(exponent + 14) << 10) + steps));
 }
 
 static unsigned short to_bf16(float v) {

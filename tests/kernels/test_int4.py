@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from subspec.config.quant_checks import HQQ_BITS
 from subspec.kernels import few_rows, int4
+from subspec.kernels.group_scales import containing, nearest_zero, zeros_in
 from tests.helpers.host_cuda import compile_host
 
 BITS = st.sampled_from(HQQ_BITS)
@@ -21,8 +22,8 @@ def integers(n, k, bits=4, group=64, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
     scale = torch.rand(n, k // group, generator=g) * 0.01 + 0.001
-    zero = torch.rand(n, k // group, generator=g) * ((1 << bits) - 1)
-    return [part.to(device) for part in (q, scale.half().float(), zero.half().float())]
+    zero = nearest_zero(torch.rand(n, k // group, generator=g) * ((1 << bits) - 1), bits)
+    return [part.to(device) for part in (q, containing(scale, zero, bits), zero)]
 
 
 def dense(q, scale, zero):
@@ -32,7 +33,7 @@ def dense(q, scale, zero):
 
 
 def inputs(rows, k, device="cpu"):
-    return torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).half().to(device)
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,10 +69,10 @@ def test_a_word_holds_the_nibbles_its_thread_multiplies(bits):
     for block, group, tile, lane in [(0, 0, 0, 0), (1, 2, 1, 6), (2, 1, 0, 17), (2, 2, 1, 31)]:
         g, t = divmod(lane, 4)
         for plane in range(planes):
-            scales, zeros = weight.scales[block, group * planes + plane, g, 2 * tile].tolist()
             row = block * 32 + tile * 16 + g
-            assert scales == scale[row, group].item() * 16**plane
-            assert zeros == (0 if plane else zero[row, group].item())
+            for half, own in enumerate(weight.scales[block, group * planes + plane, g, tile]):
+                assert own == scale[row + 8 * half, group] * 16**plane
+                assert zeros_in(own, 4) == zero[row + 8 * half, group] / (17 if planes == 2 else 1)
             for step in range(4):
                 word = int(weight.words[block, group * planes + plane, tile, lane, step]) & 0xFFFFFFFF
                 for register, element in ((0, 0), (1, 0), (2, 1), (3, 1)):
@@ -104,6 +105,9 @@ def test_shapes_the_kernel_has_not_are_refused():
     assert int4.unfit(384, 192) is None
     with pytest.raises(ValueError, match="multiple of 64"):
         int4.pack(*integers(16, 96, 4, 48), tiles=2)
+    q, scale, zero = integers(16, 64)
+    with pytest.raises(ValueError, match="group_scales"):
+        int4.pack(q, scale * 1.01, zero, tiles=2)
     with pytest.raises(ValueError, match="multiple of 32"):
         int4.pack(*integers(48, 64), tiles=2, swiglu=True)
 
@@ -118,14 +122,15 @@ def test_the_kernel_computes_the_reference(rows, bits, n, k, tiles, swiglu, warp
     assert int4.unavailable() is None
     weight = int4.pack(*integers(n, k, bits, device="cuda"), tiles=tiles, bits=bits, swiglu=swiglu)
     x, splits = inputs(rows, k, "cuda"), 1 if swiglu else 3
-    out = empty_output(weight, rows, splits, "cuda")
-    weight.multiply(x, out, splits=splits, warps=warps)
-    check(weight, x, out, 1e-3)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = empty_output(weight, rows, splits, "cuda", dtype)
+        weight.multiply(x, out, splits=splits, warps=warps)
+        check(weight, x, out, 1e-3)
 
 
-def empty_output(weight, rows, slices, device="cpu"):
+def empty_output(weight, rows, slices, device="cpu", dtype=torch.float16):
     if weight.swiglu:
-        return torch.full((rows, weight.padded // 2), torch.nan, dtype=torch.bfloat16, device=device)
+        return torch.full((rows, weight.padded // 2), torch.nan, dtype=dtype, device=device)
     return torch.full((slices, rows, weight.padded), torch.nan, device=device)
 
 
@@ -145,8 +150,9 @@ EMULATED = r"""
 #include "few_rows.cu"
 #include "int4.cu"
 static Word4 load_once(const Word4* p) {{ return *p; }}
+static Word2 load_once(const Word2* p) {{ return *p; }}
 static Word4 load(const Word4* p) {{ return *p; }}
-extern "C" const char* go(const Word4* weight, const Word4* meta, const Word4* x, void* out, int rows, int n,
+extern "C" const char* go(const Word4* weight, const Scales* meta, const Word4* x, void* out, int rows, int n,
                           int groups, int split, int blocks, int slices, unsigned seed) {{
   const int pieces = (rows + 8 * EIGHTS - 1) / (8 * EIGHTS);
   gridDim = {{blocks, slices, pieces}};
@@ -169,10 +175,10 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int4")
 
     @functools.cache
-    def build(tiles, planes, swiglu, warps, eights):
+    def build(tiles, planes, swiglu, warps, eights, half_out):
         source = EMULATED.format(emulation=Path(__file__).parents[1] / "helpers" / "emulate_cuda.h")
         settings = {"TILES": tiles, "WARPS": warps, "EIGHTS": eights, "PLANES": planes, "SWIGLU": int(swiglu)}
-        go = compile_host(folder, source, settings | {"OVERLAP": 1}).go
+        go = compile_host(folder, source, settings | dict.fromkeys(["OVERLAP", *half_out], 1)).go
         go.restype = ctypes.c_char_p
         return go
 
@@ -198,10 +204,10 @@ def pointer(tensor):
 )
 def test_the_source_computes_the_reference(emulated, n, k, bits, tiles, swiglu, rows, splits, warps):
     weight, x = int4.pack(*integers(n, k, bits), tiles=tiles, bits=bits, swiglu=swiglu), inputs(rows, k)
-    out = empty_output(weight, rows, splits)
+    out = empty_output(weight, rows, splits, dtype=torch.bfloat16 if rows == 8 else torch.float16)
     parts = [pointer(tensor) for tensor in (weight.words, weight.scales, x, out)]
     blocks, groups = weight.words.shape[:2]
-    go = emulated(tiles, weight.planes, swiglu, warps, few_rows.eights_of(rows)[0])
+    go = emulated(tiles, weight.planes, swiglu, warps, few_rows.eights_of(rows)[0], tuple(few_rows.half_out(out)))
     problem = go(*parts, rows, weight.padded, groups, -(-groups // splits), blocks, splits, 0)
     assert problem is None, problem
     check(weight, x, out, 1e-5)

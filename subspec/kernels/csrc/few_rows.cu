@@ -4,6 +4,7 @@
 // (launch.py says why that is safe). With HOST_TEST an emulation takes the place of device code.
 
 struct __align__(16) Word4 { unsigned x, y, z, w; };
+struct __align__(8) Word2 { unsigned x, y; };
 
 #ifndef HOST_TEST
 __device__ __forceinline__ Word4 load(const Word4* p) {
@@ -13,16 +14,26 @@ __device__ __forceinline__ Word4 load(const Word4* p) {
   return v;
 }
 
-__device__ __forceinline__ void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                    unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+#define MMA(name, type)                                                                                               \
+  __device__ __forceinline__ void name(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,             \
+                                       unsigned b0, unsigned b1) {                                                    \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                                                \
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                                       \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                              \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                      \
+  }
+MMA(mma, "bf16")
+MMA(mma_half, "f16")
 
 __device__ __forceinline__ unsigned short to_bf16(float v) {
   unsigned short r;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+  return r;
+}
+
+__device__ __forceinline__ unsigned short to_half(float v) {  // no activation becomes infinite
+  unsigned short r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(fminf(fmaxf(v, -65504.f), 65504.f)));
   return r;
 }
 
@@ -44,6 +55,12 @@ __device__ __forceinline__ void wait_for_previous() {  // until the kernel befor
 #define FIXED
 #endif
 
+__device__ __forceinline__ Word2 load_once(const Word2* p) {
+  Word2 v;
+  asm FIXED("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
 __device__ __forceinline__ Word4 load_once(const Word4* p) {  // weights are used once: keep them out of L1
   Word4 v;
   asm FIXED("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -51,12 +68,13 @@ __device__ __forceinline__ Word4 load_once(const Word4* p) {  // weights are use
   return v;
 }
 
-// value & 0x000F000F | 0x43004300 as the one instruction that it is. One of the constants has to lie in a register, and
-// the compiler, left alone, spends a second instruction instead: 26 us of gate and up were 22 without those.
-__device__ __forceinline__ unsigned nibbles_on_128(unsigned value) {
+// value & MASK | BASE as the one instruction that it is. One of the constants has to lie in a register, and the compiler,
+// left alone, spends a second instruction instead: 26 us of gate and up were 22 without those.
+template <unsigned MASK, unsigned BASE>
+__device__ __forceinline__ unsigned masked_on(unsigned value) {
   unsigned r, base;
-  asm("mov.u32 %0, 0x43004300;" : "=r"(base));
-  asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xea;" : "=r"(r) : "r"(value), "r"(base));
+  asm("mov.u32 %0, %1;" : "=r"(base) : "n"(BASE));
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(value), "n"(MASK), "r"(base));
   return r;
 }
 
@@ -67,6 +85,26 @@ __device__ __forceinline__ float2 half_pair(unsigned v) {
   return f;
 }
 #endif
+
+// Of a word's eight nibbles those of register r, as a pair of half: 1024 + q for an even r, 1024 + 16 q for an odd one.
+__device__ __forceinline__ unsigned nibbles_on_1024(unsigned word, int r) {
+  const unsigned near = r < 2 ? word : word >> 8;
+  return r & 1 ? masked_on<0x00F000F0u, 0x64006400u>(near) : masked_on<0x000F000Fu, 0x64006400u>(near);
+}
+
+// 256 + the zeros that a pair of half scales contains (group_scales.py).
+__device__ __forceinline__ float2 zeros_on_256(unsigned scales) {
+  return half_pair(masked_on<0x003F003Fu, 0x5C005C00u>(scales));
+}
+
+// The 16 bits that the kernel behind reads: half with HALF_OUT, else bfloat16.
+__device__ __forceinline__ unsigned short to_reader(float v) {
+#ifdef HALF_OUT
+  return to_half(v);
+#else
+  return to_bf16(v);
+#endif
+}
 
 typedef float Sums[TILES * 16][9];  // of a warp; 9: rows of 8 would collide in the banks
 
@@ -94,7 +132,7 @@ __device__ __forceinline__ void write_sums(const Sums* sums, void* out, int firs
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) { gate += sums[k][gate_row][r]; up += sums[k][gate_row + 16][r]; }
     const float y = gate / (1.f + __expf(-gate)) * up;
-    ((unsigned short*)out)[(long long)(first + r) * (n / 2) + block * TILES * 8 + c] = to_bf16(y);
+    ((unsigned short*)out)[(long long)(first + r) * (n / 2) + block * TILES * 8 + c] = to_reader(y);
   }
 #else
   for (int e = threadIdx.x; e < TILES * 16 * count; e += WARPS * 32) {

@@ -11,8 +11,8 @@
 //
 // While one half of a stage is multiplied, the other half's weights are unpacked.
 //
-// Weights become bfloat16, s (q - z): q is exact, s and s z are rounded, and so is the result. int4.cu's float32 scales would
-// make every group of inputs wait for the sums of the one before. The product's error is 0.4 %; that of 4 bits is 7 %.
+// Weights become half, s (q - z): q and s are exact, s z is rounded, and so is the result. int4.cu's float32 scales would
+// make every group of inputs wait for the sums of the one before.
 //
 // TILES: of the packed weight. EIGHTS: 3, 4, 6 or 8. BLOCKS: that a multiprocessor has registers for. DEPTH: groups of
 // weights in registers. TILED: write the activation as tiles for a kernel like this one. WARPS: 4 * WARP_GROUPS. One plane of
@@ -22,29 +22,29 @@
 #define STAGE_BYTES (ROWS * 128)
 #define STAGES (EIGHTS < 5 ? 8 : 40 / EIGHTS)
 
-__device__ __forceinline__ unsigned minus_128(unsigned pair) {  // exact: (128 + q) - 128
+__device__ __forceinline__ unsigned scaled(unsigned pair, unsigned scale, unsigned offset) {  // pairs of half
   unsigned r;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0x43004300u));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(scale), "r"(offset));
   return r;
 }
 
-__device__ __forceinline__ unsigned scaled(unsigned pair, unsigned scale, unsigned offset) {
+__device__ __forceinline__ unsigned both(float v) {  // the same half twice
   unsigned r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(scale), "r"(offset));
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
   return r;
 }
 
-__device__ __forceinline__ unsigned both_bf16(float v) {  // the same bfloat16 in both halves
-  unsigned r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(v));
-  return r;
+// A word's integers of register r, exactly: (1024 + q) - 1024, or (1024 + 16 q) / 16 - 64.
+__device__ __forceinline__ unsigned integers(unsigned word, int r) {
+  const unsigned pair = nibbles_on_1024(word, r);
+  return r & 1 ? scaled(pair, 0x2C002C00u, 0xD400D400u) : scaled(pair, 0x3C003C00u, 0xE400E400u);
 }
 
 // The weights of one word: the A operand of 16 inputs, rows g and g + 8 in turn.
 __device__ __forceinline__ void dequantize(unsigned (&a)[4], unsigned word, const unsigned (&scale)[2],
                                            const unsigned (&offset)[2]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = scaled(minus_128(nibbles_on_128(word >> (4 * i))), scale[i & 1], offset[i & 1]);
+  for (int i = 0; i < 4; ++i) a[i] = scaled(integers(word, i), scale[i & 1], offset[i & 1]);
 }
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -63,7 +63,7 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned address) {
 #define SUMS4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
 #define SUMS8(i) SUMS4(i), SUMS4(i + 4)
 #define WGMMA(n, sums, operands) \
-  "{.reg .pred p; setp.ne.b32 p, 1, 0;\n\twgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" sums "}, " operands \
+  "{.reg .pred p; setp.ne.b32 p, 1, 0;\n\twgmma.mma_async.sync.aligned.m64n" n "k16.f32.f16.f16 {" sums "}, " operands \
   ", p, 1, 1, 0;}"
 #define NAMES12 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
 #define NAMES16 NAMES12 ",%12,%13,%14,%15"
@@ -109,18 +109,16 @@ __device__ __forceinline__ void copy_stage(unsigned to, const char* from, unsign
       ::"r"(to), "l"(from), "r"(STAGE_BYTES), "r"(barrier) : "memory");
 }
 
-struct __align__(8) Meta { unsigned low, high; };  // scale and zero, a pair of half, of weight rows g and g + 8
-
-__device__ __forceinline__ Meta load_meta(const Meta* p) {
-  Meta m;
-  asm FIXED("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(m.low), "=r"(m.high) : "l"(p));
-  return m;
+__device__ __forceinline__ unsigned load_scales(const unsigned* p) {
+  unsigned pair;
+  asm FIXED("ld.global.nc.u32 %0, [%1];" : "=r"(pair) : "l"(p));
+  return pair;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS) int4_wide_linear(
     const Word4* __restrict__ weight,  // as in int4.cu
-    const Meta* __restrict__ meta,
-    const char* __restrict__ x,        // bfloat16 [gridDim.z][groups][ROWS][64] in the order of int4_wide.py
+    const unsigned* __restrict__ scales,
+    const char* __restrict__ x,        // half [gridDim.z][groups][ROWS][64] in the order of int4_wide.py
     void* __restrict__ out,
     int all_rows, int n, int groups, int groups_per_split) {
   release_next();
@@ -155,17 +153,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS) int4_wide_
   const int tile = blockIdx.x * WARPS + warp;
   const int loaded = min(tile, n / 16 - 1);  // the last block may have tiles of no weight
   const Word4* w_tile = weight + (((long long)(loaded / TILES) * groups + first) * TILES + loaded % TILES) * 32 + lane;
-  const Meta* m_tile = meta + (((long long)(loaded / TILES) * groups + first) * 8 + g) * TILES + loaded % TILES;
+  const unsigned* s_tile = scales + (((long long)(loaded / TILES) * groups + first) * 8 + g) * TILES + loaded % TILES;
   Word4 w[DEPTH];
-  Meta m[DEPTH];
+  unsigned s[DEPTH];
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) {
     if (i < count) {
       w[i] = load_once(w_tile);
-      m[i] = load_meta(m_tile);
+      s[i] = load_scales(s_tile);
     }
     w_tile += TILES * 32;
-    m_tile += TILES * 8;
+    s_tile += TILES * 8;
   }
   __syncthreads();
   wait_for_previous();
@@ -180,9 +178,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS) int4_wide_
     for (int u = 0; u < DEPTH; ++u) {
       const int k = start + u;
       if (k >= count) break;
-      const float2 low = half_pair(m[u].low), high = half_pair(m[u].high);
-      const unsigned scale[2] = {both_bf16(low.x), both_bf16(high.x)};
-      const unsigned offset[2] = {both_bf16(-low.x * low.y), both_bf16(-high.x * high.y)};
+      const float2 own = half_pair(s[u]), zero = zeros_on_256(s[u]);
+      const unsigned scale[2] = {both(own.x), both(own.y)};
+      const unsigned offset[2] = {both(own.x * (256.f - zero.x)), both(own.y * (256.f - zero.y))};
       unsigned a[4][4];
       dequantize(a[0], w[u].x, scale, offset);
       dequantize(a[1], w[u].y, scale, offset);
@@ -198,10 +196,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS) int4_wide_
       dequantize(a[3], w[u].w, scale, offset);
       if (k + DEPTH < count) {
         w[u] = load_once(w_tile);
-        m[u] = load_meta(m_tile);
+        s[u] = load_scales(s_tile);
       }
       w_tile += TILES * 32;
-      m_tile += TILES * 8;
+      s_tile += TILES * 8;
       wgmma_begin();
       wgmma(acc, a[2], b + 4);
       wgmma(acc, a[3], b + 6);
@@ -240,9 +238,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS) int4_wide_
 #if SWIGLU
     const float y = acc[i] / (1.f + __expf(-acc[i])) * ups[warp / 2][r][c];
 #if TILED
-    to[r * 64 + ((c >> 1 ^ r & 7) * 4 + (tile / 2 & 3)) * 2 + (c & 1)] = to_bf16(y);
+    to[r * 64 + ((c >> 1 ^ r & 7) * 4 + (tile / 2 & 3)) * 2 + (c & 1)] = to_reader(y);
 #else
-    to[(long long)r * (n / 2) + c] = to_bf16(y);
+    to[(long long)r * (n / 2) + c] = to_reader(y);
 #endif
 #else
     ((float*)out)[((long long)blockIdx.y * all_rows + first_row + r) * n + tile * 16 + c] = acc[i];

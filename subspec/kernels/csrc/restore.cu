@@ -5,10 +5,10 @@
 // Compiled in front of restore_integers.cu (QuantizedIntegers in the order of int4.cu), restore_codebook.cu
 // (QuantizedPairs in the order of codebook.cu) or codebook_dequantize.cu.
 //
-// One thread restores one chunk of 512 weights, which are neighbours in the row-major matrix; one launch restores all
-// Linears of a layer, so that the small ones do not leave the device idle. All branches but the refill of the bits are
-// selections, so a warp does not diverge. Every arithmetic operation is one float32 operation with one rounding:
-// contraction into fused multiply-adds would give other intervals than the encoder's.
+// One thread restores one chunk of CHUNK weights (set by the host), which are neighbours in the row-major matrix; one
+// launch restores all Linears of a layer, so that the small ones do not leave the device idle. All branches but the refill
+// of the bits are selections, so a warp does not diverge. Every arithmetic operation is one float32 operation with one
+// rounding: contraction into fused multiply-adds would give other intervals than the encoder's.
 //
 // An interval determines how its code is read ("entry", one word). Where the quantized weight has few levels, entries
 // are computed once per level and group, and looked up in shared memory. The rest of the work is integer arithmetic, of
@@ -109,7 +109,6 @@ DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsign
 }
 #endif
 
-#define CHUNK 512
 #define THREADS 128
 #define STRIDE THREADS  // each thread has a column of the table in shared memory: no two threads meet in a bank
 

@@ -1,6 +1,6 @@
 // The kernel of restore.cu for integers with scales and zeros (QuantizedIntegers), by way of shared memory; compiled
-// behind it. The quantized weight lies in the order of int4.cu: words of nibbles, and half pairs of scale and zero for
-// every 64 inputs. The rows of a Linear start at row_offset of the fused weight; with interleave they alternate 16 by
+// behind it. The quantized weight lies in the order of int4.cu: words of nibbles, and a half for every 64 inputs, scale
+// and zero in one (group_scales.py). The rows of a Linear start at row_offset of the fused weight; with interleave they alternate 16 by
 // 16 with another's. WIDTH: 2, 3 or 4 bits in nibbles, or 8 bits in two planes of nibbles.
 //
 // A chunk's code and its weights are each a kilobyte or less, read and written from one end to the other by one thread,
@@ -73,7 +73,7 @@ DEVICE void begin_chunk(Lane& lane, const Part& part, const unsigned char* flat,
 #define PLANES (WIDTH == 8 ? 2 : 1)
 #define LEVELS (WIDTH == 8 ? 1 : 1 << WIDTH)  // of a table, which 8 bits do without: most would be computed in vain
 
-// words: [blocks][groups][PLANES][tiles][32][4], meta: [blocks][groups][PLANES][8][2 * tiles] pairs of half (int4.py).
+// words: [blocks][groups][PLANES][tiles][32][4], meta: [blocks][groups][PLANES][8][tiles][2] half (int4.py).
 struct Group {  // where 64 weights of a row are
   const unsigned* lanes;  // of four threads of the multiplication, 16 weights each
   int plane, shift;       // words to the high nibbles; of the row's nibbles in their words
@@ -85,9 +85,10 @@ DEVICE Group locate(const Part& part, int row, int group) {
   const int fused = fused_row(part, row);
   const int tile = (fused >> 4) % tiles, block = (fused >> 4) / tiles, h = (fused >> 3) & 1, g = fused & 7;
   const long long cell = ((long long)block * groups + group) * PLANES;
-  const unsigned pair = ((const unsigned*)part.meta)[(cell * 8 + g) * 2 * tiles + 2 * tile + h];
+  const unsigned scale = load_half((const unsigned short*)part.meta + (cell * 8 + g) * 2 * tiles + 2 * tile + h);
+  const float zero = mul(number_of(scale & 63u), WIDTH == 8 ? 4.25f : 0.25f);
   const unsigned* lanes = (const unsigned*)part.words + ((cell * tiles + tile) * 32 + g * 4) * 4;
-  return {lanes, tiles * 128, 4 * h, half_to_float(pair & 0xffffu), half_to_float(pair >> 16)};
+  return {lanes, tiles * 128, 4 * h, half_to_float(scale), zero};
 }
 
 DEVICE unsigned entry_for(unsigned q, const unsigned* table, const Group& group, float half) {
