@@ -1,7 +1,7 @@
 """Build draft levels from a target's exact layers: quantize, pack, and assign the chosen kernels."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,7 +146,9 @@ class SubstituteBuilder:
         joined = None if bias[0] is None else torch.cat([part.to(device, self.dtype) for part in bias])
         q_norm, k_norm = (small(f"self_attn.{name}_norm.weight") for name in "qk")
         small_ones = {"input_norm": input_norm, "post_norm": post_norm, "q_norm": q_norm, "k_norm": k_norm}
-        return compact(LevelLayer(**linears, qkv_bias=joined, **small_ones))
+        layer = LevelLayer(**linears, qkv_bias=joined, **small_ones)
+        compact([layer])
+        return layer
 
     def build_head(self, weight: Tensor, keep: list[QuantizedWeight] | None = None) -> LevelLinear | None:
         """The draft's own LM head, from the target's exact one [vocabulary, hidden]; None: it uses the target's.
@@ -177,18 +179,18 @@ class SubstituteBuilder:
         return linear
 
 
-def compact(layer: LevelLayer, device: torch.device | None = None) -> LevelLayer:
-    """Move a layer's packed weights into one allocation.
+def compact(layers: Sequence[LevelLayer], device: torch.device | None = None) -> None:
+    """Move layers' packed weights into one allocation.
 
     The allocator rounds tensors above 1 MiB to multiples of 2 MiB: 7 % of a 7B substitute with separate tensors.
 
     Args:
         device: destination; None: their own device.
     """
-    linears = layer.qkv, layer.out, layer.gate_up, layer.down
+    linears = [linear for layer in layers for linear in layer.linears]
     tensors = [tensor for linear in linears for tensor in linear.tensors]
     if not tensors:
-        return layer
+        return
     sizes = [round_up(tensor.nbytes, 256) for tensor in tensors]
     flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device or tensors[0].device)
     moved = iter(
@@ -199,7 +201,6 @@ def compact(layer: LevelLayer, device: torch.device | None = None) -> LevelLayer
     )
     for linear in linears:
         linear.adopt([next(moved) for _ in linear.tensors])
-    return layer
 
 
 def is_kept(role: str, keep_exact: frozenset[str]) -> bool:

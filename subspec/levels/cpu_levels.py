@@ -157,7 +157,7 @@ class CpuLevels(TargetModel):
 
 def _addresses(layer: LevelLayer, shape: CpuShape) -> Layer | None:
     """Where our kernels find a layer's weights; None: a Linear has another kernel."""
-    linears = [layer.qkv, layer.out, layer.gate_up, layer.down]
+    linears = layer.linears
     if not all(isinstance(linear, OwnCpuLinear | Dense) for linear in linears):
         return None
     if isinstance(layer.gate_up, Dense) and layer.gate_up.interleaved:

@@ -28,6 +28,11 @@ class LevelLayer:
     k_norm: Tensor | None = None
     cache_layer: int | None = None
 
+    @property
+    def linears(self) -> tuple[LevelLinear, ...]:
+        """The fused Linears, in the order of use."""
+        return self.qkv, self.out, self.gate_up, self.down
+
 
 @dataclass
 class LevelModel:

@@ -31,7 +31,7 @@ from subspec.config.schema import Placement
 from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import SubspecError
 from subspec.levels.build import SubstituteBuilder, compact, level_model
-from subspec.levels.model import LevelModel
+from subspec.levels.model import LevelLayer, LevelModel
 from subspec.offload.disk import DiskRing, StoredLayer
 from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed, ResidentFeed, RingFeed
 from subspec.offload.stream import LayerStreamer
@@ -218,8 +218,8 @@ def load_streamed(
         builder.head = builder.build_head(shared.get(HEAD, shared[EMBEDDING]))
     _release_temporaries(device)
     if builder is not None:
-        for layer in builder.layers[: plan.waiting_layers]:
-            compact(layer, device)
+        room = (len(resident) + plan.ring_slots) * plan.layer_bytes
+        _gather(builder.layers, plan.waiting_layers, room, device)
     restorer, coded_head = None, None
     if coding is not None and builder is not None:
         coded_resident = sum(index in coding.layers for index in resident)
@@ -330,7 +330,24 @@ def _pass_layers(
                 consumer.take(index, layer)
             del layer
         if builder is not None and index < staged_layers:
-            compact(builder.layers[index], CPU)
+            compact([builder.layers[index]], CPU)
+
+
+def _gather(layers: Sequence[LevelLayer], waiting: int, room: int, device: torch.device) -> None:
+    """Bring the substitute's first ``waiting`` layers to ``device``, and on a GPU lay all layers side by side.
+
+    Layers that were made one by one lie scattered among freed temporaries. Half a GiB of the gaps between them was too
+    short for anything that followed.
+
+    Args:
+        room: device bytes of allocations that follow, and that may be taken meanwhile.
+    """
+    together = room // max(1, 2 * sum(linear.nbytes for linear in layers[0].linears))
+    if device.type == "cpu" or together < 2:
+        layers, together = layers[:waiting], 1
+    for first in range(0, len(layers), together):
+        compact(layers[first : first + together], device)
+    _release_temporaries(device)
 
 
 def _release_temporaries(device: torch.device) -> None:

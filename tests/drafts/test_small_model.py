@@ -180,7 +180,7 @@ def test_the_plan_counts_what_a_streamed_small_model_takes(path):
         fused = draft.levels.model
         tensors = [fused.embedding, fused.head, fused.final_norm]
         for layer in fused.layers:
-            tensors += [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+            tensors += [linear.weight for linear in layer.linears]
             tensors += [layer.qkv_bias, layer.input_norm, layer.post_norm]
         assert {t.untyped_storage().data_ptr() for t in tensors} == known
         assert assembly.quant is None

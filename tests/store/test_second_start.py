@@ -49,7 +49,7 @@ def start(tmp_path, monkeypatch):
         if decoder.restorer is not None:
             loaded += decoder.restorer.resident.values()
         for layer in substitute.layers if substitute is not None else ():
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for linear in layer.linears:
                 loaded += linear.tensors
         loaded = [tensor.cpu().clone().view(torch.uint8) for tensor in loaded]
         if device.type == "cuda":  # the interpreter of a CPU takes seconds a level
