@@ -22,13 +22,7 @@ from subspec.levels.dense import dense_levels
 from subspec.memory.captured_level import LevelShape, captured_level_bytes, fused_linears
 from subspec.memory.draft_memory import DraftMemory, SizingInputs
 from subspec.targets.layer_bytes import flat_bytes
-
-
-def spread(layers: int, keep: int) -> tuple[int, ...]:
-    """``keep`` of ``layers`` layer numbers, evenly, the first and the last among them (a single one is the first)."""
-    if keep == 1:
-        return (0,)
-    return tuple(round(index * (layers - 1) / (keep - 1)) for index in range(keep))
+from subspec.utils.rounding import evenly
 
 
 def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] | None:
@@ -40,7 +34,7 @@ def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] |
             raise ConfigError(
                 f"draft.keep={draft.keep}: the target has {layers} layers, so keep between 1 and {layers}"
             )
-        return spread(layers, draft.keep)
+        return evenly(layers, draft.keep)
     if draft.layers is None:
         return None
     if not draft.layers:
@@ -55,7 +49,7 @@ def chosen_layers(draft: LayerSkipDraftConfig, layers: int) -> tuple[int, ...] |
 
 def usual_layers(layers: int) -> tuple[int, ...]:
     """The default layers: half of them, rounded up, spread evenly."""
-    return spread(layers, max(1, -(-layers // 2)))
+    return evenly(layers, max(1, -(-layers // 2)))
 
 
 def drafting_layers(draft: LayerSkipDraftConfig, resident: Sequence[int], layers: int) -> tuple[int, ...]:
@@ -87,7 +81,7 @@ class LayerSkipMemory(DraftMemory):
         draft, spec = inputs.config.draft, inputs.spec
         self._chosen = chosen_layers(draft, spec.layers)
         # Hardly any model drafts without its first and last layer.
-        self.required_resident = self._chosen or spread(spec.layers, min(2, spec.layers))
+        self.required_resident = self._chosen or evenly(spec.layers, min(2, spec.layers))
         self.shared_rows = inputs.policy.draft_rows
         shape = LevelShape.of(spec, fused_linears(role_shapes(spec.layer), exact=True))
         self.level = captured_level_bytes(shape, inputs.policy.width, inputs.sampling, inputs.texts)

@@ -27,6 +27,7 @@ from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
 from subspec.targets.layer_bytes import LayerCodec, PlainCodec
 from subspec.targets.model_spec import ModelSpec
+from subspec.utils.rounding import evenly
 
 PROCESS_BYTES = GIB
 """Host memory that the CUDA context and its libraries take after planning (an estimate)."""
@@ -224,10 +225,9 @@ class MemoryLayout(RunMemory):
     def spread(self, resident: int) -> tuple[int, ...]:
         """Numbers of the resident layers: the required ones, and the others evenly over the depth.
 
-        The link fetches a streamed layer while the device computes a resident one. With one resident block at the
-        start the full ring would keep the link waiting; with one at the end nothing would be left to fetch. Spread
-        evenly, with streamed layers at both ends, the link pauses for at most a layer's computation, which matters
-        most in prefill, where computing a layer takes as long as streaming it.
+        The link fetches a streamed layer while the device computes a resident one. A pass begins with a streamed layer,
+        whose slot the link refills from then on, and ends with one, so that nothing is left to compute when the last
+        copy has come.
         """
         others = [index for index in range(self.spec.layers) if index not in self.required_resident]
         chosen = spread(others, resident - len(self.required_resident))
@@ -241,7 +241,10 @@ class MemoryLayout(RunMemory):
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
     """``count`` of ``layers``, evenly, with others at both ends."""
-    return tuple(layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count))
+    if 2 * count < len(layers):
+        return tuple(layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count))
+    others = set(evenly(len(layers), len(layers) - count))
+    return tuple(layer for number, layer in enumerate(layers) if number not in others)
 
 
 def _bitwise(config: Config, model: PretrainedConfig, itemsize: int) -> bool:

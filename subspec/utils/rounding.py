@@ -1,4 +1,4 @@
-"""Rounding integers up: to multiples and to powers of two."""
+"""Integers rounded up, to multiples and to powers of two, and shared out."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -19,6 +19,13 @@ def equal_slices(count: int, most: int, multiple: int) -> list[tuple[int, int]]:
     slices = -(-count // (most // multiple * multiple))
     size = round_up(-(-count // slices), multiple)
     return [(first, min(size, count - first)) for first in range(0, count, size)]
+
+
+def evenly(count: int, keep: int) -> tuple[int, ...]:
+    """``keep`` of the numbers below ``count``, evenly, with the first and the last (a single one is the first)."""
+    if keep == 1:
+        return (0,)
+    return tuple(round(index * (count - 1) / (keep - 1)) for index in range(keep))
 
 
 def is_power_of_two(number: int) -> bool:

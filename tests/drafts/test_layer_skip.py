@@ -8,9 +8,10 @@ from subspec.config.schema import LayerSkipDraftConfig
 from subspec.decoding.engine import Engine
 from subspec.decoding.sampling import Sampling
 from subspec.decoding.target_model import TargetModel
-from subspec.drafts.layer_skip import chosen_layers, drafting_layers, skip_layers, spread, usual_layers
+from subspec.drafts.layer_skip import chosen_layers, drafting_layers, skip_layers, usual_layers
 from subspec.drafts.substitute import SubstituteDraft
 from subspec.errors import ConfigError
+from subspec.utils.rounding import evenly
 from tests.helpers.drafts import begin, hf_greedy
 from tests.helpers.taught import ALL_POLICIES, PROMPT
 from tests.helpers.tiny import FAMILIES, tiny_model
@@ -86,14 +87,14 @@ def test_nothing_is_copied_and_the_target_keeps_its_layers():
 
 
 def test_layers_are_spread_with_the_first_and_the_last():
-    assert spread(8, 4) == (0, 2, 5, 7)
-    assert spread(8, 8) == tuple(range(8))
-    assert spread(5, 1) == spread(1, 1) == (0,)
+    assert evenly(8, 4) == (0, 2, 5, 7)
+    assert evenly(8, 8) == tuple(range(8))
+    assert evenly(5, 1) == evenly(1, 1) == (0,)
     assert usual_layers(8) == (0, 2, 5, 7)
     assert usual_layers(1) == (0,)
     for layers in range(2, 40):
         for keep in range(2, layers + 1):
-            chosen = spread(layers, keep)
+            chosen = evenly(layers, keep)
             assert len(set(chosen)) == keep
             assert (chosen[0], chosen[-1]) == (0, layers - 1)
 
