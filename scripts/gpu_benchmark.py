@@ -80,15 +80,12 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     draft = NoDraftConfig(name="none")
     if mode == "subspec":
         draft = SubstituteDraftConfig(name="subspec", kernel=Kernel(options.kernel))
+    modules = None if options.head_bits is None else ["attention", "mlp", *["lm_head"] * (options.head_bits > 0)]
     budget = {"vram_gib": options.vram, "vram_counts": VramCounts.allocator}
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),
         draft=draft,
-        quant=HqqConfig(
-            name="hqq",
-            modules=["attention", "mlp"] + (["lm_head"] if options.head_bits else []),
-            bits_by=BitsByModule(lm_head=options.head_bits),
-        ),
+        quant=HqqConfig(name="hqq", modules=modules, bits_by=BitsByModule(lm_head=options.head_bits or None)),
         tree=tree,
         decoding=DecodingConfig(name="greedy", max_new_tokens=options.new_tokens, max_length=options.max_length),
         offload=AccelerateOffloadConfig(name="accelerate", **budget)
@@ -311,7 +308,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="none", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
-    parser.add_argument("--head-bits", type=int, help="of an LM head of the draft's own; default: the target's")
+    parser.add_argument(
+        "--head-bits", type=int, help="of an LM head of the draft's own; 0: the target's; default: as runs have it"
+    )
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")

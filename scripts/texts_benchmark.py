@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--codec", default="substitute", choices=[codec.value for codec in Codec])
     parser.add_argument("--kernel", default="auto", help="draft.kernel")
-    parser.add_argument("--head-bits", type=int, help="of an LM head of the draft's own; default: the target's")
+    parser.add_argument(
+        "--head-bits", type=int, help="of an LM head of the draft's own; 0: the target's; default: as runs have it"
+    )
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; the weights have seed 0")
     parser.add_argument("--no-plain", action="store_true", help="leave plain streaming out")

@@ -9,7 +9,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from subspec.codec.coding import decoding_only
+from subspec.codec.coding import decoding_only, draft_head
 from subspec.config.checks import streams_from_disk
 from subspec.config.defaults import MOST_TEXTS
 from subspec.config.enums import AUTO, Codec
@@ -173,6 +173,9 @@ def assemble_streamed(
     spec: DraftSpec | None = None
     # Without a draft, coded layers are restored by the substitute all the same.
     described = decoding_only(config) if plan.codec is Codec.substitute and not drafts else config
+    if plan.coded_head_bytes:
+        decoding = replace(described.decoding, texts=plan.texts)
+        described = draft_head(replace(described, decoding=decoding), tied=False)
     if (kind := spec_of(described.draft)) is not None:
         context = _draft_context(described, policy, source, source.config, device)
         spec = kind(replace(context, plan=plan, note=note))

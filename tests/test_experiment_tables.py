@@ -121,6 +121,6 @@ def test_the_planners_page_shows_what_its_command_prints(planner, page):
 
 def test_the_planner_tells_weights_as_they_are_from_coded_ones(planner):
     exact, coded = (planner.drafted("qwen2_5_7b", codec) for codec in planner.CODECS)
-    assert (len(exact.resident_layers), len(coded.resident_layers)) == (5, 13)
+    assert (len(exact.resident_layers), len(coded.resident_layers)) == (5, 15)
     assert (exact.codec.value, coded.codec.value) == ("none", "substitute")
     assert coded.layer_bytes < exact.layer_bytes / 2

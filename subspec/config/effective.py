@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspec.config.enums import VramCounts
+from subspec.config.quant_checks import USUAL_MODULES
 
 
 def effective(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -11,7 +12,8 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Plain decoding has no tree. ``quant`` applies to the draft, and to the weights that ``offload.codec=substitute``
     streams. Configurations of earlier versions have no ``offload.vram_counts``; their budgets counted the allocator.
-    Without a proposer its keys are left out, too.
+    Without a proposer its keys are left out, too. ``quant.modules: null`` is the list that it stands for, unless a plan
+    may add the LM head (:func:`subspec.codec.coding.draft_head`).
     """
     draft, offload = (config.get(group) or {} for group in ("draft", "offload"))
     idle = {"tree"} if draft.get("name") == "none" else set()
@@ -22,4 +24,11 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["offload"] = {key: value for key, value in offload.items() if key != "vram_counts"}
     if draft.get("proposer") == "none":
         kept["draft"] = {key: value for key, value in draft.items() if not key.startswith("propose")}
+    quant = kept.get("quant") or {}
+    if (
+        "modules" in quant
+        and quant["modules"] is None
+        and (quant.get("name"), offload.get("name")) != ("hqq", "stream")
+    ):
+        kept["quant"] = {**quant, "modules": [*USUAL_MODULES]}
     return kept

@@ -24,6 +24,9 @@ MODULE_CLASSES: dict[str, tuple[str, ...]] = {
 }
 """Names that ``quant.modules`` accepts besides single Linears."""
 
+USUAL_MODULES = ("attention", "mlp")
+"""Where ``quant.modules`` is null."""
+
 
 def check_quant(quant: QuantConfig) -> None:
     """Refuse (ConfigError) wrong settings of a quantizer, for any model."""
@@ -60,14 +63,14 @@ def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int)
         )
 
 
-def linear_names(modules: list[str]) -> set[str]:
-    """The names of the Linears in ``quant.modules``, classes expanded.
+def linear_names(modules: Sequence[str] | None) -> set[str]:
+    """The names of the Linears in ``quant.modules``, classes expanded; None: of the usual ones.
 
     ConfigError if an entry is neither a class nor a Linear's name, or if there is none.
     """
     known = {name for names in MODULE_CLASSES.values() for name in names}
     chosen: set[str] = set()
-    for entry in modules:
+    for entry in USUAL_MODULES if modules is None else modules:
         if entry not in MODULE_CLASSES and entry not in known:
             names = [*MODULE_CLASSES, *sorted(known - MODULE_CLASSES.keys())]
             raise ConfigError(f"quant.modules: unknown module {entry!r}; use {', '.join(names)}")
@@ -77,7 +80,7 @@ def linear_names(modules: list[str]) -> set[str]:
     return chosen
 
 
-def bits_by_linear(bits: int, bits_by: BitsByModule, modules: Sequence[str]) -> dict[str, int]:
+def bits_by_linear(bits: int, bits_by: BitsByModule, modules: Sequence[str] | None) -> dict[str, int]:
     """Bits of every quantized Linear (of ``quant.modules``): its own, else its class's, else ``bits``.
 
     ConfigError for bits that no quantizer has, and for bits of a Linear that stays exact.
@@ -86,7 +89,7 @@ def bits_by_linear(bits: int, bits_by: BitsByModule, modules: Sequence[str]) -> 
     for key, value in [("bits", bits), *((f"bits_by.{key}", value) for key, value in own.items())]:
         if value not in HQQ_BITS:
             raise ConfigError(f"quant.{key}={value}: use {', '.join(map(str, HQQ_BITS))} bits")
-    chosen = linear_names(list(modules))
+    chosen = linear_names(modules)
     for key, value in own.items():
         if not chosen & set(MODULE_CLASSES.get(key, (key,))):
             raise ConfigError(

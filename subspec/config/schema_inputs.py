@@ -80,6 +80,8 @@ class BitsByModule:
 class HqqConfig(QuantConfig):
     """HQQ (Half-Quadratic Quantization), through ``hqq``'s own ``HQQLinear``.
 
+    ``modules``: what is quantized; null: :data:`~subspec.config.quant_checks.USUAL_MODULES`, and see
+    :func:`subspec.codec.coding.draft_head`.
     ``cache``: on-disk cache of the substitute and of the exact layers coded given it (``offload.codec``).
     ``folder``: keep the substitute there instead, see ``subspec.store.store``.
     """
@@ -88,7 +90,7 @@ class HqqConfig(QuantConfig):
     bits_by: BitsByModule = field(default_factory=BitsByModule)
     group_size: int = 64
     axis: int = 1
-    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    modules: list[str] | None = None
     skip_layers: list[int] = field(default_factory=list)
     cache: Cache = Cache.auto
     folder: str | None = None
@@ -106,7 +108,7 @@ class HiggsConfig(QuantConfig):
     vector_dim: int = 2
     group_size: int = 256
     hadamard_size: int = 512
-    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    modules: list[str] | None = None
     skip_layers: list[int] = field(default_factory=list)
     kernel: HiggsKernel = HiggsKernel.auto
     hadamard: Hadamard = Hadamard.auto

@@ -43,7 +43,7 @@ def quantize_draft(
     """
     started = time.perf_counter()
     quantizer = quantizer or build_quantizer(quant, dtype, device, unpack=unpack, what=what)
-    modules, skip = list(getattr(quant, "modules", [])), list(getattr(quant, "skip_layers", []))
+    modules, skip = getattr(quant, "modules", []), list(getattr(quant, "skip_layers", []))
     cached = _cached_modules(quantizer, model, quant, identity, dtype, note)
     with cached or nullcontext():
         report = quantize_model(model, cached or quantizer, modules=modules, skip_layers=skip)
@@ -62,7 +62,7 @@ def _cached_modules(
     facts = {"target": identity, "dtype": str(dtype), **quantizer.facts}
     config = model.config
     layer, _ = parameter_shapes(config)
-    chosen = linear_names(list(getattr(quant, "modules", [])))
+    chosen = linear_names(getattr(quant, "modules", []))
     layers = config.num_hidden_layers - len(getattr(quant, "skip_layers", ()))
     expected = layers * sum(
         quantizer.stored_shape_bytes(shape, name.split(".")[-2])

@@ -4,7 +4,7 @@ A new method of quantization is one entry in :data:`METHODS`, beside its
 :class:`~subspec.quant.weight_format.WeightFormat`. The planner and the builder of levels both use these functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +155,7 @@ METHODS: dict[
 
 
 def split_roles(
-    modules: list[str], layer: Mapping[str, torch.Size], head: tuple[int, int]
+    modules: Sequence[str] | None, layer: Mapping[str, torch.Size], head: tuple[int, int]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]], frozenset[str]]:
     """Quantized roles (the head's included), a layer's exact roles, and names of exact Linears.
 
@@ -163,7 +163,7 @@ def split_roles(
         modules: ``quant.modules``.
     """
     everything = {name for names in MODULE_CLASSES.values() for name in names}
-    keep_exact = frozenset(everything - linear_names(list(modules)))
+    keep_exact = frozenset(everything - linear_names(modules))
     shapes = role_shapes(layer, keep_exact)
     exact = {role: shape for role, shape in role_shapes(layer).items() if is_kept(role, keep_exact)}
     if HEAD not in keep_exact:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only
+from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only, draft_head
 from subspec.config.enums import Codec, Kernel
 from subspec.config.schema import Config, Device, Dtype, NoDraftConfig, Placement, SubstituteDraftConfig
 from subspec.decoding.bitwise import unsupported
@@ -69,6 +69,7 @@ class MemoryLayout(RunMemory):
 
     def __init__(self, config: Config, model: PretrainedConfig) -> None:
         spec, itemsize = ModelSpec.of(model), _itemsize(config)
+        config = draft_head(config, tied=spec.tied)
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, spec) if quantizes else None

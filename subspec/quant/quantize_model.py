@@ -1,5 +1,6 @@
 """Which Linears of a model are quantized, to how many bits, and their replacement by quantized modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class QuantReport:
 
 
 def quantize_model(
-    model: PreTrainedModel, quantizer: Quantizer, *, modules: list[str], skip_layers: list[int]
+    model: PreTrainedModel, quantizer: Quantizer, *, modules: Sequence[str] | None, skip_layers: list[int]
 ) -> QuantReport:
     """Replace the Linears that ``modules`` names (or their classes) of a graph (see ``share_parameters``), in place.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from subspec.codec import coded_layer, format
 from subspec.codec import restore as kernel
 from subspec.codec.coded_head import ROW_MULTIPLE, CodedHead, encode_head, slice_rows
-from subspec.codec.coding import HEAD_BITS
+from subspec.codec.coding import MORE_FOR_HEADS
 from subspec.codec.format import encode
 from subspec.config.enums import Codec
 from subspec.config.schema import Placement, PlantedTargetConfig
@@ -270,7 +270,7 @@ def test_what_is_reserved_holds_the_default_models_table(default_target, bits):
         codes = quantizer.quantize(rows)
         coded = encode(rows, codes, codes.margin)
         size += coded.starts.nbytes + coded.stream.nbytes
-    reserved = HqqFormat(bits).coded_bits + HEAD_BITS
+    reserved = HqqFormat(bits).coded_bits + MORE_FOR_HEADS
     assert reserved - 0.4 < 8 * size / table.numel() < reserved
 
 

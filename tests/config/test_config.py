@@ -234,6 +234,9 @@ def test_help_on_what_is_not_there(word, message):
         ("draft.proposed=8", "draft.proposed=9", True),
         ("draft.proposer=eagle2 draft.proposed=8", "draft.proposer=eagle2 draft.proposed=9", False),
         ("draft=subspec quant.bits=4", "draft=subspec quant.bits=3", False),
+        ("draft=subspec", "draft=subspec quant.modules=[attention,mlp]", True),
+        ("draft=subspec quant=higgs offload=stream", "quant=higgs quant.modules=[attention,mlp] offload=stream", True),
+        ("draft=subspec offload=stream", "draft=subspec offload=stream quant.modules=[attention,mlp]", False),
         ("draft=eagle2 tree.depth=3", "draft=eagle2 tree.depth=4", False),
     ],
 )

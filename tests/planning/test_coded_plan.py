@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from subspec.config.enums import Codec, Dtype, Kernel
+from subspec.config.enums import Codec, Dtype, Kernel, Proposer
 from subspec.config.schema import (
     BitsByModule,
     HiggsConfig,
@@ -18,6 +18,7 @@ from subspec.memory.allocator import GIB
 from tests.helpers.planning import DRAFTS, planned, settings
 
 AUTO, CODED = Codec.auto, Codec.substitute
+WITHOUT_HEAD = {"modules": ["attention", "mlp"]}
 
 
 def higgs(config, **quant):
@@ -116,7 +117,7 @@ def test_auto_leaves_everything_plain_where_everything_fits():
 
 def test_plain_decoding_holds_the_substitute_only_to_decode():
     plan, plain = planned(settings(8.0, "none", codec=CODED)), planned(settings(8.0, "none"))
-    assert item(plan, "substitute") == item(planned(settings(8.0, codec=CODED)), "substitute")
+    assert item(plan, "substitute") == item(planned(settings(8.0)), "substitute")
     assert item(plan, "draft level") == 0
     assert plan.streamed_bytes_per_pass < plain.streamed_bytes_per_pass / 1.5
     assert plan.plain_bytes_per_pass == plain.streamed_bytes_per_pass
@@ -154,12 +155,12 @@ def test_a_refusal_for_host_memory_does_not_move_coded_layers_to_the_device():
 
 def test_auto_streams_plainly_where_the_restored_layer_is_what_does_not_fit():
     """With one slot a plain ring takes one layer, a coded one almost half of one and the restored layer."""
-    slot = {"ring_slots": 1, "embedding": Placement.host, "decoding": {"bitwise": False}}
+    slot = {"ring_slots": 1, "embedding": Placement.host, "decoding": {"bitwise": False}, "quant": WITHOUT_HEAD}
     with pytest.raises(ConfigError):
-        planned(settings(5.4, codec=CODED, **slot))
-    assert planned(settings(5.4, codec=AUTO, **slot)).codec is Codec.none
-    with pytest.raises(ConfigError, match=r"needs 5\.36 GiB"):  # plainly, not the 5.56 that decoding takes
-        planned(settings(5.2, codec=AUTO, **slot))
+        planned(settings(5.21, codec=CODED, **slot))
+    assert planned(settings(5.21, codec=AUTO, **slot)).codec is Codec.none
+    with pytest.raises(ConfigError, match=r"needs 5\.2 GiB"):  # plainly, not the 5.37 that decoding takes
+        planned(settings(5.01, codec=AUTO, **slot))
 
 
 def test_a_refusal_knows_that_a_coded_target_holds_the_substitute_without_a_draft():
@@ -196,19 +197,61 @@ TABLE = 152064 * 3584
 def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected):
     quant = WITH_HEAD | {"bits_by": BitsByModule(lm_head=bits)}
     plan, plain = (planned(settings(8.0, codec=codec, quant=quant)) for codec in (CODED, Codec.none))
-    shared = planned(settings(8.0, codec=CODED))
+    shared = planned(settings(8.0, codec=CODED, quant=WITHOUT_HEAD))
     assert item(plan, "LM head") == plan.coded_head_bytes == int(TABLE * expected / 8) + 12 * 512  # slices
     assert item(plain, "LM head") == item(shared, "LM head") == 2 * TABLE
     assert plain.coded_head_bytes == shared.coded_head_bytes == 0
     kept = next(item for item in plan.items if item.name == "substitute")
     own = kept.bytes - item(shared, "substitute")
-    assert own == pytest.approx(TABLE * {4: 4.5, 8: 9.0, 3: 4.5}[bits] / 8, rel=0.001)
+    assert own == pytest.approx(TABLE * {4: 4.25, 8: 8.5, 3: 4.25}[bits] / 8, rel=0.001)
     assert item(plan, "LM head") + own < 2 * TABLE
     assert len(plan.resident_layers) == len(shared.resident_layers) + 1
     assert plan.total(Placement.device) + plan.headroom <= plan.budget
     assert plan.to_dict()["coded_head_bytes"] == plan.coded_head_bytes
     assert next(item.note for item in plan.items if item.name == "LM head") == "152064 x 3584, coded"
-    assert plan.level_read_bytes < shared.level_read_bytes or bits == 8
+    assert plan.level_read_bytes < shared.level_read_bytes
+
+
+def changed(group, **values):
+    """The default settings, coded, with other values in one group."""
+    config = settings(8.0, codec=CODED)
+    return replace(config, **{group: replace(getattr(config, group), **values)})
+
+
+def test_the_draft_has_a_head_of_eight_bits_where_that_pays():
+    plan = planned(settings(8.0, codec=CODED))
+    asked = planned(settings(8.0, codec=CODED, quant=WITH_HEAD | {"bits_by": BitsByModule(lm_head=8)}))
+    assert plan.coded_head_bytes == asked.coded_head_bytes > 0
+    assert plan.items == asked.items
+    assert planned(settings(8.0, codec=AUTO)).items == plan.items
+    without = planned(settings(8.0, codec=CODED, quant=WITHOUT_HEAD))
+    assert len(plan.resident_layers) > len(without.resident_layers)
+    assert plan.level_read_bytes < without.level_read_bytes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        settings(8.0),
+        settings(8.0, "none", codec=CODED),
+        settings(8.0, codec=CODED, quant=WITHOUT_HEAD),
+        higgs(settings(8.0, codec=CODED)),
+        changed("decoding", texts=4),
+        changed("draft", proposer=Proposer.prompt_lookup),
+        changed("draft", vocab=32768),
+    ],
+    ids=["not coded", "nothing drafts", "said so", "higgs", "several texts", "a proposer", "some ids"],
+)
+def test_elsewhere_it_drafts_with_the_exact_head(config):
+    plan = planned(config)
+    assert plan.coded_head_bytes == 0
+    assert item(plan, "LM head") == 2 * TABLE
+
+
+def test_a_tied_head_stays_exact():
+    plan = planned(settings(8.0, codec=CODED), "qwen2_5_1_5b")
+    assert plan.coded_head_bytes == 0
+    assert "lm_head" not in next(item.note for item in plan.items if item.name == "substitute")
 
 
 def test_higgs_codes_the_head_too():

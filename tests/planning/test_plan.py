@@ -13,7 +13,7 @@ from subspec.config.schema import AccelerateOffloadConfig, Dtype, Placement
 from subspec.errors import ConfigError
 from subspec.memory.allocator import GIB, MIB, headroom
 from subspec.planning.choose import choose, most_texts
-from subspec.planning.memory_layout import MemoryLayout
+from subspec.planning.memory_layout import MemoryLayout, spread
 from subspec.targets.planted import SHAPES
 from tests.helpers.planning import planned, settings
 
@@ -27,7 +27,7 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     found = by_name(plan)
     linears = 2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584  # q, o; k, v; gate, up, down
     vectors = 3584 + 2 * 512 + 2 * 3584  # q, k, v biases; two norms
-    assert found["substitute"] == 28 * linears * 4.5 / 8  # 3.42 GiB
+    assert found["substitute"] == 28 * linears * 4.25 / 8  # 3.23 GiB
     assert found["LM head"] == 152064 * 3584 * 2  # 1.02 GiB
     assert found["norms and biases"] == (28 * vectors + 3584) * 2
     assert plan.layer_bytes == (linears + vectors) * 2  # 0.434 GiB; every parameter is a multiple of 256 bytes
@@ -36,24 +36,25 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     # 48 levels of 6 nodes and the root, 289, in 5 x 64 rows; the last level's nodes are never run through the draft.
     drafted = 1 + 47 * 6
     row = 28 * 2 * 4 * 128 * 2  # 56 KiB
-    assert plan.prefill_chunk == 640
+    assert plan.prefill_chunk == 1280
     assert found["KV cache"] == (drafted + 2048 + 320) * row
     assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
     logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
     attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
     level = logits + 6 * (attention + 2 * 14 * 3584)  # and rows of hidden states, queries and outputs
     assert found["draft level"] == pytest.approx(level + 32 * MIB, rel=0.01)
-    prefill = 640 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP
-    assert found["workspace"] == 320 * (152064 + 3584) * 2 > prefill  # logits of the padded tree, 0.09 GiB
-    # To even MiB: 28 substitute layers of 125.02, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
+    prefill = 1280 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP: 0.18 GiB
+    assert found["workspace"] == pytest.approx(prefill, rel=0.04)
+    assert prefill > 320 * (152064 + 3584) * 2  # logits of the padded tree
+    # To even MiB: 28 substitute layers of 118.07, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
     # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
-    rounded = 28 * 126 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
-    rounded += 1040 * MIB - found["LM head"] + 146 * MIB - found["KV cache"] + 96 * MIB - found["workspace"]
+    rounded = 28 * 120 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
+    rounded += 1040 * MIB - found["LM head"] + 146 * MIB - found["KV cache"] + 184 * MIB - found["workspace"]
     rounded += 20 * MIB // 3 + 1 - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
     assert found["allocator"] == 64 * MIB + rounded
-    # 0.08 GiB stay free whatever happens; beside them 0.01 are left, half of which a longer chunk would exceed.
+    # 0.08 GiB stay free whatever happens; beside them 0.09 are left: less than a sixth layer.
     assert plan.headroom == -(-8 * GIB // 100)
-    assert 0 < 8 * GIB - plan.headroom - plan.total(Placement.device) < 2 * 64 * (prefill // 640)
+    assert 0 < 8 * GIB - plan.headroom - plan.total(Placement.device) < 0.1 * GIB
     assert plan.embedding is Placement.host
     assert found["embedding table"] == found["LM head"]
     assert found["streamed layers"] == 23 * plan.layer_bytes
@@ -64,6 +65,17 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     assert plan.ceiling(26) == pytest.approx(26 / plan.pass_seconds)
     assert plan.plain_resident == 13
     assert plan.plain_ceiling == pytest.approx(25 / (15 * 0.4661), rel=1e-3)
+
+
+def test_a_pass_begins_and_ends_with_a_streamed_layer():
+    for layers in range(1, 40):
+        for count in range(layers + 1):
+            chosen = spread(range(layers), count)
+            assert len(set(chosen)) == len(chosen) == count
+            assert chosen == tuple(sorted(chosen))
+            if count <= layers - 2:
+                assert min(chosen, default=1) > 0
+                assert max(chosen, default=0) < layers - 1
 
 
 def test_without_a_draft_more_layers_are_resident():
@@ -189,9 +201,9 @@ def test_the_prefill_chunk_is_a_multiple_of_64_and_shrinks_before_the_run_is_ref
 
 
 def test_sampling_and_the_audit_take_more():
-    greedy, sampled = planned(settings(12.0)), planned(settings(12.0, sampling={"top_p": 0.9}))
+    greedy, sampled = planned(settings(11.0)), planned(settings(11.0, sampling={"top_p": 0.9}))
     assert by_name(sampled)["workspace"] > 3 * by_name(greedy)["workspace"]
-    audited = replace(settings(12.0), audit=True)
+    audited = replace(settings(11.0), audit=True)
     assert by_name(planned(audited))["audit"] > by_name(greedy)["KV cache"] / 2
 
 
@@ -248,8 +260,8 @@ def test_host_memory_is_checked_before_anything_swaps():
     ("config", "remedy"),
     [
         (settings(5.5), "offload.ring_slots=1"),
-        (settings(5.84, decoding={"prefill_chunk": 1024}), "decoding.prefill_chunk=256"),
-        (settings(5.78), "decoding.max_length="),
+        (settings(5.66, decoding={"prefill_chunk": 1024}), "decoding.prefill_chunk=256"),
+        (settings(5.59), "decoding.max_length="),
         (settings(6.0, embedding=Placement.device, quant={"bits": 4}), "offload.embedding=host"),
         (settings(6.0, ring_slots=6), "offload.ring_slots=2"),
         (settings(6.3, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),

@@ -33,7 +33,7 @@ def test_as_few_layers_as_possible_go_to_the_disk(draft, codec):
         assert whole.coded_in_files
         assert whole.disk_layers == ()
     counts = []
-    for less in (0.01, 1.5, 4.2, 7.7):
+    for less in (0.01, 1.5, 4.2, 5.7):
         ram = (host(whole) - less * whole.layer_bytes) / GIB
         plan = planned(settings(8.0, draft, codec=codec, ram_gib=ram), **LINK)
         counts.append(len(plan.disk_layers))
