@@ -19,10 +19,12 @@ HEAD = ["quant.modules=[attention,mlp,lm_head]"]
 VOCABULARY = ["draft.vocab=32768"]
 
 LEVELS = {
-    "default level": TAU,
+    "exact LM head": [*TAU, "quant.modules=[attention,mlp]"],
+    "8-bit LM head, the default": TAU,
     "4-bit LM head": [*TAU, *HEAD],
     "`draft.vocab=32768`": [*TAU, *VOCABULARY],
-    "both": [*TAU, *HEAD, *VOCABULARY],
+    "the last two": [*TAU, *HEAD, *VOCABULARY],
+    "8-bit LM head, adaptive tree (tau 23.2 at 34 levels)": ["tau=23.2", "tau_depth=34"],
     "4-bit LM head, adaptive tree (tau 20.6 at 30 levels)": [*HEAD, "tau=20.6", "tau_depth=30"],
 }
 """Levels without a proposer."""

@@ -36,10 +36,11 @@ FILES = (
     "../codec/fast_level_h200.json",
     "../codec/own_head_h200.json",
     "../codec/trees_h200.json",
+    "../codec/short_scales_h200.json",
     "qwen2_5_32b.json",
 )
-"""Runs with the kernels of today; ``NOTES`` names the one that is older."""
-NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms, now 6.7"}
+"""Runs whose weights take 4.5 bits, but for those with short scales (4.25); ``NOTES`` names one with older kernels."""
+NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms"}
 ROWS = "../rows/rows_h200.json"
 """Times of levels of many rows."""
 LEVELS = (("qwen2_5_7b", "../quantizers/level_times_h200.json"), ("qwen2_5_32b", "level_32b_h200.json"))
@@ -63,18 +64,11 @@ class Compared:
 
 
 def config(
-    shape: str,
-    vram: float,
-    depth: int,
-    width: int,
-    resident: int | None,
-    codec: Codec = Codec.none,
-    head_bits: int | None = None,
+    shape: str, vram: float, depth: int, width: int, resident: int | None, codec: Codec = Codec.none, head_bits: int = 0
 ) -> Config:
     """A run of ``scripts/gpu_benchmark.py``."""
-    quant = HqqConfig(name="hqq")
-    if head_bits:
-        quant = replace(quant, modules=[*quant.modules, "lm_head"], bits_by=replace(quant.bits_by, lm_head=head_bits))
+    quant = HqqConfig(name="hqq", modules=["attention", "mlp", *["lm_head"] * (head_bits > 0)])
+    quant = replace(quant, bits_by=replace(quant.bits_by, lm_head=head_bits or None))
     return Config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),
         draft=SubstituteDraftConfig(name="subspec"),
@@ -117,7 +111,7 @@ def compare() -> list[Compared]:
         levels = round(result["levels"]) if kind == "adaptive" else depth
         codec = Codec(content.get("codec", "none"))
         layers = result["resident_layers"]
-        head = content.get("head_bits")
+        head = content.get("head_bits") or (8 if result.get("bits_per_coded_head_weight") else 0)
         run = config(content["target"], content["vram"], levels, width, layers, codec, head)
         way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(result["tau"], levels))
         measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
@@ -149,9 +143,10 @@ def fitted() -> tuple[float, float]:
         content, model = json.loads((GPU / file).read_text(encoding="utf-8")), SHAPES[shape]()
         run = config(shape, 24.0, 48, 6, 0, None)
         plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
-        nominal = plan.level_read_bytes / (find_gpu("H200").memory_gb_per_s * 1e9)
-        level = content["formats"]["hqq:4"]["ms_per_level"] / 1e3
-        points.append((model.num_hidden_layers, nominal, level))
+        measured, layers = content["formats"]["hqq:4"], model.num_hidden_layers
+        substitute = next(item.bytes for item in plan.items if item.name == "substitute")
+        read = plan.level_read_bytes + substitute * (measured["bits_per_weight"] / 4.25 - 1)  # it had longer scales
+        points.append((layers, read / (find_gpu("H200").memory_gb_per_s * 1e9), measured["ms_per_level"] / 1e3))
     (l1, n1, t1), (l2, n2, t2) = points
     inverse = (t2 - t1 * l2 / l1) / (n2 - n1 * l2 / l1)
     return (t1 - n1 * inverse) / l1, 1 / inverse

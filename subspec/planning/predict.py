@@ -7,12 +7,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from subspec.codec.coding import draft_head
 from subspec.config.enums import Codec, Proposer
+from subspec.config.quant_checks import USUAL_MODULES, bits_by_linear
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
     Config,
     Dtype,
+    HqqConfig,
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
@@ -25,6 +28,7 @@ from subspec.errors import ConfigError
 from subspec.planning.acceptance import Acceptance
 from subspec.planning.plan import Plan, plan_run
 from subspec.planning.predict_timing import (
+    EIGHT_BITS,
     RESTORE_RATE,
     Iteration,
     Machine,
@@ -34,6 +38,7 @@ from subspec.planning.predict_timing import (
     proposals_seconds,
     serial,
 )
+from subspec.quant.quantize_model import HEAD
 from subspec.targets.layer_bytes import PlainCodec
 from subspec.targets.model_spec import ModelSpec
 from subspec.utils.rounding import round_up
@@ -182,7 +187,7 @@ def _sizes(config: Config, model: PretrainedConfig, plan: Plan, levels: float) -
     """Sizes of a run whose trees have ``levels`` levels on average, and of levels without a proposer."""
     spec, itemsize = ModelSpec.of(model), 4 if config.target.dtype is Dtype.float32 else 2
     nodes = round_up(math.ceil(levels * _width(config)) + 1, ROW_MULTIPLE)
-    coded = plan.codec is Codec.substitute
+    coded, rate = plan.codec is Codec.substitute, RESTORE_RATE.get(config.quant.name, 1.0)
     return Sizes(
         streamed=plan.streamed_bytes_per_pass,
         ring=plan.ring_slots * plan.layer_bytes,
@@ -194,8 +199,15 @@ def _sizes(config: Config, model: PretrainedConfig, plan: Plan, levels: float) -
         operations=2 * nodes * _linear_weights(spec),
         restored=_linear_weights(spec) * coded,
         restored_head=spec.vocab * spec.hidden * bool(plan.coded_head_bytes),
-        restore_rate=RESTORE_RATE.get(config.quant.name, 1.0),
+        restore_rate=rate,
+        head_rate=rate * (EIGHT_BITS if _head_bits(config) == 8 else 1.0),
     )
+
+
+def _head_bits(config: Config) -> int | None:
+    """Bits of the draft's own LM head, if it has one of HQQ where a plan codes the exact one."""
+    quant = draft_head(config, tied=False).quant
+    return bits_by_linear(quant.bits, quant.bits_by, quant.modules).get(HEAD) if isinstance(quant, HqqConfig) else None
 
 
 def _linear_weights(spec: ModelSpec) -> int:
@@ -214,8 +226,9 @@ def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: P
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    alone = _plan(replace(config, draft=replace(draft, proposer=Proposer.none)), model, machine, config.tree.depth)
-    level = alone.level_read_bytes
+    quant = replace(config.quant, modules=getattr(config.quant, "modules", None) or [*USUAL_MODULES])  # without a head
+    alone = replace(config, draft=replace(draft, proposer=Proposer.none), quant=quant)
+    level = _plan(alone, model, machine, config.tree.depth).level_read_bytes
     return {
         "rows": passes_of(build_tree_policy(config.tree), draft.proposed).width,
         "row_operations": row,

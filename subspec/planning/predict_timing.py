@@ -4,7 +4,8 @@
     rows          for every TILE_ROWS nodes behind the first ones: operations / (multiprocessor GHz * rate), at a rate
                   of ROW_RATE or EFFICIENCY * the tensor cores' operations per cycle, the smaller of the two
     target pass   the largest of: streamed bytes / link, less the bytes that filled the ring during drafting; the same
-                  of the disk and its ring; restoring coded layers, then computing them
+                  of the disk and its ring; restoring coded layers, then computing them. The last layer waits for its
+                  bytes, and the link, with a full ring, for the first one: a layer's restoring and computing each
     restoring     weights / (multiprocessor GHz * RESTORE_RATE), or RESTORE_BYTES of each / memory if that takes longer
     computing     the target's bytes / memory, or its operations / (EFFICIENCY * the tensor cores') if that takes longer
     end of a pass restoring a coded LM head, its bytes / memory, OTHER_S, while the links continue to fill the rings
@@ -45,6 +46,9 @@ of the rows limit it, to a sixth of what the tensor cores do. ``int4_wide.cu``, 
 RESTORE_RATE = {"hqq": 1.26, "higgs": 0.46}
 """Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (305e9 and 112e9 weights/s), a
 layer at once. In slices an H200 took 1.10 ms for a layer of a 7B instead of 0.77, since a slice does not fill it."""
+
+EIGHT_BITS = 0.7
+"""Of that rate beside 8 bits (215e9 weights/s)."""
 
 RESTORE_BYTES = 3.5
 """Bytes of a restored weight: 16 bits written, some 7 of its code and 4.5 of the substitute read."""
@@ -101,7 +105,8 @@ class Sizes:
         rows: of a draft level. row_operations: of each.
         proposals: bytes that a proposer reads for a pass of the substitute.
         operations: of a target pass.
-        restored, restored_head: coded weights of layers and LM head. restore_rate: see :data:`RESTORE_RATE`.
+        restored, restored_head: coded weights of layers and LM head. restore_rate, head_rate: of either, see
+            :data:`RESTORE_RATE`.
     """
 
     streamed: int
@@ -118,6 +123,7 @@ class Sizes:
     restored: int = 0
     restored_head: int = 0
     restore_rate: float = 1.0
+    head_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -168,10 +174,14 @@ def proposals_seconds(sizes: Sizes, machine: Machine) -> float:
 
 def pass_seconds(sizes: Sizes, machine: Machine, draft_s: float) -> float:
     """Seconds of the target's pass and its end, after ``draft_s`` seconds in which the links filled their rings."""
-    end = machine.restore(sizes.restored_head, sizes.restore_rate) + machine.read(sizes.head) + OTHER_S
-    links = [seconds - min(ring, draft_s + end) for seconds, ring in _link_seconds(sizes, machine)]
+    end = machine.restore(sizes.restored_head, sizes.head_rate) + machine.read(sizes.head) + OTHER_S
     device = machine.restore(sizes.restored, sizes.restore_rate)
     device += max(machine.read(sizes.target), machine.compute(sizes.operations))
+    layer = device / sizes.layers
+    ahead = draft_s + layer + end  # the links' time from their last copy to the next pass
+    links = [
+        seconds - min(ring, ahead) + layer * (1 + (ring <= ahead)) for seconds, ring in _link_seconds(sizes, machine)
+    ]
     return max(*links, device) + end
 
 

@@ -107,8 +107,10 @@ def test_an_iteration_by_hand():
     level = 20 * LEVEL_LAYER_S + 4e9 / (1000e9 * EFFICIENCY)
     assert level_seconds(SIZES, MACHINE) == pytest.approx(level)
     assert level_seconds(SIZES, replace(MACHINE, level_s=0.002)) == 0.002
-    # The link needs 0.2 s; while the draft works it fills the ring, 0.02 s of it.
-    assert pass_seconds(SIZES, MACHINE, draft_s=1.0) == pytest.approx(0.18 + OTHER_S)
+    # The link needs 0.2 s; while the draft works it fills the ring, 0.02 s of it. Then it waits for the first layer,
+    # and the last one for it.
+    layer = 12e9 / 20 / (1000e9 * EFFICIENCY)
+    assert pass_seconds(SIZES, MACHINE, draft_s=1.0) == pytest.approx(0.18 + 2 * layer + OTHER_S)
     # Plainly the link never pauses: what the end of a pass takes is filled ahead.
     assert plain(SIZES, MACHINE).seconds == pytest.approx(0.2)
     assert plain(SIZES, MACHINE).tokens_per_s == pytest.approx(5.0)
@@ -141,8 +143,9 @@ def test_a_pass_waits_for_the_gpu_where_it_is_slower_than_the_link():
     slow = replace(SIZES, restored=10**11, operations=6.4 * 10**13, restore_rate=0.5)
     assert pass_seconds(slow, machine, 1.0) == pytest.approx(2.0 + 1.0 + OTHER_S)
     assert pass_seconds(replace(slow, restore_rate=50), machine, 1.0) == pytest.approx(3.5e11 / 0.64e12 + 1.0 + OTHER_S)
-    fast = replace(SIZES, restored=10**9, restore_rate=0.5, restored_head=10**9)
-    assert pass_seconds(fast, machine, 1.0) == pytest.approx(0.18 + 0.02 + OTHER_S)
+    fast = replace(SIZES, restored=10**9, restore_rate=50, restored_head=10**9)
+    layer = (3.5e9 / 0.64e12 + 12e9 / 0.64e12) / 20
+    assert pass_seconds(fast, machine, 1.0) == pytest.approx(0.18 + 2 * layer + 0.01 + OTHER_S)
     assert pass_seconds(slow, MACHINE, 1.0) == pass_seconds(SIZES, MACHINE, 1.0), "of an unknown GPU"
 
 
@@ -213,7 +216,8 @@ def test_the_errors_are_those_the_page_states(check):
     assert len(exact_head) == 7
     assert all(abs(error) < 0.035 for error in exact_head)
     own_head = [e for (run, _), e in errors.items() if "own" in run]
-    assert all(abs(error) < 0.085 for error in own_head)
+    assert sorted(abs(error) for error in own_head)[-2] < 0.065
+    assert max(own_head) < 0.12
     (streaming,) = [e for (run, _), e in errors.items() if "plain streaming" in run]
     assert abs(streaming) < 0.01
 
