@@ -175,7 +175,7 @@ def assemble_streamed(
     described = decoding_only(config) if plan.codec is Codec.substitute and not drafts else config
     if plan.coded_head_bytes:
         decoding = replace(described.decoding, texts=plan.texts)
-        described = draft_head(replace(described, decoding=decoding), tied=False)
+        described = draft_head(replace(described, decoding=decoding), codes=True)
     if (kind := spec_of(described.draft)) is not None:
         context = _draft_context(described, policy, source, source.config, device)
         spec = kind(replace(context, plan=plan, note=note))

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from subspec.config.effective import may_add_head
+from subspec.config.quant_checks import USUAL_MODULES
 from subspec.config.schema import Config
 from subspec.errors import ConfigError, SubspecError
 from subspec.planning.acceptance import Acceptance
@@ -124,7 +126,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {f"draft.{key}": draft.get(key) if proposes else None for key in ("proposer_path", "proposed")}
     found |= {f"quant.{key}": quant.get(key) for key in ("name", "bits")}
     found["quant.bits_by"] = {key: bits for key, bits in config_group(quant, "bits_by").items() if bits is not None}
-    found["quant.modules"] = sorted(quant.get("modules") or ())
+    modules = quant.get("modules")
+    if modules is None:
+        modules = ["as planned"] if may_add_head(config) else USUAL_MODULES
+    found["quant.modules"] = sorted(modules)
     return found | {"tree.width": tree.get("width", 1 if tree.get("name") == "chain" else None)}
 
 

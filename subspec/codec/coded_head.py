@@ -1,6 +1,6 @@
 """The exact LM head, coded by the draft's quantized one: resident on the device, and restored slice by slice.
 
-A draft with an LM head of its own (``quant.modules=[attention,mlp,lm_head]``) drafts faster, but the exact head would
+A draft with an LM head of its own (:func:`~subspec.codec.coding.draft_head`) drafts faster, but the exact head would
 take device memory beside it for one product per target pass. It is one more coded matrix instead, cut into slices of
 rows (:class:`~subspec.codec.coded_layer.CodedPart`) that fit the buffer of :class:`~subspec.codec.coded_layer.
 LayerRestorer`. A slice is restored there, the hidden states are multiplied with it, and the products are columns of the

@@ -9,7 +9,7 @@ from subspec.codec.coded_head import slice_rows
 from subspec.codec.coded_layer import restored_bytes
 from subspec.codec.restore import KERNELS
 from subspec.config.enums import Codec, Dtype, Kernel, Proposer
-from subspec.config.quant_checks import MODULE_CLASSES, USUAL_MODULES, linear_names
+from subspec.config.quant_checks import HEAD, MODULE_CLASSES, USUAL_MODULES, linear_names, modules_of
 from subspec.config.schema import (
     Config,
     HiggsConfig,
@@ -20,9 +20,9 @@ from subspec.config.schema import (
 )
 from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import ConfigError
+from subspec.kernels import int4_wide
 from subspec.levels.build import ROLES, is_kept
 from subspec.levels.quantization import LevelQuantization
-from subspec.quant.quantize_model import HEAD
 from subspec.targets.layer_bytes import PlainCodec
 
 HEAD_BITS = 8
@@ -62,7 +62,7 @@ def _problem(config: Config) -> str | None:
     exact = frozenset(name for names in MODULE_CLASSES.values() for name in names) - linear_names(quant.modules)
     if all(is_kept(role, exact) for role in ROLES):
         return (
-            f"codes the Linears of a layer that are quantized, and quant.modules=[{','.join(quant.modules or ())}] "
+            f"codes the Linears of a layer that are quantized, and quant.modules=[{','.join(modules_of(quant))}] "
             "quantizes none (q, k and v are one, so are gate and up): set quant.modules=[attention,mlp]"
         )
     if config.target.dtype in (Dtype.float32, Dtype.float16):
@@ -83,28 +83,29 @@ def decoding_only(config: Config) -> Config:
     """
     quant = config.quant
     assert isinstance(quant, HqqConfig | HiggsConfig)
-    modules = [name for name in quant.modules or USUAL_MODULES if name != HEAD]
+    modules = [name for name in modules_of(quant) if name != HEAD]
     quant = replace(quant, skip_layers=[], modules=modules)
     if isinstance(quant, HqqConfig):
         quant = replace(quant, bits_by=replace(quant.bits_by, lm_head=None))
     return replace(config, draft=SubstituteDraftConfig(name="subspec"), quant=quant)
 
 
-def draft_head(config: Config, *, tied: bool) -> Config:
+def draft_head(config: Config, *, codes: bool) -> Config:
     """``config`` with an LM head of the draft's own in ``quant.modules``, if that is null and such a head pays.
 
     An HQQ head of 8 bits, by which the exact one is coded, takes less time in a level and together with the code less
     memory than the exact head. Real text accepts as many of its tokens (``experiments/quantizers``). Levels of several
-    texts, or with a proposer, have so many rows that the exact head is faster.
+    texts, of wide trees, or with a proposer, have so many rows that the exact head is faster.
 
     Args:
-        tied: whether the target's LM head is its embedding, which is not coded.
+        codes: whether the exact head can be coded: it is not the embedding, and a layer is coded.
     """
     draft, quant = config.draft, config.quant
     if not isinstance(draft, SubstituteDraftConfig) or not isinstance(quant, HqqConfig) or quant.modules is not None:
         return config
-    few_rows = config.decoding.texts == 1 and draft.proposer is Proposer.none and draft.vocab is None
-    if tied or not few_rows or codec_of(config) is Codec.none:
+    few_rows = config.decoding.texts == 1 and (getattr(config.tree, "width", None) or 1) < int4_wide.FROM
+    alone = draft.proposer is Proposer.none and draft.vocab is None
+    if not (codes and few_rows and alone) or codec_of(config) is Codec.none:
         return config
     bits_by = replace(quant.bits_by, lm_head=HEAD_BITS)
     return replace(config, quant=replace(quant, modules=[*USUAL_MODULES, HEAD], bits_by=bits_by))

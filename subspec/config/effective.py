@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspec.config.enums import VramCounts
+from subspec.config.enums import AUTO, Codec, Proposer, VramCounts
 from subspec.config.quant_checks import USUAL_MODULES
 
 
@@ -25,10 +25,22 @@ def effective(config: Mapping[str, Any]) -> dict[str, Any]:
     if draft.get("proposer") == "none":
         kept["draft"] = {key: value for key, value in draft.items() if not key.startswith("propose")}
     quant = kept.get("quant") or {}
-    if (
-        "modules" in quant
-        and quant["modules"] is None
-        and (quant.get("name"), offload.get("name")) != ("hqq", "stream")
-    ):
+    if "modules" in quant and quant["modules"] is None and not may_add_head(config):
         kept["quant"] = {**quant, "modules": [*USUAL_MODULES]}
     return kept
+
+
+def may_add_head(config: Mapping[str, Any]) -> bool:
+    """Whether a plan may give the draft an LM head of its own, which ``quant.modules: null`` leaves open.
+
+    Args:
+        config: of builtin types or with enumerations.
+    """
+
+    def said(group: str, key: str) -> Any:
+        value = (config.get(group) or {}).get(key)
+        return getattr(value, "value", value)
+
+    streams = said("offload", "name") == "stream" and said("offload", "codec") != Codec.none.value
+    alone = said("draft", "proposer") == Proposer.none.value and said("draft", "vocab") is None
+    return streams and alone and said("quant", "name") == "hqq" and said("decoding", "texts") in (1, AUTO)

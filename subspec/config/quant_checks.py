@@ -24,6 +24,8 @@ MODULE_CLASSES: dict[str, tuple[str, ...]] = {
 }
 """Names that ``quant.modules`` accepts besides single Linears."""
 
+HEAD = "lm_head"
+
 USUAL_MODULES = ("attention", "mlp")
 """Where ``quant.modules`` is null."""
 
@@ -61,6 +63,12 @@ def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int)
             f"quant.hadamard_size={hadamard_size}: use a power of two from {LEAST_BLOCK} to {LARGEST_BLOCK}, "
             "for instance 512"
         )
+
+
+def modules_of(quant: QuantConfig) -> list[str]:
+    """``quant.modules``, or the usual ones where it is null."""
+    modules = getattr(quant, "modules", None)
+    return [*(USUAL_MODULES if modules is None else modules)]
 
 
 def linear_names(modules: Sequence[str] | None) -> set[str]:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from subspec.config.checks import check_skip_layers, check_values, quantizes, streams_from_disk
 from subspec.config.enums import AUTO
-from subspec.config.quant_checks import bits_by_linear
+from subspec.config.quant_checks import HEAD, bits_by_linear
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     Config,
@@ -25,7 +25,6 @@ from subspec.decoding.eagle2 import drafted_nodes
 from subspec.drafts.registry import spec_of
 from subspec.errors import ConfigError
 from subspec.quant.hqq import check_group_size
-from subspec.quant.quantize_model import HEAD
 from subspec.targets.check_model import check_model_config
 from subspec.targets.meta_model import parameter_shapes
 

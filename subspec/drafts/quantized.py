@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from subspec.config.quant_checks import linear_names
+from subspec.config.quant_checks import HEAD, linear_names
 from subspec.config.schema import Cache, QuantConfig
 from subspec.quant.build import build_quantizer
 from subspec.quant.hqq import HqqQuantizer
-from subspec.quant.quantize_model import HEAD, Quantizer, QuantReport, quantize_model
+from subspec.quant.quantize_model import Quantizer, QuantReport, quantize_model
 from subspec.store.substitutes import CachedModules, SubstituteStore
 from subspec.targets.meta_model import parameter_shapes
 from subspec.utils.console import Note

@@ -200,7 +200,7 @@ class SubstituteSpec(DraftSpec):
             formats = {"head": head_format(context.config, model), **formats}
             options["bench"] = CpuBench()
         else:
-            options = {"kernel": draft.kernel.value, "allowed": RESTORED_KERNELS if coded else None}
+            options = {"kernel": draft.kernel.value, "allowed": RESTORED_KERNELS if coded else quantization.kernels}
             options["overlap"] = None if draft.overlap_launches else False
         rows = settings_rows(context.level_rows, context.policy.width, formats.values(), context.device)
         return choose_kernels(shapes, rows, context.device, formats=formats, note=context.note, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 ZERO_BITS = 6
 _ZERO = (1 << ZERO_BITS) - 1
 _LEAST, _MOST = 0x0400, 0x6BC0
-"""Bits of 2**-14 and of 3824: normal numbers, of which the largest times 16 is one."""
+"""Bits of 2**-14 and of 3968: with any zero normal numbers, 16 times which are finite."""
 
 
 def zero_step(bits: int) -> float:

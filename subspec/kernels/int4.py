@@ -1,8 +1,8 @@
 """Linear layers of 8, 4, 3 and 2 bits for the few rows of a draft level: packing, the CUDA kernel, its torch reference.
 
 Integers lie in 4-bit words. 2 and 3 bits take a word of 4. 8 bits are two planes of 4, ``q = low + 16 * high``: the
-same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low - z) + 16 s (high - 0)``. Integers are
-exact in float16, sums and the scales applied to them are float32. A group's scale and zero share 16 bits
+same kernel (``int4.cu``) multiplies the inputs with both, ``s (q - z) = s (low - z / 17) + 16 s (high - z / 17)``.
+Integers are exact in float16, sums and the scales applied to them are float32. A group's scale and zero share 16 bits
 (:mod:`subspec.kernels.group_scales`). Many rows of 4 bits and less have a kernel of their own on compute capability 9.0
 (:mod:`subspec.kernels.int4_wide`).
 """

@@ -159,7 +159,8 @@ class SubstituteBuilder:
             return None
         if self.ids is not None:
             weight = weight.index_select(0, self.ids.to(weight.device))
-        codes = [self.quantizer.quantize(weight, "head.lm_head")]
+        # By its bits: a head that is added or left out makes no other substitute of the layers.
+        codes = [self.quantizer.quantize(weight, f"head{self.formats['head'].bits}.lm_head")]
         if keep is not None:
             keep += codes
         head = self._quantized("head", codes)

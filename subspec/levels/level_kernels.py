@@ -89,7 +89,7 @@ class LevelKernels:
         gate_up, down, rows = layer.gate_up, layer.down, x.shape[0]
         tile = down.tile(rows)
         if not isinstance(gate_up, FewRowsLinear):
-            return down(in_tiles(gate_up(x).to(down.reads), tile))
+            return down(in_tiles(_finite(gate_up(x), down.reads), tile))
         tiled = tile > 0 and gate_up.tile(rows) > 0
         x = gate_up(x, dtype=down.reads, tiled=tiled)
         return down(x if tiled else in_tiles(x, tile))
@@ -160,3 +160,8 @@ class LevelKernels:
             ROWS=next_power_of_two(level.rows), CANDIDATES=next_power_of_two(blocks * width),
             CAPACITY=next_power_of_two(tree.capacity), num_warps=8, **self._overlapped,
         )  # fmt: skip
+
+
+def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """bfloat16 in ``dtype``, whose largest number takes the place of larger ones."""
+    return x if x.dtype is dtype else x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)

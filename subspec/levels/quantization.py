@@ -5,18 +5,17 @@ A new method of quantization is one entry in :data:`METHODS`, beside its
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from subspec.config.enums import AUTO
-from subspec.config.quant_checks import MODULE_CLASSES, bits_by_linear, check_higgs, check_hqq, linear_names
+from subspec.config.quant_checks import HEAD, MODULE_CLASSES, bits_by_linear, check_higgs, check_hqq, linear_names
 from subspec.config.schema import HiggsConfig, HqqConfig, QuantConfig
 from subspec.errors import ConfigError
 from subspec.levels.build import ROLES, check_biases, is_kept, role_shapes
 from subspec.quant.codebook_linear import HiggsFormat, higgs_quantizer
 from subspec.quant.hqq import HqqFormat, check_group_size, hqq_quantizer
-from subspec.quant.quantize_model import HEAD
 from subspec.quant.weight_format import FormatQuantizer, WeightFormat
 
 TILE_ROWS = 16
@@ -33,6 +32,7 @@ class LevelQuantization:
         formats: by quantized role.
         exact: (outputs, inputs) of a layer's roles that stay exact.
         keep_exact: names of the Linears that stay exact.
+        kernel: ``draft.kernel``.
     """
 
     quantizer: FormatQuantizer
@@ -40,6 +40,18 @@ class LevelQuantization:
     formats: Mapping[str, WeightFormat]
     exact: Mapping[str, tuple[int, int]]
     keep_exact: frozenset[str]
+    kernel: str = AUTO
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """Those that hold every quantized Linear that they take in the bytes that are planned."""
+        every, more = set[str](), set[str]()
+        for role, (n, k) in self.shapes.items():
+            own = self.formats[role]
+            every.update(own.kernels)
+            fitting = [kernel for kernel in own.kernels if not own.unfit(kernel, n, k)]
+            more.update(kernel for kernel in fitting if own.device_bytes(n, k, kernel) > self._bytes(role))
+        return frozenset(every - more)
 
     @property
     def head_bytes(self) -> int:
@@ -71,7 +83,7 @@ class LevelQuantization:
         return ", ".join(parts) + (f"; {details[0]}" if len(details) == 1 else "")
 
     def _bytes(self, role: str) -> int:
-        return self.formats[role].device_bytes(*self.shapes[role])
+        return self.formats[role].device_bytes(*self.shapes[role], None if self.kernel == AUTO else self.kernel)
 
 
 def level_quantization(
@@ -106,7 +118,7 @@ def level_quantization(
                 f"quant.group_size={quant.group_size}: no kernel of offload=stream takes {own.bits} bits for the {k} "
                 f"inputs of {_linears(role)[0]} ({'; '.join(f'{n}: {r}' for n, r in problems.items())}): take another"
             )
-    return found
+    return replace(found, kernel=kernel)
 
 
 def hqq_quantization(

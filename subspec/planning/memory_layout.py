@@ -69,7 +69,8 @@ class MemoryLayout(RunMemory):
 
     def __init__(self, config: Config, model: PretrainedConfig) -> None:
         spec, itemsize = ModelSpec.of(model), _itemsize(config)
-        config = draft_head(config, tied=spec.tied)
+        exact = len(set(getattr(config.quant, "skip_layers", ())))
+        config = draft_head(config, codes=not spec.tied and exact < spec.layers)
         self.coded = codec_of(config) is Codec.substitute
         quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
         quantization = _quantization(config, spec) if quantizes else None

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from subspec.codec.coding import draft_head
 from subspec.config.enums import Codec, Proposer
-from subspec.config.quant_checks import USUAL_MODULES, bits_by_linear
+from subspec.config.quant_checks import HEAD, bits_by_linear, modules_of
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
@@ -38,7 +38,6 @@ from subspec.planning.predict_timing import (
     proposals_seconds,
     serial,
 )
-from subspec.quant.quantize_model import HEAD
 from subspec.targets.layer_bytes import PlainCodec
 from subspec.targets.model_spec import ModelSpec
 from subspec.utils.rounding import round_up
@@ -199,14 +198,19 @@ def _sizes(config: Config, model: PretrainedConfig, plan: Plan, levels: float) -
         operations=2 * nodes * _linear_weights(spec),
         restored=_linear_weights(spec) * coded,
         restored_head=spec.vocab * spec.hidden * bool(plan.coded_head_bytes),
-        restore_rate=rate,
-        head_rate=rate * (EIGHT_BITS if _head_bits(config) == 8 else 1.0),
+        restore_rate=rate * _share(getattr(config.quant, "bits", None)),
+        head_rate=rate * _share(_head_bits(config, plan)),
     )
 
 
-def _head_bits(config: Config) -> int | None:
-    """Bits of the draft's own LM head, if it has one of HQQ where a plan codes the exact one."""
-    quant = draft_head(config, tied=False).quant
+def _share(bits: int | None) -> float:
+    """Of the rate at which weights are restored beside 4 bits."""
+    return EIGHT_BITS if bits == 8 else 1.0
+
+
+def _head_bits(config: Config, plan: Plan) -> int | None:
+    """Bits of the draft's own LM head of HQQ, by which the exact one is coded."""
+    quant = draft_head(replace(config, decoding=replace(config.decoding, texts=plan.texts)), codes=True).quant
     return bits_by_linear(quant.bits, quant.bits_by, quant.modules).get(HEAD) if isinstance(quant, HqqConfig) else None
 
 
@@ -226,7 +230,7 @@ def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: P
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    quant = replace(config.quant, modules=getattr(config.quant, "modules", None) or [*USUAL_MODULES])  # without a head
+    quant = replace(config.quant, modules=modules_of(config.quant))  # without a head that a plan would add
     alone = replace(config, draft=replace(draft, proposer=Proposer.none), quant=quant)
     level = _plan(alone, model, machine, config.tree.depth).level_read_bytes
     return {

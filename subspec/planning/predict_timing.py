@@ -179,9 +179,7 @@ def pass_seconds(sizes: Sizes, machine: Machine, draft_s: float) -> float:
     device += max(machine.read(sizes.target), machine.compute(sizes.operations))
     layer = device / sizes.layers
     ahead = draft_s + layer + end  # the links' time from their last copy to the next pass
-    links = [
-        seconds - min(ring, ahead) + layer * (1 + (ring <= ahead)) for seconds, ring in _link_seconds(sizes, machine)
-    ]
+    links = [seconds - min(ring - layer, ahead) + layer for seconds, ring in _link_seconds(sizes, machine)]
     return max(*links, device) + end
 
 

@@ -186,7 +186,7 @@ class CpuFormat(HqqFormat):
         fits = not self.unfit(kernel, n, k) and not self.unavailable(kernel, torch.device("cpu"))
         return replace(self, only=kernel if fits else Int8CpuLinear.kind)
 
-    def device_bytes(self, n: int, k: int) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
         if self.only == OwnCpuLinear.kind:
             return tile_bytes(n, k, 8 if self.bits == 8 else 4)
         if self.only == Int4CpuLinear.kind:
@@ -240,7 +240,7 @@ class CpuHeadFormat(CpuFormat):
     def kernels(self) -> tuple[str, ...]:
         return (self.only,) if self.only else (OwnCpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
 
-    def device_bytes(self, n: int, k: int) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
         return tile_bytes(n, k, 8) if self.only == OwnCpuLinear.kind else n * k + 4 * n
 
     @property

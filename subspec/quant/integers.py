@@ -169,13 +169,13 @@ class IntegerFormat(WeightFormat):
     def coded_bits(self) -> float:
         return CODED_BITS[self.bits] + CODED_BITS_PER_DOUBLING * log2(self.group / 64)
 
-    def device_bytes(self, n: int, k: int) -> int:
-        """4 bits per weight (8 for 8 bits), and a scale and a zero for every 64 inputs and nibble.
+    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+        """4 bits per weight (8 for 8 bits), and 16 bits for every 64 inputs and nibble; gemlite: 32 bits per group.
 
         Our kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open. gemlite takes
-        fewer bytes for 8 and 2 bits; only groups that our kernel does not have are counted as it keeps them.
+        fewer bytes for 2 bits.
         """
-        if int4.unfit(k, self.group) is None:
+        if kernel != GemLite.kind and int4.unfit(k, self.group) is None:
             return int4.packed_bytes(n, k, self.bits)
         return n * k * (4 if self.bits == 3 else self.bits) // 8 + 4 * n * (k // self.group)
 

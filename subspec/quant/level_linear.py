@@ -121,6 +121,7 @@ class FewRowsLinear(LevelLinear):
             y = self.weight.reference(x)
             y = functional.pad(y, (0, width - y.shape[1]))
             return y.to(dtype) if self.swiglu else y.unsqueeze(0)
+        assert x.dtype is self.reads, f"{self.kind} reads {self.reads}, and x is {x.dtype}"
         if self.swiglu:
             out = empty_rows(rows, width, x.device, dtype)
         else:

@@ -8,9 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subspec.config.checks import check_skip_layers
-from subspec.config.quant_checks import linear_names
+from subspec.config.quant_checks import HEAD, linear_names
 
-HEAD = "lm_head"
 """The draft's own LM head; the target's stays exact."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspec.config.quant_checks import HEAD
 from subspec.errors import SubspecError
 from subspec.quant.level_linear import LevelLinear, Variant
 from subspec.quant.quantized_weight import QuantizedWeight
@@ -81,8 +82,8 @@ class WeightFormat(ABC):
     # ------------------------------------------------------------------------------------- multiplying
 
     @abstractmethod
-    def device_bytes(self, n: int, k: int) -> int:
-        """Device bytes of a weight [n, k] in a kernel's order, scales included."""
+    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+        """Device bytes of a weight [n, k] in the order of a kernel, None: of ours if it has one, scales included."""
 
     @abstractmethod
     def unfit(self, kernel: str, n: int, k: int) -> str | None:
@@ -165,8 +166,8 @@ class FormatQuantizer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The default format's, and the bits of Linears that have others."""
-        bits = {name: own.bits for name, own in self.by_linear.items()}
+        """The default format's, and the bits of a layer's Linears that have others; an LM head's are in its name."""
+        bits = {name: own.bits for name, own in self.by_linear.items() if name != HEAD}
         return self.default.facts | ({"bits_by": bits} if bits else {})
 
     def format_of(self, name: str | None) -> WeightFormat:
@@ -177,7 +178,7 @@ class FormatQuantizer:
         """The :class:`QuantizedWeight` of a weight [n, k].
 
         Args:
-            name: ``LAYER.path.of.module`` (or ``head.lm_head``), whose last part may have a format of its own.
+            name: ``LAYER.path.of.module`` (or ``headBITS.lm_head``), whose last part may have a format of its own.
         """
         check_finite(weight, name)
         return self.format_of(name).quantize(weight)

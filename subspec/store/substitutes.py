@@ -39,8 +39,8 @@ ORIGIN = "of"
 class SubstituteStore(Store[Layer]):
     """The quantized weights of one substitute, written layer by layer.
 
-    A weight's name is ``LAYER.path.of.module``, or ``head.lm_head``. Layers are asked for in ascending order, so that
-    the next one can be read ahead.
+    A weight's name is ``LAYER.path.of.module``, or ``headBITS.lm_head``. Layers are asked for in ascending order, so
+    that the next one can be read ahead.
     """
 
     name, making, made_as, suffix = "quantized substitute", "quantizing", "quantized", ".safetensors"

@@ -38,13 +38,23 @@ def test_acceptance_of_a_run(tmp_path):
 
 
 def predicted(target="x", width=2, draft=None, quant=None):
-    """What a level's time is wanted for; as the runs of ``tests/report/runs.py``, which name no modules."""
+    """What a level's time is wanted for; as the runs of ``tests/report/runs.py``, whose modules are the usual ones."""
     return replace(
         settings(tree=(3, width), codec=Codec.auto),
         target=PlantedTargetConfig(name=target),
         draft=draft or SubstituteDraftConfig(name="subspec"),
-        quant=quant or HqqConfig(name="hqq", modules=[]),
+        quant=quant or HqqConfig(name="hqq", modules=["attention", "mlp"]),
     )
+
+
+@pytest.mark.parametrize(("codec", "same"), [(Codec.auto, False), (Codec.none, True)])
+def test_a_head_that_a_plan_may_add_is_no_exact_one(tmp_path, codec, same):
+    """The run has `quant.modules=[attention,mlp]`; null is that where nothing is coded."""
+    records = turns([30.0, 20.0], device="cuda", target="x")
+    found = read_measured(write_run(tmp_path / "run", records, config_of({"name": "subspec"}), gpu="NVIDIA H200"))
+    wanted = predicted(quant=HqqConfig(name="hqq"))
+    wanted = replace(wanted, offload=replace(wanted.offload, codec=codec))
+    assert found.fits(wanted, find_gpu("H200")) == same
 
 
 def test_passes_of_a_run_with_a_proposer(tmp_path):
@@ -94,10 +104,10 @@ def test_a_measured_card_is_the_one_that_a_run_was_on(tmp_path):
     "other",
     [
         {"draft": SmallModelDraftConfig(name="small_model")},
-        {"quant": HiggsConfig(name="higgs", modules=[])},
-        {"quant": HqqConfig(name="hqq", bits=8, modules=[])},
+        {"quant": HiggsConfig(name="higgs", modules=["attention", "mlp"])},
+        {"quant": HqqConfig(name="hqq", bits=8, modules=["attention", "mlp"])},
         {"quant": HqqConfig(name="hqq", modules=["attention"])},
-        {"quant": HqqConfig(name="hqq", bits_by=BitsByModule(mlp=3), modules=[])},
+        {"quant": HqqConfig(name="hqq", bits_by=BitsByModule(mlp=3), modules=["attention", "mlp"])},
     ],
 )
 def test_a_level_of_another_draft_or_of_other_bits_does_not_count(tmp_path, other):

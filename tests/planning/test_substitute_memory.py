@@ -122,6 +122,20 @@ def test_the_plan_says_what_is_kept_how():
     assert mixed.note == "attention 4 bit, mlp 3 bit in 4-bit words, lm_head 8 bit; groups of 64"
 
 
+def test_another_kernel_is_planned_as_it_holds_its_weights():
+    """gemlite has a scale and a zero of 16 bits each; `auto` takes it where that is no more than ours has."""
+    shapes, head = model_of().model.layers[0].state_dict(), (320, 128)
+    shapes = {name: tensor.shape for name, tensor in shapes.items()}
+    bits = {}
+    for kernel in ("auto", "gemlite"):
+        found = level_quantization(HqqConfig(name="hqq"), shapes, head, kernel=kernel)
+        bits[kernel] = 8 * found.layer_bytes / sum(n * k for n, k in found.shapes.values())
+        assert ("gemlite" in found.kernels) == (kernel == "gemlite")
+    assert bits == {"auto": 4.25, "gemlite": 4.5}
+    for quant in (HqqConfig(name="hqq", bits=8), HqqConfig(name="hqq", group_size=32)):
+        assert "gemlite" in level_quantization(quant, shapes, head).kernels
+
+
 def test_fewer_bits_leave_room_for_layers():
     residents = [len(planned(settings(12.0, quant={"bits": bits})).resident_layers) for bits in (8, 4)]
     assert residents[0] < residents[1]

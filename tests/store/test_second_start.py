@@ -146,7 +146,7 @@ def test_a_refusal_names_what_can_do_without_the_codec(start, monkeypatch):
         raise ConfigError(f"no kernel: {', '.join(allowed or ['any'])}")
 
     monkeypatch.setattr("subspec.drafts.substitute.choose_kernels", none_there)
-    for offload, end in ((CODED, r"lut_mma; offload\.codec=none takes other kernels, too$"), (PLAIN, "any$")):
+    for offload, end in ((CODED, r"lut_mma; offload\.codec=none takes other kernels, too$"), (PLAIN, "int4_mma$")):
         with pytest.raises(ConfigError, match=end):
             start(offload=offload)
 

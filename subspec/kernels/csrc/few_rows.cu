@@ -31,9 +31,9 @@ __device__ __forceinline__ unsigned short to_bf16(float v) {
   return r;
 }
 
-__device__ __forceinline__ unsigned short to_half(float v) {  // no activation becomes infinite
+__device__ __forceinline__ unsigned short to_half(float v) {  // no number becomes infinite
   unsigned short r;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(fminf(fmaxf(v, -65504.f), 65504.f)));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v));
   return r;
 }
 

@@ -1,7 +1,7 @@
 // The kernel of restore.cu for integers with scales and zeros (QuantizedIntegers), by way of shared memory; compiled
 // behind it. The quantized weight lies in the order of int4.cu: words of nibbles, and a half for every 64 inputs, scale
-// and zero in one (group_scales.py). The rows of a Linear start at row_offset of the fused weight; with interleave they alternate 16 by
-// 16 with another's. WIDTH: 2, 3 or 4 bits in nibbles, or 8 bits in two planes of nibbles.
+// and zero in one (group_scales.py). The rows of a Linear start at row_offset of the fused weight; with interleave they
+// alternate 16 by 16 with another's. WIDTH: 2, 3 or 4 bits in nibbles, or 8 bits in two planes of nibbles.
 //
 // A chunk's code and its weights are each a kilobyte or less, read and written from one end to the other by one thread,
 // so that the threads of a device touch as many cache lines as there are threads, a few bytes at a time. The caches do
