@@ -94,7 +94,8 @@ def test_the_head_is_rebuilt_bit_for_bit(quant, rows, device):
     code = encode_head(weight, codes[0], head, room)
     assert len(code.parts) == {64: 6, 331: 2, 1000: 1}[rows]  # 331: 320 rows and a rest, cut into equal ones
     assert code.nbytes == code.flat.numel()
-    assert code.bits_per_weight == pytest.approx(8 * code.nbytes / weight.numel(), rel=0.1)  # 256 bytes each
+    padding = 2 * 256 * len(code.parts)  # at most, behind starts and stream of each
+    assert 0 <= code.nbytes - code.bits_per_weight * weight.numel() / 8 < padding
     buffer = torch.full((room,), 77, dtype=torch.uint8, device=weight.device)
     assert_head(CodedHead(code, head, buffer), weight)
 
