@@ -65,7 +65,7 @@ def fused_linears(roles: Mapping[str, tuple[int, int]], *, exact: bool) -> tuple
 class _QuantizedShape(FewRowsLinear):
     """A quantized Linear's results on the meta device, where nothing is launched."""
 
-    kind = "shape"
+    kind, reads = "shape", torch.float16  # as integers are multiplied; others read as many bits
 
     def __init__(self, outputs: int, inputs: int, *, splits: int, swiglu: bool) -> None:
         self.stride, self.inputs, self.splits, self.swiglu = outputs, inputs, splits, swiglu
