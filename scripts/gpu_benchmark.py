@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from subspec.config.enums import AUTO, Codec, Kernel, VramCounts
+from subspec.config.quant_checks import HEAD, USUAL_MODULES
 from subspec.config.schema import (
     AccelerateOffloadConfig,
     BeamTreeConfig,
@@ -80,7 +81,7 @@ def configuration(options: argparse.Namespace, mode: str) -> Config:
     draft = NoDraftConfig(name="none")
     if mode == "subspec":
         draft = SubstituteDraftConfig(name="subspec", kernel=Kernel(options.kernel))
-    modules = None if options.head_bits is None else ["attention", "mlp", *["lm_head"] * (options.head_bits > 0)]
+    modules = None if options.head_bits is None else [*USUAL_MODULES, *[HEAD] * (options.head_bits > 0)]
     budget = {"vram_gib": options.vram, "vram_counts": VramCounts.allocator}
     return Config(
         target=PlantedTargetConfig(name=f"planted_{options.target}", shape=options.target),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subspec.config.enums import Codec
+from subspec.config.quant_checks import HEAD, USUAL_MODULES
 from subspec.config.schema import (
     BeamTreeConfig,
     BenchmarkConfig,
@@ -67,7 +68,7 @@ def config(
     shape: str, vram: float, depth: int, width: int, resident: int | None, codec: Codec = Codec.none, head_bits: int = 0
 ) -> Config:
     """A run of ``scripts/gpu_benchmark.py``."""
-    quant = HqqConfig(name="hqq", modules=["attention", "mlp", *["lm_head"] * (head_bits > 0)])
+    quant = HqqConfig(name="hqq", modules=[*USUAL_MODULES, *[HEAD] * (head_bits > 0)])
     quant = replace(quant, bits_by=replace(quant.bits_by, lm_head=head_bits or None))
     return Config(
         target=PlantedTargetConfig(name=f"planted_{shape}", shape=shape),

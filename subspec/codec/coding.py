@@ -9,7 +9,7 @@ from subspec.codec.coded_head import slice_rows
 from subspec.codec.coded_layer import restored_bytes
 from subspec.codec.restore import KERNELS
 from subspec.config.enums import Codec, Dtype, Kernel, Proposer
-from subspec.config.quant_checks import HEAD, MODULE_CLASSES, USUAL_MODULES, linear_names, modules_of
+from subspec.config.quant_checks import HEAD, MODULE_CLASSES, USUAL_MODULES, linear_names, module_entries
 from subspec.config.schema import (
     Config,
     HiggsConfig,
@@ -61,8 +61,9 @@ def _problem(config: Config) -> str | None:
         return f"requires a quantizer that bounds each weight (hqq, higgs), not quant={quant.name}: set quant=hqq"
     exact = frozenset(name for names in MODULE_CLASSES.values() for name in names) - linear_names(quant.modules)
     if all(is_kept(role, exact) for role in ROLES):
+        named = ",".join(module_entries(quant.modules))
         return (
-            f"codes the Linears of a layer that are quantized, and quant.modules=[{','.join(modules_of(quant))}] "
+            f"codes the Linears of a layer that are quantized, and quant.modules=[{named}] "
             "quantizes none (q, k and v are one, so are gate and up): set quant.modules=[attention,mlp]"
         )
     if config.target.dtype in (Dtype.float32, Dtype.float16):
@@ -83,7 +84,7 @@ def decoding_only(config: Config) -> Config:
     """
     quant = config.quant
     assert isinstance(quant, HqqConfig | HiggsConfig)
-    modules = [name for name in modules_of(quant) if name != HEAD]
+    modules = [name for name in module_entries(quant.modules) if name != HEAD]
     quant = replace(quant, skip_layers=[], modules=modules)
     if isinstance(quant, HqqConfig):
         quant = replace(quant, bits_by=replace(quant.bits_by, lm_head=None))

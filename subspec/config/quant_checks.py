@@ -25,6 +25,7 @@ MODULE_CLASSES: dict[str, tuple[str, ...]] = {
 """Names that ``quant.modules`` accepts besides single Linears."""
 
 HEAD = "lm_head"
+"""The draft's own LM head; the target's stays exact."""
 
 USUAL_MODULES = ("attention", "mlp")
 """Where ``quant.modules`` is null."""
@@ -65,9 +66,8 @@ def check_higgs(bits: int, vector_dim: int, group_size: int, hadamard_size: int)
         )
 
 
-def modules_of(quant: QuantConfig) -> list[str]:
-    """``quant.modules``, or the usual ones where it is null."""
-    modules = getattr(quant, "modules", None)
+def module_entries(modules: Sequence[str] | None) -> list[str]:
+    """The entries of ``quant.modules``; None: the usual ones."""
     return [*(USUAL_MODULES if modules is None else modules)]
 
 
@@ -78,7 +78,7 @@ def linear_names(modules: Sequence[str] | None) -> set[str]:
     """
     known = {name for names in MODULE_CLASSES.values() for name in names}
     chosen: set[str] = set()
-    for entry in USUAL_MODULES if modules is None else modules:
+    for entry in module_entries(modules):
         if entry not in MODULE_CLASSES and entry not in known:
             names = [*MODULE_CLASSES, *sorted(known - MODULE_CLASSES.keys())]
             raise ConfigError(f"quant.modules: unknown module {entry!r}; use {', '.join(names)}")

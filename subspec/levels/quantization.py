@@ -83,7 +83,7 @@ class LevelQuantization:
         return ", ".join(parts) + (f"; {details[0]}" if len(details) == 1 else "")
 
     def _bytes(self, role: str) -> int:
-        return self.formats[role].device_bytes(*self.shapes[role], None if self.kernel == AUTO else self.kernel)
+        return self.formats[role].device_bytes(*self.shapes[role], self.kernel)
 
 
 def level_quantization(

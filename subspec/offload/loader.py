@@ -336,8 +336,8 @@ def _pass_layers(
 def _gather(layers: Sequence[LevelLayer], waiting: int, room: int, device: torch.device) -> None:
     """Bring the substitute's first ``waiting`` layers to ``device``, and on a GPU lay all layers side by side.
 
-    Layers that were made one by one lie scattered among freed temporaries. Half a GiB of the gaps between them was too
-    short for anything that followed.
+    Layers that were made one by one lie scattered among freed temporaries. The gaps between them, once half a GiB, are
+    too short for what follows.
 
     Args:
         room: device bytes of allocations that follow, and that may be taken meanwhile.

@@ -242,7 +242,7 @@ class MemoryLayout(RunMemory):
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of ``layers``, evenly, with others at both ends."""
+    """``count`` of ``layers``, evenly, with others at both ends; whichever are fewer lie evenly."""
     if 2 * count < len(layers):
         return tuple(layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count))
     others = set(evenly(len(layers), len(layers) - count))

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from subspec.codec.coding import draft_head
 from subspec.config.enums import Codec, Proposer
-from subspec.config.quant_checks import HEAD, bits_by_linear, modules_of
+from subspec.config.quant_checks import HEAD, bits_by_linear, module_entries
 from subspec.config.schema import (
     AdaptiveTreeConfig,
     BeamTreeConfig,
@@ -230,7 +230,7 @@ def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: P
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    quant = replace(config.quant, modules=modules_of(config.quant))  # without a head that a plan would add
+    quant = replace(config.quant, modules=module_entries(config.quant.modules))  # without a head that a plan would add
     alone = replace(config, draft=replace(draft, proposer=Proposer.none), quant=quant)
     level = _plan(alone, model, machine, config.tree.depth).level_read_bytes
     return {

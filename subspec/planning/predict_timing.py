@@ -51,7 +51,7 @@ EIGHT_BITS = 0.7
 """Of that rate beside 8 bits (215e9 weights/s)."""
 
 RESTORE_BYTES = 3.5
-"""Bytes of a restored weight: 16 bits written, some 7 of its code and 4.5 of the substitute read."""
+"""Bytes of a restored weight: 16 bits written, some 7 of its code and 4 of the substitute read."""
 
 OTHER_S = 0.4e-3
 """Seconds of bookkeeping per iteration outside the timed phases: measured 0.3 to 0.6 ms."""

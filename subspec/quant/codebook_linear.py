@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.config.enums import AUTO
 from subspec.kernels import codebook
 from subspec.kernels.few_rows import apply_swiglu
 from subspec.quant import flute
@@ -179,7 +180,7 @@ class HiggsFormat(WeightFormat):
     def coded_bits(self) -> float:
         return CODED_BITS + log2(load_grid(self.bits, self.dim).mse) / 2
 
-    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str = AUTO) -> int:
         """Packed pairs and scales, padding of the inputs included: 4 + 16 / 256 bits a weight with 4 bits.
 
         The kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subspec.config.enums import AUTO
 from subspec.kernels.cpu import BLOCK, CpuKernels, Tiles, cpu_kernels, misfit, tile_bytes
 from subspec.quant.hqq import HqqFormat
 from subspec.quant.integers import QuantizedIntegers
@@ -186,7 +187,7 @@ class CpuFormat(HqqFormat):
         fits = not self.unfit(kernel, n, k) and not self.unavailable(kernel, torch.device("cpu"))
         return replace(self, only=kernel if fits else Int8CpuLinear.kind)
 
-    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str = AUTO) -> int:
         if self.only == OwnCpuLinear.kind:
             return tile_bytes(n, k, 8 if self.bits == 8 else 4)
         if self.only == Int4CpuLinear.kind:
@@ -240,7 +241,7 @@ class CpuHeadFormat(CpuFormat):
     def kernels(self) -> tuple[str, ...]:
         return (self.only,) if self.only else (OwnCpuLinear.kind, Int8CpuLinear.kind, *PLAIN)
 
-    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str = AUTO) -> int:
         return tile_bytes(n, k, 8) if self.only == OwnCpuLinear.kind else n * k + 4 * n
 
     @property

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from subspec.config.enums import AUTO
 from subspec.kernels import int4
 from subspec.kernels.group_scales import containing, nearest_zero
 from subspec.quant import gemlite
@@ -169,7 +170,7 @@ class IntegerFormat(WeightFormat):
     def coded_bits(self) -> float:
         return CODED_BITS[self.bits] + CODED_BITS_PER_DOUBLING * log2(self.group / 64)
 
-    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
+    def device_bytes(self, n: int, k: int, kernel: str = AUTO) -> int:
         """4 bits per weight (8 for 8 bits), and 16 bits for every 64 inputs and nibble; gemlite: 32 bits per group.
 
         Our kernel fills its last block of 32 or 64 outputs, which no published model's shapes leave open. gemlite takes

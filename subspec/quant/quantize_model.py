@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 from subspec.config.checks import check_skip_layers
 from subspec.config.quant_checks import HEAD, linear_names
 
-"""The draft's own LM head; the target's stays exact."""
-
 
 class Quantizer(Protocol):
     """Quantizes a whole Linear to a module."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspec.config.enums import AUTO
 from subspec.config.quant_checks import HEAD
 from subspec.errors import SubspecError
 from subspec.quant.level_linear import LevelLinear, Variant
@@ -82,8 +83,8 @@ class WeightFormat(ABC):
     # ------------------------------------------------------------------------------------- multiplying
 
     @abstractmethod
-    def device_bytes(self, n: int, k: int, kernel: str | None = None) -> int:
-        """Device bytes of a weight [n, k] in the order of a kernel, None: of ours if it has one, scales included."""
+    def device_bytes(self, n: int, k: int, kernel: str = AUTO) -> int:
+        """Device bytes of a weight [n, k] in the order of ``kernel``, with scales; ``auto``: of ours if it has one."""
 
     @abstractmethod
     def unfit(self, kernel: str, n: int, k: int) -> str | None:

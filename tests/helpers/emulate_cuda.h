@@ -109,12 +109,6 @@ static void run_block(int count, unsigned seed) {
   }
 }
 
-static float from_bits(unsigned bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
 }  // namespace emulated
 
 static void __syncthreads() { emulated::meet(-1, (int)emulated::threads.size()); }
