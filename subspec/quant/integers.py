@@ -197,7 +197,7 @@ class IntegerFormat(WeightFormat):
         if kernel != Int4Linear.kind:
             return [Variant(kernel)]
         if role in WHOLE_SUMS:
-            return [Variant(kernel, tiles, 1, warps) for tiles in (2, 4) for warps in (0, 4)]
+            return [Variant(kernel, tiles, 1, warps) for tiles in (2, 4, 8) for warps in (0, 4)]
         return split_variants(kernel, role, k // int4.GROUP * int4.planes_of(self.bits), int4.WARPS)
 
     def linear(self, variant: Variant, weight: QuantizedIntegers, *, swiglu: bool) -> LevelLinear:

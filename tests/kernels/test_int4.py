@@ -135,7 +135,8 @@ def empty_output(weight, rows, slices, device="cpu", dtype=torch.float16):
 
 
 def check(weight, x, out, most):
-    expected = weight.reference(x)
+    most_of_type = torch.finfo(out.dtype).max  # float16 ends at 65504, which products of 8 bits and many inputs exceed
+    expected = weight.reference(x).clamp(-most_of_type, most_of_type)
     got = out.float() if weight.swiglu else out.sum(0)
     assert not torch.isnan(out).any()
     error = (got[:, : expected.shape[1]] - expected).norm() / expected.norm()
