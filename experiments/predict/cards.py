@@ -30,13 +30,12 @@ LEVELS = {
 """Levels without a proposer."""
 
 CASCADES = {
-    "prompt_lookup, 10 nodes": ("prompt_lookup", 10, (0.77, 0.5, 0.4)),
-    "prompt_lookup, 26 nodes": ("prompt_lookup", 26, (0.67, 0.5, 0.4)),
-    "prompt_lookup, 58 nodes": ("prompt_lookup", 58, (0.5, 0.4)),
-    "eagle2, 10 nodes": ("eagle2", 10, (0.5,)),
-    "eagle2, 26 nodes": ("eagle2", 26, (0.42,)),
+    "prompt_lookup, 10 nodes": ("prompt_lookup", 10, (0.7, 0.5, 0.4)),
+    "prompt_lookup, 26 nodes": ("prompt_lookup", 26, (0.61, 0.4)),
+    "eagle3, 10 nodes": ("eagle3", 10, (0.59,)),
+    "eagle3, 26 nodes": ("eagle3", 26, (0.46,)),
 }
-"""Proposer, ``draft.proposed`` and passes per level, of which some were measured (``../drafts/cascade.md``)."""
+"""Proposer, ``draft.proposed`` and passes per level: first what real text had at width 4 (``../drafts/cascade.md``)."""
 
 
 def predicted(card: str, *settings: str) -> Prediction:
@@ -47,7 +46,7 @@ def predicted(card: str, *settings: str) -> Prediction:
 def cascade(card: str, name: str, passes: float) -> Prediction:
     """With a proposer, and a 4-bit LM head."""
     proposer, nodes, _ = CASCADES[name]
-    path = ["draft.proposer_path=planted"] if proposer == "eagle2" else []
+    path = ["draft.proposer_path=planted"] if proposer == "eagle3" else []
     own = [f"draft.proposer={proposer}", f"draft.proposed={nodes}", f"passes={passes}", *path]
     return predicted(card, *TAU, *HEAD, *own)
 

@@ -3,8 +3,7 @@
     python experiments/predict/check.py
 
 Needs no GPU. Every prediction gets what a user would have (card, target, budget, tree, the measured tau and link) and
-the resident layers that the run had, for older runs were planned with fewer. What it printed is in this folder's
-README.
+the resident layers that the run had. What it printed is in this folder's README.
 """
 
 import json
@@ -12,6 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from subspec.config.enums import Codec
 from subspec.config.quant_checks import HEAD, USUAL_MODULES
@@ -32,21 +33,19 @@ from subspec.predict import Acceptance, Iteration, Machine, predict
 from subspec.targets.planted import SHAPES
 
 GPU = Path(__file__).resolve().parents[1] / "gpu"
-FILES = (
-    "benchmark_h200.json",
-    "../codec/fast_level_h200.json",
-    "../codec/own_head_h200.json",
-    "../codec/trees_h200.json",
-    "../codec/short_scales_h200.json",
-    "qwen2_5_32b.json",
-)
-"""Runs whose weights take 4.5 bits, but for those with short scales (4.25); ``NOTES`` names one with older kernels."""
-NOTES = {"qwen2_5_32b.json": "kernels of before: levels of 7.8 ms"}
-ROWS = "../rows/rows_h200.json"
+FILES = ("uncoded_h200.json", "../codec/default_h200.json")
+"""Runs of today's kernels."""
+ROWS = "../rows/int4_rows_h200.json"
 """Times of levels of many rows."""
-LEVELS = (("qwen2_5_7b", "../quantizers/level_times_h200.json"), ("qwen2_5_32b", "level_32b_h200.json"))
-"""Targets and times of single levels (``scripts/level_benchmark.py``) that the constants of a level come from. No whole
-run went into the fit."""
+LEVELS = (
+    ("qwen2_5_7b", "level_7b_h200.json"),
+    ("llama3_1_8b", "level_8b_h200.json"),
+    ("qwen2_5_32b", "level_32b_h200.json"),
+)
+"""Targets and times of single levels (``scripts/level_benchmark.py``) that the constants of a level come from, with the
+exact LM head and others. No whole run went into the fit."""
+LINEARS = "linears_h200.json"
+"""Times of single Linears."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,7 @@ def compare() -> list[Compared]:
         run = config(content["target"], content["vram"], levels, width, layers, codec, head)
         way = _way(run, content["link_gb_per_s"], Acceptance.from_tau(result["tau"], levels))
         measured = (result["tokens_per_s"], result["draft_s"], result["verify_s"], result["tau"])
-        note = NOTES.get(file, "")
-        if kind == "adaptive":
-            note = f"given its mean depth of {levels}"
+        note = f"given its mean depth of {levels}" if kind == "adaptive" else ""
         coded = ", coded" if codec is Codec.substitute else ""
         coded += f", own {head}-bit head" if head else ""
         name = f"{content['target']} in {content['vram']:g} GiB{coded}, {kind} {depth} x {width}"
@@ -128,7 +125,7 @@ def compare() -> list[Compared]:
 
 def _plain() -> Compared:
     content = json.loads((GPU / FILES[0]).read_text(encoding="utf-8"))
-    (result,) = (one for one in content["results"] if one["mode"] == "plain")
+    (result,) = (one for one in content["results"] if one["mode"].startswith("plain"))
     machine = Machine(content["link_gb_per_s"], find_gpu("H200").memory_gb_per_s)
     run = config("qwen2_5_7b", 8.0, 48, 6, None)
     found = predict(run, SHAPES["qwen2_5_7b"](), machine, Acceptance.from_tau(20, 48), depths=()).plain
@@ -137,33 +134,47 @@ def _plain() -> Compared:
     return Compared(f"qwen2_5_7b in 8 GiB, plain streaming (`{FILES[0]}`)", measured, found, "")
 
 
-def fitted() -> tuple[float, float]:
-    """(seconds per layer, share of the memory bandwidth) from the time of a level of two targets."""
-    points = []
+def levels() -> Iterator[tuple[str, int, float, float]]:
+    """(name, layers, seconds of the bytes at the data sheet's bandwidth, seconds as measured) of single levels."""
     for shape, file in LEVELS:
         content, model = json.loads((GPU / file).read_text(encoding="utf-8")), SHAPES[shape]()
-        run = config(shape, 24.0, 48, 6, 0, None)
-        plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
-        measured, layers = content["formats"]["hqq:4"], model.num_hidden_layers
-        substitute = next(item.bytes for item in plan.items if item.name == "substitute")
-        read = plan.level_read_bytes + substitute * (measured["bits_per_weight"] / 4.25 - 1)  # it had longer scales
-        points.append((layers, read / (find_gpu("H200").memory_gb_per_s * 1e9), measured["ms_per_level"] / 1e3))
-    (l1, n1, t1), (l2, n2, t2) = points
-    inverse = (t2 - t1 * l2 / l1) / (n2 - n1 * l2 / l1)
-    return (t1 - n1 * inverse) / l1, 1 / inverse
+        for name, one in content["formats"].items():
+            head = int(name.partition("+head:")[2] or 0)
+            run = config(shape, 32.0, 48, 6, 0, head_bits=head)
+            plan = predict(run, model, Machine(55.5, 4800.0), Acceptance.from_tau(20, 48), depths=()).plan
+            read = plan.level_read_bytes / (find_gpu("H200").memory_gb_per_s * 1e9)
+            yield f"{shape} {name}", model.num_hidden_layers, read, one["ms_per_level"] / 1e3
+
+
+def fitted() -> tuple[float, float]:
+    """(seconds per layer, share of the memory bandwidth): least squares of the relative errors of all levels."""
+    points = [(layers / ms, read / ms) for _, layers, read, ms in levels()]
+    layer, inverse = np.linalg.lstsq(np.array(points), np.ones(len(points)), rcond=None)[0]
+    return float(layer), 1 / float(inverse)
+
+
+def linears() -> tuple[float, float, float]:
+    """(seconds per launch, share of the memory bandwidth, largest relative error) of single 4-bit Linears, as above."""
+    found = json.loads((GPU / LINEARS).read_text(encoding="utf-8"))["us"]
+    points = []
+    for name, us in found.items():
+        n, k = map(int, name.split()[1].split("x"))
+        points.append((1e6 / us, n * k * 4.25 / 8 / (find_gpu("H200").memory_gb_per_s * 1e3) / us))
+    (launch, inverse), *_ = np.linalg.lstsq(np.array(points), np.ones(len(points)), rcond=None)
+    worst = np.abs(np.array(points) @ [launch, inverse] - 1).max()
+    return float(launch), 1 / float(inverse), float(worst)
 
 
 def rows() -> list[tuple[int, float, float]]:
     """(rows, seconds as measured, as predicted) of a level of the 7B by its number of rows."""
-    content = json.loads((GPU / ROWS).read_text(encoding="utf-8"))["kernels"]["pieces of 32"]
+    content = json.loads((GPU / ROWS).read_text(encoding="utf-8"))["rows"]
     gpu, model = find_gpu("H200"), SHAPES["qwen2_5_7b"]()
     machine = Machine(55.5, gpu.memory_gb_per_s, tensor=gpu.tensor)
     found = []
-    for label, one in content.items():
-        count = int(label.split()[1])
-        run = config("qwen2_5_7b", 24.0, 48, count, 0)
+    for count, one in content.items():
+        run = config("qwen2_5_7b", 24.0, 48, int(count), 0)
         level = predict(run, model, machine, Acceptance.from_tau(20, 48), depths=()).level_s
-        found.append((count, one["ms"] / 1e3, level))
+        found.append((int(count), one["ms"] / 1e3, level))
     return found
 
 
@@ -191,8 +202,12 @@ def main() -> None:
     layer, share = fitted()
     print(
         f"\nfitted: {1e6 * layer:.1f} microseconds per layer and {share:.3f} of the memory bandwidth; "
-        f"used: {1e6 * LEVEL_LAYER_S:.0f} and {EFFICIENCY:.2f}"
+        f"used: {1e6 * LEVEL_LAYER_S:.1f} and {EFFICIENCY:.2f}"
     )
+    for name, layers, read, ms in levels():
+        print(f"{name}: {1e3 * ms:.3f} ms measured, {1e3 * (layers * LEVEL_LAYER_S + read / EFFICIENCY):.3f} predicted")
+    launch, share, worst = linears()
+    print(f"single Linears: {1e6 * launch:.1f} microseconds and {share:.3f} of the bandwidth, errors up to {worst:.0%}")
     for count, measured, level in rows():
         print(f"{count} rows: {1e3 * measured:.2f} ms measured, {1e3 * level:.2f} predicted")
 

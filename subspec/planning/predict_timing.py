@@ -2,12 +2,12 @@
 
     draft level   layers * LEVEL_LAYER_S + bytes of substitute and LM head / memory + rows
     rows          for every TILE_ROWS nodes behind the first ones: operations / (multiprocessor GHz * rate), at a rate
-                  of ROW_RATE or EFFICIENCY * the tensor cores' operations per cycle, the smaller of the two
+                  of ROW_RATE or TENSOR_EFFICIENCY * the tensor cores' operations per cycle, the smaller of the two
     target pass   the largest of: streamed bytes / link, less the bytes that filled the ring during drafting; the same
                   of the disk and its ring; restoring coded layers, then computing them. The last layer waits for its
                   bytes, and the link, with a full ring, for the first one: a layer's restoring and computing each
     restoring     weights / (multiprocessor GHz * RESTORE_RATE), or RESTORE_BYTES of each / memory if that takes longer
-    computing     the target's bytes / memory, or its operations / (EFFICIENCY * the tensor cores') if that takes longer
+    computing     the target's bytes / memory, or its operations at TENSOR_EFFICIENCY if that takes longer
     end of a pass restoring a coded LM head, its bytes / memory, OTHER_S, while the links continue to fill the rings
     iteration     depth * draft level + target pass + end
 
@@ -20,7 +20,7 @@ rows, grows several levels:
 During drafting the link is idle once the ring's slots are full. Left out: attention, and the host's work between the
 passes of a cascade. Of a GPU with unknown tensor cores, rows, restoring and operations are left out, too.
 
-The constants are fitted to measurements on one H200 (single levels of 7B and 32B at width 6, of 7B at 6 and 64 rows,
+The constants are fitted to measurements on one H200 (single levels of 7B, 8B and 32B at width 6, of 7B at 8 to 64 rows,
 restored layers of 7B); the check in ``experiments/predict`` repeats the fits and states the errors on whole runs, which
 are not part of them. Rows, restoring and operations have not been measured on other GPUs.
 """
@@ -30,18 +30,22 @@ from dataclasses import dataclass
 
 from subspec.planning.acceptance import Acceptance
 
-EFFICIENCY = 0.64
-"""Share of the data-sheet memory bandwidth that long kernels reach (fitted)."""
+EFFICIENCY = 0.79
+"""Share of the data-sheet memory bandwidth that long kernels reach (fitted). Single Linears say the same
+(``experiments/predict``)."""
 
-LEVEL_LAYER_S = 7.4e-6
+TENSOR_EFFICIENCY = 0.64
+"""Share of the tensor cores' data-sheet rate that they reach."""
+
+LEVEL_LAYER_S = 20.5e-6
 """Seconds per layer of a draft level, independent of its bytes: launches, norms, attention (fitted)."""
 
 TILE_ROWS = 8
 """Rows of a draft level that its kernels multiply at once; the first ones take no time beside that of the weights."""
 
-ROW_RATE = 690
+ROW_RATE = 840
 """Operations per multiprocessor and cycle at which ``int4.cu`` multiplies further rows (fitted): on an H200 its loads
-of the rows limit it, to a sixth of what the tensor cores do. ``int4_wide.cu``, which is faster, is not modelled."""
+of the rows limit it, to a fifth of what the tensor cores do. ``int4_wide.cu``, which is faster, is not modelled."""
 
 RESTORE_RATE = {"hqq": 1.26, "higgs": 0.46}
 """Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (305e9 and 112e9 weights/s), a
@@ -85,7 +89,7 @@ class Machine:
         if self.tensor is None:
             return 0.0
         ghz, rate = self.tensor
-        return operations / (ghz * 1e9 * min(most, EFFICIENCY * rate))
+        return operations / (ghz * 1e9 * min(most, TENSOR_EFFICIENCY * rate))
 
     def restore(self, weights: int, rate: float) -> float:
         """Seconds of restoring coded weights, ``rate`` per multiprocessor and cycle."""
