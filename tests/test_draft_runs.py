@@ -113,7 +113,7 @@ def test_a_proposer_saves_passes_of_the_substitute(tmp_path, plainly, decoding):
     assert f"{passes} for {levels} levels" in out
     assert summary["audit"]["mismatch"] == 0
     described = summary["run"]["draft"]["proposer"]
-    assert (described["draft"], described["proposed"], described["planted"]) == ("small_model", 32, True)
+    assert (described["draft"], described["proposed"], described["planted"]) == ("small_model", 10, True)
 
 
 @pytest.mark.parametrize("where", ["cache", "folder"])

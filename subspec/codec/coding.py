@@ -96,7 +96,7 @@ def draft_head(config: Config, *, codes: bool) -> Config:
 
     An HQQ head of 8 bits, by which the exact one is coded, takes less time in a level and together with the code less
     memory than the exact head. Real text accepts as many of its tokens (``experiments/quantizers``). Levels of several
-    texts, of wide trees, or with a proposer, have so many rows that the exact head is faster.
+    texts, of wide trees, or with many proposals, have so many rows that the exact head is faster.
 
     Args:
         codes: whether the exact head can be coded: it is not the embedding, and a layer is coded.
@@ -104,9 +104,9 @@ def draft_head(config: Config, *, codes: bool) -> Config:
     draft, quant = config.draft, config.quant
     if not isinstance(draft, SubstituteDraftConfig) or not isinstance(quant, HqqConfig) or quant.modules is not None:
         return config
-    few_rows = config.decoding.texts == 1 and (getattr(config.tree, "width", None) or 1) < int4_wide.FROM
-    alone = draft.proposer is Proposer.none and draft.vocab is None
-    if not (codes and few_rows and alone) or codec_of(config) is Codec.none:
+    rows = (getattr(config.tree, "width", None) or 1) + draft.proposed * (draft.proposer is not Proposer.none)
+    few_rows = config.decoding.texts == 1 and rows < int4_wide.FROM
+    if not (codes and few_rows and draft.vocab is None) or codec_of(config) is Codec.none:
         return config
     bits_by = replace(quant.bits_by, lm_head=HEAD_BITS)
     return replace(config, quant=replace(quant, modules=[*USUAL_MODULES, HEAD], bits_by=bits_by))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from subspec.config.enums import AUTO, Codec, Proposer, VramCounts
+from subspec.config.enums import AUTO, Codec, VramCounts
 from subspec.config.quant_checks import USUAL_MODULES
 
 
@@ -42,5 +42,5 @@ def may_add_head(config: Mapping[str, Any]) -> bool:
         return getattr(value, "value", value)
 
     streams = said("offload", "name") == "stream" and said("offload", "codec") != Codec.none.value
-    alone = said("draft", "proposer") == Proposer.none.value and said("draft", "vocab") is None
-    return streams and alone and said("quant", "name") == "hqq" and said("decoding", "texts") in (1, AUTO)
+    drafts = (config.get("draft") or {}).get("name") == "subspec" and said("draft", "vocab") is None
+    return streams and drafts and said("quant", "name") == "hqq" and said("decoding", "texts") in (1, AUTO)

@@ -80,7 +80,7 @@ class SubstituteDraftConfig(DraftConfig):
     vocab: Any = None
     proposer: Proposer = Proposer.none
     proposer_path: str | None = None
-    proposed: int = 32
+    proposed: int = 10
     unpack: Unpack = Unpack.auto
     kernel: Kernel = Kernel.auto
     overlap_launches: bool = True

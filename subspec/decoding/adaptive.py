@@ -14,8 +14,6 @@ from collections import deque
 from dataclasses import replace
 from statistics import median
 
-from torch import Tensor
-
 from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import Beam, IterationOutcome, level_masses
 
@@ -137,9 +135,9 @@ class Adaptive(Beam):
         super().begin_tree(texts)
         self._costs.clear()
 
-    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    def sharpened(self, temperature: float) -> float:
         # A chain's tokens do not depend on the temperature, and its probabilities tell more unsharpened.
-        return super().grow(tree, frontier, logits, 1.0 if self.width == 1 else temperature)
+        return 1.0 if self.width == 1 else temperature
 
     def wants_level(self, *trees: Tree) -> bool:
         level = max(tree.levels for tree in trees)

@@ -41,15 +41,12 @@ class Eagle2(TreePolicy):
         self.pass_nodes = min(total_tokens, self.capacity)
         self.draft_rows = 1 + (depth - 1) * width
 
-    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        scaled = logits.float() / temperature
-        best, tokens = scaled.topk(self.width, dim=-1)
-        # Rounding must not make a child likelier than its parent.
-        log_probs = (best - scaled.logsumexp(dim=-1, keepdim=True)).clamp_(max=0)
-        # NaN would rank before its own parent, and the re-ranked nodes would not form a tree.
-        log_probs = log_probs.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-        scores = (tree.scores.index_select(0, frontier)[:, None] + log_probs).flatten()
-        nodes = tree.append(tokens.flatten(), frontier.repeat_interleave(self.width), scores)
+    def select(self, tree: Tree, frontier: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+        # Rounding must not make a child likelier than its parent. NaN would rank before its own parent, and the
+        # re-ranked nodes would not form a tree.
+        own = log_probs[:, : self.width].clamp(max=0).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
+        scores = (tree.scores.index_select(0, frontier)[:, None] + own).flatten()
+        nodes = tree.append(tokens[:, : self.width].flatten(), frontier.repeat_interleave(self.width), scores)
         return nodes.index_select(0, scores.topk(self.width).indices)
 
     def finish(self, tree: Tree) -> None:

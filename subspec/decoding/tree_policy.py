@@ -51,7 +51,6 @@ class TreePolicy(ABC):
     draft_rows: int
     whole_levels: bool = True
 
-    @abstractmethod
     def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
         """Append a level below ``frontier``.
 
@@ -63,6 +62,20 @@ class TreePolicy(ABC):
 
         Returns:
             The next frontier, int64 node numbers.
+        """
+        return self.select(tree, frontier, *likeliest(logits, self.sharpened(temperature), self.width))
+
+    def sharpened(self, temperature: float) -> float:
+        """The temperature that scores have with a draft of this one."""
+        return temperature
+
+    @abstractmethod
+    def select(self, tree: Tree, frontier: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+        """As :meth:`grow`, from the likeliest tokens after each node.
+
+        Args:
+            tokens: int64 [f, n], best first; n is at least :attr:`width`.
+            log_probs: float32 [f, n].
         """
 
     def begin_tree(self, texts: int = 1) -> None:  # noqa: B027 (optional)
@@ -77,6 +90,17 @@ class TreePolicy(ABC):
 
     def learn(self, outcome: IterationOutcome) -> None:  # noqa: B027 (optional)
         """Take note of the last tree's outcome. Static shapes ignore it."""
+
+
+def likeliest(logits: Tensor, temperature: float, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest ``count`` tokens of every row of ``logits`` [f, vocabulary], best first.
+
+    Returns:
+        Tokens, int64 [f, count], and their log-probabilities at ``temperature``, float32 [f, count].
+    """
+    scaled = logits.float() / temperature
+    best, tokens = scaled.topk(count, dim=-1)
+    return tokens, best - scaled.logsumexp(dim=-1, keepdim=True)
 
 
 LEVEL_ROWS = 32
@@ -104,14 +128,11 @@ class Beam(TreePolicy):
     def begin_tree(self, texts: int = 1) -> None:
         self.breadth = self.width if texts == 1 else max(1, min(self.width, LEVEL_ROWS // texts))
 
-    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        scaled = logits.float() / temperature
-        # The best `width` overall are among the best `width` of each row, so the wide top-k is done row by row.
-        best, tokens = scaled.topk(self.breadth, dim=-1)
-        log_probs = best - scaled.logsumexp(dim=-1, keepdim=True)
-        joint = tree.scores.index_select(0, frontier)[:, None] + log_probs
+    def select(self, tree: Tree, frontier: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+        # The best `breadth` overall are among the best `breadth` of each row.
+        joint = tree.scores.index_select(0, frontier)[:, None] + log_probs[:, : self.breadth]
         scores, chosen = joint.flatten().topk(self.breadth)
-        return tree.append(tokens.flatten()[chosen], frontier[chosen // self.breadth], scores)
+        return tree.append(tokens[:, : self.breadth].flatten()[chosen], frontier[chosen // self.breadth], scores)
 
 
 def level_mass(tree: Tree) -> Tensor:

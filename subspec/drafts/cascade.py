@@ -1,6 +1,6 @@
 """``draft.proposer``: a draft for the draft (cascade), which lets one pass of the substitute grow several levels.
 
-A pass of the substitute costs nearly the same for 30 rows as for one, since it reads its weights once. So a cheap
+A pass of the substitute costs nearly the same for 16 rows as for one, since it reads its weights once. So a cheap
 draft, the proposer, guesses which nodes the next levels of the tree will hold, and one pass scores these beside the
 frontier. Nodes of the tree and their scores are the substitute's alone: a level grows without a pass if the nodes it
 grows from have been scored, and a wrong guess costs a row. The tree is therefore the substitute's own, whatever the
@@ -8,23 +8,33 @@ proposer guesses.
 
 Beside the proposer, an index of n-grams guesses: of the text so far, and of the substitute's likeliest tokens in this
 text's trees, accepted or not. It costs nothing, and knows names, numbers and what follows where branches meet again.
+It is all that guesses with ``draft.proposer=prompt_lookup``.
 
-Every level reads the new nodes' tokens back to the host, which decides whether another pass is needed.
+The host decides: a pass sends it the likeliest tokens after every node (:class:`Said`), it grows the tree there and
+sends the levels to the device, whose work on a level of a few nodes would take longer than to wait for it.
 """
 
+import heapq
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from subspec.decoding.draft import Draft, LevelDraft, Perturb
+from subspec.decoding.draft import Draft, Perturb
+from subspec.decoding.hidden import NO_HIDDEN
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
-from subspec.decoding.tree_policy import Beam, TreePolicy
+from subspec.decoding.tree_policy import Beam, TreePolicy, likeliest
+from subspec.drafts.known_nodes import KnownNodes
 from subspec.drafts.ngram_index import NgramIndex
-from subspec.drafts.padded_levels import PaddedLevels
+from subspec.drafts.padded_levels import KnownLevels
+from subspec.utils.upload import upload
+
+CPU = torch.device("cpu")
 
 LEAST = -7.0
 """Log-probability of a guess, given its parent, below which it is not worth a row."""
@@ -32,18 +42,17 @@ LEAST = -7.0
 CONTEXT, INDEXED, INDEX_SHARE = 4, 16, 0.3
 """Of the index: most tokens of a context, most tokens guessed behind it, and their share among the guesses."""
 
+UNKNOWN = 1e-6
+"""Probability of all tokens together that never followed, where the index alone guesses."""
+
 DOUBT = 2
 """Factor of the temperature at which guesses beside the likeliest tree are ranked: the proposer may be wrong."""
 
 SHARE = 0.25
 """Share of the rows left that the next level of guesses takes: a level counts only if those above it were right."""
 
-SPARE = 4
+SPARE = 12
 """Passes whose guesses may all be wrong, in rows of the cache; later ones guess less."""
-
-
-SCORED, GUESSED = 0, 1
-"""Kinds of rows that are kept of a node."""
 
 
 class GuessPolicy(Beam):
@@ -62,6 +71,22 @@ class GuessPolicy(Beam):
         self.capacity = self.pass_nodes = self.draft_rows + 1  # an accepted node may never have run
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a draft says after a node: its likeliest tokens, best first.
+
+    Attributes:
+        sharp: their log-probabilities in the tree, if the substitute said it, or as if it had.
+        wide: the same with :data:`DOUBT`.
+        worth: whether a token is worth a row.
+    """
+
+    tokens: list[int]
+    sharp: list[float]
+    wide: list[float]
+    worth: list[bool]
+
+
 class CascadeDraft(Draft):
     """A substitute that scores a proposer's guesses beside the frontier.
 
@@ -69,41 +94,42 @@ class CascadeDraft(Draft):
     needed if even its likeliest possible child would not be chosen.
 
     Args:
-        levels: the substitute; runs any nodes of a tree in one pass, and may overwrite the logits of the one before.
-        proposer: built for the sizes of :class:`GuessPolicy`.
+        levels: the substitute.
+        proposer: built for the sizes of :class:`GuessPolicy`; None: the index alone guesses.
         policy: of the trees that will be drafted.
-        proposed: most guesses of a pass.
+        proposed: most guesses of a pass; captured passes have as many more as the frontier leaves rows.
+        vocab_size: of both drafts.
     """
 
     shares_cache = True
 
     def __init__(
         self,
-        levels: LevelDraft | PaddedLevels,
-        proposer: Draft,
+        levels: KnownLevels,
+        temperature: float,
+        proposer: Draft | None,
         policy: TreePolicy,
         proposed: int,
-        device: torch.device,
+        vocab_size: int,
     ) -> None:
-        super().__init__(levels.temperature)
-        self.levels, self.proposer, self.wants = levels, proposer, proposer.wants
-        self.proposed, self._policy = proposed, policy
+        super().__init__(temperature)
+        self.levels, self.proposer, self.device = levels, proposer, levels.device
+        self.wants = NO_HIDDEN if proposer is None else proposer.wants
+        self.proposed, self.vocab_size, self._policy = proposed, vocab_size, policy
+        self.extra_rows = levels.draft_rows - policy.draft_rows
         sizes = GuessPolicy(policy, proposed)
-        rows = levels.draft_rows if isinstance(levels, PaddedLevels) else sizes.draft_rows
-        self.extra_rows = rows - policy.draft_rows
-        # The nodes that the substitute runs. Their numbers stay while the tree grows, and name them in both drafts.
-        self._known = Tree(sizes.capacity, device)
+        self._most = max(policy.width, int(SHARE * sizes.width))  # tokens that are kept of a node
+        self._known = KnownNodes(sizes.capacity, CONTEXT, self.device)
         self._index = NgramIndex(CONTEXT)
-        self._rows: Tensor | None = None
+        self._tree = Tree(policy.capacity, CPU)  # the drafted tree, on the host
         self._clear()
 
     def _clear(self) -> None:
-        self._lineage: list[tuple[int, int]] = []  # parent and depth of every known node
-        self._ends: list[tuple[int, ...]] = []  # the last tokens of their paths
-        self._children: dict[tuple[int, int], int] = {}  # by parent and token
-        self._number: dict[int, int] = {}  # of the drafted tree's nodes that were in a frontier
-        self._scored: set[int] = set()  # nodes whose logits the substitute has computed
-        self._guessed: set[int] = set()  # nodes whose log-probabilities the proposer has
+        self._known.clear()
+        self._frontier: list[int] = [0]  # of the drafted tree
+        self._number: dict[int, int] = {0: 0}  # known nodes by those of the drafted tree that were in a frontier
+        self._scored: dict[int, Said] = {}  # by node, what the substitute has said
+        self._guessed: dict[int, Said] = {}  # what the proposer has
         self._due = self._policy.draft_rows  # rows that the policy may still ask for
         self._passes = 0
 
@@ -112,200 +138,202 @@ class CascadeDraft(Draft):
         self._cache = cache
         self._index.clear()
         self.levels.begin(cache)
-        self.proposer.begin(cache)
+        if self.proposer is not None:
+            self.proposer.begin(cache)
 
     def observe(self, tokens: Tensor, hidden: Tensor | None) -> None:
         self._index.add(tokens.tolist())
-        self.proposer.observe(tokens, hidden)
+        if self.proposer is not None:
+            self.proposer.observe(tokens, hidden)
 
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        nodes = self._locate(tree, frontier)
-        if any(node not in self._scored for node in nodes):
-            self._run(tree, frontier, nodes, None)
-        return self._kept(nodes)
-
-    def _kept(self, nodes: list[int]) -> Tensor:
-        """[n, vocabulary]: the substitute's logits where it has scored a node, else the proposer's."""
-        kinds = [SCORED if node in self._scored else GUESSED for node in nodes]
-        places = [kind * self._known.capacity + node for kind, node in zip(kinds, nodes, strict=True)]
-        return self._rows.flatten(0, 1).index_select(0, torch.tensor(places, device=self._rows.device))
-
-    def _keep(self, kind: int, nodes: list[int], rows: Tensor) -> None:
-        if self._rows is None:
-            shape = (2, self._known.capacity, rows.shape[1])
-            self._rows = torch.empty(shape, dtype=rows.dtype, device=rows.device)
-        numbers = torch.tensor(nodes, device=rows.device)
-        self._rows[kind].index_copy_(0, numbers, rows.to(self._rows.dtype))
+        raise NotImplementedError("a cascade keeps no logits: it extends trees")
 
     def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
-        nodes, before = self._locate(tree, frontier), (tree.size, tree.levels, tree.level_size)
-        unscored = {number for number, node in zip(frontier.tolist(), nodes, strict=True) if node not in self._scored}
-        if unscored:
-            if len(unscored) < len(nodes):
-                grown = self._grow(tree, frontier, nodes, policy, perturb)
-                if unscored.isdisjoint(tree.parents[before[0] : tree.size].tolist()):
-                    return grown
-                tree.size, tree.levels, tree.level_size = before
-            self._run(tree, frontier, nodes, perturb)
-        return self._grow(tree, frontier, nodes, policy, perturb)
+        own = self._tree
+        if tree.levels == 0:
+            self._plant(tree)
+        nodes, before = self._locate(), (own.size, own.levels, own.level_size)
+        unscored = {number for number, node in zip(self._frontier, nodes, strict=True) if node not in self._scored}
+        if not unscored:
+            return self._show(tree, self._grow(nodes, policy))
+        if len(unscored) < len(nodes):
+            grown = self._grow(nodes, policy)
+            if unscored.isdisjoint(own.parents[before[0] : own.size].tolist()):
+                return self._show(tree, grown)
+            own.size, own.levels, own.level_size = before
+        self._run(nodes, policy, perturb)
+        return self._show(tree, self._grow(nodes, policy))
 
-    def _grow(
-        self, tree: Tree, frontier: Tensor, nodes: list[int], policy: TreePolicy, perturb: Perturb | None
-    ) -> Tensor:
-        """Grow a level; nodes that were not scored have one child of probability 1."""
-        scored = [row for row, node in enumerate(nodes) if node in self._scored]
-        logits = self._kept([nodes[row] for row in scored])
-        if perturb is not None:
-            logits = perturb(logits)
-        if len(scored) < len(nodes):
-            known, logits = logits, logits.new_full((len(nodes), logits.shape[1]), -torch.inf)
-            logits[:, 0] = 0
-            logits[torch.tensor(scored, device=known.device)] = known
-        return policy.grow(tree, frontier, logits, self.temperature)
+    def _grow(self, nodes: list[int], policy: TreePolicy) -> Tensor:
+        """Grow a level on the host; nodes that were not scored have one child of probability 1."""
+        bound = Said([0] * self._most, [0.0] + [-math.inf] * (self._most - 1), [], [])
+        said = [self._scored.get(node, bound) for node in nodes]
+        tokens = torch.tensor([own.tokens for own in said])
+        return policy.select(
+            self._tree, torch.tensor(self._frontier), tokens, torch.tensor([own.sharp for own in said])
+        )
+
+    def _show(self, tree: Tree, frontier: Tensor) -> Tensor:
+        """Append the level that has grown on the host to ``tree``; returns the frontier there."""
+        own, new = self._tree, slice(tree.size, self._tree.size)
+        tokens, parents = upload(torch.stack([own.tokens[new], own.parents[new]]), self.device)
+        grown = tree.append(tokens, parents, upload(own.scores[new], self.device, torch.float32))
+        self._frontier = frontier.tolist()
+        return grown if self._frontier == list(range(new.start, new.stop)) else upload(frontier, self.device)
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
-        if not self._lineage:
-            self._plant(tree)
-        nodes, tokens = [0], tree.tokens.index_select(0, path).tolist()
-        for token in tokens[1:]:
-            nodes += self._nodes([(nodes[-1], token)])
+        tokens = tree.tokens.index_select(0, path).tolist()
+        if self.proposer is not None:
+            if not self._known:
+                self._plant(tree)
+            nodes = [0]
+            for token in tokens[1:]:
+                nodes += self._known.children([(nodes[-1], token)])
+            self.proposer.commit(self._known.on_device(), upload(nodes, self.device), hidden)
         self._index.add(tokens)
-        self.proposer.commit(self._known, torch.tensor(nodes, device=path.device), hidden)
-        self.levels.commit(tree, path, None)
+        self.levels.commit(tree, path)
         self._clear()
 
     def passes(self, tree: Tree) -> int:
         return self._passes
 
     def facts(self) -> dict[str, Any]:
-        return {**self.proposer.facts(), **self.levels.facts()}
+        return {**({} if self.proposer is None else self.proposer.facts()), **self.levels.levels.facts()}
 
     def _plant(self, tree: Tree) -> None:
-        self._known.plant(tree.tokens[:1])
-        self._known.level_size = 0  # it has no levels: nodes of any depth follow each other
-        self._lineage, self._number = [(0, 0)], {0: 0}
-        self._ends = [(*self._index.tail, int(tree.tokens[0]))]
+        root = tree.tokens[:1].cpu()
+        self._tree.plant(root)
+        self._known.plant(int(root), self._index.tail)
 
-    def _locate(self, tree: Tree, frontier: Tensor) -> list[int]:
-        """The known nodes that ``frontier`` stands for; new ones are added."""
-        if not self._lineage:
-            self._plant(tree)
-        if tree.levels:
-            pairs = torch.stack([tree.parents.index_select(0, frontier), tree.tokens.index_select(0, frontier)])
-            nodes = self._nodes([(self._number[parent], token) for parent, token in pairs.t().tolist()])
-            self._number.update(zip(frontier.tolist(), nodes, strict=True))
-        else:
-            nodes = [0]
-        self._due -= len(nodes)
-        return nodes
+    def _locate(self) -> list[int]:
+        """The known nodes that the frontier stands for; new ones are added."""
+        if self._tree.levels:
+            tokens, parents = self._tree.tokens.tolist(), self._tree.parents.tolist()
+            pairs = [(self._number[parents[node]], tokens[node]) for node in self._frontier]
+            self._number |= zip(self._frontier, self._known.children(pairs), strict=True)
+        self._due -= len(self._frontier)
+        return [self._number[node] for node in self._frontier]
 
-    def _nodes(self, children: list[tuple[int, int]]) -> list[int]:
-        """Known nodes by parent and token; new ones are added."""
-        known, device = self._known, self._known.tokens.device
-        new = [child for child in dict.fromkeys(children) if child not in self._children]
-        if new:
-            parents, tokens = torch.tensor(new, device=device).unbind(1)
-            deepest = known.levels
-            for number, child in enumerate(new, known.size):
-                self._children[child] = number
-                depth = self._lineage[child[0]][1] + 1
-                self._lineage.append((child[0], depth))
-                self._ends.append((*self._ends[child[0]][-CONTEXT:], child[1]))
-                deepest = max(deepest, depth)
-            known.append(tokens, parents, torch.zeros(len(new), device=device))
-            known.levels, known.level_size = deepest, 0
-        return [self._children[child] for child in children]
-
-    def _run(self, tree: Tree, frontier: Tensor, nodes: list[int], perturb: Perturb | None) -> None:
+    def _run(self, nodes: list[int], policy: TreePolicy, perturb: Perturb | None) -> None:
         """Score the frontier and the guesses behind it in one pass."""
         batch = [node for node in nodes if node not in self._scored]
-        batch += self._guess(tree.levels, nodes, tree.scores.index_select(0, frontier), perturb)
-        logits = self.levels.expand(self._known, torch.tensor(batch, device=frontier.device))
-        self._keep(SCORED, batch, logits)
-        self._scored.update(batch)
-        for node, token in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
-            self._index.count(self._ends[node], token)
+        batch += self._guess(nodes, len(batch), perturb)
+        temperature = policy.sharpened(self.temperature)
+        if perturb is None:
+            said = self.levels.likeliest(self._known, batch, temperature, self._most)
+        else:
+            logits = self.levels.expand(self._known, batch)
+            tokens, sharp = likeliest(self._perturbed(batch, logits, perturb), temperature, self._most)
+            said = torch.cat([tokens, sharp, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        for node, row in zip(batch, said.tolist(), strict=True):
+            own, values = [int(token) for token in row[: self._most]], row[self._most : 2 * self._most]
+            self._scored[node] = Said(own, values, values, [True] * self._most)
+            self._index.count(self._known.ends[node], int(row[-1]) if perturb else own[0])
         self._passes += 1
 
-    def _guess(self, level: int, nodes: list[int], scores: Tensor, perturb: Perturb | None) -> list[int]:
+    def _perturbed(self, nodes: Sequence[int], logits: Tensor, perturb: Perturb) -> Tensor:
+        """Logits with the noise of every node's position; nodes of a depth lie behind each other."""
+        depths = [self._known.depths[node] for node in nodes]
+        counts = [(depth, len(list(same))) for depth, same in groupby(depths)]
+        parts = logits.split([count for _, count in counts])
+        level = self._tree.levels
+        return torch.cat([perturb(part, depth - level) for part, (depth, _) in zip(parts, counts, strict=True)])
+
+    def _guess(self, nodes: list[int], asked: int, perturb: Perturb | None) -> list[int]:
         """Nodes that the levels below ``nodes`` will grow from, if the proposer is right: a beam of its guesses.
 
         Args:
-            level: of ``nodes``.
-            scores: of ``nodes`` in the tree.
+            nodes: of the frontier. asked: of these, that the pass runs.
         """
-        room = min(self.proposed, self._known.capacity - 1 - self._known.size - self._due)
+        room = self.levels.rows - asked if self.levels.rows else self.proposed
+        room = min(room, self._known.capacity - 1 - len(self._known) - self._due)
         # Nodes of the deepest level are never run, and positions end with the cache.
         deepest = min(self._policy.max_depth, self._cache.max_length - self._cache.length) - 1
         guesses: list[int] = []
-        exact = wide = scores
-        for ahead in range(deepest - level):
+        exact = wide = self._tree.scores[self._frontier].tolist()
+        for _ in range(deepest - self._tree.levels):
             left = room - len(guesses)
             width = min(left, max(self._policy.width, int(left * SHARE)))
             if width <= 0:
                 break
-            known, best, tokens, likely = self._likeliest(nodes, ahead, perturb, width)
+            said = self._after(nodes, perturb)
             # First the nodes that the tree would have if the proposer were right, of those before; then others.
-            sharp = exact[:, None] + (best[: len(exact)] / self.temperature).log_softmax(dim=-1)
-            exact, first = sharp.flatten().topk(min(self._policy.width, width, sharp.numel()))
-            flat = self.temperature * torch.where(known, 1, DOUBT)[:, None]
-            joint = (wide[:, None] + (best / flat).log_softmax(dim=-1)).flatten()
-            own = joint[first]
-            joint[first] = -torch.inf
-            rest, others = joint.topk(min(width, joint.numel()) - len(first))
-            chosen, wide = torch.cat([first, others]), torch.cat([own, rest])
-            kept = likely.flatten()[chosen] & (wide > -torch.inf)
-            exact, wide, chosen = exact[kept[: len(exact)]], wide[kept], chosen[kept]
-            rows = torch.stack([chosen // best.shape[1], tokens.flatten()[chosen]]).t().tolist()
-            if not rows:
+            likely = (
+                (score + value, row, place)
+                for row, (score, own) in enumerate(zip(exact, said, strict=False))
+                for place, value in enumerate(own.sharp)
+            )
+            first = heapq.nlargest(min(self._policy.width, width), likely)
+            taken = {(row, place) for _, row, place in first}
+            doubted = (
+                (score + value, row, place)
+                for row, (score, own) in enumerate(zip(wide, said, strict=True))
+                for place, value in enumerate(own.wide)
+                if (row, place) not in taken
+            )
+            others = heapq.nlargest(width - len(first), doubted)
+            chosen = [(wide[row] + said[row].wide[place], score, row, place) for score, row, place in first]
+            chosen += [(score, None, row, place) for score, row, place in others]
+            chosen = [own for own in chosen if own[0] > -math.inf and said[own[2]].worth[own[3]]]
+            if not chosen:
                 break
-            nodes = self._nodes([(nodes[row], token) for row, token in rows])
+            exact, wide = [own[1] for own in chosen if own[1] is not None], [own[0] for own in chosen]
+            nodes = self._known.children([(nodes[row], said[row].tokens[place]) for *_, row, place in chosen])
             guesses += [node for node in nodes if node not in self._scored]
         return guesses
 
-    def _likeliest(
-        self, nodes: list[int], ahead: int, perturb: Perturb | None, count: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The likeliest tokens after ``nodes``, by the substitute where it has scored them, else by the proposer.
-
-        Returns:
-            Which nodes are scored, bool [n], and [n, ``count``]: logits, tokens, and whether a token is worth a row.
-        """
-        self._ask([node for node in nodes if node not in self._scored])
-        plain = self._kept(nodes).float()
-        logits = plain if perturb is None else perturb(plain, ahead)
-        best, tokens = logits.topk(min(count, logits.shape[1]), dim=-1)
-        known = torch.tensor([node in self._scored for node in nodes], device=plain.device)
-        return known, best, tokens, known[:, None] | (plain.gather(1, tokens) >= LEAST)
-
-    def _ask(self, nodes: list[int]) -> None:
-        """Let the proposer run ``nodes`` and those above them that it has not run, level by level."""
-        missing = set()
+    def _after(self, nodes: Sequence[int], perturb: Perturb | None) -> list[Said]:
+        """What follows ``nodes``, by the substitute where it has scored them, else by the proposer."""
+        missing: set[int] = set()
         for node in nodes:
+            if node in self._scored:
+                continue
             while node not in self._guessed and node not in missing:
                 missing.add(node)
-                node = self._lineage[node][0]
-
-        def depth(node: int) -> int:
-            return self._lineage[node][1]
-
-        for _, level in groupby(sorted(missing, key=depth), key=depth):
+                if self.proposer is None:
+                    break
+                node = self._known.parents[node]  # a proposer has to run these, too
+        depths = self._known.depths
+        for _, level in groupby(sorted(missing, key=lambda node: (depths[node], node)), key=depths.__getitem__):
             group = list(level)
-            logits = self.proposer.expand(self._known, torch.tensor(group, device=self._known.tokens.device))
-            rows = logits.float().log_softmax(dim=-1)
-            mixed = [
-                self._mixed(row, self._index.candidates(self._ends[node], INDEXED))
-                for node, row in zip(group, rows, strict=True)
-            ]
-            self._keep(GUESSED, group, torch.stack(mixed))
-            self._guessed.update(group)
+            found = [self._index.candidates(self._known.ends[node], INDEXED) for node in group]
+            plain = self.proposer is None and perturb is None
+            said = map(self._by_index, found) if plain else self._by_logits(group, found, perturb)
+            self._guessed |= zip(group, said, strict=True)
+        return [self._scored.get(node) or self._guessed[node] for node in nodes]
 
-    def _mixed(self, log_probs: Tensor, candidates: dict[int, float]) -> Tensor:
-        """A proposer's log-probabilities [vocabulary], mixed with the index's probabilities."""
-        if not candidates:
-            return log_probs
-        mixed = log_probs + math.log(1 - INDEX_SHARE)
-        tokens = torch.tensor(list(candidates), device=mixed.device)
-        probabilities = torch.tensor(list(candidates.values()), device=mixed.device)
-        mixed[tokens] = mixed[tokens].logaddexp(probabilities.log() + math.log(INDEX_SHARE))
-        return mixed
+    def _by_index(self, candidates: dict[int, float]) -> Said:
+        most = list(candidates.items())[: self._most]
+        return self._doubted([token for token, _ in most], [math.log(p) for _, p in most])
+
+    def _doubted(self, tokens: list[int], values: list[float], plain: list[float] | None = None) -> Said:
+        """What a proposer says with these log-probabilities; ``plain``: those without noise."""
+        sharp, wide = (_log_softmax(values, self.temperature * factor) for factor in (1, DOUBT))
+        return Said(tokens, sharp, wide, [value >= LEAST for value in plain or values])
+
+    def _by_logits(self, nodes: list[int], found: Sequence[dict[int, float]], perturb: Perturb | None) -> list[Said]:
+        """What the proposer says after nodes of one depth, mixed with the index's candidates."""
+        device, share = self.device, 1.0 if self.proposer is None else INDEX_SHARE
+        if self.proposer is None:
+            rows = torch.full((len(nodes), self.vocab_size), math.log(UNKNOWN / self.vocab_size), device=device)
+        else:
+            rows = self.proposer.expand(self._known.on_device(), upload(nodes, device)).float().log_softmax(dim=-1)
+            kept = [[math.log(1 - share) if candidates else 0.0] for candidates in found]
+            rows = rows + upload(kept, device, torch.float32)
+        places = [(row, token) for row, candidates in enumerate(found) for token in candidates]
+        if places:
+            at = tuple(upload(places, device).t())
+            own = [math.log(p * share) for candidates in found for p in candidates.values()]
+            rows[at] = rows[at].logaddexp(upload(own, device, torch.float32))
+        noisy = rows if perturb is None else perturb(rows, self._known.depths[nodes[0]] - self._tree.levels)
+        best, tokens = noisy.topk(min(self._most, self.vocab_size), dim=-1)
+        read, count = torch.cat([tokens.float(), best, rows.gather(1, tokens)], dim=1).tolist(), tokens.shape[1]
+        return [self._doubted([int(t) for t in row[:count]], row[count : 2 * count], row[2 * count :]) for row in read]
+
+
+def _log_softmax(values: Sequence[float], temperature: float) -> list[float]:
+    if not values or (highest := max(values)) == -math.inf:
+        return [-math.inf] * len(values)
+    total = math.log(sum(math.exp((value - highest) / temperature) for value in values))
+    return [(value - highest) / temperature - total for value in values]

@@ -19,13 +19,12 @@ from subspec.config.schema import (
     StreamOffloadConfig,
     SubstituteDraftConfig,
 )
-from subspec.decoding.draft import LevelDraft
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam, TreePolicy
 from subspec.drafts.cascade import CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleSpec
-from subspec.drafts.padded_levels import PaddedLevels
-from subspec.drafts.prompt_lookup import PromptLookupSpec
+from subspec.drafts.padded_levels import KnownLevels, PaddedLevels
+from subspec.drafts.prompt_lookup import PromptLookupDraft, PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.drafts.substitute import SubstituteSpec
@@ -132,7 +131,7 @@ class CascadeSpec(SubstituteSpec):
         with reworded(_about_proposer):
             other = found[0].memory(replace(inputs, config=found[1], policy=sizes))
         rows = passes.draft_rows if on_disk else passes.capacity
-        return CascadeMemory(own, other, rows, sizes.capacity * inputs.spec.vocab * inputs.itemsize)
+        return CascadeMemory(own, other, rows, sizes.capacity)
 
     def prepare(self) -> None:
         super().prepare()
@@ -146,14 +145,18 @@ class CascadeSpec(SubstituteSpec):
             return built
         with reworded(_about_proposer):
             proposer = self._proposer.build(target)
-        levels: LevelDraft | PaddedLevels = built.draft
-        if isinstance(levels, CapturedDraft):
-            levels = PaddedLevels(levels, self._passes.width, self._passes.max_depth, target.device)
-        draft = CascadeDraft(levels, proposer.draft, self._policy, self._proposed, target.device)
+        own, device = built.draft, target.device
+        if isinstance(own, CapturedDraft):
+            levels: KnownLevels = PaddedLevels(own, self._passes.width, self._passes.max_depth, device)
+        else:
+            levels = KnownLevels(own, GuessPolicy(self._policy, self._proposed).draft_rows, device)
+        # The cascade's own index knows what prompt lookup knows.
+        guesses = None if isinstance(proposer.draft, PromptLookupDraft) else proposer.draft
+        draft = CascadeDraft(levels, own.temperature, guesses, self._policy, self._proposed, target.vocab_size)
         name = self._proposer.context.config.draft.name
-        own = {"draft": name, "proposed": self._proposed, **proposer.facts}
+        facts = {"draft": name, "proposed": self._proposed, **proposer.facts}
         summary = f"up to {self._proposed} nodes a pass are proposed by {name}, {proposer.summary}"
-        return replace(built, draft=draft, facts={**built.facts, "proposer": own}, summary=summary)
+        return replace(built, draft=draft, facts={**built.facts, "proposer": facts}, summary=summary)
 
 
 class CascadeMemory(DraftMemory):
@@ -162,15 +165,15 @@ class CascadeMemory(DraftMemory):
     Args:
         own, other: their memory.
         rows: of the draft region.
-        kept: bytes of the logits that are kept of either.
+        nodes: that the substitute may run in a tree.
     """
 
-    def __init__(self, own: DraftMemory, other: DraftMemory, rows: int, kept: int) -> None:
+    def __init__(self, own: DraftMemory, other: DraftMemory, rows: int, nodes: int) -> None:
         self._proposer = other
         self.allocations = (
             *own.allocations,
             *other.allocations,
-            Allocation("proposals", ((kept, 2), (tree_bytes(rows), 1)), "logits of substitute and proposer, tree"),
+            Allocation("proposals", ((tree_bytes(rows), 1), (tree_bytes(nodes), 1)), "trees of passes and of nodes"),
         )
         self.required_resident, self.required_by = own.required_resident, own.required_by
         self.shared_rows, self.captured = rows, own.captured

@@ -1,6 +1,5 @@
 """Which tokens followed a context before: counts of n-grams over growing text, blended over the context's lengths."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 
@@ -19,7 +18,7 @@ class NgramIndex:
     def __init__(self, longest: int, shortest: int = 1) -> None:
         self.longest = longest
         self.shortest = shortest
-        self._followers: dict[tuple[int, ...], Counter[int]] = {}
+        self._followers: dict[tuple[int, ...], dict[int, int]] = {}
         self._tail: tuple[int, ...] = ()
 
     def clear(self) -> None:
@@ -47,7 +46,8 @@ class NgramIndex:
     def count(self, context: Sequence[int], token: int) -> None:
         """Count ``token`` behind ``context`` and its endings, outside of the text."""
         for length in range(self.shortest, min(self.longest, len(context)) + 1):
-            self._followers.setdefault(tuple(context[len(context) - length :]), Counter())[token] += 1
+            known = self._followers.setdefault(tuple(context[len(context) - length :]), {})
+            known[token] = known.get(token, 0) + 1
 
     def candidates(self, context: Sequence[int], most: int) -> dict[int, float]:
         """Tokens that followed ``context`` or its endings, and their probabilities: at most ``most``, likeliest first.
@@ -60,7 +60,7 @@ class NgramIndex:
             followers = self._followers.get(tuple(context[len(context) - length :]))
             if followers is None:
                 continue
-            total = followers.total() + len(followers)
+            total = sum(followers.values()) + len(followers)
             for token, count in followers.items():
                 found[token] = found.get(token, 0.0) + left * count / total
             left *= len(followers) / total

@@ -1,22 +1,64 @@
-"""Captured levels for nodes of any depth: every pass has the same number of rows, some of them padding.
+"""A cascade's passes of the substitute: over nodes of any depth, in any order.
 
 A captured level runs all nodes of a tree's deepest level, whose number and rows are constant. A cascade's pass runs
-nodes of several levels, and their number differs. So the passes are the levels of a tree of their own, which names
-every node a second time; its depths, tokens and ancestors are those of the first.
+nodes of several levels, and their number differs. So captured passes are the levels of a tree of their own, which names
+every node a second time; its depths, tokens and ancestors are those of the first, and some of its rows are padding.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from subspec.decoding.draft import Draft
+from subspec.decoding.draft import LevelDraft
 from subspec.decoding.kv_cache import KVCache
 from subspec.decoding.tree import Tree
+from subspec.decoding.tree_policy import likeliest
+from subspec.drafts.known_nodes import KnownNodes
 from subspec.levels.captured_draft import CapturedDraft
+from subspec.utils.upload import upload, upload_to
 
 
-class PaddedLevels(Draft):
-    """Runs any nodes of a tree in one captured pass.
+class KnownLevels:
+    """Runs known nodes through a substitute.
+
+    Args:
+        levels: the substitute.
+        draft_rows: most nodes that it runs for a tree.
+
+    Attributes:
+        rows: of every pass; 0: as many as it has nodes.
+    """
+
+    rows = 0
+
+    def __init__(self, levels: LevelDraft, draft_rows: int, device: torch.device) -> None:
+        self.levels, self.draft_rows, self.device = levels, draft_rows, device
+
+    def begin(self, cache: KVCache) -> None:
+        """As of a :class:`~subspec.decoding.draft.Draft`."""
+        self.levels.begin(cache)
+
+    def commit(self, tree: Tree, path: Tensor) -> None:
+        """As of a draft; the next pass is the first of a tree."""
+        self.levels.commit(tree, path, None)
+
+    def expand(self, known: KnownNodes, nodes: Sequence[int]) -> Tensor:
+        """Logits [n, vocabulary] after ``nodes``; the next pass may overwrite them."""
+        return self.levels.expand(known.on_device(), upload(nodes, self.device))
+
+    def likeliest(self, known: KnownNodes, nodes: Sequence[int], temperature: float, count: int) -> Tensor:
+        """The likeliest ``count`` tokens after ``nodes``, then their log-probabilities: float32 [n, 2 ``count``].
+
+        Ids below 2**24 are exact in float32.
+        """
+        tokens, log_probs = likeliest(self.expand(known, nodes), temperature, count)
+        return torch.cat([tokens.float(), log_probs], dim=1)
+
+
+class PaddedLevels(KnownLevels):
+    """Captured passes.
 
     Args:
         levels: run whole levels.
@@ -24,39 +66,42 @@ class PaddedLevels(Draft):
         passes: most passes of a tree.
     """
 
-    shares_cache = True
-
     def __init__(self, levels: CapturedDraft, rows: int, passes: int, device: torch.device) -> None:
-        super().__init__(levels.temperature)
-        self.levels, self.rows = levels, rows
-        self.draft_rows = 1 + rows * passes
+        super().__init__(levels, 1 + rows * passes, device)
+        self.rows = rows
+        self._captured = levels
         self._tree = Tree(self.draft_rows, device)  # its root is never run
-        self._ran = torch.full((self.draft_rows,), -1, device=device)  # the nodes of its nodes; -1: padding
+        self._ran = np.full(self.draft_rows, -1)  # the nodes of its nodes; -1: padding
 
     def begin(self, cache: KVCache) -> None:
-        self.levels.begin(cache)
+        super().begin(cache)
         self._tree.plant(torch.zeros_like(self._tree.tokens[:1]))
 
-    def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
-        own, first = self._tree, self._tree.size
-        nodes = functional.pad(frontier, (0, self.rows - frontier.numel()), value=-1)
-        if first + self.rows > own.capacity:
+    def commit(self, tree: Tree, path: Tensor) -> None:
+        super().commit(tree, path)
+        self._tree.plant(torch.zeros_like(self._tree.tokens[:1]))
+
+    def expand(self, known: KnownNodes, nodes: Sequence[int]) -> Tensor:
+        self._place(known, nodes)
+        return self._captured.expand(self._tree, self._tree.last_level)[: len(nodes)]
+
+    def likeliest(self, known: KnownNodes, nodes: Sequence[int], temperature: float, count: int) -> Tensor:
+        self._place(known, nodes)
+        return self._captured.likeliest(self._tree, self._tree.last_level, temperature, count)[: len(nodes)]
+
+    def _place(self, known: KnownNodes, nodes: Sequence[int]) -> None:
+        """Make ``nodes`` the deepest level."""
+        own, new = self._tree, slice(self._tree.size, self._tree.size + self.rows)
+        if new.stop > own.capacity:
             raise ValueError(f"a tree takes at most {own.capacity // self.rows} passes")
         if own.levels == 0:
-            self.levels.read_length()
+            self._captured.read_length()
         own.adopt_level(self.rows)
-        new, known = slice(first, own.size), nodes.clamp(min=0)
-        self._ran[new] = nodes
-        own.tokens[new] = tree.tokens.index_select(0, known)
-        own.depths[new] = tree.depths.index_select(0, known)
+        padding = self.rows - len(nodes)
+        self._ran[new] = [*nodes, *[-1] * padding]
         ran = self._ran[: own.size]
-        visible = tree.ancestors.index_select(0, known).index_select(1, ran.clamp(min=0))
-        own.ancestors[new, : own.size] = visible & (ran >= 0) & (nodes >= 0)[:, None]
-        return self.levels.expand(own, own.last_level)[: frontier.numel()]
-
-    def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
-        self.levels.commit(tree, path, hidden)
-        self._tree.plant(self._tree.tokens[:1].clone())
-
-    def facts(self) -> dict[str, object]:
-        return self.levels.facts()
+        visible = np.zeros((self.rows, own.capacity), dtype=bool)
+        visible[: len(nodes), : own.size] = known.ancestors[np.asarray(nodes)[:, None], ran] & (ran >= 0)
+        upload_to(own.tokens[new], [*(known.ends[node][-1] for node in nodes), *[0] * padding])
+        upload_to(own.depths[new], [*(known.depths[node] for node in nodes), *[0] * padding])
+        upload_to(own.ancestors[new], visible)

@@ -48,15 +48,14 @@ class _OnBuffer:
         node_of_row: int64 [draft rows], the same for every text.
         levels: by level, what ``node_of_row`` was last written for: nodes of the tree up to the level and with it, and
             nodes of the level.
-        graphs: with their logits, by (tree, number of texts, level, nodes of the level, new nodes of each tree).
+        graphs: with their results, by (tree, number of texts, level, nodes of the level, new nodes of each tree or what
+            is returned instead of logits).
     """
 
     lengths: Tensor
     node_of_row: Tensor
     levels: dict[int, tuple[int, int]] = field(default_factory=dict)
-    graphs: dict[tuple[int, int, int, int, int | None], tuple[torch.cuda.CUDAGraph, Tensor]] = field(
-        default_factory=dict
-    )
+    graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = field(default_factory=dict)
 
 
 class CapturedDraft(LevelDraft):
@@ -144,6 +143,10 @@ class CapturedDraft(LevelDraft):
         """Logits of the frontier, which must be the whole last level."""
         return self._run([(tree, self.cache)], len(frontier), None)
 
+    def likeliest(self, tree: Tree, frontier: Tensor, temperature: float, count: int) -> Tensor:
+        """After each node of the frontier, the whole last level: see :meth:`LevelKernels.likeliest`."""
+        return self._run([(tree, self.cache)], len(frontier), None, (count, temperature))
+
     def read_length(self) -> None:
         """Take note of the prefix's length, for levels of a tree whose root is not run."""
         self._state.lengths[self.cache.place].fill_(self.cache.length)
@@ -171,11 +174,18 @@ class CapturedDraft(LevelDraft):
 
     # --------------------------------------------------------------------------------------- one level
 
-    def _run(self, texts: Sequence[tuple[Tree, KVCache]], rows: int, width: int | None) -> Tensor:
+    def _run(
+        self,
+        texts: Sequence[tuple[Tree, KVCache]],
+        rows: int,
+        width: int | None,
+        likeliest: tuple[int, float] | None = None,
+    ) -> Tensor:
         """Run the last levels of trees of one shape; returns the logits, [texts * rows, vocabulary].
 
         Args:
             rows: of each text. width: the trees grow by as many nodes each; None: they do not grow.
+            likeliest: instead of logits return the likeliest tokens: as many, at this temperature.
         """
         tree, count = texts[0][0], len(texts)
         if rows != tree.level_size:
@@ -188,15 +198,15 @@ class CapturedDraft(LevelDraft):
                 state.lengths[cache.place].fill_(cache.length)
         self._remember(tree)
         if self.device.type != "cuda":
-            return self._level(tree, count, width)
-        key = (id(tree), count, tree.levels, rows, width)  # a graph holds its trees' addresses
+            return self._level(tree, count, width, likeliest)
+        key = (id(tree), count, tree.levels, rows, likeliest or width)  # a graph holds its trees' addresses
         if key not in state.graphs:
             shared = self._shared
-            state.graphs[key] = captured(lambda: self._level(tree, count, width), shared.pool)
+            state.graphs[key] = captured(lambda: self._level(tree, count, width, likeliest), shared.pool)
             shared.pool = state.graphs[key][0].pool()
-        graph, logits = state.graphs[key]
+        graph, result = state.graphs[key]
         graph.replay()
-        return logits
+        return result
 
     def _remember(self, tree: Tree) -> None:
         """Store the nodes of the last level's draft rows, which differ with the width of trees (beside other texts)."""
@@ -207,7 +217,7 @@ class CapturedDraft(LevelDraft):
         first = self.cache.draft_rows - tree.size
         state.node_of_row[first : first + tree.level_size] = tree.last_level
 
-    def _level(self, tree: Tree, texts: int, width: int | None) -> Tensor:
+    def _level(self, tree: Tree, texts: int, width: int | None, likeliest: tuple[int, float] | None = None) -> Tensor:
         """The level's kernels; arguments and result as of :meth:`_run`, ``tree`` the first of the trees."""
         model, kernels, state, cache = self.model, self._kernels, self._state, self.cache
         last = slice(tree.size - tree.level_size, tree.size)
@@ -227,7 +237,7 @@ class CapturedDraft(LevelDraft):
             logits = self._head(kernels.norm(residual, partial, model.final_norm, model.draft_head))
             if width is not None:
                 kernels.grow(level, logits, width, self.temperature)
-        return logits
+            return logits if likeliest is None else kernels.likeliest(logits, *likeliest)
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits, bfloat16 [rows, vocabulary]; of a quantized head the sum of its slices."""

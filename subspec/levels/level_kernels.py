@@ -142,17 +142,35 @@ class LevelKernels:
         )  # fmt: skip
         return attended
 
-    def grow(self, level: LevelRows, logits: Tensor, width: int, temperature: float) -> None:
-        """Append the ``width`` best children of the level's nodes to each tree."""
+    def candidates(self, logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest ``count`` logits / temperature of every block of every row, and the blocks' parts of the softmax.
+
+        Returns:
+            Logits and tokens, [rows, blocks, count]; maxima, and sums of exponentials above them, [2, rows, blocks].
+        """
         rows, vocab = logits.shape
-        blocks, tree = -(-vocab // TOP_K_BLOCK), level.tree
-        best = self._empty(rows, blocks, width)
-        best_token = self._empty(rows, blocks, width, dtype=torch.int32)
+        blocks = -(-vocab // TOP_K_BLOCK)
+        best = self._empty(rows, blocks, count)
+        best_token = self._empty(rows, blocks, count, dtype=torch.int32)
         sums = self._empty(2, rows, blocks)
         self.kernels.block_candidates[(rows, blocks)](
             logits, best, best_token, sums[0], sums[1], vocab, 1.0 / temperature,
-            BLOCKS=blocks, K=width, BLOCK=TOP_K_BLOCK, num_warps=4, **self._overlapped,
+            BLOCKS=blocks, K=count, BLOCK=TOP_K_BLOCK, num_warps=4, **self._overlapped,
         )  # fmt: skip
+        return best, best_token, sums
+
+    def likeliest(self, logits: Tensor, count: int, temperature: float) -> Tensor:
+        """The likeliest ``count`` tokens of every row, then their log-probabilities: float32 [rows, 2 ``count``]."""
+        best, tokens, (maxima, sums) = self.candidates(logits, count, temperature)
+        values, places = best.flatten(1).topk(count, dim=-1)
+        highest = maxima.amax(dim=-1, keepdim=True)
+        log_sum = highest + (sums * (maxima - highest).exp()).sum(dim=-1, keepdim=True).log()
+        return torch.cat([tokens.flatten(1).gather(1, places).float(), values - log_sum], dim=1)
+
+    def grow(self, level: LevelRows, logits: Tensor, width: int, temperature: float) -> None:
+        """Append the ``width`` best children of the level's nodes to each tree."""
+        best, best_token, sums = self.candidates(logits, width, temperature)
+        blocks, tree = best.shape[1], level.tree
         self.kernels.grow_level[(level.texts,)](
             best, best_token, sums[0], sums[1], tree.tokens, tree.parents, tree.depths, tree.scores,
             tree.ancestors.view(torch.int8), level.nodes, level.rows, tree.size, tree.capacity,

@@ -13,6 +13,7 @@ from subspec.drafts import cascade
 from subspec.drafts.cascade import SPARE, CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleDraft
 from subspec.drafts.ngram_index import NgramIndex
+from subspec.drafts.padded_levels import KnownLevels
 from subspec.drafts.prompt_lookup import PromptLookupDraft
 from subspec.drafts.separate_cache import SeparateCacheDraft
 from subspec.drafts.substitute import SubstituteDraft, share_parameters
@@ -43,6 +44,7 @@ def own_cache(small, model, sizes):
 
 
 PROPOSERS = {
+    "index": lambda model, target, sizes: None,
     "lookup": lambda model, target, sizes: PromptLookupDraft(NgramIndex(3, 1), target.vocab_size),
     "relative": lambda model, target, sizes: own_cache(disturbed(model, 0.03, seed=5), model, sizes),
     "stranger": lambda model, target, sizes: own_cache(tiny_model("llama", layers=1, seed=3), model, sizes),
@@ -56,8 +58,9 @@ def engine_with(model, substitute, proposer, policy, *, proposed=16, sampling=No
     target = TargetModel(model)
     draft = SubstituteDraft(share_parameters(substitute))
     if proposer is not None:
-        built = PROPOSERS[proposer](model, target, GuessPolicy(policy, proposed))
-        draft = CascadeDraft(draft, built, policy, proposed, CPU)
+        sizes = GuessPolicy(policy, proposed)
+        levels, built = KnownLevels(draft, sizes.draft_rows, CPU), PROPOSERS[proposer](model, target, sizes)
+        draft = CascadeDraft(levels, draft.temperature, built, policy, proposed, target.vocab_size)
     return Engine(target, draft, policy, sampling=sampling, max_length=128, prefill_chunk=4)
 
 
@@ -88,7 +91,8 @@ def alone(model, substitute):
     ("proposer", "policy", "sampled"),
     [(proposer, "beam", proposer == "relative") for proposer in PROPOSERS]
     + [("relative", policy, False) for policy in ALL_POLICIES if policy != "beam"]
-    + [("lookup", policy, True) for policy in ALL_POLICIES],
+    + [("index", policy, False) for policy in ALL_POLICIES if policy != "beam"]
+    + [("index", policy, True) for policy in ALL_POLICIES],
 )
 def test_trees_and_texts_are_the_substitutes_own(model, substitute, alone, proposer, policy, sampled):
     sampling = Sampling(0.9, top_k=20) if sampled else Sampling()
@@ -127,7 +131,7 @@ def test_wrong_guesses_never_take_the_rows_that_the_tree_needs(model, substitute
     expected, own = generated(engine_with(model, substitute, None, Beam(12, 3)))
     engine = engine_with(model, substitute, "noise", Beam(12, 3), proposed=4)
     most, run = [], engine.draft._run
-    engine.draft._run = lambda *inputs: (run(*inputs), most.append(engine.draft.levels.rows.used))
+    engine.draft._run = lambda *inputs: (run(*inputs), most.append(engine.draft.levels.levels.rows.used))
     found, trees = generated(engine)
     assert found.token_ids == expected.token_ids
     assert [tree[:2] for tree in trees] == [tree[:2] for tree in own]

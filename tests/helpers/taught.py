@@ -31,8 +31,8 @@ POLICIES = {
 class PartialBeam(Beam):
     """A tree in which only some nodes of a level are run: every other one, the later ones first."""
 
-    def grow(self, tree: Tree, frontier: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        return super().grow(tree, frontier, logits, temperature).flip(0)[::2]
+    def select(self, tree: Tree, frontier: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+        return super().select(tree, frontier, tokens, log_probs).flip(0)[::2]
 
 
 ALL_POLICIES = {**POLICIES, "partial": lambda: PartialBeam(5, 4)}

@@ -237,15 +237,21 @@ def test_the_draft_has_a_head_of_eight_bits_where_that_pays():
         settings(8.0, codec=CODED, quant=WITHOUT_HEAD),
         higgs(settings(8.0, codec=CODED)),
         changed("decoding", texts=4),
-        changed("draft", proposer=Proposer.prompt_lookup),
+        changed("draft", proposer=Proposer.prompt_lookup, proposed=11),
         changed("draft", vocab=32768),
     ],
-    ids=["not coded", "nothing drafts", "said so", "higgs", "several texts", "a proposer", "some ids"],
+    ids=["not coded", "nothing drafts", "said so", "higgs", "several texts", "17 rows", "some ids"],
 )
 def test_elsewhere_it_drafts_with_the_exact_head(config):
     plan = planned(config)
     assert plan.coded_head_bytes == 0
     assert item(plan, "LM head") == 2 * TABLE
+
+
+def test_a_cascade_of_few_rows_keeps_its_own_head():
+    plan = planned(changed("draft", proposer=Proposer.prompt_lookup))
+    assert plan.coded_head_bytes > 0
+    assert len(plan.resident_layers) == len(planned(settings(8.0, codec=CODED)).resident_layers)
 
 
 def test_a_tied_head_stays_exact():
