@@ -149,7 +149,7 @@ def main() -> None:
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "resident_layers": len(plan.resident_layers),
+        "resident_layers": len(engine.target.resident_layers),
         "link_gb_per_s": link,
         "load_s": time.perf_counter() - started,
     }

@@ -126,7 +126,7 @@ def run_mode(
     assert streamed is not None
     facts |= {
         "load_s": time.perf_counter() - started,
-        "resident_layers": len(plan.resident_layers),
+        "resident_layers": len(streamed.target.resident_layers),
         "prefill_chunk": plan.prefill_chunk,
         "codec": plan.codec.value,
         "bits_per_coded_weight": streamed.bits_per_weight,

@@ -58,8 +58,8 @@ def load(
         "mode": mode,
         "texts": texts,
         "load_s": time.perf_counter() - started,
-        "resident_layers": len(plan.resident_layers),
-        "gb_per_pass": plan.streamed_bytes_per_pass / 1e9,
+        "resident_layers": len(assembly.streamed.target.resident_layers),
+        "gb_per_pass": assembly.streamed.target.streamed_bytes_per_pass / 1e9,
         "prefill_chunk": plan.prefill_chunk,
         "bitwise": assembly.target.bitwise is not None,
     }

@@ -159,14 +159,15 @@ class TargetCoding:
             )
         return kept.buffer.tensor[: kept.layer.nbytes]
 
-    def place(self, room: int, slots: int) -> None:
+    def place(self, room: int, slots: int, *, more: bool) -> None:
         """Pin the layers that stream from host memory, after loading.
 
         Code that came out larger than planned streams instead of being resident, last layers first, until it fits.
 
         Args:
-            room: device bytes that the plan has for resident coded layers and ring slots.
+            room: device bytes that there are for resident coded layers and ring slots.
             slots: of the ring.
+            more: let layers that stream from host memory stay, too, if the code came out smaller and they fit.
         """
         resident = sorted(self._planned & self.layers.keys())
 
@@ -177,6 +178,14 @@ class TargetCoding:
 
         while resident and taken() > room:
             resident.pop()
+        while more and len(others := sorted(self.layers.keys() - {*resident, *self.on_disk})) > slots:
+            # One in the middle: a pass begins and ends with streamed layers.
+            resident.append(index := others[len(others) // 2])
+            if taken() > room:
+                resident.pop()
+                break
+            if (pinned := self.streamed.pop(index, None)) is not None:
+                self._held[index] = pinned
         self._planned = set(resident)
         for index in sorted(self.layers.keys() - {*resident, *self.on_disk, *self.streamed}):
             self.streamed[index] = self._memory.allocate(self.layers[index].nbytes)

@@ -177,6 +177,7 @@ class CascadeMemory(DraftMemory):
         )
         self.required_resident, self.required_by = own.required_resident, own.required_by
         self.shared_rows, self.captured = rows, own.captured
+        self.own_kernels = own.own_kernels and other.own_kernels
         self.level, self.read = own.level + other.level, own.read + other.read
         self.workspaces, self.states = {**own.workspaces, **other.workspaces}, other.states
 

@@ -1,5 +1,6 @@
 """The substitute's memory beside a streamed target, computed before anything is loaded."""
 
+from subspec.config.schema import HqqConfig
 from subspec.drafts.vocabulary import known_tokens
 from subspec.levels.quantization import LevelQuantization
 from subspec.memory.allocator import Allocation
@@ -20,6 +21,8 @@ class SubstituteMemory(DraftMemory):
         self.allocations = substitute_allocations(quantization, spec.layers - skipped, skipped)
         self.shared_rows = inputs.policy.draft_rows
         own_head = "head" in quantization.shapes
+        integers = isinstance(inputs.config.quant, HqqConfig)
+        self.own_kernels = integers and own_head and not quantization.exact and not skipped
         known = known_tokens(inputs.config.draft, spec.vocab)
         if known < spec.vocab and not own_head:
             rows = (known * spec.hidden * CAPTURED_ITEMSIZE, 1)

@@ -19,9 +19,9 @@ of the reserved memory on an H200 (7B in 8 GiB), so 64 MiB keeps the cap two seg
 grow with the model, hence the share.
 """
 
-LIBRARY_TENSORS = ((32 * MIB, 2),)
-"""cuBLAS keeps a workspace for each stream that multiplies (32 MiB on Hopper, 8 MiB before): the compute stream and
-the stream that captures the draft's graphs."""
+LIBRARY_BYTES = 32 * MIB
+"""cuBLAS keeps a workspace for each stream that it multiplies on (32 MiB on Hopper, 8 MiB before): the compute stream,
+unless passes are batch-invariant, and the stream that captures the draft's graphs, unless all its kernels are ours."""
 
 GRAPH_BYTES = 32 * MIB
 """Fragments in the memory pool of captured graphs, which is never freed. Draft levels do not run concurrently, so their

@@ -59,6 +59,7 @@ class DraftMemory:
         workspaces: peaks of the draft's other work, by name. They do not coincide with each other or with the target's
             passes: the largest counts.
         states: hidden states of layers that the target's passes return besides the final ones.
+        own_kernels: whether cuBLAS multiplies nothing of it.
     """
 
     allocations: tuple[Allocation, ...] = ()
@@ -70,6 +71,7 @@ class DraftMemory:
     workspaces: Mapping[str, int] = {}
     states = 0
     read = 0
+    own_kernels = False
 
     def prompt_bytes(self, chunk: int) -> int:
         """Peak of ``Draft.observe`` of ``chunk`` tokens, with the target's hidden states."""

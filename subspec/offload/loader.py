@@ -62,6 +62,7 @@ class LoadingPlan(Protocol):
     coded_head_bytes: int
     texts: int
     restored_bytes: int
+    spare: int | None
 
 
 class LayerConsumer(Protocol):
@@ -225,9 +226,9 @@ def load_streamed(
         coded_resident = sum(index in coding.layers for index in resident)
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
-            room -= max(0, head_code.nbytes - plan.coded_head_bytes)
+            room -= head_code.nbytes - plan.coded_head_bytes
         room -= max(0, buffer_bytes - plan.restored_bytes)  # passes may turn out not to be batch-invariant
-        coding.place(room, plan.ring_slots)
+        coding.place(room + (plan.spare or 0), plan.ring_slots, more=plan.spare is not None)
         restorer = coding.decoder(passes)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded

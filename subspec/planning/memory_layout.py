@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from subspec.codec.coding import SubstituteCodec, codec_of, coded_head_bytes, decoding_only, draft_head
 from subspec.config.enums import Codec, Kernel
-from subspec.config.schema import Config, Device, Dtype, NoDraftConfig, Placement, SubstituteDraftConfig
+from subspec.config.schema import Config, Device, Dtype, HiggsConfig, NoDraftConfig, Placement, SubstituteDraftConfig
 from subspec.decoding.bitwise import unsupported
 from subspec.decoding.pass_shapes import PassShapes
 from subspec.decoding.text_loop import ROW_MULTIPLE
@@ -21,7 +21,7 @@ from subspec.drafts.substitute_memory import substitute_allocations
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.quantization import LevelQuantization, level_quantization
-from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_TENSORS, Allocation
+from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_BYTES, Allocation
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
@@ -72,8 +72,8 @@ class MemoryLayout(RunMemory):
         exact = len(set(getattr(config.quant, "skip_layers", ())))
         config = draft_head(config, codes=not spec.tied and exact < spec.layers)
         self.coded = codec_of(config) is Codec.substitute
-        quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
-        quantization = _quantization(config, spec) if quantizes else None
+        self.quantizes = self.coded or isinstance(config.draft, SubstituteDraftConfig)
+        quantization = _quantization(config, spec) if self.quantizes else None
         super().__init__(
             config,
             model,
@@ -171,6 +171,8 @@ class MemoryLayout(RunMemory):
         restores = resident < spec.layers or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
         more = self.layer_bytes if self.coded else self.exact_bytes
+        multiplies = not self.bitwise or (self.quantizes and isinstance(self.config.quant, HiggsConfig))  # it rotates
+        streams = int(multiplies) + int(self.drafts and not self.draft.own_kernels)
         plain = required if self.coded else resident
         kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
         found = [
@@ -184,7 +186,7 @@ class MemoryLayout(RunMemory):
             Allocation("ring", ((self.layer_bytes, slots),), f"{slots} layers in flight"),
             Allocation("restored weights", ((self.scratch_bytes, int(restores)),), self._restored_note),
             *self.run_allocations(decision.chunk),
-            Allocation("cuBLAS", LIBRARY_TENSORS, "workspaces of two streams"),
+            Allocation("cuBLAS", ((LIBRARY_BYTES, streams),), f"workspaces: {streams}"),
         ]
         extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
         found.append(Allocation("allocator", ((extra, 1),), "rounding, segments in part"))

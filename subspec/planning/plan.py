@@ -76,6 +76,8 @@ class Plan:
         coded_head_bytes: of the exact LM head coded by the draft's own (an estimate); 0: it is not coded.
         texts: that run side by side.
         restored_bytes: of the buffer for restored weights.
+        spare: of the budget, neither planned nor headroom: for more resident layers, if codes are shorter than
+            estimated; None: their number is set by hand.
     """
 
     target: str
@@ -104,6 +106,7 @@ class Plan:
     disk_layers: tuple[int, ...] = ()
     coded_in_files: bool = False
     plain_disk_bytes: int = 0
+    spare: int | None = None
     disk: Bandwidth | None = None
 
     def total(self, place: Placement) -> int:
@@ -286,6 +289,7 @@ def plan_run(
         restored_bytes=layout.scratch_bytes,
         disk_layers=spread(others, decision.disk),
         coded_in_files=decision.in_files and layout.coded,
+        spare=budget - headroom(budget) - layout.device_bytes(decision) if offload.resident_layers is None else None,
         plain_disk_bytes=plain.disk * plain_layout.layer_bytes if plain else 0,
         disk=offload.disk_gb_per_s and Bandwidth(offload.disk_gb_per_s, "offload.disk_gb_per_s"),
     )

@@ -39,8 +39,8 @@ def builder_of(model, keep_exact=(), quant="hqq", skip=(), *, bits=4, head=False
     return SubstituteBuilder(quantizer, kernel=quantizer.default.kernels[0], formats=formats, **kept)
 
 
-def load(model, resident, *, slots=2, layer_bytes=ROOM, device="cpu", skip=(), keep_exact=(), quant="hqq"):
-    plan = plan_for(resident, slots, codec=Codec.substitute, layer_bytes=layer_bytes)
+def load(model, resident, *, slots=2, layer_bytes=ROOM, spare=None, device="cpu", skip=(), keep_exact=(), quant="hqq"):
+    plan = plan_for(resident, slots, codec=Codec.substitute, layer_bytes=layer_bytes, spare=spare)
     builder = builder_of(model, keep_exact, quant, skip)
     return load_streamed(ModelSource(model), plan, torch.device(device), builder=builder)
 
@@ -181,6 +181,24 @@ def test_code_larger_than_planned_is_streamed_instead():
     assert taken <= 4 * (size * 7 // 10)
     assert tight.target.streamed_bytes_per_pass > 0
     tight.close()
+
+
+@pytest.mark.parametrize(
+    ("spare", "resident"), [(None, [2]), (0.0, [2]), (1.1, [2, 3]), (2.1, [1, 2, 3]), (9.0, [1, 2, 3])]
+)
+def test_layers_more_stay_if_their_code_is_shorter_than_planned(spare, resident):
+    """As many as fit, middle ones first, while as many stream as the ring has slots; none if the user says how many."""
+    model = tiny(layers=5)
+    probe = load(model, (2,))
+    size = max(layer.nbytes for layer in probe.target.restorer.layers.values())
+    probe.close()
+    loaded = load(model, (2,), layer_bytes=size, spare=spare if spare is None else int(spare * size))
+    assert loaded.target.resident_layers == resident
+    assert sorted(loaded.target.restorer.resident) == resident
+    assert loaded.target.streamed_bytes_per_pass <= (5 - len(resident)) * size
+    assert_exact(loaded, model)
+    assert text_of(loaded.target) == text_of(TargetModel(model))
+    loaded.close()
 
 
 def test_a_restorer_that_errs_is_noticed_before_the_weights_are_gone(monkeypatch):

@@ -49,11 +49,12 @@ class ModelSource:
         return {n: p.data.to(device) for n, p in self.model.named_parameters() if ".layers." not in n}
 
 
-def plan_for(resident, slots=2, embedding=Placement.device, codec=Codec.none, layer_bytes=0, disk=()):
+def plan_for(resident, slots=2, embedding=Placement.device, codec=Codec.none, layer_bytes=0, disk=(), spare=None):
     plan, values = object.__new__(Plan), (tuple(resident), slots, embedding, codec, layer_bytes, tuple(disk))
     names = ("resident_layers", "ring_slots", "embedding", "codec", "layer_bytes", "disk_layers")
     object.__setattr__(plan, "coded_in_files", bool(disk))
     object.__setattr__(plan, "restored_bytes", 10**9)
+    object.__setattr__(plan, "spare", spare)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(plan, name, value)
     return plan
