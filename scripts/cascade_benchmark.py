@@ -3,8 +3,8 @@
     python scripts/cascade_benchmark.py [--target qwen2_5_7b] [--vram 8] [--proposed 10] [--right 1,0.8,0.6]
 
 A planted target is no language model: nothing guesses its tokens. So the first runs record what the substitute says
-after every node. In later ones the cascade's index says the same, or other tokens where a draw with the given
-probability says so. Such guesses cost nothing: what is measured is the substitute's passes, the cascade's own work and
+after every node. In later ones the cascade's index returns these tokens with the given probability, and wrong
+ones otherwise. Such guesses cost nothing: what is measured is the substitute's passes, the cascade's own work and
 the target. Passes per level of real proposers on text are in ``experiments/drafts``: compare runs with as many. Prints
 a JSON line per run, and one with all of them last.
 """
@@ -48,11 +48,11 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 class ByHand(NgramIndex):
-    """An index that says what the substitute said, with probability ``right``, and other tokens else.
+    """An index that returns the substitute's tokens with probability ``right``, and wrong ones otherwise.
 
     Attributes:
         known: tokens and their probabilities by the tokens before.
-        asked, found: contexts.
+        asked, found: numbers of contexts looked up, and of those that were known.
     """
 
     def __init__(self, longest: int) -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     print(json.dumps(results[-1]), flush=True)
     cascade._index = index = ByHand(cascade._index.longest)
     cascade._run = recording(cascade, index)  # type: ignore[method-assign]
-    for _ in range(2):  # the trees of the second begin elsewhere
+    for _ in range(2):  # twice: trees of the second run begin at other positions
         measure(engine, prompts, options.new_tokens)
     del cascade._run
     for index.right in map(float, options.right.split(",")):

@@ -81,7 +81,8 @@ class CudaKernel:
     macros: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.macros) or "one setting"
+        # HALF_OUT has one value here: all kernels that read activations are 4-bit and read float16.
+        return ", ".join(f"{key} {value}" for key, value in self.macros if key != "HALF_OUT") or "one setting"
 
     def runs_on(self, capability: int) -> bool:
         """Launches overlap from compute capability 9.0 on (:mod:`subspec.kernels.launch`); it alone has warp groups."""
@@ -104,7 +105,7 @@ TILES, WARPS, EIGHTS, BITS, BOTH = (2, 4), (4, 8), (1, 4), (4, 3, 2), (0, 1)
 
 CUDA = [
     *settings(
-        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=TILES, WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
+        "int4_linear", [FEW_ROWS, "int4.cu"], TILES=(*TILES, 8), WARPS=WARPS, EIGHTS=EIGHTS, PLANES=(1, 2),
         SWIGLU=BOTH, HALF_OUT=(1,), OVERLAP=BOTH,
     ),
     *(

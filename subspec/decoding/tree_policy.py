@@ -66,7 +66,7 @@ class TreePolicy(ABC):
         return self.select(tree, frontier, *likeliest(logits, self.sharpened(temperature), self.width))
 
     def sharpened(self, temperature: float) -> float:
-        """The temperature that scores have with a draft of this one."""
+        """The temperature of the tree's scores, given the draft's."""
         return temperature
 
     @abstractmethod

@@ -146,7 +146,7 @@ class LevelKernels:
         """The largest ``count`` logits / temperature of every block of every row, and the blocks' parts of the softmax.
 
         Returns:
-            Logits and tokens, [rows, blocks, count]; maxima, and sums of exponentials above them, [2, rows, blocks].
+            Logits and tokens, [rows, blocks, count]; maxima, and sums of exp(logit - maximum), [2, rows, blocks].
         """
         rows, vocab = logits.shape
         blocks = -(-vocab // TOP_K_BLOCK)

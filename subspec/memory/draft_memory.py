@@ -59,7 +59,7 @@ class DraftMemory:
         workspaces: peaks of the draft's other work, by name. They do not coincide with each other or with the target's
             passes: the largest counts.
         states: hidden states of layers that the target's passes return besides the final ones.
-        own_kernels: whether cuBLAS multiplies nothing of it.
+        own_kernels: whether the draft multiplies without cuBLAS.
     """
 
     allocations: tuple[Allocation, ...] = ()

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from subspec.planning.acceptance import Acceptance
 
 EFFICIENCY = 0.79
-"""Share of the data-sheet memory bandwidth that long kernels reach (fitted). Single Linears say the same
+"""Share of the data-sheet memory bandwidth that long kernels reach (fitted). Single Linears give 0.77
 (``experiments/predict``)."""
 
 TENSOR_EFFICIENCY = 0.64
-"""Share of the tensor cores' data-sheet rate that they reach."""
+"""Share of the tensor cores' data-sheet rate that they are assumed to reach; not fitted."""
 
 LEVEL_LAYER_S = 20.5e-6
 """Seconds per layer of a draft level, independent of its bytes: launches, norms, attention (fitted)."""
