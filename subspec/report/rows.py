@@ -120,7 +120,7 @@ class Row:
         streamed, link = self.totals["bytes_per_pass"], self.totals["link_gb_per_s"]
         if isinstance(streamed, list) or isinstance(link, list) or not streamed or not link:
             return []
-        plain = _plain_bytes(self.runs[0].plan)
+        plain = _plain_bytes(self.runs[0].plan, self.runs[0].facts)
         if plain is None or plain <= streamed * 1.005:
             return [("plain weights", streamed / (link * 1e9))]
         return [("coded weights", streamed / (link * 1e9)), ("plain weights", plain / (link * 1e9))]
@@ -204,13 +204,15 @@ def _samples(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(turns, columns=["sample", *sums]).groupby("sample").agg(sums)
 
 
-def _plain_bytes(plan: Mapping[str, Any]) -> float | None:
+def _plain_bytes(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> float | None:
     """Uncoded bytes of the layers that cross the slower link; None without a plan."""
     try:
         layers = len(plan["resident_layers"]) + len(plan["streamed_layers"])
         plain_layer = plan["plain_bytes_per_pass"] / (layers - plan["plain_resident"])
-        crossing = "disk_layers" if plan.get("slower_link") == "disk" else "streamed_layers"
-        return plain_layer * len(plan[crossing])
+        if plan.get("slower_link") == "disk":
+            return plain_layer * len(plan["disk_layers"])
+        # Loading may keep other layers than planned.
+        return plain_layer * (layers - len(facts.get("resident_layers", plan["resident_layers"])))
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 

@@ -316,7 +316,7 @@ def setup_text(run: RunData) -> str:
     elif "resident_layers" in facts:
         kind, streamed = "coded" if run.is_coded else "plain", (facts.get("streamed_bytes_per_pass") or 0) / 2**30
         streams = f"{streamed:.2f} GiB of {kind} weights streamed per pass"
-        parts.append(f"{facts['resident_layers']} layers on the device and {streams}")
+        parts.append(f"{len(facts['resident_layers'])} layers on the device and {streams}")
     elif facts.get("device"):
         parts.append(f"all weights on {facts['device']}")
     return ", ".join(parts)

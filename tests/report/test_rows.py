@@ -66,6 +66,9 @@ def test_ceilings_of_plain_and_of_coded_weights(tmp_path):
     assert rows["plain"].ceilings == [("plain weights", pytest.approx(0.1))]
     # Two of three layers stream, each 4 GB uncoded.
     assert rows["coded"].ceilings == [("coded weights", pytest.approx(0.1)), ("plain weights", pytest.approx(8 / 50))]
+    # Loading kept fewer layers than planned.
+    write_run(tmp_path / "fewer", turns([10.0], link=link), config_of(seed=2), plan=plan, facts={"resident_layers": []})
+    assert dict(by_folder(tmp_path)["fewer"].ceilings)["plain weights"] == pytest.approx(12 / 50)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_the_tables_hold_what_the_records_say(sweep, written):
 
 
 def test_accuracy_texts_and_the_baseline_are_told(tmp_path, written):
-    facts = {"dtype": "bfloat16", "device": "cuda:0", "bitwise": {"on": True}, "resident_layers": 11}
+    facts = {"dtype": "bfloat16", "device": "cuda:0", "bitwise": {"on": True}, "resident_layers": [*range(11)]}
     facts |= {"streamed_bytes_per_pass": 2**30, "captured_passes": False}
     for draft, tau in (("none", 1), ("subspec", 3), ("eagle2", 3)):
         records = turns([30.0, 20.0, 24.0], draft=draft, tau=tau, correct=True, reference="7")
