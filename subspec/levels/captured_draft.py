@@ -11,7 +11,7 @@ grow in step, share a graph for each level and number of texts.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,19 @@ from subspec.utils.capture import captured
 
 USUAL_ROWS = 8
 """Rows of the buffer for a level's logits, unless a level is wider."""
+
+
+class Ending(NamedTuple):
+    """The end of a level, behind its logits.
+
+    Attributes:
+        count: of nodes or tokens. temperature: of their log-probabilities.
+        grows: whether every tree grows by the best ``count`` nodes; else the likeliest tokens are returned.
+    """
+
+    count: int
+    temperature: float
+    grows: bool
 
 
 @dataclass(eq=False)
@@ -48,8 +61,7 @@ class _OnBuffer:
         node_of_row: int64 [draft rows], the same for every text.
         levels: by level, what ``node_of_row`` was last written for: nodes of the tree up to the level and with it, and
             nodes of the level.
-        graphs: with their results, by (tree, number of texts, level, nodes of the level, new nodes of each tree or what
-            is returned instead of logits).
+        graphs: with their results, by (tree, number of texts, level, nodes of the level, ending).
     """
 
     lengths: Tensor
@@ -145,7 +157,7 @@ class CapturedDraft(LevelDraft):
 
     def likeliest(self, tree: Tree, frontier: Tensor, temperature: float, count: int) -> Tensor:
         """After each node of the frontier, the whole last level: see :meth:`LevelKernels.likeliest`."""
-        return self._run([(tree, self.cache)], len(frontier), None, (count, temperature))
+        return self._run([(tree, self.cache)], len(frontier), Ending(count, temperature, grows=False))
 
     def read_length(self) -> None:
         """Take note of the prefix's length, for levels of a tree whose root is not run."""
@@ -167,42 +179,35 @@ class CapturedDraft(LevelDraft):
         if any(own.perturb is not None for own in levels) or not self.captures(policy):
             logits = self._run(texts, rows, None).split(rows)
             return [own.grow(policy, part) for own, part in zip(levels, logits, strict=True)]
-        self._run(texts, rows, policy.breadth)
+        self._run(texts, rows, Ending(policy.breadth, policy.sharpened(self.temperature), grows=True))
         for tree, _ in texts:
             tree.adopt_level(policy.breadth)
         return [tree.last_level for tree, _ in texts]
 
     # --------------------------------------------------------------------------------------- one level
 
-    def _run(
-        self,
-        texts: Sequence[tuple[Tree, KVCache]],
-        rows: int,
-        width: int | None,
-        likeliest: tuple[int, float] | None = None,
-    ) -> Tensor:
+    def _run(self, texts: Sequence[tuple[Tree, KVCache]], rows: int, ending: Ending | None) -> Tensor:
         """Run the last levels of trees of one shape; returns the logits, [texts * rows, vocabulary].
 
         Args:
-            rows: of each text. width: the trees grow by as many nodes each; None: they do not grow.
-            likeliest: instead of logits return the likeliest tokens: as many, at this temperature.
+            rows: of each text.
         """
         tree, count = texts[0][0], len(texts)
         if rows != tree.level_size:
             raise ValueError(f"captured levels draft whole levels: {rows} of {tree.level_size} nodes were asked for")
         state = self._state
         # Before the first level, of one row, is captured.
-        self._logits_of(count * max(rows, width or 0))
+        self._logits_of(count * max(rows, ending.count if ending and ending.grows else 0))
         if tree.levels == 0:
             for _, cache in texts:
                 state.lengths[cache.place].fill_(cache.length)
         self._remember(tree)
         if self.device.type != "cuda":
-            return self._level(tree, count, width, likeliest)
-        key = (id(tree), count, tree.levels, rows, likeliest or width)  # a graph holds its trees' addresses
+            return self._level(tree, count, ending)
+        key = (id(tree), count, tree.levels, rows, ending)  # a graph holds its trees' addresses
         if key not in state.graphs:
             shared = self._shared
-            state.graphs[key] = captured(lambda: self._level(tree, count, width, likeliest), shared.pool)
+            state.graphs[key] = captured(lambda: self._level(tree, count, ending), shared.pool)
             shared.pool = state.graphs[key][0].pool()
         graph, result = state.graphs[key]
         graph.replay()
@@ -217,7 +222,7 @@ class CapturedDraft(LevelDraft):
         first = self.cache.draft_rows - tree.size
         state.node_of_row[first : first + tree.level_size] = tree.last_level
 
-    def _level(self, tree: Tree, texts: int, width: int | None, likeliest: tuple[int, float] | None = None) -> Tensor:
+    def _level(self, tree: Tree, texts: int, ending: Ending | None) -> Tensor:
         """The level's kernels; arguments and result as of :meth:`_run`, ``tree`` the first of the trees."""
         model, kernels, state, cache = self.model, self._kernels, self._state, self.cache
         last = slice(tree.size - tree.level_size, tree.size)
@@ -235,9 +240,12 @@ class CapturedDraft(LevelDraft):
                 x = kernels.norm(residual, layer.out(attended), layer.post_norm, layer.gate_up)
                 partial = kernels.multiply(layer, x)
             logits = self._head(kernels.norm(residual, partial, model.final_norm, model.draft_head))
-            if width is not None:
-                kernels.grow(level, logits, width, self.temperature)
-            return logits if likeliest is None else kernels.likeliest(logits, *likeliest)
+            if ending is None:
+                return logits
+            if not ending.grows:
+                return kernels.likeliest(logits, ending.count, ending.temperature)
+            kernels.grow(level, logits, ending.count, ending.temperature)
+        return logits
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits, bfloat16 [rows, vocabulary]; of a quantized head the sum of its slices."""

@@ -69,10 +69,10 @@ def test_a_tree_does_not_depend_on_the_widths_of_those_before(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_growth_in_the_kernel_is_the_beams(device):
+@pytest.mark.parametrize("policy", [Beam(2, 3), Adaptive(2, 1, level_cost=0.1)], ids=["beam", "adaptive chain"])
+def test_growth_in_the_kernel_is_the_policys(policy, device):
     device = torch.device(device)
     model = model_of("qwen2", device, vocab_size=4200, layers=1)  # two blocks of logits
-    policy = Beam(2, 3)
     engine = Engine(TargetModel(model), fused_draft(model, device), policy, max_length=64, prefill_chunk=16)
     with torch.inference_mode():
         root = begin(engine, PROMPT)
