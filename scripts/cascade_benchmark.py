@@ -55,8 +55,9 @@ class ByHand(NgramIndex):
         asked, found: numbers of contexts looked up, and of those that were known.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, vocab_size: int) -> None:
         super().__init__(longest)
+        self.vocab_size = vocab_size
         self.known: dict[tuple[int, ...], dict[int, float]] = {}
         self.right, self.asked, self.found = 1.0, 0, 0
 
@@ -67,7 +68,7 @@ class ByHand(NgramIndex):
         found = self.known.get(tuple(context), {})
         self.asked, self.found = self.asked + 1, self.found + bool(found)
         wrong = hash(tuple(context)) % 1000 >= 1000 * self.right
-        return {token + wrong: p for token, p in found.items()}
+        return {(token + wrong) % self.vocab_size: p for token, p in found.items()}
 
 
 def recording(cascade: CascadeDraft, index: ByHand) -> Callable[..., None]:
@@ -157,7 +158,7 @@ def main() -> None:
     engine.generate(prompts[0], max_new_tokens=options.new_tokens)  # captures
     results: list[dict[str, Any]] = [{"proposer": "prompt_lookup", **measure(engine, prompts, options.new_tokens)}]
     print(json.dumps(results[-1]), flush=True)
-    cascade._index = index = ByHand(cascade._index.longest)
+    cascade._index = index = ByHand(cascade._index.longest, vocab)
     cascade._run = recording(cascade, index)  # type: ignore[method-assign]
     for _ in range(2):  # twice: trees of the second run begin at other positions
         measure(engine, prompts, options.new_tokens)

@@ -29,6 +29,8 @@ class HostMemory(Protocol):
 
     def adopt(self, buffer: PinnedBuffer) -> Tensor: ...
 
+    def release(self, tensor: Tensor) -> None: ...
+
 
 class TargetCoding:
     """Takes a target's layers: builds the substitute's and codes the exact ones by them, or restores both from a file.
@@ -178,14 +180,15 @@ class TargetCoding:
 
         while resident and taken() > room:
             resident.pop()
-        while more and len(others := sorted(self.layers.keys() - {*resident, *self.on_disk})) > slots:
+        while more and len(others := sorted(self.layers.keys() - {*resident, *self.on_disk})) > max(slots, 2):
             # One in the middle: a pass begins and ends with streamed layers.
             resident.append(index := others[len(others) // 2])
             if taken() > room:
                 resident.pop()
                 break
             if (pinned := self.streamed.pop(index, None)) is not None:
-                self._held[index] = pinned
+                self._held[index] = pinned.clone()
+                self._memory.release(pinned)
         self._planned = set(resident)
         for index in sorted(self.layers.keys() - {*resident, *self.on_disk, *self.streamed}):
             self.streamed[index] = self._memory.allocate(self.layers[index].nbytes)

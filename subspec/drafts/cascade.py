@@ -32,6 +32,7 @@ from subspec.decoding.tree_policy import Beam, TreePolicy, likeliest
 from subspec.drafts.known_nodes import KnownNodes
 from subspec.drafts.ngram_index import NgramIndex
 from subspec.drafts.padded_levels import KnownLevels
+from subspec.utils.rounding import round_up
 from subspec.utils.upload import upload
 
 CPU = torch.device("cpu")
@@ -66,8 +67,8 @@ class GuessPolicy(Beam):
     whole_levels = False
 
     def __init__(self, policy: TreePolicy, proposed: int) -> None:
-        super().__init__(policy.max_depth, max(policy.width, proposed))
-        self.draft_rows = policy.draft_rows + SPARE * proposed
+        super().__init__(policy.max_depth, policy.width + proposed)
+        self.draft_rows = policy.draft_rows + SPARE * round_up(proposed, 8)  # captured passes guess in whole eights
         self.capacity = self.pass_nodes = self.draft_rows + 1  # an accepted node may never have run
 
 
@@ -118,7 +119,7 @@ class CascadeDraft(Draft):
         self.proposed, self.vocab_size, self._policy = proposed, vocab_size, policy
         self.extra_rows = levels.draft_rows - policy.draft_rows
         sizes = GuessPolicy(policy, proposed)
-        self._most = min(max(policy.width, int(SHARE * sizes.width)), vocab_size)  # tokens that are kept of a node
+        self._most = min(max(policy.width, int(SHARE * proposed)), vocab_size)  # tokens that are kept of a node
         self._known = KnownNodes(sizes.capacity, CONTEXT, self.device)
         self._index = NgramIndex(CONTEXT)
         self._tree = Tree(policy.capacity, CPU)  # the drafted tree, on the host
@@ -309,7 +310,8 @@ class CascadeDraft(Draft):
 
     def _doubted(self, tokens: list[int], values: list[float], plain: list[float] | None = None) -> Said:
         """What a proposer says with these log-probabilities; ``plain``: those without noise."""
-        sharp, wide = (_log_softmax(values, self.temperature * factor) for factor in (1, DOUBT))
+        temperature = self._policy.sharpened(self.temperature)
+        sharp, wide = (_log_softmax(values, temperature * factor) for factor in (1, DOUBT))
         return Said(tokens, sharp, wide, [value >= LEAST for value in plain or values])
 
     def _by_logits(self, nodes: list[int], found: Sequence[dict[int, float]], perturb: Perturb | None) -> list[Said]:

@@ -21,10 +21,10 @@ from subspec.config.schema import (
 )
 from subspec.decoding.target_model import TargetModel
 from subspec.decoding.tree_policy import Beam, TreePolicy
-from subspec.drafts.cascade import CascadeDraft, GuessPolicy
+from subspec.drafts.cascade import CONTEXT, CascadeDraft, GuessPolicy
 from subspec.drafts.eagle import EagleSpec
 from subspec.drafts.padded_levels import KnownLevels, PaddedLevels
-from subspec.drafts.prompt_lookup import PromptLookupDraft, PromptLookupSpec
+from subspec.drafts.prompt_lookup import PromptLookupSpec
 from subspec.drafts.small_model import SmallModelSpec
 from subspec.drafts.spec import BuiltDraft, DraftContext, DraftSpec
 from subspec.drafts.substitute import SubstituteSpec
@@ -50,9 +50,7 @@ def proposer_of(config: Config) -> tuple[type[DraftSpec], Config] | None:
         return None
     kind, settings = PROPOSERS[draft.proposer]
     options: dict[str, Any] = {"name": draft.proposer.value}
-    if settings is PromptLookupDraftConfig:
-        options["shortest"] = 1  # a wrong guess costs only a row
-    else:
+    if settings is not PromptLookupDraftConfig:
         options["path"] = draft.proposer_path
     return kind, replace(config, draft=settings(**options))
 
@@ -97,10 +95,9 @@ class CascadeSpec(SubstituteSpec):
                 f"draft.proposer_path={draft.proposer_path}: draft.proposer={draft.proposer.value} has no weights: "
                 "leave it at null"
             )
-        streamed = isinstance(config.offload, StreamOffloadConfig) and not streams_from_disk(config)
-        if streamed and draft.proposer is Proposer.small_model:
+        if isinstance(config.offload, StreamOffloadConfig) and draft.proposer is Proposer.small_model:
             raise ConfigError(
-                "draft.proposer=small_model: beside a target that streams to a GPU a small model runs whole levels, "
+                "draft.proposer=small_model: beside a target that streams a small model runs whole levels, "
                 "and a proposer single nodes: set draft.proposer=eagle2, eagle3, prompt_lookup or none, or offload=none"
             )
         _ask_proposer(config, lambda kind, own: kind.check(own))
@@ -143,19 +140,25 @@ class CascadeSpec(SubstituteSpec):
         built = super().build(target)
         if self._proposer is None:
             return built
-        with reworded(_about_proposer):
-            proposer = self._proposer.build(target)
+        proposer: BuiltDraft | None = None
+        if not isinstance(self._proposer, PromptLookupSpec):  # the cascade's own index knows as much
+            with reworded(_about_proposer):
+                proposer = self._proposer.build(target)
         own, device = built.draft, target.device
         if isinstance(own, CapturedDraft):
             levels: KnownLevels = PaddedLevels(own, self._passes.width, self._passes.max_depth, device)
         else:
             levels = KnownLevels(own, GuessPolicy(self._policy, self._proposed).draft_rows, device)
-        # The cascade's own index knows what prompt lookup knows.
-        guesses = None if isinstance(proposer.draft, PromptLookupDraft) else proposer.draft
+        guesses = None if proposer is None else proposer.draft
         draft = CascadeDraft(levels, own.temperature, guesses, self._policy, self._proposed, target.vocab_size)
         name = self._proposer.context.config.draft.name
-        facts = {"draft": name, "proposed": self._proposed, **proposer.facts}
-        summary = f"up to {self._proposed} nodes a pass are proposed by {name}, {proposer.summary}"
+        facts = {
+            "draft": name,
+            "proposed": self._proposed,
+            **({"longest": CONTEXT} if proposer is None else proposer.facts),
+        }
+        known = f"contexts of up to {CONTEXT} tokens" if proposer is None else proposer.summary
+        summary = f"{self._proposed} nodes a pass or more, if rows are left, are proposed by {name}, {known}"
         return replace(built, draft=draft, facts={**built.facts, "proposer": facts}, summary=summary)
 
 
@@ -177,7 +180,8 @@ class CascadeMemory(DraftMemory):
         )
         self.required_resident, self.required_by = own.required_resident, own.required_by
         self.shared_rows, self.captured = rows, own.captured
-        self.own_kernels = own.own_kernels and other.own_kernels
+        self.library = own.library or other.library
+        self.library_levels = own.library_levels or (other.captured and other.library_levels)
         self.level, self.read = own.level + other.level, own.read + other.read
         self.workspaces, self.states = {**own.workspaces, **other.workspaces}, other.states
 

@@ -76,6 +76,7 @@ class LayerSkipMemory(DraftMemory):
     """Resident layers of the target: a level's workspace is all it adds."""
 
     required_by = "draft=layer_skip drafts with"
+    library = False
 
     def __init__(self, inputs: SizingInputs) -> None:
         draft, spec = inputs.config.draft, inputs.spec

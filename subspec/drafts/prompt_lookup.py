@@ -123,7 +123,7 @@ class PromptLookupMemory(DraftMemory):
     """The logits of a level; no weights, no graphs."""
 
     captured = False
-    own_kernels = True
+    library = False
 
     def __init__(self, inputs: SizingInputs) -> None:
         vocab = inputs.target.model.vocab_size

@@ -104,7 +104,7 @@ class SeparateCacheDraft(Draft):
         first = self.cache.draft_rows - used
         # Rows are known by the numbers that nodes had before the policy pruned the tree.
         holds = self.levels.node_of_row[first:][None, :] == tree.drafted_number(path)[:, None]
-        kept = min(path.numel(), tree.levels)
+        kept = min(path.numel(), tree.levels) if used else 0
         if not self.levels.whole_levels:
             # The host does not know which nodes of partly expanded levels were run: one more read-back.
             kept = int(holds.any(dim=1).sum())

@@ -22,7 +22,8 @@ class SubstituteMemory(DraftMemory):
         self.shared_rows = inputs.policy.draft_rows
         own_head = "head" in quantization.shapes
         integers = isinstance(inputs.config.quant, HqqConfig)
-        self.own_kernels = integers and own_head and not quantization.exact and not skipped
+        self.library = False
+        self.library_levels = not (integers and own_head and not quantization.exact and not skipped)
         known = known_tokens(inputs.config.draft, spec.vocab)
         if known < spec.vocab and not own_head:
             rows = (known * spec.hidden * CAPTURED_ITEMSIZE, 1)

@@ -21,7 +21,8 @@ grow with the model, hence the share.
 
 LIBRARY_BYTES = 32 * MIB
 """cuBLAS keeps a workspace for each stream that it multiplies on (32 MiB on Hopper, 8 MiB before): the compute stream,
-unless passes are batch-invariant, and the stream that captures the draft's graphs, unless all its kernels are ours."""
+unless passes are batch-invariant and the draft's kernels there ours, and the stream that captures a draft's graphs,
+unless all of these kernels are."""
 
 GRAPH_BYTES = 32 * MIB
 """Fragments in the memory pool of captured graphs, which is never freed. Draft levels do not run concurrently, so their

@@ -59,7 +59,7 @@ class DraftMemory:
         workspaces: peaks of the draft's other work, by name. They do not coincide with each other or with the target's
             passes: the largest counts.
         states: hidden states of layers that the target's passes return besides the final ones.
-        own_kernels: whether the draft multiplies without cuBLAS.
+        library: whether cuBLAS multiplies for it outside of captured levels. library_levels: inside of them.
     """
 
     allocations: tuple[Allocation, ...] = ()
@@ -71,7 +71,7 @@ class DraftMemory:
     workspaces: Mapping[str, int] = {}
     states = 0
     read = 0
-    own_kernels = False
+    library = library_levels = True
 
     def prompt_bytes(self, chunk: int) -> int:
         """Peak of ``Draft.observe`` of ``chunk`` tokens, with the target's hidden states."""

@@ -97,6 +97,11 @@ class PinnedMemory:
         self.buffers.append(buffer)
         return buffer.tensor
 
+    def release(self, tensor: Tensor) -> None:
+        """Free a buffer by its bytes, which nothing may read any more."""
+        (place,) = (n for n, own in enumerate(self.buffers) if own.tensor.data_ptr() == tensor.data_ptr())
+        self.buffers.pop(place).close()
+
     def close(self) -> None:
         """Unlock all of it; nothing may read it any more."""
         for buffer in self.buffers:
@@ -227,8 +232,10 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= head_code.nbytes - plan.coded_head_bytes
-        room -= max(0, buffer_bytes - plan.restored_bytes)  # passes may turn out not to be batch-invariant
-        coding.place(room + (plan.spare or 0), plan.ring_slots, more=plan.spare is not None)
+        # Passes may turn out not to be batch-invariant: then libraries need what is left, too.
+        as_planned = buffer_bytes <= plan.restored_bytes
+        room += plan.spare or 0 if as_planned else plan.restored_bytes - buffer_bytes
+        coding.place(room, plan.ring_slots, more=as_planned and plan.spare is not None)
         restorer = coding.decoder(passes)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded

@@ -171,8 +171,10 @@ class MemoryLayout(RunMemory):
         restores = resident < spec.layers or (self.coded and resident > required)
         own_table = int(decision.embedding is Placement.device and not spec.tied)
         more = self.layer_bytes if self.coded else self.exact_bytes
-        multiplies = not self.bitwise or (self.quantizes and isinstance(self.config.quant, HiggsConfig))  # it rotates
-        streams = int(multiplies) + int(self.drafts and not self.draft.own_kernels)
+        draft = self.draft if self.drafts else None
+        multiplies = not self.bitwise or bool(draft and draft.library)
+        multiplies |= self.quantizes and isinstance(self.config.quant, HiggsConfig)  # which rotates
+        streams = int(multiplies) + int(bool(draft and draft.captured and draft.library_levels))
         plain = required if self.coded else resident
         kind = "exact" if plain == resident else f"coded{f', {plain} plain' * bool(plain)}"
         found = [

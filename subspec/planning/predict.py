@@ -230,7 +230,11 @@ def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: P
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    quant = replace(config.quant, modules=module_entries(config.quant.modules))  # without a head that a plan would add
+    texts = replace(config.decoding, texts=plan.texts)
+    own = draft_head(
+        replace(config, decoding=texts), codes=plan.coded_head_bytes > 0
+    ).quant  # the head that the plan has
+    quant = replace(own, modules=module_entries(own.modules))
     alone = replace(config, draft=replace(draft, proposer=Proposer.none), quant=quant)
     level = _plan(alone, model, machine, config.tree.depth).level_read_bytes
     return {

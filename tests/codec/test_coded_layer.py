@@ -195,6 +195,7 @@ def test_layers_more_stay_if_their_code_is_shorter_than_planned(spare, resident)
     loaded = load(model, (2,), layer_bytes=size, spare=spare if spare is None else int(spare * size))
     assert loaded.target.resident_layers == resident
     assert sorted(loaded.target.restorer.resident) == resident
+    assert len(loaded.memory.buffers) == 5 - len(resident)  # of pinned memory
     assert loaded.target.streamed_bytes_per_pass <= (5 - len(resident)) * size
     assert_exact(loaded, model)
     assert text_of(loaded.target) == text_of(TargetModel(model))

@@ -146,6 +146,11 @@ def test_the_default_number_of_samples_does_not_limit_categories(overrides, expe
         ("decoding.texts=many", r"decoding\.texts=many must be"),
         ("decoding.texts=2 offload=accelerate draft=none", "but offload=accelerate"),
         ("decoding.texts=2 draft=subspec draft.proposer=prompt_lookup", r"but draft\.proposer=prompt_lookup"),
+        ("offload=stream draft.proposer=small_model", r"^draft\.proposer=small_model: .*set draft\.proposer=eagle2"),
+        (
+            "offload=stream device=cpu draft.proposer=small_model",
+            r"^draft\.proposer=small_model: .*set draft\.proposer",
+        ),
         ("draft.kernel=int4_mma draft=subspec offload=none", r"draft\.kernel=int4_mma .* offload=stream"),
         *((f"audit_margin={value}", r"audit_margin=.*finite") for value in ("inf", "nan", "-1")),
     ],

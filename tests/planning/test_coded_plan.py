@@ -254,6 +254,25 @@ def test_a_cascade_of_few_rows_keeps_its_own_head():
     assert len(plan.resident_layers) == len(planned(settings(8.0, codec=CODED)).resident_layers)
 
 
+@pytest.mark.parametrize(
+    ("config", "workspaces"),
+    [
+        (settings(8.0, "none"), 0),
+        (settings(8.0, codec=CODED), 0),
+        (settings(8.0), 1),  # the levels' exact LM head
+        (changed("draft", proposer=Proposer.prompt_lookup), 0),
+        (changed("draft", proposer=Proposer.eagle2, proposer_path="planted"), 1),
+        (changed("draft", proposer=Proposer.eagle2, proposer_path="planted", proposed=32), 2),
+        (higgs(settings(8.0, codec=CODED)), 2),  # rotations while it loads
+        (changed("decoding", bitwise=False), 1),
+    ],
+)
+def test_cublas_has_a_workspace_for_every_stream_it_multiplies_on(config, workspaces):
+    config = replace(config, target=PlantedTargetConfig(name="planted_qwen2_5_7b", shape="qwen2_5_7b"))
+    found = [item.bytes for item in planned(config).items if item.name == "cuBLAS"]
+    assert found == [workspaces * 2**25] * (workspaces > 0)
+
+
 def test_a_tied_head_stays_exact():
     plan = planned(settings(8.0, codec=CODED), "qwen2_5_1_5b")
     assert plan.coded_head_bytes == 0

@@ -179,6 +179,8 @@ def test_a_cascade_computes_more_rows_and_keeps_the_proposals():
     assert found.level_s > 1.5 * alone.level_s
     assert found.depths[0].iteration.draft_s == pytest.approx(24 * found.level_s)
     assert found.depths[0].resident <= alone.depths[0].resident
+    few = predict(replace(config, draft=replace(draft, proposed=10)), model, machine, acceptance, depths=())
+    assert (few.rows, few.proposals_s) == (16, 0.0)  # the draft has an LM head of its own, as without a proposer
     with pytest.raises(ConfigError, match="level_ms"):
         predict(replace(config, draft=draft), model, Machine(50.0, 4800.0), acceptance, depths=())
 
