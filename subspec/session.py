@@ -173,9 +173,7 @@ def assemble_streamed(
     spec: DraftSpec | None = None
     # Without a draft, coded layers are restored by the substitute all the same.
     described = decoding_only(config) if plan.codec is Codec.substitute and not drafts else config
-    if plan.coded_head_bytes:
-        decoding = replace(described.decoding, texts=plan.texts)
-        described = draft_head(replace(described, decoding=decoding), codes=True)
+    described = draft_head(described, codes=plan.coded_head_bytes > 0, texts=plan.texts)
     if (kind := spec_of(described.draft)) is not None:
         context = _draft_context(described, policy, source, source.config, device)
         spec = kind(replace(context, plan=plan, note=note))

@@ -91,7 +91,7 @@ def decoding_only(config: Config) -> Config:
     return replace(config, draft=SubstituteDraftConfig(name="subspec"), quant=quant)
 
 
-def draft_head(config: Config, *, codes: bool) -> Config:
+def draft_head(config: Config, *, codes: bool, texts: int | None = None) -> Config:
     """``config`` with an LM head of the draft's own in ``quant.modules``, if that is null and such a head pays.
 
     An HQQ head of 8 bits, by which the exact one is coded, takes less time in a level and together with the code less
@@ -100,12 +100,13 @@ def draft_head(config: Config, *, codes: bool) -> Config:
 
     Args:
         codes: whether the exact head can be coded: it is not the embedding, and a layer is coded.
+        texts: side by side, as planned; None: as configured.
     """
     draft, quant = config.draft, config.quant
     if not isinstance(draft, SubstituteDraftConfig) or not isinstance(quant, HqqConfig) or quant.modules is not None:
         return config
     rows = (getattr(config.tree, "width", None) or 1) + draft.proposed * (draft.proposer is not Proposer.none)
-    few_rows = config.decoding.texts == 1 and rows < int4_wide.FROM
+    few_rows = (texts or config.decoding.texts) == 1 and rows < int4_wide.FROM
     if not (codes and few_rows and draft.vocab is None) or codec_of(config) is Codec.none:
         return config
     bits_by = replace(quant.bits_by, lm_head=HEAD_BITS)

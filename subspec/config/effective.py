@@ -42,5 +42,5 @@ def may_add_head(config: Mapping[str, Any]) -> bool:
         return getattr(value, "value", value)
 
     streams = said("offload", "name") == "stream" and said("offload", "codec") != Codec.none.value
-    drafts = (config.get("draft") or {}).get("name") == "subspec" and said("draft", "vocab") is None
+    drafts = said("draft", "name") == "subspec" and said("draft", "vocab") is None
     return streams and drafts and said("quant", "name") == "hqq" and said("decoding", "texts") in (1, AUTO)

@@ -95,7 +95,7 @@ class CascadeDraft(Draft):
     needed if even its likeliest possible child would not be chosen.
 
     Args:
-        levels: the substitute.
+        levels: the substitute. temperature: of its distribution.
         proposer: built for the sizes of :class:`GuessPolicy`; None: the index alone guesses.
         policy: of the trees that will be drafted.
         proposed: most guesses of a pass; captured passes have as many more as the frontier leaves rows.

@@ -66,10 +66,11 @@ class PaddedLevels(KnownLevels):
         passes: most passes of a tree.
     """
 
+    levels: CapturedDraft
+
     def __init__(self, levels: CapturedDraft, rows: int, passes: int, device: torch.device) -> None:
         super().__init__(levels, 1 + rows * passes, device)
         self.rows = rows
-        self._captured = levels
         self._tree = Tree(self.draft_rows, device)  # its root is never run
         self._ran = np.full(self.draft_rows, -1)  # the nodes of its nodes; -1: padding
 
@@ -83,11 +84,11 @@ class PaddedLevels(KnownLevels):
 
     def expand(self, known: KnownNodes, nodes: Sequence[int]) -> Tensor:
         self._place(known, nodes)
-        return self._captured.expand(self._tree, self._tree.last_level)[: len(nodes)]
+        return self.levels.expand(self._tree, self._tree.last_level)[: len(nodes)]
 
     def likeliest(self, known: KnownNodes, nodes: Sequence[int], temperature: float, count: int) -> Tensor:
         self._place(known, nodes)
-        return self._captured.likeliest(self._tree, self._tree.last_level, temperature, count)[: len(nodes)]
+        return self.levels.likeliest(self._tree, self._tree.last_level, temperature, count)[: len(nodes)]
 
     def _place(self, known: KnownNodes, nodes: Sequence[int]) -> None:
         """Make ``nodes`` the deepest level."""
@@ -95,7 +96,7 @@ class PaddedLevels(KnownLevels):
         if new.stop > own.capacity:
             raise ValueError(f"a tree takes at most {own.capacity // self.rows} passes")
         if own.levels == 0:
-            self._captured.read_length()
+            self.levels.read_length()
         own.adopt_level(self.rows)
         padding = self.rows - len(nodes)
         self._ran[new] = [*nodes, *[-1] * padding]

@@ -232,10 +232,10 @@ def load_streamed(
         room = (coded_resident + plan.ring_slots) * plan.layer_bytes
         if head_code is not None:
             room -= head_code.nbytes - plan.coded_head_bytes
-        # Passes may turn out not to be batch-invariant: then libraries need what is left, too.
-        as_planned = buffer_bytes <= plan.restored_bytes
-        room += plan.spare or 0 if as_planned else plan.restored_bytes - buffer_bytes
-        coding.place(room, plan.ring_slots, more=as_planned and plan.spare is not None)
+        # Passes may turn out not to be batch-invariant: the buffer is larger then, and libraries need what is left.
+        larger = max(0, buffer_bytes - plan.restored_bytes)
+        spare = None if larger else plan.spare
+        coding.place(room - larger + (spare or 0), plan.ring_slots, more=spare is not None)
         restorer = coding.decoder(passes)
         if head_code is not None and builder.head is not None:
             assert restorer is not None  # the plan codes no head where no layer is coded

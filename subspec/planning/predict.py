@@ -210,7 +210,7 @@ def _share(bits: int | None) -> float:
 
 def _head_bits(config: Config, plan: Plan) -> int | None:
     """Bits of the draft's own LM head of HQQ, by which the exact one is coded."""
-    quant = draft_head(replace(config, decoding=replace(config.decoding, texts=plan.texts)), codes=True).quant
+    quant = draft_head(config, codes=True, texts=plan.texts).quant
     return bits_by_linear(quant.bits, quant.bits_by, quant.modules).get(HEAD) if isinstance(quant, HqqConfig) else None
 
 
@@ -230,10 +230,7 @@ def _drafting(config: Config, model: PretrainedConfig, machine: Machine, plan: P
         raise ConfigError(
             "draft.proposer: the time of a pass of many rows is not known of this GPU: give level_ms, of a pass"
         )
-    texts = replace(config.decoding, texts=plan.texts)
-    own = draft_head(
-        replace(config, decoding=texts), codes=plan.coded_head_bytes > 0
-    ).quant  # the head that the plan has
+    own = draft_head(config, codes=plan.coded_head_bytes > 0, texts=plan.texts).quant  # with the head that the plan has
     quant = replace(own, modules=module_entries(own.modules))
     alone = replace(config, draft=replace(draft, proposer=Proposer.none), quant=quant)
     level = _plan(alone, model, machine, config.tree.depth).level_read_bytes
