@@ -27,7 +27,7 @@ from subspec.quant.quantized_weight import QuantizedWeight
 KERNELS = (Int4Linear.kind, CodebookLinear.kind)
 """Kernels of the draft whose packed weights can be read."""
 
-THREADS = 128
+THREADS = 64
 """Threads of a block, each of which restores a chunk."""
 
 Kernel = tuple[str, int]

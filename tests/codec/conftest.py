@@ -34,9 +34,10 @@ HOST = r"""
 #include "restore_integers.cu"
 // A block's threads one after the other, between the barriers of the kernel.
 static void restore_block(const Part& part, const unsigned char* flat, long long block) {
-  static unsigned table[LEVELS * THREADS], ring[RING * THREADS];
+  static Entry table[LEVELS * THREADS];
+  static unsigned ring[(RING + 1) * THREADS];
   alignas(16) static unsigned lines[LINE * THREADS];
-  for (unsigned& word : table) word = rand();
+  for (Entry& entry : table) entry = {(unsigned)rand(), (float)rand()};
   for (unsigned& word : ring) word = rand();
   for (unsigned& word : lines) word = rand();
   static Lane lanes[THREADS];
@@ -44,10 +45,7 @@ static void restore_block(const Part& part, const unsigned char* flat, long long
   for (int t = 0; t < THREADS; ++t) begin_chunk(lanes[t], part, flat, first + t, ring + t);
   for (int step = 0; step < STEPS; ++step) {
     for (int t = 0; t < THREADS; ++t)
-      if (step < lanes[t].steps) {
-        restore_stretch(lanes[t], part, table + t, lines + t * LINE);
-        pass_stretch(lanes[t], part);
-      }
+      if (step < lanes[t].steps) restore_step(lanes[t], part, step, table + t, lines + t * LINE);
     for (int t = 0; t < THREADS; ++t)
       write_lines(part, first + t / 32 * 32, step, t % 32, lines + t / 32 * 32 * LINE);
   }

@@ -6,14 +6,14 @@
 // (QuantizedPairs in the order of codebook.cu) or codebook_dequantize.cu.
 //
 // One thread restores one chunk of CHUNK weights (set by the host), which are neighbours in the row-major matrix; one
-// launch restores all Linears of a layer, so that the small ones do not leave the device idle. All branches but the refill
-// of the bits are selections, so a warp does not diverge. Every arithmetic operation is one float32 operation with one
-// rounding: contraction into fused multiply-adds would give other intervals than the encoder's.
+// launch restores all Linears of a layer, so that the small ones do not leave the device idle. Every arithmetic operation
+// is one float32 operation with one rounding: contraction into fused multiply-adds would give other intervals than the
+// encoder's.
 //
-// An interval determines how its code is read ("entry", one word). Where the quantized weight has few levels, entries
-// are computed once per level and group, and looked up in shared memory. The rest of the work is integer arithmetic, of
-// which the device does half as much per cycle as of float32's: integers become floats by way of 2**23, not by
-// conversions.
+// An interval determines how its code is read (Entry). Where the quantized weight has few levels, entries are computed
+// once per level and group, and looked up in shared memory. Integer operations bound the rest: a device does half as many
+// of them per cycle as of float32's. So cells are numbered in float32, exactly, and their numbers are scaled by one
+// product. Only escapes and zeros, one weight in a thousand, take a branch.
 //
 // The file also compiles as plain C++ (HOST_TEST), so that its arithmetic is tested where there is no GPU.
 
@@ -23,8 +23,9 @@
 #define DEVICE static inline
 static inline float mul(float a, float b) { volatile float r = a * b; return r; }
 static inline float add(float a, float b) { volatile float r = a + b; return r; }
-static inline int floor_of(float v) { return (int)floorf(v); }
-static inline unsigned ones(unsigned count) { return (unsigned)((1ull << (count & 31)) - 1); }
+static inline float floor_of(float v) { return floorf(v); }
+static inline unsigned ones(unsigned first, unsigned count) { return (unsigned)((1ull << (count & 31)) - 1) << first; }
+static inline unsigned upper_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
 static inline unsigned funnel(unsigned low, unsigned high, unsigned by) {
   return (unsigned)((low | (unsigned long long)high << 32) >> (by & 31));
 }
@@ -60,12 +61,13 @@ static inline void store4(unsigned short* p, unsigned a, unsigned b, unsigned c,
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 // Of numbers below 2**22.
-DEVICE int floor_of(float v) { return (int)__float_as_uint(__fadd_rd(v, 12582912.0f)) - 0x4b400000; }
-DEVICE unsigned ones(unsigned count) {
+DEVICE float floor_of(float v) { return __fadd_rn(__fadd_rd(v, 12582912.0f), -12582912.0f); }
+DEVICE unsigned ones(unsigned first, unsigned count) {
   unsigned v;
-  asm("bmsk.wrap.b32 %0, 0, %1;" : "=r"(v) : "r"(count));
+  asm("bmsk.wrap.b32 %0, %1, %2;" : "=r"(v) : "r"(first), "r"(count));
   return v;
 }
+DEVICE unsigned upper_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
 DEVICE unsigned funnel(unsigned low, unsigned high, unsigned by) { return __funnelshift_r(low, high, by); }
 DEVICE float as_float(unsigned v) { return __uint_as_float(v); }
 DEVICE unsigned as_bits(float f) { return __float_as_uint(f); }
@@ -109,7 +111,7 @@ DEVICE void store4(unsigned short* p, unsigned a, unsigned b, unsigned c, unsign
 }
 #endif
 
-#define THREADS 128
+#define THREADS 64
 #define STRIDE THREADS  // each thread has a column of the table in shared memory: no two threads meet in a bank
 
 struct Bits {  // the word at hand, the next one, and the one after it, which is on its way
@@ -126,64 +128,73 @@ DEVICE void open_at(Bits& bits, const unsigned* from) {
   bits.at = 0;
 }
 
-// The float of an integer from 0 to 2**23 - 1, exactly.
-DEVICE float number_of(unsigned v) { return add(as_float(0x4b000000u | v), -8388608.0f); }
+// The next 32 bits.
+DEVICE unsigned peek(const Bits& bits) { return funnel(bits.words[0], bits.words[1], bits.at); }
 
-// An interval's entry. From the lowest bit: 5 bits k, the shorter code's length; 9 bits how many of the 2**k codes are
-// prefixes of two longer ones; 8 bits the cell size's exponent field; 10 bits the first cell's number. 0: all raw.
-DEVICE unsigned entry_of(float low, float high) {
-  const float larger = fmaxf(fabsf(low), fabsf(high));
-  const unsigned field = as_bits(larger) >> 23;
-  // NaN: no comparison holds. fmaxf drops one NaN, but then low < high fails.
-  const bool usable = low < high && field >= 127 - 110 && field <= 127 + 126;
-  const float per_cell = as_float((7 + 127 + 127 - field) << 23);
-  const int first = floor_of(mul(low, per_cell)), last = floor_of(mul(high, per_cell));
-  const unsigned symbols = (unsigned)(last - first + 2);
-  const unsigned k = (as_bits(number_of(symbols & 1023u)) >> 23) - 127u;
-  const unsigned extra = symbols - (1u << (k & 31));
-  return usable ? k | extra << 5 | (field - 7) << 14 | (unsigned)first << 22 : 0u;
-}
-
-DEVICE unsigned entry_at(float level, float scale, float zero, float half) {
-  const float centre = add(level, -zero);
-  return entry_of(mul(add(centre, -half), scale), mul(add(centre, half), scale));
-}
-
-DEVICE void fill(unsigned* table, int levels, float scale, float zero, float half) {
-#pragma unroll 4
-  for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at((float)q, scale, zero, half);
-}
-
-DEVICE void advance(Bits& bits) {
+DEVICE void skip(Bits& bits, unsigned count) {
+  bits.at += count;
   advance_if(bits.at >> 5, bits.words, bits.next);
   bits.at &= 31u;
 }
 
+// The float of an integer from 0 to 2**23 - 1, exactly.
+DEVICE float number_of(unsigned v) { return add(as_float(0x4b000000u | v), -8388608.0f); }
+
+#define CELL 0.0078125f  // 2**-7: a cell's size over 2**E
+
+// How an interval's code is read. form, from the lowest bit: 5 bits k, the shorter code's length; 8 bits how many of the
+// 2**k codes are prefixes of two longer ones; 10 bits 0; 8 bits the exponent field of 2**E. As a float, form is 2**E and
+// less than a thousandth of it. base: the first cell's number and a half, times CELL, minus 512. Both 0: all raw.
+struct alignas(8) Entry { unsigned form; float base; };
+
+// usable, known when compiling: the interval is not empty, and 2**E and the numbers of its cells are normal floats.
+DEVICE Entry entry_of(float low, float high, bool usable = false) {
+  const float larger = fmaxf(fabsf(low), fabsf(high));
+  const unsigned field = as_bits(larger) >> 23;
+  // NaN: no comparison holds. fmaxf drops one NaN, but then low < high fails.
+  if (!usable && !(low < high && field >= 127 - 110 && field <= 127 + 126)) return {0u, 0.0f};
+  const float per_cell = as_float((7 + 127 + 127 - field) << 23);
+  const float first = floor_of(mul(low, per_cell)), last = floor_of(mul(high, per_cell));
+  const unsigned symbols = as_bits(add(add(last, -first), 2.0f)) - 0x3f800000u;  // k, and the fraction of 2**k behind it
+  const unsigned k = symbols >> 23, extra = (symbols & 0x7fffffu) >> (23 - k);
+  return {(field << 23) | extra << 5 | k, add(mul(first, CELL), CELL / 2 - 512.0f)};
+}
+
+DEVICE Entry entry_at(float level, float scale, float zero, float half, bool usable = false) {
+  const float centre = add(level, -zero);
+  return entry_of(mul(add(centre, -half), scale), mul(add(centre, half), scale), usable);
+}
+
+DEVICE void fill(Entry* table, int levels, float scale, float zero, float half, bool usable = false) {
+#pragma unroll 4
+  for (int q = 0; q < levels; ++q) table[q * STRIDE] = entry_at((float)q, scale, zero, half, usable);
+}
+
+// The weight's bits in the upper half, anything in the lower.
 // centred, known when compiling: symbols count from the middle cell to either side in turn, not from the first one on.
 template <class Source>
-DEVICE unsigned restore_one(Source& bits, unsigned entry, bool centred = false) {
-  const unsigned seen = funnel(bits.words[0], bits.words[1], bits.at);  // no code is longer than 26 bits
-  const unsigned mask = ones(entry), extra = (entry >> 5) & 511u;
-  const unsigned shorter = seen & mask, longer_symbol = shorter + extra;
-  const unsigned is_longer = funnel(longer_symbol, 0, entry);  // 1: one bit more says which of two symbols it is
-  const unsigned after = funnel(seen, 0, entry);
-  const unsigned symbol = (after & is_longer) ? longer_symbol : shorter;
-  const unsigned behind = after >> is_longer;
-
-  const unsigned cells_there = mask + extra;
-  const bool escape = symbol == cells_there;
-  const int aside = centred ? (int)(cells_there >> 1) + ((int)(symbol >> 1) ^ -(int)(symbol & 1u)) : (int)symbol;
-  const int number = ((int)entry >> 22) + aside;
-  const int sign = number >> 31;
-  const unsigned magnitude = (unsigned)(number ^ sign);
-  const float cells = number_of(magnitude);
-  const unsigned rest = magnitude ? 134u - (as_bits(cells) >> 23) : 0u;
-  const unsigned size = as_bits(mul(cells, as_float((entry << 9) & 0x7f800000u)));
-  unsigned value = (size >> 16) | (behind & ones(rest)) | ((unsigned)sign & 0x8000u);
-  value = escape ? behind & 0xffffu : value;
-
-  bits.at += (entry & 31u) + is_longer + (escape ? 16u : rest);
-  advance(bits);
+DEVICE unsigned restore_one(Source& bits, Entry entry, bool centred = false) {
+  const unsigned seen = peek(bits);  // no code is longer than 26 bits
+  const unsigned k = entry.form & 31u, mask = ones(0, entry.form), extra = (entry.form >> 5) & 255u;
+  const unsigned shorter = seen & mask;
+  const unsigned is_longer = funnel(shorter + extra, 0, entry.form);  // 1: one bit more tells two symbols apart
+  const unsigned after = funnel(seen, 0, entry.form), behind = funnel(after, 0, is_longer);
+  const unsigned symbol = shorter + (after & is_longer) * extra;
+  const unsigned cells = mask + extra;  // of the interval
+  const unsigned aside = centred ? (cells >> 1) + ((symbol >> 1) ^ (0u - (symbol & 1u))) : symbol;
+  // The cell's number and a half over 2**7; cells -1 - j and j are equally far from zero.
+  const float place = add(as_float(0x44000000u + aside * 128u), entry.base);
+  const unsigned size = as_bits(mul(place, as_float(entry.form)));
+  unsigned rest = ~(as_bits(place) >> 23) & 7u;  // 7 - floor(log2 j); 0 for j = 0
+  const unsigned free = ones(16, rest);
+  unsigned value = ((behind << 16) & free) | (size & ~free);
+  if (symbol == cells) {  // an escape
+    value = behind << 16;
+    rest = 16;
+  } else if (fabsf(place) < CELL) {
+    value = size & 0x80000000u;
+  }
+  skip(bits, k + is_longer + rest);
   return value;
 }
 

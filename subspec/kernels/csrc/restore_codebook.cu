@@ -38,10 +38,11 @@ DEVICE void restore_chunk(const Part& part, const unsigned char* flat, long long
         const float weight = as_float(i & 1 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
         v[i] = restore_one(bits, entry_of(add(weight, -reach), add(weight, reach)), true);
       }
-      store4(out + at, v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
+      store4(out + at, upper_halves(v[0], v[1]), upper_halves(v[2], v[3]), upper_halves(v[4], v[5]),
+             upper_halves(v[6], v[7]));
     } else {
       const float weight = as_float((unsigned)out[at] << 16);
-      out[at] = (unsigned short)restore_one(bits, entry_of(add(weight, -reach), add(weight, reach)), true);
+      out[at] = (unsigned short)(restore_one(bits, entry_of(add(weight, -reach), add(weight, reach)), true) >> 16);
     }
     column += taken;
     if (column == columns) { column = 0; ++row; }
