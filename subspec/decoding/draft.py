@@ -25,7 +25,8 @@ class Draft(ABC):
     """Proposes a tree one level at a time.
 
     Per prompt the engine calls ``begin`` once and ``observe`` for every committed prefill chunk; per iteration
-    ``extend`` once per level (the first call has the root alone) and ``commit`` once after verification.
+    ``plant`` once, ``extend`` once per level (the first call has the root alone), ``place`` once when the tree has its
+    final shape, and ``commit`` once after verification.
 
     Attributes:
         wants: hidden states of the target that ``observe`` and ``commit`` receive.
@@ -56,6 +57,21 @@ class Draft(ABC):
             tokens: int64 [c].
             hidden: the hidden states in ``wants``, [c, width]; None if it wants none.
         """
+
+    def plant(self, tree: Tree, root: Tensor) -> Tree:
+        """Start a tree from the token ``root`` (int64 [1], on the device).
+
+        Args:
+            tree: that will be verified.
+
+        Returns:
+            The tree that grows: ``tree``, or one on the host, which :meth:`place` copies to ``tree``.
+        """
+        tree.plant(root)
+        return tree
+
+    def place(self, tree: Tree) -> None:  # noqa: B027 (optional)
+        """Copy the tree that has grown to ``tree``, unless it is that tree."""
 
     @abstractmethod
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:

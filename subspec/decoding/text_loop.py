@@ -225,32 +225,34 @@ class TextLoop:
         Args:
             whole: regardless of :meth:`TreePolicy.wants_level`.
         """
-        trees = [text.own.tree for text in texts]
-        frontiers = [tree.plant(text.root) for text, tree in zip(texts, trees, strict=True)]
         if self.policy is None:
+            for text in texts:
+                text.own.tree.plant(text.root)
             return
         self.policy.begin_tree(len(texts))
-        growing = list(zip(texts, frontiers, strict=True))
+        trees = [text.own.draft.plant(text.own.tree, text.root) for text in texts]
+        growing = [(text, tree, tree.last_level) for text, tree in zip(texts, trees, strict=True)]
         for _ in range(most_levels):
-            growing = [(text, frontier) for text, frontier in growing if frontier.numel()]
+            growing = [own for own in growing if own[2].numel()]
             if not growing or not (whole or self.policy.wants_level(*trees)):
                 break
             growing = self._level(growing)
-        for text in texts:
-            self.policy.finish(text.own.tree)
-            text.stats.draft_passes += text.own.draft.passes(text.own.tree)
+        for text, tree in zip(texts, trees, strict=True):
+            self.policy.finish(tree)
+            text.stats.draft_passes += text.own.draft.passes(tree)
+            text.own.draft.place(text.own.tree)
 
-    def _level(self, growing: Sequence[tuple[Text, Tensor]]) -> list[tuple[Text, Tensor]]:
+    def _level(self, growing: Sequence[tuple[Text, Tree, Tensor]]) -> list[tuple[Text, Tree, Tensor]]:
         """Draft one level below every frontier; returns the new ones."""
         draft, policy = growing[0][0].own.draft, self.policy
         assert draft is not None
         assert policy is not None
         if len(growing) == 1:
-            text, frontier = growing[0]
-            return [(text, draft.extend(text.own.tree, frontier, policy, _perturb(text)))]
-        levels = [NextLevel(text.own.draft, text.own.tree, frontier, _perturb(text)) for text, frontier in growing]
+            text, tree, frontier = growing[0]
+            return [(text, tree, draft.extend(tree, frontier, policy, _perturb(text, tree)))]
+        levels = [NextLevel(text.own.draft, tree, frontier, _perturb(text, tree)) for text, tree, frontier in growing]
         grown = draft.extend_together(levels, policy)
-        return [(text, frontier) for (text, _), frontier in zip(growing, grown, strict=True)]
+        return [(text, tree, frontier) for (text, tree, _), frontier in zip(growing, grown, strict=True)]
 
     def _judge(self, group: Sequence[Share], logits: Tensor, rows: Sequence[slice]) -> list[_Judged]:
         """The nodes that the target accepts, by the logits of a group of texts."""
@@ -363,10 +365,10 @@ class TextLoop:
                     own.share.text.root = own.acceptance.bonus
 
 
-def _perturb(text: Text) -> Perturb | None:
-    """Adds the noise of a text's next level to the draft's logits; None: greedy."""
+def _perturb(text: Text, tree: Tree) -> Perturb | None:
+    """Adds the noise of the next level of a text's tree to the draft's logits; None: greedy."""
     sampler = text.sampler
     if sampler.sampling.greedy:
         return None
-    position = text.own.cache.length + 1 + text.own.tree.levels
+    position = text.own.cache.length + 1 + tree.levels
     return lambda logits, ahead=0: sampler.perturb(logits, position + ahead)

@@ -7,6 +7,8 @@ its children's. Node 0 is the root: the last emitted token, whose keys and value
 import torch
 from torch import Tensor
 
+from subspec.utils.upload import upload
+
 STACKED = ("tokens", "parents", "depths", "scores", "ancestors")
 """The tensors that differ between trees."""
 
@@ -102,6 +104,17 @@ class Tree:
         self.ancestors[:count] = False
         self.ancestors[:count, :count] = block
         self.size, self.level_size, self._kept = count, 0, nodes
+
+    def copy_from(self, other: "Tree") -> None:
+        """Become a copy of a tree on the host, of at most this capacity, without waiting for the device."""
+        count, device = other.size, self.tokens.device
+        whole = upload(torch.stack([other.tokens[:count], other.parents[:count], other.depths[:count]]), device)
+        for values, own in zip((self.tokens, self.parents, self.depths), whole, strict=True):
+            values[:count] = own
+        self.scores[:count] = upload(other.scores[:count], device, torch.float32)
+        self.ancestors[:count, : other.capacity] = upload(other.ancestors[:count], device, torch.bool)
+        self.size, self.levels, self.level_size = count, other.levels, other.level_size
+        self._kept = None if other._kept is None else upload(other._kept, device)
 
     def drafted_number(self, nodes: Tensor) -> Tensor:
         """The numbers that ``nodes`` (int64 [n]) had while the tree grew."""

@@ -11,7 +11,7 @@ text's trees, accepted or not. It costs nothing, and knows names, numbers and wh
 It is all that guesses with ``draft.proposer=prompt_lookup``.
 
 The tree grows on the host: a pass returns the likeliest tokens after every node (:class:`Said`), the policy selects
-nodes there, and each level is copied to the device. Small operations on the device took longer than this copy.
+nodes there, and the tree is copied to the device when it has grown. Small operations on the device took longer.
 """
 
 import heapq
@@ -150,44 +150,37 @@ class CascadeDraft(Draft):
     def expand(self, tree: Tree, frontier: Tensor) -> Tensor:
         raise NotImplementedError("a cascade keeps no logits: it extends trees")
 
-    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
-        own = self._tree
-        if tree.levels == 0:
-            self._plant(tree)
-        nodes, before = self._locate(), (own.size, own.levels, own.level_size)
-        unscored = {number for number, node in zip(self._frontier, nodes, strict=True) if node not in self._scored}
-        if not unscored:
-            return self._show(tree, self._grow(nodes, policy))
-        if len(unscored) < len(nodes):
-            grown = self._grow(nodes, policy)
-            if unscored.isdisjoint(own.parents[before[0] : own.size].tolist()):
-                return self._show(tree, grown)
-            own.size, own.levels, own.level_size = before
-        self._run(nodes, policy, perturb)
-        return self._show(tree, self._grow(nodes, policy))
+    def plant(self, tree: Tree, root: Tensor) -> Tree:
+        root = root.cpu()
+        self._tree.plant(root)
+        self._known.plant(int(root), self._index.tail)
+        return self._tree
 
-    def _grow(self, nodes: list[int], policy: TreePolicy) -> Tensor:
-        """Grow a level on the host; nodes that were not scored have one child of probability 1."""
+    def place(self, tree: Tree) -> None:
+        tree.copy_from(self._tree)
+
+    def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
+        self._frontier = frontier.tolist()
+        nodes, before = self._locate(tree), (tree.size, tree.levels, tree.level_size)
+        unscored = {number for number, node in zip(self._frontier, nodes, strict=True) if node not in self._scored}
+        if len(unscored) < len(nodes):
+            grown = self._grow(nodes, frontier, policy)
+            if unscored.isdisjoint(tree.parents[before[0] : tree.size].tolist()):
+                return grown
+            tree.size, tree.levels, tree.level_size = before
+        self._run(nodes, policy, perturb)
+        return self._grow(nodes, frontier, policy)
+
+    def _grow(self, nodes: list[int], frontier: Tensor, policy: TreePolicy) -> Tensor:
+        """Grow a level; nodes that were not scored have one child of probability 1."""
         bound = Said([0] * self._most, [0.0] + [-math.inf] * (self._most - 1), [], [])
         said = [self._scored.get(node, bound) for node in nodes]
-        tokens = torch.tensor([own.tokens for own in said])
-        return policy.select(
-            self._tree, torch.tensor(self._frontier), tokens, torch.tensor([own.sharp for own in said])
-        )
-
-    def _show(self, tree: Tree, frontier: Tensor) -> Tensor:
-        """Append the level that has grown on the host to ``tree``; returns the frontier there."""
-        own, new = self._tree, slice(tree.size, self._tree.size)
-        tokens, parents = upload(torch.stack([own.tokens[new], own.parents[new]]), self.device)
-        grown = tree.append(tokens, parents, upload(own.scores[new], self.device, torch.float32))
-        self._frontier = frontier.tolist()
-        return grown if self._frontier == list(range(new.start, new.stop)) else upload(frontier, self.device)
+        tokens, sharp = torch.tensor([own.tokens for own in said]), torch.tensor([own.sharp for own in said])
+        return policy.select(self._tree, frontier, tokens, sharp)
 
     def commit(self, tree: Tree, path: Tensor, hidden: Tensor | None) -> None:
-        tokens = tree.tokens.index_select(0, path).tolist()
+        tokens = self._tree.tokens[path.cpu()].tolist()
         if self.proposer is not None:
-            if not self._known:
-                self._plant(tree)
             nodes = [0]
             for token in tokens[1:]:
                 nodes += self._known.children([(nodes[-1], token)])
@@ -202,15 +195,10 @@ class CascadeDraft(Draft):
     def facts(self) -> dict[str, Any]:
         return {**({} if self.proposer is None else self.proposer.facts()), **self.levels.levels.facts()}
 
-    def _plant(self, tree: Tree) -> None:
-        root = tree.tokens[:1].cpu()
-        self._tree.plant(root)
-        self._known.plant(int(root), self._index.tail)
-
-    def _locate(self) -> list[int]:
+    def _locate(self, tree: Tree) -> list[int]:
         """The known nodes that the frontier stands for; new ones are added."""
-        if self._tree.levels:
-            tokens, parents = self._tree.tokens.tolist(), self._tree.parents.tolist()
+        if tree.levels:
+            tokens, parents = tree.tokens[: tree.size].tolist(), tree.parents[: tree.size].tolist()
             pairs = [(self._number[parents[node]], tokens[node]) for node in self._frontier]
             self._number |= zip(self._frontier, self._known.children(pairs), strict=True)
         self._due -= len(self._frontier)

@@ -17,7 +17,7 @@ from subspec.decoding.tree import Tree
 from subspec.decoding.tree_policy import likeliest
 from subspec.drafts.known_nodes import KnownNodes
 from subspec.levels.captured_draft import CapturedDraft
-from subspec.utils.upload import upload, upload_to
+from subspec.utils.upload import pinned, upload
 
 
 class KnownLevels:
@@ -58,7 +58,7 @@ class KnownLevels:
 
 
 class PaddedLevels(KnownLevels):
-    """Captured passes.
+    """Captured passes; the result of one has to be read before the next begins.
 
     Args:
         levels: run whole levels.
@@ -73,6 +73,11 @@ class PaddedLevels(KnownLevels):
         self.rows = rows
         self._tree = Tree(self.draft_rows, device)  # its root is never run
         self._ran = np.full(self.draft_rows, -1)  # the nodes of its nodes; -1: padding
+        # Of a pass, on the host: pinned once, since pinning takes longer than copying.
+        self._tokens, self._depths, self._visible = (
+            pinned(torch.zeros_like(values[:rows], device="cpu"), device)
+            for values in (self._tree.tokens, self._tree.depths, self._tree.ancestors)
+        )
 
     def begin(self, cache: KVCache) -> None:
         super().begin(cache)
@@ -98,11 +103,13 @@ class PaddedLevels(KnownLevels):
         if own.levels == 0:
             self.levels.read_length()
         own.adopt_level(self.rows)
-        padding = self.rows - len(nodes)
-        self._ran[new] = [*nodes, *[-1] * padding]
-        ran = self._ran[: own.size]
-        visible = np.zeros((self.rows, own.capacity), dtype=bool)
+        padding = [0] * (self.rows - len(nodes))
+        self._ran[new] = [*nodes, *[-1] * len(padding)]
+        ran, visible = self._ran[: own.size], self._visible.numpy()
+        visible[:] = False
         visible[: len(nodes), : own.size] = known.ancestors[np.asarray(nodes)[:, None], ran] & (ran >= 0)
-        upload_to(own.tokens[new], [*(known.ends[node][-1] for node in nodes), *[0] * padding])
-        upload_to(own.depths[new], [*(known.depths[node] for node in nodes), *[0] * padding])
-        upload_to(own.ancestors[new], visible)
+        self._tokens.numpy()[:] = [*(known.ends[node][-1] for node in nodes), *padding]
+        self._depths.numpy()[:] = [*(known.depths[node] for node in nodes), *padding]
+        own.tokens[new].copy_(self._tokens, non_blocking=True)
+        own.depths[new].copy_(self._depths, non_blocking=True)
+        own.ancestors[new].copy_(self._visible, non_blocking=True)

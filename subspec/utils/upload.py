@@ -11,13 +11,14 @@ from torch import Tensor
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """``values`` (numbers in lists, an array, a tensor) on ``device``."""
-    return _staged(torch.as_tensor(values, dtype=dtype), device).to(device, non_blocking=True)
+    return pinned(torch.as_tensor(values, dtype=dtype), device).to(device, non_blocking=True)
 
 
 def upload_to(place: Tensor, values: Any) -> None:
     """Write ``values`` of the same shape to ``place``, which is contiguous."""
-    place.copy_(_staged(torch.as_tensor(values, dtype=place.dtype), place.device), non_blocking=True)
+    place.copy_(pinned(torch.as_tensor(values, dtype=place.dtype), place.device), non_blocking=True)
 
 
-def _staged(values: Tensor, device: torch.device) -> Tensor:
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """``values``, on the host, where copies to ``device`` do not wait for it."""
     return values.pin_memory() if device.type == "cuda" else values
