@@ -14,7 +14,6 @@ The tree grows on the host: a pass returns the likeliest tokens after every node
 nodes there, and the tree is copied to the device when it has grown. Small operations on the device took longer.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ class CascadeDraft(Draft):
 
     def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
         self._frontier = frontier.tolist()
-        nodes, before = self._locate(tree), (tree.size, tree.levels, tree.level_size)
+        nodes, before = self._locate(tree, frontier), (tree.size, tree.levels, tree.level_size)
         unscored = {number for number, node in zip(self._frontier, nodes, strict=True) if node not in self._scored}
         if len(unscored) < len(nodes):
             grown = self._grow(nodes, frontier, policy)
@@ -195,11 +194,11 @@ class CascadeDraft(Draft):
     def facts(self) -> dict[str, Any]:
         return {**({} if self.proposer is None else self.proposer.facts()), **self.levels.levels.facts()}
 
-    def _locate(self, tree: Tree) -> list[int]:
+    def _locate(self, tree: Tree, frontier: Tensor) -> list[int]:
         """The known nodes that the frontier stands for; new ones are added."""
         if tree.levels:
-            tokens, parents = tree.tokens[: tree.size].tolist(), tree.parents[: tree.size].tolist()
-            pairs = [(self._number[parents[node]], tokens[node]) for node in self._frontier]
+            tokens, parents = tree.tokens[frontier].tolist(), tree.parents[frontier].tolist()
+            pairs = [(self._number[parent], token) for parent, token in zip(parents, tokens, strict=True)]
             self._number |= zip(self._frontier, self._known.children(pairs), strict=True)
         self._due -= len(self._frontier)
         return [self._number[node] for node in self._frontier]
@@ -248,20 +247,20 @@ class CascadeDraft(Draft):
                 break
             said = self._after(nodes, perturb)
             # First the nodes that the tree would have if the proposer were right, of those before; then others.
-            likely = (
+            likely = [
                 (score + value, row, place)
                 for row, (score, own) in enumerate(zip(exact, said, strict=False))
                 for place, value in enumerate(own.sharp)
-            )
-            first = heapq.nlargest(min(self._policy.width, width), likely)
+            ]
+            first = sorted(likely, reverse=True)[: min(self._policy.width, width)]
             taken = {(row, place) for _, row, place in first}
-            doubted = (
+            doubted = [
                 (score + value, row, place)
                 for row, (score, own) in enumerate(zip(wide, said, strict=True))
                 for place, value in enumerate(own.wide)
                 if (row, place) not in taken
-            )
-            others = heapq.nlargest(width - len(first), doubted)
+            ]
+            others = sorted(doubted, reverse=True)[: width - len(first)]
             chosen = [(wide[row] + said[row].wide[place], score, row, place) for score, row, place in first]
             chosen += [(score, None, row, place) for score, row, place in others]
             chosen = [own for own in chosen if own[0] > -math.inf and said[own[2]].worth[own[3]]]

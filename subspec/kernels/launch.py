@@ -118,13 +118,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], block: int, args: Sequence[T
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
     attribute.value[0] = 1
-    config = _Config(
-        grid=grid,
-        block=(block, 1, 1),
-        stream=_stream(),
-        attributes=ctypes.pointer(attribute),
-        count=1,
-    )
+    config = _Config(grid=grid, block=(block, 1, 1), stream=_stream(), attributes=ctypes.pointer(attribute), count=1)
     library = torch.cuda._utils._get_gpu_runtime_library()
     torch.cuda._utils._check_cuda(library.cuLaunchKernelEx(ctypes.byref(config), kernel.func, pointers, None))
 

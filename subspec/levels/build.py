@@ -180,6 +180,11 @@ class SubstituteBuilder:
         return linear
 
 
+def layers_together(layer_bytes: int, room: int) -> int:
+    """Layers of ``layer_bytes`` that :func:`compact` moves at a time, if ``room`` bytes may be taken meanwhile."""
+    return room // max(1, 2 * layer_bytes)
+
+
 def compact(layers: Sequence[LevelLayer], device: torch.device | None = None) -> None:
     """Move layers' packed weights into one allocation.
 

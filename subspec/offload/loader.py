@@ -30,7 +30,7 @@ from subspec.config.enums import Codec
 from subspec.config.schema import Placement
 from subspec.decoding.pass_shapes import PassShapes
 from subspec.errors import SubspecError
-from subspec.levels.build import SubstituteBuilder, compact, level_model
+from subspec.levels.build import SubstituteBuilder, compact, layers_together, level_model
 from subspec.levels.model import LevelLayer, LevelModel
 from subspec.offload.disk import DiskRing, StoredLayer
 from subspec.offload.feeds import CodedFeed, DiskFeed, LayerFeed, ResidentFeed, RingFeed
@@ -350,7 +350,7 @@ def _gather(layers: Sequence[LevelLayer], waiting: int, room: int, device: torch
     Args:
         room: device bytes of allocations that follow, and that may be taken meanwhile.
     """
-    together = room // max(1, 2 * sum(linear.nbytes for linear in layers[0].linears))
+    together = layers_together(sum(linear.nbytes for linear in layers[0].linears), room)
     if device.type == "cpu" or together < 2:
         layers, together = layers[:waiting], 1
     for first in range(0, len(layers), together):

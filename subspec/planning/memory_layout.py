@@ -20,6 +20,7 @@ from subspec.drafts.registry import spec_of
 from subspec.drafts.substitute_memory import substitute_allocations
 from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
+from subspec.levels.build import layers_together
 from subspec.levels.quantization import LevelQuantization, level_quantization
 from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_BYTES, Allocation
 from subspec.offload.disk import ALIGNMENT
@@ -190,12 +191,22 @@ class MemoryLayout(RunMemory):
             *self.run_allocations(decision.chunk),
             Allocation("cuBLAS", ((LIBRARY_BYTES, streams),), f"workspaces: {streams}"),
         ]
-        extra = sum(one.rounding for one in found) + ALLOCATOR_BYTES
+        extra = sum(one.rounding for one in found) - self._spared(resident, slots) + ALLOCATOR_BYTES
         found.append(Allocation("allocator", ((extra, 1),), "rounding, segments in part"))
         making = self.head_loading_bytes and self.head_loading_bytes + self.table_bytes * own_table
         short = max(0, making - sum(one.bytes for one in found))
         note = "before the rest is there: what that takes beyond it"
         return [*found, Allocation("coding the LM head", ((short, 1),), note)]
+
+    def _spared(self, resident: int, slots: int) -> int:
+        """Rounding that the substitute's layers do without, because loading lays them side by side."""
+        size, count = self.packed_bytes, self.spec.layers - len(self.required_resident)
+        together = min(count, layers_together(size, (resident + slots) * self.layer_bytes))
+        if not size or together < 2:
+            return 0
+        runs, rest = divmod(count, together)
+        apart, beside = ((size, count),), ((size * together, runs), (size * rest, 1))
+        return Allocation("", apart).rounding - Allocation("", beside).rounding
 
     def staged_layers(self, decision: Decision) -> int:
         """Layers of the substitute that are staged on the host until loading has finished.

@@ -47,12 +47,12 @@ ROW_RATE = 840
 """Operations per multiprocessor and cycle at which ``int4.cu`` multiplies further rows (fitted): on an H200 its loads
 of the rows limit it, to a fifth of what the tensor cores do. ``int4_wide.cu``, which is faster, is not modelled."""
 
-RESTORE_RATE = {"hqq": 1.26, "higgs": 0.46}
-"""Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (305e9 and 112e9 weights/s), a
-layer at once. In slices an H200 took 1.10 ms for a layer of a 7B instead of 0.77, since a slice does not fill it."""
+RESTORE_RATE = {"hqq": 1.48, "higgs": 0.46}
+"""Weights per multiprocessor and cycle that are restored beside 4 bits of a quantizer (359e9 and 112e9 weights/s), a
+layer at once. In slices an H200 takes 0.78 ms for a layer of a 7B instead of 0.65, since a slice does not fill it."""
 
-EIGHT_BITS = 0.7
-"""Of that rate beside 8 bits (215e9 weights/s)."""
+EIGHT_BITS = 0.84
+"""Of that rate beside 8 bits (300e9 weights/s)."""
 
 RESTORE_BYTES = 3.5
 """Bytes of a restored weight: 16 bits written, some 7 of its code and 4 of the substitute read."""

@@ -94,6 +94,24 @@ def test_planting_again_leaves_nothing_of_the_old_tree():
     assert tree.scores[0] == 0
 
 
+@given(trees(), trees(), st.integers(0, 24), st.booleans())
+def test_a_copy_is_the_tree_that_was_copied(made, earlier, room, pruned):
+    """In a tree with more room, which held another one."""
+    tree, copy = made[0], Tree(made[0].capacity + room, CPU)
+    copy.copy_from(earlier[0])
+    if pruned:
+        tree.keep(torch.tensor([0, *path_to(made[1], tree.size - 1)[1:]]))
+    copy.copy_from(tree)
+    assert (copy.size, copy.levels, copy.level_size) == (tree.size, tree.levels, tree.level_size)
+    for name in ("tokens", "parents", "depths", "scores"):
+        assert torch.equal(getattr(copy, name)[: tree.size], getattr(tree, name)[: tree.size])
+    seen = copy.ancestors[: tree.size]
+    assert torch.equal(seen[:, : tree.capacity], tree.ancestors[: tree.size])
+    assert not seen[:, tree.capacity :].any()
+    nodes = torch.arange(tree.size)
+    assert torch.equal(copy.drafted_number(nodes), tree.drafted_number(nodes))
+
+
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31), width=st.integers(1, 5), depth=st.integers(1, 4), temperature=st.sampled_from([0.2, 1])

@@ -25,7 +25,7 @@ def test_blocks_follow_each_other_and_the_table_says_where_each_part_begins(monk
         return 0
 
     monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernel=launch_kernel))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(_as_parameter_=4711))
+    monkeypatch.setattr(launch, "_stream", lambda: 4711)
     kernel, parts = SimpleNamespace(func="function"), [([7, -1], 3), ([8, 1 << 40], 2)]
     first, second = torch.zeros(3), torch.zeros(5)
     grouped = GroupedLaunch(kernel, parts, 128, first.device, inputs=1)

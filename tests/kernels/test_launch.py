@@ -37,7 +37,7 @@ def test_an_overlapping_launch_says_so_to_the_driver(monkeypatch):
 
     library = SimpleNamespace(cuLaunchKernelEx=launch_kernel)
     monkeypatch.setattr(torch.cuda._utils, "_get_gpu_runtime_library", lambda: library)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=4711))
+    monkeypatch.setattr(launch, "_stream", lambda: 4711)
     tensor = torch.zeros(3)
     kernel = SimpleNamespace(func="function")
     with launch.overlapping(True):

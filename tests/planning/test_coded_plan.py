@@ -193,8 +193,8 @@ WITH_HEAD = {"modules": ["attention", "mlp", "lm_head"]}
 TABLE = 152064 * 3584
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(4, 7.4), (8, 4.0), (3, 8.55)])
-def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected):
+@pytest.mark.parametrize(("bits", "expected", "more"), [(4, 7.4, 2), (8, 4.0, 1), (3, 8.55, 1)])
+def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected, more):
     quant = WITH_HEAD | {"bits_by": BitsByModule(lm_head=bits)}
     plan, plain = (planned(settings(8.0, codec=codec, quant=quant)) for codec in (CODED, Codec.none))
     shared = planned(settings(8.0, codec=CODED, quant=WITHOUT_HEAD))
@@ -205,7 +205,7 @@ def test_the_exact_head_is_coded_by_the_drafts_own(bits, expected):
     own = kept.bytes - item(shared, "substitute")
     assert own == pytest.approx(TABLE * {4: 4.25, 8: 8.5, 3: 4.25}[bits] / 8, rel=0.001)
     assert item(plan, "LM head") + own < 2 * TABLE
-    assert len(plan.resident_layers) == len(shared.resident_layers) + 1
+    assert len(plan.resident_layers) == len(shared.resident_layers) + more
     assert plan.total(Placement.device) + plan.headroom <= plan.budget
     assert plan.to_dict()["coded_head_bytes"] == plan.coded_head_bytes
     assert next(item.note for item in plan.items if item.name == "LM head") == "152064 x 3584, coded"

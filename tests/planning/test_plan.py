@@ -36,26 +36,27 @@ def test_qwen2_5_7b_in_8_gib_by_hand():
     # 48 levels of 6 nodes and the root, 289, in 5 x 64 rows; the last level's nodes are never run through the draft.
     drafted = 1 + 47 * 6
     row = 28 * 2 * 4 * 128 * 2  # 56 KiB
-    assert plan.prefill_chunk == 1408
+    assert plan.prefill_chunk == 1600
     assert found["KV cache"] == (drafted + 2048 + 320) * row
     assert 2 * 320**2 < found["tree"] < 2 * 320**2 + 48 * 320
     logits = 8 * 152064 * 2  # one buffer for all levels, of 8 rows though they have 6
     attention = 4 * (32 * 3584 + 4 * (3584 + 2 * 512))  # float32 parts of one row
     level = logits + 6 * (attention + 2 * 14 * 3584)  # and rows of hidden states, queries and outputs
     assert found["draft level"] == pytest.approx(level + 32 * MIB, rel=0.01)
-    prefill = 1408 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP: 0.2 GiB
-    assert found["workspace"] == pytest.approx(prefill, rel=0.04)
+    prefill = 1600 * (4 * 3584 * 2 + 2048 * 6 + 3 * 18944 * 2)  # hidden states, mask, MLP: 0.2 GiB
+    assert found["workspace"] == pytest.approx(prefill, rel=0.05)
     assert prefill > 320 * (152064 + 3584) * 2  # logits of the padded tree
-    # To even MiB: 28 substitute layers of 118.07, 7 layers of 444.52, LM head, KV cache and workspace. The rest of the
-    # level is a third of a segment of 20 MiB, the tree a multiple of 512 bytes.
-    rounded = 28 * 120 * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
-    rounded += 1040 * MIB - found["LM head"] + 146 * MIB - found["KV cache"] + 200 * MIB - found["workspace"]
+    # To even MiB: runs of 13, 13 and 2 substitute layers of 118.07 (two copies of a run fit into 7 layers), 7 layers of
+    # 444.52, LM head, KV cache and workspace. The rest of the level is a third of a segment of 20 MiB, the tree a
+    # multiple of 512 bytes.
+    rounded = (2 * 1536 + 238) * MIB - found["substitute"] + 7 * (446 * MIB - plan.layer_bytes)
+    rounded += 1040 * MIB - found["LM head"] + 146 * MIB - found["KV cache"] + 226 * MIB - found["workspace"]
     rounded += 20 * MIB // 3 + 1 - (found["draft level"] - 32 * MIB) + 423 * 512 - found["tree"]
     assert found["allocator"] == 64 * MIB + rounded
     assert found["cuBLAS"] == 32 * MIB  # for the levels' LM head
-    # 0.08 GiB stay free whatever happens; beside them 0.1 are left: less than a sixth layer.
+    # 0.08 GiB stay free whatever happens; beside them 0.13 are left: less than a sixth layer.
     assert plan.headroom == -(-8 * GIB // 100)
-    assert 0 < plan.spare == 8 * GIB - plan.headroom - plan.total(Placement.device) < 0.11 * GIB
+    assert 0 < plan.spare == 8 * GIB - plan.headroom - plan.total(Placement.device) < 0.14 * GIB
     assert plan.embedding is Placement.host
     assert found["embedding table"] == found["LM head"]
     assert found["streamed layers"] == 23 * plan.layer_bytes
@@ -203,7 +204,7 @@ def test_the_prefill_chunk_is_a_multiple_of_64_and_shrinks_before_the_run_is_ref
 
 def test_sampling_and_the_audit_take_more():
     greedy, sampled = planned(settings(11.0)), planned(settings(11.0, sampling={"top_p": 0.9}))
-    assert by_name(sampled)["workspace"] > 2.5 * by_name(greedy)["workspace"]
+    assert by_name(sampled)["workspace"] > 2.3 * by_name(greedy)["workspace"]
     audited = replace(settings(11.0), audit=True)
     assert by_name(planned(audited))["audit"] > by_name(greedy)["KV cache"] / 2
 
@@ -260,12 +261,12 @@ def test_host_memory_is_checked_before_anything_swaps():
 @pytest.mark.parametrize(
     ("config", "remedy"),
     [
-        (settings(5.5), "offload.ring_slots=1"),
-        (settings(5.63, decoding={"prefill_chunk": 1024}), "decoding.prefill_chunk=256"),
-        (settings(5.59), "decoding.max_length="),
+        (settings(5.45), "offload.ring_slots=1"),
+        (settings(5.58, decoding={"prefill_chunk": 1024}), "decoding.prefill_chunk=256"),
+        (settings(5.54), "decoding.max_length="),
         (settings(6.0, embedding=Placement.device, quant={"bits": 4}), "offload.embedding=host"),
         (settings(6.0, ring_slots=6), "offload.ring_slots=2"),
-        (settings(6.27, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
+        (settings(6.22, tree=(160, 6), sampling={"top_p": 0.9}), "tree.depth="),
         (settings(4.0), "draft=none"),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_cascade_computes_more_rows_and_keeps_the_proposals():
 
 
 def test_layers_on_a_disk_are_read_at_its_bandwidth():
-    config, model = settings(8.0, codec=Codec.substitute, ram_gib=4.5), SHAPES["qwen2_5_7b"]()
+    config, model = settings(7.9, codec=Codec.substitute, ram_gib=4.5), SHAPES["qwen2_5_7b"]()
     machine, acceptance = Machine(50.0, 4000.0, level_s=0.001), Acceptance.from_tau(4.0, 8)
     with pytest.raises(ConfigError, match=r"offload\.ram_gib=4\.5.*set offload\.disk_gb_per_s"):
         predict(config, model, machine, acceptance)
@@ -199,7 +199,7 @@ def test_layers_on_a_disk_are_read_at_its_bandwidth():
     assert one.ceiling == pytest.approx(4 / disk_s)
     assert disk_s - 2 * drafted < one.pass_s < disk_s + drafted, "its ring fills while the draft works"
     assert slow.plain.seconds > plan.plain_disk_bytes / 0.5e9 - 1e-3
-    whole = settings(8.0, codec=Codec.substitute, ram_gib=64.0)
+    whole = settings(7.9, codec=Codec.substitute, ram_gib=64.0)
     assert fast.depths[0].iteration == predict(whole, model, machine, acceptance, [8]).depths[0].iteration
 
 
