@@ -58,7 +58,7 @@ class KnownLevels:
 
 
 class PaddedLevels(KnownLevels):
-    """Captured passes; the result of one has to be read before the next begins.
+    """Captured passes.
 
     Args:
         levels: run whole levels.
@@ -78,6 +78,7 @@ class PaddedLevels(KnownLevels):
             pinned(torch.zeros_like(values[:rows], device="cpu"), device)
             for values in (self._tree.tokens, self._tree.depths, self._tree.ancestors)
         )
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def begin(self, cache: KVCache) -> None:
         super().begin(cache)
@@ -106,6 +107,8 @@ class PaddedLevels(KnownLevels):
         padding = [0] * (self.rows - len(nodes))
         self._ran[new] = [*nodes, *[-1] * len(padding)]
         ran, visible = self._ran[: own.size], self._visible.numpy()
+        if self._copied is not None:
+            self._copied.synchronize()  # the last pass's; done, if its result was read
         visible[:] = False
         visible[: len(nodes), : own.size] = known.ancestors[np.asarray(nodes)[:, None], ran] & (ran >= 0)
         self._tokens.numpy()[:] = [*(known.ends[node][-1] for node in nodes), *padding]
@@ -113,3 +116,5 @@ class PaddedLevels(KnownLevels):
         own.tokens[new].copy_(self._tokens, non_blocking=True)
         own.depths[new].copy_(self._depths, non_blocking=True)
         own.ancestors[new].copy_(self._visible, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
