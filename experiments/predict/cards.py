@@ -13,7 +13,7 @@ CARDS = ("rtx_4090", "rtx_3060")
 BARS = {"rtx_4090": (75, 100), "rtx_3060": (40, 55)}
 """Tokens per second wanted, and hoped for."""
 
-RUN = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "depths=[8,10,16,21,24,28,31,36,42]"]
+RUN = ["target=planted_qwen2_5_7b", "offload.vram_gib=8", "depths=[8,10,15,21,24,28,31,36,42]"]
 TAU = ["tau=24", "tau_depth=48"]
 HEAD = ["quant.modules=[attention,mlp,lm_head]"]
 VOCABULARY = ["draft.vocab=32768"]
@@ -24,6 +24,7 @@ LEVELS = {
     "4-bit LM head": [*TAU, *HEAD],
     "`draft.vocab=32768`": [*TAU, *VOCABULARY],
     "the last two": [*TAU, *HEAD, *VOCABULARY],
+    "the same, width 4 (tau 22.3)": ["tree.width=4", "tau=22.3", "tau_depth=48", *HEAD, *VOCABULARY],
     "8-bit LM head, adaptive tree (tau 23.2 at 34 levels)": ["tau=23.2", "tau_depth=34"],
     "4-bit LM head, adaptive tree (tau 20.6 at 30 levels)": [*HEAD, "tau=20.6", "tau_depth=30"],
 }
