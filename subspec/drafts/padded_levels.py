@@ -117,4 +117,4 @@ class PaddedLevels(KnownLevels):
         own.depths[new].copy_(self._depths, non_blocking=True)
         own.ancestors[new].copy_(self._visible, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))

@@ -1,6 +1,7 @@
 """What loading takes of the device for a moment: the figures against what the code allocates, and the plan's room."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from subspec.kernels import int4
 from subspec.levels import build
 from subspec.levels.build import SubstituteBuilder
 from subspec.levels.quantization import level_quantization
-from subspec.memory.allocator import GIB, headroom
+from subspec.memory.allocator import GIB, headroom, rounded
 from subspec.memory.trace import MemoryTrace
 from subspec.offload import loader
 from subspec.planning import loading_memory
@@ -278,3 +279,22 @@ def test_layers_that_wait_make_room():
         loaded.close()
         del loaded
     assert peaks[0] - peaks[1] > 4 * packed
+
+
+@pytest.mark.parametrize("quant", [{}, {"skip_layers": [0]}, {"skip_layers": [5, 9]}, {"modules": ["mlp"]}])
+@pytest.mark.parametrize("vram", [7.5, 8.0, 12.0])
+def test_rounding_is_spared_by_the_layers_that_loading_lays_together(quant, vram, monkeypatch):
+    layout = MemoryLayout(settings(vram, quant=quant), SHAPES["qwen2_5_7b"]())
+    resident = choose(layout, int(vram * GIB)).resident
+    packed = SimpleNamespace(tensors=[torch.empty(layout.packed_bytes, dtype=torch.uint8, device="meta")])
+    exact = SimpleNamespace(tensors=[])
+    skipped = quant.get("skip_layers", ())
+    layers = [SimpleNamespace(linears=[exact if i in skipped else packed, exact]) for i in range(layout.spec.layers)]
+    runs = []
+    monkeypatch.setattr(loader, "compact", lambda own, to: runs.append(len(own)))
+    monkeypatch.setattr(loader, "_release_temporaries", lambda device: None)
+    slots = layout.ring_slots(resident)
+    loader._gather(layers, 0, (resident + slots) * layout.layer_bytes, torch.device("cuda"))
+    assert sum(runs) == layout.spec.layers - len(skipped)
+    apart = sum(runs) * rounded(layout.packed_bytes)
+    assert layout._spared(resident, slots) == apart - sum(rounded(run * layout.packed_bytes) for run in runs) > 0
