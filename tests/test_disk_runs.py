@@ -113,7 +113,7 @@ def test_a_file_cut_off_while_a_run_reads_it_ends_the_run_in_one_line(tmp_path, 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["offload.ram_gib=0.1"], r"offload\.ram_gib=0\.1 cannot hold this run, which needs \d\.\d+ GiB: process"),
+        (["offload.ram_gib=0.1"], r"offload\.ram_gib=0\.1 cannot hold this run, which needs [\d.]+ GiB: process"),
         (["offload.resident_layers=9"], r"offload\.resident_layers=9: the target has 8 layers"),
         (["offload.codec=substitute"], r"offload\.codec=substitute is for a GPU"),
         (["quant=higgs"], r"draft=subspec with offload=stream and device=cpu .* quant=hqq"),

@@ -38,10 +38,6 @@ class KVView:
         visible = layer[:, :, self.read[0] : self.read[1]]
         return visible[0].unsqueeze(0), visible[1].unsqueeze(0)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows visible besides the new ones (transformers' cache interface)."""
-        return (self.read[1] - self.read[0]) - (self.write[1] - self.write[0])
-
 
 class KVViews:
     """The rows of several caches, one behind the other, for transformers' modules."""
@@ -55,10 +51,6 @@ class KVViews:
         new = zip(self.views, key.split(self._new, dim=2), value.split(self._new, dim=2), strict=True)
         keys, values = zip(*(view.update(k, v, layer_idx) for view, k, v in new), strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows visible besides the new ones (transformers' cache interface)."""
-        return sum(view.get_seq_length() for view in self.views)
 
 
 class KVCache:

@@ -136,12 +136,12 @@ class Sampler:
         """Start a new text."""
         self.noise.reseed(seed)
 
-    def scores(self, logits: Tensor, noise: Tensor, slack: float = 0.0) -> Tensor:
+    def scores(self, logits: Tensor, noise: Tensor) -> Tensor:
         """The scores whose argmax is chosen, float32 [n, vocabulary]; filtered tokens are -inf."""
         scaled = logits.float() / self.sampling.temperature
         if self.sampling.top_k == 0 and self.sampling.top_p == 1:
             return scaled + noise
-        keep = keep_mask(scaled, self.sampling, slack)
+        keep = keep_mask(scaled, self.sampling)
         return (scaled + noise).masked_fill_(~keep, -torch.inf)
 
     def choose(self, logits: Tensor, start: int, offsets: Tensor, span: int) -> Tensor:

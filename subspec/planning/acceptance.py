@@ -45,19 +45,15 @@ class Acceptance:
     passes: float = 1.0
 
     @classmethod
-    def from_tau(cls, tau: float, depth: int, source: str = "") -> "Acceptance":
+    def from_tau(cls, tau: float, depth: int) -> "Acceptance":
         """From a tau measured with a tree of ``depth`` levels.
 
         Raises:
             ConfigError: no tree of this depth has such a tau.
         """
         p = constant_survival(tau, depth)
-        return cls(
-            (),
-            p,
-            depth,
-            source or f"tau {tau:g} at depth {depth}, set by hand; the same survival {p:.4f} at every level",
-        )
+        source = f"tau {tau:g} at depth {depth}, set by hand; the same survival {p:.4f} at every level"
+        return cls((), p, depth, source)
 
     @classmethod
     def from_counts(

@@ -12,18 +12,17 @@ Result = TypeVar("Result")
 
 
 @functools.cache
-def lasting_stream(purpose: str, device: int) -> torch.cuda.Stream:
-    """One stream per purpose and device for as long as the process runs.
-
-    cuBLAS keeps a workspace of 32 MiB for every stream that it was used on, until the process ends: a new stream for
-    every run of a process would exhaust its budget.
-    """
+def _lasting_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def capture_stream() -> torch.cuda.Stream:
-    """The stream of all captures on the current device."""
-    return lasting_stream("capture", torch.cuda.current_device())
+    """The stream of all captures on the current device, for as long as the process runs.
+
+    cuBLAS keeps a workspace of 32 MiB for every stream that it was used on, until the process ends: a new stream for
+    every run of a process would exhaust its budget.
+    """
+    return _lasting_stream(torch.cuda.current_device())
 
 
 @contextmanager

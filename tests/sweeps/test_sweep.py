@@ -224,14 +224,6 @@ def test_a_job_over_its_budget_is_recorded_and_the_others_go_on(tmp_path):
     assert (tmp_path / "1" / "plan.json").exists()
 
 
-def test_two_sweeps_in_one_folder(tmp_path):
-    from subspec.records.sweep_folder import SweepFolder
-
-    with SweepFolder.open(tmp_path, []):
-        ran = run_sweep(tmp_path, "draft=none")
-    ran.refused(1, r"sweep_dir=\S+ is in use by another process: wait for it")
-
-
 # ------------------------------------------------------------------------------------------ processes
 
 
