@@ -13,7 +13,7 @@
 // An interval determines how its code is read (Entry). Where the quantized weight has few levels, entries are computed
 // once per level and group, and looked up in shared memory. Integer operations bound the rest: a device does half as many
 // of them per cycle as of float32's. So cells are numbered in float32, exactly, and their numbers are scaled by one
-// product. Only escapes and zeros, one weight in a thousand, take a branch.
+// product. Escapes and zeros, one weight in a thousand, are treated apart.
 //
 // The file also compiles as plain C++ (HOST_TEST), so that its arithmetic is tested where there is no GPU.
 

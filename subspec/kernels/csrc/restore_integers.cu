@@ -121,7 +121,7 @@ DEVICE void begin_group(Lane& lane, const Part& part, bool last, Entry* table) {
   if (++lane.group == (int)part.columns / 64) { lane.group = 0; ++lane.row; }
   if (!last) lane.next = locate(part, lane.row, lane.group);
   const float half = as_float((unsigned)part.half);
-  // Zeros are below 16, and a half is 2**-24 at least: then every interval is usable.
+  // Zeros are below 16, and a positive float16 is 2**-24 at least: then every interval is usable.
   if (WIDTH != 8 && own.scale > 0.0f && own.scale <= 65504.0f) fill(table, LEVELS, own.scale, own.zero, half, true);
   else if (WIDTH != 8) fill(table, LEVELS, own.scale, own.zero, half);
 }
