@@ -10,8 +10,8 @@ common and legitimate in bfloat16; larger gaps are bugs. The gap is measured in 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,10 +74,6 @@ class AuditResult:
     def errors(self) -> int:
         """Failures: mismatches and, where bits are compared, near-ties."""
         return audit_errors(self.mismatch, self.near_tie, self.bitwise)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For records."""
-        return asdict(self)
 
 
 class _Judged(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from subspec.config.enums import AUTO
 from subspec.errors import ConfigError
 from subspec.kernels import int4_wide
 from subspec.kernels.launch import OVERLAPPING
@@ -30,8 +31,6 @@ from subspec.quant.kernel_times import CpuBench, CudaBench
 from subspec.quant.level_linear import Variant
 from subspec.quant.weight_format import WeightFormat
 from subspec.utils.console import Note, print_note
-
-AUTO = "auto"
 
 MARGIN = 1.02
 """Variants within this factor of the fastest count as equal. Of those the one with the fewest slices wins: its reader

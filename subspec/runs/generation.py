@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from subspec.benchmarks import Benchmark, Sample, check_answer, extract_answer
@@ -212,7 +212,7 @@ class Generation:
         seed = turn_seed(self.config.seed, one.sample.id, len(one.records))
         ending = (self.engine.output_buffer(one.prompt, **self._rules), result.finish_reason)
         found = self.auditor.audit(one.prompt, result.token_ids, seed=seed, digests=result.digests, ending=ending)
-        return found.as_dict()
+        return asdict(found)
 
 
 def turn_seed(seed: int, sample_id: str, turn: int) -> int:
