@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from subspec.config.enums import AUTO, Codec, Proposer, VramCounts
 from subspec.config.schema import (
@@ -75,9 +76,9 @@ def recording(cascade: CascadeDraft, index: ByHand) -> Callable[..., None]:
     """Run passes of the cascade and record what the substitute says."""
     run = type(cascade)._run
 
-    def recorded(nodes: list[int], policy: TreePolicy, perturb: Perturb | None) -> None:
+    def recorded(nodes: list[int], frontier: Tensor, policy: TreePolicy, perturb: Perturb | None) -> None:
         before = set(cascade._scored)
-        run(cascade, nodes, policy, perturb)
+        run(cascade, nodes, frontier, policy, perturb)
         for node in cascade._scored.keys() - before:
             said, temperature = cascade._scored[node], policy.sharpened(cascade.temperature)
             weights = [math.exp(value * temperature) for value in said.sharp]

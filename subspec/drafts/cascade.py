@@ -125,8 +125,6 @@ class CascadeDraft(Draft):
         self._clear()
 
     def _clear(self) -> None:
-        self._known.clear()
-        self._frontier: list[int] = [0]  # of the drafted tree
         self._number: dict[int, int] = {0: 0}  # known nodes by those of the drafted tree that were in a frontier
         self._scored: dict[int, Said] = {}  # by node, what the substitute has said
         self._guessed: dict[int, Said] = {}  # what the proposer has
@@ -159,15 +157,15 @@ class CascadeDraft(Draft):
         tree.copy_from(self._tree)
 
     def extend(self, tree: Tree, frontier: Tensor, policy: TreePolicy, perturb: Perturb | None = None) -> Tensor:
-        self._frontier = frontier.tolist()
-        nodes, before = self._locate(tree, frontier), (tree.size, tree.levels, tree.level_size)
-        unscored = {number for number, node in zip(self._frontier, nodes, strict=True) if node not in self._scored}
+        nodes, before = self._locate(frontier), (tree.size, tree.levels, tree.level_size)
+        numbers = zip(frontier.tolist(), nodes, strict=True)
+        unscored = {number for number, node in numbers if node not in self._scored}
         if len(unscored) < len(nodes):
             grown = self._grow(nodes, frontier, policy)
             if unscored.isdisjoint(tree.parents[before[0] : tree.size].tolist()):
                 return grown
             tree.size, tree.levels, tree.level_size = before
-        self._run(nodes, policy, perturb)
+        self._run(nodes, frontier, policy, perturb)
         return self._grow(nodes, frontier, policy)
 
     def _grow(self, nodes: list[int], frontier: Tensor, policy: TreePolicy) -> Tensor:
@@ -194,19 +192,20 @@ class CascadeDraft(Draft):
     def facts(self) -> dict[str, Any]:
         return {**({} if self.proposer is None else self.proposer.facts()), **self.levels.levels.facts()}
 
-    def _locate(self, tree: Tree, frontier: Tensor) -> list[int]:
+    def _locate(self, frontier: Tensor) -> list[int]:
         """The known nodes that the frontier stands for; new ones are added."""
+        tree, numbers = self._tree, frontier.tolist()
         if tree.levels:
             tokens, parents = tree.tokens[frontier].tolist(), tree.parents[frontier].tolist()
             pairs = [(self._number[parent], token) for parent, token in zip(parents, tokens, strict=True)]
-            self._number |= zip(self._frontier, self._known.children(pairs), strict=True)
-        self._due -= len(self._frontier)
-        return [self._number[node] for node in self._frontier]
+            self._number |= zip(numbers, self._known.children(pairs), strict=True)
+        self._due -= len(numbers)
+        return [self._number[number] for number in numbers]
 
-    def _run(self, nodes: list[int], policy: TreePolicy, perturb: Perturb | None) -> None:
+    def _run(self, nodes: list[int], frontier: Tensor, policy: TreePolicy, perturb: Perturb | None) -> None:
         """Score the frontier and the guesses behind it in one pass."""
         batch = [node for node in nodes if node not in self._scored]
-        batch += self._guess(nodes, len(batch), perturb)
+        batch += self._guess(nodes, self._tree.scores[frontier].tolist(), len(batch), perturb)
         temperature = policy.sharpened(self.temperature)
         if perturb is None:
             said = self.levels.likeliest(self._known, batch, temperature, self._most)
@@ -228,18 +227,18 @@ class CascadeDraft(Draft):
         level = self._tree.levels
         return torch.cat([perturb(part, depth - level) for part, (depth, _) in zip(parts, counts, strict=True)])
 
-    def _guess(self, nodes: list[int], asked: int, perturb: Perturb | None) -> list[int]:
+    def _guess(self, nodes: list[int], scores: list[float], asked: int, perturb: Perturb | None) -> list[int]:
         """Nodes that the levels below ``nodes`` will grow from, if the proposer is right: a beam of its guesses.
 
         Args:
-            nodes: of the frontier. asked: of these, that the pass runs.
+            nodes, scores: of the frontier. asked: number of these nodes that the pass runs.
         """
         room = self.levels.rows - asked if self.levels.rows else self.proposed
         room = min(room, self._known.capacity - 1 - len(self._known) - self._due)
         # Nodes of the deepest level are never run, and positions end with the cache.
         deepest = min(self._policy.max_depth, self._cache.max_length - self._cache.length) - 1
         guesses: list[int] = []
-        exact = wide = self._tree.scores[self._frontier].tolist()
+        exact = wide = scores
         for _ in range(deepest - self._tree.levels):
             left = room - len(guesses)
             width = min(left, max(self._policy.width, int(left * SHARE)))

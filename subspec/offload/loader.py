@@ -350,14 +350,14 @@ def _gather(layers: Sequence[LevelLayer], waiting: int, room: int, device: torch
     Args:
         room: device bytes of allocations that follow, and that may be taken meanwhile.
     """
+    sizes = [sum(tensor.nbytes for linear in layer.linears for tensor in linear.tensors) for layer in layers]
+    together = layers_together(max(sizes), room)
     # Exact layers, which have no packed weights, stay where they are.
-    packed = [layer for layer in layers if any(linear.tensors for linear in layer.linears)]
-    sizes = [sum(tensor.nbytes for linear in layer.linears for tensor in linear.tensors) for layer in packed]
-    together = layers_together(max(sizes, default=0), room)
+    moved = [layer for layer, size in zip(layers, sizes, strict=True) if size]
     if device.type == "cpu" or together < 2:
-        packed, together = layers[:waiting], 1
-    for first in range(0, len(packed), together):
-        compact(packed[first : first + together], device)
+        moved, together = layers[:waiting], 1
+    for first in range(0, len(moved), together):
+        compact(moved[first : first + together], device)
     _release_temporaries(device)
 
 

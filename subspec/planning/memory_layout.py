@@ -22,7 +22,7 @@ from subspec.drafts.vocabulary import known_tokens
 from subspec.errors import ConfigError
 from subspec.levels.build import layers_together
 from subspec.levels.quantization import LevelQuantization, level_quantization
-from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_BYTES, Allocation
+from subspec.memory.allocator import ALLOCATOR_BYTES, GIB, LIBRARY_BYTES, Allocation, rounded
 from subspec.offload.disk import ALIGNMENT
 from subspec.planning.loading_memory import head_loading_bytes, loading_bytes
 from subspec.planning.run_memory import LOADING_LAYERS, SLOT_PAGES, RunMemory
@@ -201,12 +201,9 @@ class MemoryLayout(RunMemory):
     def _spared(self, resident: int, slots: int) -> int:
         """Rounding that the substitute's layers do without, because loading lays them side by side."""
         size, count = self.packed_bytes, self.spec.layers - len(self.required_resident)
-        together = min(count, layers_together(size, (resident + slots) * self.layer_bytes))
-        if not size or together < 2:
-            return 0
+        together = max(1, min(count, layers_together(size, (resident + slots) * self.layer_bytes)))
         runs, rest = divmod(count, together)
-        apart, beside = ((size, count),), ((size * together, runs), (size * rest, 1))
-        return Allocation("", apart).rounding - Allocation("", beside).rounding
+        return count * rounded(size) - runs * rounded(together * size) - rounded(rest * size)
 
     def staged_layers(self, decision: Decision) -> int:
         """Layers of the substitute that are staged on the host until loading has finished.

@@ -75,9 +75,10 @@ DEVICE Group locate(const Part& part, int row, int group) {
 
 struct Lane {  // one thread, one chunk, 32 weights a step
   Staged bits;
-  Group now, next;          // groups
+  Group now, next;
   Word4 low, high;          // of the next 16 weights
-  int row, group, steps;    // of next
+  int row, group;           // of next
+  int steps;                // of the chunk
 };
 
 DEVICE void begin_chunk(Lane& lane, const Part& part, const unsigned char* flat, long long chunk, unsigned* ring) {
